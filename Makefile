@@ -1,0 +1,60 @@
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PROTOS := $(wildcard protos/adaplex/v1/*.proto)
+CODE := adapters server clients tests
+PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos \
+  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
+  --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
+
+.PHONY: help demo test check protos model format clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
+
+demo: model ## Serve the default model, ask it with every example adapter, and exit
+	@$(BIN)/python clients/demo.py
+
+test: model ## Run every test
+	@$(BIN)/python -m pytest
+
+check: $(INSTALLED) ## Lint, types, import rules, protocol rules, stub drift
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd protos && ../$(BIN)/buf lint
+	@drift=$$(mktemp -d) && trap 'rm -rf "$$drift"' EXIT \
+	  && $(PROTOC) --python_out=$$drift --grpc_python_out=$$drift --mypy_out=quiet:$$drift \
+	     --mypy_grpc_out=quiet:$$drift $(PROTOS) \
+	  && for stub in $$drift/adaplex/v1/*; do \
+	       cmp "$$stub" "protos/adaplex/v1/$$(basename "$$stub")" \
+	         || { echo "stub out of date: run make protos"; exit 1; }; \
+	     done
+	@echo "all checks passed"
+
+protos: $(INSTALLED) ## Regenerate the committed stubs
+	$(PROTOC) --python_out=protos --grpc_python_out=protos --mypy_out=quiet:protos \
+	  --mypy_grpc_out=quiet:protos $(PROTOS)
+
+model: $(INSTALLED) ## Fetch and convert the default model, once
+	@$(BIN)/python -m adaplex.model.source >/dev/null
+
+format: $(INSTALLED) ## Format and sort imports
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+clean: ## Remove the environment; the model cache stays
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "setting up .venv (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  hatchling editables
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  --no-build-isolation -e '.[dev]'
+	@touch $(INSTALLED)
