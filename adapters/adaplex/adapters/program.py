@@ -1,0 +1,141 @@
+"""AdapterProgram: an adapter lowered to the few primitives that the runtime knows.
+
+A format module reads a checked checkpoint and emits, for each module of the base it touches,
+the primitives to apply there. Layers, kernels and the arena know only these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64
+"""Every tensor of a packed adapter starts at a multiple of this many bytes."""
+
+ModuleKind = Literal["linear", "norm", "embedding"]
+TensorRole = Literal["a", "b", "bias"]
+
+
+@dataclass(frozen=True)
+class BaseModule:
+    """One module of the base that an adapter may touch, in [out, in] orientation."""
+
+    name: str
+    kind: ModuleKind
+    in_features: int
+    out_features: int
+    has_bias: bool = False
+    is_head: bool = False
+    """The output layer, which `all-linear` leaves out."""
+    transposed: bool = False
+    """Stored as [in, out] by the base (GPT-2's Conv1D)."""
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """What lowering needs to know of the base model."""
+
+    name: str
+    digest: str
+    model_type: str
+    modules: Mapping[str, BaseModule]
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    """fp32 [out_features] for each module with a bias."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """y += b (a x). The adapter's scale is folded into b."""
+
+    a: Tensor  # [rank, in_features]
+    b: Tensor  # [out_features, rank]
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of `a`."""
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class ModuleProgram:
+    """The primitives applied at one module, in the order low rank, bias."""
+
+    module: str
+    low_rank: LowRank | None = None
+    bias: Tensor | None = None  # [out_features], added to the output
+    scale: float = 1.0
+    """The scale folded into `low_rank.b`; kept for reports."""
+
+    def tensors(self) -> Iterator[tuple[TensorRole, Tensor]]:
+        """The tensors in canonical order."""
+        if self.low_rank is not None:
+            yield "a", self.low_rank.a
+            yield "b", self.low_rank.b
+        if self.bias is not None:
+            yield "bias", self.bias
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """Where one tensor lies in a packed adapter; `offset` in elements of the compute dtype."""
+
+    module: str
+    role: TensorRole
+    offset: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AdapterProgram:
+    """A whole adapter: identity, family, and what it does to each module (sorted by name)."""
+
+    digest: str
+    family: str
+    modules: tuple[ModuleProgram, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of any module, 0 when there is no low-rank delta."""
+        return max((m.low_rank.rank for m in self.modules if m.low_rank is not None), default=0)
+
+    def layout(self, element_bytes: int) -> tuple[PackedTensor, ...]:
+        """Places every tensor, in canonical order, each aligned to ALIGNMENT bytes."""
+        step = ALIGNMENT // element_bytes
+        placed, offset = [], 0
+        for module in self.modules:
+            for role, tensor in module.tensors():
+                placed.append(PackedTensor(module.module, role, offset, tuple(tensor.shape)))
+                offset += -(-tensor.numel() // step) * step
+        return tuple(placed)
+
+    def packed_bytes(self, element_bytes: int) -> int:
+        """Bytes of the packed adapter: the extent it needs in the arena."""
+        step = ALIGNMENT // element_bytes
+        elements = sum(
+            -(-tensor.numel() // step) * step
+            for module in self.modules
+            for _, tensor in module.tensors()
+        )
+        return elements * element_bytes
+
+    def pack_into(self, extent: Tensor) -> None:
+        """Copies every tensor into `extent`, a flat tensor of the compute dtype.
+
+        `extent` holds at least packed_bytes() / element size elements.
+        """
+        tensors = (tensor for module in self.modules for _, tensor in module.tensors())
+        for place, tensor in zip(self.layout(extent.element_size()), tensors, strict=True):
+            extent[place.offset : place.offset + tensor.numel()].copy_(tensor.reshape(-1))
+
+    def is_finite(self) -> bool:
+        """Whether every tensor is free of NaN and infinity, also once cast to bf16."""
+        return all(
+            bool(torch.isfinite(tensor.to(torch.bfloat16)).all())
+            for module in self.modules
+            for _, tensor in module.tensors()
+        )
