@@ -1,0 +1,1 @@
+"""The model: everything with tensors, behind the engine's Runner protocol."""

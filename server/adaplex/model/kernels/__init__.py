@@ -1,0 +1,1 @@
+"""Kernels: `reference` is slow and right; faster ones are tested against it."""

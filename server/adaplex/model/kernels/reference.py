@@ -1,0 +1,118 @@
+"""Reference kernels in torch: slow, right on every device, the measure of the fast ones.
+
+All of them are row-invariant: row i of a result depends on row i of the inputs alone, bit for
+bit, whatever the other rows are and however many. BLAS sums the rows left over from a tile of
+ROW_TILE in another order, so fp32 products are padded to whole tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROW_TILE = 4
+"""fp32 products of a multiple of this many rows give each row the same bits, on any number of
+threads; bf16 products always do. Measured over 1 to 8 threads, see server/DECISIONS.md."""
+
+PARTITION = 256
+"""Keys in one partition of attention. Every product then has one fixed inner size."""
+
+MASKED = -1e30
+"""Running maximum before the first key: finite, so that differences are never NaN."""
+
+
+def padded_rows(rows: int) -> int:
+    """The smallest multiple of ROW_TILE that holds `rows`, at least one tile."""
+    return max(1, -(-rows // ROW_TILE)) * ROW_TILE
+
+
+def whole_tiles(x: Tensor) -> Tensor:
+    """x [rows, features] with zero rows added up to a whole number of tiles."""
+    missing = padded_rows(x.shape[0]) - x.shape[0]
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+def linear_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """Row-invariant x @ weight.T. x [rows, in], weight [out, in] -> [rows, out]."""
+    if x.dtype == torch.bfloat16:
+        return F.linear(x, weight)
+    return F.linear(whole_tiles(x), weight)[: x.shape[0]]
+
+
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
+    """y += b (a x) in place. y [rows, out], x [rows, in], a [rank, in], b [out, rank]."""
+    y += linear_rows(linear_rows(x, a), b)
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    positions: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention over paged keys and values, one partition of keys after another.
+
+    query [batch, heads, n, dk]: n neighbouring tokens of each of `batch` sequences;
+    keys [kv_heads, blocks, block_tokens, dk], values [kv_heads, blocks, block_tokens, dv];
+    tables [batch, table] int64, padded with any valid block; positions [batch, n] int64;
+    window counts the visible keys, the token itself included; sinks [heads] are extra logits
+    that take probability and give nothing. Returns [batch, heads, n, dv] in the query's dtype.
+    """
+    batch, heads, n, dk = query.shape
+    kv_heads, _, block_tokens, dv = values.shape
+    group = heads // kv_heads
+    rows = padded_rows(group * n)
+    per_partition = PARTITION // block_tokens
+    q = query.view(batch, kv_heads, group * n, dk).transpose(0, 1)
+    q = F.pad(q, (0, 0, 0, rows - group * n)).reshape(kv_heads * batch, rows, dk)
+    row_positions = F.pad(positions.repeat(1, group), (0, rows - group * n))[:, :, None]
+
+    peak = query.new_full((kv_heads, batch, rows, 1), MASKED, dtype=torch.float32)
+    total = torch.zeros_like(peak)
+    mixed = peak.new_zeros(kv_heads, batch, rows, dv)
+    last = int(positions.max())
+    first = 0 if window is None else max(0, int(positions.min()) - window + 1)
+    tables = F.pad(tables, (0, -tables.shape[1] % per_partition))
+    for start in range(first // PARTITION * PARTITION, last + 1, PARTITION):
+        blocks = tables[:, start // block_tokens :][:, :per_partition].reshape(-1)
+        k = keys.index_select(1, blocks).view(kv_heads * batch, PARTITION, dk)
+        v = values.index_select(1, blocks).view(kv_heads * batch, PARTITION, dv)
+        scores = torch.bmm(q, k.transpose(1, 2)).view(kv_heads, batch, rows, PARTITION)
+        scores = scores.float() * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        key_positions = torch.arange(start, start + PARTITION, device=query.device)
+        visible = key_positions <= row_positions
+        if window is not None:
+            visible &= key_positions > row_positions - window
+        scores = scores.masked_fill_(~visible, -torch.inf)
+        peak, total, mixed = _merge(peak, total, mixed, scores, v)
+    if sinks is not None:
+        sink = sinks.float().view(kv_heads, 1, group, 1, 1).expand(-1, batch, -1, n, -1)
+        sink = F.pad(sink.reshape(kv_heads, batch, group * n, 1), (0, 0, 0, rows - group * n))
+        total = total + torch.exp(sink - peak)
+    out = (mixed / total)[:, :, : group * n].to(query.dtype)
+    return out.transpose(0, 1).reshape(batch, heads, n, dv)
+
+
+def _merge(
+    peak: Tensor, total: Tensor, mixed: Tensor, scores: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Takes one partition into the running softmax.
+
+    A partition that a row cannot see leaves the row's three figures as they are, bit for bit.
+    """
+    new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
+    weights = torch.exp(scores - new_peak)
+    fade = torch.exp(peak - new_peak)
+    kv_heads, batch, rows, partition = scores.shape
+    part = torch.bmm(weights.view(-1, rows, partition).to(values.dtype), values)
+    total = total * fade + weights.sum(-1, keepdim=True)
+    return new_peak, total, mixed * fade + part.view(kv_heads, batch, rows, -1).float()

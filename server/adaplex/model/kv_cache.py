@@ -1,0 +1,63 @@
+"""KVCache: paged keys and values, head-major."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one attention layer stores for a token."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def elements(self) -> int:
+        """Elements a token."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+class KVCache:
+    """Keys and values of every layer, [kv_heads, blocks, block_tokens, dim] each.
+
+    Block 0 is scratch: padding rows write there and nobody reads it unmasked.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape],
+        *,
+        num_blocks: int,
+        block_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_tokens = block_tokens
+        self.keys = [
+            torch.zeros(s.kv_heads, num_blocks, block_tokens, s.key_dim, dtype=dtype, device=device)
+            for s in shapes
+        ]
+        self.values = [
+            torch.zeros(
+                s.kv_heads, num_blocks, block_tokens, s.value_dim, dtype=dtype, device=device
+            )
+            for s in shapes
+        ]
+
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Stores the rows of a step. slots [rows], key and value [kv_heads, rows, dim].
+
+        Infinities and NaN are made finite: a masked key has weight zero, and zero times NaN
+        would carry one tenant's overflow into the next owner of the block.
+        """
+        keys, values = self.keys[layer], self.values[layer]
+        keys.view(keys.shape[0], -1, keys.shape[3]).index_copy_(1, slots, key)
+        values.view(values.shape[0], -1, values.shape[3]).index_copy_(
+            1, slots, torch.nan_to_num(value)
+        )

@@ -1,0 +1,214 @@
+"""Loading the base: resolve, read, check, quantize. It is never touched again afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from adaplex.adapters.program import BaseModule, BaseSpec
+from adaplex.model import attention, experts
+from adaplex.model.adapted import AdaptedLinear, AdaptedNorm, base_bias, oriented_weight
+from adaplex.model.architecture import check_supported, is_linear, output_layer, probe
+from adaplex.model.errors import UnsupportedModel
+from adaplex.model.kv_cache import LayerShape
+from adaplex.model.linear import LinearBackend, make_linear
+from adaplex.model.source import resolve_model
+from adaplex.model.step import StepContext
+
+QUANTIZATIONS = ("nf4", "int8", "bf16", "fp32")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def silent(_message: str) -> None:
+    """Progress that nobody sees."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The resident base: module, tokenizer, and what others need to know of it."""
+
+    module: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    spec: BaseSpec
+    step: StepContext
+    shapes: tuple[LayerShape, ...]
+    quantization: str
+    dtype: torch.dtype
+    device: torch.device
+    max_positions: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    weight_bytes: int
+
+    @property
+    def backends(self) -> dict[str, LinearBackend]:
+        """Module name -> linear backend, for every site."""
+        return {
+            module.name: module.backend
+            for module in self.module.modules()
+            if isinstance(module, AdaptedLinear)
+        }
+
+    def kv_block_bytes(self, block_tokens: int) -> int:
+        """Bytes of one KV block over all layers."""
+        return block_tokens * sum(s.elements for s in self.shapes) * self.dtype.itemsize
+
+
+@torch.inference_mode()
+def load_base(
+    model: str,
+    *,
+    quantization: str = "nf4",
+    dtype: str = "auto",
+    device: str = "auto",
+    cache: Path | None = None,
+    progress: Callable[[str], None] = silent,
+) -> BaseModel:
+    """Loads a base model and quantizes it.
+
+    `model` is a hub id, a directory of safetensors, a GGUF file or the default's name;
+    `quantization` is one of QUANTIZATIONS; `dtype` is auto, bf16 or fp32 (the compute dtype);
+    `device` is auto, cpu or cuda. Raises ModelSourceError or UnsupportedModel.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise UnsupportedModel(
+            f"quantization: {quantization!r} is not one of {', '.join(QUANTIZATIONS)}"
+        )
+    directory = resolve_model(model, cache=cache, progress=progress)
+    compute = _compute_dtype(quantization, dtype)
+    where = torch.device(_device(device))
+    progress(f"reading {model}")
+    transformers_logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(directory)
+    check_supported(config)
+    module = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, dtype=compute, attn_implementation=attention.IMPLEMENTATION
+    )
+    module.eval().requires_grad_(False)
+    _use_row_invariant_experts(module)
+    found = probe(module)
+    step = StepContext()
+    attention.install(module, attention.PagedAttention(step))
+    biases = {
+        site.name: bias.float().clone()
+        for site in found.sites
+        if (bias := base_bias(module.get_submodule(site.name))) is not None
+    }
+    progress(f"quantizing {len(found.sites)} modules to {quantization}")
+    _adapt(module, found.sites, step, quantization, where)
+    nn.Module.to(module, where)
+    return BaseModel(
+        module=module,
+        tokenizer=AutoTokenizer.from_pretrained(directory),
+        spec=BaseSpec(
+            name=Path(model).name if Path(model).exists() else model,
+            digest=_digest(directory, quantization, compute),
+            model_type=str(config.model_type),
+            modules={site.name: site for site in found.sites},
+            biases=biases,
+        ),
+        step=step,
+        shapes=tuple(found.shapes),
+        quantization=quantization,
+        dtype=compute,
+        device=where,
+        max_positions=int(config.max_position_embeddings),
+        vocab_size=int(config.vocab_size),
+        eos_token_ids=_eos_token_ids(directory, module),
+        weight_bytes=_weight_bytes(module),
+    )
+
+
+def _compute_dtype(quantization: str, dtype: str) -> torch.dtype:
+    """fp32 for an fp32 base, bf16 otherwise, unless asked for."""
+    if dtype == "auto":
+        return torch.float32 if quantization == "fp32" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise UnsupportedModel(f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    if quantization in DTYPES and quantization != dtype:
+        raise UnsupportedModel(f"dtype: {dtype} does not fit quantization {quantization}")
+    return DTYPES[dtype]
+
+
+def _device(device: str) -> str:
+    """The first of cuda and cpu that is there, unless asked for."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedModel("device: cuda was asked for and is not available")
+    return device
+
+
+def _use_row_invariant_experts(model: nn.Module) -> None:
+    """Routes fused mixture-of-experts layers through adaplex.model.experts."""
+    for module in model.modules():
+        if getattr(module, "has_gate", False) and not module.has_post_expert_norm:
+            config = module.config
+            config._experts_implementation = experts.IMPLEMENTATION  # type: ignore[union-attr]
+
+
+def _adapt(
+    model: nn.Module,
+    sites: list[BaseModule],
+    step: StepContext,
+    quantization: str,
+    device: torch.device,
+) -> None:
+    """Replaces every linear, quantized but for the output layer, and every norm with a bias."""
+    head = output_layer(model)
+    names = {site.name for site in sites}
+    for name, module in list(model.named_modules()):
+        replacement: nn.Module
+        if is_linear(module):
+            weight = oriented_weight(module).to(device)
+            bias = base_bias(module)
+            kept = "dense" if module is head else quantization
+            backend = make_linear(weight, None if bias is None else bias.to(device), kept)
+            replacement = AdaptedLinear(name, backend, step, is_head=module is head)
+        elif name in names:
+            replacement = AdaptedNorm(name, module, step)
+        else:
+            continue
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, replacement)
+
+
+def _digest(directory: Path, quantization: str, dtype: torch.dtype) -> str:
+    """SHA-256 of config, weights and how they are kept: what a KV block depends on."""
+    total = hashlib.sha256(json.dumps([quantization, str(dtype)]).encode())
+    for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{total.hexdigest()}"
+
+
+def _eos_token_ids(directory: Path, model: nn.Module) -> frozenset[int]:
+    """End-of-sequence tokens of the generation config, else of the model config."""
+    try:
+        eos = GenerationConfig.from_pretrained(directory).eos_token_id
+    except OSError:
+        eos = model.config.eos_token_id  # type: ignore[union-attr]
+    if eos is None:
+        return frozenset()
+    return frozenset(eos) if isinstance(eos, list) else frozenset([int(eos)])
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    """Bytes of every weight as kept; a tied tensor counts once."""
+    kept = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    linears = sum(m.backend.nbytes for m in model.modules() if isinstance(m, AdaptedLinear))
+    return sum(kept.values()) + linears

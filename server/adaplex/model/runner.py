@@ -1,0 +1,160 @@
+"""ModelRunner: the engine's Runner on torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from adaplex.adapters.program import AdapterProgram
+from adaplex.engine.batch import Batch, Chunk
+from adaplex.engine.request import AdapterMode, AdapterRef, SampledToken
+from adaplex.model.arena import Arena
+from adaplex.model.kernels.reference import padded_rows
+from adaplex.model.kv_cache import KVCache
+from adaplex.model.loader import BaseModel
+from adaplex.model.merged import MergedWeights, merge, merged_bytes
+from adaplex.model.sampler import sample
+from adaplex.model.step import AttentionGroup, Segment
+
+
+class ModelRunner:
+    """Runs batches on a loaded base with the adapters in its arena."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        num_blocks: int,
+        block_tokens: int,
+        arena_bytes: int,
+        load_program: Callable[[str], AdapterProgram],
+    ) -> None:
+        self._base = base
+        self._step = base.step
+        self._load_program = load_program
+        self._block_tokens = block_tokens
+        self._arena = Arena(arena_bytes, dtype=base.dtype, device=base.device)
+        self._merged: dict[str, MergedWeights] = {}
+        self._step.cache = KVCache(
+            base.shapes,
+            num_blocks=num_blocks,
+            block_tokens=block_tokens,
+            dtype=base.dtype,
+            device=base.device,
+        )
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Seq[SampledToken]:
+        """One step; see Runner."""
+        sampling = batch.sampling
+        logits = self.forward(batch)
+        return sample(logits, [chunk.sequence for chunk in sampling]) if sampling else []
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """Runs the chunks of a batch; fp32 logits [len(batch.sampling), vocabulary]."""
+        chunks = batch.chunks
+        tokens = [t for c in chunks for t in c.sequence.tokens[c.start : c.end]]
+        positions = [p for c in chunks for p in range(c.start, c.end)]
+        slots = [slot for c in chunks for slot in self._slots(c)]
+        ends = _ends(chunks)
+        wanted = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.samples]
+        padding = padded_rows(len(tokens)) - len(tokens)
+        for column in (tokens, positions, slots):
+            column.extend([0] * padding)
+        wanted_padded = wanted + [0] * (padded_rows(len(wanted)) - len(wanted))
+
+        step, device = self._step, self._base.device
+        step.slots = torch.tensor(slots, device=device)
+        step.groups = tuple(self._groups(chunks))
+        step.segments = self._segments(chunks, [c.count for c in chunks])
+        step.head_segments = self._segments(batch.sampling, [1] * len(wanted))
+        out = self._base.module(
+            input_ids=torch.tensor([tokens], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(wanted_padded, device=device),
+        )
+        logits: Tensor = out.logits[0, : len(wanted)]
+        return logits.float()
+
+    def load_adapter(self, digest: str, offset: int, nbytes: int) -> None:
+        """See Runner."""
+        self._arena.load(self._load_program(digest), offset, nbytes)
+
+    def remove_adapter(self, digest: str) -> None:
+        """See Runner."""
+        self._arena.remove(digest)
+
+    @torch.inference_mode()
+    def build_merged(self, digest: str) -> int:
+        """See Runner."""
+        base, program = self._base, self._load_program(digest)
+        self._merged[digest] = merge(program, base.backends, dtype=base.dtype, device=base.device)
+        return merged_bytes(program, base.backends, base.dtype)
+
+    def merged_bytes(self, digest: str) -> int:
+        """See Runner."""
+        return merged_bytes(self._load_program(digest), self._base.backends, self._base.dtype)
+
+    def remove_merged(self, digest: str) -> None:
+        """See Runner."""
+        del self._merged[digest]
+
+    def _slots(self, chunk: Chunk) -> Iterator[int]:
+        """Where in the cache each token of the chunk goes."""
+        size, blocks = self._block_tokens, chunk.sequence.blocks
+        for position in range(chunk.start, chunk.end):
+            yield blocks[position // size] * size + position % size
+
+    def _groups(self, chunks: Seq[Chunk]) -> Iterator[AttentionGroup]:
+        """Leading one-token chunks together, every longer chunk by itself."""
+        ones = next((i for i, c in enumerate(chunks) if c.count > 1), len(chunks))
+        if ones:
+            yield self._group(0, chunks[:ones])
+        row = ones
+        for chunk in chunks[ones:]:
+            yield self._group(row, [chunk])
+            row += chunk.count
+
+    def _group(self, row: int, chunks: Seq[Chunk]) -> AttentionGroup:
+        """A group of chunks of one length that starts at `row`."""
+        size, device = self._block_tokens, self._base.device
+        used = [c.sequence.blocks[: -(-c.end // size)] for c in chunks]
+        width = max(map(len, used))
+        tables = [blocks + [0] * (width - len(blocks)) for blocks in used]
+        positions = [list(range(c.start, c.end)) for c in chunks]
+        return AttentionGroup(
+            row, torch.tensor(tables, device=device), torch.tensor(positions, device=device)
+        )
+
+    def _segments(self, chunks: Seq[Chunk], counts: Seq[int]) -> tuple[Segment, ...]:
+        """Neighbouring rows of one adapter and mode as one segment; base rows have none."""
+        segments: list[Segment] = []
+        row, last_key = 0, ""
+        for chunk, count in zip(chunks, counts, strict=True):
+            adapter, key = chunk.sequence.adapter, chunk.sequence.adapter_key
+            if adapter is not None:
+                start = segments.pop().start if key == last_key else row
+                segments.append(self._segment(adapter, start, row + count))
+            row, last_key = row + count, key
+        return tuple(segments)
+
+    def _segment(self, adapter: AdapterRef, start: int, stop: int) -> Segment:
+        """Rows [start, stop) with the adapter in the mode it was admitted in."""
+        if adapter.mode is AdapterMode.MERGED:
+            merged = self._merged[adapter.digest]
+            return Segment(start, stop, merged.sites, merged.linears)
+        return Segment(start, stop, self._arena.sites(adapter.digest))
+
+
+def _ends(chunks: Seq[Chunk]) -> list[int]:
+    """Row after the last row of each chunk."""
+    ends, row = [], 0
+    for chunk in chunks:
+        row += chunk.count
+        ends.append(row)
+    return ends

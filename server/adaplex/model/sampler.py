@@ -1,0 +1,124 @@
+"""Sampler: logits to tokens, one row at a time, from nothing but the row and its request.
+
+The draw of the i-th output token of a request depends on its seed and i alone, so that a request
+gives the same output whatever else runs, and also when it is preempted and computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from adaplex.engine.request import Logprob, SampledToken, SamplingParams
+from adaplex.engine.sequence import Sequence
+
+CANDIDATES = 256
+"""Likeliest tokens looked at first for top_p; a full sort is a hundred times dearer."""
+
+
+def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[SampledToken]:
+    """Chooses one token a row. logits [rows, vocabulary], fp32, row i for sequences[i].
+
+    A row that is not finite gives a token below zero: the model overflowed for that row alone.
+    """
+    finite = torch.isfinite(logits.amax(-1)).tolist()
+    likeliest = logits.argmax(-1).tolist()
+    return [
+        _sample_row(row, sequence, top) if usable else SampledToken(-1)
+        for row, sequence, top, usable in zip(logits, sequences, likeliest, finite, strict=True)
+    ]
+
+
+def _sample_row(logits: Tensor, sequence: Sequence, likeliest: int) -> SampledToken:
+    """logits [vocabulary]; `likeliest` is their argmax."""
+    params = sequence.request.sampling
+    produced = len(sequence) - sequence.prompt_len
+    held_back = produced < params.min_tokens and bool(params.stop_token_ids)
+    changed = logits
+    if params.penalized:
+        changed = penalize(changed, sequence.tokens, sequence.prompt_len, params)
+    if held_back:
+        changed = changed.clone() if changed is logits else changed
+        changed[list(params.stop_token_ids)] = -torch.inf
+    if params.greedy:
+        token = likeliest if changed is logits else int(changed.argmax())
+    else:
+        token = _draw(changed, params, uniform(params.seed, produced))
+    return SampledToken(token, _logprob(logits, token, params.logprobs))
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) fixed by the seed and the index of the output token."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / 2**53
+
+
+def penalize(logits: Tensor, tokens: Seq[int], prompt_len: int, params: SamplingParams) -> Tensor:
+    """Repetition penalty over all tokens, then presence and frequency over the output.
+
+    logits [vocabulary] -> a changed copy. Same definitions as Hugging Face (repetition) and the
+    OpenAI API (presence, frequency).
+    """
+    logits = logits.clone()
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(tokens)), device=logits.device)
+        values = logits[seen]
+        penalty = params.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    output = torch.tensor(tokens[prompt_len:], dtype=torch.int64, device=logits.device)
+    if output.numel():
+        ids, counts = output.unique(return_counts=True)
+        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    return logits
+
+
+def _draw(logits: Tensor, params: SamplingParams, chance: float) -> int:
+    """Inverse-CDF draw after temperature, min_p, top_k and top_p, in this order.
+
+    logits [vocabulary]; candidates are ranked, so that a draw needs no sort of the vocabulary.
+    """
+    scaled = logits / params.temperature
+    if params.min_p > 0.0:
+        scaled = scaled.masked_fill(scaled < scaled.max() + math.log(params.min_p), -torch.inf)
+    if params.top_k or params.top_p < 1.0:
+        values, ids = _nucleus(scaled, params)
+    else:
+        values, ids = scaled, None
+    weights = torch.softmax(values.double(), -1).cumsum(-1)
+    place = int(torch.searchsorted(weights, chance * float(weights[-1]), right=True))
+    place = min(place, weights.numel() - 1)
+    return place if ids is None else int(ids[place])
+
+
+def _nucleus(scaled: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """The top_k likeliest, of these the fewest that hold top_p of the mass; sorted, descending.
+
+    scaled [vocabulary] -> values and token ids of the kept ones.
+    """
+    vocabulary = scaled.numel()
+    count = min(params.top_k or CANDIDATES, vocabulary)
+    values, ids = scaled.topk(count)
+    if params.top_p >= 1.0:
+        return values, ids
+    mass = torch.logsumexp(values if params.top_k else scaled, -1)
+    before = (values - mass).exp().cumsum(-1) - (values - mass).exp()
+    if not params.top_k and count < vocabulary and bool(before[-1] < params.top_p):
+        values, ids = scaled.sort(descending=True)
+        before = (values - mass).exp().cumsum(-1) - (values - mass).exp()
+    keep = before < params.top_p
+    keep[0] = True
+    return values[keep], ids[keep]
+
+
+def _logprob(logits: Tensor, token: int, count: int | None) -> Logprob | None:
+    """Log probabilities of the model itself, before penalties and temperature."""
+    if count is None:
+        return None
+    logprobs = torch.log_softmax(logits, -1)
+    values, ids = logprobs.topk(count)
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return Logprob(token, float(logprobs[token]), top)

@@ -1,0 +1,67 @@
+"""StepContext: what the layers need to know of the step that runs.
+
+Hugging Face modules take no such argument, so one context object per model is shared by its
+attention and its linears, and refilled before each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from adaplex.model.arena import SiteWeights
+from adaplex.model.kv_cache import KVCache
+from adaplex.model.linear import LinearBackend
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows [start, stop) of a step that share one adapter in one mode.
+
+    `sites` maps a module to the primitives added there; `merged` maps a linear to the dense base
+    plus delta that replaces it. A merged adapter keeps in `sites` only what cannot be merged.
+    """
+
+    start: int
+    stop: int
+    sites: Mapping[str, SiteWeights]
+    merged: Mapping[str, LinearBackend] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AttentionGroup:
+    """Sequences with equally many tokens in the step, in neighbouring rows.
+
+    Rows [start, start + batch * count); tables [batch, blocks] and positions [batch, count].
+    """
+
+    start: int
+    tables: Tensor
+    positions: Tensor
+
+    @property
+    def batch(self) -> int:
+        """Sequences in the group."""
+        return self.positions.shape[0]
+
+    @property
+    def count(self) -> int:
+        """Tokens of each."""
+        return self.positions.shape[1]
+
+
+class StepContext:
+    """The state of one step; the layers hold a reference to it."""
+
+    def __init__(self) -> None:
+        self.cache: KVCache | None = None
+        self.slots: Tensor = torch.zeros(0, dtype=torch.int64)
+        """[rows] where each row's key and value go: block * block_tokens + offset."""
+        self.groups: tuple[AttentionGroup, ...] = ()
+        self.segments: tuple[Segment, ...] = ()
+        """Adapters by token row; empty for a base-only step."""
+        self.head_segments: tuple[Segment, ...] = ()
+        """Adapters by row of the output layer, which sees only the rows that are sampled."""

@@ -1,0 +1,27 @@
+"""Fixtures shared by all tests: tiny models made once, and one quiet thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny import save_tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Architecture name -> directory of a tiny random model, written once a run."""
+    made: dict[str, Path] = {}
+
+    def directory(architecture: str) -> Path:
+        if architecture not in made:
+            where = tmp_path_factory.mktemp(architecture)
+            made[architecture] = save_tiny(architecture, where / "tiny")
+        return made[architecture]
+
+    return directory

@@ -1,0 +1,116 @@
+"""The base agrees with transformers, and what cannot be served is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from adaplex.model.errors import UnsupportedModel
+from adaplex.model.loader import load_base
+from rig import Rig, prompt
+from tiny import ARCHITECTURES, byte_tokenizer, save_tiny
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_fp32_logits_and_tokens_equal_transformers(
+    architecture: str, tiny_model: Callable[[str], Path]
+) -> None:
+    directory = tiny_model(architecture)
+    rig = Rig(directory)
+    oracle = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    for length in (3, 30, 290):
+        tokens = torch.tensor([prompt(length)])
+        with torch.no_grad():
+            expected = oracle(tokens).logits[0, -1]
+            greedy = oracle.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=8,
+                min_new_tokens=8,
+                do_sample=False,
+                eos_token_id=None,
+            )
+        got = rig.prefill(rig.sequence(prompt(length)))[0]
+        assert (got - expected).abs().max() < 1e-4
+        assert rig.generate([rig.sequence(prompt(length))], 8)[0] == greedy[0, length:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "reason"),
+    [
+        ("gptj", {"n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8}, "attention"),
+        ("bloom", {"n_head": 4, "n_layer": 2, "hidden_size": 64}, "attention"),
+        ("mamba", {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 4}, "attention"),
+    ],
+)
+def test_unsupported_architectures_are_refused_by_name(
+    architecture: str, fields: dict[str, int], reason: str, tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(architecture, vocab_size=320, **fields)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=reason) as error:
+        load_base(str(tmp_path), quantization="fp32")
+    assert type(model).__name__ in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"quantization": "int3"}, "quantization"),
+        ({"dtype": "fp8"}, "dtype"),
+        ({"quantization": "bf16", "dtype": "fp32"}, "dtype"),
+        ({"device": "cuda"}, "device"),
+    ],
+)
+def test_bad_options_name_the_field(
+    options: dict[str, str], field: str, tiny_model: Callable[[str], Path]
+) -> None:
+    if options.get("device") == "cuda" and torch.cuda.is_available():
+        options = {"device": "cuda:99"}
+    with pytest.raises(UnsupportedModel, match=f"^{field}"):
+        load_base(str(tiny_model("llama")), **options)
+
+
+def test_tied_embeddings_give_one_head(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    directory = save_tiny("llama", tmp_path, tie_word_embeddings=True)
+    rig = Rig(directory)
+    oracle = AutoModelForCausalLM.from_pretrained(directory).eval()
+    with torch.no_grad():
+        expected = oracle(torch.tensor([prompt(9)])).logits[0, -1]
+    assert (rig.prefill(rig.sequence(prompt(9)))[0] - expected).abs().max() < 1e-4
+    head = rig.base.module.get_output_embeddings()
+    embedding = rig.base.module.get_input_embeddings()
+    assert torch.equal(head.backend.dequantize(), embedding.weight)
+
+
+def test_spec_lists_sites_that_see_one_row_a_token(tiny_model: Callable[[str], Path]) -> None:
+    spec = load_base(str(tiny_model("qwen2")), quantization="fp32").spec
+    q = spec.modules["model.layers.0.self_attn.q_proj"]
+    assert (q.kind, q.in_features, q.out_features, q.has_bias) == ("linear", 64, 64, True)
+    assert spec.modules["lm_head"].is_head
+    assert spec.biases[q.name].shape == (64,)
+    gpt2 = load_base(str(tiny_model("gpt2")), quantization="fp32").spec
+    c_attn = gpt2.modules["transformer.h.0.attn.c_attn"]
+    assert (c_attn.in_features, c_attn.out_features, c_attn.transposed) == (64, 192, True)
+    assert gpt2.modules["transformer.h.0.ln_1"].kind == "norm"
+    mixtral = load_base(str(tiny_model("mixtral")), quantization="fp32").spec
+    assert not any("experts" in name for name in mixtral.modules)
+
+
+def test_digest_tells_weights_and_quantization_apart(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = tiny_model("llama")
+    digests = {
+        load_base(str(directory), quantization="fp32").spec.digest,
+        load_base(str(directory), quantization="bf16").spec.digest,
+        load_base(str(save_tiny("llama", tmp_path, seed=1)), quantization="fp32").spec.digest,
+    }
+    assert len(digests) == 3
+    assert load_base(str(directory), quantization="fp32").spec.digest in digests

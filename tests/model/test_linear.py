@@ -1,0 +1,85 @@
+"""Linear backends: right, row-invariant, and honest about the weight in effect."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from adaplex.model import linear
+from adaplex.model.linear import DenseLinear, Int8Linear, LinearBackend, Nf4Linear, make_linear
+
+SHAPES = [(64, 64), (96, 128), (48, 80), (320, 64)]
+
+
+def backend(shape: tuple[int, int], quantization: str, *, biased: bool) -> LinearBackend:
+    generator = torch.Generator().manual_seed(shape[0])
+    dtype = torch.float32 if quantization == "fp32" else torch.bfloat16
+    weight = torch.randn(shape, generator=generator).mul(0.1).to(dtype)
+    bias = torch.randn(shape[0], generator=generator).to(dtype) if biased else None
+    return make_linear(weight, bias, quantization)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "bf16", "fp32"])
+def test_multiplies_by_the_weight_it_reports(
+    shape: tuple[int, int], quantization: str, biased: bool
+) -> None:
+    layer = backend(shape, quantization, biased=biased)
+    x = torch.randn(9, shape[1]).to(torch.float32 if quantization == "fp32" else torch.bfloat16)
+    bias = None if layer.bias is None else layer.bias.float()
+    expected = F.linear(x.float(), layer.dequantize(), bias)
+    bound = {"fp32": 1e-5, "int8": 4e-2}.get(quantization, 2e-2) * float(expected.abs().max())
+    assert (layer(x).float() - expected).abs().max() < bound
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "bf16", "fp32"])
+def test_every_row_has_the_same_bits_in_any_batch(
+    shape: tuple[int, int], quantization: str
+) -> None:
+    layer = backend(shape, quantization, biased=True)
+    x = torch.randn(67, shape[1]).to(torch.float32 if quantization == "fp32" else torch.bfloat16)
+    whole = layer(x)
+    for start, stop in ((0, 1), (1, 3), (3, 8), (8, 67)):
+        assert torch.equal(layer(x[start:stop]), whole[start:stop])
+
+
+def test_nf4_takes_a_quarter_of_bf16() -> None:
+    weight = torch.randn(256, 256, dtype=torch.bfloat16)
+    dense = make_linear(weight, None, "bf16")
+    packed = make_linear(weight, None, "nf4")
+    if isinstance(packed, Nf4Linear):
+        assert packed.nbytes < 0.3 * dense.nbytes
+    assert (packed.dequantize() - weight.float()).abs().max() < 0.6
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((48, 64), torch.bfloat16), ((64, 80), torch.bfloat16)]
+)
+def test_shapes_without_a_kernel_keep_nf4_values_dense(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    weight = torch.randn(shape, dtype=dtype)
+    layer = make_linear(weight, None, "nf4")
+    assert isinstance(layer, DenseLinear)
+    assert torch.equal(layer.dequantize(), linear.nf4_roundtrip(weight).float())
+
+
+def test_a_cpu_without_the_kernel_gets_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(64, 128, dtype=torch.bfloat16)
+    fast = make_linear(weight, None, "nf4").dequantize()
+    monkeypatch.setattr(linear.bnb_functional, "has_avx512bf16", lambda: False)
+    slow = make_linear(weight, None, "nf4")
+    assert isinstance(slow, DenseLinear)
+    assert (slow.dequantize() - fast).abs().max() < 0.01 * fast.abs().max()
+
+
+def test_int8_rows_ignore_outliers_of_their_batch_mates() -> None:
+    layer = backend((64, 64), "int8", biased=False)
+    assert isinstance(layer, Int8Linear)
+    x = torch.randn(4, 64, dtype=torch.bfloat16)
+    alone = layer(x)[0]
+    x[3, 5] = 900.0
+    assert torch.equal(layer(x)[0], alone)

@@ -1,0 +1,83 @@
+"""Rig: a loaded base and a runner that tests drive by hand, without an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adaplex.adapters.program import AdapterProgram
+from adaplex.engine.batch import Batch, Chunk
+from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
+from adaplex.engine.sequence import Sequence
+from adaplex.model.loader import load_base
+from adaplex.model.runner import ModelRunner
+
+BLOCK = 16
+ARENA = 8 << 20
+
+
+class Rig:
+    """Owns blocks and arena extents in the simplest way: none is ever given back."""
+
+    def __init__(self, model: Path | str, quantization: str = "fp32", dtype: str = "auto") -> None:
+        self.base = load_base(str(model), quantization=quantization, dtype=dtype)
+        self.programs: dict[str, AdapterProgram] = {}
+        self.runner = ModelRunner(
+            self.base,
+            num_blocks=2048,
+            block_tokens=BLOCK,
+            arena_bytes=ARENA,
+            load_program=self.programs.__getitem__,
+        )
+        self._blocks = count(1)
+        self._offset = 0
+
+    def add(self, program: AdapterProgram, mode: AdapterMode = AdapterMode.UNMERGED) -> AdapterRef:
+        """Makes an adapter resident in the mode."""
+        self.programs[program.digest] = program
+        size = program.packed_bytes(self.base.dtype.itemsize)
+        if mode is AdapterMode.MERGED:
+            self.runner.build_merged(program.digest)
+        else:
+            self.runner.load_adapter(program.digest, self._offset, size)
+            self._offset += size
+        return AdapterRef("a", 1, program.digest, size, len(program.modules), mode)
+
+    def sequence(
+        self,
+        tokens: Seq[int],
+        adapter: AdapterRef | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> Sequence:
+        """A sequence with room for 64 more tokens."""
+        request = Request("r", tuple(tokens), sampling or SamplingParams(), adapter)
+        sequence = Sequence(request)
+        sequence.blocks = [next(self._blocks) for _ in range((len(tokens) + 64) // BLOCK + 1)]
+        return sequence
+
+    def forward(self, *chunks: Chunk) -> Tensor:
+        """fp32 logits of the chunks that sample, [chunks, vocabulary]."""
+        return self.runner.forward(Batch(chunks))
+
+    def prefill(self, *sequences: Sequence) -> Tensor:
+        """Whole prompts in one step."""
+        return self.forward(*(Chunk(s, 0, len(s)) for s in sequences))
+
+    def generate(self, sequences: Seq[Sequence], steps: int) -> list[list[int]]:
+        """Greedy tokens of every sequence, decoded in one batch."""
+        logits = self.prefill(*sequences)
+        for _ in range(steps):
+            for sequence, row in zip(sequences, logits, strict=True):
+                sequence.tokens.append(int(row.argmax()))
+            logits = self.forward(*(Chunk(s, len(s) - 1, 1) for s in sequences))
+        return [s.output for s in sequences]
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Random tokens of the tiny vocabulary, no special ones."""
+    generator = torch.Generator().manual_seed(seed * 1000 + length)
+    return torch.randint(3, 259, (length,), generator=generator).tolist()
