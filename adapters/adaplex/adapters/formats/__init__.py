@@ -1,0 +1,77 @@
+"""Families: one file each, one line each in FORMATS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from adaplex.adapters.checkpoint import Checkpoint
+from adaplex.adapters.digest import content_digest
+from adaplex.adapters.errors import AdapterInvalid
+from adaplex.adapters.formats.lora import Lora
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program import AdapterProgram, BaseSpec, ModuleProgram
+
+
+class Format(Protocol):
+    """How one family is read."""
+
+    family: str
+    semantic_fields: frozenset[str]
+    """Config fields that change the answer; they enter the digest."""
+
+    def lower(
+        self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits
+    ) -> tuple[tuple[ModuleProgram, ...], tuple[str, ...]]:
+        """Primitives for each module, and notes. Raises AdapterInvalid with every refusal."""
+        ...
+
+
+FORMATS: Mapping[str, Format] = {
+    "LORA": Lora(),
+}
+"""PEFT's `peft_type` -> format."""
+
+NEEDS: Mapping[str, str] = {
+    "ADALORA": "the low-rank primitive with singular values folded in",
+    "ADAPTION_PROMPT": "gated attention over learned prompts",
+    "BOFT": "merged weights computed by PEFT",
+    "BONE": "merged weights computed by PEFT",
+    "C3A": "merged weights computed by PEFT",
+    "CPT": "the virtual-token primitive",
+    "FOURIERFT": "merged weights computed by PEFT",
+    "HRA": "merged weights computed by PEFT",
+    "IA3": "the input and output scale primitives",
+    "LN_TUNING": "replaced norm weights",
+    "LOHA": "the low-rank primitive over a Khatri-Rao product",
+    "LOKR": "the low-rank primitive over an expanded Kronecker product",
+    "MULTITASK_PROMPT_TUNING": "the virtual-token primitive",
+    "OFT": "merged weights computed by PEFT",
+    "P_TUNING": "the virtual-token primitive",
+    "POLY": "a router between low-rank pairs",
+    "PREFIX_TUNING": "the KV prefix primitive",
+    "PROMPT_TUNING": "the virtual-token primitive",
+    "RANDLORA": "merged weights computed by PEFT",
+    "TRAINABLE_TOKENS": "replaced embedding rows",
+    "VBLORA": "merged weights computed by PEFT",
+    "VERA": "the low-rank primitive with shared pairs",
+    "XLORA": "a router between low-rank pairs",
+}
+"""What a family that is not served yet would need."""
+
+
+def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:
+    """Lowers a checkpoint to primitives. Raises AdapterInvalid with every refusal."""
+    kind = checkpoint.config.get("peft_type")
+    found = FORMATS.get(kind) if isinstance(kind, str) else None
+    if found is None:
+        need = f"; it needs {NEEDS[kind]}" if isinstance(kind, str) and kind in NEEDS else ""
+        raise AdapterInvalid.because(
+            "peft_type", f"{kind!r:.80} is not served; served are {', '.join(FORMATS)}{need}"
+        )
+    modules, notes = found.lower(checkpoint, base, limits)
+    digest = content_digest(checkpoint, found.semantic_fields)
+    program = AdapterProgram(digest, found.family, modules, notes)
+    if not program.is_finite():
+        raise AdapterInvalid.because("lora_alpha", "the scaled weights overflow bf16")
+    return program

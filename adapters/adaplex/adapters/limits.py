@@ -1,0 +1,23 @@
+"""AdapterLimits: what an adapter may take, checked before memory is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1024**2
+
+
+@dataclass(frozen=True)
+class AdapterLimits:
+    """Byte, count and rank limits of one adapter and of the store."""
+
+    max_adapter_bytes: int = 512 * MIB
+    """Of all files of one adapter."""
+    max_rank: int = 256
+    max_config_bytes: int = MIB
+    max_header_bytes: int = 8 * MIB
+    max_tensors: int = 100_000
+    max_adapters: int = 10_000
+    """Names in the catalog."""
+    max_store_bytes: int = 1024 * 1024 * MIB
+    """Of all stored files."""

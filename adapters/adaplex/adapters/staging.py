@@ -1,0 +1,132 @@
+"""Staging: an upload on its way in. Nothing of it is visible until the store takes it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from adaplex.adapters.checkpoint import FILES
+from adaplex.adapters.durable import sync
+from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
+from adaplex.adapters.limits import AdapterLimits
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """A file that an upload announces."""
+
+    name: str
+    size: int
+    sha256: str
+    """64 lower-case hex digits."""
+
+
+def check_files(files: Sequence[FileSpec], limits: AdapterLimits) -> None:
+    """Checks names, sizes and digests as announced. Raises AdapterInvalid or AdapterTooLarge."""
+    names = [file.name for file in files]
+    for file in files:
+        if file.name.endswith(PICKLE_SUFFIXES):
+            raise AdapterInvalid.because(
+                file.name, "is a pickle, which could run code; only safetensors are accepted"
+            )
+        if file.name not in FILES:
+            raise AdapterInvalid.because(
+                f"{file.name!r:.200}", f"is not one of {' and '.join(FILES)}"
+            )
+        if not SHA256.fullmatch(file.sha256):
+            raise AdapterInvalid.because(file.name, "sha256 is not 64 lower-case hex digits")
+        if file.size <= 0:
+            raise AdapterInvalid.because(file.name, "is empty")
+    for name in FILES:
+        if names.count(name) != 1:
+            raise AdapterInvalid.because(name, f"is announced {names.count(name)} times, not once")
+    total = sum(file.size for file in files)
+    if total > limits.max_adapter_bytes:
+        raise AdapterTooLarge(
+            f"the files have {total} bytes, the limit is {limits.max_adapter_bytes}", field="files"
+        )
+
+
+class Staging:
+    """A folder of its own, filled by `write` in order; discarded unless the store takes it."""
+
+    def __init__(self, directory: Path, files: Sequence[FileSpec]) -> None:
+        directory.mkdir()
+        self.directory = directory
+        self.files = tuple(files)
+        self._hashes = [hashlib.sha256() for _ in files]
+        self._written = [0] * len(files)
+        self._open: tuple[int, BinaryIO] | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files as announced."""
+        return sum(file.size for file in self.files)
+
+    def write(self, index: int, offset: int, data: bytes) -> None:
+        """Appends to a file. Chunks come in order, file after file. Raises AdapterInvalid."""
+        if not 0 <= index < len(self.files):
+            raise AdapterInvalid.because("chunk.file_index", f"must be below {len(self.files)}")
+        file, written = self.files[index], self._written[index]
+        if offset != written:
+            raise AdapterInvalid.because(
+                "chunk.offset", f"is {offset}, expected {written} of {file.name}"
+            )
+        if written + len(data) > file.size:
+            raise AdapterInvalid.because(
+                file.name, f"has more than the {file.size} bytes announced"
+            )
+        self._file(index).write(data)
+        self._hashes[index].update(data)
+        self._written[index] += len(data)
+
+    def verify(self) -> None:
+        """Checks that every file came whole, and syncs it. Raises AdapterInvalid."""
+        self._close()
+        for file, written, digest in zip(self.files, self._written, self._hashes, strict=True):
+            if written != file.size:
+                raise AdapterInvalid.because(
+                    file.name, f"ended after {written} of {file.size} bytes"
+                )
+            if digest.hexdigest() != file.sha256:
+                raise AdapterInvalid.because(
+                    file.name, f"has SHA-256 {digest.hexdigest()}, announced was {file.sha256}"
+                )
+            sync(self.directory / file.name)
+
+    def discard(self) -> None:
+        """Removes what was written; harmless after the store has taken it."""
+        self._close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.discard()
+
+    def _file(self, index: int) -> BinaryIO:
+        """The open file of this index; only one is open at a time."""
+        if self._open is None or self._open[0] != index:
+            self._close()
+            self._open = (index, (self.directory / self.files[index].name).open("ab"))
+        return self._open[1]
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None

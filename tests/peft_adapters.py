@@ -1,0 +1,119 @@
+"""Adapters as HF PEFT writes them, random but not idle, and PEFT as the oracle for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+ATTENTION = {
+    "gpt2": ["c_attn", "attn.c_proj"],
+}
+EVERYTHING = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"],
+}
+
+
+def attention(architecture: str) -> list[str]:
+    """Names of the attention projections."""
+    return ATTENTION.get(architecture, ["q_proj", "v_proj"])
+
+
+def everything(architecture: str) -> list[str]:
+    """Names of every projection that LoRA can take."""
+    mlp = ["gate_proj", "up_proj", "down_proj"]
+    return EVERYTHING.get(architecture, ["q_proj", "k_proj", "v_proj", "o_proj", *mlp])
+
+
+def spread(architecture: str) -> dict[str, dict[str, Any]]:
+    """LoRA configurations that differ in all that matters: rank, scale, targets, bias."""
+    first, every = attention(architecture)[0], everything(architecture)
+    layer = "h" if architecture == "gpt2" else "layers"
+    return {
+        "r2": {"r": 2, "lora_alpha": 4, "target_modules": attention(architecture)},
+        "r4-rslora": {"r": 4, "lora_alpha": 4, "use_rslora": True, "target_modules": every},
+        "r8-patterns": {
+            "r": 8,
+            "lora_alpha": 8,
+            "target_modules": every,
+            # PEFT sorts patterns when it saves, and the first match wins
+            "rank_pattern": dict(sorted({first: 3, f"{layer}.1.*": 5}.items())),
+            "alpha_pattern": {first: 6},
+        },
+        "r16-regex": {
+            "r": 16,
+            "lora_alpha": 8,
+            "target_modules": rf".*\.{layer}\.[02]\..*({'|'.join(every)})",
+        },
+        "bias-all": {"r": 4, "lora_alpha": 8, "bias": "all", "target_modules": [first]},
+        "bias-lora": {"r": 4, "lora_alpha": 8, "bias": "lora_only", "target_modules": every},
+        "layer-1": {
+            "r": 6,
+            "lora_alpha": 12,
+            "target_modules": every,
+            "layers_to_transform": [1],
+            "layers_pattern": layer,
+        },
+    }
+
+
+def load_plain(model: Path) -> PreTrainedModel:
+    """The base in fp32 with the slow attention."""
+    plain = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="eager"
+    )
+    return plain.eval()
+
+
+def save_adapter(
+    base: PreTrainedModel, directory: Path, *, seed: int = 0, size: float = 0.1, **fields: Any
+) -> Path:
+    """Saves a PEFT adapter for `base` with random weights; the base is left without it."""
+    torch.manual_seed(seed)
+    kept = {name: p.detach().clone() for name, p in base.named_parameters() if "bias" in name}
+    tuned = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **fields))
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, size)
+        elif parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * size
+    tuned.save_pretrained(directory)
+    tuned.unload()
+    for name, parameter in base.named_parameters():
+        if name in kept:
+            parameter.data = kept[name]
+            parameter.requires_grad_(False)
+    return directory
+
+
+class Oracle:
+    """PEFT with one adapter on a base of its own."""
+
+    def __init__(self, base: PreTrainedModel, adapter: Path | None) -> None:
+        self.model: Any = base if adapter is None else PeftModel.from_pretrained(base, adapter)
+        self.model.eval()
+
+    @torch.no_grad()
+    def logits(self, tokens: list[int]) -> Tensor:
+        """[vocabulary] after the last token."""
+        out: Tensor = self.model(torch.tensor([tokens])).logits[0, -1]
+        return out.float()
+
+    @torch.no_grad()
+    def greedy(self, tokens: list[int], count: int) -> list[int]:
+        """The next `count` tokens."""
+        ids = torch.tensor([tokens])
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        return out[0, len(tokens) :].tolist()  # type: ignore[no-any-return]
