@@ -1,0 +1,43 @@
+"""Batch: what one step runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adaplex.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens [start, start + count) of one sequence; one token when it decodes."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        """Position after the last token of the chunk: the context length it attends to."""
+        return self.start + self.count
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk reaches the last known token, so that a new one is sampled."""
+        return self.end == len(self.sequence)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Chunks of one step: decoding sequences first, then prompt chunks, by adapter in each."""
+
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the step."""
+        return sum(chunk.count for chunk in self.chunks)
+
+    @property
+    def sampling(self) -> tuple[Chunk, ...]:
+        """The chunks that yield a token, in order."""
+        return tuple(chunk for chunk in self.chunks if chunk.samples)

@@ -1,0 +1,170 @@
+"""BlockManager: who holds which block of the KV cache, and which blocks can be shared."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import Counter
+from collections.abc import Iterable
+
+from adaplex.engine.config import EngineConfig
+from adaplex.engine.sequence import Sequence
+
+
+def digest_fields(*fields: tuple[bytes, bytes]) -> bytes:
+    """SHA-256 over (tag, value) pairs, each part prefixed by its length: no two lists collide by
+    moving bytes from one field to the next.
+    """
+    digest = hashlib.sha256()
+    for part in (part for pair in fields for part in pair):
+        digest.update(struct.pack("<Q", len(part)))
+        digest.update(part)
+    return digest.digest()
+
+
+class BlockManager:
+    """Reference-counted blocks of `block_tokens` tokens. Block 0 is never handed out.
+
+    A block is free, held (by one or more sequences) or cached: held by none, its content known
+    by a published hash. Cached blocks are reclaimed, least recently used first, when no block is
+    free. A shared block is full, so nobody writes to it.
+    """
+
+    def __init__(self, config: EngineConfig, base_digest: str) -> None:
+        self._block_tokens = config.block_tokens
+        self._prefix_cache = config.prefix_cache
+        self._grain = config.prefix_grain
+        self._base = base_digest.encode()
+        self._total = config.usable_blocks
+        self._free = list(range(config.num_blocks - 1, 0, -1))
+        self._cached: dict[int, None] = {}
+        """Least recently used first."""
+        self._references: dict[int, int] = {}
+        """Sequences that hold each held block."""
+        self._published: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+
+    @property
+    def available(self) -> int:
+        """Blocks that can be handed out now."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def held(self) -> int:
+        """Blocks that sequences hold."""
+        return len(self._references)
+
+    @property
+    def usage(self) -> float:
+        """Share of the blocks that sequences hold, 0 to 1."""
+        return self.held / self._total
+
+    def allocate(self, sequence: Sequence, *, reserve: int = 0) -> bool:
+        """Gives a sequence without blocks all that its known tokens need, cached ones first.
+
+        Sets `blocks`, `hashes` and `computed`. False, and nothing is changed, when fewer than
+        `reserve` blocks would be left. At least the last token is left to compute.
+        """
+        assert not sequence.blocks
+        hashes = self._known_prefix(sequence)
+        hits = [self._published[key] for key in hashes]
+        fresh = self._blocks_for(sequence) - len(hits)
+        revived = sum(block in self._cached for block in hits)
+        if self.available - revived - fresh < reserve:
+            return False
+        for block in hits:
+            self._cached.pop(block, None)
+            self._references[block] = self._references.get(block, 0) + 1
+        sequence.blocks = hits + [self._take() for _ in range(fresh)]
+        sequence.hashes = hashes
+        sequence.computed = len(hits) * self._block_tokens
+        return True
+
+    def extend(self, sequence: Sequence) -> bool:
+        """Makes room for every known token of a running sequence; False when blocks run out."""
+        while len(sequence.blocks) < self._blocks_for(sequence):
+            if not self.available:
+                return False
+            sequence.blocks.append(self._take())
+        return True
+
+    def publish(self, sequence: Sequence) -> None:
+        """Makes the full, computed blocks of a sequence known to later ones."""
+        if not self._prefix_cache:
+            return
+        for index in range(len(sequence.hashes), sequence.computed // self._block_tokens):
+            key = self._hash(sequence, index, self._parent(sequence, sequence.hashes))
+            sequence.hashes.append(key)
+            if key not in self._published:  # another sequence may have computed the same
+                self._published[key] = sequence.blocks[index]
+                self._hash_of[sequence.blocks[index]] = key
+
+    def free(self, sequence: Sequence) -> None:
+        """Takes all blocks back; published ones stay cached, the end of the prefix going first."""
+        for block in reversed(sequence.blocks):
+            self._references[block] -= 1
+            if self._references[block]:
+                continue
+            del self._references[block]
+            if block in self._hash_of:
+                self._cached[block] = None
+            else:
+                self._free.append(block)
+        sequence.blocks = []
+        sequence.hashes = []
+        sequence.computed = 0
+
+    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+        """Asserts that free, cached and held blocks are all there are, and that the counts equal
+        the block tables of `sequences`: all that the engine knows.
+        """
+        tables = Counter(block for sequence in sequences for block in sequence.blocks)
+        assert tables == self._references
+        everything = [*self._free, *self._cached, *self._references]
+        assert sorted(everything) == list(range(1, self._total + 1))
+        assert self._hash_of == {block: key for key, block in self._published.items()}
+        assert self._cached.keys() <= self._hash_of.keys()
+        assert not set(self._free) & self._hash_of.keys()
+
+    def _blocks_for(self, sequence: Sequence) -> int:
+        return -(-len(sequence) // self._block_tokens)
+
+    def _take(self) -> int:
+        if self._free:
+            block = self._free.pop()
+        else:
+            block = next(iter(self._cached))
+            del self._cached[block]
+            del self._published[self._hash_of.pop(block)]
+        self._references[block] = 1
+        return block
+
+    def _known_prefix(self, sequence: Sequence) -> list[bytes]:
+        """Hashes of the leading blocks that are published, short of the last token."""
+        hashes: list[bytes] = []
+        if not self._prefix_cache:
+            return hashes
+        for index in range((len(sequence) - 1) // self._block_tokens):
+            key = self._hash(sequence, index, self._parent(sequence, hashes))
+            if key not in self._published:
+                break
+            hashes.append(key)
+        return hashes[: len(hashes) // self._grain * self._grain]
+
+    def _parent(self, sequence: Sequence, hashes: list[bytes]) -> bytes:
+        """What the next block continues: the block before it, or who may share at all."""
+        return hashes[-1] if hashes else self._root(sequence)
+
+    def _root(self, sequence: Sequence) -> bytes:
+        return digest_fields(
+            (b"base", self._base),
+            (b"adapter", sequence.adapter_key.encode()),
+            (b"salt", sequence.request.cache_salt.encode()),
+        )
+
+    def _hash(self, sequence: Sequence, index: int, parent: bytes) -> bytes:
+        start = index * self._block_tokens
+        tokens = sequence.tokens[start : start + self._block_tokens]
+        return digest_fields(
+            (b"parent", parent), (b"tokens", struct.pack(f"<{len(tokens)}Q", *tokens))
+        )

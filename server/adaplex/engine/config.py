@@ -1,0 +1,60 @@
+"""EngineConfig: the limits that policy works under."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adaplex.engine.errors import RequestInvalid
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Frozen limits. Derived values are properties."""
+
+    num_blocks: int
+    """KV blocks in all; block 0 is scratch for padding rows and never handed out."""
+    arena_bytes: int
+    """Bytes of adapters resident at once."""
+    merged_bytes: int = 0
+    """Bytes of merged weights kept at once; 0 refuses merged mode."""
+    auto_merge_requests: int = 8
+    """In auto mode an adapter earns merged weights after this many recent requests, at least 1."""
+    max_bypass: int = 32
+    """Later requests that may use resident adapters past one that waits for room for its own."""
+    block_tokens: int = 16
+    max_model_len: int = 2048
+    max_running: int = 64
+    """Sequences in one step."""
+    max_waiting: int = 1024
+    max_step_tokens: int = 512
+    """Rows of one step: one a decoding sequence, the rest for prompt chunks."""
+    max_chunk_tokens: int = 256
+    """Prompt tokens of one sequence in one step. Chunks end at multiples of it, or at the last
+    token, whatever else runs, if max_step_tokens has room for max_running + max_chunk_tokens."""
+    prefix_cache: bool = True
+    prefix_grain: int = 1
+    """Blocks; a prefix hit is cut to a multiple. With the blocks of one chunk, what is computed
+    for a prompt does not depend on what was cached."""
+
+    def __post_init__(self) -> None:
+        """Refuses limits that could not serve a single request."""
+        if self.usable_blocks * self.block_tokens < self.max_model_len:
+            raise RequestInvalid(
+                "kv_cache_bytes",
+                f"{self.usable_blocks} blocks of {self.block_tokens} tokens cannot hold one "
+                f"sequence of max_model_len={self.max_model_len}",
+            )
+        if self.max_step_tokens < self.max_running:
+            raise RequestInvalid(
+                "max_step_tokens", f"must be at least max_running={self.max_running}"
+            )
+        if not 1 <= self.max_chunk_tokens <= self.max_step_tokens:
+            raise RequestInvalid("max_chunk_tokens", f"must be 1 to {self.max_step_tokens}")
+        for name in ("block_tokens", "max_running", "auto_merge_requests", "prefix_grain"):
+            if getattr(self, name) < 1:
+                raise RequestInvalid(name, "must be at least 1")
+
+    @property
+    def usable_blocks(self) -> int:
+        """Blocks that sequences may hold."""
+        return self.num_blocks - 1

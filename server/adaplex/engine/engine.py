@@ -1,0 +1,274 @@
+"""Engine: runs requests step by step. Not thread-safe: one thread owns it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor
+from dataclasses import replace
+from itertools import count
+
+from adaplex.engine.batch import Batch
+from adaplex.engine.block_manager import BlockManager
+from adaplex.engine.config import EngineConfig
+from adaplex.engine.errors import DeadlineExpired, EngineFailed, QueueFull, RequestInvalid
+from adaplex.engine.observer import EngineStats, Observer, SilentObserver
+from adaplex.engine.request import FinishReason, Request, SampledToken, StepOutput, Timing
+from adaplex.engine.residency import Residency
+from adaplex.engine.runner import Runner
+from adaplex.engine.scheduler import Scheduler
+from adaplex.engine.sequence import Sequence
+
+RETRY_SECONDS = (0.5, 30.0)
+"""Bounds of what QueueFull advises."""
+
+
+def _nothing() -> None:
+    """The default of `Engine.on_load`."""
+
+
+class Engine:
+    """Requests in, tokens out. Slow work on adapters runs on `executor`, by default a small pool.
+
+    `on_load` is called on a loader thread when a `step` can take in what was loaded; it may be
+    replaced before the first request.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        *,
+        base_digest: str,
+        observer: Observer | None = None,
+        executor: Executor | None = None,
+    ) -> None:
+        self.config = config
+        self.on_load: Callable[[], None] = _nothing
+        self.stalled = True
+        """Whether the last step ran nothing: another does neither, until something comes in."""
+        self._runner = runner
+        self._observer = observer or SilentObserver()
+        self._blocks = BlockManager(config, base_digest)
+        self._residency = Residency(
+            config, runner, self._observer, on_completion=lambda: self.on_load(), executor=executor
+        )
+        self._scheduler = Scheduler(config, self._blocks, self._residency, self._observer)
+        self._sequences: dict[str, Sequence] = {}
+        self._numbers = count()
+        self._outputs: list[StepOutput] = []
+        self._service_seconds: deque[float] = deque(maxlen=64)
+        """From admission to the end, of recent requests."""
+        self._update_stats()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is waiting or running."""
+        return bool(self._sequences)
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When the first request in work expires."""
+        deadlines = (sequence.request.deadline for sequence in self._sequences.values())
+        return min((time for time in deadlines if time is not None), default=None)
+
+    def stats(self) -> EngineStats:
+        """How full the engine was after the last call; safe from any thread."""
+        return self._stats
+
+    def add(self, request: Request) -> None:
+        """Takes a request in. Raises RequestInvalid, AdapterTooLarge or QueueFull."""
+        self._check(request)
+        if request.adapter is not None:
+            self._residency.check(request.adapter)
+        if self._places() <= 0:
+            raise QueueFull(self.config.max_waiting, self._retry_after())
+        if request.adapter is not None:
+            self._residency.note(request.adapter)
+        sequence = Sequence(request, number=next(self._numbers))
+        self._sequences[request.request_id] = sequence
+        self._scheduler.add(sequence)
+        self._update_stats()
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request without an output; one that has ended is left alone."""
+        if sequence := self._sequences.get(request_id):
+            self._finish(sequence, None)
+            self._update_stats()
+
+    def unload(self, digest: str) -> bool:
+        """Drops an adapter from memory as soon as nothing runs with it; whether it was there."""
+        resident = self._residency.unload(digest)
+        self._update_stats()
+        return resident
+
+    def step(self) -> list[StepOutput]:
+        """Takes in loads, ends what is late, runs one batch; at most one output a request."""
+        now = time.monotonic()
+        self._take_in_loads()
+        self._expire(now)
+        batch = self._scheduler.schedule(now)
+        if batch.chunks:
+            self._run(batch, now)
+        self.stalled = not batch.chunks
+        self._update_stats()
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def close(self) -> None:
+        """Waits for the loader; to be called last."""
+        self._residency.loader.close()
+
+    def check_integrity(self) -> None:
+        """Asserts that blocks, leases and arena bytes balance with the sequences in work."""
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        assert {*running, *waiting} == set(self._sequences.values())
+        assert len(running) + len(waiting) == len(self._sequences)
+        assert not any(sequence.blocks for sequence in waiting)
+        self._blocks.check_integrity(running)
+        self._residency.check_integrity(running)
+
+    def _check(self, request: Request) -> None:
+        if request.request_id in self._sequences:
+            raise RequestInvalid("request_id", f"{request.request_id} is in use")
+        if not request.prompt:
+            raise RequestInvalid("prompt", "is empty")
+        if len(request.prompt) >= self.config.max_model_len:
+            raise RequestInvalid(
+                "prompt",
+                f"has {len(request.prompt)} tokens; with one to generate, "
+                f"the limit is {self.config.max_model_len}",
+            )
+        if request.sampling.max_tokens < 1:
+            raise RequestInvalid("max_tokens", "must be at least 1")
+
+    def _places(self) -> int:
+        """Requests that may still come: those that the next step could start, and the queue."""
+        return self.config.max_running + self.config.max_waiting - len(self._sequences)
+
+    def _retry_after(self) -> float:
+        """Seconds that the queue takes, at the pace of recent requests."""
+        seconds = self._service_seconds
+        mean = sum(seconds) / len(seconds) if seconds else 0.0
+        shortest, longest = RETRY_SECONDS
+        return min(max(mean * self.config.max_waiting / self.config.max_running, shortest), longest)
+
+    def _take_in_loads(self) -> None:
+        for failure in self._residency.collect():
+            for sequence in filter(failure.hits, tuple(self._scheduler.waiting)):
+                self._fail(sequence, failure.error())
+
+    def _expire(self, now: float) -> None:
+        for sequence in tuple(self._sequences.values()):
+            deadline = sequence.request.deadline
+            if deadline is not None and deadline <= now:
+                self._fail(sequence, DeadlineExpired("the request's deadline has passed"))
+
+    def _run(self, batch: Batch, now: float) -> None:
+        """Runs the batch; if that fails, its sequences do, and only they."""
+        try:
+            tokens = self._runner.run(batch)
+            pairs = zip(batch.sampling, tokens, strict=True)
+            sampled = {chunk.sequence: token for chunk, token in pairs}
+        except Exception as cause:
+            for chunk in batch.chunks:
+                error = EngineFailed(f"the step failed: {cause}")
+                error.__cause__ = cause
+                self._fail(chunk.sequence, error)
+            return
+        self._postprocess(batch, sampled, now)
+        self._observer.stepped(rows=batch.tokens, seconds=time.monotonic() - now)
+
+    def _postprocess(
+        self, batch: Batch, sampled: Mapping[Sequence, SampledToken], now: float
+    ) -> None:
+        """Books what was computed, then appends and emits the new tokens."""
+        for chunk in batch.chunks:
+            sequence = chunk.sequence
+            sequence.computed = chunk.end
+            self._blocks.publish(sequence)
+            self._emit(sequence, sampled.get(sequence), now)
+
+    def _emit(self, sequence: Sequence, sampled: SampledToken | None, now: float) -> None:
+        """One output for a sequence that was first scheduled in this step or has a new token."""
+        admitted = sequence.admitted_at is None
+        output = StepOutput(
+            sequence.request_id, admitted=admitted, adapter=sequence.adapter if admitted else None
+        )
+        if admitted:
+            sequence.admitted_at = now
+        if sampled is not None:
+            sequence.tokens.append(sampled.token)
+            if sequence.first_token_at is None:
+                sequence.first_token_at = time.monotonic()
+            output = replace(
+                output,
+                tokens=(sampled.token,),
+                logprobs=(sampled.logprob,) if sampled.logprob else (),
+                finish=self._finish_reason(sequence),
+            )
+        if output.last:
+            self._finish(sequence, output)
+        elif admitted or sampled is not None:
+            self._outputs.append(output)
+
+    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
+        """Why the newest token is the last one; None if it is not."""
+        sampling = sequence.request.sampling
+        stops = sequence.tokens[-1] in sampling.stop_token_ids
+        if stops and sequence.output_len > sampling.min_tokens:
+            return FinishReason.STOP
+        if sequence.output_len >= sampling.max_tokens or len(sequence) >= self.config.max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        self._finish(sequence, StepOutput(sequence.request_id, error=error))
+
+    def _finish(self, sequence: Sequence, output: StepOutput | None) -> None:
+        """The one way out: for a normal end, an abort (no output), a deadline and a failure."""
+        del self._sequences[sequence.request_id]
+        self._scheduler.remove(sequence)
+        self._blocks.free(sequence)
+        self._residency.release(sequence)
+        now = time.monotonic()
+        if sequence.admitted_at is not None:
+            self._service_seconds.append(now - sequence.admitted_at)
+        if output is not None:
+            self._outputs.append(replace(output, timing=_timing(sequence, now)))
+
+    def _update_stats(self) -> None:
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        arena, merged = self._residency.arena, self._residency.merged
+        self._stats = EngineStats(
+            running=len(running),
+            waiting=len(waiting),
+            kv_blocks_total=self.config.usable_blocks,
+            kv_blocks_used=self._blocks.held,
+            arena_bytes_total=arena.space.capacity,
+            arena_bytes_used=arena.space.used,
+            merged_bytes_total=merged.space.capacity,
+            merged_bytes_used=merged.space.used,
+            resident=arena.resident,
+            merged=merged.resident,
+            running_adapters=_adapter_names(running),
+            waiting_adapters=_adapter_names(waiting),
+        )
+
+
+def _adapter_names(sequences: Iterable[Sequence]) -> tuple[str, ...]:
+    return tuple(sorted({s.adapter.name for s in sequences if s.adapter is not None}))
+
+
+def _timing(sequence: Sequence, now: float) -> Timing:
+    """Seconds from arrival to each event, 0 for one that never came."""
+    arrival = sequence.request.arrival
+    asked, ready = sequence.adapter_asked_at, sequence.adapter_ready_at
+    return Timing(
+        queued=(sequence.admitted_at or arrival) - arrival,
+        adapter_wait=ready - asked if ready is not None and asked is not None else 0.0,
+        first_token=(sequence.first_token_at or arrival) - arrival,
+        total=now - arrival,
+        cached_tokens=sequence.cached_tokens,
+    )

@@ -1,0 +1,53 @@
+"""Errors of requests.
+
+AdaplexError            (adaplex.adapters.errors)
+└── RequestError
+    ├── RequestInvalid      a field is out of range; names the field and the limit
+    ├── QueueFull           too many requests wait; says when to try again
+    ├── ServerUnavailable   loading or draining
+    ├── DeadlineExpired     the request's time ran out
+    ├── AdapterLoadFailed   the adapter could not be brought into memory
+    └── EngineFailed        a step failed; the request's work is lost
+"""
+
+from __future__ import annotations
+
+from adaplex.adapters.errors import AdaplexError
+
+
+class RequestError(AdaplexError):
+    """Something is wrong with a request, or with serving it now."""
+
+
+class RequestInvalid(RequestError):
+    """A field of the request is out of range."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+class QueueFull(RequestError):
+    """The waiting queue is full."""
+
+    def __init__(self, limit: int, retry_after: float) -> None:
+        super().__init__(f"{limit} requests are waiting already; try again in {retry_after:.1f} s")
+        self.retry_after = retry_after
+        """Seconds."""
+
+
+class ServerUnavailable(RequestError):
+    """The server is loading or draining."""
+
+
+class DeadlineExpired(RequestError):
+    """The request's deadline passed before it was done."""
+
+
+class AdapterLoadFailed(RequestError):
+    """The adapter could not be brought into memory."""
+
+
+class EngineFailed(RequestError):
+    """A step of the engine failed; the sequences in it are lost."""

@@ -1,0 +1,74 @@
+"""Observer: where the engine reports what it does. Metrics implement it; the default is silent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Tier = Literal["arena", "merged"]
+Outcome = Literal["ok", "error"]
+
+
+class Observer(Protocol):
+    """Called on the engine thread (`adapter_loaded` too); must be quick and never raise."""
+
+    def stepped(self, *, rows: int, seconds: float) -> None:
+        """One step ran `rows` tokens."""
+
+    def preempted(self) -> None:
+        """A running sequence gave up its blocks and will be recomputed."""
+
+    def prefix_looked_up(self, *, tokens: int, hits: int) -> None:
+        """A prompt of `tokens` was looked up; KV of `hits` of them was reused."""
+
+    def adapter_loaded(self, *, tier: Tier, outcome: Outcome, seconds: float) -> None:
+        """An adapter was brought into a tier, or failed to be."""
+
+    def adapter_evicted(self, *, tier: Tier) -> None:
+        """An adapter was dropped from a tier to make room."""
+
+    def merged_looked_up(self, *, hit: bool) -> None:
+        """A request for merged weights found them made, or not."""
+
+
+class SilentObserver:
+    """Drops every report."""
+
+    def stepped(self, *, rows: int, seconds: float) -> None:
+        """Drops the report."""
+
+    def preempted(self) -> None:
+        """Drops the report."""
+
+    def prefix_looked_up(self, *, tokens: int, hits: int) -> None:
+        """Drops the report."""
+
+    def adapter_loaded(self, *, tier: Tier, outcome: Outcome, seconds: float) -> None:
+        """Drops the report."""
+
+    def adapter_evicted(self, *, tier: Tier) -> None:
+        """Drops the report."""
+
+    def merged_looked_up(self, *, hit: bool) -> None:
+        """Drops the report."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """How full the engine is now. Safe to read from any thread."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_used: int = 0
+    arena_bytes_total: int = 0
+    arena_bytes_used: int = 0
+    merged_bytes_total: int = 0
+    merged_bytes_used: int = 0
+    resident: frozenset[str] = frozenset()
+    """Digests in the arena."""
+    merged: frozenset[str] = frozenset()
+    """Digests with merged weights."""
+    running_adapters: tuple[str, ...] = ()
+    """Names of adapters that running sequences use."""
+    waiting_adapters: tuple[str, ...] = ()

@@ -1,0 +1,137 @@
+"""Request: what the edge asks of the engine, already checked and tokenized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class AdapterMode(StrEnum):
+    """How an adapter meets the base weights."""
+
+    UNMERGED = "unmerged"
+    MERGED = "merged"
+    AUTO = "auto"
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended well."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. Ranges are checked at the edge (see generation.proto)."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    max_tokens: int = 128
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    """End-of-sequence tokens included, unless the request ignores them."""
+    logprobs: int | None = None
+    """How many likeliest tokens to report beside the chosen one; None reports nothing."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0.0
+
+    @property
+    def penalized(self) -> bool:
+        """Whether any penalty changes the logits."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+@dataclass(frozen=True)
+class AdapterRef:
+    """The content a request is bound to at admission. `digest` is the identity."""
+
+    name: str
+    version: int
+    digest: str
+    packed_bytes: int
+    modules: int
+    mode: AdapterMode = AdapterMode.UNMERGED
+    """Never AUTO once the engine has admitted the request."""
+
+    @property
+    def key(self) -> str:
+        """What distinguishes its KV: merged and unmerged weights round differently."""
+        return f"{self.digest}/{self.mode}"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation. Times are `time.monotonic()` seconds."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    adapter: AdapterRef | None = None
+    cache_salt: str = ""
+    priority: int = 0
+    arrival: float = 0.0
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Log probability of a chosen token and of the likeliest ones, before penalties."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """What the runner says of one sequence after a step."""
+
+    token: int
+    logprob: Logprob | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds from arrival, and what was reused; filled as the request goes on."""
+
+    queued: float = 0.0
+    adapter_wait: float = 0.0
+    first_token: float = 0.0
+    total: float = 0.0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step gave one request. The last one has `finish` or `error` set."""
+
+    request_id: str
+    admitted: bool = False
+    """Set on the first output: the adapter is in memory, its mode is decided."""
+    adapter: AdapterRef | None = None
+    """What is applied, on the first output; None is the base."""
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[Logprob, ...] = ()
+    finish: FinishReason | None = None
+    error: Exception | None = None
+    timing: Timing | None = None
+    """Set on the last output."""
+
+    @property
+    def last(self) -> bool:
+        """Whether the request has ended."""
+        return self.finish is not None or self.error is not None

@@ -1,0 +1,93 @@
+"""Sequence: a request while the engine works on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from adaplex.engine.request import AdapterRef, Request
+
+
+class Status(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens, blocks and progress of one request."""
+
+    request: Request
+    number: int = 0
+    """Order of arrival at the engine."""
+    tokens: list[int] = field(init=False)
+    """Prompt, then output."""
+    computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+    blocks: list[int] = field(default_factory=list)
+    """Block table: block i holds tokens [i * block_tokens, (i + 1) * block_tokens)."""
+    hashes: list[bytes] = field(default_factory=list)
+    """Hash of each full block published to the prefix cache."""
+    status: Status = Status.WAITING
+    cached_tokens: int = 0
+    bypassed: int = 0
+    """Later sequences that leased an adapter while there was no room for the one of this."""
+    adapter_asked_at: float | None = None
+    adapter_ready_at: float | None = None
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+
+    def __post_init__(self) -> None:
+        """Starts the token list from the prompt."""
+        self.tokens = list(self.request.prompt)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self.request.request_id
+
+    @property
+    def rank(self) -> tuple[int, float, int]:
+        """Sorts sequences by urgency: priority, then arrival."""
+        return (-self.request.priority, self.request.arrival, self.number)
+
+    @property
+    def adapter(self) -> AdapterRef | None:
+        """The content the request is bound to, None for the base."""
+        return self.request.adapter
+
+    @property
+    def adapter_key(self) -> str:
+        """What groups rows and keys the prefix cache; empty for the base."""
+        return self.request.adapter.key if self.request.adapter else ""
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
+
+    @property
+    def output_len(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def output(self) -> list[int]:
+        """Tokens generated so far."""
+        return self.tokens[self.prompt_len :]
+
+    @property
+    def remaining(self) -> int:
+        """Tokens known and not yet computed: 1 when decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        """Whether all but the newest generated token is computed."""
+        return self.output_len > 0 and self.remaining == 1

@@ -1,0 +1,266 @@
+"""A runner without a model, executors without threads, and makers of requests."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from functools import partial
+from threading import Event
+from typing import Any, NamedTuple
+
+from adaplex.engine.batch import Batch, Chunk
+from adaplex.engine.config import EngineConfig
+from adaplex.engine.engine import Engine
+from adaplex.engine.request import (
+    AdapterMode,
+    AdapterRef,
+    Request,
+    SampledToken,
+    SamplingParams,
+    StepOutput,
+)
+
+BLOCK = 4
+"""Tokens a block."""
+UNIT = 64
+"""Bytes of the smallest adapter."""
+
+
+def next_token(digest: str, tokens: Sequence[int]) -> int:
+    return zlib.crc32(repr((digest, list(tokens))).encode()) % 997
+
+
+def expected(request: Request) -> list[int]:
+    """What the request yields when it runs alone and to its length."""
+    digest = request.adapter.digest if request.adapter else ""
+    tokens = list(request.prompt)
+    for _ in range(request.sampling.max_tokens):
+        tokens.append(next_token(digest, tokens))
+    return tokens[len(request.prompt) :]
+
+
+class Row(NamedTuple):
+    """A chunk as it was when it ran."""
+
+    request_id: str
+    adapter: str
+    mode: str
+    start: int
+    length: int
+    samples: bool
+
+    @classmethod
+    def of(cls, chunk: Chunk) -> Row:
+        adapter = chunk.sequence.adapter
+        name, mode = (adapter.name, adapter.mode.value) if adapter else ("", "")
+        return cls(chunk.sequence.request_id, name, mode, chunk.start, chunk.count, chunk.samples)
+
+
+class FakeRunner:
+    """The next token is a function of the tokens and the adapter; the KV cache is a dictionary,
+    checked at every read; adapters occupy extents, checked for overlap.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[list[Row]] = []
+        self.cells: dict[tuple[int, int], tuple[str, str, int, int]] = {}
+        self.extents: dict[str, tuple[int, int]] = {}
+        self.merged: set[str] = set()
+        self.merged_size = 100
+        self.loads: list[str] = []
+        self.failing: dict[str, Exception] = {}
+        self.step_failure: Exception | None = None
+        self.on_run: Callable[[], None] = lambda: None
+
+    def run(self, batch: Batch) -> list[SampledToken]:
+        self.on_run()
+        self.batches.append([Row.of(chunk) for chunk in batch.chunks])
+        if self.step_failure is not None:
+            raise self.step_failure
+        self._check_tables(batch)
+        for chunk in batch.chunks:
+            self._check_adapter(chunk)
+            self._write_and_read(chunk)
+        return [
+            SampledToken(next_token(self._digest(chunk), chunk.sequence.tokens))
+            for chunk in batch.sampling
+        ]
+
+    def load_adapter(self, digest: str, offset: int, nbytes: int) -> None:
+        self.loads.append(digest)
+        if digest in self.failing:
+            raise self.failing[digest]
+        for start, size in self.extents.values():
+            assert offset + nbytes <= start or start + size <= offset, "extents overlap"
+        assert digest not in self.extents
+        self.extents[digest] = (offset, nbytes)
+
+    def remove_adapter(self, digest: str) -> None:
+        del self.extents[digest]
+
+    def merged_bytes(self, digest: str) -> int:
+        return self.merged_size
+
+    def build_merged(self, digest: str) -> int:
+        self.loads.append(digest)
+        if digest in self.failing:
+            raise self.failing[digest]
+        self.merged.add(digest)
+        return self.merged_size
+
+    def remove_merged(self, digest: str) -> None:
+        self.merged.remove(digest)
+
+    @staticmethod
+    def _digest(chunk: Chunk) -> str:
+        return chunk.sequence.adapter.digest if chunk.sequence.adapter else ""
+
+    @staticmethod
+    def _check_tables(batch: Batch) -> None:
+        """A block that is written is in no other table; decodes come first; adapters together."""
+        for chunk in batch.chunks:
+            first, last = chunk.start // BLOCK, (chunk.end - 1) // BLOCK
+            written = set(chunk.sequence.blocks[first : last + 1])
+            assert 0 not in written
+            for other in batch.chunks:
+                assert other is chunk or not written & set(other.sequence.blocks)
+        order = [(not c.sequence.decoding, c.sequence.adapter_key) for c in batch.chunks]
+        assert order == sorted(order)
+
+    def _check_adapter(self, chunk: Chunk) -> None:
+        if adapter := chunk.sequence.adapter:
+            assert adapter.mode is not AdapterMode.AUTO
+            loaded = self.merged if adapter.mode is AdapterMode.MERGED else self.extents
+            assert adapter.digest in loaded, "adapter is not loaded"
+
+    def _write_and_read(self, chunk: Chunk) -> None:
+        sequence = chunk.sequence
+        salt = sequence.request.cache_salt
+        for position in range(chunk.end):
+            cell = (sequence.blocks[position // BLOCK], position % BLOCK)
+            right = (sequence.adapter_key, salt, position, sequence.tokens[position])
+            if position >= chunk.start:
+                self.cells[cell] = right
+            assert self.cells[cell] == right, "stale KV"
+
+
+class ManualExecutor(Executor):
+    """Runs a job when told to."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Callable[[], Any]] = []
+        self.submitted = Event()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.jobs.append(partial(fn, *args, **kwargs))
+        self.submitted.set()
+        return Future()
+
+    def run(self, index: int = 0) -> None:
+        self.jobs.pop(index)()
+
+    def run_all(self) -> None:
+        while self.jobs:
+            self.run()
+
+
+class InlineExecutor(Executor):
+    """Runs a job at once."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        fn(*args, **kwargs)
+        return Future()
+
+
+def make_config(**changes: Any) -> EngineConfig:
+    limits: dict[str, Any] = {
+        "num_blocks": 65,
+        "arena_bytes": 3 * UNIT,
+        "block_tokens": BLOCK,
+        "max_model_len": 64,
+        "max_running": 8,
+        "max_waiting": 100,
+        "max_step_tokens": 24,
+        "max_chunk_tokens": 8,
+    }
+    return EngineConfig(**(limits | changes))
+
+
+def make_engine(
+    executor: Executor | None = None, runner: FakeRunner | None = None, **changes: Any
+) -> tuple[Engine, FakeRunner]:
+    runner = runner or FakeRunner()
+    engine = Engine(
+        make_config(**changes), runner, base_digest="base", executor=executor or InlineExecutor()
+    )
+    return engine, runner
+
+
+def make_adapter(
+    name: str = "a", nbytes: int = UNIT, mode: AdapterMode = AdapterMode.UNMERGED
+) -> AdapterRef:
+    return AdapterRef(name, 1, f"sha256:{name}", nbytes, 1, mode)
+
+
+def make_request(
+    request_id: str = "r",
+    prompt: Sequence[int] = (1, 2, 3),
+    adapter: AdapterRef | str | None = None,
+    max_tokens: int = 4,
+    **fields: Any,
+) -> Request:
+    sampling = fields.pop("sampling", SamplingParams(max_tokens=max_tokens))
+    adapter = make_adapter(adapter) if isinstance(adapter, str) else adapter
+    return Request(request_id, tuple(prompt), sampling, adapter, **fields)
+
+
+class Ledger:
+    """Steps an engine, checks it after each step, and gathers the outputs by request."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.outputs: dict[str, list[StepOutput]] = {}
+
+    def step(self) -> list[StepOutput]:
+        outputs = self.engine.step()
+        self.engine.check_integrity()
+        assert len({output.request_id for output in outputs}) == len(outputs)
+        for output in outputs:
+            seen = self.outputs.setdefault(output.request_id, [])
+            assert not (seen and seen[-1].last), "an output after the last"
+            seen.append(output)
+        return outputs
+
+    def drain(self, limit: int = 2000) -> None:
+        for _ in range(limit):
+            if not self.engine.has_work:
+                self.check_idle()
+                return
+            self.step()
+        raise AssertionError("the engine does not come to an end")
+
+    def check_idle(self) -> None:
+        self.engine.check_integrity()
+        stats = self.engine.stats()
+        assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [token for output in self.outputs[request_id] for token in output.tokens]
+
+    def last(self, request_id: str) -> StepOutput:
+        return self.outputs[request_id][-1]
+
+    def error(self, request_id: str) -> Exception | None:
+        return self.last(request_id).error
+
+
+def run_all(engine: Engine, requests: Sequence[Request]) -> Ledger:
+    """Adds the requests, runs them to the end and checks every answer."""
+    ledger = Ledger(engine)
+    for request in requests:
+        engine.add(request)
+    ledger.drain()
+    for request in requests:
+        assert ledger.tokens(request.request_id) == expected(request)
+    return ledger

@@ -1,0 +1,135 @@
+"""Any mix of events, in any order, leaves blocks, leases and bytes in balance."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from adaplex.engine.errors import AdapterLoadFailed, EngineFailed, RequestInvalid
+from adaplex.engine.request import AdapterMode, Request
+from engine.fakes import (
+    UNIT,
+    Ledger,
+    ManualExecutor,
+    expected,
+    make_adapter,
+    make_engine,
+    make_request,
+)
+
+SIZES = {"a": UNIT, "b": UNIT, "c": 2 * UNIT, "d": 3 * UNIT, "e": 100}
+
+
+class EngineMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.executor = ManualExecutor()
+        self.engine, self.runner = make_engine(
+            self.executor,
+            num_blocks=17,
+            max_running=5,
+            max_bypass=2,
+            merged_bytes=250,
+            auto_merge_requests=2,
+        )
+        self.ledger = Ledger(self.engine)
+        self.requests: dict[str, Request] = {}
+        self.aborted: set[str] = set()
+
+    @rule(
+        length=st.integers(1, 40),
+        first=st.integers(0, 2),
+        adapter=st.sampled_from([None, *SIZES]),
+        mode=st.sampled_from(AdapterMode),
+        salt=st.sampled_from(["", "t"]),
+        priority=st.integers(-1, 1),
+        max_tokens=st.integers(1, 24),
+    )
+    def add(
+        self,
+        length: int,
+        first: int,
+        adapter: str | None,
+        mode: AdapterMode,
+        salt: str,
+        priority: int,
+        max_tokens: int,
+    ) -> None:
+        request = make_request(
+            f"r{len(self.requests)}",
+            range(first, first + length),
+            make_adapter(adapter, SIZES[adapter], mode) if adapter else None,
+            max_tokens,
+            cache_salt=salt,
+            priority=priority,
+        )
+        self.requests[request.request_id] = request
+        self.engine.add(request)
+
+    @rule(count=st.integers(1, 6))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.ledger.step()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.requests)))
+        self.aborted.add(request_id)
+        self.engine.abort(request_id)
+
+    @rule(name=st.sampled_from(sorted(SIZES)))
+    def unload(self, name: str) -> None:
+        self.engine.unload(f"sha256:{name}")
+
+    @precondition(lambda self: self.executor.jobs)
+    @rule(data=st.data(), fails=st.booleans())
+    def complete_a_load(self, data: st.DataObject, fails: bool) -> None:
+        if fails:
+            self.runner.failing = {f"sha256:{name}": OSError(name) for name in SIZES}
+        self.executor.run(data.draw(st.integers(0, len(self.executor.jobs) - 1)))
+        self.runner.failing = {}
+
+    @rule()
+    def fail_a_step(self) -> None:
+        self.runner.step_failure = RuntimeError("device")
+        self.ledger.step()
+        self.runner.step_failure = None
+
+    @invariant()
+    def everything_balances(self) -> None:
+        self.engine.check_integrity()
+        stats = self.engine.stats()
+        assert self.runner.extents.keys() >= stats.resident
+        assert self.runner.merged >= stats.merged
+
+    def teardown(self) -> None:
+        for _ in range(2000):
+            if not self.engine.has_work and not self.executor.jobs:
+                break
+            self.executor.run_all()
+            self.ledger.step()
+        self.ledger.step()
+        self.ledger.check_idle()
+        assert self.runner.extents.keys() == self.engine.stats().resident
+        assert self.runner.merged == self.engine.stats().merged
+        for request_id, request in self.requests.items():
+            self.check_answer(request_id, request)
+
+    def check_answer(self, request_id: str, request: Request) -> None:
+        outputs = self.ledger.outputs.get(request_id, [])
+        tokens = self.ledger.tokens(request_id) if outputs else []
+        assert tokens == expected(request)[: len(tokens)]
+        if outputs and outputs[-1].error is not None:
+            assert isinstance(outputs[-1].error, AdapterLoadFailed | EngineFailed | RequestInvalid)
+        elif request_id not in self.aborted:
+            assert outputs[-1].finish is not None
+            full = min(request.sampling.max_tokens, 64 - len(request.prompt))
+            assert len(tokens) == full
+
+
+EngineMachine.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, database=None
+)
+TestEngineMachine = EngineMachine.TestCase

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from adaplex.engine.extents import ExtentAllocator
+from adaplex.engine.observer import SilentObserver
+from adaplex.engine.popularity import Popularity
+from adaplex.engine.sequence import Sequence
+from adaplex.engine.tier import Tier
+from engine.fakes import UNIT, make_request
+
+
+class Bench:
+    """An arena tier, its removals and a way to fill it."""
+
+    def __init__(self, units: int) -> None:
+        self.removed: list[str] = []
+        self.tier = Tier(
+            "arena", ExtentAllocator(units * UNIT), self.removed.append, SilentObserver()
+        )
+
+    def bring(self, digest: str, units: int = 1) -> bool:
+        if self.tier.reserve(digest, units * UNIT) is None:
+            return False
+        self.tier.loaded(digest)
+        return True
+
+
+def sequence() -> Sequence:
+    return Sequence(make_request())
+
+
+def test_the_least_recently_leased_goes_first() -> None:
+    bench = Bench(3)
+    assert all(bench.bring(digest) for digest in "abc")
+    user = sequence()
+    bench.tier.lease("a", user)
+    bench.tier.release("a", user)
+    assert bench.bring("d")
+    assert bench.removed == ["b"]
+    assert bench.bring("e")
+    assert bench.bring("f")
+    assert bench.removed == ["b", "c", "a"]
+
+
+def test_the_end_of_a_lease_counts_as_use() -> None:
+    bench = Bench(2)
+    assert bench.bring("a")
+    assert bench.bring("b")
+    first, second = sequence(), sequence()
+    bench.tier.lease("a", first)
+    bench.tier.lease("b", second)
+    bench.tier.release("b", second)
+    bench.tier.release("a", first)
+    assert bench.bring("c")
+    assert bench.removed == ["b"]
+
+
+def test_neither_leased_nor_loading_nor_wanted_ones_are_evicted() -> None:
+    bench = Bench(3)
+    assert bench.bring("leased")
+    assert bench.bring("wanted")
+    assert bench.tier.reserve("loading", UNIT)
+    user = sequence()
+    bench.tier.lease("leased", user)
+    bench.tier.wanted.add("wanted")
+    assert not bench.bring("new")
+    assert bench.removed == []
+    bench.tier.start_round()
+    assert bench.bring("new")
+    assert bench.removed == ["wanted"]
+    bench.tier.check_integrity([("leased", user)])
+
+
+def test_eviction_goes_on_until_one_hole_is_large_enough() -> None:
+    bench = Bench(4)
+    assert all(bench.bring(digest) for digest in "abcd")
+    user = sequence()
+    bench.tier.lease("c", user)
+    bench.tier.release("c", user)
+    assert bench.bring("large", units=2)
+    assert bench.removed == ["a", "b"]
+    bench.tier.lease("d", user)
+    assert not bench.bring("larger", units=4)
+    assert bench.removed == ["a", "b"], "nothing is evicted in vain"
+
+
+def test_holes_around_a_leased_adapter_do_not_add_up() -> None:
+    bench = Bench(3)
+    assert all(bench.bring(digest) for digest in "abc")
+    user = sequence()
+    bench.tier.lease("b", user)
+    assert not bench.bring("large", units=2)
+    bench.tier.release("b", user)
+    assert bench.bring("large", units=2)
+
+
+def test_a_failed_load_leaves_no_trace() -> None:
+    bench = Bench(1)
+    assert bench.tier.reserve("a", UNIT)
+    bench.tier.failed("a")
+    assert bench.tier.get("a") is None
+    assert bench.tier.space.used == 0
+    assert bench.removed == []
+    assert bench.bring("a")
+
+
+def test_unloading_waits_for_the_last_lease() -> None:
+    bench = Bench(1)
+    assert bench.bring("a")
+    first, second = sequence(), sequence()
+    bench.tier.lease("a", first)
+    bench.tier.lease("a", second)
+    assert bench.tier.unload("a")
+    bench.tier.release("a", first)
+    assert bench.removed == []
+    bench.tier.release("a", second)
+    assert bench.removed == ["a"]
+    assert not bench.tier.unload("a")
+
+
+def test_a_new_lease_cancels_unloading() -> None:
+    bench = Bench(1)
+    assert bench.bring("a")
+    first, second = sequence(), sequence()
+    bench.tier.lease("a", first)
+    bench.tier.unload("a")
+    bench.tier.lease("a", second)
+    bench.tier.release("a", first)
+    bench.tier.release("a", second)
+    assert bench.tier.has("a")
+
+
+def test_what_is_unloaded_while_it_loads_goes_as_soon_as_it_is_there() -> None:
+    bench = Bench(1)
+    assert bench.tier.reserve("a", UNIT)
+    assert not bench.tier.unload("a")
+    bench.tier.loaded("a")
+    assert bench.removed == ["a"]
+    assert bench.tier.space.used == 0
+
+
+def test_only_recent_requests_make_an_adapter_hot() -> None:
+    popularity = Popularity(threshold=2)
+    popularity.note("a")
+    assert not popularity.is_hot("a")
+    popularity.note("a")
+    assert popularity.hot() == {"a"}
+    for number in range(31):
+        popularity.note(str(number))
+    assert not popularity.is_hot("a")
+    popularity.note("30")
+    assert popularity.is_hot("30")
+    popularity.forget("30")
+    assert popularity.hot() == frozenset()
