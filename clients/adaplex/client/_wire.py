@@ -1,0 +1,304 @@
+"""Conversion between the client's values and protobuf messages, both ways, and nothing else.
+
+Both clients use it, so that they differ in I/O only.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from datetime import UTC
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+
+from adaplex.client.errors import Internal, InvalidArgument
+from adaplex.client.types import (
+    Adapter,
+    AdapterDetails,
+    AdapterMode,
+    AdapterReport,
+    AppliedAdapter,
+    BaseModelInfo,
+    Capacity,
+    ChatMessage,
+    Delta,
+    Finished,
+    FinishReason,
+    Generation,
+    GenerationEvent,
+    Limits,
+    ModuleReport,
+    Prompt,
+    Refusal,
+    SamplingParams,
+    ServerInfo,
+    Started,
+    Timing,
+    TokenLogprob,
+    TopLogprob,
+    UploadResult,
+    Usage,
+    Validation,
+)
+from adaplex.v1 import adapters_pb2, generation_pb2, server_pb2
+
+T = TypeVar("T")
+M = TypeVar("M", bound=Message)
+
+_MODES = {
+    AdapterMode.UNMERGED: generation_pb2.ADAPTER_MODE_UNMERGED,
+    AdapterMode.MERGED: generation_pb2.ADAPTER_MODE_MERGED,
+    AdapterMode.AUTO: generation_pb2.ADAPTER_MODE_AUTO,
+}
+_MODE_OF = {number: mode for mode, number in _MODES.items()}
+_REASON_OF = {
+    generation_pb2.FINISH_REASON_STOP: FinishReason.STOP,
+    generation_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+}
+
+
+# To the wire.
+
+
+@dataclass(frozen=True)
+class GenerationCall:
+    """A generation ready to send: the message, and what is not part of it."""
+
+    spec: generation_pb2.GenerationSpec
+    timeout: float | None
+    request_id: str | None
+
+
+def generation_call(
+    prompt: Prompt,
+    *,
+    adapter: str | None = None,
+    mode: AdapterMode | str | None = None,
+    sampling: SamplingParams | None = None,
+    timeout: float | None = None,
+    cache_salt: str = "",
+    priority: int = 0,
+    request_id: str | None = None,
+    **sampling_fields: Any,
+) -> GenerationCall:
+    """Builds the message for a prompt and the keywords of `GenerateOptions`.
+
+    Raises InvalidArgument for a value that its field cannot hold, TypeError for an unknown
+    keyword. Ranges are the server's to check.
+    """
+    spec = generation_pb2.GenerationSpec()
+    _put_prompt(spec, prompt)
+    _put(spec, "adapter", adapter or "", "spec.")
+    _put(spec, "cache_salt", cache_salt, "spec.")
+    _put(spec, "priority", priority, "spec.")
+    if mode is not None:
+        spec.mode = _MODES[_mode(mode)]
+    spec.sampling.SetInParent()
+    for name, value in _chosen(replace(sampling or SamplingParams(), **sampling_fields)):
+        _put(spec.sampling, name, value, "spec.sampling.")
+    return GenerationCall(spec, timeout, request_id)
+
+
+def upload_policy(replace: bool) -> adapters_pb2.UploadPolicy.ValueType:
+    """What to do about a name that is taken."""
+    return adapters_pb2.UPLOAD_POLICY_REPLACE if replace else adapters_pb2.UPLOAD_POLICY_CREATE
+
+
+def request(kind: type[M], **values: Any) -> M:
+    """A flat message. InvalidArgument names the field that cannot hold its value."""
+    message = kind()
+    for name, value in values.items():
+        _put(message, name, value, "")
+    return message
+
+
+def load_request(name: str, path: str, replace: bool) -> adapters_pb2.LoadAdapterRequest:
+    """Asks the server to import a directory of its own."""
+    policy = upload_policy(replace)
+    return request(adapters_pb2.LoadAdapterRequest, name=name, uri=path, policy=policy)
+
+
+def _mode(mode: AdapterMode | str) -> AdapterMode:
+    try:
+        return AdapterMode(mode)
+    except ValueError:
+        choices = ", ".join(AdapterMode)
+        raise InvalidArgument.because("spec.mode", f"{mode!r} is none of {choices}") from None
+
+
+def _chosen(sampling: SamplingParams) -> list[tuple[str, Any]]:
+    """The fields that are set, so that an absent one stays absent on the wire."""
+    chosen = [(field.name, getattr(sampling, field.name)) for field in fields(sampling)]
+    return [(name, value) for name, value in chosen if value is not None]
+
+
+def _put_prompt(spec: generation_pb2.GenerationSpec, prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        _put(spec, "text", prompt, "spec.")
+    elif isinstance(prompt, bytes | Mapping) or not hasattr(prompt, "__iter__"):
+        raise TypeError("a prompt is text, token ids, or a list of chat messages")
+    else:
+        items = list(prompt)
+        if items and isinstance(items[0], ChatMessage | Mapping):
+            spec.chat.messages.extend(_chat_message(item, at) for at, item in enumerate(items))
+        else:
+            spec.token_ids.SetInParent()
+            ids = [_index(item, at) for at, item in enumerate(items)]
+            _put(spec.token_ids, "ids", ids, "spec.token_ids.")
+
+
+def _index(item: Any, at: int) -> int:
+    try:
+        return operator.index(item)
+    except TypeError:
+        path = f"spec.token_ids.ids[{at}]"
+        raise InvalidArgument.because(path, f"{item!r} is not a token id") from None
+
+
+def _chat_message(item: Any, at: int) -> generation_pb2.ChatMessage:
+    """One message; mappings must have exactly `role` and `content`."""
+    path = f"spec.chat.messages[{at}]"
+    if isinstance(item, Mapping):
+        if set(item) != {"role", "content"}:
+            raise InvalidArgument.because(path, "a chat message has `role` and `content` only")
+        item = ChatMessage(item["role"], item["content"])
+    if not isinstance(item, ChatMessage):
+        raise InvalidArgument.because(path, f"{item!r} is not a chat message")
+    message = generation_pb2.ChatMessage()
+    _put(message, "role", item.role, f"{path}.")
+    _put(message, "content", item.content, f"{path}.")
+    return message
+
+
+def _put(message: Message, name: str, value: Any, within: str) -> None:
+    """Sets a field, or fills a repeated one; says which field cannot hold its value.
+
+    `within` is the path of the message, with its dot, as the server writes paths.
+    """
+    try:
+        if message.DESCRIPTOR.fields_by_name[name].is_repeated:
+            getattr(message, name).extend([value] if isinstance(value, str) else value)
+        else:
+            setattr(message, name, value)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument.because(within + name, str(error)) from error
+
+
+# From the wire.
+
+
+def event(message: generation_pb2.GenerateStreamResponse) -> GenerationEvent | None:
+    """The event of one stream message; None for a kind newer than this client."""
+    match message.WhichOneof("event"):
+        case "started":
+            return _started(message.started)
+        case "delta":
+            return _delta(message.delta)
+        case "finished":
+            return _finished(message.finished)
+        case _:
+            return None
+
+
+def generation(message: generation_pb2.GenerateResponse) -> Generation:
+    """The whole answer of a unary call."""
+    if not (message.HasField("started") and message.HasField("finished")):
+        raise Internal("the server's answer lacks its start or its end")
+    whole = Delta(message.text, tuple(message.token_ids), _logprobs(message.logprobs))
+    return assemble(_started(message.started), [whole], _finished(message.finished))
+
+
+def assemble(started: Started, deltas: list[Delta], finished: Finished) -> Generation:
+    """The whole answer from the events of its stream."""
+    return Generation(
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+        logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
+        adapter=started.adapter,
+        finish_reason=finished.finish_reason,
+        stop=finished.stop,
+        usage=finished.usage,
+        timing=finished.timing,
+        request_id=started.request_id,
+        model=started.model,
+    )
+
+
+def adapter(message: adapters_pb2.Adapter) -> Adapter:
+    """One stored version."""
+    return _flat(Adapter, message, create_time=message.create_time.ToDatetime(UTC))
+
+
+def report(message: adapters_pb2.AdapterReport) -> AdapterReport:
+    """What a checkpoint says and how the base takes it."""
+    return _flat(
+        AdapterReport,
+        message,
+        modules=tuple(_flat(ModuleReport, module) for module in message.modules),
+        refusals=tuple(_flat(Refusal, refusal) for refusal in message.refusals),
+        notes=tuple(message.notes),
+    )
+
+
+def adapter_details(message: adapters_pb2.GetAdapterResponse) -> AdapterDetails:
+    """A stored adapter and its report."""
+    return AdapterDetails(adapter(message.adapter), report(message.report))
+
+
+def upload_result(
+    message: adapters_pb2.UploadAdapterResponse | adapters_pb2.LoadAdapterResponse,
+) -> UploadResult:
+    """What was stored."""
+    return UploadResult(adapter(message.adapter), report(message.report), message.created)
+
+
+def validation(message: adapters_pb2.ValidateAdapterResponse) -> Validation:
+    """The answer to a dry run."""
+    return Validation(message.valid, report(message.report))
+
+
+def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
+    """What the server is and how full it is."""
+    return _flat(
+        ServerInfo,
+        message,
+        model=_flat(BaseModelInfo, message.model),
+        capacity=_flat(Capacity, message.capacity),
+        limits=_flat(Limits, message.limits),
+    )
+
+
+def _flat(kind: type[T], message: Message, **converted: Any) -> T:
+    """A dataclass from the message fields of the same names, but for those already converted."""
+    names = [field.name for field in fields(kind) if field.name not in converted]  # type: ignore[arg-type]
+    return kind(**{name: getattr(message, name) for name in names}, **converted)
+
+
+def _started(message: generation_pb2.GenerationStarted) -> Started:
+    applied = None
+    if message.HasField("adapter"):
+        mode = _MODE_OF.get(message.adapter.mode)
+        applied = _flat(AppliedAdapter, message.adapter, mode=mode)
+    return _flat(Started, message, adapter=applied)
+
+
+def _delta(message: generation_pb2.GenerationDelta) -> Delta:
+    return Delta(message.text, tuple(message.token_ids), _logprobs(message.logprobs))
+
+
+def _finished(message: generation_pb2.GenerationFinished) -> Finished:
+    return Finished(
+        finish_reason=_REASON_OF.get(message.reason),
+        stop=message.stop,
+        usage=_flat(Usage, message),
+        timing=_flat(Timing, message),
+    )
+
+
+def _logprobs(entries: Any) -> tuple[TokenLogprob, ...]:
+    return tuple(
+        _flat(TokenLogprob, entry, top=tuple(_flat(TopLogprob, top) for top in entry.top))
+        for entry in entries
+    )

@@ -1,0 +1,15 @@
+"""The `adaplex` command: the commands of this package and those that other packages add."""
+
+from adaplex.client.cli import adapters, generate, status
+from adaplex.client.cli.app import app
+
+__all__ = ["app", "main"]
+
+app.command("generate")(generate.generate)
+app.command("status")(status.status)
+app.add_typer(adapters.app, name="adapters")
+
+
+def main() -> None:
+    """Runs the command line."""
+    app(prog_name="adaplex")

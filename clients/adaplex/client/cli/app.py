@@ -1,0 +1,77 @@
+"""The root of the command line: options for the connection, and how errors are shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adaplex.client._connection import DEFAULT_TARGET, DEFAULT_TIMEOUT
+from adaplex.client.cli.plugins import CommandGroup
+from adaplex.client.client import Client
+
+app = typer.Typer(
+    cls=CommandGroup,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    help="Multi-adapter inference: one base model, an adapter per request.",
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """How to reach the server; the context object of every command."""
+
+    target: str
+    token: str | None
+    tls: bool | Path
+    timeout: float
+
+    def client(self) -> Client:
+        """A new client; use it in `with`."""
+        return Client(self.target, token=self.token, tls=self.tls, timeout=self.timeout)
+
+
+def connect(context: typer.Context) -> Client:
+    """A client for the server that the command line names."""
+    target = context.find_object(Target)
+    assert target is not None
+    return target.client()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"adaplex {version('adaplex')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    target: Annotated[
+        str, typer.Option(envvar="ADAPLEX_TARGET", help="Host and port of the server.")
+    ] = DEFAULT_TARGET,
+    token: Annotated[str | None, typer.Option(envvar="ADAPLEX_TOKEN", help="Bearer token.")] = None,
+    tls: Annotated[bool, typer.Option("--tls", help="Use TLS, trusting the usual roots.")] = False,
+    tls_roots: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="ADAPLEX_TLS_ROOTS",
+            exists=True,
+            dir_okay=False,
+            help="Use TLS, trusting the roots of this PEM file.",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.001, help="Seconds one call may take.")
+    ] = DEFAULT_TIMEOUT,
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Multi-adapter inference: one base model, an adapter per request."""
+    context.obj = Target(target, token, tls_roots or tls, timeout)

@@ -1,0 +1,162 @@
+"""How results look: JSON for programs, tables for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from adaplex.client.types import Adapter, AdapterReport, Generation, TokenLogprob
+
+PIPE_WIDTH = 200
+"""Columns when the output is no terminal: wide enough to break no line of ours."""
+
+# A model can be made to write anything; a terminal must not take it for commands.
+_CONTROL = dict.fromkeys([*range(32), *range(127, 160)])
+_CONTROL = {code: None for code in _CONTROL if chr(code) not in "\n\t"}
+
+
+def json_text(value: Any) -> str:
+    """A result, or a list of results, as JSON; times in ISO 8601."""
+    return json.dumps(_plain(value), indent=2, default=_isoformat)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Prints a table; cells are taken as they are, without markup."""
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        shown.add_column(column, overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text(str(cell)) for cell in row))
+    _console().print(shown)
+
+
+def fields(rows: Iterable[tuple[str, object]]) -> None:
+    """Prints names and values in two columns."""
+    shown = Table(box=None, pad_edge=False, show_header=False)
+    shown.add_column(style="bold")
+    shown.add_column(overflow="fold")
+    for name, value in rows:
+        shown.add_row(name, Text(str(value)))
+    _console().print(shown)
+
+
+def text(delta: str) -> None:
+    """Writes new text of an answer at once, stripped of control characters on a terminal."""
+    typer.echo(delta.translate(_CONTROL) if sys.stdout.isatty() else delta, nl=False)
+
+
+def size(count: int) -> str:
+    """Bytes for people, in binary units."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def short(digest: str) -> str:
+    """Enough of a digest to tell it from others."""
+    algorithm, _, digits = digest.partition(":")
+    return f"{algorithm}:{digits[:12]}"
+
+
+def proof(answer: Generation) -> str:
+    """One line that says what answered, how much and how fast."""
+    applied = answer.adapter
+    source = f"base model {answer.model}"
+    if applied:
+        source = (
+            f"{applied.name}@{applied.version} {short(applied.digest)} "
+            f"{applied.mode or 'unknown mode'} {applied.modules} modules"
+        )
+    usage = answer.usage
+    cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
+    return (
+        f"{source} | {usage.prompt_tokens}{cached} + {usage.completion_tokens} tokens"
+        f" | {answer.tokens_per_second:.1f} tok/s | {answer.finish_reason or 'unknown reason'}"
+    )
+
+
+def logprobs(entries: Iterable[TokenLogprob]) -> None:
+    """Prints chosen tokens and the likeliest ones beside them."""
+    table(
+        ("TOKEN", "LOGPROB", "LIKELIEST"),
+        [
+            (
+                entry.token_id,
+                f"{entry.logprob:.4f}",
+                ", ".join(f"{top.token_id} {top.logprob:.4f}" for top in entry.top),
+            )
+            for entry in entries
+        ],
+    )
+
+
+def adapters(entries: Iterable[Adapter]) -> None:
+    """Prints one line for each adapter."""
+    table(
+        ("NAME", "VERSION", "DIGEST", "FAMILY", "MODULES", "RANK", "STORED", "IN MEMORY"),
+        [
+            (
+                entry.name,
+                entry.version,
+                short(entry.digest),
+                entry.family,
+                entry.modules,
+                entry.max_rank,
+                size(entry.stored_bytes),
+                size(entry.packed_bytes) if entry.resident else "no",
+            )
+            for entry in entries
+        ],
+    )
+
+
+def report(checked: AdapterReport) -> None:
+    """Prints what a checkpoint says, every note and every refusal."""
+    fields(
+        [
+            ("family", checked.family),
+            ("digest", checked.digest),
+            ("modules", len(checked.modules)),
+            ("packed", size(checked.packed_bytes)),
+        ]
+    )
+    if checked.modules:
+        table(
+            ("MODULE", "RANK", "SCALE", "IN", "OUT", "BIAS"),
+            [
+                (m.module, m.rank, f"{m.scale:g}", m.in_features, m.out_features, m.bias)
+                for m in checked.modules
+            ],
+        )
+    for note in checked.notes:
+        typer.echo(f"note: {note}")
+    for refusal in checked.refusals:
+        typer.echo(f"refused: {refusal}")
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _isoformat(value: object) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} has no place in JSON")

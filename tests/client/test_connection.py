@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from adaplex.client import AsyncClient, Client, InvalidArgument, Unavailable
+from adaplex.client._connection import Connection
+from client.fake_server import FakeServer
+
+
+def configured(target: str | None = None, **options: Any) -> Connection:
+    defaults: dict[str, Any] = {"timeout": None, "token": None, "metadata": None, "tls": False}
+    return Connection.configured(target, **defaults | options)
+
+
+def test_the_target_is_the_argument_the_environment_or_loopback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("ADAPLEX_TARGET", raising=False)
+    assert configured().target == "127.0.0.1:50051"
+    monkeypatch.setenv("ADAPLEX_TARGET", "gpu-1:50051")
+    assert configured().target == "gpu-1:50051"
+    assert configured("gpu-2:50051").target == "gpu-2:50051"
+
+
+def test_a_call_may_shorten_or_take_the_clients_timeout() -> None:
+    connection = configured(timeout=30.0)
+    assert connection.call().timeout == 30.0
+    assert connection.call(timeout=0.5).timeout == 0.5
+    assert configured().call().timeout is None
+
+
+def test_token_and_metadata_go_with_every_call(connect: Any, server: FakeServer) -> None:
+    call = connect(server.target, token="s3cret", metadata={"X-Team": "blue"})
+    call("generate", "hello")
+    call("server_info")
+    for sent in server.metadata:
+        assert sent["authorization"] == "Bearer s3cret"
+        assert sent["x-team"] == "blue"
+
+
+@pytest.mark.parametrize("options", [{"token": "caf\xe9"}, {"metadata": {"x-team": "a\r\nb"}}])
+def test_metadata_that_grpc_cannot_send_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument, match="printable ASCII"):
+        Client(**options)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Path]:
+    """A private key, and a certificate for 127.0.0.1 that signs itself."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs the openssl command")
+    folder = tmp_path_factory.mktemp("tls")
+    command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    command += ["-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1"]
+    command += ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    subprocess.run(command, check=True, capture_output=True)
+    return (folder / "key.pem").read_bytes(), folder / "cert.pem"
+
+
+def test_tls_with_own_roots(connect: Any, certificate: tuple[bytes, Path]) -> None:
+    key, roots = certificate
+    credentials = grpc.ssl_server_credentials([(key, roots.read_bytes())])
+    with FakeServer(credentials) as server:
+        assert connect(server.target, tls=roots)("generate", "hello").model == "tiny"
+        assert connect(server.target, tls=roots.read_bytes())("server_info").version == "0.1.0"
+        for distrusting in (True, False):
+            with pytest.raises(Unavailable):
+                connect(server.target, tls=distrusting)("server_info", timeout=10)
+
+
+def test_clients_close_with_their_block(server: FakeServer) -> None:
+    with Client(server.target) as client:
+        assert client.server_info().model.name == "tiny"
+    with pytest.raises(RuntimeError, match="closed"):
+        client.server_info()
+
+
+async def test_async_clients_close_with_their_block(server: FakeServer) -> None:
+    async with AsyncClient(server.target) as client:
+        assert (await client.server_info()).model.name == "tiny"
+    with pytest.raises(RuntimeError, match="closed"):
+        await client.server_info()
+
+
+def test_server_info_is_converted_whole(call: Any) -> None:
+    info = call("server_info")
+    assert (info.version, info.uptime_seconds) == ("0.1.0", 61.5)
+    assert (info.model.quantization, info.model.max_model_len) == ("nf4", 2048)
+    assert (info.capacity.requests_running, info.capacity.kv_blocks_used) == (2, 9)
+    assert (info.limits.max_concurrent_sequences, info.limits.max_adapter_rank) == (16, 256)
