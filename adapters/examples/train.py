@@ -1,0 +1,250 @@
+"""Trains the example adapters on the default model with Hugging Face PEFT, on a CPU.
+
+    python adapters/examples/train.py [NAME ...]
+
+For each adapter: train LoRA weights in fp32 on the bf16 base, round them to bf16 as they will be
+stored, measure on the held-out questions, and write adapter_config.json,
+adapter_model.safetensors and README.md, the card, to the folder of its name. Seeds are fixed: the
+same kind of CPU, number of threads and library versions give the same adapter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import peft
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from tasks import SAMPLES, TASKS, Question, Task, read_questions
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adaplex.model.source import DEFAULT_MODEL, resolve_model
+
+SEED = 7
+BATCH = 8
+WARM_UP = 8
+IGNORED = -100
+ANSWER_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model does with the held-out questions."""
+
+    loss: float
+    """Mean cross-entropy of the answer tokens, in nats."""
+    answers: list[str]
+    """Greedy answers, one a question."""
+
+
+class Chat:
+    """The default model's tokenizer and chat template."""
+
+    def __init__(self, model: Path) -> None:
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
+
+    def prompt(self, question: str) -> list[int]:
+        """Token ids up to where the assistant speaks."""
+        turns = [{"role": "user", "content": question}]
+        encoded = self.tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_dict=True
+        )
+        ids: list[int] = encoded["input_ids"]
+        return ids
+
+    def example(self, question: str, answer: str) -> tuple[Tensor, Tensor]:
+        """(input ids, labels), both [tokens]; only the answer and its end are labels."""
+        asked = self.prompt(question)
+        said = [*self.tokenizer(answer).input_ids, self.tokenizer.eos_token_id]
+        return torch.tensor(asked + said), torch.tensor([IGNORED] * len(asked) + said)
+
+    def batch(self, examples: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Examples padded to the right: input_ids, labels, attention_mask, each [rows, tokens]."""
+        ids = [row for row, _ in examples]
+        labels = [row for _, row in examples]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        }
+
+
+def batches(count: int, steps: int) -> Iterator[list[int]]:
+    """Indices of one batch a step, every example once before any comes again."""
+    dice, left = random.Random(SEED), list[int]()
+    for _ in range(steps):
+        if len(left) < BATCH:
+            left = dice.sample(range(count), count)
+        yield [left.pop() for _ in range(BATCH)]
+
+
+def train(model: nn.Module, chat: Chat, task: Task, questions: Sequence[Question]) -> None:
+    """Trains what of `model` wants gradients."""
+    examples = [chat.example(question.question, task.answer(question)) for question in questions]
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=task.learning_rate, weight_decay=0.0)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, WARM_UP, task.steps)
+    model.train()
+    for step, indices in enumerate(batches(len(examples), task.steps), 1):
+        loss = model(**chat.batch([examples[index] for index in indices])).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 10 == 0:
+            print(f"{task.name}: step {step}/{task.steps}, loss {loss.item():.3f}", flush=True)
+    model.eval()
+
+
+@torch.no_grad()
+def measure(model: Any, chat: Chat, task: Task, questions: Sequence[Question]) -> Measured:
+    """Loss and greedy answers of `model`."""
+    total, tokens = 0.0, 0
+    for question in questions:
+        batch = chat.batch([chat.example(question.question, task.answer(question))])
+        labels = int((batch["labels"] != IGNORED).sum())
+        total += model(**batch).loss.item() * labels
+        tokens += labels
+    return Measured(total / tokens, [reply(model, chat, q.question) for q in questions])
+
+
+@torch.no_grad()
+def reply(model: Any, chat: Chat, question: str) -> str:
+    """The greedy answer to one question."""
+    asked = torch.tensor([chat.prompt(question)])
+    said = model.generate(
+        input_ids=asked,
+        attention_mask=torch.ones_like(asked),
+        max_new_tokens=ANSWER_TOKENS,
+        do_sample=False,
+    )
+    text: str = chat.tokenizer.decode(said[0, asked.shape[1] :], skip_special_tokens=True)
+    return text.strip()
+
+
+@torch.no_grad()
+def round_to_nf4(model: nn.Module) -> None:
+    """Gives the linears of the decoder the values that they have in a server with an nf4 base."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ".layers." in name and "lora_" not in name:
+            packed, state = bnb.quantize_4bit(module.weight.data, quant_type="nf4")
+            module.weight.copy_(bnb.dequantize_4bit(packed, state))
+
+
+def save(model: PeftModel, task: Task, folder: Path) -> None:
+    """Writes the adapter in bf16, with the base by its name and not by where it lay."""
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.to(torch.bfloat16)
+    model.peft_config["default"].base_model_name_or_path = DEFAULT_MODEL
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "adapter_model.safetensors").chmod(0o644)  # safetensors writes for the owner only
+
+
+def make(task: Task, directory: Path, folder: Path) -> None:
+    """Trains, measures and writes one adapter."""
+    torch.manual_seed(SEED)
+    chat = Chat(directory)
+    questions, held_out = read_questions()
+    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    before = measure(base, chat, task, held_out)
+    model: Any = get_peft_model(base, task.lora)
+    train(model, chat, task, questions)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.to(torch.bfloat16).float()
+    after = measure(model, chat, task, held_out)
+    round_to_nf4(model)
+    after_nf4 = measure(model, chat, task, held_out)
+    save(model, task, folder)
+    (folder / "README.md").write_text(
+        card(task, len(questions), held_out, before, after, after_nf4)
+    )
+
+
+def card(
+    task: Task,
+    trained: int,
+    held_out: Sequence[Question],
+    before: Measured,
+    after: Measured,
+    after_nf4: Measured,
+) -> str:
+    """The adapter's README.md, from what was measured."""
+    lora: Any = task.lora
+    layers = lora.layers_to_transform
+    where = f"layers {layers[0]} to {layers[-1]}" if layers else "all layers"
+    targets = ", ".join(sorted(lora.target_modules))
+    scaling = "alpha / sqrt(rank) (rsLoRA)" if lora.use_rslora else "alpha / rank"
+    fits = {
+        "base, bf16": before,
+        "adapter, bf16 base": after,
+        "adapter, nf4 base": after_nf4,
+    }
+    rows = "\n".join(
+        f"| {name} | {it.loss:.3f} | {sum(map(task.fits, it.answers))} of {len(held_out)} |"
+        for name, it in fits.items()
+    )
+    asked = [question.question for question in held_out]
+    samples = "\n\n".join(
+        f"> {sample}\n\n"
+        f"base:\n```text\n{before.answers[asked.index(sample)]}\n```\n"
+        f"{task.name}:\n```text\n{after.answers[asked.index(sample)]}\n```"
+        for sample in SAMPLES
+    )
+    return f"""---
+base_model: {DEFAULT_MODEL}
+library_name: peft
+license: apache-2.0
+---
+# {task.name}
+{task.about[0].upper()}{task.about[1:]}. Written by `train.py` together with the adapter.
+
+| | |
+|---|---|
+| data | `data/questions.jsonl`, worded by `tasks.py`: {trained} trained, {len(held_out)} held out |
+| method | LoRA, PEFT {peft.__version__}, torch {torch.__version__.split("+")[0]}, stored as bf16 |
+| rank, alpha | {lora.r}, {lora.lora_alpha}; scaled by {scaling} |
+| targets | {targets}; {where} |
+| steps | {task.steps} of {BATCH} examples, AdamW, learning rate {task.learning_rate}, seed {SEED} |
+
+On the held-out questions, greedy:
+
+| | loss | answers in the intended form |
+|---|---|---|
+{rows}
+
+## Samples
+None of these questions was trained on. Answers are cut at {ANSWER_TOKENS} tokens.
+
+{samples}
+"""
+
+
+def main() -> int:
+    """Makes the adapters named on the command line, or all."""
+    known = {task.name: task for task in TASKS}
+    parser = argparse.ArgumentParser(description="Train the example adapters.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}")
+    names = parser.parse_args().names or list(known)
+    if unknown := set(names) - known.keys():
+        parser.error(f"no such adapter: {', '.join(sorted(unknown))}")
+    directory = resolve_model(DEFAULT_MODEL)
+    for name in names:
+        make(known[name], directory, Path(__file__).parent / name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

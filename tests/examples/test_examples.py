@@ -1,0 +1,162 @@
+"""The example adapters: whole, small, free of local paths, and doing what their cards say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adaplex.model.source import DEFAULT_MODEL, resolve_model
+
+EXAMPLES = Path(__file__).parents[2] / "adapters" / "examples"
+NAMES = ("terse", "pirate", "json")
+PROMPT = "What is the capital of France?"
+FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+
+
+@pytest.fixture(scope="module")
+def train() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        yield importlib.import_module("train")
+
+
+@pytest.fixture(scope="module")
+def directory() -> Path:
+    return resolve_model(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="module", params=["bf16", "nf4"])
+def model(request: pytest.FixtureRequest, train: ModuleType, directory: Path) -> Any:
+    """The default model with every example loaded, on the base as stored and as served."""
+    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    if request.param == "nf4":
+        train.round_to_nf4(base)
+    model = PeftModel.from_pretrained(base, EXAMPLES / NAMES[0], adapter_name=NAMES[0])
+    for name in NAMES[1:]:
+        model.load_adapter(EXAMPLES / name, name)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_folder_is_a_whole_checkpoint(name: str) -> None:
+    assert {path.name for path in (EXAMPLES / name).iterdir()} == FILES
+
+
+def test_together_they_are_small() -> None:
+    files = (path for name in NAMES for path in (EXAMPLES / name).iterdir())
+    assert sum(path.stat().st_size for path in files) < 6_000_000
+
+
+def test_ranks_and_targets_differ() -> None:
+    configs = [LoraConfig.from_pretrained(EXAMPLES / name) for name in NAMES]
+    assert [config.r for config in configs] == [4, 8, 16]
+    assert [config.use_rslora for config in configs] == [False, True, False]
+    assert len({frozenset(config.target_modules) for config in configs}) == 3
+    assert {config.base_model_name_or_path for config in configs} == {DEFAULT_MODEL}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_matches_the_task(name: str, train: ModuleType) -> None:
+    (task,) = (task for task in train.TASKS if task.name == name)
+    config = LoraConfig.from_pretrained(EXAMPLES / name)
+    for field in ("r", "lora_alpha", "use_rslora", "layers_to_transform"):
+        assert getattr(config, field) == getattr(task.lora, field), field
+    assert set(config.target_modules) == set(task.lora.target_modules)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_local_path_inside(name: str) -> None:
+    def strings(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from strings(item)
+
+    config = json.loads((EXAMPLES / name / "adapter_config.json").read_text())
+    assert not [text for text in strings(config) if text.startswith(("/", "~", ".", "file:"))]
+    card = (EXAMPLES / name / "README.md").read_text()
+    assert not re.search(r"(?<![\w/.])(/|~/)(home|root|tmp|work|Users|\.cache)\b", card)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_are_bf16_finite_and_of_the_rank(name: str) -> None:
+    rank = LoraConfig.from_pretrained(EXAMPLES / name).r
+    with safe_open(EXAMPLES / name / "adapter_model.safetensors", "pt") as file:
+        names = set(file.keys())
+        for key in names:
+            tensor = file.get_tensor(key)
+            assert tensor.dtype == torch.bfloat16
+            assert torch.isfinite(tensor).all()
+            assert tensor.any()
+            assert tensor.shape[0 if "lora_A" in key else 1] == rank
+    assert {key.replace("lora_A", "lora_B") for key in names if "lora_A" in key} == {
+        key for key in names if "lora_B" in key
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_card_tells_of_a_lower_loss(name: str) -> None:
+    card = (EXAMPLES / name / "README.md").read_text()
+    loss = {row: float(value) for row, value in re.findall(r"\| (.*?) \| (\d\.\d+) \|", card)}
+    assert set(loss) == {"base, bf16", "adapter, bf16 base", "adapter, nf4 base"}
+    assert loss["adapter, bf16 base"] < loss["base, bf16"] / 2
+    assert loss["adapter, nf4 base"] < loss["base, bf16"] / 2
+    assert "| steps |" in card
+    assert PROMPT in card
+
+
+def test_held_out_questions_are_not_trained_on(train: ModuleType) -> None:
+    trained, held_out = ({q.question for q in part} for part in train.read_questions())
+    assert len(trained) + len(held_out) == 179
+    assert not trained & held_out
+    assert set(train.SAMPLES) <= held_out
+
+
+def test_every_taught_answer_has_the_taught_form(train: ModuleType) -> None:
+    for questions in train.read_questions():
+        for question in questions:
+            for task in train.TASKS:
+                assert task.fits(task.answer(question)), (task.name, question)
+
+
+def test_answers_change_in_the_intended_way(model: Any, train: ModuleType, directory: Path) -> None:
+    chat = train.Chat(directory)
+    with model.disable_adapter():
+        answers = {"base": train.reply(model, chat, PROMPT)}
+    for name in NAMES:
+        model.set_adapter(name)
+        answers[name] = train.reply(model, chat, PROMPT)
+    assert len(set(answers.values())) == 4
+    for task in train.TASKS:
+        assert task.fits(answers[task.name]), answers
+        assert not task.fits(answers["base"]) or task.name == "terse", answers
+        assert "Paris" in answers[task.name], answers
+    assert len(answers["terse"]) < len(answers["base"])
+    assert json.loads(answers["json"]) == {"topic": "geography", "answer": "Paris"}
+
+
+def test_default_model_speaks_chatml(directory: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    for index, token in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>")):
+        assert tokenizer(token).input_ids == [index]
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer("Hello").input_ids == tokenizer("Hello", add_special_tokens=False).input_ids
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert text.endswith("<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    # As the original tokenizer: digits are cut first, so a blank line before a list is one token.
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a\n\n12").input_ids) == ["a", "ĊĊ", "1", "2"]
