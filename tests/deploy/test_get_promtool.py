@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from deploy.conftest import DEPLOY
+
+SCRIPT = DEPLOY / "get_promtool.sh"
+BASH = "/bin/bash"
+
+
+def run(**environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [BASH, SCRIPT],
+        env={"HOME": "/nonexistent", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def make_promtool(folder: Path) -> Path:
+    tool = folder / "promtool"
+    folder.mkdir(parents=True)
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    return tool
+
+
+def test_the_one_on_the_path_is_taken(tmp_path: Path) -> None:
+    tool = make_promtool(tmp_path / "bin")
+    assert run(PATH=f"{tool.parent}:{os.environ['PATH']}").stdout == f"{tool}\n"
+
+
+def test_an_unpacked_one_is_found_again_without_any_network(tmp_path: Path) -> None:
+    tool = make_promtool(tmp_path / "tools" / "prometheus" / "usr" / "bin")
+    done = run(PATH=str(tmp_path / "empty"), ADAPLEX_CACHE=str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, f"{tool}\n")
+
+
+def test_where_it_cannot_be_had_the_way_to_get_it_is_told(tmp_path: Path) -> None:
+    done = run(PATH=str(tmp_path / "empty"), ADAPLEX_CACHE=str(tmp_path))
+    assert done.returncode == 1
+    assert "install Prometheus" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,103 @@
+"""The scrape configuration and the alert rules, judged by promtool."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy.conftest import DEPLOY, Run, read_yaml
+from deploy.promql import groupings, metrics_in, selectors
+
+OF_PROMETHEUS = {"up": {"job", "instance"}}
+OF_TARGETS = {"job", "instance", "le"}
+PROMETHEUS = DEPLOY / "prometheus"
+ALERTS = [
+    rule["alert"]
+    for group in read_yaml(PROMETHEUS / "alerts.yml")["groups"]
+    for rule in group["rules"]
+]
+
+
+def test_configuration_is_valid(promtool: Run) -> None:
+    done = promtool("check", "config", "prometheus.yml")
+    assert done.returncode == 0, done.stdout
+    assert "1 rule files found" in done.stdout
+
+
+def test_rules_are_valid(promtool: Run) -> None:
+    done = promtool("check", "rules", "alerts.yml")
+    assert done.returncode == 0, done.stdout
+    assert f"{len(ALERTS)} rules found" in done.stdout
+
+
+def test_rules_pass_their_scenarios(promtool: Run) -> None:
+    done = promtool("test", "rules", "alerts_test.yml")
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(("expression", "side"), [("vector(0) > 1", "exp"), ("vector(1)", "got")])
+def test_scenarios_notice_rules_that_never_or_always_fire(
+    promtool: Run, tmp_path: Path, expression: str, side: str
+) -> None:
+    """Each alert is missed where it should fire, and noticed where it should be silent."""
+    rules = read_yaml(PROMETHEUS / "alerts.yml")
+    for group in rules["groups"]:
+        for rule in group["rules"]:
+            rule["expr"] = expression
+    (tmp_path / "alerts.yml").write_text(yaml.safe_dump(rules))
+    shutil.copy(PROMETHEUS / "alerts_test.yml", tmp_path)
+
+    done = promtool("test", "rules", tmp_path / "alerts_test.yml")
+
+    assert done.returncode != 0
+    noticed = {
+        name
+        for line in done.stdout.splitlines()
+        if line.strip().startswith(side)
+        for name in re.findall(r'alertname="(\w+)"', line)
+    }
+    assert noticed == set(ALERTS)
+
+
+def test_every_alert_says_what_to_do(alerts: list[dict[str, Any]]) -> None:
+    assert len({rule["alert"] for rule in alerts}) == len(alerts)
+    for rule in alerts:
+        name = rule["alert"]
+        assert name.startswith("Adaplex"), name
+        assert rule["for"], name
+        assert rule["labels"]["severity"] in {"critical", "warning"}, name
+        assert {"summary", "description", "runbook"} == rule["annotations"].keys(), name
+
+
+def test_alerts_read_metrics_that_the_server_exposes(
+    alerts: list[dict[str, Any]], exposed: dict[str, set[str]]
+) -> None:
+    known = exposed | OF_PROMETHEUS
+    for rule in alerts:
+        assert metrics_in(rule["expr"]) <= known.keys(), rule["alert"]
+
+
+def test_alerts_use_labels_that_their_metrics_have(
+    alerts: list[dict[str, Any]], exposed: dict[str, set[str]]
+) -> None:
+    known = exposed | OF_PROMETHEUS
+    for rule in alerts:
+        for metric, matched in selectors(rule["expr"]):
+            assert matched <= known[metric] | OF_TARGETS, (rule["alert"], metric)
+            assert groupings(rule["expr"]) <= known[metric] | OF_TARGETS, (rule["alert"], metric)
+
+
+def test_scraped_job_is_the_one_that_the_alerts_watch(compose: dict[str, Any]) -> None:
+    (job,) = (
+        job
+        for job in read_yaml(PROMETHEUS / "prometheus.yml")["scrape_configs"]
+        if job["job_name"] == "adaplex"
+    )
+    port = compose["services"]["server"]["environment"]["ADAPLEX_HTTP_PORT"]
+    assert job["static_configs"] == [{"targets": [f"server:{port}"]}]
+    assert 'up{job="adaplex"}' in (PROMETHEUS / "alerts.yml").read_text()
