@@ -121,16 +121,6 @@ def test_generated_tokens_are_shared_too() -> None:
     assert follow_up.computed == 8
 
 
-def test_a_hit_is_cut_to_the_grain() -> None:
-    blocks = make_blocks(num_blocks=17, prefix_grain=2)
-    first, second = make_sequence(16), make_sequence(16)
-    assert blocks.allocate(first)
-    compute(blocks, first)
-    assert blocks.allocate(second)
-    assert second.computed == 8
-    blocks.check_integrity([first, second])
-
-
 def test_the_least_recently_used_block_is_reclaimed_from_the_end_of_its_prefix() -> None:
     blocks = make_blocks()
     old, new = make_sequence(16), make_sequence(16, first=50)

@@ -5,6 +5,7 @@ import time
 import pytest
 
 from adaplex.adapters.errors import AdapterTooLarge, StoreCorrupt
+from adaplex.engine.batch import Batch
 from adaplex.engine.errors import (
     AdapterLoadFailed,
     DeadlineExpired,
@@ -12,7 +13,13 @@ from adaplex.engine.errors import (
     QueueFull,
     RequestInvalid,
 )
-from adaplex.engine.request import AdapterMode, FinishReason, SamplingParams
+from adaplex.engine.request import (
+    OVERFLOWED,
+    AdapterMode,
+    FinishReason,
+    SampledToken,
+    SamplingParams,
+)
 from engine.fakes import (
     UNIT,
     Ledger,
@@ -124,7 +131,6 @@ def test_limits_that_could_serve_nobody_are_refused() -> None:
         {"max_step_tokens": 4},
         {"max_chunk_tokens": 0},
         {"max_chunk_tokens": 25},
-        {"prefix_grain": 0},
     ):
         with pytest.raises(RequestInvalid):
             make_config(**changes)
@@ -425,3 +431,24 @@ def test_stats_tell_how_full_the_engine_is() -> None:
 
 def test_the_fake_runner_knows_one_token_from_another() -> None:
     assert next_token("a", [1, 2]) != next_token("b", [1, 2]) != next_token("a", [2, 1])
+
+
+def test_a_row_that_overflows_fails_alone() -> None:
+    engine, runner = make_engine()
+    plain = runner.run
+
+    def overflow(batch: Batch) -> list[SampledToken]:
+        return [
+            SampledToken(OVERFLOWED) if chunk.sequence.request_id == "bad" else token
+            for chunk, token in zip(batch.sampling, plain(batch), strict=True)
+        ]
+
+    runner.run = overflow  # type: ignore[method-assign]
+    good = make_request("good", max_tokens=3)
+    ledger = Ledger(engine)
+    for request in (make_request("bad", [7, 8]), good):
+        engine.add(request)
+    ledger.drain()
+    assert isinstance(ledger.error("bad"), EngineFailed)
+    assert ledger.tokens("good") == expected(good)
+    engine.check_integrity()

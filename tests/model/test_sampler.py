@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from adaplex.engine.request import Request, SampledToken, SamplingParams
+from adaplex.engine.request import OVERFLOWED, Request, SampledToken, SamplingParams
 from adaplex.engine.sequence import Sequence
 from adaplex.model import sampler
 from adaplex.model.sampler import penalize, sample, uniform
@@ -144,5 +144,5 @@ def test_a_row_that_overflowed_is_told_apart_and_hurts_no_other() -> None:
     rows = torch.stack([logits(0), logits(1), logits(2)])
     rows[1, 3] = torch.nan
     out = sample(rows, [sequence(SamplingParams()) for _ in range(3)])
-    assert out[1] == SampledToken(-1)
+    assert out[1] == SampledToken(OVERFLOWED)
     assert [out[0].token, out[2].token] == [int(rows[0].argmax()), int(rows[2].argmax())]

@@ -33,7 +33,6 @@ class BlockManager:
     def __init__(self, config: EngineConfig, base_digest: str) -> None:
         self._block_tokens = config.block_tokens
         self._prefix_cache = config.prefix_cache
-        self._grain = config.prefix_grain
         self._base = base_digest.encode()
         self._total = config.usable_blocks
         self._free = list(range(config.num_blocks - 1, 0, -1))
@@ -149,7 +148,7 @@ class BlockManager:
             if key not in self._published:
                 break
             hashes.append(key)
-        return hashes[: len(hashes) // self._grain * self._grain]
+        return hashes
 
     def _parent(self, sequence: Sequence, hashes: list[bytes]) -> bytes:
         """What the next block continues: the block before it, or who may share at all."""

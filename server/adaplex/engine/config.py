@@ -29,12 +29,8 @@ class EngineConfig:
     max_step_tokens: int = 512
     """Rows of one step: one a decoding sequence, the rest for prompt chunks."""
     max_chunk_tokens: int = 256
-    """Prompt tokens of one sequence in one step. Chunks end at multiples of it, or at the last
-    token, whatever else runs, if max_step_tokens has room for max_running + max_chunk_tokens."""
+    """Prompt tokens of one sequence in one step."""
     prefix_cache: bool = True
-    prefix_grain: int = 1
-    """Blocks; a prefix hit is cut to a multiple. With the blocks of one chunk, what is computed
-    for a prompt does not depend on what was cached."""
 
     def __post_init__(self) -> None:
         """Refuses limits that could not serve a single request."""
@@ -50,7 +46,7 @@ class EngineConfig:
             )
         if not 1 <= self.max_chunk_tokens <= self.max_step_tokens:
             raise RequestInvalid("max_chunk_tokens", f"must be 1 to {self.max_step_tokens}")
-        for name in ("block_tokens", "max_running", "auto_merge_requests", "prefix_grain"):
+        for name in ("block_tokens", "max_running", "auto_merge_requests"):
             if getattr(self, name) < 1:
                 raise RequestInvalid(name, "must be at least 1")
 

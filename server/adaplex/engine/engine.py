@@ -14,7 +14,14 @@ from adaplex.engine.block_manager import BlockManager
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.errors import DeadlineExpired, EngineFailed, QueueFull, RequestInvalid
 from adaplex.engine.observer import EngineStats, Observer, SilentObserver
-from adaplex.engine.request import FinishReason, Request, SampledToken, StepOutput, Timing
+from adaplex.engine.request import (
+    OVERFLOWED,
+    FinishReason,
+    Request,
+    SampledToken,
+    StepOutput,
+    Timing,
+)
 from adaplex.engine.residency import Residency
 from adaplex.engine.runner import Runner
 from adaplex.engine.scheduler import Scheduler
@@ -185,10 +192,13 @@ class Engine:
     ) -> None:
         """Books what was computed, then appends and emits the new tokens."""
         for chunk in batch.chunks:
-            sequence = chunk.sequence
+            sequence, token = chunk.sequence, sampled.get(chunk.sequence)
+            if token is not None and token.token == OVERFLOWED:
+                self._fail(sequence, EngineFailed("the model overflowed: logits are not finite"))
+                continue
             sequence.computed = chunk.end
             self._blocks.publish(sequence)
-            self._emit(sequence, sampled.get(sequence), now)
+            self._emit(sequence, token, now)
 
     def _emit(self, sequence: Sequence, sampled: SampledToken | None, now: float) -> None:
         """One output for a sequence that was first scheduled in this step or has a new token."""

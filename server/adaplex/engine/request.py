@@ -96,11 +96,16 @@ class Logprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+OVERFLOWED = -1
+"""In place of a token: the logits of this row are not finite."""
+
+
 @dataclass(frozen=True)
 class SampledToken:
     """What the runner says of one sequence after a step."""
 
     token: int
+    """A token id, or OVERFLOWED."""
     logprob: Logprob | None = None
 
 

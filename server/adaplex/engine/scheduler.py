@@ -134,17 +134,8 @@ class Scheduler:
         return True
 
     def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, room: int) -> int:
-        """Adds the next chunk of a prompt if it has room; returns its rows.
-
-        Chunks end at fixed positions, since rounding depends on where they do. Only the first of
-        a step is cut to the room there is, so that some prompt always goes on.
-        """
-        grid = self._config.max_chunk_tokens
-        end = min(len(sequence), (sequence.computed // grid + 1) * grid)
-        count = end - sequence.computed
-        if count > room:
-            if chunks or not room:
-                return 0
-            count = room
-        chunks.append(Chunk(sequence, sequence.computed, count))
+        """Adds as much of a prompt as there is room for; returns its rows."""
+        count = min(sequence.remaining, self._config.max_chunk_tokens, room)
+        if count:
+            chunks.append(Chunk(sequence, sequence.computed, count))
         return count

@@ -13,7 +13,7 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from adaplex.engine.request import Logprob, SampledToken, SamplingParams
+from adaplex.engine.request import OVERFLOWED, Logprob, SampledToken, SamplingParams
 from adaplex.engine.sequence import Sequence
 
 CANDIDATES = 256
@@ -23,12 +23,12 @@ CANDIDATES = 256
 def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[SampledToken]:
     """Chooses one token a row. logits [rows, vocabulary], fp32, row i for sequences[i].
 
-    A row that is not finite gives a token below zero: the model overflowed for that row alone.
+    A row that is not finite gives OVERFLOWED, for that row alone.
     """
     finite = torch.isfinite(logits.amax(-1)).tolist()
     likeliest = logits.argmax(-1).tolist()
     return [
-        _sample_row(row, sequence, top) if usable else SampledToken(-1)
+        _sample_row(row, sequence, top) if usable else SampledToken(OVERFLOWED)
         for row, sequence, top, usable in zip(logits, sequences, likeliest, finite, strict=True)
     ]
 
