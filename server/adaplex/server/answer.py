@@ -1,0 +1,111 @@
+"""Answer: one request's way from engine outputs to messages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from adaplex.engine.request import FinishReason, Request, StepOutput, Timing
+from adaplex.server import convert
+from adaplex.server.text import Detokenizer, StopStrings, Tokenizer
+from adaplex.v1.generation_pb2 import GenerationDelta, GenerationFinished, GenerationStarted
+
+
+class Answer:
+    """Text, tokens and timing of one answer as they come."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request, stops: Sequence[str]) -> None:
+        self._request = request
+        self._text = Detokenizer(tokenizer, request.prompt)
+        self._stops = StopStrings(stops)
+        self._finish: FinishReason | None = None
+        self._stop_token: int | None = None
+        self._timing = Timing()
+        """What the engine said last; a stop string ends the answer before the engine does."""
+        self._first_token: float | None = None
+        self._last_token: float | None = None
+        self.tokens = 0
+        """Tokens so far."""
+        self.since_last: float | None = None
+        """Seconds between the last two steps that gave tokens."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more tokens are wanted."""
+        return self._finish is not None
+
+    @property
+    def finish(self) -> FinishReason:
+        """Why the answer ended."""
+        assert self._finish is not None
+        return self._finish
+
+    def started(self, output: StepOutput, request_id: str, model: str) -> GenerationStarted:
+        """The first message: what is applied."""
+        return GenerationStarted(
+            request_id=request_id,
+            model=model,
+            adapter=convert.applied(output.adapter) if output.adapter else None,
+            prompt_tokens=len(self._request.prompt),
+        )
+
+    def take(self, output: StepOutput) -> GenerationDelta | None:
+        """What one step adds; None when that is nothing."""
+        self._timing = output.timing or self._timing
+        text = self._push(output)
+        if output.finish is not None and self._stops.found is None:
+            self._finish = output.finish
+            cut = output.finish is FinishReason.LENGTH
+            text += self._stops.push(self._text.flush(cut=cut))
+        if self._stops.found is not None:
+            self._finish = FinishReason.STOP
+        elif self.ended:
+            text += self._stops.flush()
+        if not text and not output.tokens:
+            return None
+        logprobs = [convert.token_logprob(logprob) for logprob in output.logprobs]
+        return GenerationDelta(text=text, token_ids=output.tokens, logprobs=logprobs)
+
+    def finished(self) -> GenerationFinished:
+        """The last message."""
+        timing = self.timing()
+        return GenerationFinished(
+            reason=convert.FINISH[self.finish],
+            stop=self._stop(),
+            prompt_tokens=len(self._request.prompt),
+            completion_tokens=self.tokens,
+            cached_tokens=timing.cached_tokens,
+            queue_seconds=timing.queued,
+            adapter_wait_seconds=timing.adapter_wait,
+            first_token_seconds=timing.first_token,
+            total_seconds=timing.total,
+        )
+
+    def timing(self) -> Timing:
+        """The engine's figures, with ours where a stop string kept it from saying them."""
+        if self._stops.found is None:
+            return self._timing
+        now, arrival = time.monotonic(), self._request.arrival
+        first = (self._first_token or now) - arrival
+        return replace(self._timing, first_token=first, total=now - arrival)
+
+    def _push(self, output: StepOutput) -> str:
+        """Counts the tokens of a step and returns the text that they make certain."""
+        if not output.tokens:
+            return ""
+        now = time.monotonic()
+        self.since_last = None if self._last_token is None else now - self._last_token
+        self._last_token = now
+        self._first_token = self._first_token or now
+        self.tokens += len(output.tokens)
+        shown = output.tokens
+        if output.finish is FinishReason.STOP:
+            self._stop_token, shown = shown[-1], shown[:-1]
+        return self._stops.push(self._text.push(shown))
+
+    def _stop(self) -> str:
+        """The stop string or token that ended the answer."""
+        if self._stops.found is not None:
+            return self._stops.found
+        return "" if self._stop_token is None else str(self._stop_token)

@@ -1,0 +1,231 @@
+"""The running server: parts wired to a gRPC and an HTTP port, and how it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import structlog
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_reflection.v1alpha import reflection
+
+from adaplex.engine.request import AdapterMode
+from adaplex.server.config import MAX_CHUNK_BYTES, ConfigError, ServerConfig
+from adaplex.server.generator import Generator
+from adaplex.server.health import Health
+from adaplex.server.http import HttpServer
+from adaplex.server.interceptors import EdgeInterceptor
+from adaplex.server.parts import Parts
+from adaplex.server.rpc_metrics import RpcMetrics
+from adaplex.server.services.adapters import AdapterService
+from adaplex.server.services.generation import GenerationService
+from adaplex.server.services.info import AdapterSizes, InfoService
+from adaplex.server.upload import Receiver
+from adaplex.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+
+log = structlog.get_logger("adaplex.app")
+
+SERVICES = tuple(
+    service.full_name
+    for file in (generation_pb2, adapters_pb2, server_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+)
+MAX_MESSAGE_BYTES = MAX_CHUNK_BYTES + 64 * 1024
+"""A chunk of the largest size and what surrounds it."""
+SETTLE_SECONDS = 10.0
+"""For cancelled handlers to finish what a thread does for them."""
+
+
+class Server:
+    """Listens once started. Stops for good."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts, self._config = parts, parts.config
+        parts.metrics.watch(parts.engine.stats, max_lora=parts.engine_config.max_running)
+        self._edge = EdgeInterceptor(RpcMetrics(parts.prometheus))
+        self._health = Health(SERVICES, self._engine_alive)
+        self._generator = Generator(
+            engine=parts.engine,
+            registry=parts.registry,
+            tokenizer=parts.tokenizer,
+            limits=parts.limits,
+            metrics=parts.metrics,
+            model_name=parts.model.name,
+            mode=AdapterMode(parts.config.adapter_mode),
+        )
+        self._grpc = grpc.aio.server(interceptors=[self._edge], options=_options(parts.config))
+        self._add_services()
+        self._http: HttpServer | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._stopped = False
+        self.port = 0
+        """Bound gRPC port."""
+
+    @property
+    def http_port(self) -> int:
+        """Bound HTTP port."""
+        assert self._http is not None
+        return self._http.port
+
+    async def start(self) -> None:
+        """Binds both ports and takes work. Raises ConfigError for a port that is not free."""
+        config = self._config
+        self.port = _bind(self._grpc, config)
+        try:
+            self._http = HttpServer(
+                config.http_host,
+                config.http_port,
+                self._parts.prometheus,
+                lambda: self._health.ready,
+            )
+        except OSError as error:
+            where = f"{config.http_host}:{config.http_port}"
+            raise ConfigError(f"http_port: cannot bind {where}: {error.strerror}") from error
+        await self._parts.engine.start()
+        await self._grpc.start()
+        await self._health.open()
+        self._watch = asyncio.create_task(self._health.watch())
+
+    async def drain(self, hard: asyncio.Event) -> None:
+        """Takes no new work; returns when the rest is done, its time is up, or `hard` is set."""
+        await self._health.close()
+        self._edge.draining = True
+        self._parts.engine.drain()
+        log.info("draining", in_flight=len(self._edge.inflight))
+        waits = [
+            asyncio.ensure_future(self._edge.inflight.idle()),
+            asyncio.ensure_future(hard.wait()),
+        ]
+        await asyncio.wait(
+            waits, timeout=self._config.shutdown_timeout, return_when=asyncio.FIRST_COMPLETED
+        )
+        for wait in waits:
+            wait.cancel()
+
+    async def stop(self) -> None:
+        """Ends what still runs and frees everything. Safe to call again."""
+        if self._stopped:
+            return
+        self._stopped = True
+        await self._health.close()
+        await self._grpc.stop(None)
+        try:
+            await asyncio.wait_for(self._edge.inflight.idle(), SETTLE_SECONDS)
+        except TimeoutError:
+            log.warning("handlers still run", in_flight=len(self._edge.inflight))
+        if self._watch is not None:
+            self._watch.cancel()
+        await self._parts.engine.stop()
+        if self._http is not None:
+            await asyncio.to_thread(self._http.close)
+        self._generator.close()
+        await asyncio.to_thread(self._parts.registry.close)
+
+    def _engine_alive(self) -> bool:
+        engine = self._parts.engine
+        return engine.healthy and engine.heartbeat_age < self._config.stall_timeout
+
+    def _add_services(self) -> None:
+        parts, config, server = self._parts, self._config, self._grpc
+        generation = GenerationService(self._generator)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
+        receiver = Receiver(
+            parts.registry, max_uploads=config.max_uploads, idle_timeout=config.upload_idle_timeout
+        )
+        adapters = AdapterService(parts.registry, parts.engine, receiver, config.adapter_roots)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, server)
+        info = InfoService(
+            version=_version(),
+            model=parts.model,
+            engine=parts.engine,
+            engine_config=parts.engine_config,
+            registry=parts.registry,
+            sizes=AdapterSizes(config.max_adapter_bytes, config.max_adapter_rank),
+        )
+        server_pb2_grpc.add_ServerServiceServicer_to_server(info, server)
+        self._health.add_to(server)
+        names = (*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+
+
+@asynccontextmanager
+async def serve(parts: Parts) -> AsyncIterator[Server]:
+    """A started server; stopped at the end."""
+    server = Server(parts)
+    try:
+        await server.start()
+        yield server
+    finally:
+        await server.stop()
+
+
+async def run(parts: Parts) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal cuts the drain short."""
+    stop, hard = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def on_signal() -> None:
+        if not stop.is_set():
+            stop.set()
+            return
+        hard.set()
+        for number in signals:  # a third one kills
+            loop.remove_signal_handler(number)
+
+    for number in signals:
+        loop.add_signal_handler(number, on_signal)
+    config = parts.config
+    async with serve(parts) as server:
+        log.info(
+            "serving",
+            model=parts.model.name,
+            grpc=f"{config.host}:{server.port}",
+            http=f"{config.http_host}:{server.http_port}",
+        )
+        await stop.wait()
+        await server.drain(hard)
+    log.info("stopped")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("adaplex")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree, not installed
+        return "unknown"
+
+
+def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    try:
+        return server.add_insecure_port(f"{host}:{config.port}")
+    except RuntimeError as error:
+        raise ConfigError(f"port: cannot bind {host}:{config.port}") from error
+
+
+def _options(config: ServerConfig) -> list[tuple[str, int]]:
+    """Channel arguments."""
+    return [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        # Two servers on one port would each get half of the connections.
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Notices within minutes that a streaming client is gone without a word.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        # Balancers move clients when connections end; running requests get the same time again.
+        ("grpc.max_connection_age_ms", int(config.max_connection_age * 1e3)),
+        ("grpc.max_connection_age_grace_ms", int(config.max_connection_age * 1e3)),
+    ]

@@ -1,0 +1,135 @@
+"""From the configuration to parts: the only place that knows every package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from prometheus_client import CollectorRegistry
+
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program import BaseSpec
+from adaplex.adapters.registry import AdapterRegistry
+from adaplex.engine.async_engine import AsyncEngine
+from adaplex.engine.config import EngineConfig
+from adaplex.engine.engine import Engine
+from adaplex.engine.errors import RequestInvalid
+from adaplex.model.loader import BaseModel, load_base
+from adaplex.model.runner import ModelRunner
+from adaplex.server.config import ConfigError, ServerConfig
+from adaplex.server.convert import ModelLimits
+from adaplex.server.metrics import Metrics
+from adaplex.server.parts import Parts
+from adaplex.server.services.info import ModelInfo
+
+BLOCK_TOKENS = 16
+
+Progress = Callable[[str], None]
+
+
+def build(config: ServerConfig, progress: Progress) -> Parts:
+    """Loads the base, opens the store, makes the engine. Takes seconds to minutes.
+
+    Raises ConfigError for settings that do not fit the model, and AdaplexErrors of the model
+    and of the adapters to import.
+    """
+    torch.set_num_threads(config.compute_threads)
+    base = load_base(
+        config.model,
+        quantization=config.quantization,
+        dtype=config.dtype,
+        device=config.device,
+        cache=config.cache,
+        progress=progress,
+    )
+    spec = replace(base.spec, name=config.model_name or base.spec.name)
+    engine_config = engine_limits(config, base)
+    progress(f"sizing the KV cache: {engine_config.num_blocks} blocks of {BLOCK_TOKENS} tokens")
+    registry = _registry(config, spec, base, progress)
+    runner = ModelRunner(
+        base,
+        num_blocks=engine_config.num_blocks,
+        block_tokens=engine_config.block_tokens,
+        arena_bytes=engine_config.arena_bytes,
+        load_program=registry.program,
+    )
+    progress("warming up")
+    runner.warm_up()
+    prometheus = CollectorRegistry()
+    metrics = Metrics(prometheus, model_name=spec.name, vllm_names=config.vllm_metric_names)
+    engine = AsyncEngine(Engine(engine_config, runner, base_digest=spec.digest, observer=metrics))
+    return Parts(
+        config=config,
+        model=_model_info(spec, base),
+        limits=ModelLimits(base.vocab_size, engine_config.max_model_len, base.eos_token_ids),
+        tokenizer=base.tokenizer,
+        registry=registry,
+        engine_config=engine_config,
+        engine=engine,
+        metrics=metrics,
+        prometheus=prometheus,
+    )
+
+
+def engine_limits(config: ServerConfig, base: BaseModel) -> EngineConfig:
+    """The engine's limits for this base. Raises ConfigError naming the setting."""
+    num_blocks = config.kv_cache_bytes // base.kv_block_bytes(BLOCK_TOKENS)
+    if num_blocks < 2:
+        raise ConfigError(
+            f"kv_cache_bytes: must be at least {2 * base.kv_block_bytes(BLOCK_TOKENS)} bytes"
+        )
+    longest = config.max_model_len or min(base.max_positions, (num_blocks - 1) * BLOCK_TOKENS)
+    if longest > base.max_positions:
+        raise ConfigError(f"max_model_len: must be at most the model's {base.max_positions}")
+    try:
+        return EngineConfig(
+            num_blocks=num_blocks,
+            arena_bytes=config.arena_bytes,
+            merged_bytes=config.merged_bytes,
+            block_tokens=BLOCK_TOKENS,
+            max_model_len=longest,
+            max_running=config.max_running,
+            max_waiting=config.max_waiting,
+            max_step_tokens=config.max_step_tokens,
+            max_chunk_tokens=config.max_chunk_tokens,
+            prefix_cache=config.prefix_cache,
+        )
+    except RequestInvalid as error:
+        raise ConfigError(str(error)) from error
+
+
+def _registry(
+    config: ServerConfig, spec: BaseSpec, base: BaseModel, progress: Progress
+) -> AdapterRegistry:
+    """The store, with the adapters to import at start."""
+    registry = AdapterRegistry(
+        config.store_dir,
+        spec,
+        element_bytes=base.dtype.itemsize,
+        limits=AdapterLimits(
+            max_adapter_bytes=config.max_adapter_bytes,
+            max_rank=config.max_adapter_rank,
+            max_adapters=config.max_adapters,
+            max_store_bytes=config.max_store_bytes,
+        ),
+        max_packed_bytes=config.arena_bytes,
+    )
+    for name, path in config.adapters.items():
+        progress(f"importing adapter {name}")
+        # The operator chose the path, so links may lead anywhere, as in the hub's cache.
+        registry.import_directory(path, name, replace=True, roots=[Path("/")])
+    return registry
+
+
+def _model_info(spec: BaseSpec, base: BaseModel) -> ModelInfo:
+    return ModelInfo(
+        name=spec.name,
+        architecture=spec.model_type,
+        quantization=base.quantization,
+        compute_dtype=str(base.dtype).removeprefix("torch."),
+        device=str(base.device),
+        digest=spec.digest,
+        weight_bytes=base.weight_bytes,
+    )

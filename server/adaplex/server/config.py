@@ -1,0 +1,217 @@
+"""ServerConfig: every setting of the server, from flags, environment, a YAML file or defaults."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, ByteSize, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+MIB = 1024**2
+MAX_CHUNK_BYTES = MIB
+"""Largest data of one upload chunk; also the largest prompt text in bytes."""
+
+
+class ConfigError(Exception):
+    """The configuration cannot be served. Names every field at fault and its limit."""
+
+
+def default_store() -> Path:
+    """`adaplex/store` in the user's XDG data folder."""
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(data) / "adaplex" / "store"
+
+
+def available_cpus() -> int:
+    """Cores this process may use: its affinity, bounded by the container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores or 1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max": no quota
+        return cores or 1
+
+
+def split_list(value: object) -> object:
+    """A comma-separated string as a list; anything else as it is."""
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
+def split_pairs(value: object) -> object:
+    """`name=path` strings as a mapping; a mapping as it is."""
+    pairs = split_list(value)
+    if not isinstance(pairs, list | tuple):
+        return pairs
+    broken = [pair for pair in pairs if "=" not in str(pair)]
+    if broken:
+        raise ValueError(f"{broken[0]!r} is not name=path")
+    return dict(str(pair).split("=", 1) for pair in pairs)
+
+
+Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(split_list)]
+NamedPaths = Annotated[dict[str, Path], NoDecode, BeforeValidator(split_pairs)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class ServerConfig(BaseSettings):
+    """Frozen settings. A flag beats ADAPLEX_<FIELD>, which beats the YAML file, which beats the
+    default. Byte sizes take units, such as 512MiB.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="ADAPLEX_", env_ignore_empty=True, extra="forbid", frozen=True
+    )
+
+    config: Path | None = Field(None, description="YAML file of settings.")
+
+    model: str = Field(
+        "smollm2-135m-instruct",
+        description="Base model: hub id, directory of safetensors, or GGUF file.",
+    )
+    model_name: str | None = Field(None, description="Name to show for it instead of its own.")
+    quantization: Literal["nf4", "int8", "bf16", "fp32"] = Field(
+        "nf4", description="How the base is kept."
+    )
+    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="Compute dtype.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
+    cache: Path | None = Field(None, description="Folder for fetched models; XDG cache if unset.")
+    threads: Literal["auto"] | Count = Field(
+        "auto", description="Compute threads; auto leaves one core to the network."
+    )
+
+    host: str = Field("127.0.0.1", description="Address that gRPC binds.")
+    port: Port = Field(50051, description="gRPC port; 0 picks a free one.")
+    http_host: str = Field("127.0.0.1", description="Address that /metrics and /health bind.")
+    http_port: Port = Field(9400, description="Their port; 0 picks a free one.")
+    max_connection_age: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+        3600, description="Seconds after which a connection is asked to move on."
+    )
+    shutdown_timeout: Seconds = Field(30, description="Seconds that running requests get on stop.")
+    stall_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        60, description="Seconds without an engine heartbeat until health says NOT_SERVING."
+    )
+
+    store_dir: Path = Field(default_factory=default_store, description="Where adapters are kept.")
+    adapter_roots: Paths = Field(
+        (), description="Folders that LoadAdapter may read from; none refuses LoadAdapter."
+    )
+    adapters: NamedPaths = Field(
+        default_factory=dict, description="name=path of an adapter to import at start."
+    )
+    adapter_mode: Literal["unmerged", "merged", "auto"] = Field(
+        "unmerged", description="How adapters are applied when a request does not say."
+    )
+    arena_bytes: ByteSize = Field(
+        ByteSize(256 * MIB), gt=0, description="Bytes of adapters resident at once."
+    )
+    merged_bytes: ByteSize = Field(
+        ByteSize(1024 * MIB), ge=0, description="Bytes of merged weights; 0 refuses merged mode."
+    )
+    max_adapter_bytes: ByteSize = Field(
+        ByteSize(512 * MIB), gt=0, description="Largest adapter that is taken."
+    )
+    max_adapter_rank: Count = Field(256, description="Largest rank that is taken.")
+    max_adapters: Count = Field(10_000, description="Adapter names in the store.")
+    max_store_bytes: ByteSize = Field(
+        ByteSize(1024**2 * MIB), gt=0, description="Bytes of all stored adapters."
+    )
+    max_uploads: Count = Field(4, description="Uploads and loads at once.")
+    upload_idle_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        30, description="Seconds an upload may be silent."
+    )
+
+    kv_cache_bytes: ByteSize = Field(
+        ByteSize(512 * MIB), gt=0, description="Bytes of the KV cache."
+    )
+    max_model_len: Count | None = Field(
+        None, description="Longest prompt plus answer; the model's and the cache's limit if unset."
+    )
+    max_running: Count = Field(64, description="Requests in one step.")
+    max_waiting: Count = Field(1024, description="Requests in the queue.")
+    max_step_tokens: Count = Field(512, description="Tokens in one step.")
+    max_chunk_tokens: Count = Field(64, description="Prompt tokens of one request in one step.")
+    prefix_cache: bool = Field(True, description="Reuse the KV of equal prompt beginnings.")
+
+    vllm_metric_names: bool = Field(
+        False, description="Render the metrics under their vllm: names too."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe line that is logged."
+    )
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="auto is console on a terminal, else json."
+    )
+
+    @property
+    def compute_threads(self) -> int:
+        """`threads`, resolved. A compute thread that must share its core with the event loop makes
+        every step wait, so one core stays free where there is more than one.
+        """
+        return max(1, available_cpus() - 1) if self.threads == "auto" else self.threads
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, environment, then the YAML file that one of them names."""
+        file = {**env_settings(), **init_settings()}.get("config")
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=file)
+
+
+def load_config(flags: Mapping[str, object]) -> ServerConfig:
+    """The effective settings, given the flags that were set. Raises ConfigError."""
+    try:
+        file = _sources(flags)[0]
+        if file is not None and not file.is_file():
+            raise ConfigError(f"config: no such file: {file}")
+        return _checked(ServerConfig(**dict[str, Any](flags)))
+    except ValidationError as error:
+        lines = (f"{'.'.join(map(str, e['loc'][:1]))}: {e['msg']}" for e in error.errors())
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(f"config: not a YAML mapping of settings: {error}") from error
+
+
+def _checked(config: ServerConfig) -> ServerConfig:
+    """`config`, if its settings fit together."""
+    if config.adapter_mode == "merged" and not config.merged_bytes:
+        raise ConfigError("adapter_mode: merged needs merged_bytes above 0")
+    return config
+
+
+def describe(config: ServerConfig, flags: Mapping[str, object]) -> str:
+    """`config` as YAML that can be read back; a comment says where each value came from."""
+    file, env = _sources(flags)
+    origin = dict.fromkeys(YamlConfigSettingsSource(ServerConfig, yaml_file=file)(), str(file))
+    origin |= {name: f"ADAPLEX_{name.upper()}" for name in env}
+    origin |= dict.fromkeys(flags, "flag")
+    return "\n".join(
+        f"{name}: {json.dumps(value)}  # {origin.get(name, 'default')}"  # JSON is YAML
+        for name, value in config.model_dump(mode="json", exclude={"config"}).items()
+    )
+
+
+def _sources(flags: Mapping[str, object]) -> tuple[Path | None, dict[str, Any]]:
+    """The YAML file in use, and what the environment sets."""
+    env = EnvSettingsSource(ServerConfig, env_ignore_empty=True)()
+    named = flags.get("config", env.get("config"))
+    return (Path(str(named)) if named else None), env

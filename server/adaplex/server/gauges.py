@@ -1,0 +1,113 @@
+"""Gauges of the engine, read at each scrape, and the bounded labels of adapters."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Tally
+from collections.abc import Callable, Iterator
+
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from adaplex.engine.observer import EngineStats
+from adaplex.engine.request import AdapterRef
+
+MAX_ADAPTER_LABELS = 1000
+OTHER = "other"
+
+
+class AdapterLabels:
+    """Label values of adapters: their names, up to a cap, then `other`."""
+
+    def __init__(self, cap: int = MAX_ADAPTER_LABELS) -> None:
+        self._cap = cap
+        self._names: set[str] = set()
+        self._by_digest: dict[str, str] = {}
+
+    def of(self, adapter: AdapterRef) -> str:
+        """The label of an adapter that a request uses."""
+        if len(self._names) < self._cap:
+            self._names.add(adapter.name)
+        label = adapter.name if adapter.name in self._names else OTHER
+        if label != OTHER:  # so at most a few digests a name
+            self._by_digest[adapter.digest] = label
+        return label
+
+    def of_digest(self, digest: str) -> str:
+        """The label last used with a digest."""
+        return self._by_digest.get(digest, OTHER)
+
+    def keep(self, digests: frozenset[str]) -> None:
+        """Forgets all other digests."""
+        self._by_digest = {d: n for d, n in list(self._by_digest.items()) if d in digests}
+
+
+class EngineGauges(Collector):
+    """Gauges read from the engine at each scrape."""
+
+    def __init__(
+        self,
+        stats: Callable[[], EngineStats],
+        labels: AdapterLabels,
+        *,
+        model_name: str,
+        max_lora: int,
+    ) -> None:
+        self._stats, self._adapters = stats, labels
+        self._model_name, self._max_lora = model_name, max_lora
+
+    def collect(self) -> Iterator[Metric]:
+        """One family a gauge."""
+        now = self._stats()
+        used = now.kv_blocks_used / now.kv_blocks_total if now.kv_blocks_total else 0.0
+        yield self._gauge("num_requests_running", "Requests in the batch.", now.running)
+        yield self._gauge("num_requests_waiting", "Requests in the queue.", now.waiting)
+        yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", used)
+        yield self._lora_info(now)
+        yield self._tiers(
+            "adapter_resident_bytes", "Bytes in use.", now.arena_bytes_used, now.merged_bytes_used
+        )
+        yield self._tiers(
+            "adapter_capacity_bytes",
+            "Bytes in all.",
+            now.arena_bytes_total,
+            now.merged_bytes_total,
+        )
+        yield self._states(now)
+
+    def _gauge(self, name: str, doc: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, doc, labels=["model_name"])
+        family.add_metric([self._model_name], value)
+        return family
+
+    def _lora_info(self, now: EngineStats) -> Metric:
+        """Who runs and waits, as inference gateways read it; the value is the time."""
+        family = GaugeMetricFamily(
+            "lora_requests_info",
+            "Adapters of running and waiting requests.",
+            labels=["max_lora", "waiting_lora_adapters", "running_lora_adapters", "model_name"],
+        )
+        waiting, running = (
+            ",".join(sorted(set(names))) for names in (now.waiting_adapters, now.running_adapters)
+        )
+        family.add_metric([str(self._max_lora), waiting, running, self._model_name], time.time())
+        return family
+
+    def _tiers(self, name: str, doc: str, arena: int, merged: int) -> Metric:
+        family = GaugeMetricFamily(name, doc, labels=["tier", "model_name"])
+        family.add_metric(["arena", self._model_name], arena)
+        family.add_metric(["merged", self._model_name], merged)
+        return family
+
+    def _states(self, now: EngineStats) -> Metric:
+        """How many contents of each adapter are in each tier."""
+        family = GaugeMetricFamily(
+            "adapter_state",
+            "Contents of the adapter in the tier.",
+            labels=["adapter", "tier", "model_name"],
+        )
+        self._adapters.keep(now.resident | now.merged)
+        for tier, digests in (("arena", now.resident), ("merged", now.merged)):
+            for label, count in sorted(Tally(map(self._adapters.of_digest, digests)).items()):
+                family.add_metric([label, tier, self._model_name], count)
+        return family

@@ -1,0 +1,69 @@
+"""Health: grpc.health.v1 for the server and each service, liveness by the engine's heartbeat."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+log = structlog.get_logger("adaplex.health")
+
+LIVENESS = "liveness"
+"""A health service name: SERVING while the engine beats, also when the server drains."""
+CHECK_SECONDS = 1.0
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Health:
+    """Readiness of the server and its services, and liveness of the engine."""
+
+    def __init__(
+        self,
+        services: Sequence[str],
+        engine_alive: Callable[[], bool],
+        *,
+        every: float = CHECK_SECONDS,
+    ) -> None:
+        self._servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._services = ("", *services)
+        self._engine_alive, self._every = engine_alive, every
+        self._open = False
+        self._alive = True
+
+    @property
+    def ready(self) -> bool:
+        """Whether new work is welcome; from any thread."""
+        return self._open and self._alive
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers grpc.health.v1."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+
+    async def open(self) -> None:
+        """The server can take work."""
+        self._open = True
+        await self._publish()
+
+    async def close(self) -> None:
+        """The server drains: NOT_SERVING, but alive."""
+        self._open = False
+        await self._publish()
+
+    async def watch(self) -> None:
+        """Follows the engine's heartbeat until cancelled."""
+        while True:
+            alive = self._engine_alive()
+            if alive != self._alive:
+                self._alive = alive
+                (log.info if alive else log.error)("engine heartbeat", alive=alive)
+                await self._publish()
+            await asyncio.sleep(self._every)
+
+    async def _publish(self) -> None:
+        for service in self._services:
+            await self._servicer.set(service, SERVING if self.ready else NOT_SERVING)
+        await self._servicer.set(LIVENESS, SERVING if self._alive else NOT_SERVING)

@@ -1,0 +1,31 @@
+"""Parts: everything a server is made of, built from the configuration or by a test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry
+
+from adaplex.adapters.registry import AdapterRegistry
+from adaplex.engine.async_engine import AsyncEngine
+from adaplex.engine.config import EngineConfig
+from adaplex.server.config import ServerConfig
+from adaplex.server.convert import ModelLimits
+from adaplex.server.metrics import Metrics
+from adaplex.server.services.info import ModelInfo
+from adaplex.server.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the app wires together. The server closes `engine` and `registry` when it stops."""
+
+    config: ServerConfig
+    model: ModelInfo
+    limits: ModelLimits
+    tokenizer: Tokenizer
+    registry: AdapterRegistry
+    engine_config: EngineConfig
+    engine: AsyncEngine
+    metrics: Metrics
+    prometheus: CollectorRegistry

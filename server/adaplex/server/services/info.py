@@ -1,0 +1,89 @@
+"""ServerService."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from adaplex.adapters.registry import AdapterRegistry
+from adaplex.engine.async_engine import AsyncEngine
+from adaplex.engine.config import EngineConfig
+from adaplex.server.blocking import in_thread
+from adaplex.server.config import MAX_CHUNK_BYTES
+from adaplex.v1 import server_pb2, server_pb2_grpc
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the server says of its base. Field names are those of BaseModelInfo."""
+
+    name: str
+    architecture: str
+    quantization: str
+    compute_dtype: str
+    device: str
+    digest: str
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class AdapterSizes:
+    """Limits on one adapter."""
+
+    max_adapter_bytes: int
+    max_adapter_rank: int
+
+
+class InfoService(server_pb2_grpc.ServerServiceServicer):
+    """What this server is and how full it is."""
+
+    def __init__(
+        self,
+        *,
+        version: str,
+        model: ModelInfo,
+        engine: AsyncEngine,
+        engine_config: EngineConfig,
+        registry: AdapterRegistry,
+        sizes: AdapterSizes,
+    ) -> None:
+        self._version, self._model, self._engine = version, model, engine
+        self._config, self._registry, self._sizes = engine_config, registry, sizes
+        self._started = time.monotonic()
+
+    async def GetServerInfo(  # noqa: N802
+        self, request: server_pb2.GetServerInfoRequest, context: Any
+    ) -> server_pb2.GetServerInfoResponse:
+        """Facts, limits and how full it is now."""
+        stored = await in_thread(self._registry.count)
+        return server_pb2.GetServerInfoResponse(
+            version=self._version,
+            model=server_pb2.BaseModelInfo(
+                **vars(self._model), max_model_len=self._config.max_model_len
+            ),
+            capacity=self._capacity(stored),
+            limits=server_pb2.LimitsInfo(
+                max_concurrent_sequences=self._config.max_running,
+                max_waiting_requests=self._config.max_waiting,
+                max_chunk_bytes=MAX_CHUNK_BYTES,
+                **vars(self._sizes),
+            ),
+            uptime_seconds=time.monotonic() - self._started,
+        )
+
+    def _capacity(self, stored: int) -> server_pb2.CapacityInfo:
+        now = self._engine.stats()
+        return server_pb2.CapacityInfo(
+            requests_running=now.running,
+            requests_waiting=now.waiting,
+            kv_blocks_total=now.kv_blocks_total,
+            kv_blocks_used=now.kv_blocks_used,
+            kv_block_tokens=self._config.block_tokens,
+            arena_bytes_total=now.arena_bytes_total,
+            arena_bytes_used=now.arena_bytes_used,
+            adapters_stored=stored,
+            adapters_resident=len(now.resident),
+            merged_bytes_total=now.merged_bytes_total,
+            merged_bytes_used=now.merged_bytes_used,
+        )

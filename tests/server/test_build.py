@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from adaplex.server.app import serve
+from adaplex.server.build import build, engine_limits
+from adaplex.server.config import ConfigError, ServerConfig
+from adaplex.v1 import generation_pb2_grpc, server_pb2_grpc
+from adaplex.v1.generation_pb2 import (
+    ChatMessage,
+    ChatPrompt,
+    GenerateRequest,
+    GenerationSpec,
+    SamplingParams,
+)
+from adaplex.v1.server_pb2 import GetServerInfoRequest
+from tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("model"))
+
+
+async def test_a_server_is_built_from_its_settings_alone(model: Path, tmp_path: Path) -> None:
+    config = ServerConfig(
+        **{"model": str(model), "model_name": "tiny", "quantization": "fp32", "threads": 1},
+        **{"port": 0, "http_port": 0, "store_dir": tmp_path, "kv_cache_bytes": "1MiB"},
+    )
+    steps: list[str] = []
+    parts = build(config, steps.append)
+    assert any("KV cache" in step for step in steps)
+    assert steps[-1] == "warming up"
+    async with (
+        serve(parts) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        chat = ChatPrompt(messages=[ChatMessage(role="user", content="hi")])
+        spec = GenerationSpec(chat=chat, sampling=SamplingParams(max_tokens=8, ignore_eos=True))
+        call: Any = generation_pb2_grpc.GenerationServiceStub(channel).Generate(
+            GenerateRequest(spec=spec)
+        )
+        answer = await call
+        assert answer.started.model == "tiny"
+        assert len(answer.token_ids) == 8
+        info: Any = server_pb2_grpc.ServerServiceStub(channel).GetServerInfo(GetServerInfoRequest())
+        said = (await info).model
+    assert (said.architecture, said.quantization, said.device) == ("llama", "fp32", "cpu")
+    # 1 MiB of fp32 blocks: 3 layers, keys and values, 2 heads of 16, 16 tokens a block.
+    blocks = (1 << 20) // (3 * 2 * 2 * 16 * 16 * 4)
+    assert parts.engine_config.num_blocks == blocks
+    assert said.max_model_len == (blocks - 1) * 16
+
+
+class Base:
+    """What sizing looks at."""
+
+    max_positions = 4096
+
+    def kv_block_bytes(self, block_tokens: int) -> int:
+        return block_tokens * 1024
+
+
+def limits(**settings: Any) -> Any:
+    return engine_limits(ServerConfig(**settings), Base())  # type: ignore[arg-type]
+
+
+def test_the_context_is_the_models_where_the_cache_holds_it() -> None:
+    assert limits(kv_cache_bytes="512MiB").max_model_len == 4096
+    assert limits(kv_cache_bytes="512MiB", max_model_len=100).max_model_len == 100
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_model_len": 5000}, "max_model_len: must be at most the model's 4096"),
+        ({"max_model_len": 4000, "kv_cache_bytes": "1MiB"}, "kv_cache_bytes: 63 blocks"),
+        ({"max_running": 600}, "max_step_tokens: must be at least max_running=600"),
+        ({"max_chunk_tokens": 513}, "max_chunk_tokens: must be 1 to 512"),
+        ({"kv_cache_bytes": "1KiB"}, "kv_cache_bytes: must be at least 32768 bytes"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        limits(**settings)
+    assert message in str(caught.value)

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from adaplex.server.cli import serve
+from adaplex.server.config import ConfigError, ServerConfig, available_cpus, describe, load_config
+
+MIB = 1024**2
+
+
+def test_flags_beat_environment_beats_file_beats_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("port: 1\nhost: 1.1.1.1\nmax_running: 11\nquantization: bf16\n")
+    monkeypatch.setenv("ADAPLEX_HOST", "2.2.2.2")
+    monkeypatch.setenv("ADAPLEX_MAX_RUNNING", "22")
+    config = load_config({"config": str(file), "max_running": "33"})
+    assert (config.max_running, config.host, config.port) == (33, "2.2.2.2", 1)
+    assert (config.quantization, config.http_port) == ("bf16", 9400)
+
+
+def test_the_environment_may_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "s.yaml").write_text("port: 7\nadapters: {a: /x}\n")
+    monkeypatch.setenv("ADAPLEX_CONFIG", str(tmp_path / "s.yaml"))
+    config = load_config({})
+    assert (config.port, config.adapters) == (7, {"a": Path("/x")})
+
+
+def test_lists_and_pairs_from_each_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPLEX_ADAPTERS", "a=/x,b=/y")
+    monkeypatch.setenv("ADAPLEX_ADAPTER_ROOTS", "/r,/s")
+    config = load_config({})
+    assert config.adapters == {"a": Path("/x"), "b": Path("/y")}
+    assert config.adapter_roots == (Path("/r"), Path("/s"))
+    assert load_config({"adapters": ["c=/z=1"]}).adapters == {"c": Path("/z=1")}
+
+
+def test_byte_sizes_take_units() -> None:
+    config = load_config({"arena_bytes": "3MiB", "kv_cache_bytes": "1GB", "merged_bytes": "0"})
+    assert (config.arena_bytes, config.kv_cache_bytes, config.merged_bytes) == (
+        3 * MIB,
+        10**9,
+        0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"port": "70000"}, "port: Input should be less than or equal to 65535"),
+        ({"quantization": "fp8"}, "quantization: Input should be 'nf4', 'int8', 'bf16' or 'fp32'"),
+        ({"arena_bytes": "0"}, "arena_bytes: Input should be greater than 0"),
+        ({"arena_bytes": "big"}, "arena_bytes: could not parse value"),
+        ({"max_running": "0"}, "max_running: Input should be greater than or equal to 1"),
+        ({"threads": "0"}, "threads: Input should be greater than or equal to 1"),
+        ({"adapters": ["nopath"]}, "adapters: Value error, 'nopath' is not name=path"),
+        ({"shutdown_timeout": "nan"}, "shutdown_timeout: Input should be a finite number"),
+        ({"nonsense": "1"}, "nonsense: Extra inputs are not permitted"),
+    ],
+)
+def test_an_error_names_the_field_and_the_limit(flags: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(flags)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "port: [", "prot: 5"])
+def test_a_file_that_is_no_mapping_of_settings_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "s.yaml").write_text(content)
+    with pytest.raises(ConfigError):
+        load_config({"config": str(tmp_path / "s.yaml")})
+
+
+def test_a_missing_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match="config: no such file: /nowhere"):
+        load_config({"config": "/nowhere"})
+
+
+def test_settings_must_fit_together() -> None:
+    with pytest.raises(ConfigError, match="adapter_mode: merged needs merged_bytes above 0"):
+        load_config({"adapter_mode": "merged", "merged_bytes": "0"})
+
+
+def test_threads_leave_a_core_to_the_network() -> None:
+    assert load_config({}).compute_threads == max(1, available_cpus() - 1)
+    assert load_config({"threads": "3"}).compute_threads == 3
+
+
+def test_the_description_reads_back_and_says_where_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADAPLEX_HTTP_PORT", "1234")
+    flags = {"port": "5", "adapters": ["a=/x"], "model_name": "no"}
+    config = load_config(flags)
+    text = describe(config, flags)
+    assert "port: 5  # flag" in text.splitlines()
+    assert "http_port: 1234  # ADAPLEX_HTTP_PORT" in text.splitlines()
+    assert "max_running: 64  # default" in text.splitlines()
+    monkeypatch.delenv("ADAPLEX_HTTP_PORT")
+    assert ServerConfig(**yaml.safe_load(text)) == config
+
+
+@pytest.fixture
+def command() -> typer.Typer:
+    app = typer.Typer()
+    app.command()(serve)
+    return app
+
+
+def test_help_shows_every_flag_with_its_meaning(command: typer.Typer) -> None:
+    shown = " ".join(CliRunner().invoke(command, ["--help"], env={"COLUMNS": "200"}).output.split())
+    for name, field in ServerConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in shown
+        assert field.description
+    assert "nf4|int8|bf16|fp32" in shown
+    assert "256MiB" in shown
+
+
+def test_print_config_prints_and_serves_nothing(command: typer.Typer) -> None:
+    flags = ["--port", "5", "--no-prefix-cache", "--adapters", "a=/x", "--print-config"]
+    result = CliRunner().invoke(command, flags)
+    assert result.exit_code == 0
+    settings = yaml.safe_load(result.output)
+    assert settings["port"] == 5
+    assert settings["prefix_cache"] is False
+    assert settings["adapters"] == {"a": "/x"}
+
+
+def test_a_bad_flag_is_one_line_and_an_exit_code(command: typer.Typer) -> None:
+    result = CliRunner().invoke(command, ["--port", "-1"])
+    assert result.exit_code == 2
+    assert result.stderr == "adaplex serve: port: Input should be greater than or equal to 0\n"

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry
+
+from adaplex.engine.errors import QueueFull, ServerUnavailable
+from adaplex.engine.observer import EngineStats, Observer
+from adaplex.engine.request import AdapterRef, Timing
+from adaplex.server.metrics import Metrics
+
+
+def ref(name: str) -> AdapterRef:
+    return AdapterRef(name, 1, f"sha256:{name}", 10, 1)
+
+
+def made(stats: EngineStats | None = None) -> tuple[Metrics, CollectorRegistry]:
+    registry = CollectorRegistry()
+    metrics = Metrics(registry, model_name="m")
+    metrics.watch(lambda: stats or EngineStats(), max_lora=4)
+    return metrics, registry
+
+
+def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
+    return registry.get_sample_value(f"adaplex_{name}", {"model_name": "m", **labels})
+
+
+def test_adapter_labels_are_capped() -> None:
+    stats = EngineStats(resident=frozenset(["sha256:a0", "sha256:a1500", "sha256:unseen"]))
+    metrics, registry = made(stats)
+    for _ in range(2):
+        for i in range(1501):
+            metrics.request_admitted(ref(f"a{i}"), 1)
+    assert value(registry, "adapter_requests_total", adapter="a0") == 2
+    assert value(registry, "adapter_requests_total", adapter="a999") == 2
+    assert value(registry, "adapter_requests_total", adapter="a1000") is None
+    assert value(registry, "adapter_requests_total", adapter="other") == 1002
+    assert value(registry, "adapter_state", adapter="a0", tier="arena") == 1
+    assert value(registry, "adapter_state", adapter="other", tier="arena") == 2
+
+
+def test_gauges_are_read_at_the_scrape() -> None:
+    stats = EngineStats(
+        running=2,
+        waiting=3,
+        kv_blocks_total=10,
+        kv_blocks_used=4,
+        arena_bytes_total=100,
+        arena_bytes_used=60,
+        merged_bytes_total=50,
+        running_adapters=("b", "a", "a"),
+        waiting_adapters=("c",),
+    )
+    _, registry = made(stats)
+    assert value(registry, "num_requests_running") == 2
+    assert value(registry, "num_requests_waiting") == 3
+    assert value(registry, "kv_cache_usage_perc") == 0.4
+    assert value(registry, "adapter_resident_bytes", tier="arena") == 60
+    assert value(registry, "adapter_capacity_bytes", tier="merged") == 50
+    labels = {"max_lora": "4", "running_lora_adapters": "a,b", "waiting_lora_adapters": "c"}
+    assert value(registry, "lora_requests_info", **labels) > 1e9  # type: ignore[operator]
+
+
+def test_the_engine_reports_into_the_table() -> None:
+    metrics, registry = made()
+    observer: Observer = metrics
+    observer.stepped(rows=20, seconds=0.1)
+    observer.preempted()
+    observer.prefix_looked_up(tokens=32, hits=16)
+    observer.adapter_loaded(tier="arena", outcome="ok", seconds=0.02)
+    observer.adapter_loaded(tier="merged", outcome="error", seconds=1)
+    observer.adapter_evicted(tier="arena")
+    observer.merged_looked_up(hit=True)
+    observer.merged_looked_up(hit=False)
+    assert value(registry, "iteration_tokens_total_sum") == 20
+    assert value(registry, "num_preemptions_total") == 1
+    assert value(registry, "prefix_cache_queries_total") == 32
+    assert value(registry, "prefix_cache_hits_total") == 16
+    assert value(registry, "adapter_loads_total", tier="merged", outcome="error") == 1
+    assert value(registry, "adapter_load_seconds_bucket", tier="arena", le="0.025") == 1
+    assert value(registry, "adapter_evictions_total", tier="arena") == 1
+    assert value(registry, "merged_cache_queries_total") == 2
+    assert value(registry, "merged_cache_hits_total") == 1
+
+
+def test_a_finished_request_is_timed_part_by_part() -> None:
+    metrics, registry = made()
+    timing = Timing(queued=0.5, adapter_wait=0.2, first_token=1.5, total=5.5)
+    metrics.request_ended("length", 5, timing)
+    metrics.request_ended("abort", 3, None)
+    assert value(registry, "request_success_total", finished_reason="length") == 1
+    assert value(registry, "request_success_total", finished_reason="abort") == 1
+    assert value(registry, "request_queue_time_seconds_sum") == 0.5
+    assert value(registry, "request_prefill_time_seconds_sum") == 1.0
+    assert value(registry, "request_decode_time_seconds_sum") == 4.0
+    assert value(registry, "request_time_per_output_token_seconds_sum") == 1.0
+    assert value(registry, "e2e_request_latency_seconds_count") == 1
+    assert value(registry, "request_generation_tokens_sum") == 8
+
+
+def test_rejections_are_counted_by_reason() -> None:
+    metrics, registry = made()
+    metrics.request_rejected(QueueFull(1, 1.0))
+    metrics.request_rejected(ServerUnavailable("draining"))
+    metrics.request_rejected(ValueError())
+    for reason in ("queue_full", "unavailable", "error"):
+        assert value(registry, "admission_rejections_total", reason=reason) == 1

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from adaplex.engine.errors import RequestInvalid
+from adaplex.server.text import Detokenizer, StopStrings, encode_chat, encode_text
+from server.toy import EOS, ByteTokenizer
+
+CORPUS = [
+    "the quick brown fox",
+    "Grüße aus Köln",
+    "日本語のテキスト",
+    "🦊🐻‍❄️👩‍👩‍👧 emoji",
+    "   spaces\n\n",
+] * 3
+
+
+class Wrapped:
+    """A `tokenizers` tokenizer with the methods the edge uses."""
+
+    chat_template = None
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> Any:
+        raise NotImplementedError
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any:
+        raise NotImplementedError
+
+    def ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], **options: Any) -> str:
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+
+def byte_level() -> Wrapped:
+    """Merges of bytes, as GPT-2 and Llama 3 have them: tokens end inside characters."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, initial_alphabet=alphabet, special_tokens=["<eos>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return Wrapped(tokenizer)
+
+
+def byte_fallback() -> Wrapped:
+    """Pieces with ▁ for a space and single bytes for what is unknown, as Llama 2 has them."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefgh", "▁a", "ab"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    merges = [("▁", "a"), ("a", "b")]
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return Wrapped(tokenizer)
+
+
+TOKENIZERS = {"byte_level": byte_level(), "byte_fallback": byte_fallback()}
+
+
+def streamed(tokenizer: Any, ids: Sequence[int], prompt: Sequence[int] = ()) -> list[str]:
+    """What comes out token by token, the flush last."""
+    detokenizer = Detokenizer(tokenizer, prompt)
+    return [*(detokenizer.push([token]) for token in ids), detokenizer.flush(cut=False)]
+
+
+# Text is what UTF-8 can say: no lone surrogates.
+texts = st.text(st.characters(exclude_categories=["Cs"])) | st.text(
+    "ab 🦊é日\ufffd\u200d\n", max_size=40
+)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(text=texts)
+def test_a_stream_says_what_the_whole_says(name: str, text: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.ids(text)
+    whole = tokenizer.decode(ids)
+    parts = streamed(tokenizer, ids)
+    assert "".join(parts) == whole
+    if "\ufffd" not in whole:
+        assert not any("\ufffd" in part for part in parts)
+
+
+@given(text=texts.filter(bool), data=st.data())
+def test_a_cut_answer_is_a_beginning_without_half_a_character(
+    text: str, data: st.DataObject
+) -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    ids = tokenizer.ids(text)
+    detokenizer = Detokenizer(tokenizer)
+    cut = data.draw(st.integers(0, len(ids)))
+    out = "".join(detokenizer.push([token]) for token in ids[:cut]) + detokenizer.flush(cut=True)
+    assert text.startswith(out)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7])
+def test_several_tokens_a_step_give_the_same_text(step: int) -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    text = "Füchse 🦊 und 日本語, 👩‍👩‍👧!"
+    ids = tokenizer.ids(text)
+    detokenizer = Detokenizer(tokenizer)
+    parts = [detokenizer.push(ids[at : at + step]) for at in range(0, len(ids), step)]
+    assert "".join(parts) + detokenizer.flush(cut=False) == text
+
+
+def test_the_first_space_after_the_prompt_is_kept() -> None:
+    tokenizer = TOKENIZERS["byte_fallback"]
+    prompt, answer = tokenizer.ids("ab"), tokenizer.ids("ab")
+    assert tokenizer.decode(answer) == "ab"
+    assert "".join(streamed(tokenizer, answer, prompt)) == " ab"
+
+
+def test_bytes_that_never_make_a_character_do_not_hold_text_back_for_ever() -> None:
+    out = streamed(ByteTokenizer(), [0x80] * 100 + list(b"ok"))
+    assert any(out[:20])
+    assert "".join(out) == "\ufffd" * 100 + "ok"
+
+
+def test_special_tokens_are_not_text() -> None:
+    assert "".join(streamed(ByteTokenizer(), [*b"a", EOS, EOS, *b"b"])) == "ab"
+
+
+pieces = st.lists(st.text("ab<|>", max_size=5), max_size=12)
+stops = st.lists(st.text("ab<|>", min_size=1, max_size=4), min_size=1, max_size=3)
+
+
+def cut_by_hand(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
+    """Looks after each character whether a stop string is complete; the longest counts."""
+    for end in range(1, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            stop = max(found, key=len)
+            return text[: end - len(stop)], stop
+    return text, None
+
+
+@given(pieces=pieces, stops=stops)
+def test_a_stop_string_is_found_wherever_the_text_is_split(
+    pieces: list[str], stops: list[str]
+) -> None:
+    matcher, out = StopStrings(stops), ""
+    for piece in pieces:
+        out += matcher.push(piece)
+        if matcher.found is not None:
+            break
+    out += matcher.flush()
+    assert (out, matcher.found) == cut_by_hand("".join(pieces), stops)
+
+
+def test_only_a_possible_beginning_is_held_back() -> None:
+    matcher = StopStrings(["</s>"])
+    assert matcher.push("a <") == "a "
+    assert matcher.push("b") == "<b"
+    assert matcher.flush() == ""
+
+
+def test_prompts_become_ids() -> None:
+    tokenizer = ByteTokenizer()
+    assert encode_text(tokenizer, "é") == (0xC3, 0xA9)
+    assert encode_chat(tokenizer, [{"role": "user", "content": "x"}]) == tuple(b"user:x\n")
+
+
+def test_a_model_without_a_chat_template_says_so() -> None:
+    with pytest.raises(RequestInvalid, match="no chat template"):
+        encode_chat(TOKENIZERS["byte_level"], [{"role": "user", "content": "x"}])
