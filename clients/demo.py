@@ -1,0 +1,194 @@
+"""The main job, end to end: serve, upload, ask every adapter in one batch, scrape, drain.
+
+Run by `make demo`. Starts one server on free loopback ports with a store of its own, and stops it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import Progress
+from rich.table import Table
+
+from adaplex.client import AsyncClient, Delta, Generation
+
+EXAMPLES = Path(__file__).parents[1] / "adapters" / "examples"
+PROMPTS = ("How do I make a cup of tea?", "What is the capital of France?")
+MAX_TOKENS = 64
+METRICS = ("adapter_requests_total", "adapter_resident_bytes", "generation_tokens_total")
+START_SECONDS = 300.0
+
+console = Console()
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def server(port: int, http_port: int, store: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A running `adaplex serve`; terminated, and waited for, on the way out."""
+    command = Path(sys.executable).with_name("adaplex")
+    process = subprocess.Popen(
+        [
+            *(str(command), "serve", "--quantization", "nf4", "--store-dir", store),
+            *("--port", str(port), "--http-port", str(http_port), "--log-level", "warning"),
+        ],
+        env={**os.environ, "ADAPLEX_LOG_FORMAT": "console"},
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+async def ready(client: AsyncClient, process: subprocess.Popen[bytes]) -> None:
+    """Returns once the server takes calls; ends the demo if the server dies first."""
+    waiting = asyncio.create_task(client.wait_ready(START_SECONDS))
+    while not waiting.done():
+        if process.poll() is not None:
+            waiting.cancel()
+            sys.exit(f"the server ended with code {process.returncode} before it was ready")
+        await asyncio.wait({waiting}, timeout=0.2)
+    await waiting
+
+
+async def upload(client: AsyncClient, names: list[str]) -> None:
+    """Sends every example adapter, with a bar for each."""
+    with Progress(console=console) as progress:
+        for name in names:
+            bar = progress.add_task(f"uploading {name}")
+            result = await client.adapters.upload(
+                name,
+                EXAMPLES / name,
+                progress=lambda sent, total, bar=bar: progress.update(
+                    bar, completed=sent, total=total
+                ),
+            )
+            progress.update(
+                bar,
+                description=f"{name}: rank {result.adapter.max_rank}, "
+                f"{result.adapter.modules} modules, {result.adapter.stored_bytes // 1024} KiB",
+            )
+
+
+def side_by_side(prompt: str, answers: dict[str, str]) -> Panel:
+    """One column an adapter, as far as the answers have come."""
+    table = Table.grid(padding=(0, 2), expand=True)
+    for _ in answers:
+        table.add_column(ratio=1)
+    table.add_row(*(f"[bold cyan]{name}[/]" for name in answers))
+    table.add_row(*(text.strip().replace("[", "\\[") for text in answers.values()))
+    return Panel(table, title=f"[bold]{prompt}[/]")
+
+
+async def ask(client: AsyncClient, prompt: str, names: list[str]) -> list[Generation]:
+    """Asks the base and every adapter at once and shows the answers as they stream."""
+    answers = dict.fromkeys(["base", *names], "")
+    live = Live(console=console, refresh_per_second=12) if console.is_terminal else nullcontext()
+
+    async def answer(name: str) -> Generation:
+        adapter = None if name == "base" else name
+        chat = [{"role": "user", "content": prompt}]
+        async with client.stream(chat, adapter=adapter, max_tokens=MAX_TOKENS) as stream:
+            async for event in stream:
+                if isinstance(event, Delta):
+                    answers[name] += event.text
+                    if isinstance(live, Live):
+                        live.update(side_by_side(prompt, answers))
+            return stream.generation
+
+    with live:
+        done = await asyncio.gather(*map(answer, answers))
+    if not console.is_terminal:
+        console.print(side_by_side(prompt, answers))
+    return list(done)
+
+
+def proof(generations: list[Generation]) -> Table:
+    """What the server says it applied to each answer."""
+    table = Table(title="what was applied", title_justify="left", box=None)
+    for heading in ("adapter", "version", "digest", "mode", "modules", "tokens", "first token"):
+        table.add_column(heading)
+    for generation in generations:
+        applied = generation.adapter
+        cells = (
+            ["base", "", "", "", ""]
+            if applied is None
+            else [
+                applied.name,
+                str(applied.version),
+                applied.digest[:19],
+                str(applied.mode),
+                str(applied.modules),
+            ]
+        )
+        tokens = str(generation.usage.completion_tokens)
+        first = f"{generation.timing.first_token_seconds * 1000:.0f} ms"
+        table.add_row(*cells, tokens, first)
+    return table
+
+
+def scraped(http_port: int) -> list[str]:
+    """A few lines of /metrics."""
+    url = f"http://127.0.0.1:{http_port}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    return [
+        line for line in lines if not line.startswith("#") and any(name in line for name in METRICS)
+    ]
+
+
+async def main() -> None:
+    """The whole demo."""
+    names = sorted(path.parent.name for path in EXAMPLES.glob("*/adapter_config.json"))
+    port, http_port = free_port(), free_port()
+    begun = time.monotonic()
+    with (
+        tempfile.TemporaryDirectory() as store,
+        server(port, http_port, store) as process,
+    ):
+        async with AsyncClient(f"127.0.0.1:{port}") as client:
+            await ready(client, process)
+            info = await client.server_info()
+            console.print(
+                f"serving {info.model.name} in {info.model.quantization} on {info.model.device} "
+                f"after {time.monotonic() - begun:.1f} s"
+            )
+            await upload(client, names)
+            for prompt in PROMPTS:
+                generations = await ask(client, prompt, names)
+                tokens = sum(g.usage.completion_tokens for g in generations)
+                seconds = max(g.timing.total_seconds for g in generations)
+                console.print(proof(generations))
+                console.print(f"{tokens} tokens in {seconds:.1f} s, one batch\n")
+            console.print("[bold]from /metrics[/]")
+            for line in await asyncio.to_thread(scraped, http_port):
+                console.print(line, highlight=False, soft_wrap=True)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=60)
+        console.print(f"server drained, exit code {code}")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

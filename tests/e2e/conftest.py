@@ -1,0 +1,86 @@
+"""A whole server in this process: tiny model, real engine, real gRPC on port 0."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adaplex.client import AsyncClient
+from adaplex.server.app import Server, serve
+from adaplex.server.build import build
+from adaplex.server.config import load_config
+from adaplex.server.parts import Parts
+from peft_adapters import everything, load_plain, save_adapter
+
+Serving = Callable[..., AbstractAsyncContextManager["Rig"]]
+
+
+@dataclass
+class Rig:
+    """A running server and a client of it."""
+
+    server: Server
+    parts: Parts
+    client: AsyncClient
+
+    def check_idle(self) -> None:
+        """Asserts, once the server has stopped, that everything balances and nothing is held."""
+        engine = self.parts.engine._engine
+        engine.check_integrity()
+        stats = engine.stats()
+        assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
+
+
+@pytest.fixture
+def serving(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Serving:
+    """`async with serving(setting=value, ...) as rig`: serves the tiny llama, and checks that
+    everything balances afterwards.
+    """
+
+    @asynccontextmanager
+    async def running(**settings: Any) -> AsyncIterator[Rig]:
+        flags = {
+            "model": str(tiny_model("llama")),
+            "quantization": "fp32",
+            "store_dir": tmp_path / "store",
+            "port": 0,
+            "http_port": 0,
+            "threads": 1,
+            "kv_cache_bytes": "8MiB",
+            "arena_bytes": "1MiB",
+        }
+        parts = build(load_config(flags | settings), lambda _: None)
+        async with serve(parts) as server, AsyncClient(f"127.0.0.1:{server.port}") as client:
+            rig = Rig(server, parts, client)
+            yield rig
+        rig.check_idle()
+
+    return running
+
+
+@pytest.fixture(scope="session")
+def adapters(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
+) -> list[Path]:
+    """Twenty random LoRA adapters of the tiny llama, ranks 2 to 16."""
+    base = load_plain(tiny_model("llama"))
+    work = tmp_path_factory.mktemp("adapters")
+    with torch.random.fork_rng():
+        return [
+            save_adapter(
+                base,
+                work / f"a{i}",
+                seed=100 + i,
+                size=0.2,
+                r=(2, 4, 8, 16)[i % 4],
+                lora_alpha=8,
+                target_modules=everything("llama")[: 2 + i % 6],
+            )
+            for i in range(20)
+        ]

@@ -1,0 +1,170 @@
+"""Adapters come, go and change under load; every answer is the one its adapter gives alone."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from adaplex.client import AsyncClient, DeadlineExceeded, Generation, NotFound
+from e2e.conftest import Rig, Serving
+
+PROMPTS = ["Once upon a time", "hello, world", "x" * 90, "The quick brown fox " * 8]
+TOKENS = 8
+
+
+async def answer(client: AsyncClient, prompt: str, adapter: str | None) -> Generation:
+    return await client.generate(prompt, adapter=adapter, max_tokens=TOKENS, ignore_eos=True)
+
+
+async def alone(serving: Serving, adapters: list[Path]) -> dict[tuple[str, int], tuple[int, ...]]:
+    """(digest or "", prompt index) -> tokens, each asked for with nothing else running."""
+    told = {}
+    async with serving(prefix_cache=False) as rig:
+        for i, directory in enumerate(adapters):
+            await rig.client.adapters.upload(f"ref{i}", directory)
+        names = [None, *(f"ref{i}" for i in range(len(adapters)))]
+        for name in names:
+            for index, prompt in enumerate(PROMPTS):
+                got = await answer(rig.client, prompt, name)
+                digest = got.adapter.digest if got.adapter else ""
+                told[digest, index] = tuple(got.token_ids)
+        for name in names[1:]:
+            await rig.client.adapters.delete(str(name))
+    return told
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"adapter_mode": "auto", "merged_bytes": "4MiB"},
+        {"kv_cache_bytes": "0.75MiB", "max_model_len": 400},
+    ],
+    ids=["plain", "auto-merge", "few-blocks"],
+)
+async def test_every_answer_under_churn_is_that_of_its_digest(
+    serving: Serving, adapters: list[Path], settings: dict[str, str]
+) -> None:
+    told = await alone(serving, adapters)
+    chance = random.Random(7)
+    async with serving(arena_bytes="200KiB", **settings) as rig:
+        for i in range(8):
+            await rig.client.adapters.upload(f"steady{i}", adapters[i])
+        churning = asyncio.create_task(churn(rig, adapters, random.Random(8)))
+        disturbing = asyncio.create_task(disturb(rig, random.Random(9)))
+
+        async def ask(name: str | None) -> None:
+            index = chance.randrange(len(PROMPTS))
+            try:
+                got = await answer(rig.client, PROMPTS[index], name)
+            except NotFound:
+                assert name == "churned"
+                return
+            digest = got.adapter.digest if got.adapter else ""
+            assert (digest == "") == (name is None)
+            merged = got.adapter is not None and got.adapter.mode == "merged"
+            if not merged:  # merged weights round differently, within PEFT's bounds
+                assert tuple(got.token_ids) == told[digest, index], name
+            if name is not None and name.startswith("steady"):
+                assert got.adapter is not None
+                assert got.adapter.name == name
+
+        for _ in range(12):
+            names = [f"steady{chance.randrange(8)}" for _ in range(8)]
+            await asyncio.gather(*map(ask, [*names, None, "churned", None]))
+        churning.cancel()
+        disturbing.cancel()
+        results = await asyncio.gather(churning, disturbing, return_exceptions=True)
+        assert all(isinstance(result, asyncio.CancelledError) for result in results), results
+
+
+async def churn(rig: Rig, adapters: list[Path], chance: random.Random) -> None:
+    """Uploads, replaces, unloads and deletes without end."""
+    client = rig.client.adapters
+    while True:
+        await client.upload("churned", adapters[8 + chance.randrange(12)], replace=True)
+        await client.unload(f"steady{chance.randrange(8)}")
+        await asyncio.sleep(0.01)
+        if chance.random() < 0.4:
+            await client.delete("churned")
+
+
+async def disturb(rig: Rig, chance: random.Random) -> None:
+    """Starts requests and lets them die: cancelled in mid-stream, or out of time."""
+    while True:
+        adapter = chance.choice([None, "steady1", "steady5"])
+        if chance.random() < 0.5:
+            async with rig.client.stream("y" * 50, adapter=adapter, max_tokens=300) as stream:
+                async for _ in stream:
+                    if chance.random() < 0.5:
+                        break
+        else:
+            with suppress(DeadlineExceeded):
+                await rig.client.generate(
+                    "z" * 200, adapter=adapter, max_tokens=300, timeout=0.05, ignore_eos=True
+                )
+        await asyncio.sleep(0.01)
+
+
+async def test_a_replaced_name_answers_anew_and_runs_on_old_content_until_done(
+    serving: Serving, adapters: list[Path]
+) -> None:
+    told = await alone(serving, adapters[:2])
+    async with serving() as rig:
+        first = await rig.client.adapters.upload("name", adapters[0])
+        async with rig.client.stream(
+            PROMPTS[3], adapter="name", max_tokens=TOKENS, ignore_eos=True
+        ) as stream:
+            async for _ in stream:
+                break
+            second = await rig.client.adapters.upload("name", adapters[1], replace=True)
+            new = await answer(rig.client, PROMPTS[3], "name")
+            async for _ in stream:
+                pass
+        old = stream.generation
+        assert (first.adapter.version, second.adapter.version) == (1, 2)
+        assert old.adapter is not None
+        assert new.adapter is not None
+        assert (old.adapter.digest, old.adapter.version) == (first.adapter.digest, 1)
+        assert (new.adapter.digest, new.adapter.version) == (second.adapter.digest, 2)
+        assert tuple(old.token_ids) == told[first.adapter.digest, 3]
+        assert tuple(new.token_ids) == told[second.adapter.digest, 3]
+        assert old.token_ids != new.token_ids
+        pinned = await answer(rig.client, PROMPTS[3], "name@1")
+        assert pinned.token_ids == old.token_ids
+
+
+async def test_prefix_cache_serves_one_adapter_one_mode_and_one_salt(
+    serving: Serving, adapters: list[Path]
+) -> None:
+    async with serving(merged_bytes="4MiB") as rig:
+        for i in range(2):
+            await rig.client.adapters.upload(f"a{i}", adapters[i])
+        prompt = "a prompt of more than three blocks, " * 3
+
+        async def cached(adapter: str | None, mode: str = "unmerged", salt: str = "") -> int:
+            got = await rig.client.generate(
+                prompt, adapter=adapter, mode=mode, cache_salt=salt, max_tokens=2
+            )
+            return got.usage.cached_tokens
+
+        for fresh in (
+            cached("a0"),
+            cached("a1"),
+            cached(None),
+            cached("a0", "merged"),
+            cached("a0", salt="t"),
+        ):
+            assert await fresh == 0
+        for again in (
+            cached("a0"),
+            cached("a1"),
+            cached(None),
+            cached("a0", "merged"),
+            cached("a0", salt="t"),
+        ):
+            assert await again >= 96

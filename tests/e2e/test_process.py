@@ -1,0 +1,181 @@
+"""The server as a process of its own: the command line, kill -9, and a drained stop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adaplex.client import AdaplexClientError, Client, Delta, NotFound, Unavailable
+
+ADAPLEX = [str(Path(sys.executable).with_name("adaplex"))]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Process:
+    """`adaplex serve` on a port of its own."""
+
+    def __init__(self, model: Path, store: Path) -> None:
+        self.port, self.http_port = free_port(), free_port()
+        settings = {
+            "model": model,
+            "quantization": "fp32",
+            "store-dir": store,
+            "port": self.port,
+            "http-port": self.http_port,
+            "threads": 1,
+            "log-format": "json",
+        }
+        flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        self.log = store.with_suffix(".log")
+        with self.log.open("ab") as log:
+            self.popen = subprocess.Popen([*ADAPLEX, "serve", *flags], stdout=log, stderr=log)
+
+    def client(self) -> Client:
+        client = Client(f"127.0.0.1:{self.port}", timeout=60)
+        client.wait_ready(60)
+        return client
+
+    def cli(self, *args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*ADAPLEX, "--target", f"127.0.0.1:{self.port}", *args],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+
+@pytest.fixture
+def starting(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Any:
+    """`with starting() as process`: always on the same store; killed at the end."""
+
+    @contextmanager
+    def start() -> Iterator[Process]:
+        process = Process(tiny_model("llama"), tmp_path / "store")
+        try:
+            yield process
+        finally:
+            process.popen.kill()
+            process.popen.wait()
+
+    return start
+
+
+def test_the_command_line_does_the_main_job(starting: Any, adapters: list[Path]) -> None:
+    with starting() as process:
+        process.client().close()
+        pushed = process.cli("adapters", "push", "first", str(adapters[0]))
+        assert pushed.returncode == 0, pushed.stderr
+        listed = process.cli("adapters", "ls", "--json")
+        assert [row["name"] for row in json.loads(listed.stdout)] == ["first"]
+        answered = process.cli(
+            "generate", "--adapter", "first", "--max-tokens", "5", "--json", "hello"
+        )
+        answer = json.loads(answered.stdout)
+        assert answer["adapter"]["name"] == "first"
+        assert answer["usage"]["completion_tokens"] <= 5
+        streamed = process.cli("generate", "--adapter", "first", "--max-tokens", "5", "hello")
+        assert answer["text"].strip() in streamed.stdout
+        assert "first@1" in streamed.stderr
+        verified = process.cli("adapters", "verify", str(adapters[1]))
+        assert verified.returncode == 0
+        assert "q_proj" in verified.stdout
+        shown = process.cli("adapters", "show", "first")
+        assert "sha256:" in shown.stdout
+        status = process.cli("status", "--json")
+        assert json.loads(status.stdout)["capacity"]["adapters_stored"] == 1
+        unknown = process.cli("generate", "--adapter", "nobody", "hello")
+        assert unknown.returncode == 1
+        assert "nobody" in unknown.stderr
+        removed = process.cli("adapters", "rm", "first")
+        assert removed.returncode == 0, removed.stderr
+        assert json.loads(process.cli("adapters", "ls", "--json").stdout) == []
+
+
+def test_kill_9_during_uploads_loses_nothing_acknowledged(
+    starting: Any, adapters: list[Path], tmp_path: Path
+) -> None:
+    acknowledged: dict[str, str] = {}
+    answers: dict[str, tuple[int, ...]] = {}
+    for round_ in range(3):
+        with starting() as process:
+            client = process.client()
+            for name, digest in acknowledged.items():
+                got = client.generate("prompt", adapter=name, max_tokens=4, ignore_eos=True)
+                assert got.adapter is not None
+                assert got.adapter.digest == digest
+                assert answers.setdefault(digest, tuple(got.token_ids)) == tuple(got.token_ids)
+            assert {a.name for a in client.adapters.list()} >= acknowledged.keys()
+
+            def upload(client: Client = client, round_: int = round_) -> None:
+                try:
+                    for turn in range(1000):
+                        name = f"r{round_}-{turn}"
+                        done = client.adapters.upload(name, adapters[turn % len(adapters)])
+                        acknowledged[name] = done.adapter.digest
+                except AdaplexClientError:
+                    return  # the server is gone
+
+            uploading = threading.Thread(target=upload)
+            uploading.start()
+            before = len(acknowledged)
+            while len(acknowledged) < before + 5:
+                time.sleep(0.005)
+            process.popen.send_signal(signal.SIGKILL)
+            process.popen.wait()
+            uploading.join(60)
+            assert not uploading.is_alive()
+    with starting() as process:
+        client = process.client()
+        assert {a.name for a in client.adapters.list()} >= acknowledged.keys()
+        assert list((tmp_path / "store" / "staging").iterdir()) == []
+        for name, digest in list(acknowledged.items())[-20:]:
+            got = client.generate("prompt", adapter=name, max_tokens=4, ignore_eos=True)
+            assert got.adapter is not None
+            assert got.adapter.digest == digest
+
+
+def test_sigterm_lets_a_running_stream_finish_and_takes_no_new_work(starting: Any) -> None:
+    with starting() as process:
+        client = process.client()
+        with client.stream("hello", max_tokens=400, ignore_eos=True) as stream:
+            next(iter(stream))
+            process.popen.send_signal(signal.SIGTERM)
+            refused = False
+            for event in stream:
+                if isinstance(event, Delta) and not refused:
+                    try:
+                        client.generate("more", max_tokens=1)
+                    except Unavailable:
+                        refused = True
+        assert refused
+        assert stream.generation.usage.completion_tokens == 400
+        assert process.popen.wait(timeout=30) == 0
+
+
+def test_a_second_server_on_the_same_store_says_so(starting: Any) -> None:
+    with starting() as first:
+        first.client().close()
+        with starting() as second:
+            assert second.popen.wait(timeout=90) != 0
+            assert "in use by another process" in second.log.read_text()
+
+
+def test_unknown_adapter_is_not_found_and_never_the_base(starting: Any) -> None:
+    with starting() as process, process.client() as client, pytest.raises(NotFound):
+        client.generate("hello", adapter="nobody")

@@ -1,0 +1,94 @@
+"""The default model and the example adapters, through the whole server."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from adaplex.adapters.registry import AdapterRegistry
+from adaplex.model.source import resolve_model
+from e2e.conftest import Serving
+from peft_adapters import Oracle, load_plain
+from rig import Rig
+
+EXAMPLES = Path(__file__).parents[2] / "adapters" / "examples"
+NAMES = ("json", "pirate", "terse")
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return resolve_model("smollm2-135m-instruct", progress=lambda _: None)
+
+
+def test_fp32_rows_of_a_mixed_batch_equal_peft(model: Path, tmp_path: Path) -> None:
+    rig = Rig(model, "fp32")
+    registry = AdapterRegistry(tmp_path, rig.base.spec, element_bytes=4)
+    tokens = rig.base.tokenizer.apply_chat_template(
+        QUESTION, add_generation_prompt=True, return_dict=False
+    )
+    refs, oracles = [None], [Oracle(load_plain(model), None)]
+    for name in NAMES:
+        record = registry.import_directory(EXAMPLES / name, name, replace=False).record
+        refs.append(rig.add(registry.program(record.digest)))
+        oracles.append(Oracle(load_plain(model), EXAMPLES / name))
+    got = rig.prefill(*(rig.sequence(tokens, ref) for ref in refs))
+    for row, oracle in zip(got, oracles, strict=True):
+        assert (row - oracle.logits(tokens)).abs().max() < 1e-4 * row.abs().max()
+    decoded = rig.generate([rig.sequence(tokens, ref) for ref in refs], 12)
+    assert decoded == [oracle.greedy(tokens, 12) for oracle in oracles]
+    registry.close()
+
+
+def test_nf4_logits_are_those_of_peft_on_the_dequantized_base(model: Path, tmp_path: Path) -> None:
+    rig = Rig(model, "nf4")
+    registry = AdapterRegistry(tmp_path, rig.base.spec, element_bytes=2)
+    tokens = rig.base.tokenizer.apply_chat_template(
+        QUESTION, add_generation_prompt=True, return_dict=False
+    )
+    for name in NAMES:
+        record = registry.import_directory(EXAMPLES / name, name, replace=False).record
+        ref = rig.add(registry.program(record.digest))
+        dequantized = load_plain(model)
+        for site, backend in rig.base.backends.items():
+            dequantized.get_submodule(site).weight.data = backend.dequantize().clone()
+        expected = Oracle(dequantized, EXAMPLES / name).logits(tokens)
+        got = rig.prefill(rig.sequence(tokens, ref))[0]
+        assert int(got.argmax()) == int(expected.argmax())
+        assert float((got - expected).abs().max() / expected.abs().max()) < 2e-2, name
+    registry.close()
+
+
+async def test_one_concurrent_batch_shows_every_adapter(serving: Serving, model: Path) -> None:
+    settings = {"quantization": "nf4", "kv_cache_bytes": "128MiB", "arena_bytes": "64MiB"}
+    async with serving(model=str(model), **settings) as rig:
+        for name in NAMES:
+            await rig.client.adapters.upload(name, EXAMPLES / name)
+
+        async def ask(name: str | None, mode: str = "unmerged") -> str:
+            got = await rig.client.generate(QUESTION, adapter=name, mode=mode, max_tokens=32)
+            assert (got.adapter.name if got.adapter else None) == name
+            return got.text.strip()
+
+        together = await asyncio.gather(*map(ask, [None, *NAMES]))
+        alone = [await ask(name) for name in (None, *NAMES)]
+        assert together == alone
+        base, json_, pirate, terse = together
+        assert "Paris" in base
+        assert json_.startswith("{")
+        assert '"Paris"' in json_
+        assert any(word in pirate.lower() for word in ("arr", "matey", "ahoy", "be paris", "o'"))
+        assert len(terse) < len(base) / 2
+        assert len({*together}) == 4
+        assert (await ask("json", "merged")).startswith("{")
+
+
+def test_a_bf16_row_is_bit_equal_beside_others(model: Path) -> None:
+    rig = Rig(model, "bf16")
+    prompts = [rig.base.tokenizer.encode(text) for text in ("Hello there", "One two three " * 20)]
+    alone = [rig.prefill(rig.sequence(tokens))[0] for tokens in prompts]
+    together = rig.prefill(*(rig.sequence(tokens) for tokens in prompts))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
