@@ -17,7 +17,7 @@ from adaplex.model.loader import load_base
 from adaplex.model.runner import ModelRunner
 
 BLOCK = 16
-ARENA = 8 << 20
+ARENA = 64 << 20
 
 
 class Rig:

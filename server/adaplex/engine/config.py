@@ -26,9 +26,9 @@ class EngineConfig:
     max_running: int = 64
     """Sequences in one step."""
     max_waiting: int = 1024
-    max_step_tokens: int = 512
+    max_step_tokens: int = 256
     """Rows of one step: one a decoding sequence, the rest for prompt chunks."""
-    max_chunk_tokens: int = 256
+    max_chunk_tokens: int = 128
     """Prompt tokens of one sequence in one step."""
     prefix_cache: bool = True
 

@@ -203,11 +203,11 @@ class Engine:
     def _emit(self, sequence: Sequence, sampled: SampledToken | None, now: float) -> None:
         """One output for a sequence that was first scheduled in this step or has a new token."""
         admitted = sequence.admitted_at is None
-        output = StepOutput(
-            sequence.request_id, admitted=admitted, adapter=sequence.adapter if admitted else None
-        )
+        output = StepOutput(sequence.request_id)
         if admitted:
             sequence.admitted_at = now
+            timing = _timing(sequence, now)
+            output = replace(output, admitted=True, adapter=sequence.adapter, timing=timing)
         if sampled is not None:
             sequence.tokens.append(sampled.token)
             if sequence.first_token_at is None:

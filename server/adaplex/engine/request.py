@@ -134,7 +134,7 @@ class StepOutput:
     finish: FinishReason | None = None
     error: Exception | None = None
     timing: Timing | None = None
-    """Set on the last output."""
+    """Set on the first output, as far as it is known, and on the last."""
 
     @property
     def last(self) -> bool:

@@ -142,8 +142,8 @@ class ServerConfig(BaseSettings):
     )
     max_running: Count = Field(64, description="Requests in one step.")
     max_waiting: Count = Field(1024, description="Requests in the queue.")
-    max_step_tokens: Count = Field(512, description="Tokens in one step.")
-    max_chunk_tokens: Count = Field(64, description="Prompt tokens of one request in one step.")
+    max_step_tokens: Count = Field(256, description="Tokens in one step.")
+    max_chunk_tokens: Count = Field(128, description="Prompt tokens of one request in one step.")
     prefix_cache: bool = Field(True, description="Reuse the KV of equal prompt beginnings.")
 
     vllm_metric_names: bool = Field(

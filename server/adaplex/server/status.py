@@ -35,6 +35,7 @@ TABLE: dict[type[BaseException], Mapping] = {
     adapters.AdapterInvalid: Mapping(grpc.StatusCode.INVALID_ARGUMENT, "ADAPTER_INVALID"),
     adapters.AdapterNotFound: Mapping(grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND"),
     adapters.AdapterExists: Mapping(grpc.StatusCode.ALREADY_EXISTS, "ADAPTER_EXISTS"),
+    adapters.StoreFull: Mapping(grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"),
     adapters.AdapterTooLarge: Mapping(grpc.StatusCode.INVALID_ARGUMENT, "ADAPTER_TOO_LARGE"),
     adapters.StoreCorrupt: Mapping(grpc.StatusCode.DATA_LOSS, "STORE_CORRUPT"),
     engine.RequestInvalid: Mapping(grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID"),
@@ -71,7 +72,7 @@ def status_of(error: BaseException, request_id: str) -> Status:
     violations = _bounded(_violations(error)) if mapping.code in _NAMES_FIELDS else []
     if violations:
         _attach(status, BadRequest(field_violations=violations))
-    if isinstance(error, engine.QueueFull | edge.UploadsBusy):
+    if isinstance(error, engine.QueueFull | edge.UploadsBusy | adapters.StoreFull):
         _attach(status, RetryInfo(retry_delay=_duration(error.retry_after)))
     return status
 
