@@ -4,12 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PROTOS := $(wildcard protos/adaplex/v1/*.proto)
-CODE := adapters server clients tests
+CODE := adapters server clients tests deploy
 PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos \
   --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
   --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
 
-.PHONY: help demo test check protos model format clean
+.PHONY: help demo test check bench protos model format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -34,6 +34,9 @@ check: $(INSTALLED) ## Lint, types, import rules, protocol rules, stub drift
 	         || { echo "stub out of date: run make protos"; exit 1; }; \
 	     done
 	@echo "all checks passed"
+
+bench: model ## Measure tokens a second through gRPC
+	@$(BIN)/python tests/bench/throughput.py
 
 protos: $(INSTALLED) ## Regenerate the committed stubs
 	$(PROTOC) --python_out=protos --grpc_python_out=protos --mypy_out=quiet:protos \

@@ -6,12 +6,13 @@ Run by `make demo`. Starts one server on free loopback ports with a store of its
 from __future__ import annotations
 
 import asyncio
-import os
+import json
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from rich.table import Table
 from adaplex.client import AsyncClient, Delta, Generation
 
 EXAMPLES = Path(__file__).parents[1] / "adapters" / "examples"
-PROMPTS = ("How do I make a cup of tea?", "What is the capital of France?")
+PROMPTS = ("What is the capital of France?", "Why is the sky blue?")
 MAX_TOKENS = 64
 METRICS = ("adapter_requests_total", "adapter_resident_bytes", "generation_tokens_total")
 START_SECONDS = 300.0
@@ -46,19 +47,34 @@ def free_port() -> int:
 def server(port: int, http_port: int, store: str) -> Iterator[subprocess.Popen[bytes]]:
     """A running `adaplex serve`; terminated, and waited for, on the way out."""
     command = Path(sys.executable).with_name("adaplex")
-    process = subprocess.Popen(
-        [
-            *(str(command), "serve", "--quantization", "nf4", "--store-dir", store),
-            *("--port", str(port), "--http-port", str(http_port), "--log-level", "warning"),
-        ],
-        env={**os.environ, "ADAPLEX_LOG_FORMAT": "console"},
-    )
+    settings = {"port": port, "http-port": http_port, "store-dir": store, "log-format": "json"}
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    process = subprocess.Popen([str(command), "serve", *flags], stderr=subprocess.PIPE)
+    watching = threading.Thread(target=show_progress, args=(process,), daemon=True)
+    watching.start()
     try:
         yield process
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)
+        watching.join(timeout=5)
+
+
+def show_progress(process: subprocess.Popen[bytes]) -> None:
+    """Shows what the server logs until it serves, and after that what is worse than info."""
+    assert process.stderr is not None
+    starting = True
+    for line in process.stderr:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            console.print(line.decode(errors="replace").rstrip(), style="dim", highlight=False)
+            continue
+        event = str(record.get("event"))
+        starting = starting and event != "serving"
+        if starting or record.get("level") != "info":
+            console.print(f"  {event}", style="dim", highlight=False)
 
 
 async def ready(client: AsyncClient, process: subprocess.Popen[bytes]) -> None:
@@ -95,7 +111,7 @@ def side_by_side(prompt: str, answers: dict[str, str]) -> Panel:
     """One column an adapter, as far as the answers have come."""
     table = Table.grid(padding=(0, 2), expand=True)
     for _ in answers:
-        table.add_column(ratio=1)
+        table.add_column(ratio=1, overflow="fold")
     table.add_row(*(f"[bold cyan]{name}[/]" for name in answers))
     table.add_row(*(text.strip().replace("[", "\\[") for text in answers.values()))
     return Panel(table, title=f"[bold]{prompt}[/]")

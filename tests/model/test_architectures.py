@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from adaplex.model.adapted import AdaptedLinear
 from adaplex.model.errors import UnsupportedModel
 from adaplex.model.loader import load_base
 from rig import Rig, prompt
@@ -101,6 +102,32 @@ def test_spec_lists_sites_that_see_one_row_a_token(tiny_model: Callable[[str], P
     assert gpt2.modules["transformer.h.0.ln_1"].kind == "norm"
     mixtral = load_base(str(tiny_model("mixtral")), quantization="fp32").spec
     assert not any("experts" in name for name in mixtral.modules)
+
+
+def test_nf4_without_kernels_is_told_in_one_line(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    told: list[str] = []
+    load_base(str(tiny_model("llama")), quantization="nf4", dtype="fp32", progress=told.append)
+    assert sum("no nf4 kernel" in line for line in told) == 1
+    odd = save_tiny("llama", tmp_path, intermediate_size=80)
+    told.clear()
+    load_base(str(odd), quantization="nf4", progress=told.append)
+    (line,) = [line for line in told if "no nf4 kernel" in line]
+    assert "21 linears" in line
+
+
+def test_a_base_only_step_runs_no_adapter_code(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tiny_model("llama"))
+    expected = rig.prefill(rig.sequence(prompt(9)))
+
+    def touched(*_: object) -> None:
+        raise AssertionError("adapter code ran")
+
+    monkeypatch.setattr(AdaptedLinear, "_adapted", touched)
+    assert torch.equal(rig.prefill(rig.sequence(prompt(9))), expected)
 
 
 def test_digest_tells_weights_and_quantization_apart(

@@ -25,7 +25,7 @@ from adaplex.model.adapted import AdaptedLinear, AdaptedNorm, base_bias, oriente
 from adaplex.model.architecture import check_supported, is_linear, output_layer, probe
 from adaplex.model.errors import UnsupportedModel
 from adaplex.model.kv_cache import LayerShape
-from adaplex.model.linear import LinearBackend, make_linear
+from adaplex.model.linear import DenseLinear, LinearBackend, make_linear
 from adaplex.model.source import resolve_model
 from adaplex.model.step import StepContext
 
@@ -110,6 +110,7 @@ def load_base(
     }
     progress(f"quantizing {len(found.sites)} modules to {quantization}")
     _adapt(module, found.sites, step, quantization, where)
+    _tell_of_fallbacks(module, quantization, progress)
     nn.Module.to(module, where)
     return BaseModel(
         module=module,
@@ -185,6 +186,19 @@ def _adapt(
             continue
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, replacement)
+
+
+def _tell_of_fallbacks(
+    model: nn.Module, quantization: str, progress: Callable[[str], None]
+) -> None:
+    """One line when nf4 weights are kept dense, since that costs the memory nf4 should save."""
+    linears = [m for m in model.modules() if isinstance(m, AdaptedLinear) and not m.is_head]
+    dense = sum(isinstance(m.backend, DenseLinear) for m in linears)
+    if quantization == "nf4" and dense:
+        progress(
+            f"{dense} of {len(linears)} linears have no nf4 kernel for their shape on this device: "
+            "their nf4 values are kept dense"
+        )
 
 
 def _digest(directory: Path, quantization: str, dtype: torch.dtype) -> str:

@@ -35,12 +35,15 @@ def serve(**options: Any) -> None:
 def _run(config: ServerConfig) -> None:
     """Builds and serves until a signal."""
     # Imported here: they bring torch, which --help and --print-config do without.
+    from adaplex.server import logs
+
+    logs.configure(config.log_level, config.log_format)  # before libraries that log on import
+
     from adaplex.adapters.errors import AdaplexError
-    from adaplex.server import app, logs
+    from adaplex.server import app
     from adaplex.server.build import build
     from adaplex.server.progress import shown_progress
 
-    logs.configure(config.log_level, config.log_format)
     try:
         with shown_progress() as progress:
             parts = build(config, progress)

@@ -42,6 +42,8 @@ def configure(level: str, form: Literal["auto", "json", "console"]) -> None:
     )
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("adaplex").setLevel(level.upper())
+    # It warns that an optional kernel hub is not installed; its own kernels serve.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _console_renderer() -> Processor:
