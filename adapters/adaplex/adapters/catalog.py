@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from adaplex.adapters.errors import AdapterError
+
 SCHEMA = 1
+ELEMENT_BYTES = (2, 4)
+"""Of the compute dtypes; an adapter's packed size is kept for each, as a restart may change it."""
 TABLES = """
 CREATE TABLE names (
     name TEXT PRIMARY KEY,
@@ -22,17 +27,14 @@ CREATE TABLE versions (
     modules INTEGER NOT NULL,
     max_rank INTEGER NOT NULL,
     stored_bytes INTEGER NOT NULL,
-    packed_bytes INTEGER NOT NULL,
+    packed_bytes_2 INTEGER NOT NULL,
+    packed_bytes_4 INTEGER NOT NULL,
     created TEXT NOT NULL,
     PRIMARY KEY (name, version)
 ) STRICT;
 CREATE INDEX versions_by_digest ON versions(digest);
 """
-COLUMNS = "name, version, digest, family, modules, max_rank, stored_bytes, packed_bytes, created"
-LATEST = (
-    f"SELECT {COLUMNS} FROM versions v WHERE version = "
-    "(SELECT max(version) FROM versions WHERE name = v.name)"
-)
+LATEST = "version = (SELECT max(version) FROM versions WHERE name = v.name)"
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,20 @@ class AdapterRecord:
     max_rank: int
     stored_bytes: int
     packed_bytes: int
+    """In the compute dtype of now."""
     created: datetime
 
 
 class Catalog:
     """The tables. Callers hold a lock: one connection serves all threads."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, element_bytes: int) -> None:
+        """`element_bytes` is that of the compute dtype, one of ELEMENT_BYTES."""
+        assert element_bytes in ELEMENT_BYTES
+        self._select = (
+            "SELECT name, version, digest, family, modules, max_rank, stored_bytes, "
+            f"packed_bytes_{element_bytes}, created FROM versions v WHERE"
+        )
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
@@ -61,11 +70,14 @@ class Catalog:
         if schema == 0:
             self._db.executescript(f"BEGIN; {TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
         elif schema != SCHEMA:
-            raise RuntimeError(f"{path} has schema {schema}, this version knows {SCHEMA}")
+            self._db.close()
+            raise AdapterError(
+                f"{path} has schema {schema}, this version knows {SCHEMA}", field="store_dir"
+            )
 
-    def add(self, record: AdapterRecord) -> AdapterRecord:
+    def add(self, record: AdapterRecord, packed: Mapping[int, int]) -> AdapterRecord:
         """Adds the next version of a name; `record.version` is ignored. Numbers never come back,
-        not even after the name was deleted.
+        not even after the name was deleted. `packed` is the packed size by ELEMENT_BYTES.
         """
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
@@ -76,12 +88,10 @@ class Catalog:
             ).fetchone()
             values = (
                 *(record.name, version, record.digest, record.family, record.modules),
-                *(record.max_rank, record.stored_bytes, record.packed_bytes),
+                *(record.max_rank, record.stored_bytes, *(packed[n] for n in ELEMENT_BYTES)),
                 record.created.isoformat(),
             )
-            self._db.execute(
-                f"INSERT INTO versions ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values
-            )
+            self._db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
             self._db.execute("COMMIT")
         return replace(record, version=version)
 
@@ -91,17 +101,15 @@ class Catalog:
 
     def version(self, name: str, version: int) -> AdapterRecord | None:
         """One version of a name."""
-        query = f"SELECT {COLUMNS} FROM versions WHERE name = ? AND version = ?"
-        return self._one(query, name, version)
+        return self._one("name = ? AND version = ?", name, version)
 
     def by_digest(self, digest: str) -> AdapterRecord | None:
         """The newest record of any name that points to the content."""
-        query = f"SELECT {COLUMNS} FROM versions WHERE digest = ? ORDER BY created DESC LIMIT 1"
-        return self._one(query, digest)
+        return self._one("digest = ? ORDER BY created DESC LIMIT 1", digest)
 
     def page(self, limit: int, after: str) -> list[AdapterRecord]:
         """The newest version of each name beyond `after`, by name."""
-        query = f"{LATEST} AND name > ? ORDER BY name LIMIT ?"
+        query = f"{self._select} {LATEST} AND name > ? ORDER BY name LIMIT ?"
         return [_record(row) for row in self._db.execute(query, (after, limit))]
 
     def count(self) -> int:
@@ -127,6 +135,11 @@ class Catalog:
         """Every content that a version points to."""
         return frozenset(row[0] for row in self._db.execute("SELECT digest FROM versions"))
 
+    def holds(self, digest: str) -> bool:
+        """Whether a version points to the content."""
+        query = "SELECT 1 FROM versions WHERE digest = ? LIMIT 1"
+        return self._db.execute(query, (digest,)).fetchone() is not None
+
     def check_integrity(self) -> None:
         """Asserts what SQLite and the schema promise."""
         assert self._db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
@@ -137,13 +150,12 @@ class Catalog:
         """Closes the connection."""
         self._db.close()
 
-    def _one(self, query: str, *values: str | int) -> AdapterRecord | None:
-        row = self._db.execute(query, values).fetchone()
+    def _one(self, where: str, *values: str | int) -> AdapterRecord | None:
+        row = self._db.execute(f"{self._select} {where}", values).fetchone()
         return None if row is None else _record(row)
 
 
 def _record(row: tuple[Any, ...]) -> AdapterRecord:
-    """A row of COLUMNS."""
-    fields = dict(zip(COLUMNS.split(", "), row, strict=True))
-    created = datetime.fromisoformat(fields.pop("created")).astimezone(UTC)
-    return AdapterRecord(**fields, created=created)
+    """A selected row, its columns in the order of AdapterRecord."""
+    values = (*row[:-1], datetime.fromisoformat(row[-1]).astimezone(UTC))
+    return AdapterRecord(*values)

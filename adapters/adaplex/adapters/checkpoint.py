@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,9 +27,14 @@ WEIGHTS = "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
 
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 LENGTH_BYTES = 8
 MAX_DIMENSIONS = 4
+MAX_DEPTH = 16
+"""Of lists and objects within each other in a JSON file."""
+ENTRY = {"dtype", "shape", "data_offsets"}
+NO_PICKLES = "is a pickle, which could run code; only safetensors are accepted"
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,13 @@ class Checkpoint:
 
 def read_checkpoint(directory: Path, limits: AdapterLimits) -> Checkpoint:
     """Reads an adapter directory. Raises AdapterInvalid or AdapterTooLarge."""
-    for name in FILES:
-        if not (directory / name).is_file():
-            raise AdapterInvalid.because(name, "the file is missing")
+    check_files_there(directory)
     config = read_config(directory / CONFIG, limits)
     check_weights(directory / WEIGHTS, limits)
-    tensors = load_file(directory / WEIGHTS)
+    try:
+        tensors = load_file(directory / WEIGHTS)
+    except SafetensorError as error:
+        raise AdapterInvalid.because(WEIGHTS, f"is no safetensors file: {error}") from None
     refusals = [
         Refusal(name, "holds NaN or infinity")
         for name, tensor in sorted(tensors.items())
@@ -55,6 +62,16 @@ def read_checkpoint(directory: Path, limits: AdapterLimits) -> Checkpoint:
     if refusals:
         raise AdapterInvalid(refusals)
     return Checkpoint(config, tensors)
+
+
+def check_files_there(directory: Path) -> None:
+    """Raises AdapterInvalid when a file is missing; a pickle in its place is named."""
+    for name in FILES:
+        if not (directory / name).is_file():
+            pickles = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLE_SUFFIXES)
+            if name == WEIGHTS and pickles:
+                raise AdapterInvalid.because(pickles[0], NO_PICKLES)
+            raise AdapterInvalid.because(name, "the file is missing")
 
 
 def read_config(path: Path, limits: AdapterLimits) -> dict[str, Any]:
@@ -76,12 +93,11 @@ def check_weights(path: Path, limits: AdapterLimits) -> None:
         )
     with path.open("rb") as file:
         start = file.read(LENGTH_BYTES)
-        if start.startswith(PICKLE_MAGIC):
-            raise AdapterInvalid.because(
-                WEIGHTS, "is a pickle, which could run code; only safetensors are accepted"
-            )
         length = int.from_bytes(start, "little")
         if len(start) < LENGTH_BYTES or length > size - LENGTH_BYTES:
+            # only here, because a length may begin like a pickle: 640 is 80 02
+            if start.startswith(PICKLE_MAGIC):
+                raise AdapterInvalid.because(WEIGHTS, NO_PICKLES)
             raise AdapterInvalid.because(WEIGHTS, "is cut short: the header is not all there")
         if length > limits.max_header_bytes:
             raise AdapterTooLarge(
@@ -90,7 +106,9 @@ def check_weights(path: Path, limits: AdapterLimits) -> None:
                 field=WEIGHTS,
             )
         header = _json_object(file.read(length), f"the header of {WEIGHTS}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise AdapterInvalid.because(f"{WEIGHTS} __metadata__", "does not map strings to strings")
     if not header:
         raise AdapterInvalid.because(WEIGHTS, "holds no tensor")
     if len(header) > limits.max_tensors:
@@ -107,22 +125,11 @@ def _check_entries(header: Mapping[str, Any], data_bytes: int) -> Iterator[Refus
     """Every tensor's dtype, shape and place; together they cover the data, without overlap."""
     spans = []
     for name, entry in header.items():
-        try:
-            dtype, shape = entry["dtype"], entry["shape"]
-            begin, end = entry["data_offsets"]
-            sizes = [begin, end, *shape]
-            whole = all(type(n) is int and n >= 0 for n in sizes)
-        except (KeyError, TypeError, ValueError):
-            yield Refusal(name, "its header entry is malformed")
+        if (problem := _entry_problem(entry)) is not None:
+            yield Refusal(name, problem)
             continue
-        if dtype not in DTYPE_BYTES:
-            yield Refusal(name, f"has dtype {dtype!r}; accepted are {', '.join(DTYPE_BYTES)}")
-        elif not whole or len(shape) > MAX_DIMENSIONS:
-            yield Refusal(name, f"has no sensible shape: {shape!r:.80}")
-        elif end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
-            yield Refusal(name, f"its {end - begin} bytes do not fit shape {shape} in {dtype}")
-        else:
-            spans.append((begin, end, name))
+        begin, end = entry["data_offsets"]
+        spans.append((begin, end, name))
     place = 0
     for begin, end, name in sorted(spans):
         if begin != place:
@@ -132,8 +139,33 @@ def _check_entries(header: Mapping[str, Any], data_bytes: int) -> Iterator[Refus
         yield Refusal(WEIGHTS, f"has {data_bytes} bytes of data where the header places {place}")
 
 
+def _entry_problem(entry: Any) -> str | None:
+    """What is wrong with one tensor's header entry, by itself."""
+    if not isinstance(entry, dict) or entry.keys() != ENTRY:
+        return f"its header entry does not hold just {', '.join(sorted(ENTRY))}"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        return f"has dtype {dtype!r:.40}; accepted are {', '.join(DTYPE_BYTES)}"
+    if not _are_whole(shape, least=1) or len(shape) > MAX_DIMENSIONS:
+        return f"has shape {shape!r:.80}; accepted are up to {MAX_DIMENSIONS} sizes above 0"
+    if not _are_whole(offsets, least=0) or len(offsets) != 2:
+        return f"has data_offsets {offsets!r:.80}; expected where it begins and ends"
+    begin, end = offsets
+    expected = math.prod(shape) * DTYPE_BYTES[dtype]
+    if end - begin != expected:
+        return f"has {end - begin} bytes; shape {shape} in {dtype} takes {expected}"
+    return None
+
+
+def _are_whole(numbers: object, *, least: int) -> bool:
+    """Whether this is a list of integers from `least` up that fit into 63 bits."""
+    return isinstance(numbers, list) and all(
+        type(number) is int and least <= number < 1 << 63 for number in numbers
+    )
+
+
 def _json_object(data: bytes, where: str) -> dict[str, Any]:
-    """Parses a JSON object without duplicate keys."""
+    """Parses a JSON object: no key twice, no NaN, no half of a surrogate pair."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
@@ -142,9 +174,30 @@ def _json_object(data: bytes, where: str) -> dict[str, Any]:
         return made
 
     try:
-        parsed = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        parsed = json.loads(
+            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=_no_constant
+        )
+        _check_depth(parsed)
+        json.dumps(parsed, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise AdapterInvalid.because(where, f"is not JSON: {error}") from None
     if not isinstance(parsed, dict):
         raise AdapterInvalid.because(where, "is not a JSON object")
     return parsed
+
+
+def _check_depth(parsed: Any) -> None:
+    """Raises ValueError for what could overflow the stack of whoever prints or compares it."""
+    level = [parsed]
+    for _ in range(MAX_DEPTH + 1):
+        inner = [
+            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)
+        ]
+        level = [value for values in inner for value in values]
+    if level:
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH}")
+
+
+def _no_constant(name: str) -> None:
+    """Refuses what Python's parser takes and JSON does not know."""
+    raise ValueError(f"{name} is no JSON number")

@@ -18,7 +18,8 @@ PATTERN = re.compile(r"sha256:[0-9a-f]{64}")
 def content_digest(checkpoint: Checkpoint, semantic_fields: Iterable[str]) -> str:
     """`sha256:<hex>` over the named config fields and every tensor.
 
-    Each part is tagged and preceded by its length, so that no two contents give one stream.
+    Each part is tagged and preceded by its length, so that no two contents give one stream. A
+    field that is absent and one that is set to nothing are the same.
     """
     total = hashlib.sha256(b"adaplex-adapter-v1")
 
@@ -28,9 +29,11 @@ def content_digest(checkpoint: Checkpoint, semantic_fields: Iterable[str]) -> st
 
     for field in sorted(semantic_fields):
         value = checkpoint.config.get(field)
-        if value not in (None, [], {}):
+        if value is not False and value not in (None, [], {}, "none"):  # 0 is a layer
             if isinstance(value, list):
                 value = sorted(value, key=str)
+            elif isinstance(value, float) and value.is_integer():
+                value = int(value)
             take(b"F", field.encode())
             take(b"V", json.dumps(value, sort_keys=False).encode())
     for name in sorted(checkpoint.tensors):

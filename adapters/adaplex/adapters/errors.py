@@ -6,6 +6,7 @@ AdaplexError
 │   ├── AdapterNotFound     no such name, version or digest
 │   ├── AdapterExists       the name is taken
 │   ├── AdapterTooLarge     a size or rank limit is exceeded
+│   ├── StoreFull           a quota of the store is used up; says when to try again
 │   └── StoreCorrupt        stored content does not match its digest
 └── RequestError            (adaplex.engine.errors)
 """
@@ -62,6 +63,13 @@ class AdapterExists(AdapterError):
 
 class AdapterTooLarge(AdapterError):
     """The adapter exceeds a byte or rank limit of this server."""
+
+
+class StoreFull(AdapterError):
+    """A quota of the store is used up: something must be deleted first."""
+
+    retry_after = 30.0
+    """Seconds."""
 
 
 class StoreCorrupt(AdapterError):

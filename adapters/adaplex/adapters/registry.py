@@ -6,7 +6,7 @@ import hashlib
 import re
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Self
 
 from adaplex.adapters import formats
-from adaplex.adapters.catalog import AdapterRecord, Catalog
-from adaplex.adapters.checkpoint import FILES, read_checkpoint
+from adaplex.adapters.catalog import ELEMENT_BYTES, AdapterRecord, Catalog
+from adaplex.adapters.checkpoint import FILES, check_files_there, read_checkpoint
 from adaplex.adapters.digest import PATTERN as DIGEST
 from adaplex.adapters.errors import (
     AdapterExists,
@@ -24,11 +24,12 @@ from adaplex.adapters.errors import (
     AdapterTooLarge,
     Refusal,
     StoreCorrupt,
+    StoreFull,
 )
 from adaplex.adapters.limits import MIB, AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec
 from adaplex.adapters.report import Report, describe
-from adaplex.adapters.staging import FileSpec, Staging, check_files
+from adaplex.adapters.staging import FileSpec, Staging, check_files, check_total
 from adaplex.adapters.store import AdapterStore
 
 __all__ = [
@@ -83,7 +84,7 @@ class AdapterRegistry:
         self._max_packed_bytes = max_packed_bytes
         self._lock = threading.RLock()
         self._store = AdapterStore(root)
-        self._catalog = Catalog(root / "catalog.sqlite3")
+        self._catalog = Catalog(root / "catalog.sqlite3", element_bytes=element_bytes)
         self._leases: Counter[str] = Counter()
         for orphan in self._store.digests() - self._catalog.digests():
             self._store.remove(orphan)
@@ -104,8 +105,9 @@ class AdapterRegistry:
             return Report(refusals=(Refusal(error.field, str(error)),))
 
     def commit(self, staging: Staging, name: str, *, replace: bool) -> Committed:
-        """Takes an upload in under a name. Raises AdapterInvalid, AdapterExists, AdapterTooLarge.
+        """Takes an upload in under a name.
 
+        Raises AdapterInvalid, AdapterExists, AdapterTooLarge or StoreFull.
         When it returns, the adapter survives a kill. A taken name gets a new version with
         `replace`, and is AdapterExists without, unless its content is the same.
         """
@@ -113,16 +115,20 @@ class AdapterRegistry:
         staging.verify()
         program = self._lower(staging.directory)
         report = describe(program, self._base, self._element_bytes)
+        damaged = self._store.is_damaged(program.digest)
         with self._lock:
+            if damaged:
+                self._store.remove(program.digest)
+                self._store.take(staging, program.digest)
             current = self._catalog.latest(name)
             if current is not None and current.digest == program.digest:
                 staging.discard()
                 return Committed(current, report, created=False)
             if current is not None and not replace:
                 raise AdapterExists(f"{name} is taken by {current.digest}", field="name")
-            self._check_quota(name, staging.size, is_new=current is None)
+            self._check_quota(name, program.digest, staging.size, is_new=current is None)
             self._store.take(staging, program.digest)
-            record = self._catalog.add(
+            record = self._add(
                 AdapterRecord(
                     name=name,
                     version=0,
@@ -133,7 +139,8 @@ class AdapterRegistry:
                     stored_bytes=staging.size,
                     packed_bytes=report.packed_bytes,
                     created=datetime.now(UTC),
-                )
+                ),
+                {n: program.packed_bytes(n) for n in ELEMENT_BYTES},
             )
         return Committed(record, report, created=True)
 
@@ -145,20 +152,27 @@ class AdapterRegistry:
         The real paths of its files must lie under one of `roots`, by default under `path`.
         """
         self.check_name(name)
-        allowed = [root.resolve() for root in roots or [path]]
-        sources = [(path / file).resolve() for file in FILES]
+        try:
+            allowed = [root.resolve() for root in roots or [path]]
+            sources = [(path / file).resolve() for file in FILES]
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL
+            raise AdapterInvalid.because("path", f"cannot be followed: {error}") from None
         for source, file in zip(sources, FILES, strict=True):
             if not any(source.is_relative_to(root) for root in allowed):
                 raise AdapterInvalid.because(file, "leads out of the allowed folders")
-            if not source.is_file():
-                raise AdapterInvalid.because(file, f"is not in {path}")
-        files = [_spec(file, source) for file, source in zip(FILES, sources, strict=True)]
-        with self.stage(files) as staging:
-            for index, source in enumerate(sources):
-                with source.open("rb") as stream:
-                    while data := stream.read(MIB):
-                        staging.write(index, stream.tell() - len(data), data)
-            return self.commit(staging, name, replace=replace)
+        check_files_there(path)
+        total = sum(source.stat().st_size for source in sources)
+        check_total(total, self._limits)
+        try:
+            files = [_spec(file, source) for file, source in zip(FILES, sources, strict=True)]
+            with self.stage(files) as staging:
+                for index, source in enumerate(sources):
+                    with source.open("rb") as stream:
+                        while data := stream.read(MIB):
+                            staging.write(index, stream.tell() - len(data), data)
+                return self.commit(staging, name, replace=replace)
+        except PermissionError as error:
+            raise AdapterInvalid.because("path", f"cannot be read: {error.strerror}") from None
 
     def check_name(self, name: str) -> None:
         """Raises AdapterInvalid for a bad name, AdapterExists for the base's."""
@@ -251,8 +265,17 @@ class AdapterRegistry:
             self._leases[digest] -= 1
             if not self._leases[digest]:
                 del self._leases[digest]
-                if digest not in self._catalog.digests():
+                if not self._catalog.holds(digest):
                     self._collect(digest)
+
+    def _add(self, record: AdapterRecord, packed: Mapping[int, int]) -> AdapterRecord:
+        """Names content that the store has taken; content that nobody came to name goes again."""
+        try:
+            return self._catalog.add(record, packed)
+        except BaseException:
+            if not self._catalog.holds(record.digest):
+                self._collect(record.digest)
+            raise
 
     def _collect(self, digest: str) -> None:
         if digest not in self._leases:
@@ -271,16 +294,16 @@ class AdapterRegistry:
             )
         return program
 
-    def _check_quota(self, name: str, size: int, *, is_new: bool) -> None:
+    def _check_quota(self, name: str, digest: str, size: int, *, is_new: bool) -> None:
         limits = self._limits
         if is_new and self._catalog.count() >= limits.max_adapters:
-            raise AdapterTooLarge(
+            raise StoreFull(
                 f"{name} would be one more than the {limits.max_adapters} adapters allowed",
                 field="max_adapters",
             )
         stored = self._catalog.stored_bytes()
-        if stored + size > limits.max_store_bytes:
-            raise AdapterTooLarge(
+        if stored + size > limits.max_store_bytes and not self._catalog.holds(digest):
+            raise StoreFull(
                 f"{size} bytes beside {stored} stored exceed {limits.max_store_bytes}",
                 field="max_store_bytes",
             )
@@ -298,13 +321,14 @@ class Lease:
 
     def __init__(self, registry: AdapterRegistry, record: AdapterRecord) -> None:
         self.record = record
-        self._registry: AdapterRegistry | None = registry
+        self._registry = registry
+        self._held = threading.Lock()
+        """Free while the lease is held: only one release can take it."""
 
     def release(self) -> None:
         """Gives the content back. Idempotent."""
-        registry, self._registry = self._registry, None
-        if registry is not None:
-            registry.release(self.record.digest)
+        if self._held.acquire(blocking=False):
+            self._registry.release(self.record.digest)
 
     def __enter__(self) -> Self:
         return self

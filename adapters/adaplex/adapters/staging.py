@@ -11,12 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from adaplex.adapters.checkpoint import FILES
+from adaplex.adapters.checkpoint import CONFIG, FILES, NO_PICKLES, PICKLE_SUFFIXES
 from adaplex.adapters.durable import sync
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
 from adaplex.adapters.limits import AdapterLimits
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -35,9 +34,7 @@ def check_files(files: Sequence[FileSpec], limits: AdapterLimits) -> None:
     names = [file.name for file in files]
     for file in files:
         if file.name.endswith(PICKLE_SUFFIXES):
-            raise AdapterInvalid.because(
-                file.name, "is a pickle, which could run code; only safetensors are accepted"
-            )
+            raise AdapterInvalid.because(file.name, NO_PICKLES)
         if file.name not in FILES:
             raise AdapterInvalid.because(
                 f"{file.name!r:.200}", f"is not one of {' and '.join(FILES)}"
@@ -49,7 +46,17 @@ def check_files(files: Sequence[FileSpec], limits: AdapterLimits) -> None:
     for name in FILES:
         if names.count(name) != 1:
             raise AdapterInvalid.because(name, f"is announced {names.count(name)} times, not once")
-    total = sum(file.size for file in files)
+    check_total(sum(file.size for file in files), limits)
+    config_bytes = next(file.size for file in files if file.name == CONFIG)
+    if config_bytes > limits.max_config_bytes:
+        raise AdapterTooLarge(
+            f"{CONFIG} has {config_bytes} bytes, the limit is {limits.max_config_bytes}",
+            field=CONFIG,
+        )
+
+
+def check_total(total: int, limits: AdapterLimits) -> None:
+    """Checks the bytes of all files together. Raises AdapterTooLarge."""
     if total > limits.max_adapter_bytes:
         raise AdapterTooLarge(
             f"the files have {total} bytes, the limit is {limits.max_adapter_bytes}", field="files"

@@ -72,8 +72,20 @@ class AdapterStore:
                 if found != files[name]["sha256"]:
                     raise StoreCorrupt(f"{digest}: {name} has SHA-256 {found}, not as stored")
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if not directory.is_dir():
+                raise AdapterNotFound(f"{digest} was removed meanwhile") from error
             raise StoreCorrupt(f"{digest}: {error}") from error
         return directory
+
+    def is_damaged(self, digest: str) -> bool:
+        """Whether an object is there, but not as it was stored."""
+        try:
+            self.open(digest)
+        except StoreCorrupt:
+            return True
+        except AdapterNotFound:
+            return False
+        return False
 
     def remove(self, digest: str) -> None:
         """Removes an object: out of sight at once, then from the disk."""
@@ -87,7 +99,8 @@ class AdapterStore:
 
     def digests(self) -> frozenset[str]:
         """Every object that is there."""
-        return frozenset(PREFIX + folder.name for folder in self._objects.iterdir())
+        names = (PREFIX + folder.name for folder in self._objects.iterdir())
+        return frozenset(name for name in names if PATTERN.fullmatch(name))
 
     def staged(self) -> int:
         """Uploads on their way in."""

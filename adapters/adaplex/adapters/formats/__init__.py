@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
+
+import torch
 
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.digest import content_digest
-from adaplex.adapters.errors import AdapterInvalid
+from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats.lora import Lora
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec, ModuleProgram
@@ -72,6 +74,14 @@ def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Adap
     modules, notes = found.lower(checkpoint, base, limits)
     digest = content_digest(checkpoint, found.semantic_fields)
     program = AdapterProgram(digest, found.family, modules, notes)
-    if not program.is_finite():
-        raise AdapterInvalid.because("lora_alpha", "the scaled weights overflow bf16")
+    if refusals := list(_overflows(program)):
+        raise AdapterInvalid(refusals)
     return program
+
+
+def _overflows(program: AdapterProgram) -> Iterator[Refusal]:
+    """Tensors that are not finite once scaled and in bf16: they would poison other rows."""
+    for module in program.modules:
+        for role, tensor in module.tensors():
+            if not bool(torch.isfinite(tensor.to(torch.bfloat16)).all()):
+                yield Refusal(module.module, f"its {role}, scaled by {module.scale:g}, overflows")

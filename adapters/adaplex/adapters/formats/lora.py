@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from adaplex.adapters.checkpoint import Checkpoint
-from adaplex.adapters.errors import AdapterInvalid, Refusal
-from adaplex.adapters.formats.targets import pattern_value, targeted
+from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge, Refusal
+from adaplex.adapters.formats.targets import Patterns, pattern_value, targeted
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import BaseModule, BaseSpec, LowRank, ModuleProgram
 
@@ -82,13 +82,19 @@ UNSUPPORTED_TENSORS = {
     "lora_embedding_": "LoRA on embeddings is not served",
     "lora_magnitude_vector": "DoRA needs the output-scale primitive",
     "lora_B.bias": "biases of lora_B are not served",
+    "lora_B.default.bias": "biases of lora_B are not served",
+    "base_layer.weight": "copies a weight of the base, which PEFT would load over the base's own; "
+    "save with save_embedding_layers=False",
     "modules_to_save": "needs replaced weights",
     "token_adapter": "needs replaced embedding rows",
 }
-PLAIN_INITS = frozenset(["gaussian", "orthogonal", "eva"])
-UNSET: tuple[object, ...] = (None, False, [], {})
+PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")
+"""Initialisers that leave the base as it is."""
+UNSET: tuple[object, ...] = (None, False, "", [], {})
 """Values by which a config says that it does not use a field."""
 BIASES = ("none", "all", "lora_only")
+MAX_NUMBER = 1e9
+"""Of ranks and alphas."""
 
 
 @dataclass
@@ -108,6 +114,7 @@ class _Reading:
     base: BaseSpec
     limits: AdapterLimits
     refusals: list[Refusal] = field(default_factory=list)
+    patterns: Patterns = field(default_factory=Patterns)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -115,10 +122,6 @@ class _Reading:
 
     def refuse(self, where: str, reason: str) -> None:
         self.refusals.append(Refusal(where, reason))
-
-    def stop_if_refused(self) -> None:
-        if self.refusals:
-            raise AdapterInvalid(self.refusals)
 
 
 class Lora:
@@ -132,60 +135,66 @@ class Lora:
     ) -> tuple[tuple[ModuleProgram, ...], tuple[str, ...]]:
         """See Format."""
         reading = _Reading(checkpoint, base, limits)
-        _check_fields(reading)
-        reading.stop_if_refused()
+        _check_known(reading)
+        if not _check_used(reading):
+            raise AdapterInvalid(reading.refusals)
         found = _sort_tensors(reading)
-        _check_targets(reading, found)
-        programs = [
-            program
-            for name in sorted(found)
-            if (program := _lower_module(reading, name, found[name])) is not None
-        ]
-        if not programs and not reading.refusals:
-            reading.refuse("target_modules", "no module of the base is matched")
-        reading.stop_if_refused()
+        lowered: list[ModuleProgram | None] = []
+        try:
+            _check_targets(reading, found)
+            lowered = [_lower_module(reading, name, found[name]) for name in sorted(found)]
+        except AdapterInvalid as error:  # a bad pattern ends the search, and joins the list
+            reading.refusals.extend(error.refusals)
+        if reading.refusals:
+            raise AdapterInvalid(reading.refusals)
+        programs = [program for program in lowered if program is not None]
+        _check_ranks(programs, limits)
         return tuple(programs), tuple(_notes(reading))
 
 
-def _check_fields(reading: _Reading) -> None:
-    """Refuses fields that are unknown, unsupported, or of the wrong kind."""
-    config = reading.config
-    for name, value in sorted(config.items()):
+def _check_known(reading: _Reading) -> None:
+    """Refuses fields that are unknown, or ask for what is not served."""
+    for name, value in sorted(reading.config.items()):
         if name in UNSUPPORTED and value not in UNSET:
             reading.refuse(name, UNSUPPORTED[name])
         elif name not in USED | HARMLESS | UNSUPPORTED.keys() and value not in UNSET:
             reading.refuse(name, "is not a field of LoRA that this server knows")
-    for name in ("r", "lora_alpha"):
-        if not _is_number(config.get(name)):
-            reading.refuse(name, "must be a positive number")
+    init = reading.config.get("init_lora_weights")
+    if init not in (None, False, True, *PLAIN_INITS):
+        reading.refuse(
+            "init_lora_weights",
+            f"{init!r:.40} changes the base weights; convert the adapter to plain LoRA first",
+        )
+
+
+def _check_used(reading: _Reading) -> bool:
+    """Refuses fields of the wrong kind. Whether the fields can be used."""
+    config, before = reading.config, len(reading.refusals)
+    if not _is_rank(config.get("r")):
+        reading.refuse("r", "must be a positive integer")
+    if not _is_number(config.get("lora_alpha")):
+        reading.refuse("lora_alpha", "must be a positive number")
     if not isinstance(config.get("use_rslora") or False, bool):
         reading.refuse("use_rslora", "must be true or false")
-    for name in ("rank_pattern", "alpha_pattern"):
+    for name, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         patterns = config.get(name) or {}
-        if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
-            reading.refuse(name, "must map patterns to positive numbers")
+        if not isinstance(patterns, dict) or not all(map(fits, patterns.values())):
+            kind = "integers" if fits is _is_rank else "numbers"
+            reading.refuse(name, f"must map patterns to positive {kind}")
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         if not _is_names(config.get(name)):
             reading.refuse(name, "must be a string or a list of strings")
     if not config.get("target_modules"):
         reading.refuse("target_modules", "is missing")
     layers = config.get("layers_to_transform")
-    indices = layers if isinstance(layers, list) else [layers or 0]
+    indices = layers if isinstance(layers, list) else [0 if layers is None else layers]
     if not all(type(index) is int and index >= 0 for index in indices):
         reading.refuse("layers_to_transform", "must be a layer index or a list of them")
+    elif layers not in (None, []) and isinstance(config.get("target_modules"), str):
+        reading.refuse("layers_to_transform", "needs target_modules to be a list")
     if config.get("bias", "none") not in BIASES:
         reading.refuse("bias", f"must be one of {', '.join(BIASES)}")
-    _check_initialiser(reading)
-
-
-def _check_initialiser(reading: _Reading) -> None:
-    """Refuses initialisers that change the base, which this adapter would then not fit."""
-    init = reading.config.get("init_lora_weights", True)
-    if not (isinstance(init, bool) or init is None or init in PLAIN_INITS):
-        reading.refuse(
-            "init_lora_weights",
-            f"{init!r:.40} changes the base weights; convert the adapter to plain LoRA first",
-        )
+    return len(reading.refusals) == before
 
 
 def _sort_tensors(reading: _Reading) -> dict[str, _Module]:
@@ -205,7 +214,10 @@ def _sort_tensors(reading: _Reading) -> dict[str, _Module]:
                 reading.refuse(key, "is given twice")
             setattr(module, attribute, tensor)
         elif bias := BIAS.fullmatch(name):
-            found.setdefault(bias["module"], _Module()).bias = tensor
+            module = found.setdefault(bias["module"], _Module())
+            if module.bias is not None:
+                reading.refuse(key, "is given twice")
+            module.bias = tensor
         else:
             reading.refuse(key, "is not a tensor of LoRA that this server knows")
     return found
@@ -214,7 +226,7 @@ def _sort_tensors(reading: _Reading) -> dict[str, _Module]:
 def _check_targets(reading: _Reading, found: Mapping[str, _Module]) -> None:
     """The config's targets and the tensors must name the same modules of the base."""
     modules = reading.base.modules
-    targets = targeted(reading.config, modules.values())
+    targets = targeted(reading.config, modules.values(), reading.patterns)
     pairs = {name for name, module in found.items() if module.a is not None or module.b is not None}
     for name in sorted(found.keys() - modules.keys()):
         reading.refuse(name, f"the base {reading.base.name} has no such module")
@@ -248,9 +260,8 @@ def _lower_module(reading: _Reading, name: str, tensors: _Module) -> ModuleProgr
         missing = "A" if tensors.a is None else "B"
         reading.refuse(f"{PREFIX}{name}.lora_{missing}.weight", "half of a pair is missing")
         return None
-    rank = pattern_value(
-        reading.config.get("rank_pattern"), name, reading.config["r"], "rank_pattern"
-    )
+    config, patterns = reading.config, reading.patterns
+    rank = pattern_value(config, "rank_pattern", name, config["r"], patterns)
     expected = {"A": (rank, module.in_features), "B": (module.out_features, rank)}
     shapes = {"A": tuple(tensors.a.shape), "B": tuple(tensors.b.shape)}
     for half, shape in shapes.items():
@@ -259,18 +270,27 @@ def _lower_module(reading: _Reading, name: str, tensors: _Module) -> ModuleProgr
                 f"{PREFIX}{name}.lora_{half}.weight",
                 f"has shape {list(shape)}, expected {list(expected[half])}",
             )
-    if rank > reading.limits.max_rank:
-        reading.refuse(name, f"has rank {rank}, the limit is {reading.limits.max_rank}")
     if shapes != expected:
         return None
     scale = _scale(reading, name, rank)
     return ModuleProgram(name, LowRank(tensors.a, tensors.b.float() * scale), bias, scale)
 
 
+def _check_ranks(programs: Sequence[ModuleProgram], limits: AdapterLimits) -> None:
+    """Raises AdapterTooLarge for the first rank beyond the limit."""
+    for program in programs:
+        if program.low_rank is not None and program.low_rank.rank > limits.max_rank:
+            raise AdapterTooLarge(
+                f"{program.module} has rank {program.low_rank.rank}, the limit is "
+                f"{limits.max_rank}",
+                field="r",
+            )
+
+
 def _scale(reading: _Reading, name: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) for rsLoRA; alpha may differ by module."""
     config = reading.config
-    alpha = pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"], "alpha_pattern")
+    alpha = pattern_value(config, "alpha_pattern", name, config["lora_alpha"], reading.patterns)
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -302,8 +322,13 @@ def _notes(reading: _Reading) -> list[str]:
 
 
 def _is_number(value: object) -> bool:
-    """A positive finite number that is not a bool."""
-    return type(value) in (int, float) and 0 < float(value) < math.inf  # type: ignore[arg-type]
+    """A positive number of sensible size that is not a bool."""
+    return type(value) in (int, float) and 0 < value < MAX_NUMBER  # type: ignore[operator]
+
+
+def _is_rank(value: object) -> bool:
+    """A positive number that is whole."""
+    return type(value) is int and _is_number(value)
 
 
 def _is_names(value: object) -> bool:

@@ -1,11 +1,15 @@
 """Which modules a PEFT config targets, by PEFT's own rules.
 
 Source: `peft.tuners.tuners_utils.check_target_module_exists` and `peft.utils.get_pattern_key`.
-Patterns come from strangers, so they are matched by `regex` with a time limit.
+Patterns come from strangers: `re` says whether they are patterns at all, and `regex` matches
+them within a time limit.
 """
 
 from __future__ import annotations
 
+import math
+import re
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,59 +21,107 @@ from adaplex.adapters.program import BaseModule
 ALL_LINEAR = "all-linear"
 MAX_PATTERN = 2000
 """Characters of a pattern."""
-SECONDS = 0.2
+MAX_EXPANSION = 200_000
+"""Characters of a pattern once its repeats are written out, as `regex` does when it compiles."""
+MATCH_SECONDS = 0.2
 """For one match."""
+TOTAL_SECONDS = 5.0
+"""Of processor time, for all matches of one adapter."""
 
 
-def matches(pattern: str, name: str, field: str) -> bool:
-    """Whether `pattern` matches the whole name. Raises AdapterInvalid for a bad pattern."""
-    if len(pattern) > MAX_PATTERN:
-        raise AdapterInvalid.because(field, f"a pattern is longer than {MAX_PATTERN} characters")
-    try:
-        return regex.fullmatch(pattern, name, timeout=SECONDS) is not None
-    except regex.error as error:
-        raise AdapterInvalid.because(field, f"{pattern!r:.80} is no pattern: {error}") from None
-    except TimeoutError:
-        raise AdapterInvalid.because(
-            field, f"{pattern!r:.80} takes longer than {SECONDS} s to match"
-        ) from None
+class Patterns:
+    """Matches one adapter's patterns, each compiled once, within a limit of time and memory."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[str, regex.Pattern[str]] = {}
+        self._seconds = 0.0
+
+    def match(
+        self, pattern: str, name: str, field: str, *, whole: bool = True
+    ) -> regex.Match[str] | None:
+        """Matches the whole name, or its beginning. Raises AdapterInvalid for a bad pattern."""
+        started = time.thread_time()
+        try:
+            compiled = self._compiled.get(pattern) or self._compile(pattern, field)
+            matching = compiled.fullmatch if whole else compiled.match
+            found = matching(name, timeout=MATCH_SECONDS)
+        except TimeoutError:
+            raise AdapterInvalid.because(
+                field, f"{pattern!r:.80} takes longer than {MATCH_SECONDS} s to match"
+            ) from None
+        self._seconds += time.thread_time() - started
+        if self._seconds > TOTAL_SECONDS:
+            raise AdapterInvalid.because(
+                field, f"the patterns take longer than {TOTAL_SECONDS} s to match"
+            )
+        return found
+
+    def _compile(self, pattern: str, field: str) -> regex.Pattern[str]:
+        if len(pattern) > MAX_PATTERN:
+            raise AdapterInvalid.because(
+                field, f"a pattern is longer than {MAX_PATTERN} characters"
+            )
+        try:
+            re.compile(pattern)
+            if _expansion(pattern) > MAX_EXPANSION:
+                raise AdapterInvalid.because(field, f"{pattern!r:.80} repeats too much")
+            self._compiled[pattern] = regex.compile(pattern)
+        except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
+            raise AdapterInvalid.because(field, f"{pattern!r:.80} is no pattern: {error}") from None
+        return self._compiled[pattern]
 
 
-def targeted(config: Mapping[str, Any], modules: Iterable[BaseModule]) -> frozenset[str]:
+def targeted(
+    config: Mapping[str, Any], modules: Iterable[BaseModule], patterns: Patterns
+) -> frozenset[str]:
     """Names of the linears that the config targets."""
     linears = [module for module in modules if module.kind == "linear"]
     target = config.get("target_modules") or ()
     if isinstance(target, str) and target.lower() == ALL_LINEAR:
         chosen = [module.name for module in linears if not module.is_head]
     elif isinstance(target, str):
-        chosen = [m.name for m in linears if matches(target, m.name, "target_modules")]
+        chosen = [m.name for m in linears if patterns.match(target, m.name, "target_modules")]
     else:
-        chosen = [m.name for m in linears if _listed(target, m.name)]
-        chosen = [name for name in chosen if name in target or _layer_wanted(config, name)]
-    return frozenset(name for name in chosen if not _excluded(config, name))
+        names = frozenset(target)
+        chosen = [m.name for m in linears if _listed(names, m.name)]
+        chosen = [n for n in chosen if n in names or _layer_wanted(config, n, patterns)]
+    return frozenset(name for name in chosen if not _excluded(config, name, patterns))
 
 
-def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any, field: str) -> Any:
-    """The value of the first pattern that matches the end of a module's name."""
-    for pattern, value in (patterns or {}).items():
-        if matches(rf"(.*\.)?({pattern})", name, field):
+def pattern_value(
+    config: Mapping[str, Any], field: str, name: str, default: Any, patterns: Patterns
+) -> Any:
+    """The value of the field's first pattern that matches the end of a module's name."""
+    for pattern, value in (config.get(field) or {}).items():
+        if patterns.match(rf"(.*\.)?({pattern})", name, field):
             return value
     return default
 
 
-def _listed(entries: Iterable[str], name: str) -> bool:
+def _expansion(pattern: str) -> int:
+    """At most how long the pattern is once repeats are written out: `+` doubles what it repeats,
+    a count multiplies it, and each may hold all the others.
+    """
+    counts = [
+        int(n) for braces in re.findall(r"\{[^}]*", pattern) for n in re.findall(r"\d+", braces)
+    ]
+    return len(pattern) * (1 << pattern.count("+")) * math.prod(n for n in counts if n)
+
+
+def _listed(entries: frozenset[str], name: str) -> bool:
     """Whether an entry is the name, or a whole-word end of it."""
-    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+    words = name.split(".")
+    return any(".".join(words[i:]) in entries for i in range(len(words)))
 
 
-def _excluded(config: Mapping[str, Any], name: str) -> bool:
+def _excluded(config: Mapping[str, Any], name: str, patterns: Patterns) -> bool:
     excluded = config.get("exclude_modules") or ()
     if isinstance(excluded, str):
-        return matches(excluded, name, "exclude_modules")
-    return _listed(excluded, name)
+        return patterns.match(excluded, name, "exclude_modules") is not None
+    return _listed(frozenset(excluded), name)
 
 
-def _layer_wanted(config: Mapping[str, Any], name: str) -> bool:
+def _layer_wanted(config: Mapping[str, Any], name: str, patterns: Patterns) -> bool:
     """Whether layers_to_transform, if given, names the layer that the module lies in."""
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
@@ -77,9 +129,8 @@ def _layer_wanted(config: Mapping[str, Any], name: str) -> bool:
     containers = config.get("layers_pattern") or [r"[^.]*"]
     containers = [containers] if isinstance(containers, str) else containers
     for container in containers:
-        pattern = rf"(?:|.*?\.){container}\.(\d+)\..*"
-        if matches(pattern, name, "layers_pattern"):
-            found = regex.match(pattern, name, timeout=SECONDS)
-            assert found is not None
-            return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+        pattern = rf"(?:^|.*?\.){container}\.(?P<idx>\d+)\."
+        if found := patterns.match(pattern, name, "layers_pattern", whole=False):
+            wanted = [layers] if isinstance(layers, int) else layers
+            return found["idx"] is not None and int(found["idx"]) in wanted
     return False

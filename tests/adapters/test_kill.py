@@ -1,0 +1,68 @@
+"""A registry whose process is killed in mid-upload: what was acknowledged is there."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from adapters.handmade import make_registry
+
+ROUNDS = 5
+UPLOADER = Path(__file__).with_name("uploader.py")
+
+
+def upload_until_killed(root: Path, run: int, delay: float) -> list[str]:
+    """Lines that the uploader printed; killed `delay` seconds after it was ready."""
+    process = subprocess.Popen(
+        [sys.executable, str(UPLOADER), str(root), str(run)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    killer = threading.Timer(delay, process.kill)
+    killer.start()
+    lines = process.stdout.readlines()
+    killer.join()
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL
+    return [line.strip() for line in lines if line.endswith("\n")]
+
+
+def may_be_deleted(name: str) -> bool:
+    """Whether the uploader deletes this one; it may have done so without coming to say it."""
+    return int(name.rpartition("-")[2]) % 3 == 2
+
+
+def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
+    dice = random.Random(11)
+    kept: dict[str, str] = {}
+    gone: set[str] = set()
+    for run in range(ROUNDS):
+        for line in upload_until_killed(tmp_path, run, dice.uniform(0.05, 0.3)):
+            name, digest = line.split()
+            if digest == "-":
+                del kept[name]
+                gone.add(name)
+            else:
+                kept[name] = digest
+        registry = make_registry(tmp_path)
+        registry.check_integrity()
+        assert list((tmp_path / "staging").iterdir()) == []
+        found = {record.name: record.digest for record in registry.list(limit=100_000)}
+        assert not gone & found.keys()
+        gone |= {name for name in kept if may_be_deleted(name) and name not in found}
+        kept = {name: digest for name, digest in kept.items() if name not in gone}
+        for name, digest in kept.items():
+            with registry.resolve(name) as lease:
+                assert lease.record.digest == digest
+                assert registry.program(digest).digest == digest
+        assert len(found.keys() - kept.keys()) <= run + 1, "one a round is in, but not said"
+        registry.close()
+    assert len(kept) >= ROUNDS

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
+from adaplex.adapters.errors import (
+    AdapterExists,
+    AdapterInvalid,
+    AdapterNotFound,
+    AdapterTooLarge,
+    StoreFull,
+)
+from adaplex.adapters.registry import NAME, AdapterLimits, AdapterRegistry
+from adapters.handmade import (
+    BASE,
+    config,
+    files,
+    make_base,
+    make_registry,
+    objects,
+    push,
+    specs,
+    stage,
+    staged,
+    tensors,
+)
+
+
+def test_an_upload_is_checked_committed_and_found(registry: AdapterRegistry) -> None:
+    contents = files()
+    with stage(registry, contents) as staging:
+        checked = registry.check(staging)
+        assert checked.valid
+        assert registry.count() == 0
+        done = registry.commit(staging, "tone", replace=False)
+    record = done.record
+    assert done.created
+    assert done.report == checked == registry.report(record.digest)
+    assert (record.name, record.version, record.family) == ("tone", 1, "lora")
+    assert (record.modules, record.max_rank) == (4, 2)
+    assert record.stored_bytes == sum(map(len, contents.values()))
+    assert record.packed_bytes == checked.packed_bytes
+    for selector in ("tone", "tone@1", record.digest):
+        assert registry.get(selector) == record
+    program = registry.program(record.digest)
+    assert program.digest == record.digest
+    assert program.packed_bytes(4) == record.packed_bytes
+    assert {m.module for m in program.modules} == {m.module for m in checked.modules}
+
+
+def test_versions_count_up_and_never_come_back(registry: AdapterRegistry) -> None:
+    made = [push(registry, "tone", seed=seed, replace=True).record for seed in range(3)]
+    assert [record.version for record in made] == [1, 2, 3]
+    assert registry.get("tone") == made[2]
+    assert registry.get("tone@2") == made[1]
+    deleted = registry.delete("tone")
+    assert deleted.versions == 3
+    assert set(deleted.digests) == {record.digest for record in made}
+    for selector in ("tone", "tone@1", made[0].digest):
+        with pytest.raises(AdapterNotFound):
+            registry.get(selector)
+    assert push(registry, "tone").record.version == 4
+    with pytest.raises(AdapterNotFound):
+        registry.get("tone@1")
+
+
+def test_the_same_content_is_not_made_twice(registry: AdapterRegistry, tmp_path: Path) -> None:
+    first = push(registry, "tone")
+    cosmetic = files(config(task_type=None, base_model_name_or_path="elsewhere"))
+    for contents in (files(), cosmetic):
+        again = push(registry, "tone", contents)
+        assert not again.created
+        assert again.record == first.record
+    other = push(registry, "other-name")
+    assert other.created
+    assert other.record.digest == first.record.digest
+    assert objects(tmp_path / "store") == {first.record.digest}
+    assert registry.delete("tone").digests == ()
+    assert registry.program(first.record.digest).digest == first.record.digest
+
+
+def test_a_taken_name_needs_replace(registry: AdapterRegistry) -> None:
+    first = push(registry, "tone").record
+    with pytest.raises(AdapterExists, match=first.digest) as caught:
+        push(registry, "tone", seed=1)
+    assert caught.value.field == "name"
+    assert registry.get("tone") == first
+    assert push(registry, "tone", seed=1, replace=True).record.version == 2
+
+
+def test_names_are_listed_page_by_page(registry: AdapterRegistry) -> None:
+    names = sorted(f"tone-{i}" for i in range(7))
+    for i, name in enumerate(reversed(names)):
+        push(registry, name, seed=i)
+    push(registry, names[2], seed=50, replace=True)
+    assert registry.count() == 7
+    first = registry.list(limit=3)
+    rest = registry.list(limit=10, after=first[-1].name)
+    assert [record.name for record in first + rest] == names
+    assert first[2].version == 2
+    assert registry.list(limit=3, after=names[-1]) == []
+
+
+BAD_NAMES = ["", ".", "..", "../x", "a/b", "/etc", "a" * 129, ".hidden", "x\0y", "x\n", "-x", "a b"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_bad_names_are_refused(registry: AdapterRegistry, name: str) -> None:
+    with pytest.raises(AdapterInvalid) as caught:
+        push(registry, name)
+    assert caught.value.field == "name"
+    with pytest.raises(AdapterNotFound):
+        registry.delete(name)
+    for selector in (name, f"{name}@1", "x@0", "x@01", "x@-1", f"x@{10**30}", "sha256:../x"):
+        with pytest.raises(AdapterNotFound):
+            registry.resolve(selector)
+
+
+@given(st.text(max_size=140))
+@example("é")
+@example("a\u0130")
+def test_a_name_is_a_file_name_or_refused(name: str) -> None:
+    registry = object.__new__(AdapterRegistry)
+    registry._base = BASE
+    if NAME.fullmatch(name):
+        registry.check_name(name)
+        assert name.isascii()
+        assert Path("/root", name).resolve() == Path("/root") / name
+    else:
+        with pytest.raises(AdapterInvalid, match=r"^[\s\S]{1,400}$"):
+            registry.check_name(name)
+
+
+def test_the_bases_name_is_taken(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path, make_base("tiny"))
+    with pytest.raises(AdapterExists, match="base model"):
+        push(registry, "tiny")
+    registry.close()
+
+
+def test_a_lease_keeps_content_until_its_last_release(
+    registry: AdapterRegistry, tmp_path: Path
+) -> None:
+    digest = push(registry, "tone").record.digest
+    leases = [registry.resolve(selector) for selector in ("tone", "tone@1", digest)]
+    assert registry.delete("tone").digests == (digest,)
+    for lease in leases:
+        assert registry.program(digest).digest == digest
+        registry.check_integrity()
+        lease.release()
+        lease.release()
+    with pytest.raises(AdapterNotFound):
+        registry.program(digest)
+    assert objects(tmp_path / "store") == set()
+
+
+def test_a_lease_outlives_a_replacement_and_a_new_upload(registry: AdapterRegistry) -> None:
+    old = push(registry, "tone").record
+    with registry.resolve("tone") as lease:
+        push(registry, "tone", seed=1, replace=True)
+        assert lease.record == old
+        registry.delete("tone")
+        push(registry, "tone", seed=0)
+    assert registry.program(old.digest).digest == old.digest
+
+
+@pytest.mark.parametrize(
+    ("limits", "field"),
+    [
+        (AdapterLimits(max_adapters=1), "max_adapters"),
+        (AdapterLimits(max_store_bytes=2000), "max_store_bytes"),
+    ],
+)
+def test_quotas_hold_for_new_content_only(
+    tmp_path: Path, limits: AdapterLimits, field: str
+) -> None:
+    registry = make_registry(tmp_path, limits=limits)
+    first = push(registry, "tone").record
+    with pytest.raises(StoreFull) as caught:
+        push(registry, "other", seed=1)
+    assert caught.value.field == field
+    assert not push(registry, "tone").created
+    assert objects(tmp_path) == {first.digest}
+    assert staged(tmp_path) == []
+    registry.delete("tone")
+    assert push(registry, "other", seed=1).created
+    registry.close()
+
+
+def test_an_adapter_must_fit_the_arena(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path, max_packed_bytes=100)
+    with stage(registry, files()) as staging:
+        (refusal,) = registry.check(staging).refusals
+        assert "the arena has 100" in refusal.reason
+        with pytest.raises(AdapterTooLarge, match="the arena has 100"):
+            registry.commit(staging, "tone", replace=False)
+    registry.close()
+
+
+def test_threads_agree(registry: AdapterRegistry) -> None:
+    """Uploads, reads and deletions of few names by many threads at once."""
+    contents = [files(weights=tensors(seed=seed)) for seed in range(3)]
+    start = threading.Barrier(6)
+
+    def work(worker: int) -> int:
+        start.wait()
+        read = 0
+        for turn in range(30):
+            name = f"name-{(worker + turn) % 2}"
+            with suppress(AdapterNotFound):
+                if (worker + turn) % 3 == 0:
+                    push(registry, name, contents[turn % 3], replace=True)
+                elif (worker + turn) % 7 == 0:
+                    registry.delete(name)
+                else:
+                    with registry.resolve(name) as lease:
+                        program = registry.program(lease.record.digest)
+                        assert program.digest == lease.record.digest
+                        assert torch.isfinite(program.modules[0].low_rank.a).all()  # type: ignore[union-attr]
+                        read += 1
+            registry.check_integrity()
+        return read
+
+    with ThreadPoolExecutor(6) as pool:
+        assert sum(pool.map(work, range(6))) > 0
+    for record in registry.list(limit=10):
+        registry.delete(record.name)
+
+
+def test_one_staging_cannot_be_read_before_it_is_whole(registry: AdapterRegistry) -> None:
+    contents = files()
+    with registry.stage(specs(contents)) as staging:
+        staging.write(0, 0, contents[CONFIG])
+        assert registry.check(staging).refusals[0].where == WEIGHTS
+        with pytest.raises(AdapterInvalid, match="ended after 0 of"):
+            registry.commit(staging, "tone", replace=False)

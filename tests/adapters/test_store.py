@@ -1,0 +1,128 @@
+"""What is on the disk: one owner, restarts, leftovers, damage."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
+from adaplex.adapters.errors import (
+    AdapterError,
+    AdapterInvalid,
+    StoreCorrupt,
+)
+from adaplex.adapters.registry import AdapterRegistry
+from adapters.handmade import (
+    BASE,
+    files,
+    make_base,
+    make_registry,
+    push,
+    stage,
+    staged,
+    write,
+)
+
+
+def test_a_store_has_one_owner(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from adapters.handmade import make_registry\n"
+        "registry = make_registry(Path(sys.argv[1])); print('open', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={"PYTHONPATH": ":".join(sys.path)},
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "open\n"
+    with pytest.raises(AdapterError, match="in use by another process") as caught:
+        make_registry(tmp_path)
+    assert caught.value.field == "store_dir"
+    other.communicate("")
+    make_registry(tmp_path).close()
+
+
+def test_everything_is_found_after_a_restart(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path)
+    records = [push(registry, f"tone-{i}", seed=i).record for i in range(3)]
+    registry.delete("tone-0")
+    registry.close()
+    registry = make_registry(tmp_path)
+    assert registry.list(limit=10) == records[1:]
+    for record in records[1:]:
+        assert registry.program(record.digest).digest == record.digest
+    assert push(registry, "tone-0").record.version == 2
+    registry.check_integrity()
+    registry.close()
+
+
+def test_a_restart_in_another_dtype_keeps_the_sizes_right(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path)
+    record = push(registry, "tone").record
+    registry.close()
+    registry = AdapterRegistry(tmp_path, BASE, element_bytes=2)
+    assert registry.get("tone").packed_bytes == registry.report(record.digest).packed_bytes
+    registry.close()
+
+
+def test_leftovers_are_removed_when_the_store_is_opened(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path)
+    record = push(registry, "tone").record
+    stage(registry, files())
+    orphan = tmp_path / "objects" / ("0" * 64)
+    write(orphan, files())
+    (tmp_path / "objects" / "notes.txt").write_text("not an object")
+    registry.close()
+    registry = make_registry(tmp_path)
+    assert staged(tmp_path) == []
+    assert not orphan.exists()
+    registry.check_integrity()
+    assert registry.program(record.digest).digest == record.digest
+    registry.close()
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "remove"])
+def test_damaged_content_is_not_served_and_can_be_uploaded_again(
+    registry: AdapterRegistry, tmp_path: Path, name: str, damage: str
+) -> None:
+    record = push(registry, "tone").record
+    path = tmp_path / "store" / "objects" / record.digest.removeprefix("sha256:") / name
+    data = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    elif damage == "flip":
+        middle = data.index(b'"sha256":') + 13 if name == "manifest.json" else len(data) // 2
+        path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    else:
+        path.write_bytes(data[: len(data) // 2] if damage == "cut" else b"")
+    for read in (registry.program, registry.report):
+        with pytest.raises(StoreCorrupt, match=record.digest):
+            read(record.digest)
+    assert push(registry, "tone").record == record
+    assert registry.program(record.digest).digest == record.digest
+
+
+def test_content_for_another_base_is_invalid_not_corrupt(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path)
+    digest = push(registry, "tone").record.digest
+    registry.close()
+    registry = make_registry(tmp_path, make_base("smaller", layers=1))
+    assert registry.get("tone").digest == digest
+    with pytest.raises(AdapterInvalid, match="the base smaller has no such module"):
+        registry.program(digest)
+    registry.close()
+
+
+def test_a_foreign_catalog_is_named(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path)
+    registry._catalog._db.execute("PRAGMA user_version = 99")
+    registry.close()
+    with pytest.raises(AdapterError, match="schema 99"):
+        make_registry(tmp_path)
