@@ -38,7 +38,8 @@ def convert_gguf(file: Path, target: Path) -> None:
 
 
 def _convert(file: Path, target: Path) -> None:
-    facts = _metadata(file, "tokenizer.ggml.pre", "tokenizer.ggml.eot_token_id")
+    ids = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+    facts = _metadata(file, "tokenizer.ggml.pre", *ids)
     model = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
@@ -49,6 +50,9 @@ def _convert(file: Path, target: Path) -> None:
     model.save_pretrained(target)
 
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    if (eos := facts.get("tokenizer.ggml.eos_token_id")) is not None:
+        # transformers before 5.23 takes another special token for it when the file has two ends
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
     tokenizer.model_max_length = model.config.max_position_embeddings
     if facts.get("tokenizer.ggml.pre") in SPLITS_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -157,7 +157,9 @@ def _device(device: str) -> str:
 def _use_row_invariant_experts(model: nn.Module) -> None:
     """Routes fused mixture-of-experts layers through adaplex.model.experts."""
     for module in model.modules():
-        if getattr(module, "has_gate", False) and not module.has_post_expert_norm:
+        if getattr(module, "has_gate", False) and not getattr(
+            module, "has_post_expert_norm", False
+        ):
             config = module.config
             config._experts_implementation = experts.IMPLEMENTATION  # type: ignore[union-attr]
 
