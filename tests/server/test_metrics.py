@@ -103,3 +103,12 @@ def test_rejections_are_counted_by_reason() -> None:
     metrics.request_rejected(ValueError())
     for reason in ("queue_full", "unavailable", "error"):
         assert value(registry, "admission_rejections_total", reason=reason) == 1
+
+
+def test_bounded_series_exist_before_their_first_event() -> None:
+    _, registry = made()
+    assert value(registry, "adapter_loads_total", tier="arena", outcome="error") == 0
+    assert value(registry, "adapter_evictions_total", tier="merged") == 0
+    assert value(registry, "request_success_total", finished_reason="abort") == 0
+    assert value(registry, "admission_rejections_total", reason="queue_full") == 0
+    assert value(registry, "generation_tokens_total") == 0

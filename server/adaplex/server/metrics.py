@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import Metric
@@ -123,6 +123,7 @@ class Metrics:
         self._step_rows = self._histogram(
             "iteration_tokens_total", "Tokens of a step.", STEP_TOKENS
         )
+        self._start_at_zero()
         registry.register(Renamed(self._table, "adaplex_"))
         if vllm_names:
             registry.register(Renamed(self._table, "vllm:", OURS))
@@ -199,6 +200,23 @@ class Metrics:
         self._decode.labels(name).observe(decode)
         if completion_tokens > 1:
             self._per_token.labels(name).observe(decode / (completion_tokens - 1))
+
+    def _start_at_zero(self) -> None:
+        """Makes every bounded series exist: a rate misses the event that a series begins with."""
+        name = self._model_name
+        for counter in (
+            *(self._prompt_tokens, self._generation_tokens, self._preemptions),
+            *(self._prefix_queries, self._prefix_hits, self._merged_queries, self._merged_hits),
+        ):
+            counter.labels(name)
+        for reason in get_args(FinishedReason):
+            self._finished.labels(reason, name)
+        for reason in (*REJECTIONS.values(), "error"):
+            self._rejections.labels(reason, name)
+        for tier in get_args(Tier):
+            self._evictions.labels(tier, name)
+            for outcome in get_args(Outcome):
+                self._loads.labels(tier, outcome, name)
 
     def _counter(self, name: str, doc: str, *labels: str) -> Counter:
         return Counter(name, doc, [*labels, "model_name"], registry=self._table)
