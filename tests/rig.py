@@ -13,8 +13,11 @@ from adaplex.adapters.program import AdapterProgram
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
 from adaplex.engine.sequence import Sequence
+from adaplex.model.kernels.low_rank import NativeLowRank, ReferenceLowRank
+from adaplex.model.kernels.native.library import load_library
 from adaplex.model.loader import load_base
 from adaplex.model.runner import ModelRunner
+from adaplex.model.source import default_cache
 
 BLOCK = 16
 ARENA = 64 << 20
@@ -23,7 +26,14 @@ ARENA = 64 << 20
 class Rig:
     """Owns blocks and arena extents in the simplest way: none is ever given back."""
 
-    def __init__(self, model: Path | str, quantization: str = "fp32", dtype: str = "auto") -> None:
+    def __init__(
+        self,
+        model: Path | str,
+        quantization: str = "fp32",
+        dtype: str = "auto",
+        *,
+        native: bool = True,
+    ) -> None:
         self.base = load_base(str(model), quantization=quantization, dtype=dtype)
         self.programs: dict[str, AdapterProgram] = {}
         self.runner = ModelRunner(
@@ -32,6 +42,11 @@ class Rig:
             block_tokens=BLOCK,
             arena_bytes=ARENA,
             load_program=self.programs.__getitem__,
+            low_rank=(
+                NativeLowRank(load_library(default_cache()), self.base.dtype)
+                if native
+                else ReferenceLowRank()
+            ),
         )
         self._blocks = count(1)
         self._offset = 0

@@ -59,12 +59,13 @@ def cases(model: Path, rig: Rig, architecture: str, work: Path) -> list[Case]:
     return made
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gpt2", "mixtral"])
 def test_a_mixed_batch_equals_peft(
-    architecture: str, tiny_model: Callable[[str], Path], tmp_path: Path
+    architecture: str, native: bool, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = tiny_model(architecture)
-    rig = Rig(model)
+    rig = Rig(model, native=native)
     mix = cases(model, rig, architecture, tmp_path)
     plain = Oracle(load_plain(model), None)
     refs = [None if case.program is None else rig.add(case.program) for case in mix]
@@ -111,12 +112,20 @@ def test_merged_rows_beside_unmerged_and_base_rows_equal_peft(
 
 
 @pytest.mark.parametrize("quantization", ["fp32", "bf16", "nf4", "int8"])
-@pytest.mark.parametrize("mode", [AdapterMode.UNMERGED, AdapterMode.MERGED])
+@pytest.mark.parametrize(
+    ("mode", "native"),
+    [(AdapterMode.UNMERGED, True), (AdapterMode.UNMERGED, False), (AdapterMode.MERGED, True)],
+    ids=["native", "reference", "merged"],
+)
 def test_adapted_rows_are_bit_equal_alone_in_any_mix_and_after_reload(
-    quantization: str, mode: AdapterMode, tiny_model: Callable[[str], Path], tmp_path: Path
+    quantization: str,
+    mode: AdapterMode,
+    native: bool,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     model = tiny_model("llama")
-    rig = Rig(model, quantization)
+    rig = Rig(model, quantization, native=native)
     programs = [program for _, _, program in saved(model, rig, "llama", tmp_path)]
     refs: list[AdapterRef | None] = [rig.add(program, mode) for program in programs]
     a, b, c = refs[:3]
@@ -155,10 +164,11 @@ def test_nf4_equals_peft_on_the_dequantized_base(
     for name, backend in rig.base.backends.items():
         dequantized.get_submodule(name).weight.data = backend.dequantize().clone()
     dequantized.save_pretrained(tmp_path / "dequantized")
-    bound = 1e-4 if dtype == "fp32" else 2e-2
     for case in cases(tmp_path / "dequantized", rig, "llama", tmp_path):
         ref = None if case.program is None else rig.add(case.program)
         got = torch.log_softmax(rig.prefill(rig.sequence(case.tokens, ref))[0], -1)
         expected = torch.log_softmax(case.logits, -1)
-        scale = float(case.logits.abs().max())
-        assert (got - expected).abs().max() < bound * max(scale, 1.0), case.name
+        if dtype == "fp32":
+            assert (got - expected).abs().max() < 1e-4, case.name
+        else:  # single bf16 logits round by up to twice as much, in PEFT's own bf16 too
+            assert (got - expected).square().mean().sqrt() < 2e-2, case.name

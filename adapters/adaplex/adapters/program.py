@@ -71,10 +71,10 @@ class ModuleProgram:
     """The scale folded into `low_rank.b`; kept for reports."""
 
     def tensors(self) -> Iterator[tuple[TensorRole, Tensor]]:
-        """The tensors in canonical order."""
+        """The tensors in canonical order, as they are packed: a [rank, in], b [rank, out]."""
         if self.low_rank is not None:
             yield "a", self.low_rank.a
-            yield "b", self.low_rank.b
+            yield "b", self.low_rank.b.T
         if self.bias is not None:
             yield "bias", self.bias
 

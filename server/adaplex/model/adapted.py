@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adaplex.model.kernels import reference
 from adaplex.model.linear import LinearBackend
-from adaplex.model.step import Segment, StepContext
+from adaplex.model.step import AdapterRows, StepContext
 
 
 class AdaptedLinear(nn.Module):
@@ -29,26 +28,25 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]; rows are the leading dimensions, flattened."""
-        segments = self._step.head_segments if self.is_head else self._step.segments
+        adapters = self._step.head_rows if self.is_head else self._step.rows
         rows = x.reshape(-1, x.shape[-1])
-        y = self._adapted(rows, segments) if segments else self.backend(rows)
+        y = self._adapted(rows, adapters) if adapters.any else self.backend(rows)
         return y.view(*x.shape[:-1], self.backend.out_features)
 
-    def _adapted(self, x: Tensor, segments: tuple[Segment, ...]) -> Tensor:
+    def _adapted(self, x: Tensor, adapters: AdapterRows) -> Tensor:
         """x [rows, in] -> [rows, out]. One merged adapter for all rows skips the base."""
-        dense = segments[0].merged.get(self.name)
-        if dense is not None and segments[0].stop - segments[0].start == x.shape[0]:
-            return dense(x)
+        for segment in adapters.segments[:1]:
+            dense = segment.merged.get(self.name)
+            if dense is not None and segment.stop - segment.start == x.shape[0]:
+                return dense(x)
         y = self.backend(x)
-        for segment in segments:
+        adapters.add_low_rank(self.name, x, y)
+        for segment in adapters.segments:
             rows = slice(segment.start, segment.stop)
             if (dense := segment.merged.get(self.name)) is not None:
                 y[rows] = dense(x[rows])
-            elif (site := segment.sites.get(self.name)) is not None:
-                if site.a is not None and site.b is not None:
-                    reference.add_low_rank(y[rows], x[rows], site.a, site.b)
-                if site.bias is not None:
-                    y[rows] += site.bias
+            elif (site := segment.sites.get(self.name)) is not None and site.bias is not None:
+                y[rows] += site.bias
         return y
 
 
@@ -64,7 +62,7 @@ class AdaptedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., features] -> [..., features]."""
         y: Tensor = self.norm(x)
-        for segment in self._step.segments:
+        for segment in self._step.rows.segments:
             site = segment.sites.get(self.name)
             if site is not None and site.bias is not None:
                 y.view(-1, y.shape[-1])[segment.start : segment.stop] += site.bias

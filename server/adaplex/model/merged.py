@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from adaplex.adapters.program import AdapterProgram
-from adaplex.model.arena import SiteWeights
+from adaplex.model.kernels.low_rank import SiteWeights
 from adaplex.model.linear import DenseLinear, LinearBackend
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -13,12 +14,13 @@ from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SampledToken, SamplingParams
 from adaplex.engine.sequence import Sequence
 from adaplex.model.arena import Arena
+from adaplex.model.kernels.low_rank import LowRankKernel, ReferenceLowRank, Span
 from adaplex.model.kernels.reference import padded_rows
 from adaplex.model.kv_cache import KVCache
 from adaplex.model.loader import BaseModel
 from adaplex.model.merged import MergedWeights, merge, merged_bytes
 from adaplex.model.sampler import sample
-from adaplex.model.step import AttentionGroup, Segment
+from adaplex.model.step import AdapterRows, AttentionGroup, Segment
 
 
 class ModelRunner:
@@ -32,12 +34,16 @@ class ModelRunner:
         block_tokens: int,
         arena_bytes: int,
         load_program: Callable[[str], AdapterProgram],
+        low_rank: LowRankKernel | None = None,
     ) -> None:
+        """`load_program` lowers a stored adapter; `low_rank` is by default the reference."""
         self._base = base
         self._step = base.step
         self._load_program = load_program
         self._block_tokens = block_tokens
-        self._arena = Arena(arena_bytes, dtype=base.dtype, device=base.device)
+        self._low_rank = low_rank or ReferenceLowRank()
+        self._modules = {name: index for index, name in enumerate(base.spec.modules)}
+        self._arena = Arena(arena_bytes, self._modules, dtype=base.dtype, device=base.device)
         self._merged: dict[str, MergedWeights] = {}
         self._step.cache = KVCache(
             base.shapes,
@@ -71,8 +77,8 @@ class ModelRunner:
         step, device = self._step, self._base.device
         step.slots = torch.tensor(slots, device=device)
         step.groups = tuple(self._groups(chunks))
-        step.segments = self._segments(chunks, [c.count for c in chunks])
-        step.head_segments = self._segments(batch.sampling, [1] * len(wanted))
+        step.rows = self._adapter_rows(chunks, [c.count for c in chunks])
+        step.head_rows = self._adapter_rows(batch.sampling, [1] * len(wanted))
         out = self._base.module(
             input_ids=torch.tensor([tokens], device=device),
             position_ids=torch.tensor([positions], device=device),
@@ -142,24 +148,35 @@ class ModelRunner:
             row, torch.tensor(tables, device=device), torch.tensor(positions, device=device)
         )
 
-    def _segments(self, chunks: Seq[Chunk], counts: Seq[int]) -> tuple[Segment, ...]:
-        """Neighbouring rows of one adapter and mode as one segment; base rows have none."""
+    def _adapter_rows(self, chunks: Seq[Chunk], counts: Seq[int]) -> AdapterRows:
+        """Which adapter changes which rows; neighbouring rows of one adapter go together."""
+        spans: list[Span] = []
         segments: list[Segment] = []
-        row, last_key = 0, ""
-        for chunk, count in zip(chunks, counts, strict=True):
-            adapter, key = chunk.sequence.adapter, chunk.sequence.adapter_key
-            if adapter is not None:
-                start = segments.pop().start if key == last_key else row
-                segments.append(self._segment(adapter, start, row + count))
-            row, last_key = row + count, key
-        return tuple(segments)
+        for adapter, start, stop in _neighbours(chunks, counts):
+            if adapter.mode is AdapterMode.MERGED:
+                merged = self._merged[adapter.digest]
+                segments.append(Segment(start, stop, merged.sites, merged.linears))
+                continue
+            weights = self._arena.weights(adapter.digest)
+            spans.append(Span(start, stop, weights))
+            if weights.has_bias:
+                segments.append(Segment(start, stop, weights.sites))
+        if not spans:
+            return AdapterRows(any=bool(segments), segments=tuple(segments))
+        add = self._low_rank.plan(spans, self._modules)
+        return AdapterRows(any=True, add_low_rank=add, segments=tuple(segments))
 
-    def _segment(self, adapter: AdapterRef, start: int, stop: int) -> Segment:
-        """Rows [start, stop) with the adapter in the mode it was admitted in."""
-        if adapter.mode is AdapterMode.MERGED:
-            merged = self._merged[adapter.digest]
-            return Segment(start, stop, merged.sites, merged.linears)
-        return Segment(start, stop, self._arena.sites(adapter.digest))
+
+def _neighbours(chunks: Seq[Chunk], counts: Seq[int]) -> Iterator[tuple[AdapterRef, int, int]]:
+    """(adapter, first row, row after the last) of each run of rows with one adapter and mode."""
+    row = 0
+    pairs = zip(chunks, counts, strict=True)
+    for _, run in groupby(pairs, key=lambda pair: pair[0].sequence.adapter_key):
+        members = list(run)
+        rows = sum(count for _, count in members)
+        if (adapter := members[0][0].sequence.adapter) is not None:
+            yield adapter, row, row + rows
+        row += rows
 
 
 def _ends(chunks: Seq[Chunk]) -> list[int]:

@@ -12,23 +12,36 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from adaplex.model.arena import SiteWeights
+from adaplex.model.kernels.low_rank import AddLowRank, SiteWeights
 from adaplex.model.kv_cache import KVCache
 from adaplex.model.linear import LinearBackend
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows [start, stop) of a step that share one adapter in one mode.
+    """Rows [start, stop) whose adapter does more than add a low-rank delta.
 
-    `sites` maps a module to the primitives added there; `merged` maps a linear to the dense base
-    plus delta that replaces it. A merged adapter keeps in `sites` only what cannot be merged.
+    `merged` maps a linear to the dense base plus delta that replaces it, `sites` a module to the
+    bias that is added there.
     """
 
     start: int
     stop: int
     sites: Mapping[str, SiteWeights]
     merged: Mapping[str, LinearBackend] = field(default_factory=dict)
+
+
+def _nothing(_module: str, _x: Tensor, _y: Tensor) -> None:
+    """No row has a low-rank delta."""
+
+
+@dataclass(frozen=True)
+class AdapterRows:
+    """The adapters of a step, by row; `any` is false for a base-only step."""
+
+    any: bool = False
+    add_low_rank: AddLowRank = _nothing
+    segments: tuple[Segment, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,7 @@ class StepContext:
         self.slots: Tensor = torch.zeros(0, dtype=torch.int64)
         """[rows] where each row's key and value go: block * block_tokens + offset."""
         self.groups: tuple[AttentionGroup, ...] = ()
-        self.segments: tuple[Segment, ...] = ()
-        """Adapters by token row; empty for a base-only step."""
-        self.head_segments: tuple[Segment, ...] = ()
-        """Adapters by row of the output layer, which sees only the rows that are sampled."""
+        self.rows = AdapterRows()
+        """By token row."""
+        self.head_rows = AdapterRows()
+        """By row of the output layer, which sees only the rows that are sampled."""

@@ -16,8 +16,10 @@ from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.engine import Engine
 from adaplex.engine.errors import RequestInvalid
+from adaplex.model.kernels.low_rank import low_rank_kernel
 from adaplex.model.loader import BaseModel, load_base
 from adaplex.model.runner import ModelRunner
+from adaplex.model.source import default_cache
 from adaplex.server.config import ConfigError, ServerConfig
 from adaplex.server.convert import ModelLimits
 from adaplex.server.metrics import Metrics
@@ -54,6 +56,9 @@ def build(config: ServerConfig, progress: Progress) -> Parts:
         block_tokens=engine_config.block_tokens,
         arena_bytes=engine_config.arena_bytes,
         load_program=registry.program,
+        low_rank=low_rank_kernel(
+            base.dtype, base.device, cache=config.cache or default_cache(), progress=progress
+        ),
     )
     progress("warming up")
     runner.warm_up()

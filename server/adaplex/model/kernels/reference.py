@@ -41,8 +41,8 @@ def linear_rows(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
-    """y += b (a x) in place. y [rows, out], x [rows, in], a [rank, in], b [out, rank]."""
-    y += linear_rows(linear_rows(x, a), b)
+    """y += b (a x) in place. y [rows, out], x [rows, in], a [rank, in], b [rank, out]."""
+    y += linear_rows(linear_rows(x, a), b.T)
 
 
 def attend(

@@ -1,0 +1,137 @@
+"""Grouped low-rank deltas: all adapters of a step at one module, y += b (a x) by rows.
+
+Two implementations of one protocol: the reference in torch, and C on the CPU. Both are
+row-invariant; they round differently from each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adaplex.model.kernels import reference
+from adaplex.model.kernels.native.library import BuildFailed, load_library
+
+AddLowRank = Callable[[str, Tensor, Tensor], None]
+"""(module, x [rows, in], y [rows, out]): adds every span's delta to y, in place."""
+
+
+@dataclass
+class SiteWeights:
+    """What one adapter does at one module, as views into packed memory.
+
+    a [rank, in], b [rank, out], bias [out]; None where the adapter has none.
+    """
+
+    a: Tensor | None = None
+    b: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """A resident adapter: its sites by module, and the row of the table that kernels read."""
+
+    sites: Mapping[str, SiteWeights]
+    table: NDArray[np.int64]
+    """[modules, 3]: address of a, address of b, rank; rank 0 where there is no delta."""
+    has_bias: bool
+
+    @classmethod
+    def of(cls, sites: Mapping[str, SiteWeights], modules: Mapping[str, int]) -> AdapterWeights:
+        """`modules` numbers every module of the base."""
+        table = np.zeros((len(modules), 3), dtype=np.int64)
+        for name, site in sites.items():
+            if site.a is not None and site.b is not None:
+                table[modules[name]] = site.a.data_ptr(), site.b.data_ptr(), site.a.shape[0]
+        return cls(sites, table, any(site.bias is not None for site in sites.values()))
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows [start, stop) that one adapter changes."""
+
+    start: int
+    stop: int
+    weights: AdapterWeights
+
+
+class LowRankKernel(Protocol):
+    """Makes the function that a step calls at every module."""
+
+    def plan(self, spans: Sequence[Span], modules: Mapping[str, int]) -> AddLowRank:
+        """Prepares one step. `modules` numbers every module, as in AdapterWeights.of."""
+        ...
+
+
+class ReferenceLowRank:
+    """Two products a span in torch, on any device."""
+
+    def plan(self, spans: Sequence[Span], modules: Mapping[str, int]) -> AddLowRank:
+        """See LowRankKernel."""
+
+        def add(module: str, x: Tensor, y: Tensor) -> None:
+            for span in spans:
+                site = span.weights.sites.get(module)
+                if site is not None and site.a is not None and site.b is not None:
+                    rows = slice(span.start, span.stop)
+                    reference.add_low_rank(y[rows], x[rows], site.a, site.b)
+
+        return add
+
+
+class NativeLowRank:
+    """One call of a C kernel a module; fp32 and bf16 on the CPU."""
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._function = library.bf16_low_rank if dtype == torch.bfloat16 else library.f32_low_rank
+
+    def plan(self, spans: Sequence[Span], modules: Mapping[str, int]) -> AddLowRank:
+        """See LowRankKernel."""
+        count, stop = len(spans), max((span.stop for span in spans), default=0)
+        bounds = np.array([(span.start, span.stop) for span in spans], dtype=np.int64)
+        # [modules, count, 3]: what one call reads lies together.
+        table = np.stack([span.weights.table for span in spans], axis=1)
+        bounds_at, table_at, line = bounds.ctypes.data, table.ctypes.data, table.strides[0]
+        used: list[bool] = np.any(table[:, :, 2] > 0, axis=1).tolist()
+
+        def add(module: str, x: Tensor, y: Tensor) -> None:
+            index = modules[module]
+            if not used[index]:
+                return
+            assert stop <= x.shape[0] == y.shape[0]
+            assert x.dtype == y.dtype == self._dtype
+            assert x.stride(1) == y.stride(1) == 1
+            failed = self._function(
+                *(x.data_ptr(), x.stride(0), x.shape[1]),
+                *(y.data_ptr(), y.stride(0), y.shape[1]),
+                *(bounds_at, table_at + index * line, count),
+            )
+            if failed:
+                raise MemoryError("no scratch memory for low-rank deltas")
+
+        # The addresses above point into these arrays, which the function keeps alive.
+        add.arrays = bounds, table  # type: ignore[attr-defined]
+        return add
+
+
+def low_rank_kernel(
+    dtype: torch.dtype, device: torch.device, *, cache: Path, progress: Callable[[str], None]
+) -> LowRankKernel:
+    """The fastest kernel that works here; says in one line why it is the reference, if it is."""
+    if device.type != "cpu":
+        return ReferenceLowRank()
+    try:
+        return NativeLowRank(load_library(cache), dtype)
+    except BuildFailed as error:
+        progress(f"adapters run on torch, several times slower than on C kernels: {error}")
+        return ReferenceLowRank()
