@@ -77,7 +77,7 @@ def promtool(promtool_path: Path) -> Run:
 
 def report_everything(metrics: Metrics, rpc: RpcMetrics) -> None:
     """Makes one report of each kind."""
-    metrics.stepped(rows=8, seconds=0.01)
+    metrics.stepped(rows=8)
     metrics.preempted()
     metrics.prefix_looked_up(tokens=32, hits=16)
     metrics.adapter_loaded(tier="arena", outcome="ok", seconds=0.01)

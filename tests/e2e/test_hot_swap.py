@@ -16,24 +16,38 @@ PROMPTS = ["Once upon a time", "hello, world", "x" * 90, "The quick brown fox " 
 TOKENS = 8
 
 
-async def answer(client: AsyncClient, prompt: str, adapter: str | None) -> Generation:
-    return await client.generate(prompt, adapter=adapter, max_tokens=TOKENS, ignore_eos=True)
+async def answer(
+    client: AsyncClient, prompt: str, adapter: str | None, mode: str | None = None
+) -> Generation:
+    return await client.generate(
+        prompt, adapter=adapter, mode=mode, max_tokens=TOKENS, ignore_eos=True
+    )
 
 
-async def alone(serving: Serving, adapters: list[Path]) -> dict[tuple[str, int], tuple[int, ...]]:
-    """(digest or "", prompt index) -> tokens, each asked for with nothing else running."""
+Told = dict[tuple[str, str, int], tuple[int, ...]]
+
+
+def key(got: Generation, index: int) -> tuple[str, str, int]:
+    """(digest, mode, prompt index); empty for the base."""
+    if got.adapter is None:
+        return "", "", index
+    return got.adapter.digest, str(got.adapter.mode), index
+
+
+async def alone(serving: Serving, adapters: list[Path], modes: tuple[str, ...]) -> Told:
+    """What every adapter says to every prompt in every mode, with nothing else running."""
     told = {}
-    async with serving(prefix_cache=False) as rig:
+    async with serving(prefix_cache=False, merged_bytes="4MiB") as rig:
+        asked: list[tuple[str | None, str | None]] = [(None, None)]
         for i, directory in enumerate(adapters):
             await rig.client.adapters.upload(f"ref{i}", directory)
-        names = [None, *(f"ref{i}" for i in range(len(adapters)))]
-        for name in names:
+            asked.extend((f"ref{i}", mode) for mode in modes)
+        for name, mode in asked:
             for index, prompt in enumerate(PROMPTS):
-                got = await answer(rig.client, prompt, name)
-                digest = got.adapter.digest if got.adapter else ""
-                told[digest, index] = tuple(got.token_ids)
-        for name in names[1:]:
-            await rig.client.adapters.delete(str(name))
+                got = await answer(rig.client, prompt, name, mode)
+                told[key(got, index)] = tuple(got.token_ids)
+        for i in range(len(adapters)):
+            await rig.client.adapters.delete(f"ref{i}")
     return told
 
 
@@ -49,7 +63,9 @@ async def alone(serving: Serving, adapters: list[Path]) -> dict[tuple[str, int],
 async def test_every_answer_under_churn_is_that_of_its_digest(
     serving: Serving, adapters: list[Path], settings: dict[str, str]
 ) -> None:
-    told = await alone(serving, adapters)
+    modes = ("unmerged", "merged") if "merged_bytes" in settings else ("unmerged",)
+    told = await alone(serving, adapters, modes)
+    seen: set[str] = set()
     chance = random.Random(7)
     async with serving(arena_bytes="200KiB", **settings) as rig:
         for i in range(8):
@@ -64,11 +80,9 @@ async def test_every_answer_under_churn_is_that_of_its_digest(
             except NotFound:
                 assert name == "churned"
                 return
-            digest = got.adapter.digest if got.adapter else ""
-            assert (digest == "") == (name is None)
-            merged = got.adapter is not None and got.adapter.mode == "merged"
-            if not merged:  # merged weights round differently, within PEFT's bounds
-                assert tuple(got.token_ids) == told[digest, index], name
+            assert (got.adapter is None) == (name is None)
+            assert tuple(got.token_ids) == told[key(got, index)], name
+            seen.add(key(got, index)[1])
             if name is not None and name.startswith("steady"):
                 assert got.adapter is not None
                 assert got.adapter.name == name
@@ -80,6 +94,7 @@ async def test_every_answer_under_churn_is_that_of_its_digest(
         disturbing.cancel()
         results = await asyncio.gather(churning, disturbing, return_exceptions=True)
         assert all(isinstance(result, asyncio.CancelledError) for result in results), results
+        assert seen == {"", *modes}
 
 
 async def churn(rig: Rig, adapters: list[Path], chance: random.Random) -> None:
@@ -113,7 +128,7 @@ async def disturb(rig: Rig, chance: random.Random) -> None:
 async def test_a_replaced_name_answers_anew_and_runs_on_old_content_until_done(
     serving: Serving, adapters: list[Path]
 ) -> None:
-    told = await alone(serving, adapters[:2])
+    told = await alone(serving, adapters[:2], ("unmerged",))
     async with serving() as rig:
         first = await rig.client.adapters.upload("name", adapters[0])
         async with rig.client.stream(
@@ -131,8 +146,8 @@ async def test_a_replaced_name_answers_anew_and_runs_on_old_content_until_done(
         assert new.adapter is not None
         assert (old.adapter.digest, old.adapter.version) == (first.adapter.digest, 1)
         assert (new.adapter.digest, new.adapter.version) == (second.adapter.digest, 2)
-        assert tuple(old.token_ids) == told[first.adapter.digest, 3]
-        assert tuple(new.token_ids) == told[second.adapter.digest, 3]
+        assert tuple(old.token_ids) == told[first.adapter.digest, "unmerged", 3]
+        assert tuple(new.token_ids) == told[second.adapter.digest, "unmerged", 3]
         assert old.token_ids != new.token_ids
         pinned = await answer(rig.client, PROMPTS[3], "name@1")
         assert pinned.token_ids == old.token_ids

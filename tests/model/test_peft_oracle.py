@@ -14,6 +14,7 @@ from adaplex.adapters.program import AdapterProgram
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
+from adaplex.model.adapted import AdaptedLinear
 from peft_adapters import Oracle, load_plain, save_adapter, spread
 from rig import Rig, prompt
 
@@ -109,6 +110,53 @@ def test_merged_rows_beside_unmerged_and_base_rows_equal_peft(
     for row, case, ref in zip(together, mix, refs, strict=True):
         assert (row - case.logits).abs().max() < 1e-4, case.name
         assert torch.equal(row, rig.prefill(rig.sequence(case.tokens, ref))[0]), case.name
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_merging_leaves_the_base_as_it_was(
+    packed: bool,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: packed)
+    rig = Rig(model)
+    before = rig.prefill(rig.sequence(prompt(20)))[0]
+    for _, _, program in saved(model, rig, "llama", tmp_path):
+        rig.add(program, AdapterMode.MERGED)
+    assert torch.equal(rig.prefill(rig.sequence(prompt(20)))[0], before)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5])
+def test_a_step_of_one_merged_adapter_skips_the_base(
+    rows: int, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    rig = Rig(model)
+    programs = {name: program for name, _, program in saved(model, rig, "llama", tmp_path)}
+    ref = rig.add(programs["r4-rslora"], AdapterMode.MERGED)
+    sequences = [rig.sequence(prompt(9 + i), ref) for i in range(rows)]
+    rig.prefill(*sequences)
+    touched = {module.module for module in programs["r4-rslora"].modules}
+    used: list[str] = []
+
+    def watched(layer: AdaptedLinear) -> Callable[[Tensor], Tensor]:
+        backend = layer.backend
+
+        def call(x: Tensor) -> Tensor:
+            used.append(layer.name)
+            return backend(x)
+
+        call.out_features = backend.out_features  # type: ignore[attr-defined]
+        return call
+
+    for layer in rig.base.module.modules():
+        if isinstance(layer, AdaptedLinear):
+            monkeypatch.setattr(layer, "backend", watched(layer))
+    rig.forward(*(Chunk(s, len(s) - 1, 1) for s in sequences))
+    assert touched.isdisjoint(used)
+    assert used == ["lm_head"]
 
 
 @pytest.mark.parametrize("quantization", ["fp32", "bf16", "nf4", "int8"])

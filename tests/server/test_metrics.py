@@ -62,7 +62,7 @@ def test_gauges_are_read_at_the_scrape() -> None:
 def test_the_engine_reports_into_the_table() -> None:
     metrics, registry = made()
     observer: Observer = metrics
-    observer.stepped(rows=20, seconds=0.1)
+    observer.stepped(rows=20)
     observer.preempted()
     observer.prefix_looked_up(tokens=32, hits=16)
     observer.adapter_loaded(tier="arena", outcome="ok", seconds=0.02)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MIB = 1024**2
+ALIGNMENT = 64
+"""Bytes: adapters, and the tensors in a packed one, start at multiples of it."""
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-ALIGNMENT = 64
-"""Every tensor of a packed adapter starts at a multiple of this many bytes."""
+from adaplex.adapters.limits import ALIGNMENT
 
-ModuleKind = Literal["linear", "norm", "embedding"]
+ModuleKind = Literal["linear", "norm"]
 TensorRole = Literal["a", "b", "bias"]
 
 
@@ -131,11 +129,3 @@ class AdapterProgram:
         tensors = (tensor for module in self.modules for _, tensor in module.tensors())
         for place, tensor in zip(self.layout(extent.element_size()), tensors, strict=True):
             extent[place.offset : place.offset + tensor.numel()].copy_(tensor.reshape(-1))
-
-    def is_finite(self) -> bool:
-        """Whether every tensor is free of NaN and infinity, also once cast to bf16."""
-        return all(
-            bool(torch.isfinite(tensor.to(torch.bfloat16)).all())
-            for module in self.modules
-            for _, tensor in module.tensors()
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import threading
 from collections import Counter
@@ -26,6 +25,7 @@ from adaplex.adapters.errors import (
     StoreCorrupt,
     StoreFull,
 )
+from adaplex.adapters.files import file_sha256
 from adaplex.adapters.limits import MIB, AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec
 from adaplex.adapters.report import Report, describe
@@ -311,9 +311,7 @@ class AdapterRegistry:
 
 def _spec(name: str, source: Path) -> FileSpec:
     """What an upload of this file would announce."""
-    with source.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return FileSpec(name, source.stat().st_size, digest)
+    return FileSpec(name, source.stat().st_size, file_sha256(source))
 
 
 class Lease:

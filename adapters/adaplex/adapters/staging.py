@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from adaplex.adapters.checkpoint import CONFIG, FILES, NO_PICKLES, PICKLE_SUFFIXES
-from adaplex.adapters.durable import sync
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
+from adaplex.adapters.files import sync
 from adaplex.adapters.limits import AdapterLimits
 
 SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -7,7 +7,6 @@ staging/<id>/           uploads on their way in; emptied when the store is opene
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import shutil
 import uuid
@@ -16,8 +15,8 @@ from pathlib import Path
 
 from adaplex.adapters.checkpoint import FILES
 from adaplex.adapters.digest import PATTERN, PREFIX
-from adaplex.adapters.durable import publish, sync
 from adaplex.adapters.errors import AdapterError, AdapterNotFound, StoreCorrupt
+from adaplex.adapters.files import file_sha256, publish, sync
 from adaplex.adapters.staging import FileSpec, Staging
 
 MANIFEST = "manifest.json"
@@ -67,8 +66,7 @@ class AdapterStore:
         try:
             files = json.loads((directory / MANIFEST).read_text())["files"]
             for name in FILES:
-                with (directory / name).open("rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                found = file_sha256(directory / name)
                 if found != files[name]["sha256"]:
                     raise StoreCorrupt(f"{digest}: {name} has SHA-256 {found}, not as stored")
         except (OSError, ValueError, KeyError, TypeError) as error:

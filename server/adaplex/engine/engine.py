@@ -185,7 +185,7 @@ class Engine:
                 self._fail(chunk.sequence, error)
             return
         self._postprocess(batch, sampled, now)
-        self._observer.stepped(rows=batch.tokens, seconds=time.monotonic() - now)
+        self._observer.stepped(rows=batch.tokens)
 
     def _postprocess(
         self, batch: Batch, sampled: Mapping[Sequence, SampledToken], now: float

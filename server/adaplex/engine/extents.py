@@ -5,8 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Collection, Iterator
 
-ALIGNMENT = 64
-"""Bytes; a cache line, and a multiple of every element size."""
+from adaplex.adapters.limits import ALIGNMENT
 
 
 def aligned(nbytes: int) -> int:

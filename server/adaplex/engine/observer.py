@@ -12,7 +12,7 @@ Outcome = Literal["ok", "error"]
 class Observer(Protocol):
     """Called on the engine thread (`adapter_loaded` too); must be quick and never raise."""
 
-    def stepped(self, *, rows: int, seconds: float) -> None:
+    def stepped(self, *, rows: int) -> None:
         """One step ran `rows` tokens."""
 
     def preempted(self) -> None:
@@ -34,7 +34,7 @@ class Observer(Protocol):
 class SilentObserver:
     """Drops every report."""
 
-    def stepped(self, *, rows: int, seconds: float) -> None:
+    def stepped(self, *, rows: int) -> None:
         """Drops the report."""
 
     def preempted(self) -> None:
@@ -72,3 +72,8 @@ class EngineStats:
     running_adapters: tuple[str, ...] = ()
     """Names of adapters that running sequences use."""
     waiting_adapters: tuple[str, ...] = ()
+
+    @property
+    def in_memory(self) -> frozenset[str]:
+        """Digests in the arena, or with merged weights, or both."""
+        return self.resident | self.merged

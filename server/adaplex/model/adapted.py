@@ -35,9 +35,9 @@ class AdaptedLinear(nn.Module):
 
     def _adapted(self, x: Tensor, adapters: AdapterRows) -> Tensor:
         """x [rows, in] -> [rows, out]. One merged adapter for all rows skips the base."""
-        for segment in adapters.segments[:1]:
-            dense = segment.merged.get(self.name)
-            if dense is not None and segment.stop - segment.start == x.shape[0]:
+        if adapters.segments and adapters.segments[0].covers(x.shape[0]):
+            dense = adapters.segments[0].merged.get(self.name)
+            if dense is not None:
                 return dense(x)
         y = self.backend(x)
         adapters.add_low_rank(self.name, x, y)

@@ -33,7 +33,7 @@ class LinearBackend(ABC):
 
     @abstractmethod
     def dequantize(self) -> Tensor:
-        """The weight in effect, fp32 [out, in]."""
+        """The weight in effect, fp32 [out, in]; may be the kept one itself: not to be written."""
 
     @property
     @abstractmethod

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from adaplex.adapters.files import file_sha256
 from adaplex.adapters.program import BaseModule, BaseSpec
 from adaplex.model import attention, experts
 from adaplex.model.adapted import AdaptedLinear, AdaptedNorm, base_bias, oriented_weight
@@ -179,8 +180,12 @@ def _adapt(
         if is_linear(module):
             weight = oriented_weight(module).to(device)
             bias = base_bias(module)
-            kept = "dense" if module is head else quantization
-            backend = make_linear(weight, None if bias is None else bias.to(device), kept)
+            bias = None if bias is None else bias.to(device)
+            backend: LinearBackend = (
+                DenseLinear(weight, bias)
+                if module is head
+                else make_linear(weight, bias, quantization)
+            )
             replacement = AdaptedLinear(name, backend, step, is_head=module is head)
         elif name in names:
             replacement = AdaptedNorm(name, module, step)
@@ -207,8 +212,7 @@ def _digest(directory: Path, quantization: str, dtype: torch.dtype) -> str:
     """SHA-256 of config, weights and how they are kept: what a KV block depends on."""
     total = hashlib.sha256(json.dumps([quantization, str(dtype)]).encode())
     for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+        total.update(file_sha256(path).encode())
     return f"sha256:{total.hexdigest()}"
 
 

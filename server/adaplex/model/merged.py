@@ -41,7 +41,7 @@ def merge(
         weight = backend.dequantize()
         if module.low_rank is not None:
             pair = module.low_rank
-            weight += pair.b.to(device).float() @ pair.a.to(device).float()
+            weight = weight + pair.b.to(device).float() @ pair.a.to(device).float()
         bias = backend.bias
         if module.bias is not None:
             shift = module.bias.to(device).float()

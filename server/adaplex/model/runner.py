@@ -77,8 +77,8 @@ class ModelRunner:
         step, device = self._step, self._base.device
         step.slots = torch.tensor(slots, device=device)
         step.groups = tuple(self._groups(chunks))
-        step.rows = self._adapter_rows(chunks, [c.count for c in chunks])
-        step.head_rows = self._adapter_rows(batch.sampling, [1] * len(wanted))
+        step.rows = self._adapter_rows(chunks, [c.count for c in chunks], len(tokens))
+        step.head_rows = self._adapter_rows(batch.sampling, [1] * len(wanted), len(wanted_padded))
         out = self._base.module(
             input_ids=torch.tensor([tokens], device=device),
             position_ids=torch.tensor([positions], device=device),
@@ -148,11 +148,16 @@ class ModelRunner:
             row, torch.tensor(tables, device=device), torch.tensor(positions, device=device)
         )
 
-    def _adapter_rows(self, chunks: Seq[Chunk], counts: Seq[int]) -> AdapterRows:
-        """Which adapter changes which rows; neighbouring rows of one adapter go together."""
+    def _adapter_rows(self, chunks: Seq[Chunk], counts: Seq[int], padded: int) -> AdapterRows:
+        """Which adapter changes which rows; neighbouring rows of one adapter go together.
+
+        One that has all rows gets the padding too, up to row `padded`.
+        """
         spans: list[Span] = []
         segments: list[Segment] = []
-        for adapter, start, stop in _neighbours(chunks, counts):
+        rows = sum(counts)
+        for adapter, start, end in _neighbours(chunks, counts):
+            stop = padded if (start, end) == (0, rows) else end
             if adapter.mode is AdapterMode.MERGED:
                 merged = self._merged[adapter.digest]
                 segments.append(Segment(start, stop, merged.sites, merged.linears))

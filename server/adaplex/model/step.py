@@ -30,6 +30,10 @@ class Segment:
     sites: Mapping[str, SiteWeights]
     merged: Mapping[str, LinearBackend] = field(default_factory=dict)
 
+    def covers(self, rows: int) -> bool:
+        """Whether it has all rows of a step."""
+        return (self.start, self.stop) == (0, rows)
+
 
 def _nothing(_module: str, _x: Tensor, _y: Tensor) -> None:
     """No row has a low-rank delta."""

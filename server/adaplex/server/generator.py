@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +52,9 @@ class Generator:
         self._limits, self._metrics = limits, metrics
         self._model_name, self._mode = model_name, mode
         self._numbers = itertools.count()
-        # One thread: a Hugging Face tokenizer must not be used by two at once.
+        # A Hugging Face tokenizer must not be used by two threads at once: one thread encodes with
+        # this one, the event loop decodes with a copy.
+        self._detokenizer = copy.deepcopy(tokenizer)
         self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
 
     async def generate(self, spec: GenerationSpec, call: Call) -> AsyncEvents:
@@ -87,7 +90,7 @@ class Generator:
 
     async def _run(self, request: Request, stops: Sequence[str], call: Call) -> AsyncEvents:
         """The engine's outputs as messages, counted and timed."""
-        answer, admitted = Answer(self._tokenizer, request, stops), False
+        answer, admitted = Answer(self._detokenizer, request, stops), False
         reason: FinishedReason | None = "abort"
         try:
             async with aclosing(self._engine.generate(request)) as outputs:

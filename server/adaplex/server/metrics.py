@@ -136,7 +136,7 @@ class Metrics:
 
     # What the engine reports.
 
-    def stepped(self, *, rows: int, seconds: float) -> None:
+    def stepped(self, *, rows: int) -> None:
         """See Observer."""
         self._step_rows.labels(self._model_name).observe(rows)
 

@@ -112,7 +112,6 @@ class _Reading:
 
     checkpoint: Checkpoint
     base: BaseSpec
-    limits: AdapterLimits
     refusals: list[Refusal] = field(default_factory=list)
     patterns: Patterns = field(default_factory=Patterns)
 
@@ -134,7 +133,7 @@ class Lora:
         self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits
     ) -> tuple[tuple[ModuleProgram, ...], tuple[str, ...]]:
         """See Format."""
-        reading = _Reading(checkpoint, base, limits)
+        reading = _Reading(checkpoint, base)
         _check_known(reading)
         if not _check_used(reading):
             raise AdapterInvalid(reading.refusals)

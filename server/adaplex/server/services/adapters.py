@@ -132,8 +132,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
     def _adapter(self, record: AdapterRecord) -> Adapter:
         """The adapter as clients see it."""
-        resident = record.digest in self._engine.stats().resident
-        return convert.adapter(record, resident=resident)
+        return convert.adapter(record, resident=record.digest in self._engine.stats().in_memory)
 
 
 def _note(name: str) -> None:

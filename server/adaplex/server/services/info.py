@@ -83,7 +83,7 @@ class InfoService(server_pb2_grpc.ServerServiceServicer):
             arena_bytes_total=now.arena_bytes_total,
             arena_bytes_used=now.arena_bytes_used,
             adapters_stored=stored,
-            adapters_resident=len(now.resident),
+            adapters_resident=len(now.in_memory),
             merged_bytes_total=now.merged_bytes_total,
             merged_bytes_used=now.merged_bytes_used,
         )

@@ -1,9 +1,16 @@
-"""Writes that survive a power cut: fsync of files and of the folders that name them."""
+"""Files: their hash, and writes that survive a power cut."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
