@@ -1,6 +1,6 @@
 """Trains the example adapters on the default model with Hugging Face PEFT, on a CPU.
 
-    python adapters/examples/train.py [NAME ...]
+    .venv/bin/python adapters/examples/train.py [NAME ...]
 
 For each adapter: train LoRA weights in fp32 on the bf16 base, round them to bf16 as they will be
 stored, measure on the held-out questions, and write adapter_config.json,

@@ -1,7 +1,7 @@
 """Tokens a second through gRPC: base, one adapter, and an adapter of its own for every stream.
 
-    make bench            # the default model in nf4
-    python tests/bench/throughput.py --streams 1 8 16 --rank 16
+    make bench                       # the default model in nf4
+    .venv/bin/python tests/bench/throughput.py --streams 1 8 16 --rank 16
 
 Starts a server on free loopback ports, uploads random adapters on all linears, and prints a table
 and a JSON line. All modes run in one process lifetime, so that ratios between them hold.

@@ -55,7 +55,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Path]:
     """A private key, and a certificate for 127.0.0.1 that signs itself."""
     openssl = shutil.which("openssl")
     if openssl is None:
-        pytest.skip("needs the openssl command")
+        pytest.fail("needs the openssl command: apt-get install openssl")
     folder = tmp_path_factory.mktemp("tls")
     command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
     command += ["-nodes", "-days", "1", "-subj", "/CN=localhost"]

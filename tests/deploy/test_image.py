@@ -75,8 +75,17 @@ def test_requirements_are_pinned(instructions: list[tuple[str, str]]) -> None:
     assert all("==" in pin for pin in pins if pin and not pin.startswith("#"))
 
 
-def test_compilers_stay_out_of_the_image(final: list[tuple[str, str]]) -> None:
-    assert not any(re.search(r"gcc|build-essential|curl|wget", rest) for _, rest in final)
+def test_the_image_can_build_the_kernels(final: list[tuple[str, str]]) -> None:
+    (install,) = (rest for rest in values(final, "RUN") if "apt-get install" in rest)
+    packages = install.split("apt-get install", 1)[1].split("&&", 1)[0].split()
+    assert {"gcc", "libc6-dev"} <= set(packages)
+
+
+def test_the_image_carries_no_more_than_it_needs(final: list[tuple[str, str]]) -> None:
+    (install,) = (rest for rest in values(final, "RUN") if "apt-get install" in rest)
+    assert "--no-install-recommends" in install
+    assert install.endswith("&& rm -rf /var/lib/apt/lists/*")
+    assert not any(re.search(r"build-essential|curl|wget", rest) for _, rest in final)
 
 
 def test_ports_and_folders_are_those_of_the_settings(

@@ -272,6 +272,7 @@ def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
 
 def _flat(kind: type[T], message: Message, **converted: Any) -> T:
     """A dataclass from the message fields of the same names, but for those already converted."""
+    # T is one of the dataclasses of types.py; there is no bound that says so.
     names = [field.name for field in fields(kind) if field.name not in converted]  # type: ignore[arg-type]
     return kind(**{name: getattr(message, name) for name in names}, **converted)
 

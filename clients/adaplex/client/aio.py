@@ -108,6 +108,7 @@ class AsyncClient:
     async def wait_ready(self, timeout: float = 60.0) -> None:
         """Returns once the server is healthy; DeadlineExceeded after `timeout` seconds."""
         readiness = _health.Readiness(self._transport.connection.target, timeout)
+        # Asks again and again: the other end is a server, which sets no event here.
         while not readiness.ready(await self._look(readiness.remaining)):  # noqa: ASYNC110
             await asyncio.sleep(_health.INTERVAL)
 
@@ -289,7 +290,7 @@ class AsyncAdapters:
             try:
                 await ended.wait()
             except asyncio.CancelledError:
-                call.cancel()  # type: ignore[no-untyped-call]
+                call.cancel()  # type: ignore[no-untyped-call]  # untyped in grpc-stubs
                 await ended.wait()
                 raise
             return call.result()

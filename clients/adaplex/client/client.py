@@ -153,7 +153,7 @@ class GenerationStream(StreamState):
     def close(self) -> None:
         """Cancels the call unless it has ended. Idempotent; may be called from any thread."""
         self._closed = True
-        self._events.cancel()  # type: ignore[no-untyped-call]
+        self._events.cancel()  # type: ignore[no-untyped-call]  # untyped in grpc-stubs
 
     def __enter__(self) -> Self:
         return self

@@ -81,7 +81,7 @@ class AdapterFile(_message.Message):
     """`adapter_config.json` or `adapter_model.safetensors`."""
     size_bytes: _builtins.int
     sha256: _builtins.str
-    """64 hex digits."""
+    """64 lower-case hex digits."""
     def __init__(
         self,
         *,
@@ -284,7 +284,7 @@ class GetAdapterRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`name` or `name@version`."""
+    """`name`, `name@version` or `sha256:<digest>`."""
     def __init__(
         self,
         *,
@@ -393,7 +393,7 @@ class UnloadAdapterResponse(_message.Message):
 
     WAS_RESIDENT_FIELD_NUMBER: _builtins.int
     was_resident: _builtins.bool
-    """True when the adapter was in memory."""
+    """True when the adapter was in memory, in the arena or as merged weights."""
     def __init__(
         self,
         *,
@@ -470,7 +470,7 @@ class Adapter(_message.Message):
     packed_bytes: _builtins.int
     """Bytes of the packed adapter in the arena."""
     resident: _builtins.bool
-    """Whether the adapter is in the arena now."""
+    """Whether the adapter is in memory now, in the arena or as merged weights."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(

@@ -131,6 +131,7 @@ class CapacityInfo(_message.Message):
     arena_bytes_used: _builtins.int
     adapters_stored: _builtins.int
     adapters_resident: _builtins.int
+    """Adapters in memory, in the arena or as merged weights."""
     merged_bytes_total: _builtins.int
     merged_bytes_used: _builtins.int
     def __init__(

@@ -124,4 +124,5 @@ def _leaves(annotation: Any) -> Iterator[Any]:
         yield from _leaves(part)
 
 
+# What typer reads the flags from; mypy knows no such attribute of functions.
 serve.__signature__ = _signature()  # type: ignore[attr-defined]

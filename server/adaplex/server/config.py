@@ -21,7 +21,8 @@ from pydantic_settings import (
 
 MIB = 1024**2
 MAX_CHUNK_BYTES = MIB
-"""Largest data of one upload chunk; also the largest prompt text in bytes."""
+"""Largest data of one upload chunk. The largest gRPC message, so also the longest prompt text, is a
+little more: app.MAX_MESSAGE_BYTES."""
 
 
 class ConfigError(Exception):
@@ -107,10 +108,14 @@ class ServerConfig(BaseSettings):
 
     store_dir: Path = Field(default_factory=default_store, description="Where adapters are kept.")
     adapter_roots: Paths = Field(
-        (), description="Folders that LoadAdapter may read from; none refuses LoadAdapter."
+        (),
+        description="Folder that LoadAdapter may read from; none refuses LoadAdapter. "
+        "Repeat the flag for more; ADAPLEX_ADAPTER_ROOTS takes commas.",
     )
     adapters: NamedPaths = Field(
-        default_factory=dict, description="name=path of an adapter to import at start."
+        default_factory=dict,
+        description="name=path of an adapter to import at start. "
+        "Repeat the flag for more; ADAPLEX_ADAPTERS takes commas.",
     )
     adapter_mode: Literal["unmerged", "merged", "auto"] = Field(
         "unmerged", description="How adapters are applied when a request does not say."

@@ -28,7 +28,7 @@ class Health:
         *,
         every: float = CHECK_SECONDS,
     ) -> None:
-        self._servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # absent from grpc-stubs
         self._services = ("", *services)
         self._engine_alive, self._every = engine_alive, every
         self._open = False

@@ -42,6 +42,7 @@ KINDS = {
 """(request streams, response streams) -> name in metrics, handler attribute, constructor."""
 
 
+# The base is generic in grpc-stubs only; at run time it takes no parameters.
 class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps each handler; the only place where exceptions become statuses."""
 
@@ -70,6 +71,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 if not isinstance(result, AsyncIterator):
                     return await result
                 # Written here, not yielded: a cancelled RPC then unwinds the handler at once.
+                # The handlers of streams are generators, which have the aclose that aclosing wants.
                 async with aclosing(result) as messages:  # type: ignore[type-var]
                     async for message in messages:
                         await context.write(message)

@@ -51,7 +51,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self._registry, self._engine = registry, engine
         self._receiver, self._roots = receiver, roots
 
-    async def UploadAdapter(  # noqa: N802
+    async def UploadAdapter(
         self, request_iterator: AsyncIterator[UploadAdapterRequest], context: Any
     ) -> UploadAdapterResponse:
         """Stores what it receives under a name."""
@@ -66,7 +66,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             created=done.created,
         )
 
-    async def ValidateAdapter(  # noqa: N802
+    async def ValidateAdapter(
         self, request_iterator: AsyncIterator[ValidateAdapterRequest], context: Any
     ) -> ValidateAdapterResponse:
         """Reports on what it receives and drops it."""
@@ -74,7 +74,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             report = await in_thread(self._registry.check, got.staging)
         return ValidateAdapterResponse(valid=not report.refusals, report=convert.report(report))
 
-    async def LoadAdapter(self, request: LoadAdapterRequest, context: Any) -> LoadAdapterResponse:  # noqa: N802
+    async def LoadAdapter(self, request: LoadAdapterRequest, context: Any) -> LoadAdapterResponse:
         """Stores a directory that the server can read."""
         _note(request.name)
         self._registry.check_name(request.name)
@@ -94,14 +94,14 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             created=done.created,
         )
 
-    async def GetAdapter(self, request: GetAdapterRequest, context: Any) -> GetAdapterResponse:  # noqa: N802
+    async def GetAdapter(self, request: GetAdapterRequest, context: Any) -> GetAdapterResponse:
         """One adapter and its report."""
         _note(request.name)
         record = await in_thread(self._registry.get, request.name)
         report = await in_thread(self._registry.report, record.digest)
         return GetAdapterResponse(adapter=self._adapter(record), report=convert.report(report))
 
-    async def ListAdapters(  # noqa: N802
+    async def ListAdapters(
         self, request: ListAdaptersRequest, context: Any
     ) -> ListAdaptersResponse:
         """A page of adapters by name."""
@@ -112,7 +112,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             adapters=map(self._adapter, page), next_page_token=page[-1].name if more else ""
         )
 
-    async def UnloadAdapter(  # noqa: N802
+    async def UnloadAdapter(
         self, request: UnloadAdapterRequest, context: Any
     ) -> UnloadAdapterResponse:
         """Frees the adapter's memory once running requests are done."""
@@ -120,7 +120,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         record = await in_thread(self._registry.get, request.name)
         return UnloadAdapterResponse(was_resident=await self._engine.unload(record.digest))
 
-    async def DeleteAdapter(  # noqa: N802
+    async def DeleteAdapter(
         self, request: DeleteAdapterRequest, context: Any
     ) -> DeleteAdapterResponse:
         """Forgets a name, and frees the memory of contents that no other name points to."""

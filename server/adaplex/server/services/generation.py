@@ -23,7 +23,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
 
-    async def Generate(self, request: GenerateRequest, context: Any) -> GenerateResponse:  # noqa: N802
+    async def Generate(self, request: GenerateRequest, context: Any) -> GenerateResponse:
         """The stream's messages in one."""
         response = GenerateResponse()
         async with aclosing(self._generator.generate(request.spec, current_call())) as events:
@@ -31,7 +31,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 _add(response, event)
         return response
 
-    async def GenerateStream(  # noqa: N802
+    async def GenerateStream(
         self, request: GenerateStreamRequest, context: Any
     ) -> AsyncIterator[GenerateStreamResponse]:
         """One `started`, deltas, one `finished`."""

@@ -52,7 +52,7 @@ class InfoService(server_pb2_grpc.ServerServiceServicer):
         self._config, self._registry, self._sizes = engine_config, registry, sizes
         self._started = time.monotonic()
 
-    async def GetServerInfo(  # noqa: N802
+    async def GetServerInfo(
         self, request: server_pb2.GetServerInfoRequest, context: Any
     ) -> server_pb2.GetServerInfoResponse:
         """Facts, limits and how full it is now."""

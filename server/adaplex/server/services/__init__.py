@@ -1,0 +1,1 @@
+"""The RPC handlers, a file for each gRPC service."""
