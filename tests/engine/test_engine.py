@@ -10,6 +10,7 @@ from adaplex.engine.errors import (
     AdapterLoadFailed,
     DeadlineExpired,
     EngineFailed,
+    LogitsOverflowed,
     QueueFull,
     RequestInvalid,
 )
@@ -449,6 +450,6 @@ def test_a_row_that_overflows_fails_alone() -> None:
     for request in (make_request("bad", [7, 8]), good):
         engine.add(request)
     ledger.drain()
-    assert isinstance(ledger.error("bad"), EngineFailed)
+    assert isinstance(ledger.error("bad"), LogitsOverflowed)
     assert ledger.tokens("good") == expected(good)
     engine.check_integrity()

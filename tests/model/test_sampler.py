@@ -146,3 +146,19 @@ def test_a_row_that_overflowed_is_told_apart_and_hurts_no_other() -> None:
     out = sample(rows, [sequence(SamplingParams()) for _ in range(3)])
     assert out[1] == SampledToken(OVERFLOWED)
     assert [out[0].token, out[2].token] == [int(rows[0].argmax()), int(rows[2].argmax())]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 1e-40}, {"temperature": 1e-5}, {"temperature": 1e-4, "top_p": 0.5}]
+)
+def test_a_temperature_near_zero_is_greedy(fields: dict[str, float]) -> None:
+    params = SamplingParams(seed=3, **fields)  # type: ignore[arg-type]  # floats go to floats
+    assert draw(logits(), params) == int(logits().argmax())
+
+
+def test_extreme_penalties_stay_finite() -> None:
+    row = logits()
+    params = SamplingParams(temperature=1.0, repetition_penalty=1e-40, seed=1)
+    got = penalize(row, [5, 6, 7], 3, params)
+    assert bool(torch.isfinite(got).all())
+    assert draw(row, params) in {5, 6, 7}

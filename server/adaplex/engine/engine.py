@@ -12,7 +12,13 @@ from itertools import count
 from adaplex.engine.batch import Batch
 from adaplex.engine.block_manager import BlockManager
 from adaplex.engine.config import EngineConfig
-from adaplex.engine.errors import DeadlineExpired, EngineFailed, QueueFull, RequestInvalid
+from adaplex.engine.errors import (
+    DeadlineExpired,
+    EngineFailed,
+    LogitsOverflowed,
+    QueueFull,
+    RequestInvalid,
+)
 from adaplex.engine.observer import EngineStats, Observer, SilentObserver
 from adaplex.engine.request import (
     OVERFLOWED,
@@ -194,7 +200,8 @@ class Engine:
         for chunk in batch.chunks:
             sequence, token = chunk.sequence, sampled.get(chunk.sequence)
             if token is not None and token.token == OVERFLOWED:
-                self._fail(sequence, EngineFailed("the model overflowed: logits are not finite"))
+                name = sequence.adapter.name if sequence.adapter else None
+                self._fail(sequence, LogitsOverflowed(name))
                 continue
             sequence.computed = chunk.end
             self._blocks.publish(sequence)

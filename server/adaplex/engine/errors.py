@@ -6,6 +6,7 @@ AdaplexError            (adaplex.adapters.errors)
     ├── QueueFull           too many requests wait; says when to try again
     ├── ServerUnavailable   loading or draining
     ├── DeadlineExpired     the request's time ran out
+    ├── LogitsOverflowed    the model overflowed for this request alone
     ├── AdapterLoadFailed   the adapter could not be brought into memory
     └── EngineFailed        a step failed; the request's work is lost
 """
@@ -47,6 +48,14 @@ class DeadlineExpired(RequestError):
 
 class AdapterLoadFailed(RequestError):
     """The adapter could not be brought into memory."""
+
+
+class LogitsOverflowed(RequestError):
+    """The model overflowed for this request alone, most likely through its adapter."""
+
+    def __init__(self, adapter: str | None) -> None:
+        cause = "the base model" if adapter is None else f"adapter {adapter}"
+        super().__init__(f"the logits of this request are not finite: {cause} overflows")
 
 
 class EngineFailed(RequestError):

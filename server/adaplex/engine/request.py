@@ -14,6 +14,10 @@ class AdapterMode(StrEnum):
     AUTO = "auto"
 
 
+GREEDY_BELOW = 1e-5
+"""Temperature."""
+
+
 class FinishReason(StrEnum):
     """Why a sequence ended well."""
 
@@ -42,8 +46,10 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
-        return self.temperature == 0.0
+        """Whether the likeliest token is always taken: no other has a chance at so low a
+        temperature, and dividing by it would overflow.
+        """
+        return self.temperature < GREEDY_BELOW
 
     @property
     def penalized(self) -> bool:

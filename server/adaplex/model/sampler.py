@@ -68,7 +68,8 @@ def penalize(logits: Tensor, tokens: Seq[int], prompt_len: int, params: Sampling
         seen = torch.tensor(sorted(set(tokens)), device=logits.device)
         values = logits[seen]
         penalty = params.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        changed = torch.where(values > 0, values / penalty, values * penalty)
+        logits[seen] = torch.nan_to_num(changed)
     output = torch.tensor(tokens[prompt_len:], dtype=torch.int64, device=logits.device)
     if output.numel():
         ids, counts = output.unique(return_counts=True)
@@ -81,7 +82,7 @@ def _draw(logits: Tensor, params: SamplingParams, chance: float) -> int:
 
     logits [vocabulary]; candidates are ranked, so that a draw needs no sort of the vocabulary.
     """
-    scaled = logits / params.temperature
+    scaled = (logits - logits.max()) / params.temperature
     if params.min_p > 0.0:
         scaled = scaled.masked_fill(scaled < scaled.max() + math.log(params.min_p), -torch.inf)
     if params.top_k or params.top_p < 1.0:
