@@ -6,17 +6,11 @@ Run by `make demo`. Starts one server on free loopback ports with a store of its
 from __future__ import annotations
 
 import asyncio
-import json
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -26,66 +20,28 @@ from rich.progress import Progress
 from rich.table import Table
 
 from adaplex.client import AsyncClient, Delta, Generation
+from adaplex.client.local import LocalServer, Record
 
 EXAMPLES = Path(__file__).parents[1] / "adapters" / "examples"
 PROMPTS = ("What is the capital of France?", "Why is the sky blue?")
 MAX_TOKENS = 64
 METRICS = ("adapter_requests_total", "adapter_resident_bytes", "generation_tokens_total")
-START_SECONDS = 300.0
 
 console = Console()
 
 
-def free_port() -> int:
-    """A loopback port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def server(port: int, http_port: int, store: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A running `adaplex serve`; terminated, and waited for, on the way out."""
-    command = Path(sys.executable).with_name("adaplex")
-    settings = {"port": port, "http-port": http_port, "store-dir": store, "log-format": "json"}
-    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    process = subprocess.Popen([str(command), "serve", *flags], stderr=subprocess.PIPE)
-    watching = threading.Thread(target=show_progress, args=(process,), daemon=True)
-    watching.start()
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
-        watching.join(timeout=5)
-
-
-def show_progress(process: subprocess.Popen[bytes]) -> None:
+class StartLog:
     """Shows what the server logs until it serves, and after that what is worse than info."""
-    assert process.stderr is not None
-    starting = True
-    for line in process.stderr:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            console.print(line.decode(errors="replace").rstrip(), style="dim", highlight=False)
-            continue
-        event = str(record.get("event"))
-        starting = starting and event != "serving"
-        if starting or record.get("level") != "info":
+
+    def __init__(self) -> None:
+        self._starting = True
+
+    def __call__(self, record: Record) -> None:
+        """One record of the server's log."""
+        event = str(record["event"])
+        self._starting = self._starting and event != "serving"
+        if self._starting or record.get("level") != "info":
             console.print(f"  {event}", style="dim", highlight=False)
-
-
-async def ready(client: AsyncClient, process: subprocess.Popen[bytes]) -> None:
-    """Returns once the server takes calls; ends the demo if the server dies first."""
-    waiting = asyncio.create_task(client.wait_ready(START_SECONDS))
-    while not waiting.done():
-        if process.poll() is not None:
-            waiting.cancel()
-            sys.exit(f"the server ended with code {process.returncode} before it was ready")
-        await asyncio.wait({waiting}, timeout=0.2)
-    await waiting
 
 
 async def upload(client: AsyncClient, names: list[str]) -> None:
@@ -177,14 +133,13 @@ def scraped(http_port: int) -> list[str]:
 async def main() -> None:
     """The whole demo."""
     names = sorted(path.parent.name for path in EXAMPLES.glob("*/adapter_config.json"))
-    port, http_port = free_port(), free_port()
     begun = time.monotonic()
     with (
         tempfile.TemporaryDirectory() as store,
-        server(port, http_port, store) as process,
+        LocalServer(on_log=StartLog(), store_dir=store) as server,
     ):
-        async with AsyncClient(f"127.0.0.1:{port}") as client:
-            await ready(client, process)
+        await asyncio.to_thread(server.wait_ready)
+        async with AsyncClient(server.target) as client:
             info = await client.server_info()
             console.print(
                 f"serving {info.model.name} in {info.model.quantization} on {info.model.device} "
@@ -198,10 +153,9 @@ async def main() -> None:
                 console.print(proof(generations))
                 console.print(f"{tokens} tokens in {seconds:.1f} s, one batch\n")
             console.print("[bold]from /metrics[/]")
-            for line in await asyncio.to_thread(scraped, http_port):
+            for line in await asyncio.to_thread(scraped, server.http_port):
                 console.print(line, highlight=False, soft_wrap=True)
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=60)
+        code = server.stop()
         console.print(f"server drained, exit code {code}")
     sys.exit(code)
 

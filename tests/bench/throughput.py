@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import random
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,11 +22,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adaplex.client import AsyncClient
+from adaplex.client.local import LocalServer
 from adaplex.model.source import resolve_model
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "clients"))
-
-from demo import free_port, ready, server
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -82,13 +78,12 @@ async def main() -> None:
     options = parser.parse_args()
     model = resolve_model(options.model)
     count = max(options.streams)
-    port, http_port = free_port(), free_port()
     with (
         tempfile.TemporaryDirectory() as work,
-        server(port, http_port, f"{work}/store") as process,
+        LocalServer(model=options.model, store_dir=f"{work}/store") as server,
     ):
-        async with AsyncClient(f"127.0.0.1:{port}") as client:
-            await ready(client, process)
+        await asyncio.to_thread(server.wait_ready)
+        async with AsyncClient(server.target) as client:
             for i in range(count):
                 directory = random_adapter(model, Path(work) / f"a{i}", options.rank, i)
                 await client.adapters.upload(f"a{i}", directory)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import time
 import urllib.error
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from adaplex.client.local import free_port
 from adaplex.server.http import HttpServer
 from deploy.conftest import DEPLOY, ServerMetrics, read_yaml
 from deploy.promql import as_prometheus
@@ -24,11 +24,6 @@ from deploy.test_dashboard import Json, queries_of
 
 Ask = Callable[..., Any]
 SCRAPED = 'count_over_time(up{job="adaplex"}[1m]) >= 5'
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def asker(port: int) -> Ask:

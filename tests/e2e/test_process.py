@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,46 +16,31 @@ from typing import Any
 import pytest
 
 from adaplex.client import AdaplexClientError, Client, Delta, NotFound, Unavailable
+from adaplex.client.local import LocalServer
 
 ADAPLEX = [str(Path(sys.executable).with_name("adaplex"))]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Process:
-    """`adaplex serve` on a port of its own."""
+class Process(LocalServer):
+    """A server of the tiny model whose log is kept."""
 
     def __init__(self, model: Path, store: Path) -> None:
-        self.port, self.http_port = free_port(), free_port()
-        settings = {
-            "model": model,
-            "quantization": "fp32",
-            "store-dir": store,
-            "port": self.port,
-            "http-port": self.http_port,
-            "threads": 1,
-            "log-format": "json",
-        }
-        flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        self.log = store.with_suffix(".log")
-        with self.log.open("ab") as log:
-            self.popen = subprocess.Popen([*ADAPLEX, "serve", *flags], stdout=log, stderr=log)
+        self.events: list[str] = []
+        super().__init__(
+            on_log=lambda record: self.events.append(str(record["event"])),
+            model=model,
+            quantization="fp32",
+            store_dir=store,
+            threads=1,
+        )
 
     def client(self) -> Client:
-        client = Client(f"127.0.0.1:{self.port}", timeout=60)
-        client.wait_ready(60)
-        return client
+        self.wait_ready(60)
+        return Client(self.target, timeout=60)
 
     def cli(self, *args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*ADAPLEX, "--target", f"127.0.0.1:{self.port}", *args],
-            capture_output=True,
-            text=True,
-            timeout=60,
+            [*ADAPLEX, "--target", self.target, *args], capture_output=True, text=True, timeout=60
         )
 
 
@@ -70,8 +54,7 @@ def starting(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Any:
         try:
             yield process
         finally:
-            process.popen.kill()
-            process.popen.wait()
+            process.kill()
 
     return start
 
@@ -136,8 +119,7 @@ def test_kill_9_during_uploads_loses_nothing_acknowledged(
             before = len(acknowledged)
             while len(acknowledged) < before + 5:
                 time.sleep(0.005)
-            process.popen.send_signal(signal.SIGKILL)
-            process.popen.wait()
+            process.kill()
             uploading.join(60)
             assert not uploading.is_alive()
     with starting() as process:
@@ -155,7 +137,7 @@ def test_sigterm_lets_a_running_stream_finish_and_takes_no_new_work(starting: An
         client = process.client()
         with client.stream("hello", max_tokens=400, ignore_eos=True) as stream:
             next(iter(stream))
-            process.popen.send_signal(signal.SIGTERM)
+            process.process.send_signal(signal.SIGTERM)
             refused = False
             for event in stream:
                 if isinstance(event, Delta) and not refused:
@@ -165,15 +147,16 @@ def test_sigterm_lets_a_running_stream_finish_and_takes_no_new_work(starting: An
                         refused = True
         assert refused
         assert stream.generation.usage.completion_tokens == 400
-        assert process.popen.wait(timeout=30) == 0
+        assert process.process.wait(timeout=30) == 0
 
 
 def test_a_second_server_on_the_same_store_says_so(starting: Any) -> None:
     with starting() as first:
         first.client().close()
         with starting() as second:
-            assert second.popen.wait(timeout=90) != 0
-            assert "in use by another process" in second.log.read_text()
+            assert second.process.wait(timeout=90) != 0
+            second.stop()
+            assert any("in use by another process" in event for event in second.events)
 
 
 def test_unknown_adapter_is_not_found_and_never_the_base(starting: Any) -> None:
