@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -155,11 +156,22 @@ def test_a_lease_keeps_content_until_its_last_release(
     for lease in leases:
         assert registry.program(digest).digest == digest
         registry.check_integrity()
-        lease.release()
-        lease.release()
+        assert lease.release() == (lease is leases[-1])
+        assert not lease.release()
+    assert not registry.release(digest)
     with pytest.raises(AdapterNotFound):
         registry.program(digest)
     assert objects(tmp_path / "store") == set()
+
+
+def test_a_lease_collects_nothing_that_a_name_holds(registry: AdapterRegistry) -> None:
+    digest = push(registry, "tone").record.digest
+    assert not registry.resolve("tone").release()
+    lease = registry.resolve("tone")
+    registry.delete("tone")
+    push(registry, "other")
+    assert not lease.release()
+    assert registry.program(digest).digest == digest
 
 
 def test_a_lease_outlives_a_replacement_and_a_new_upload(registry: AdapterRegistry) -> None:
@@ -202,6 +214,29 @@ def test_an_adapter_must_fit_the_arena(tmp_path: Path) -> None:
         assert "the arena has 100" in refusal.reason
         with pytest.raises(AdapterTooLarge, match="the arena has 100"):
             registry.commit(staging, "tone", replace=False)
+    registry.close()
+
+
+@pytest.mark.parametrize(
+    "smaller",
+    [
+        {"max_packed_bytes": 100},
+        {"limits": AdapterLimits(max_rank=1)},
+        {"limits": AdapterLimits(max_adapter_bytes=100)},
+    ],
+)
+def test_what_is_stored_can_be_read_under_smaller_limits(
+    tmp_path: Path, smaller: dict[str, Any]
+) -> None:
+    registry = make_registry(tmp_path)
+    done = push(registry, "tone")
+    digest = done.record.digest
+    registry.close()
+    registry = make_registry(tmp_path, **smaller)
+    assert registry.report(digest) == done.report
+    assert registry.program(digest).digest == digest
+    with pytest.raises(AdapterTooLarge):
+        push(registry, "other", seed=1)
     registry.close()
 
 

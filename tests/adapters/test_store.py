@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,10 +14,13 @@ import pytest
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
 from adaplex.adapters.errors import (
     AdapterError,
+    AdapterExists,
     AdapterInvalid,
+    AdapterNotFound,
     StoreCorrupt,
 )
 from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.store import AdapterStore
 from adapters.handmade import (
     BASE,
     files,
@@ -107,6 +113,82 @@ def test_damaged_content_is_not_served_and_can_be_uploaded_again(
             read(record.digest)
     assert push(registry, "tone").record == record
     assert registry.program(record.digest).digest == record.digest
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_lost_content_is_corrupt_and_can_be_uploaded_again(tmp_path: Path, restart: bool) -> None:
+    registry = make_registry(tmp_path)
+    record = push(registry, "tone").record
+    shutil.rmtree(tmp_path / "objects" / record.digest.removeprefix("sha256:"))
+    if restart:
+        registry.close()
+        registry = make_registry(tmp_path)
+    for read in (registry.program, registry.report):
+        with pytest.raises(StoreCorrupt, match=record.digest):
+            read(record.digest)
+    again = push(registry, "tone")
+    assert (again.record, again.created) == (record, False)
+    assert registry.program(record.digest).digest == record.digest
+    registry.check_integrity()
+    assert staged(tmp_path) == []
+    registry.close()
+
+
+def test_lost_content_is_not_found_once_nobody_names_it(
+    registry: AdapterRegistry, tmp_path: Path
+) -> None:
+    digest = push(registry, "tone").record.digest
+    shutil.rmtree(tmp_path / "store" / "objects" / digest.removeprefix("sha256:"))
+    with registry.resolve("tone"):
+        registry.delete("tone")
+        with pytest.raises(StoreCorrupt):
+            registry.program(digest)
+    with pytest.raises(AdapterNotFound):
+        registry.program(digest)
+
+
+def test_damaged_content_is_repaired_by_one_of_many(
+    registry: AdapterRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = push(registry, "tone").record.digest
+    (tmp_path / "store" / "objects" / digest.removeprefix("sha256:") / CONFIG).write_text("{}")
+    workers = 4
+    seen = threading.Barrier(workers)
+    is_damaged, remove = AdapterStore.is_damaged, AdapterStore.remove
+    local, removed = threading.local(), []
+
+    def seen_by_all(store: AdapterStore, digest: str) -> bool:
+        damaged = is_damaged(store, digest)
+        if not getattr(local, "waited", False):
+            local.waited = True
+            seen.wait(30)
+        return damaged
+
+    def counted(store: AdapterStore, digest: str) -> None:
+        removed.append(digest)
+        remove(store, digest)
+
+    monkeypatch.setattr(AdapterStore, "is_damaged", seen_by_all)
+    monkeypatch.setattr(AdapterStore, "remove", counted)
+    with ThreadPoolExecutor(workers) as pool:
+        done = list(pool.map(lambda _: push(registry, "tone"), range(workers)))
+    assert not any(committed.created for committed in done)
+    assert removed == [digest]
+    assert registry.program(digest).digest == digest
+
+
+def test_a_refused_upload_leaves_damaged_content_alone(
+    registry: AdapterRegistry, tmp_path: Path
+) -> None:
+    digest = push(registry, "tone").record.digest
+    push(registry, "other", seed=1)
+    path = tmp_path / "store" / "objects" / digest.removeprefix("sha256:") / CONFIG
+    path.write_text("{}")
+    with pytest.raises(AdapterExists):
+        push(registry, "other")
+    assert path.read_text() == "{}"
+    assert push(registry, "other", replace=True).created
+    assert registry.program(digest).digest == digest
 
 
 def test_content_for_another_base_is_invalid_not_corrupt(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ AdaplexError
 │   ├── AdapterNotFound     no such name, version or digest
 │   ├── AdapterExists       the name is taken
 │   ├── AdapterTooLarge     a size or rank limit is exceeded
-│   ├── StoreFull           a quota of the store is used up; says when to try again
-│   └── StoreCorrupt        stored content does not match its digest
+│   ├── StoreFull           a quota of the store, or its disk, is used up
+│   └── StoreCorrupt        stored content is lost, or does not match its digest
 └── RequestError            (adaplex.engine.errors)
 """
 
@@ -66,11 +66,14 @@ class AdapterTooLarge(AdapterError):
 
 
 class StoreFull(AdapterError):
-    """A quota of the store is used up: something must be deleted first."""
+    """A quota of the store, or its disk, is used up: something must be deleted first."""
 
     retry_after = 30.0
     """Seconds."""
 
 
 class StoreCorrupt(AdapterError):
-    """Stored content does not match the digest it is stored under."""
+    """Stored content does not match the digest it is stored under, or is gone from the disk.
+
+    Uploading it again repairs it.
+    """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
+from typing import Self
 
 MIB = 1024**2
 ALIGNMENT = 64
@@ -23,3 +25,9 @@ class AdapterLimits:
     """Names in the catalog."""
     max_store_bytes: int = 1024 * 1024 * MIB
     """Of all stored files."""
+
+    def for_stored(self) -> Self:
+        """The limits that hold for stored content: those of an upload may have been lowered since,
+        and must not make it unreadable.
+        """
+        return replace(self, max_adapter_bytes=sys.maxsize, max_rank=sys.maxsize)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,10 +25,10 @@ from adaplex.adapters.errors import (
     StoreCorrupt,
     StoreFull,
 )
-from adaplex.adapters.files import file_sha256
+from adaplex.adapters.files import file_sha256, full_disk_is_store_full
 from adaplex.adapters.limits import MIB, AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec
-from adaplex.adapters.report import Report, describe
+from adaplex.adapters.report import Report, ReportCache, describe
 from adaplex.adapters.staging import FileSpec, Staging, check_files, check_total
 from adaplex.adapters.store import AdapterStore
 
@@ -45,6 +45,8 @@ __all__ = [
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 SELECTOR = re.compile(rf"(?P<name>{NAME.pattern})(@(?P<version>[1-9][0-9]{{0,17}}))?")
+MAX_REPORTS = 1024
+"""Reports kept in memory."""
 
 
 @dataclass(frozen=True)
@@ -86,62 +88,71 @@ class AdapterRegistry:
         self._store = AdapterStore(root)
         self._catalog = Catalog(root / "catalog.sqlite3", element_bytes=element_bytes)
         self._leases: Counter[str] = Counter()
+        self._reports = ReportCache(MAX_REPORTS)
         for orphan in self._store.digests() - self._catalog.digests():
             self._store.remove(orphan)
 
     def stage(self, files: Sequence[FileSpec]) -> Staging:
-        """Room for an upload. Raises AdapterInvalid or AdapterTooLarge before anything is taken."""
+        """Room for an upload. Raises AdapterInvalid, AdapterTooLarge or StoreFull before anything
+        is taken.
+        """
         check_files(files, self._limits)
         return self._store.stage(files)
 
     def check(self, staging: Staging) -> Report:
-        """What a commit would say; a checkpoint that cannot be served has refusals."""
+        """What a commit would say; a checkpoint that cannot be served has refusals.
+
+        Raises StoreFull when the disk is.
+        """
         try:
             staging.verify()
-            return describe(self._lower(staging.directory), self._base, self._element_bytes)
+            return describe(self._admit(staging.directory), self._base, self._element_bytes)
         except AdapterInvalid as error:
             return Report(refusals=error.refusals)
         except AdapterTooLarge as error:
             return Report(refusals=(Refusal(error.field, str(error)),))
 
+    @full_disk_is_store_full()
     def commit(self, staging: Staging, name: str, *, replace: bool) -> Committed:
         """Takes an upload in under a name.
 
         Raises AdapterInvalid, AdapterExists, AdapterTooLarge or StoreFull.
         When it returns, the adapter survives a kill. A taken name gets a new version with
-        `replace`, and is AdapterExists without, unless its content is the same.
+        `replace`, and is AdapterExists without, unless its content is the same. Content that is
+        stored, but damaged or lost, is repaired.
         """
         self.check_name(name)
         staging.verify()
-        program = self._lower(staging.directory)
+        program = self._admit(staging.directory)
         report = describe(program, self._base, self._element_bytes)
-        damaged = self._store.is_damaged(program.digest)
+        damaged = self._store.is_damaged(program.digest)  # takes long, so without the lock
         with self._lock:
-            if damaged:
-                self._store.remove(program.digest)
-                self._store.take(staging, program.digest)
             current = self._catalog.latest(name)
             if current is not None and current.digest == program.digest:
-                staging.discard()
+                self._keep(staging, report, damaged=damaged)
                 return Committed(current, report, created=False)
             if current is not None and not replace:
                 raise AdapterExists(f"{name} is taken by {current.digest}", field="name")
             self._check_quota(name, program.digest, staging.size, is_new=current is None)
-            self._store.take(staging, program.digest)
-            record = self._add(
-                AdapterRecord(
-                    name=name,
-                    version=0,
-                    digest=program.digest,
-                    family=program.family,
-                    modules=len(program.modules),
-                    max_rank=program.max_rank,
-                    stored_bytes=staging.size,
-                    packed_bytes=report.packed_bytes,
-                    created=datetime.now(UTC),
-                ),
-                {n: program.packed_bytes(n) for n in ELEMENT_BYTES},
+            record = AdapterRecord(
+                name=name,
+                version=0,
+                digest=program.digest,
+                family=program.family,
+                modules=len(program.modules),
+                max_rank=program.max_rank,
+                stored_bytes=staging.size,
+                packed_bytes=report.packed_bytes,
+                created=datetime.now(UTC),
             )
+            try:
+                self._keep(staging, report, damaged=damaged)
+                packed = {n: program.packed_bytes(n) for n in ELEMENT_BYTES}
+                record = self._catalog.add(record, packed)
+            except BaseException:  # content that nobody came to name goes again
+                if not self._catalog.holds(program.digest):
+                    self._collect(program.digest)
+                raise
         return Committed(record, report, created=True)
 
     def import_directory(
@@ -217,10 +228,11 @@ class AdapterRegistry:
         with self._lock:
             return self._catalog.count()
 
+    @full_disk_is_store_full()
     def delete(self, name: str) -> Deleted:
         """Forgets a name. Content goes when neither a name nor a lease holds it.
 
-        Raises AdapterNotFound.
+        Raises AdapterNotFound, or StoreFull when the disk has no room to note it.
         """
         with self._lock:
             digests = self._catalog.delete(name) if NAME.fullmatch(name) else []
@@ -232,17 +244,36 @@ class AdapterRegistry:
         return Deleted(len(digests), gone)
 
     def program(self, digest: str) -> AdapterProgram:
-        """Reads and lowers stored content. Raises StoreCorrupt, AdapterNotFound, or AdapterInvalid
-        when it does not fit the base that is served now.
+        """Reads and lowers stored content, whatever the limits for uploads are by now.
+
+        Raises StoreCorrupt, also for content that is named or leased but gone from the disk,
+        AdapterNotFound, or AdapterInvalid when it does not fit the base that is served now.
         """
-        program = self._lower(self._store.open(digest))
-        if program.digest != digest:
-            raise StoreCorrupt(f"{digest} holds the content of {program.digest}")
+        try:
+            program = self._lower(self._open(digest), self._limits.for_stored())
+            if program.digest != digest:
+                raise StoreCorrupt(f"{digest} holds the content of {program.digest}")
+        except StoreCorrupt:
+            with self._lock:
+                self._reports.drop(digest)
+            raise
         return program
 
     def report(self, digest: str) -> Report:
-        """The report of stored content. Raises as `program`."""
-        return describe(self.program(digest), self._base, self._element_bytes)
+        """The report of stored content. Raises as `program`.
+
+        A report made before is returned without reading the files again: it says that they are
+        there, not that they are intact.
+        """
+        with self._lock:
+            kept = self._reports.get(digest)
+            if kept is not None and self._store.has(digest):
+                return kept
+        made = describe(self.program(digest), self._base, self._element_bytes)
+        with self._lock:
+            if self._reports.get(digest) is None and self._is_wanted(digest):
+                self._reports.put(made)
+        return made
 
     def check_integrity(self) -> None:
         """Asserts that catalog, files and leases agree."""
@@ -259,32 +290,58 @@ class AdapterRegistry:
             self._catalog.close()
             self._store.close()
 
-    def release(self, digest: str) -> None:
-        """Gives one lease back; see Lease."""
+    def release(self, digest: str) -> bool:
+        """Gives one lease back; see Lease. Whether that removed the content, as it was the last
+        and no name held it any more: it can be dropped from memory, too. False without a lease.
+        """
         with self._lock:
+            if digest not in self._leases:
+                return False
             self._leases[digest] -= 1
-            if not self._leases[digest]:
-                del self._leases[digest]
-                if not self._catalog.holds(digest):
-                    self._collect(digest)
+            if self._leases[digest]:
+                return False
+            del self._leases[digest]
+            if self._catalog.holds(digest):
+                return False
+            self._collect(digest)
+            return True
 
-    def _add(self, record: AdapterRecord, packed: Mapping[int, int]) -> AdapterRecord:
-        """Names content that the store has taken; content that nobody came to name goes again."""
-        try:
-            return self._catalog.add(record, packed)
-        except BaseException:
-            if not self._catalog.holds(record.digest):
-                self._collect(record.digest)
-            raise
+    def _keep(self, staging: Staging, report: Report, *, damaged: bool) -> None:
+        """Stores what is not stored yet, and replaces content that was damaged and still is."""
+        digest = report.digest
+        if damaged and self._store.is_damaged(digest):
+            self._store.remove(digest)
+        if self._store.take(staging, digest):
+            self._reports.put(report)
 
     def _collect(self, digest: str) -> None:
         if digest not in self._leases:
+            self._reports.drop(digest)
             self._store.remove(digest)
 
-    def _lower(self, directory: Path) -> AdapterProgram:
-        """Reads and lowers a directory within the limits."""
-        checkpoint = read_checkpoint(directory, self._limits)
-        program = formats.lower(checkpoint, self._base, self._limits)
+    def _is_wanted(self, digest: str) -> bool:
+        """Whether content must be in the store."""
+        return digest in self._leases or self._catalog.holds(digest)
+
+    def _open(self, digest: str) -> Path:
+        """The folder of intact content. Raises StoreCorrupt or AdapterNotFound."""
+        try:
+            return self._store.open(digest)
+        except AdapterNotFound:
+            with self._lock:  # no upload or deletion is half done now
+                if not self._is_wanted(digest):
+                    raise
+                if not self._store.has(digest):
+                    raise StoreCorrupt(f"{digest} is gone from the disk") from None
+                return self._store.open(digest)
+
+    def _lower(self, directory: Path, limits: AdapterLimits) -> AdapterProgram:
+        """Reads and lowers a directory."""
+        return formats.lower(read_checkpoint(directory, limits), self._base, limits)
+
+    def _admit(self, directory: Path) -> AdapterProgram:
+        """Lowers an upload that keeps to the limits."""
+        program = self._lower(directory, self._limits)
         packed = program.packed_bytes(self._element_bytes)
         if self._max_packed_bytes is not None and packed > self._max_packed_bytes:
             raise AdapterTooLarge(
@@ -323,10 +380,9 @@ class Lease:
         self._held = threading.Lock()
         """Free while the lease is held: only one release can take it."""
 
-    def release(self) -> None:
-        """Gives the content back. Idempotent."""
-        if self._held.acquire(blocking=False):
-            self._registry.release(self.record.digest)
+    def release(self) -> bool:
+        """Gives the content back. Whether that removed it for good; False the second time."""
+        return self._held.acquire(blocking=False) and self._registry.release(self.record.digest)
 
     def __enter__(self) -> Self:
         return self

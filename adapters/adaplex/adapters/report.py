@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 from adaplex.adapters.errors import Refusal
 from adaplex.adapters.program import AdapterProgram, BaseSpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ModuleReport:
     """What an adapter does to one module; rank 0 when it has no low-rank delta there."""
 
@@ -52,3 +53,31 @@ def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Rep
     )
     packed = program.packed_bytes(element_bytes)
     return Report(program.family, program.digest, modules, packed, notes=program.notes)
+
+
+class ReportCache:
+    """Reports by digest; those used last stay. Callers hold a lock."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._reports: OrderedDict[str, Report] = OrderedDict()
+
+    def get(self, digest: str) -> Report | None:
+        """The report, if it is still here."""
+        if digest in self._reports:
+            self._reports.move_to_end(digest)
+        return self._reports.get(digest)
+
+    def put(self, report: Report) -> None:
+        """Keeps a report; the one not used for longest may go for it."""
+        self._reports[report.digest] = report
+        self._reports.move_to_end(report.digest)
+        if len(self._reports) > self._capacity:
+            self._reports.popitem(last=False)
+
+    def drop(self, digest: str) -> None:
+        """Forgets a report, if it is here."""
+        self._reports.pop(digest, None)
+
+    def __len__(self) -> int:
+        return len(self._reports)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 from adaplex.adapters.checkpoint import CONFIG, FILES, NO_PICKLES, PICKLE_SUFFIXES
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
-from adaplex.adapters.files import sync
+from adaplex.adapters.files import full_disk_is_store_full, sync
 from adaplex.adapters.limits import AdapterLimits
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -66,21 +69,27 @@ def check_total(total: int, limits: AdapterLimits) -> None:
 class Staging:
     """A folder of its own, filled by `write` in order; discarded unless the store takes it."""
 
+    @full_disk_is_store_full()
     def __init__(self, directory: Path, files: Sequence[FileSpec]) -> None:
+        """Makes the folder. Raises StoreFull."""
         directory.mkdir()
         self.directory = directory
         self.files = tuple(files)
         self._hashes = [hashlib.sha256() for _ in files]
         self._written = [0] * len(files)
-        self._open: tuple[int, BinaryIO] | None = None
+        self._open: tuple[int, FileIO] | None = None
 
     @property
     def size(self) -> int:
         """Bytes of all files as announced."""
         return sum(file.size for file in self.files)
 
+    @full_disk_is_store_full()
     def write(self, index: int, offset: int, data: bytes) -> None:
-        """Appends to a file. Chunks come in order, file after file. Raises AdapterInvalid."""
+        """Appends to a file. Chunks come in order, file after file.
+
+        Raises AdapterInvalid, or StoreFull, after which the chunk may be sent again.
+        """
         if not 0 <= index < len(self.files):
             raise AdapterInvalid.because("chunk.file_index", f"must be below {len(self.files)}")
         file, written = self.files[index], self._written[index]
@@ -92,12 +101,15 @@ class Staging:
             raise AdapterInvalid.because(
                 file.name, f"has more than the {file.size} bytes announced"
             )
-        self._file(index).write(data)
+        descriptor, left = self._file(index).fileno(), memoryview(data)
+        while left:
+            left = left[os.pwrite(descriptor, left, offset + len(data) - len(left)) :]
         self._hashes[index].update(data)
         self._written[index] += len(data)
 
+    @full_disk_is_store_full()
     def verify(self) -> None:
-        """Checks that every file came whole, and syncs it. Raises AdapterInvalid."""
+        """Checks that every file came whole, and syncs it. Raises AdapterInvalid or StoreFull."""
         self._close()
         for file, written, digest in zip(self.files, self._written, self._hashes, strict=True):
             if written != file.size:
@@ -112,7 +124,8 @@ class Staging:
 
     def discard(self) -> None:
         """Removes what was written; harmless after the store has taken it."""
-        self._close()
+        with suppress(OSError):
+            self._close()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def __enter__(self) -> Self:
@@ -126,14 +139,16 @@ class Staging:
     ) -> None:
         self.discard()
 
-    def _file(self, index: int) -> BinaryIO:
-        """The open file of this index; only one is open at a time."""
+    def _file(self, index: int) -> FileIO:
+        """The open file of this index, without a buffer; only one is open at a time."""
         if self._open is None or self._open[0] != index:
             self._close()
-            self._open = (index, (self.directory / self.files[index].name).open("ab"))
+            path = self.directory / self.files[index].name
+            path.touch()
+            self._open = (index, path.open("r+b", buffering=0))
         return self._open[1]
 
     def _close(self) -> None:
         if self._open is not None:
-            self._open[1].close()
-            self._open = None
+            (_, file), self._open = self._open, None
+            file.close()

@@ -44,17 +44,20 @@ class AdapterStore:
         """An empty staging folder for files that were checked."""
         return Staging(self._staging / uuid.uuid4().hex, files)
 
-    def take(self, staging: Staging, digest: str) -> None:
-        """Moves verified files in under their digest; an object that is there already stays."""
+    def take(self, staging: Staging, digest: str) -> bool:
+        """Moves verified files in under their digest; an object that is there already stays.
+        Whether they were moved.
+        """
         target = self.path(digest)
         if target.exists():
             staging.discard()
-            return
+            return False
         manifest = {file.name: {"size": file.size, "sha256": file.sha256} for file in staging.files}
         path = staging.directory / MANIFEST
         path.write_text(json.dumps({"digest": digest, "files": manifest}, indent=1))
         sync(path)
         publish(staging.directory, target)
+        return True
 
     def open(self, digest: str) -> Path:
         """The folder of an object whose files are what they were. Raises StoreCorrupt or
@@ -92,8 +95,14 @@ class AdapterStore:
             self.path(digest).rename(doomed)
         except FileNotFoundError:
             return
-        sync(self._objects)
-        shutil.rmtree(doomed, ignore_errors=True)
+        try:
+            sync(self._objects)
+        finally:
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def has(self, digest: str) -> bool:
+        """Whether an object is there, in whatever state."""
+        return self.path(digest).is_dir()
 
     def digests(self) -> frozenset[str]:
         """Every object that is there."""

@@ -1,0 +1,98 @@
+"""Reports of stored content: read once, kept while the content is there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from adaplex.adapters.checkpoint import CONFIG
+from adaplex.adapters.errors import AdapterNotFound, StoreCorrupt
+from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.report import Report, ReportCache
+from adapters.handmade import config, files, make_registry, push
+
+
+def stored(root: Path, digest: str) -> Path:
+    return root / "objects" / digest.removeprefix("sha256:")
+
+
+def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(registry: AdapterRegistry, digest: str) -> None:
+        raise AssertionError(f"{digest} was read again")
+
+    monkeypatch.setattr(AdapterRegistry, "program", read)
+
+
+def test_a_report_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = make_registry(tmp_path)
+    done = push(registry, "tone")
+    digest = done.record.digest
+    with monkeypatch.context() as patch:
+        forbid_reading(patch)
+        assert registry.report(digest) == done.report
+    registry.close()
+    registry = make_registry(tmp_path)
+    assert registry.report(digest) == done.report
+    forbid_reading(monkeypatch)
+    assert registry.report(digest) == done.report
+    registry.close()
+
+
+def test_a_report_tells_of_the_files_that_are_stored(registry: AdapterRegistry) -> None:
+    first = push(registry, "tone")
+    other = push(registry, "tone", files(config(base_model_name_or_path="elsewhere")))
+    assert other.report.notes != first.report.notes
+    assert registry.report(first.record.digest) == first.report
+
+
+def test_a_report_goes_with_its_content(registry: AdapterRegistry) -> None:
+    digest = push(registry, "tone").record.digest
+    with registry.resolve("tone"):
+        registry.delete("tone")
+        assert registry.report(digest).digest == digest
+    with pytest.raises(AdapterNotFound):
+        registry.report(digest)
+    assert not registry._reports
+
+
+def test_a_report_goes_when_its_content_is_found_damaged(
+    registry: AdapterRegistry, tmp_path: Path
+) -> None:
+    done = push(registry, "tone")
+    digest = done.record.digest
+    (stored(tmp_path / "store", digest) / CONFIG).write_text("{}")
+    assert registry.report(digest) == done.report
+    with pytest.raises(StoreCorrupt):
+        registry.program(digest)
+    with pytest.raises(StoreCorrupt):
+        registry.report(digest)
+    push(registry, "tone")
+    assert registry.report(digest) == done.report
+
+
+def test_a_kept_report_does_not_hide_lost_content(
+    registry: AdapterRegistry, tmp_path: Path
+) -> None:
+    digest = push(registry, "tone").record.digest
+    shutil.rmtree(stored(tmp_path / "store", digest))
+    with pytest.raises(StoreCorrupt):
+        registry.report(digest)
+    push(registry, "tone")
+
+
+def test_the_reports_used_last_are_kept() -> None:
+    cache = ReportCache(2)
+    a, b, c = (Report(digest=digest) for digest in "abc")
+    cache.put(a)
+    cache.put(b)
+    assert cache.get("a") is a
+    cache.put(c)
+    assert len(cache) == 2
+    assert cache.get("b") is None
+    assert (cache.get("a"), cache.get("c")) == (a, c)
+    cache.drop("a")
+    cache.drop("b")
+    assert cache.get("a") is None
+    assert len(cache) == 1
