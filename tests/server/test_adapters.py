@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
+from adaplex.adapters.registry import Lease
 from adaplex.v1 import adapters_pb2
 from adaplex.v1.adapters_pb2 import (
     AdapterChunk,
@@ -132,6 +133,10 @@ CONFIG_BYTES = START.metadata.files[0].size_bytes
 BROKEN = {
     "no metadata": ("metadata", [MESSAGES[1]]),
     "nothing": ("metadata", []),
+    "many files": (
+        "metadata.files",
+        [metadata(name="a", files=[START.metadata.files[0]] * 17)],
+    ),
     "metadata twice": ("metadata", [START, START]),
     "an empty message": ("metadata", [START, UploadAdapterRequest()]),
     "a bad name": ("name", [metadata(name="../x")]),
@@ -299,6 +304,7 @@ async def test_a_path_outside_the_roots_is_refused_however_it_is_written(tmp_pat
     root = tmp_path / "root"
     root.mkdir()
     (root / "link").symlink_to(tmp_path / "outside")
+    (root / "loop").symlink_to(root / "loop")
     (root / "file").write_text("x")
     uris = {
         str(tmp_path / "outside"): "--adapter-roots",
@@ -312,6 +318,11 @@ async def test_a_path_outside_the_roots_is_refused_however_it_is_written(tmp_pat
         f"{root}/a\0b": "absolute",
         str(root / "absent"): "directory",
         str(root / "file"): "directory",
+        "file://[x": "absolute",
+        "http://[::1": "absolute",
+        "file:///%00": "absolute",
+        str(root / "loop"): "--adapter-roots",
+        f"{root}/{'a' * 300}": "directory",
     }
     async with rig(tmp_path, adapter_roots=(root,)) as toy:
         for uri, reason in uris.items():
@@ -330,6 +341,49 @@ async def test_without_roots_nothing_is_loaded(tmp_path: Path) -> None:
         code, details = await status(call)
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert "--adapter-roots" in details["BadRequest"].field_violations[0].description
+
+
+async def test_questions_about_adapters_do_not_starve_generation(tmp_path: Path) -> None:
+    may_go = threading.Event()
+    async with rig(tmp_path) as toy:
+        await toy.upload("a")
+        registry = toy.parts.registry
+        report = registry.report
+
+        def slow(digest: str) -> Any:
+            may_go.wait(10)
+            return report(digest)
+
+        registry.report = slow  # type: ignore[method-assign]
+        flood = [
+            asyncio.ensure_future(toy.adapters.GetAdapter(GetAdapterRequest(name="a")))
+            for _ in range(64)
+        ]
+        await until(lambda: len(toy.server._edge.inflight) == 64)
+        try:
+            answer = await asyncio.wait_for(toy.generation.Generate(ask("a")), 5)
+        finally:
+            may_go.set()
+        assert answer.text
+        await asyncio.gather(*flood)
+
+
+async def test_content_that_went_with_its_lease_leaves_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = Lease.release
+
+    def last(lease: Lease) -> bool:
+        release(lease)
+        return True
+
+    async with rig(tmp_path) as toy:
+        stored = await toy.upload("a")
+        await toy.generation.Generate(ask("a"))
+        assert stored.adapter.digest in toy.engine.stats().resident
+        monkeypatch.setattr(Lease, "release", last)
+        await toy.generation.Generate(ask("a"))
+        await until(lambda: not toy.engine.stats().resident)
 
 
 async def test_a_cancelled_request_gives_its_lease_back(tmp_path: Path) -> None:

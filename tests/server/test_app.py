@@ -312,9 +312,13 @@ async def test_a_failure_is_logged_with_its_traceback_and_no_text(
 ) -> None:
     logs.configure("info", form)
     async with rig(tmp_path, runner=FakeRunner(failure=KeyError("bug"))) as toy:
-        spec = GenerationSpec(text="my secret")
+        digest = (await toy.upload("german")).adapter.digest
+        capsys.readouterr()  # the line of the upload
+        spec = GenerationSpec(text="my secret", adapter="german")
         await status(toy.generation.Generate(GenerateRequest(spec=spec)))
     written = capsys.readouterr().err
     assert "Traceback" in written
     assert "KeyError" in written
+    assert "german" in written
+    assert digest in written
     assert "secret" not in written

@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from adaplex.server.app import serve
-from adaplex.server.build import build, engine_limits
+from adaplex.server.build import build, engine_limits, open_store
 from adaplex.server.config import ConfigError, ServerConfig
 from adaplex.v1 import generation_pb2_grpc, server_pb2_grpc
 from adaplex.v1.generation_pb2 import (
@@ -18,6 +18,7 @@ from adaplex.v1.generation_pb2 import (
     SamplingParams,
 )
 from adaplex.v1.server_pb2 import GetServerInfoRequest
+from server.toy import BASE
 from tiny import save_tiny
 
 
@@ -88,3 +89,30 @@ def test_sizes_that_do_not_fit_are_refused_by_name(settings: dict[str, Any], mes
     with pytest.raises(ConfigError) as caught:
         limits(**settings)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("case", ["a file", "in a file", "a catalog", "objects"])
+def test_a_store_that_cannot_be_kept_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    store = tmp_path / "store"
+    if case == "a file":
+        store.write_text("x")
+    elif case == "in a file":
+        (tmp_path / "file").write_text("x")
+        store = tmp_path / "file" / "store"
+    else:
+        store.mkdir()
+        (store / {"a catalog": "catalog.sqlite3", "objects": "objects"}[case]).write_text("x" * 99)
+    with pytest.raises(ConfigError, match="store_dir: "):
+        open_store(ServerConfig(store_dir=store), BASE, element_bytes=4)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "no"), OSError(30, "Read-only file system")])
+def test_a_store_that_the_system_refuses_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def refuse(*_args: Any, **_options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(ConfigError, match="store_dir: cannot keep adapters in"):
+        open_store(ServerConfig(store_dir=tmp_path / "s"), BASE, element_bytes=4)

@@ -61,6 +61,7 @@ def test_byte_sizes_take_units() -> None:
         ({"threads": "0"}, "threads: Input should be greater than or equal to 1"),
         ({"adapters": ["nopath"]}, "adapters: Value error, 'nopath' is not name=path"),
         ({"shutdown_timeout": "nan"}, "shutdown_timeout: Input should be a finite number"),
+        ({"max_connection_age": "1e10"}, "max_connection_age: Input should be less than or equal"),
         ({"nonsense": "1"}, "nonsense: Extra inputs are not permitted"),
     ],
 )
@@ -75,6 +76,28 @@ def test_a_file_that_is_no_mapping_of_settings_is_refused(tmp_path: Path, conten
     (tmp_path / "s.yaml").write_text(content)
     with pytest.raises(ConfigError):
         load_config({"config": str(tmp_path / "s.yaml")})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("1: 2", "1 is not a setting"),
+        ("port: 1\nhost: x\nport: 2", "'port' is set twice"),
+        ("adapters: {a: /x, a: /y}", "'a' is set twice"),
+        ("config: other.yaml", "'config' cannot be set in a file"),
+    ],
+)
+def test_a_file_with_what_would_be_ignored_is_refused_by_name(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / "s.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=f"config: .*{message}"):
+        load_config({"config": str(tmp_path / "s.yaml")})
+
+
+def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("# later\n")
+    assert load_config({"config": str(tmp_path / "s.yaml")}).port == 50051
 
 
 def test_a_missing_file_is_refused() -> None:

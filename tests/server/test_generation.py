@@ -115,6 +115,20 @@ async def test_an_answer_ends_before_its_stop_string(tmp_path: Path) -> None:
     assert answer.finished.total_seconds >= answer.finished.first_token_seconds > 0
 
 
+@pytest.mark.parametrize(("min_tokens", "text"), [(0, ""), (1, ""), (2, "ab"), (4, "abab")])
+async def test_a_stop_string_within_min_tokens_is_text(
+    tmp_path: Path, min_tokens: int, text: str
+) -> None:
+    async with rig(tmp_path) as toy:
+        sampling = SamplingParams(stop=["ab"], min_tokens=min_tokens)
+        answer = await toy.generation.Generate(
+            GenerateRequest(spec=spec("ababab", sampling=sampling))
+        )
+    assert answer.text == text
+    assert answer.finished.stop == "ab"
+    assert answer.finished.completion_tokens == len(text) + 2
+
+
 async def test_held_back_text_is_given_out_at_the_end(tmp_path: Path) -> None:
     async with rig(tmp_path) as toy:
         sampling = SamplingParams(stop=["lo world"])
@@ -162,6 +176,8 @@ async def test_ignore_eos_and_stop_tokens(tmp_path: Path) -> None:
         ("spec.token_ids.ids[1]", {"token_ids": TokenIds(ids=[1, VOCAB])}),
         ("spec.token_ids", {"token_ids": TokenIds()}),
         ("spec.chat.messages", {"chat": ChatPrompt()}),
+        ("spec.chat.messages", {"chat": ChatPrompt(messages=[ChatMessage(role="user")] * 1025)}),
+        ("spec.token_ids", {"token_ids": TokenIds(ids=[VOCAB] * 256)}),
         (
             "spec.chat.messages[0].role",
             {"chat": ChatPrompt(messages=[ChatMessage(role="robot", content="x")])},
@@ -314,6 +330,29 @@ async def test_a_failed_step_tells_nothing_of_the_inside(tmp_path: Path) -> None
         assert details["RequestInfo"].request_id == "r-1"
         runner.failure = None
         assert (await toy.generation.Generate(GenerateRequest(spec=spec()))).text == "hello"
+
+
+@pytest.mark.parametrize("fails_at_once", [True, False])
+async def test_a_failed_step_counts_as_an_error_of_its_requests(
+    tmp_path: Path, fails_at_once: bool
+) -> None:
+    runner = FakeRunner(lambda request: [65])
+    async with rig(tmp_path, runner=runner) as toy:
+        failure = RuntimeError("bug")
+        runner.failure = failure if fails_at_once else None
+        runner.gate.clear()
+        request = GenerateStreamRequest(spec=spec(sampling=LONG))
+        events = aiter(toy.generation.GenerateStream(request))
+        if not fails_at_once:
+            assert (await anext(events)).WhichOneof("event") == "started"
+            runner.failure = failure
+        with pytest.raises(grpc.aio.AioRpcError):
+            [event async for event in events]
+        value = toy.parts.prometheus.get_sample_value
+        of_model = {"model_name": "toy"}
+        ended = value("adaplex_request_success_total", of_model | {"finished_reason": "error"})
+        refused = value("adaplex_admission_rejections_total", of_model | {"reason": "error"})
+    assert (refused, ended) == (0, 1)
 
 
 async def test_the_request_id_is_echoed_or_made(tmp_path: Path) -> None:

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from adaplex.engine.errors import RequestInvalid
-from adaplex.server.text import Detokenizer, StopStrings, encode_chat, encode_text
+from adaplex.server.text import (
+    TOKEN_BYTES,
+    Detokenizer,
+    StopStrings,
+    encode_chat,
+    encode_text,
+    longest_token_bytes,
+)
 from server.toy import EOS, ByteTokenizer
 
 CORPUS = [
@@ -34,6 +41,10 @@ class Wrapped:
 
     def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any:
         raise NotImplementedError
+
+    def get_vocab(self) -> dict[str, int]:
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        return vocabulary
 
     def ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text).ids
@@ -74,6 +85,7 @@ def byte_fallback() -> Wrapped:
             decoders.Strip(" ", 1, 0),
         ]
     )
+    tokenizer.add_special_tokens(["<eos>"])
     return Wrapped(tokenizer)
 
 
@@ -143,6 +155,34 @@ def test_special_tokens_are_not_text() -> None:
     assert "".join(streamed(ByteTokenizer(), [*b"a", EOS, EOS, *b"b"])) == "ab"
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(before=texts, run=st.integers(1, 60), after=texts)
+def test_a_run_of_special_tokens_changes_no_text(
+    name: str, before: str, run: int, after: str
+) -> None:
+    tokenizer = TOKENIZERS[name]
+    eos = tokenizer.get_vocab()["<eos>"]
+    ids = [*tokenizer.ids(before), *[eos] * run, *tokenizer.ids(after), *[eos] * run]
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+class Counting(ByteTokenizer):
+    """Counts the tokens that it decodes."""
+
+    decoded = 0
+
+    def decode(self, token_ids: list[int], **options: Any) -> str:
+        self.decoded += len(token_ids)
+        return super().decode(token_ids, **options)
+
+
+@pytest.mark.parametrize("first", [b"", b"some text"])
+def test_tokens_without_text_are_decoded_a_bounded_number_of_times(first: bytes) -> None:
+    tokenizer, count = Counting(), 8_000
+    assert "".join(streamed(tokenizer, [*first, *[EOS] * count, *b"ok"])) == first.decode() + "ok"
+    assert tokenizer.decoded < 64 * count
+
+
 pieces = st.lists(st.text("ab<|>", max_size=5), max_size=12)
 stops = st.lists(st.text("ab<|>", min_size=1, max_size=4), min_size=1, max_size=3)
 
@@ -170,6 +210,27 @@ def test_a_stop_string_is_found_wherever_the_text_is_split(
     assert (out, matcher.found) == cut_by_hand("".join(pieces), stops)
 
 
+@given(blind=pieces, pieces=pieces, stops=stops)
+def test_a_stop_string_counts_from_the_first_text_that_is_looked_at(
+    blind: list[str], pieces: list[str], stops: list[str]
+) -> None:
+    matcher = StopStrings(stops)
+    out = "".join(matcher.push(piece, looking=False) for piece in blind)
+    assert matcher.found is None
+    for piece in pieces:
+        out += matcher.push(piece)
+        if matcher.found is not None:
+            break
+    out += matcher.flush()
+    text, seen = "".join(blind + pieces), len("".join(blind))
+    ends = [end for end in range(seen + 1, len(text) + 1) if text[:end].endswith(tuple(stops))]
+    if not ends:
+        assert (out, matcher.found) == (text, None)
+        return
+    found = max((stop for stop in stops if text[: ends[0]].endswith(stop)), key=len)
+    assert (out, matcher.found) == (text[: ends[0] - len(found)], found)
+
+
 def test_only_a_possible_beginning_is_held_back() -> None:
     matcher = StopStrings(["</s>"])
     assert matcher.push("a <") == "a "
@@ -181,6 +242,19 @@ def test_prompts_become_ids() -> None:
     tokenizer = ByteTokenizer()
     assert encode_text(tokenizer, "é") == (0xC3, 0xA9)
     assert encode_chat(tokenizer, [{"role": "user", "content": "x"}]) == tuple(b"user:x\n")
+
+
+def test_the_longest_token_is_measured_in_bytes_of_text() -> None:
+    level = TOKENIZERS["byte_level"]
+    assert longest_token_bytes(level) == max(map(len, level.get_vocab()))
+    assert longest_token_bytes(TOKENIZERS["byte_fallback"]) == len("<0x00>")
+    assert longest_token_bytes(ByteTokenizer()) == TOKEN_BYTES
+
+
+@given(text=texts)
+def test_no_text_has_fewer_tokens_than_the_longest_token_allows(text: str) -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    assert len(text.encode()) <= len(tokenizer.ids(text)) * longest_token_bytes(tokenizer)
 
 
 def test_a_model_without_a_chat_template_says_so() -> None:

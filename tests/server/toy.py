@@ -198,7 +198,11 @@ def upload_messages(
 
 
 def toy_parts(
-    folder: Path, runner: FakeRunner, engine: dict[str, int] | None = None, **settings: Any
+    folder: Path,
+    runner: FakeRunner,
+    engine: dict[str, int] | None = None,
+    tokenizer: ByteTokenizer | None = None,
+    **settings: Any,
 ) -> tuple[Parts, Engine]:
     """Parts over a fake model, and the engine inside them."""
     config = ServerConfig(**{"port": 0, "http_port": 0, "store_dir": folder / "store"} | settings)
@@ -213,7 +217,7 @@ def toy_parts(
         config=config,
         model=ModelInfo(MODEL, "llama", "fp32", "float32", "cpu", BASE.digest, 1000),
         limits=ModelLimits(VOCAB, limits.max_model_len, frozenset([EOS])),
-        tokenizer=ByteTokenizer(),
+        tokenizer=tokenizer or ByteTokenizer(),
         registry=AdapterRegistry(
             config.store_dir,
             BASE,
@@ -234,11 +238,12 @@ async def rig(
     *,
     runner: FakeRunner | None = None,
     engine: dict[str, int] | None = None,
+    tokenizer: ByteTokenizer | None = None,
     **settings: Any,
 ) -> AsyncIterator[Rig]:
     """A server on free ports; everything balances when it has stopped."""
     runner = runner or FakeRunner()
-    parts, core = toy_parts(folder, runner, engine, **settings)
+    parts, core = toy_parts(folder, runner, engine, tokenizer, **settings)
     async with serve(parts) as server:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             yield Rig(server, parts, core, runner, channel)

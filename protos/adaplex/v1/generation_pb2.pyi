@@ -251,7 +251,9 @@ class ChatPrompt(_message.Message):
 
     MESSAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]: ...
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
+        """1 to 1024."""
+
     def __init__(
         self,
         *,
@@ -307,7 +309,7 @@ class SamplingParams(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """0 is greedy. Range 0 to 10, default 0."""
+    """Below 1e-5 is greedy. Range 0 to 10, default 0."""
     top_k: _builtins.int
     """0 keeps the whole vocabulary."""
     top_p: _builtins.float
@@ -321,7 +323,9 @@ class SamplingParams(_message.Message):
     frequency_penalty: _builtins.float
     """Over the output. Range [-2, 2], default 0."""
     seed: _builtins.int
-    """The same seed gives the same output, whatever else runs. Absent: drawn by the server."""
+    """The same seed gives the same output in the same mode, whatever else runs. Where the mode is
+    `auto` the server may take either: give one to reproduce. Absent: drawn by the server.
+    """
     max_tokens: _builtins.int
     """Default 128, bounded by the context length."""
     min_tokens: _builtins.int
@@ -331,7 +335,9 @@ class SamplingParams(_message.Message):
     """Log probabilities of this many likeliest tokens beside the chosen one. 0 to 20."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """At most 16 strings of at most 256 characters; the answer ends before the first found."""
+        """At most 16 strings of at most 256 characters; the answer ends before the first found. One that
+        is complete within the first `min_tokens` tokens is text.
+        """
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

@@ -57,7 +57,7 @@ class Answer:
         if output.finish is not None and self._stops.found is None:
             self._finish = output.finish
             cut = output.finish is FinishReason.LENGTH
-            text += self._stops.push(self._text.flush(cut=cut))
+            text += self._match(self._text.flush(cut=cut))
         if self._stops.found is not None:
             self._finish = FinishReason.STOP
         elif self.ended:
@@ -102,7 +102,11 @@ class Answer:
         shown = output.tokens
         if output.finish is FinishReason.STOP:
             self._stop_token, shown = shown[-1], shown[:-1]
-        return self._stops.push(self._text.push(shown))
+        return self._match(self._text.push(shown))
+
+    def _match(self, text: str) -> str:
+        """What is certain to come before any stop string; none counts up to `min_tokens`."""
+        return self._stops.push(text, looking=self.tokens > self._request.sampling.min_tokens)
 
     def _stop(self) -> str:
         """The stop string or token that ended the answer."""

@@ -60,6 +60,7 @@ class Server:
             registry=parts.registry,
             tokenizer=parts.tokenizer,
             limits=parts.limits,
+            max_entering=parts.engine_config.max_waiting + parts.engine_config.max_running,
             metrics=parts.metrics,
             model_name=parts.model.name,
             mode=AdapterMode(parts.config.adapter_mode),

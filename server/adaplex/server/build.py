@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -109,23 +110,32 @@ def _registry(
     config: ServerConfig, spec: BaseSpec, base: BaseModel, progress: Progress
 ) -> AdapterRegistry:
     """The store, with the adapters to import at start."""
-    registry = AdapterRegistry(
-        config.store_dir,
-        spec,
-        element_bytes=base.dtype.itemsize,
-        limits=AdapterLimits(
-            max_adapter_bytes=config.max_adapter_bytes,
-            max_rank=config.max_adapter_rank,
-            max_adapters=config.max_adapters,
-            max_store_bytes=config.max_store_bytes,
-        ),
-        max_packed_bytes=config.arena_bytes,
-    )
+    registry = open_store(config, spec, element_bytes=base.dtype.itemsize)
     for name, path in config.adapters.items():
         progress(f"importing adapter {name}")
         # The operator chose the path, so links may lead anywhere, as in the hub's cache.
         registry.import_directory(path, name, replace=True, roots=[Path("/")])
     return registry
+
+
+def open_store(config: ServerConfig, spec: BaseSpec, *, element_bytes: int) -> AdapterRegistry:
+    """The registry in `store_dir`. Raises ConfigError when it cannot be kept there."""
+    try:
+        return AdapterRegistry(
+            config.store_dir,
+            spec,
+            element_bytes=element_bytes,
+            limits=AdapterLimits(
+                max_adapter_bytes=config.max_adapter_bytes,
+                max_rank=config.max_adapter_rank,
+                max_adapters=config.max_adapters,
+                max_store_bytes=config.max_store_bytes,
+            ),
+            max_packed_bytes=config.arena_bytes,
+        )
+    except (OSError, sqlite3.Error) as error:
+        reason = f"cannot keep adapters in {config.store_dir}: {error}"
+        raise ConfigError(f"store_dir: {reason}") from error
 
 
 def _model_info(spec: BaseSpec, base: BaseModel) -> ModelInfo:

@@ -16,13 +16,16 @@ from pydantic_settings import (
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
 )
+
+from adaplex.server.settings_file import SettingsFile
 
 MIB = 1024**2
 MAX_CHUNK_BYTES = MIB
 """Largest data of one upload chunk. The largest gRPC message, so also the longest prompt text, is a
 little more: app.MAX_MESSAGE_BYTES."""
+MAX_AGE_SECONDS = 2**31 // 1000
+"""gRPC takes milliseconds that fit into 32 bits."""
 
 
 class ConfigError(Exception):
@@ -98,7 +101,7 @@ class ServerConfig(BaseSettings):
     port: Port = Field(50051, description="gRPC port; 0 picks a free one.")
     http_host: str = Field("127.0.0.1", description="Address that /metrics and /health bind.")
     http_port: Port = Field(9400, description="Their port; 0 picks a free one.")
-    max_connection_age: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+    max_connection_age: Annotated[float, Field(ge=1, le=MAX_AGE_SECONDS)] = Field(
         3600, description="Seconds after which a connection is asked to move on."
     )
     shutdown_timeout: Seconds = Field(30, description="Seconds that running requests get on stop.")
@@ -179,7 +182,7 @@ class ServerConfig(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags, environment, then the YAML file that one of them names."""
         file = {**env_settings(), **init_settings()}.get("config")
-        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=file)
+        return init_settings, env_settings, SettingsFile(settings_cls, yaml_file=file)
 
 
 def load_config(flags: Mapping[str, object]) -> ServerConfig:
@@ -206,7 +209,7 @@ def _checked(config: ServerConfig) -> ServerConfig:
 def describe(config: ServerConfig, flags: Mapping[str, object]) -> str:
     """`config` as YAML that can be read back; a comment says where each value came from."""
     file, env = _sources(flags)
-    origin = dict.fromkeys(YamlConfigSettingsSource(ServerConfig, yaml_file=file)(), str(file))
+    origin = dict.fromkeys(SettingsFile(ServerConfig, yaml_file=file)(), str(file))
     origin |= {name: f"ADAPLEX_{name.upper()}" for name in env}
     origin |= dict.fromkeys(flags, "flag")
     return "\n".join(

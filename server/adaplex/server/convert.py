@@ -28,6 +28,9 @@ MAX_LOGPROBS = 20
 MAX_PRIORITY = 100
 MAX_SALT_CHARS = 256
 MAX_PAGE = 1000
+MAX_MESSAGES = 1024
+MAX_FILES = 16
+"""Announced files that are looked at one by one; an adapter has far fewer."""
 
 MODES = {
     generation_pb2.ADAPTER_MODE_UNMERGED: AdapterMode.UNMERGED,
@@ -128,26 +131,36 @@ def _check_stops(sent: generation_pb2.SamplingParams, limits: ModelLimits) -> No
 
 
 def _check_vocabulary(field: str, ids: Sequence[int], limits: ModelLimits) -> None:
-    for i, token in enumerate(ids):
-        check(
-            f"{field}[{i}]",
-            token < limits.vocab_size,
-            f"must be below the vocabulary's size of {limits.vocab_size}",
-        )
+    unknown = next((i for i, token in enumerate(ids) if token >= limits.vocab_size), None)
+    reason = f"must be below the vocabulary's size of {limits.vocab_size}"
+    check(f"{field}[{unknown}]", unknown is None, reason)
 
 
-def prompt_ids(spec: generation_pb2.GenerationSpec, limits: ModelLimits) -> tuple[int, ...]:
-    """`spec.token_ids`, checked."""
+def check_length(field: str, tokens: int, limits: ModelLimits) -> None:
+    """Raises RequestInvalid unless a prompt has tokens and leaves room for one more."""
+    check(field, tokens > 0, "must give at least one token")
+    longest = limits.max_model_len - 1
+    reason = f"has {tokens} tokens; at most {longest} leave room for an answer"
+    check(field, tokens <= longest, reason)
+
+
+def check_prompt_ids(spec: generation_pb2.GenerationSpec, limits: ModelLimits) -> None:
+    """Raises RequestInvalid unless `spec.token_ids` can be a prompt: first their number."""
+    check_length("spec.token_ids", len(spec.token_ids.ids), limits)
     _check_vocabulary("spec.token_ids.ids", spec.token_ids.ids, limits)
-    return tuple(spec.token_ids.ids)
 
 
-def chat_messages(spec: generation_pb2.GenerationSpec) -> list[dict[str, str]]:
-    """`spec.chat`, checked, as a chat template takes it."""
-    check("spec.chat.messages", bool(spec.chat.messages), "must hold at least one message")
+def check_chat(spec: generation_pb2.GenerationSpec) -> None:
+    """Raises RequestInvalid unless `spec.chat` can be a prompt: first its number of messages."""
+    fits = 1 <= len(spec.chat.messages) <= MAX_MESSAGES
+    check("spec.chat.messages", fits, f"must be 1 to {MAX_MESSAGES} messages")
     for i, message in enumerate(spec.chat.messages):
         field = f"spec.chat.messages[{i}].role"
         check(field, message.role in ROLES, f"must be one of {', '.join(ROLES)}")
+
+
+def chat_messages(spec: generation_pb2.GenerationSpec) -> list[dict[str, str]]:
+    """`spec.chat` as a chat template takes it."""
     return [{"role": m.role, "content": m.content} for m in spec.chat.messages]
 
 
@@ -210,7 +223,9 @@ def replaces(field: str, policy: adapters_pb2.UploadPolicy.ValueType) -> bool:
 
 
 def file_specs(upload: adapters_pb2.AdapterUpload) -> list[FileSpec]:
-    """The announced files; the registry checks them."""
+    """The announced files, not too many; the registry checks them."""
+    fits = len(upload.files) <= MAX_FILES
+    check("metadata.files", fits, f"must be at most {MAX_FILES} files")
     return [FileSpec(name=f.name, size=f.size_bytes, sha256=f.sha256) for f in upload.files]
 
 

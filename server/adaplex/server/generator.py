@@ -5,23 +5,30 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 from adaplex.adapters.registry import AdapterRegistry, Lease
 from adaplex.engine.async_engine import AsyncEngine
-from adaplex.engine.errors import DeadlineExpired
-from adaplex.engine.request import AdapterMode, Request, StepOutput, Timing
-from adaplex.server import convert, text
+from adaplex.engine.errors import (
+    DeadlineExpired,
+    EngineFailed,
+    LogitsOverflowed,
+    QueueFull,
+    ServerUnavailable,
+)
+from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams, Timing
+from adaplex.server import convert
 from adaplex.server.answer import Answer
 from adaplex.server.blocking import owned
 from adaplex.server.calls import Call
 from adaplex.server.convert import ModelLimits
 from adaplex.server.metrics import FinishedReason, Metrics
+from adaplex.server.prompts import Places, Prompts
+from adaplex.server.text import Tokenizer
 from adaplex.v1.generation_pb2 import (
     GenerationDelta,
     GenerationFinished,
@@ -31,7 +38,8 @@ from adaplex.v1.generation_pb2 import (
 
 Event = GenerationStarted | GenerationDelta | GenerationFinished
 AsyncEvents = AsyncGenerator[Event, None]
-T = TypeVar("T")
+LEASE_THREADS = 4
+"""For resolving and releasing adapters."""
 
 
 class Generator:
@@ -42,20 +50,24 @@ class Generator:
         *,
         engine: AsyncEngine,
         registry: AdapterRegistry,
-        tokenizer: text.Tokenizer,
+        tokenizer: Tokenizer,
         limits: ModelLimits,
+        max_entering: int,
         metrics: Metrics,
         model_name: str,
         mode: AdapterMode,
     ) -> None:
-        self._engine, self._registry, self._tokenizer = engine, registry, tokenizer
+        """`max_entering` bounds the requests that are not with the engine yet."""
+        self._engine, self._registry = engine, registry
         self._limits, self._metrics = limits, metrics
         self._model_name, self._mode = model_name, mode
         self._numbers = itertools.count()
-        # A Hugging Face tokenizer must not be used by two threads at once: one thread encodes with
-        # this one, the event loop decodes with a copy.
+        self._prompts, self._places = Prompts(tokenizer, limits), Places(max_entering)
+        # The event loop decodes with a copy of its own, as each thread of Prompts encodes.
         self._detokenizer = copy.deepcopy(tokenizer)
-        self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
+        # Other RPCs fill the shared threads for as long as they like.
+        self._leasing = ThreadPoolExecutor(LEASE_THREADS, "lease")
+        self._unloading: set[asyncio.Task[None]] = set()
 
     async def generate(self, spec: GenerationSpec, call: Call) -> AsyncEvents:
         """One `started` once the engine has admitted the request, deltas, one `finished`.
@@ -65,28 +77,27 @@ class Generator:
         sampling = convert.sampling_params(spec, self._limits)
         mode = convert.adapter_mode(spec, self._mode)
         salt, priority = convert.cache_salt(spec), convert.priority(spec)
-        async with self._leased(spec.adapter) as lease:
-            adapter = convert.adapter_ref(lease.record, mode) if lease else None
-            prompt = await self._prompt(spec)
-            room = self._limits.max_model_len - len(prompt)
-            # Client ids may repeat; the engine's may not.
-            request = Request(
-                request_id=f"{call.request_id}#{next(self._numbers)}",
-                prompt=prompt,
-                sampling=replace(
-                    sampling,
-                    max_tokens=min(sampling.max_tokens, room),
-                    min_tokens=min(sampling.min_tokens, room),
-                ),
-                adapter=adapter,
-                cache_salt=salt,
-                priority=priority,
-                arrival=call.started,
-                deadline=call.deadline,
-            )
-            async with aclosing(self._run(request, list(spec.sampling.stop), call)) as events:
-                async for event in events:
-                    yield event
+        self._prompts.check(spec)
+        with self._entered() as entered:
+            async with self._leased(spec.adapter) as lease:
+                adapter = convert.adapter_ref(lease.record, mode) if lease else None
+                call.log |= _bound(adapter)
+                prompt = await self._prompts.ids(spec)
+                request = Request(
+                    # Client ids may repeat; the engine's may not.
+                    request_id=f"{call.request_id}#{next(self._numbers)}",
+                    prompt=prompt,
+                    sampling=_fitted(sampling, self._limits.max_model_len - len(prompt)),
+                    adapter=adapter,
+                    cache_salt=salt,
+                    priority=priority,
+                    arrival=call.started,
+                    deadline=call.deadline,
+                )
+                entered.close()
+                async with aclosing(self._run(request, list(spec.sampling.stop), call)) as events:
+                    async for event in events:
+                        yield event
 
     async def _run(self, request: Request, stops: Sequence[str], call: Call) -> AsyncEvents:
         """The engine's outputs as messages, counted and timed."""
@@ -98,7 +109,7 @@ class Generator:
                     if not admitted:
                         admitted = True
                         self._metrics.request_admitted(request.adapter, len(request.prompt))
-                        call.log |= _applied(output)
+                        call.log |= _bound(output.adapter)
                         yield answer.started(output, call.request_id, self._model_name)
                     if delta := answer.take(output):
                         self._metrics.tokens_generated(len(delta.token_ids), answer.since_last)
@@ -108,7 +119,9 @@ class Generator:
             reason = answer.finish.value
             yield answer.finished()
         except Exception as error:
-            if not admitted:
+            if isinstance(error, EngineFailed | LogitsOverflowed):
+                reason = "error"  # work was done, if only in the step that failed
+            elif not admitted:
                 reason = None
                 self._metrics.request_rejected(error)
             elif not isinstance(error, DeadlineExpired):
@@ -120,43 +133,59 @@ class Generator:
                 self._metrics.request_ended(reason, answer.tokens, timing)
             call.log |= _spent(request, answer, timing)
 
-    def _leased(self, selector: str) -> AbstractAsyncContextManager[Lease | None]:
+    def _entered(self) -> ExitStack:
+        """A place for a request until it is the engine's. Raises QueueFull."""
+        with ExitStack() as entered:
+            try:
+                entered.enter_context(self._places.place())
+            except QueueFull as error:
+                self._metrics.request_rejected(error)
+                raise
+            return entered.pop_all()
+
+    @asynccontextmanager
+    async def _leased(self, selector: str) -> AsyncIterator[Lease | None]:
         """The adapter's content, kept from removal; nothing for the base. NOT_FOUND if unknown."""
         if not selector:
-            return nullcontext()
-        return owned(partial(self._registry.resolve, selector), Lease.release)
+            yield None
+            return
+        release = partial(self._release, asyncio.get_running_loop())
+        open_ = partial(self._registry.resolve, selector)
+        async with owned(open_, release, self._leasing) as lease:
+            yield lease
 
-    async def _prompt(self, spec: GenerationSpec) -> tuple[int, ...]:
-        """Checked token ids of the prompt, which leave room for an answer."""
-        kind = spec.WhichOneof("prompt")
-        convert.check("spec.prompt", kind is not None, "set text, token_ids or chat")
-        if kind == "token_ids":
-            prompt = convert.prompt_ids(spec, self._limits)
-        elif kind == "chat":
-            messages = convert.chat_messages(spec)
-            prompt = await self._tokenize(text.encode_chat, messages)
-        else:
-            prompt = await self._tokenize(text.encode_text, spec.text)
-        convert.check(f"spec.{kind}", len(prompt) > 0, "must give at least one token")
-        longest = self._limits.max_model_len - 1
-        reason = f"has {len(prompt)} tokens; at most {longest} leave room for an answer"
-        convert.check(f"spec.{kind}", len(prompt) <= longest, reason)
-        return prompt
+    def _release(self, loop: asyncio.AbstractEventLoop, lease: Lease) -> None:
+        """In a thread: ends a lease, and what nobody can ask for any more leaves the memory."""
+        if lease.release():
+            loop.call_soon_threadsafe(self._unload, lease.record.digest)
 
-    async def _tokenize(
-        self, encode: Callable[[text.Tokenizer, T], tuple[int, ...]], prompt: T
-    ) -> tuple[int, ...]:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._tokenizing, encode, self._tokenizer, prompt)
+    def _unload(self, digest: str) -> None:
+        """Tells the engine; nobody waits for it."""
+        task = asyncio.get_running_loop().create_task(self._unloaded(digest))
+        self._unloading.add(task)
+        task.add_done_callback(self._unloading.discard)
+
+    async def _unloaded(self, digest: str) -> None:
+        with suppress(ServerUnavailable):  # the engine stops: its memory goes with it
+            await self._engine.unload(digest)
 
     def close(self) -> None:
-        """Ends the tokenizing thread."""
-        self._tokenizing.shutdown(wait=False)
+        """Ends the threads."""
+        self._prompts.close()
+        self._leasing.shutdown(wait=False)
 
 
-def _applied(output: StepOutput) -> dict[str, object]:
-    """Log fields of an admitted request."""
-    adapter = output.adapter
+def _fitted(sampling: SamplingParams, room: int) -> SamplingParams:
+    """With no more tokens asked for than the context holds."""
+    return replace(
+        sampling,
+        max_tokens=min(sampling.max_tokens, room),
+        min_tokens=min(sampling.min_tokens, room),
+    )
+
+
+def _bound(adapter: AdapterRef | None) -> dict[str, object]:
+    """Log fields of a request whose adapter is known."""
     if adapter is None:
         return {"adapter": ""}
     return {"adapter": adapter.name, "digest": adapter.digest, "mode": adapter.mode.value}

@@ -173,7 +173,7 @@ class Metrics:
             self._adapter_requests.labels(self._adapters.of(adapter), self._model_name).inc()
 
     def request_rejected(self, error: Exception) -> None:
-        """The engine refused a request before any work."""
+        """The edge or the engine refused a request before any work."""
         reason = REJECTIONS.get(type(error), "error")
         self._rejections.labels(reason, self._model_name).inc()
 

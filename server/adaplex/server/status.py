@@ -42,6 +42,7 @@ TABLE: dict[type[BaseException], Mapping] = {
     engine.QueueFull: Mapping(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     engine.ServerUnavailable: Mapping(grpc.StatusCode.UNAVAILABLE, "SERVER_UNAVAILABLE"),
     engine.DeadlineExpired: Mapping(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"),
+    engine.LogitsOverflowed: Mapping(grpc.StatusCode.FAILED_PRECONDITION, "LOGITS_OVERFLOWED"),
     engine.AdapterLoadFailed: Mapping(grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_LOAD_FAILED"),
     engine.EngineFailed: Mapping(grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
     edge.UploadsBusy: Mapping(grpc.StatusCode.RESOURCE_EXHAUSTED, "UPLOADS_BUSY"),

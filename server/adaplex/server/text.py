@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from tokenizers.pre_tokenizers import ByteLevel
+
 from adaplex.engine.errors import RequestInvalid
 
 CONTEXT_TOKENS = 5
 """Prompt tokens decoded before the answer, so that its first space is not lost."""
 MAX_HELD_TOKENS = 16
 """A character takes at most four tokens of one byte; more held back than this is not text."""
+MAX_TEXTLESS_TOKENS = 16
+"""Tokens without text that the window takes in. One can matter to what follows, as a first space
+does; a run that is longer is of special tokens, which never do.
+"""
 REPLACEMENT = "\ufffd"
+TOKEN_BYTES = 128
+"""Of the longest token, where a tokenizer does not tell."""
 
 
 class Tokenizer(Protocol):
@@ -50,6 +58,23 @@ def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> tuple[i
     return tuple(ids)
 
 
+def longest_token_bytes(tokenizer: Tokenizer) -> int:
+    """The most bytes of text that one token can stand for. Reads the whole vocabulary."""
+    read = getattr(tokenizer, "get_vocab", None)
+    vocabulary: dict[str, int] = read() if read is not None else {}
+    if not vocabulary:
+        return TOKEN_BYTES
+    byte_level = _is_byte_level(tokenizer, vocabulary)
+    letters = set(ByteLevel.alphabet()) if byte_level else set[str]()
+    return max(len(t) if letters.issuperset(t) else len(t.encode()) for t in vocabulary)
+
+
+def _is_byte_level(tokenizer: Tokenizer, vocabulary: dict[str, int]) -> bool:
+    """Whether a letter of a token stands for a byte, as in GPT-2: there Ġ is a space."""
+    space = vocabulary.get("Ġ")
+    return space is not None and tokenizer.decode([space]) == " "
+
+
 class Detokenizer:
     """Turns one answer's tokens into text, never half a character.
 
@@ -74,6 +99,8 @@ class Detokenizer:
             return ""
         if text:
             self._start = self._given
+        elif len(self._ids) - self._start > CONTEXT_TOKENS + MAX_TEXTLESS_TOKENS:
+            del self._ids[self._given :]
         self._given = len(self._ids)
         return text
 
@@ -104,11 +131,19 @@ class StopStrings:
         self.found: str | None = None
         """The stop string that ended the answer."""
 
-    def push(self, text: str) -> str:
-        """Takes text; returns what is certain to come before any stop string."""
+    def push(self, text: str, *, looking: bool = True) -> str:
+        """Takes text; returns what is certain to come before any stop string.
+
+        A stop string that is complete with text that came while not `looking` is text.
+        """
+        before = len(self._held)
         text = self._held + text
-        ends = [(at + len(s), at, s) for s in self._stops if (at := text.find(s)) >= 0]
-        if ends:
+        ends = [
+            (at + len(s), at, s)
+            for s in self._stops
+            if (at := text.find(s, max(0, before - len(s) + 1))) >= 0
+        ]
+        if ends and looking:
             _, at, self.found = min(ends)
             self._held = ""
             return text[:at]

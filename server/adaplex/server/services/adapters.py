@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -147,12 +148,33 @@ def allowed_path(uri: str, roots: tuple[Path, ...]) -> Path:
     """
     if not roots:
         raise RequestInvalid("uri", "this server has no --adapter-roots to load from")
-    parts = urlsplit(uri)
-    local = parts.scheme == "file" and parts.netloc in ("", "localhost")
-    path = Path(unquote(parts.path) if local else uri)
-    convert.check("uri", path.is_absolute() and "\0" not in uri, "must be an absolute path")
-    real = path.resolve()
-    inside = any(real.is_relative_to(root.resolve()) for root in roots)
+    path = _local_path(uri)
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError):  # a loop of links; it leads nowhere, so to no root either
+        real = None
+    inside = real is not None and any(real.is_relative_to(root.resolve()) for root in roots)
     convert.check("uri", inside, "must lie under one of --adapter-roots")
-    convert.check("uri", real.is_dir(), "must be a directory")
+    assert real is not None
+    convert.check("uri", _is_dir(real), "must be a directory")
     return real
+
+
+def _local_path(uri: str) -> Path:
+    """The absolute path that a path or file:// URI names."""
+    name = uri
+    with suppress(ValueError):  # of brackets in a host; such a host is not here anyway
+        parts = urlsplit(uri)
+        if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+            name = unquote(parts.path)
+    path = Path(name)
+    convert.check("uri", path.is_absolute() and "\0" not in name, "must be an absolute path")
+    return path
+
+
+def _is_dir(path: Path) -> bool:
+    """Whether it is a directory; nothing that cannot be looked at is one."""
+    try:
+        return path.is_dir()
+    except OSError:  # of a name that is too long, a folder that is closed to us
+        return False

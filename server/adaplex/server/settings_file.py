@@ -1,0 +1,44 @@
+"""The YAML file of settings: each name once, and no file that names another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic_settings import YamlConfigSettingsSource
+
+
+class SettingsFile(YamlConfigSettingsSource):
+    """Settings of one file. Raises yaml.YAMLError or ValueError when it holds none."""
+
+    def _read_file(self, file_path: Any) -> dict[str, Any]:
+        with Path(file_path).open(encoding=self.yaml_file_encoding) as file:
+            # A subclass of the safe loader.
+            settings = yaml.load(file, _UniqueKeys)
+        if settings is None:
+            return {}
+        if not isinstance(settings, dict):
+            raise ValueError(f"it holds a {type(settings).__name__}")
+        strange = [key for key in settings if not isinstance(key, str)]
+        if strange:
+            raise ValueError(f"{strange[0]!r} is not a setting")
+        if "config" in settings:
+            raise ValueError("'config' cannot be set in a file; a flag or ADAPLEX_CONFIG names it")
+        return settings
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML without repeated keys, of which the last would count silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{name!r} is set twice", problem_mark=key.start_mark
+                )
+            if name is not None:
+                seen.add(name)
+        return super().construct_mapping(node, deep)
