@@ -248,7 +248,7 @@ def test_default_model_comes_from_the_wheel(
     wheel_house: Path, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel = write_wheel(wheel_house, gguf_file.read_bytes())
-    monkeypatch.setattr(source, "WHEEL_SHA256", source._sha256(wheel))
+    monkeypatch.setattr(source, "WHEEL_SHA256", source.file_sha256(wheel))
     said: list[str] = []
     found = resolve_model(cache=tmp_path / "cache", progress=said.append)
     assert [line.split()[0] for line in said] == ["downloading", "converting"]
@@ -311,7 +311,7 @@ def test_two_at_once_convert_once(
 
 def test_what_a_killed_process_left_is_cleared(gguf_file: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    name = source._key(gguf_file.stem, source._sha256(gguf_file))
+    name = source._key(gguf_file.stem, source.file_sha256(gguf_file))
     left = cache / "models" / f".{name}.partial"
     left.mkdir(parents=True)
     (left / "half.safetensors").write_bytes(b"half")
