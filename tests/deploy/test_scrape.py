@@ -10,6 +10,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ SCRAPED = 'count_over_time(up{job="adaplex"}[1m]) >= 5'
 
 
 def asker(port: int) -> Ask:
-    """Calls Prometheus' HTTP API; None while it does not answer."""
+    """Calls Prometheus' HTTP API; None while it does not answer, or is not ready."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def ask(path: str, **parameters: str) -> Any:
@@ -36,6 +37,8 @@ def asker(port: int) -> Ask:
             with direct.open(url, timeout=5) as answer:
                 return json.load(answer)["data"]
         except urllib.error.HTTPError as error:
+            if error.code == HTTPStatus.SERVICE_UNAVAILABLE:  # it listens before it is ready
+                return None
             raise AssertionError(error.read().decode()) from error
         except OSError:
             return None
