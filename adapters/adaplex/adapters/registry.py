@@ -8,9 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from adaplex.adapters import formats
 from adaplex.adapters.catalog import ELEMENT_BYTES, AdapterRecord, Catalog
@@ -26,6 +25,7 @@ from adaplex.adapters.errors import (
     StoreFull,
 )
 from adaplex.adapters.files import file_sha256, full_disk_is_store_full
+from adaplex.adapters.lease import Lease
 from adaplex.adapters.limits import MIB, AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec
 from adaplex.adapters.report import Report, ReportCache, describe
@@ -199,7 +199,7 @@ class AdapterRegistry:
         with self._lock:
             record = self.get(selector)
             self._leases[record.digest] += 1
-        return Lease(self, record)
+        return Lease(record, partial(self.release, record.digest))
 
     def get(self, selector: str) -> AdapterRecord:
         """The record that a selector names. Raises AdapterNotFound."""
@@ -369,28 +369,3 @@ class AdapterRegistry:
 def _spec(name: str, source: Path) -> FileSpec:
     """What an upload of this file would announce."""
     return FileSpec(name, source.stat().st_size, file_sha256(source))
-
-
-class Lease:
-    """Holds the content of one record. Release it once the request has left the engine."""
-
-    def __init__(self, registry: AdapterRegistry, record: AdapterRecord) -> None:
-        self.record = record
-        self._registry = registry
-        self._held = threading.Lock()
-        """Free while the lease is held: only one release can take it."""
-
-    def release(self) -> bool:
-        """Gives the content back. Whether that removed it for good; False the second time."""
-        return self._held.acquire(blocking=False) and self._registry.release(self.record.digest)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class ModelRunner:
         tokens = [t for c in chunks for t in c.sequence.tokens[c.start : c.end]]
         positions = [p for c in chunks for p in range(c.start, c.end)]
         slots = [slot for c in chunks for slot in self._slots(c)]
-        ends = _ends(chunks)
+        ends = accumulate(chunk.count for chunk in chunks)
         wanted = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.samples]
         padding = padded_rows(len(tokens)) - len(tokens)
         for column in (tokens, positions, slots):
@@ -182,12 +182,3 @@ def _neighbours(chunks: Seq[Chunk], counts: Seq[int]) -> Iterator[tuple[AdapterR
         if (adapter := members[0][0].sequence.adapter) is not None:
             yield adapter, row, row + rows
         row += rows
-
-
-def _ends(chunks: Seq[Chunk]) -> list[int]:
-    """Row after the last row of each chunk."""
-    ends, row = [], 0
-    for chunk in chunks:
-        row += chunk.count
-        ends.append(row)
-    return ends
