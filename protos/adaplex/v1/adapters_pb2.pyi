@@ -43,6 +43,70 @@ UPLOAD_POLICY_REPLACE: UploadPolicy.ValueType  # 2
 """A taken name gets a new version; running requests finish on the old one."""
 Global___UploadPolicy: _TypeAlias = UploadPolicy  # noqa: Y015
 
+class _MergeMethod:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MergeMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MergeMethod.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MERGE_METHOD_UNSPECIFIED: _MergeMethod.ValueType  # 0
+    MERGE_METHOD_LINEAR: _MergeMethod.ValueType  # 1
+    MERGE_METHOD_CAT: _MergeMethod.ValueType  # 2
+    MERGE_METHOD_SVD: _MergeMethod.ValueType  # 3
+    MERGE_METHOD_TIES: _MergeMethod.ValueType  # 4
+    MERGE_METHOD_TIES_SVD: _MergeMethod.ValueType  # 5
+    MERGE_METHOD_DARE_LINEAR: _MergeMethod.ValueType  # 6
+    MERGE_METHOD_DARE_TIES: _MergeMethod.ValueType  # 7
+    MERGE_METHOD_DARE_LINEAR_SVD: _MergeMethod.ValueType  # 8
+    MERGE_METHOD_DARE_TIES_SVD: _MergeMethod.ValueType  # 9
+    MERGE_METHOD_MAGNITUDE_PRUNE: _MergeMethod.ValueType  # 10
+    MERGE_METHOD_MAGNITUDE_PRUNE_SVD: _MergeMethod.ValueType  # 11
+
+class MergeMethod(_MergeMethod, metaclass=_MergeMethodEnumTypeWrapper): ...
+
+MERGE_METHOD_UNSPECIFIED: MergeMethod.ValueType  # 0
+MERGE_METHOD_LINEAR: MergeMethod.ValueType  # 1
+MERGE_METHOD_CAT: MergeMethod.ValueType  # 2
+MERGE_METHOD_SVD: MergeMethod.ValueType  # 3
+MERGE_METHOD_TIES: MergeMethod.ValueType  # 4
+MERGE_METHOD_TIES_SVD: MergeMethod.ValueType  # 5
+MERGE_METHOD_DARE_LINEAR: MergeMethod.ValueType  # 6
+MERGE_METHOD_DARE_TIES: MergeMethod.ValueType  # 7
+MERGE_METHOD_DARE_LINEAR_SVD: MergeMethod.ValueType  # 8
+MERGE_METHOD_DARE_TIES_SVD: MergeMethod.ValueType  # 9
+MERGE_METHOD_MAGNITUDE_PRUNE: MergeMethod.ValueType  # 10
+MERGE_METHOD_MAGNITUDE_PRUNE_SVD: MergeMethod.ValueType  # 11
+Global___MergeMethod: _TypeAlias = MergeMethod  # noqa: Y015
+
+class _ResidencyTier:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ResidencyTierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ResidencyTier.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RESIDENCY_TIER_UNSPECIFIED: _ResidencyTier.ValueType  # 0
+    RESIDENCY_TIER_ARENA: _ResidencyTier.ValueType  # 1
+    """Device memory."""
+    RESIDENCY_TIER_HOST: _ResidencyTier.ValueType  # 2
+    """Host memory, packed."""
+    RESIDENCY_TIER_DISK: _ResidencyTier.ValueType  # 3
+    """Files on this machine."""
+    RESIDENCY_TIER_SOURCE: _ResidencyTier.ValueType  # 4
+    """The shared store; to be fetched."""
+
+class ResidencyTier(_ResidencyTier, metaclass=_ResidencyTierEnumTypeWrapper): ...
+
+RESIDENCY_TIER_UNSPECIFIED: ResidencyTier.ValueType  # 0
+RESIDENCY_TIER_ARENA: ResidencyTier.ValueType  # 1
+"""Device memory."""
+RESIDENCY_TIER_HOST: ResidencyTier.ValueType  # 2
+"""Host memory, packed."""
+RESIDENCY_TIER_DISK: ResidencyTier.ValueType  # 3
+"""Files on this machine."""
+RESIDENCY_TIER_SOURCE: ResidencyTier.ValueType  # 4
+"""The shared store; to be fetched."""
+Global___ResidencyTier: _TypeAlias = ResidencyTier  # noqa: Y015
+
 @_typing.final
 class AdapterUpload(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -78,7 +142,7 @@ class AdapterFile(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`adapter_config.json` or `adapter_model.safetensors`."""
+    """`adapter_config.json`, `adapter_model.safetensors`, or the OpenSSF signature `model.sig`."""
     size_bytes: _builtins.int
     sha256: _builtins.str
     """64 lower-case hex digits."""
@@ -234,7 +298,9 @@ class LoadAdapterRequest(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     uri: _builtins.str
-    """A path, or a file:// URI, of a directory under the server's allowed roots."""
+    """A directory or a GGUF file: a path or file:// URI under the server's allowed roots,
+    `hf://org/repo[/folder][@revision]` or `s3://bucket/prefix`.
+    """
     policy: Global___UploadPolicy.ValueType
     def __init__(
         self,
@@ -279,12 +345,124 @@ class LoadAdapterResponse(_message.Message):
 Global___LoadAdapterResponse: _TypeAlias = LoadAdapterResponse  # noqa: Y015
 
 @_typing.final
+class MergeAdaptersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    DENSITY_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    MAJORITY_SIGN_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Of the adapter that is made."""
+    policy: Global___UploadPolicy.ValueType
+    method: Global___MergeMethod.ValueType
+    density: _builtins.float
+    """Share of values kept by ties, dare and magnitude pruning, (0, 1]."""
+    rank: _builtins.int
+    """Rank of the result of an SVD method; by default the largest of the sources."""
+    seed: _builtins.int
+    """Of what dare drops. Default 0."""
+    majority_sign: _builtins.str
+    """`total` (the default) or `frequency`: how ties elects a sign."""
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedSource]:
+        """1 to 8 stored adapters."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        policy: Global___UploadPolicy.ValueType = ...,
+        sources: _abc.Iterable[Global___WeightedSource] | None = ...,
+        method: Global___MergeMethod.ValueType = ...,
+        density: _builtins.float | None = ...,
+        rank: _builtins.int | None = ...,
+        seed: _builtins.int | None = ...,
+        majority_sign: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "_rank", b"_rank", "_seed", b"_seed", "density", b"density", "rank", b"rank", "seed", b"seed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "_rank", b"_rank", "_seed", b"_seed", "density", b"density", "majority_sign", b"majority_sign", "method", b"method", "name", b"name", "policy", b"policy", "rank", b"rank", "seed", b"seed", "sources", b"sources"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__density: _TypeAlias = _typing.Literal["density"]  # noqa: Y015
+    _WhichOneofArgType__density: _TypeAlias = _typing.Literal["_density", b"_density"]  # noqa: Y015
+    _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
+    _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__density) -> _WhichOneofReturnType__density | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+
+Global___MergeAdaptersRequest: _TypeAlias = MergeAdaptersRequest  # noqa: Y015
+
+@_typing.final
+class WeightedSource(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """`name`, `name@version`, `name@alias` or `sha256:<digest>`."""
+    weight: _builtins.float
+    """Default 1."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        weight: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "adapter", b"adapter", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+
+Global___WeightedSource: _TypeAlias = WeightedSource  # noqa: Y015
+
+@_typing.final
+class MergeAdaptersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
+    CREATED_FIELD_NUMBER: _builtins.int
+    created: _builtins.bool
+    @_builtins.property
+    def adapter(self) -> Global___Adapter: ...
+    @_builtins.property
+    def report(self) -> Global___AdapterReport: ...
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+        report: Global___AdapterReport | None = ...,
+        created: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "created", b"created", "report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeAdaptersResponse: _TypeAlias = MergeAdaptersResponse  # noqa: Y015
+
+@_typing.final
 class GetAdapterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`name`, `name@version` or `sha256:<digest>`."""
+    """`name`, `name@version`, `name@alias` or `sha256:<digest>`."""
     def __init__(
         self,
         *,
@@ -304,19 +482,25 @@ class GetAdapterResponse(_message.Message):
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def adapter(self) -> Global___Adapter: ...
     @_builtins.property
     def report(self) -> Global___AdapterReport: ...
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterVersion]:
+        """Of the name, oldest first."""
+
     def __init__(
         self,
         *,
         adapter: Global___Adapter | None = ...,
         report: Global___AdapterReport | None = ...,
+        versions: _abc.Iterable[Global___AdapterVersion] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "report", b"report"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "report", b"report", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -328,22 +512,81 @@ class ListAdaptersRequest(_message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """1 to 1000, default 100."""
     page_token: _builtins.str
+    """Of the page before, with the same filter and order."""
+    order_by: _builtins.str
+    """`name` (the default), `create_time`, `update_time` or `stored_bytes`, then optionally ` desc`."""
+    @_builtins.property
+    def filter(self) -> Global___AdapterFilter: ...
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        filter: Global___AdapterFilter | None = ...,
+        order_by: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListAdaptersRequest: _TypeAlias = ListAdaptersRequest  # noqa: Y015
+
+@_typing.final
+class AdapterFilter(_message.Message):
+    """An adapter passes when it fits every field that is set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_PREFIX_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    FAMILY_FIELD_NUMBER: _builtins.int
+    name_prefix: _builtins.str
+    family: _builtins.str
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Each key with exactly this value. At most 16."""
+
+    def __init__(
+        self,
+        *,
+        name_prefix: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        family: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["family", b"family", "labels", b"labels", "name_prefix", b"name_prefix"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterFilter: _TypeAlias = AdapterFilter  # noqa: Y015
 
 @_typing.final
 class ListAdaptersResponse(_message.Message):
@@ -367,6 +610,367 @@ class ListAdaptersResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
+
+@_typing.final
+class GetAdapterHistoryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Without version; also of a deleted adapter."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAdapterHistoryRequest: _TypeAlias = GetAdapterHistoryRequest  # noqa: Y015
+
+@_typing.final
+class GetAdapterHistoryResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterEvent]:
+        """At most the last 500."""
+
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___AdapterEvent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAdapterHistoryResponse: _TypeAlias = GetAdapterHistoryResponse  # noqa: Y015
+
+@_typing.final
+class AdapterEvent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """`upload`, `alias`, `update`, `delete_version` or `delete`."""
+    version: _builtins.int
+    """0 when it is not about one version."""
+    digest: _builtins.str
+    alias: _builtins.str
+    actor: _builtins.str
+    """Who did it, as the `x-adaplex-actor` of the request said."""
+    source: _builtins.str
+    """Where the content came from: `upload`, `merge` or a URI."""
+    detail: _builtins.str
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def before(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasTarget]: ...
+    @_builtins.property
+    def after(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasTarget]: ...
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        kind: _builtins.str = ...,
+        version: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        alias: _builtins.str = ...,
+        before: _abc.Iterable[Global___AliasTarget] | None = ...,
+        after: _abc.Iterable[Global___AliasTarget] | None = ...,
+        actor: _builtins.str = ...,
+        source: _builtins.str = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "after", b"after", "alias", b"alias", "before", b"before", "detail", b"detail", "digest", b"digest", "kind", b"kind", "source", b"source", "time", b"time", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterEvent: _TypeAlias = AdapterEvent  # noqa: Y015
+
+@_typing.final
+class UpdateAdapterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SetLabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    SET_LABELS_FIELD_NUMBER: _builtins.int
+    REMOVE_LABELS_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Without version."""
+    description: _builtins.str
+    """At most 1024 characters."""
+    pinned: _builtins.bool
+    """Keeps what the name stands for in device memory, within the server's bound for all pins."""
+    @_builtins.property
+    def set_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """At most 64 in all; keys of 1 to 63, values of at most 256 characters."""
+
+    @_builtins.property
+    def remove_labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        description: _builtins.str | None = ...,
+        set_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        remove_labels: _abc.Iterable[_builtins.str] | None = ...,
+        pinned: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_description", b"_description", "_pinned", b"_pinned", "description", b"description", "pinned", b"pinned"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_description", b"_description", "_pinned", b"_pinned", "description", b"description", "name", b"name", "pinned", b"pinned", "remove_labels", b"remove_labels", "set_labels", b"set_labels"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__description: _TypeAlias = _typing.Literal["description"]  # noqa: Y015
+    _WhichOneofArgType__description: _TypeAlias = _typing.Literal["_description", b"_description"]  # noqa: Y015
+    _WhichOneofReturnType__pinned: _TypeAlias = _typing.Literal["pinned"]  # noqa: Y015
+    _WhichOneofArgType__pinned: _TypeAlias = _typing.Literal["_pinned", b"_pinned"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__description) -> _WhichOneofReturnType__description | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pinned) -> _WhichOneofReturnType__pinned | None: ...
+
+Global___UpdateAdapterRequest: _TypeAlias = UpdateAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UpdateAdapterResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter: ...
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateAdapterResponse: _TypeAlias = UpdateAdapterResponse  # noqa: Y015
+
+@_typing.final
+class AliasTarget(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    weight: _builtins.float
+    """Share of requests, relative to the other targets. Above 0."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AliasTarget: _TypeAlias = AliasTarget  # noqa: Y015
+
+@_typing.final
+class Alias(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    alias: _builtins.str
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasTarget]: ...
+    def __init__(
+        self,
+        *,
+        alias: _builtins.str = ...,
+        targets: _abc.Iterable[Global___AliasTarget] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Alias: _TypeAlias = Alias  # noqa: Y015
+
+@_typing.final
+class SetAliasRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Without version."""
+    alias: _builtins.str
+    """^[A-Za-z][A-Za-z0-9._-]{0,63}$, not `latest`. `default` is what the bare name follows."""
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasTarget]:
+        """1 to 8."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        alias: _builtins.str = ...,
+        targets: _abc.Iterable[Global___AliasTarget] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "name", b"name", "targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAliasRequest: _TypeAlias = SetAliasRequest  # noqa: Y015
+
+@_typing.final
+class SetAliasResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter: ...
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAliasResponse: _TypeAlias = SetAliasResponse  # noqa: Y015
+
+@_typing.final
+class DeleteAliasRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    alias: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        alias: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAliasRequest: _TypeAlias = DeleteAliasRequest  # noqa: Y015
+
+@_typing.final
+class DeleteAliasResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter: ...
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAliasResponse: _TypeAlias = DeleteAliasResponse  # noqa: Y015
+
+@_typing.final
+class RollbackAliasRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    alias: _builtins.str
+    """Empty is `default`. Where `default` was never set, it goes to the version before the newest."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        alias: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackAliasRequest: _TypeAlias = RollbackAliasRequest  # noqa: Y015
+
+@_typing.final
+class RollbackAliasResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter: ...
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackAliasResponse: _TypeAlias = RollbackAliasResponse  # noqa: Y015
 
 @_typing.final
 class UnloadAdapterRequest(_message.Message):
@@ -413,6 +1017,7 @@ class DeleteAdapterRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """`name`, or `name@version` for one version that no alias points to."""
     def __init__(
         self,
         *,
@@ -449,6 +1054,26 @@ Global___DeleteAdapterResponse: _TypeAlias = DeleteAdapterResponse  # noqa: Y015
 class Adapter(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
@@ -459,6 +1084,16 @@ class Adapter(_message.Message):
     PACKED_BYTES_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     RESIDENT_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    BASE_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    SIGNER_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.int
     digest: _builtins.str
@@ -470,9 +1105,31 @@ class Adapter(_message.Message):
     packed_bytes: _builtins.int
     """Bytes of the packed adapter in the arena."""
     resident: _builtins.bool
-    """Whether the adapter is in memory now, in the arena or as merged weights."""
+    """Whether the adapter is in device memory now, in the arena or as merged weights."""
+    description: _builtins.str
+    pinned: _builtins.bool
+    source: _builtins.str
+    """Where the content came from: `upload`, `merge` or a URI."""
+    actor: _builtins.str
+    """Who brought it."""
+    base_fingerprint: _builtins.str
+    """SHA-256 of the base model's config and weights that it was checked against."""
+    signer: _builtins.str
+    """Fingerprint of the key that signed it; empty when it was not checked."""
+    tier: Global___ResidencyTier.ValueType
+    """The fastest memory that holds it now."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Alias]:
+        """Those of the name, `latest` left out."""
+
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When the name last changed."""
+
     def __init__(
         self,
         *,
@@ -486,14 +1143,59 @@ class Adapter(_message.Message):
         packed_bytes: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         resident: _builtins.bool = ...,
+        description: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        pinned: _builtins.bool = ...,
+        aliases: _abc.Iterable[Global___Alias] | None = ...,
+        source: _builtins.str = ...,
+        actor: _builtins.str = ...,
+        base_fingerprint: _builtins.str = ...,
+        signer: _builtins.str = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+        tier: Global___ResidencyTier.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "digest", b"digest", "family", b"family", "max_rank", b"max_rank", "modules", b"modules", "name", b"name", "packed_bytes", b"packed_bytes", "resident", b"resident", "stored_bytes", b"stored_bytes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "aliases", b"aliases", "base_fingerprint", b"base_fingerprint", "create_time", b"create_time", "description", b"description", "digest", b"digest", "family", b"family", "labels", b"labels", "max_rank", b"max_rank", "modules", b"modules", "name", b"name", "packed_bytes", b"packed_bytes", "pinned", b"pinned", "resident", b"resident", "signer", b"signer", "source", b"source", "stored_bytes", b"stored_bytes", "tier", b"tier", "update_time", b"update_time", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+
+@_typing.final
+class AdapterVersion(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    STORED_BYTES_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    digest: _builtins.str
+    stored_bytes: _builtins.int
+    source: _builtins.str
+    actor: _builtins.str
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        stored_bytes: _builtins.int = ...,
+        source: _builtins.str = ...,
+        actor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "create_time", b"create_time", "digest", b"digest", "source", b"source", "stored_bytes", b"stored_bytes", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterVersion: _TypeAlias = AdapterVersion  # noqa: Y015
 
 @_typing.final
 class AdapterReport(_message.Message):
@@ -507,6 +1209,7 @@ class AdapterReport(_message.Message):
     PACKED_BYTES_FIELD_NUMBER: _builtins.int
     REFUSALS_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     family: _builtins.str
     digest: _builtins.str
     packed_bytes: _builtins.int
@@ -520,6 +1223,10 @@ class AdapterReport(_message.Message):
     def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What was accepted and has no effect on the answer."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why the answers may not be what the adapter's author meant, such as another base model."""
+
     def __init__(
         self,
         *,
@@ -529,10 +1236,11 @@ class AdapterReport(_message.Message):
         packed_bytes: _builtins.int = ...,
         refusals: _abc.Iterable[Global___Refusal] | None = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "family", b"family", "modules", b"modules", "notes", b"notes", "packed_bytes", b"packed_bytes", "refusals", b"refusals"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "family", b"family", "modules", b"modules", "notes", b"notes", "packed_bytes", b"packed_bytes", "refusals", b"refusals", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,6 +50,11 @@ class AdapterServiceStub:
                 request_serializer=adaplex_dot_v1_dot_adapters__pb2.LoadAdapterRequest.SerializeToString,
                 response_deserializer=adaplex_dot_v1_dot_adapters__pb2.LoadAdapterResponse.FromString,
                 _registered_method=True)
+        self.MergeAdapters = channel.unary_unary(
+                '/adaplex.v1.AdapterService/MergeAdapters',
+                request_serializer=adaplex_dot_v1_dot_adapters__pb2.MergeAdaptersRequest.SerializeToString,
+                response_deserializer=adaplex_dot_v1_dot_adapters__pb2.MergeAdaptersResponse.FromString,
+                _registered_method=True)
         self.GetAdapter = channel.unary_unary(
                 '/adaplex.v1.AdapterService/GetAdapter',
                 request_serializer=adaplex_dot_v1_dot_adapters__pb2.GetAdapterRequest.SerializeToString,
@@ -59,6 +64,31 @@ class AdapterServiceStub:
                 '/adaplex.v1.AdapterService/ListAdapters',
                 request_serializer=adaplex_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=adaplex_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
+        self.GetAdapterHistory = channel.unary_unary(
+                '/adaplex.v1.AdapterService/GetAdapterHistory',
+                request_serializer=adaplex_dot_v1_dot_adapters__pb2.GetAdapterHistoryRequest.SerializeToString,
+                response_deserializer=adaplex_dot_v1_dot_adapters__pb2.GetAdapterHistoryResponse.FromString,
+                _registered_method=True)
+        self.UpdateAdapter = channel.unary_unary(
+                '/adaplex.v1.AdapterService/UpdateAdapter',
+                request_serializer=adaplex_dot_v1_dot_adapters__pb2.UpdateAdapterRequest.SerializeToString,
+                response_deserializer=adaplex_dot_v1_dot_adapters__pb2.UpdateAdapterResponse.FromString,
+                _registered_method=True)
+        self.SetAlias = channel.unary_unary(
+                '/adaplex.v1.AdapterService/SetAlias',
+                request_serializer=adaplex_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
+                response_deserializer=adaplex_dot_v1_dot_adapters__pb2.SetAliasResponse.FromString,
+                _registered_method=True)
+        self.DeleteAlias = channel.unary_unary(
+                '/adaplex.v1.AdapterService/DeleteAlias',
+                request_serializer=adaplex_dot_v1_dot_adapters__pb2.DeleteAliasRequest.SerializeToString,
+                response_deserializer=adaplex_dot_v1_dot_adapters__pb2.DeleteAliasResponse.FromString,
+                _registered_method=True)
+        self.RollbackAlias = channel.unary_unary(
+                '/adaplex.v1.AdapterService/RollbackAlias',
+                request_serializer=adaplex_dot_v1_dot_adapters__pb2.RollbackAliasRequest.SerializeToString,
+                response_deserializer=adaplex_dot_v1_dot_adapters__pb2.RollbackAliasResponse.FromString,
                 _registered_method=True)
         self.UnloadAdapter = channel.unary_unary(
                 '/adaplex.v1.AdapterService/UnloadAdapter',
@@ -91,7 +121,14 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LoadAdapter(self, request, context):
-        """Imports an adapter directory that the server can read, under its allowed roots.
+        """Imports an adapter from a place that the server can read and its operator allows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MergeAdapters(self, request, context):
+        """Makes a new adapter out of stored ones.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,6 +146,40 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetAdapterHistory(self, request, context):
+        """What happened to a name, newest first, deletions included.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateAdapter(self, request, context):
+        """Changes the description, the labels and whether the adapter is pinned in memory.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAlias(self, request, context):
+        """Points an alias to a version, or to several by weight. New requests see it at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAlias(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackAlias(self, request, context):
+        """Points an alias to what it pointed to before its last change.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UnloadAdapter(self, request, context):
         """Drops the adapter from memory once running requests are done. It stays stored.
         """
@@ -117,7 +188,7 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """Forgets the name and its versions. Running requests finish; new ones get NOT_FOUND.
+        """Forgets a name and its versions, or one version. Running requests finish; new ones get NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -141,6 +212,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     request_deserializer=adaplex_dot_v1_dot_adapters__pb2.LoadAdapterRequest.FromString,
                     response_serializer=adaplex_dot_v1_dot_adapters__pb2.LoadAdapterResponse.SerializeToString,
             ),
+            'MergeAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.MergeAdapters,
+                    request_deserializer=adaplex_dot_v1_dot_adapters__pb2.MergeAdaptersRequest.FromString,
+                    response_serializer=adaplex_dot_v1_dot_adapters__pb2.MergeAdaptersResponse.SerializeToString,
+            ),
             'GetAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.GetAdapter,
                     request_deserializer=adaplex_dot_v1_dot_adapters__pb2.GetAdapterRequest.FromString,
@@ -150,6 +226,31 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.ListAdapters,
                     request_deserializer=adaplex_dot_v1_dot_adapters__pb2.ListAdaptersRequest.FromString,
                     response_serializer=adaplex_dot_v1_dot_adapters__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'GetAdapterHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAdapterHistory,
+                    request_deserializer=adaplex_dot_v1_dot_adapters__pb2.GetAdapterHistoryRequest.FromString,
+                    response_serializer=adaplex_dot_v1_dot_adapters__pb2.GetAdapterHistoryResponse.SerializeToString,
+            ),
+            'UpdateAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateAdapter,
+                    request_deserializer=adaplex_dot_v1_dot_adapters__pb2.UpdateAdapterRequest.FromString,
+                    response_serializer=adaplex_dot_v1_dot_adapters__pb2.UpdateAdapterResponse.SerializeToString,
+            ),
+            'SetAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAlias,
+                    request_deserializer=adaplex_dot_v1_dot_adapters__pb2.SetAliasRequest.FromString,
+                    response_serializer=adaplex_dot_v1_dot_adapters__pb2.SetAliasResponse.SerializeToString,
+            ),
+            'DeleteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlias,
+                    request_deserializer=adaplex_dot_v1_dot_adapters__pb2.DeleteAliasRequest.FromString,
+                    response_serializer=adaplex_dot_v1_dot_adapters__pb2.DeleteAliasResponse.SerializeToString,
+            ),
+            'RollbackAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackAlias,
+                    request_deserializer=adaplex_dot_v1_dot_adapters__pb2.RollbackAliasRequest.FromString,
+                    response_serializer=adaplex_dot_v1_dot_adapters__pb2.RollbackAliasResponse.SerializeToString,
             ),
             'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.UnloadAdapter,
@@ -255,6 +356,33 @@ class AdapterService:
             _registered_method=True)
 
     @staticmethod
+    def MergeAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaplex.v1.AdapterService/MergeAdapters',
+            adaplex_dot_v1_dot_adapters__pb2.MergeAdaptersRequest.SerializeToString,
+            adaplex_dot_v1_dot_adapters__pb2.MergeAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetAdapter(request,
             target,
             options=(),
@@ -298,6 +426,141 @@ class AdapterService:
             '/adaplex.v1.AdapterService/ListAdapters',
             adaplex_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
             adaplex_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAdapterHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaplex.v1.AdapterService/GetAdapterHistory',
+            adaplex_dot_v1_dot_adapters__pb2.GetAdapterHistoryRequest.SerializeToString,
+            adaplex_dot_v1_dot_adapters__pb2.GetAdapterHistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaplex.v1.AdapterService/UpdateAdapter',
+            adaplex_dot_v1_dot_adapters__pb2.UpdateAdapterRequest.SerializeToString,
+            adaplex_dot_v1_dot_adapters__pb2.UpdateAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaplex.v1.AdapterService/SetAlias',
+            adaplex_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
+            adaplex_dot_v1_dot_adapters__pb2.SetAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaplex.v1.AdapterService/DeleteAlias',
+            adaplex_dot_v1_dot_adapters__pb2.DeleteAliasRequest.SerializeToString,
+            adaplex_dot_v1_dot_adapters__pb2.DeleteAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adaplex.v1.AdapterService/RollbackAlias',
+            adaplex_dot_v1_dot_adapters__pb2.RollbackAliasRequest.SerializeToString,
+            adaplex_dot_v1_dot_adapters__pb2.RollbackAliasResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,13 +38,24 @@ class AdapterServiceStub:
     ValidateAdapter: _grpc.StreamUnaryMultiCallable[_adapters_pb2.ValidateAdapterRequest, _adapters_pb2.ValidateAdapterResponse]
     """The same stream as an upload; checks everything, stores nothing."""
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]
-    """Imports an adapter directory that the server can read, under its allowed roots."""
+    """Imports an adapter from a place that the server can read and its operator allows."""
+    MergeAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.MergeAdaptersRequest, _adapters_pb2.MergeAdaptersResponse]
+    """Makes a new adapter out of stored ones."""
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
+    GetAdapterHistory: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterHistoryRequest, _adapters_pb2.GetAdapterHistoryResponse]
+    """What happened to a name, newest first, deletions included."""
+    UpdateAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UpdateAdapterRequest, _adapters_pb2.UpdateAdapterResponse]
+    """Changes the description, the labels and whether the adapter is pinned in memory."""
+    SetAlias: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SetAliasRequest, _adapters_pb2.SetAliasResponse]
+    """Points an alias to a version, or to several by weight. New requests see it at once."""
+    DeleteAlias: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAliasRequest, _adapters_pb2.DeleteAliasResponse]
+    RollbackAlias: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.RollbackAliasRequest, _adapters_pb2.RollbackAliasResponse]
+    """Points an alias to what it pointed to before its last change."""
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
     """Drops the adapter from memory once running requests are done. It stays stored."""
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]
-    """Forgets the name and its versions. Running requests finish; new ones get NOT_FOUND."""
+    """Forgets a name and its versions, or one version. Running requests finish; new ones get NOT_FOUND."""
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
@@ -56,13 +67,24 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     ValidateAdapter: _aio.StreamUnaryMultiCallable[_adapters_pb2.ValidateAdapterRequest, _adapters_pb2.ValidateAdapterResponse]  # type: ignore[assignment]
     """The same stream as an upload; checks everything, stores nothing."""
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]  # type: ignore[assignment]
-    """Imports an adapter directory that the server can read, under its allowed roots."""
+    """Imports an adapter from a place that the server can read and its operator allows."""
+    MergeAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.MergeAdaptersRequest, _adapters_pb2.MergeAdaptersResponse]  # type: ignore[assignment]
+    """Makes a new adapter out of stored ones."""
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]  # type: ignore[assignment]
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
+    GetAdapterHistory: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterHistoryRequest, _adapters_pb2.GetAdapterHistoryResponse]  # type: ignore[assignment]
+    """What happened to a name, newest first, deletions included."""
+    UpdateAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UpdateAdapterRequest, _adapters_pb2.UpdateAdapterResponse]  # type: ignore[assignment]
+    """Changes the description, the labels and whether the adapter is pinned in memory."""
+    SetAlias: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SetAliasRequest, _adapters_pb2.SetAliasResponse]  # type: ignore[assignment]
+    """Points an alias to a version, or to several by weight. New requests see it at once."""
+    DeleteAlias: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAliasRequest, _adapters_pb2.DeleteAliasResponse]  # type: ignore[assignment]
+    RollbackAlias: _aio.UnaryUnaryMultiCallable[_adapters_pb2.RollbackAliasRequest, _adapters_pb2.RollbackAliasResponse]  # type: ignore[assignment]
+    """Points an alias to what it pointed to before its last change."""
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     """Drops the adapter from memory once running requests are done. It stays stored."""
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
-    """Forgets the name and its versions. Running requests finish; new ones get NOT_FOUND."""
+    """Forgets a name and its versions, or one version. Running requests finish; new ones get NOT_FOUND."""
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """The life of adapters on this server."""
@@ -89,7 +111,15 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.LoadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.LoadAdapterResponse, _abc.Awaitable[_adapters_pb2.LoadAdapterResponse]]:
-        """Imports an adapter directory that the server can read, under its allowed roots."""
+        """Imports an adapter from a place that the server can read and its operator allows."""
+
+    @_abc_1.abstractmethod
+    def MergeAdapters(
+        self,
+        request: _adapters_pb2.MergeAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.MergeAdaptersResponse, _abc.Awaitable[_adapters_pb2.MergeAdaptersResponse]]:
+        """Makes a new adapter out of stored ones."""
 
     @_abc_1.abstractmethod
     def GetAdapter(
@@ -106,6 +136,45 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_adapters_pb2.ListAdaptersResponse, _abc.Awaitable[_adapters_pb2.ListAdaptersResponse]]: ...
 
     @_abc_1.abstractmethod
+    def GetAdapterHistory(
+        self,
+        request: _adapters_pb2.GetAdapterHistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.GetAdapterHistoryResponse, _abc.Awaitable[_adapters_pb2.GetAdapterHistoryResponse]]:
+        """What happened to a name, newest first, deletions included."""
+
+    @_abc_1.abstractmethod
+    def UpdateAdapter(
+        self,
+        request: _adapters_pb2.UpdateAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.UpdateAdapterResponse, _abc.Awaitable[_adapters_pb2.UpdateAdapterResponse]]:
+        """Changes the description, the labels and whether the adapter is pinned in memory."""
+
+    @_abc_1.abstractmethod
+    def SetAlias(
+        self,
+        request: _adapters_pb2.SetAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.SetAliasResponse, _abc.Awaitable[_adapters_pb2.SetAliasResponse]]:
+        """Points an alias to a version, or to several by weight. New requests see it at once."""
+
+    @_abc_1.abstractmethod
+    def DeleteAlias(
+        self,
+        request: _adapters_pb2.DeleteAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.DeleteAliasResponse, _abc.Awaitable[_adapters_pb2.DeleteAliasResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def RollbackAlias(
+        self,
+        request: _adapters_pb2.RollbackAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.RollbackAliasResponse, _abc.Awaitable[_adapters_pb2.RollbackAliasResponse]]:
+        """Points an alias to what it pointed to before its last change."""
+
+    @_abc_1.abstractmethod
     def UnloadAdapter(
         self,
         request: _adapters_pb2.UnloadAdapterRequest,
@@ -119,6 +188,6 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.DeleteAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.DeleteAdapterResponse, _abc.Awaitable[_adapters_pb2.DeleteAdapterResponse]]:
-        """Forgets the name and its versions. Running requests finish; new ones get NOT_FOUND."""
+        """Forgets a name and its versions, or one version. Running requests finish; new ones get NOT_FOUND."""
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -189,20 +189,32 @@ class GenerationSpec(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    ROUTING_KEY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     adapter: _builtins.str
-    """`name`, `name@version` or `sha256:<64 hex digits>`; empty asks the base model."""
+    """`name`, `name@version`, `name@alias` or `sha256:<64 hex digits>`; empty asks the base model.
+    A bare name follows the alias `default` where one is set, else the newest version.
+    """
     mode: Global___AdapterMode.ValueType
     cache_salt: _builtins.str
     """Requests share cached prompt prefixes only within one salt (one tenant)."""
     priority: _builtins.int
     """Larger goes first among waiting requests; default 0, range -100 to 100."""
+    routing_key: _builtins.str
+    """Requests with the same key take the same side of a weighted alias; empty draws one. At most 256
+    characters.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
     @_builtins.property
     def chat(self) -> Global___ChatPrompt: ...
     @_builtins.property
     def sampling(self) -> Global___SamplingParams: ...
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedAdapter]:
+        """Several adapters at once, their deltas weighted and added. At most 8; not beside `adapter`."""
+
     def __init__(
         self,
         *,
@@ -214,16 +226,44 @@ class GenerationSpec(_message.Message):
         sampling: Global___SamplingParams | None = ...,
         cache_salt: _builtins.str = ...,
         priority: _builtins.int = ...,
+        adapters: _abc.Iterable[Global___WeightedAdapter] | None = ...,
+        routing_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "chat", b"chat", "mode", b"mode", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapters", b"adapters", "cache_salt", b"cache_salt", "chat", b"chat", "mode", b"mode", "priority", b"priority", "prompt", b"prompt", "routing_key", b"routing_key", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerationSpec: _TypeAlias = GenerationSpec  # noqa: Y015
+
+@_typing.final
+class WeightedAdapter(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """As GenerationSpec.adapter, but not empty."""
+    weight: _builtins.float
+    """Range [-10, 10], default 1."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        weight: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "adapter", b"adapter", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+
+Global___WeightedAdapter: _TypeAlias = WeightedAdapter  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):
@@ -427,6 +467,9 @@ class AppliedAdapter(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     MODULES_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    COMPONENTS_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.int
     digest: _builtins.str
@@ -434,6 +477,18 @@ class AppliedAdapter(_message.Message):
     mode: Global___AdapterMode.ValueType
     modules: _builtins.int
     """Modules of the base that the adapter changes."""
+    alias: _builtins.str
+    """The alias that chose the version: `default`, `latest` or one of the user's. Empty when the request
+    named the version or the content.
+    """
+    @_builtins.property
+    def components(self) -> _containers.RepeatedCompositeFieldContainer[Global___AppliedComponent]:
+        """What was combined, when the request named several adapters."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why the answer may not be what the adapter's author meant, such as another base model."""
+
     def __init__(
         self,
         *,
@@ -442,14 +497,48 @@ class AppliedAdapter(_message.Message):
         digest: _builtins.str = ...,
         mode: Global___AdapterMode.ValueType = ...,
         modules: _builtins.int = ...,
+        alias: _builtins.str = ...,
+        components: _abc.Iterable[Global___AppliedComponent] | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "mode", b"mode", "modules", b"modules", "name", b"name", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "components", b"components", "digest", b"digest", "mode", b"mode", "modules", b"modules", "name", b"name", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AppliedAdapter: _TypeAlias = AppliedAdapter  # noqa: Y015
+
+@_typing.final
+class AppliedComponent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    version: _builtins.int
+    digest: _builtins.str
+    weight: _builtins.float
+    alias: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        weight: _builtins.float = ...,
+        alias: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "digest", b"digest", "name", b"name", "version", b"version", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppliedComponent: _TypeAlias = AppliedComponent  # noqa: Y015
 
 @_typing.final
 class GenerationStarted(_message.Message):

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61\x64\x61plex/v1/server.proto\x12\nadaplex.v1\"\x16\n\x14GetServerInfoRequest\"\xbe\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12(\n\x05model\x18\x02 \x01(\x0b\x32\x19.adaplex.v1.BaseModelInfo\x12*\n\x08\x63\x61pacity\x18\x03 \x01(\x0b\x32\x18.adaplex.v1.CapacityInfo\x12&\n\x06limits\x18\x04 \x01(\x0b\x32\x16.adaplex.v1.LimitsInfo\x12\x16\n\x0euptime_seconds\x18\x05 \x01(\x01\"\xad\x01\n\rBaseModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x14\n\x0cquantization\x18\x03 \x01(\t\x12\x15\n\rcompute_dtype\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\x14\n\x0cweight_bytes\x18\x07 \x01(\x04\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\"\xac\x02\n\x0c\x43\x61pacityInfo\x12\x18\n\x10requests_running\x18\x01 \x01(\r\x12\x18\n\x10requests_waiting\x18\x02 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x04 \x01(\r\x12\x17\n\x0fkv_block_tokens\x18\x05 \x01(\r\x12\x19\n\x11\x61rena_bytes_total\x18\x06 \x01(\x04\x12\x18\n\x10\x61rena_bytes_used\x18\x07 \x01(\x04\x12\x17\n\x0f\x61\x64\x61pters_stored\x18\x08 \x01(\r\x12\x19\n\x11\x61\x64\x61pters_resident\x18\t \x01(\r\x12\x1a\n\x12merged_bytes_total\x18\n \x01(\x04\x12\x19\n\x11merged_bytes_used\x18\x0b \x01(\x04\"\x9a\x01\n\nLimitsInfo\x12 \n\x18max_concurrent_sequences\x18\x01 \x01(\r\x12\x1c\n\x14max_waiting_requests\x18\x02 \x01(\r\x12\x19\n\x11max_adapter_bytes\x18\x03 \x01(\x04\x12\x18\n\x10max_adapter_rank\x18\x04 \x01(\r\x12\x17\n\x0fmax_chunk_bytes\x18\x05 \x01(\x04\x32\x65\n\rServerService\x12T\n\rGetServerInfo\x12 .adaplex.v1.GetServerInfoRequest\x1a!.adaplex.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61\x64\x61plex/v1/server.proto\x12\nadaplex.v1\"\x16\n\x14GetServerInfoRequest\"\xbe\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12(\n\x05model\x18\x02 \x01(\x0b\x32\x19.adaplex.v1.BaseModelInfo\x12*\n\x08\x63\x61pacity\x18\x03 \x01(\x0b\x32\x18.adaplex.v1.CapacityInfo\x12&\n\x06limits\x18\x04 \x01(\x0b\x32\x16.adaplex.v1.LimitsInfo\x12\x16\n\x0euptime_seconds\x18\x05 \x01(\x01\"\xc2\x01\n\rBaseModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x14\n\x0cquantization\x18\x03 \x01(\t\x12\x15\n\rcompute_dtype\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\t \x01(\t\x12\x14\n\x0cweight_bytes\x18\x07 \x01(\x04\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\"\xcb\x03\n\x0c\x43\x61pacityInfo\x12\x18\n\x10requests_running\x18\x01 \x01(\r\x12\x18\n\x10requests_waiting\x18\x02 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x04 \x01(\r\x12\x17\n\x0fkv_block_tokens\x18\x05 \x01(\r\x12\x19\n\x11\x61rena_bytes_total\x18\x06 \x01(\x04\x12\x18\n\x10\x61rena_bytes_used\x18\x07 \x01(\x04\x12\x17\n\x0f\x61\x64\x61pters_stored\x18\x08 \x01(\r\x12\x19\n\x11\x61\x64\x61pters_resident\x18\t \x01(\r\x12\x1a\n\x12merged_bytes_total\x18\n \x01(\x04\x12\x19\n\x11merged_bytes_used\x18\x0b \x01(\x04\x12\x18\n\x10host_bytes_total\x18\x0c \x01(\x04\x12\x17\n\x0fhost_bytes_used\x18\r \x01(\x04\x12\x19\n\x11store_bytes_total\x18\x0e \x01(\x04\x12\x18\n\x10store_bytes_used\x18\x0f \x01(\x04\x12\x1a\n\x12pinned_bytes_total\x18\x10 \x01(\x04\x12\x19\n\x11pinned_bytes_used\x18\x11 \x01(\x04\"\x9a\x01\n\nLimitsInfo\x12 \n\x18max_concurrent_sequences\x18\x01 \x01(\r\x12\x1c\n\x14max_waiting_requests\x18\x02 \x01(\r\x12\x19\n\x11max_adapter_bytes\x18\x03 \x01(\x04\x12\x18\n\x10max_adapter_rank\x18\x04 \x01(\r\x12\x17\n\x0fmax_chunk_bytes\x18\x05 \x01(\x04\x32\x65\n\rServerService\x12T\n\rGetServerInfo\x12 .adaplex.v1.GetServerInfoRequest\x1a!.adaplex.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,11 +36,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFORESPONSE']._serialized_start=64
   _globals['_GETSERVERINFORESPONSE']._serialized_end=254
   _globals['_BASEMODELINFO']._serialized_start=257
-  _globals['_BASEMODELINFO']._serialized_end=430
-  _globals['_CAPACITYINFO']._serialized_start=433
-  _globals['_CAPACITYINFO']._serialized_end=733
-  _globals['_LIMITSINFO']._serialized_start=736
-  _globals['_LIMITSINFO']._serialized_end=890
-  _globals['_SERVERSERVICE']._serialized_start=892
-  _globals['_SERVERSERVICE']._serialized_end=993
+  _globals['_BASEMODELINFO']._serialized_end=451
+  _globals['_CAPACITYINFO']._serialized_start=454
+  _globals['_CAPACITYINFO']._serialized_end=913
+  _globals['_LIMITSINFO']._serialized_start=916
+  _globals['_LIMITSINFO']._serialized_end=1070
+  _globals['_SERVERSERVICE']._serialized_start=1072
+  _globals['_SERVERSERVICE']._serialized_end=1173
 # @@protoc_insertion_point(module_scope)

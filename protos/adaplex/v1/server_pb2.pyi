@@ -75,6 +75,7 @@ class BaseModelInfo(_message.Message):
     COMPUTE_DTYPE_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
@@ -85,6 +86,8 @@ class BaseModelInfo(_message.Message):
     device: _builtins.str
     digest: _builtins.str
     """SHA-256 of the base's config and weights as loaded."""
+    fingerprint: _builtins.str
+    """SHA-256 of the base's config and weights, however they are quantized."""
     weight_bytes: _builtins.int
     max_model_len: _builtins.int
     def __init__(
@@ -96,12 +99,13 @@ class BaseModelInfo(_message.Message):
         compute_dtype: _builtins.str = ...,
         device: _builtins.str = ...,
         digest: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
         weight_bytes: _builtins.int = ...,
         max_model_len: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "compute_dtype", b"compute_dtype", "device", b"device", "digest", b"digest", "max_model_len", b"max_model_len", "name", b"name", "quantization", b"quantization", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "compute_dtype", b"compute_dtype", "device", b"device", "digest", b"digest", "fingerprint", b"fingerprint", "max_model_len", b"max_model_len", "name", b"name", "quantization", b"quantization", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -122,6 +126,12 @@ class CapacityInfo(_message.Message):
     ADAPTERS_RESIDENT_FIELD_NUMBER: _builtins.int
     MERGED_BYTES_TOTAL_FIELD_NUMBER: _builtins.int
     MERGED_BYTES_USED_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_USED_FIELD_NUMBER: _builtins.int
+    STORE_BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    STORE_BYTES_USED_FIELD_NUMBER: _builtins.int
+    PINNED_BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    PINNED_BYTES_USED_FIELD_NUMBER: _builtins.int
     requests_running: _builtins.int
     requests_waiting: _builtins.int
     kv_blocks_total: _builtins.int
@@ -134,6 +144,14 @@ class CapacityInfo(_message.Message):
     """Adapters in memory, in the arena or as merged weights."""
     merged_bytes_total: _builtins.int
     merged_bytes_used: _builtins.int
+    host_bytes_total: _builtins.int
+    host_bytes_used: _builtins.int
+    store_bytes_total: _builtins.int
+    """Bytes of all stored adapters, and the quota."""
+    store_bytes_used: _builtins.int
+    pinned_bytes_total: _builtins.int
+    """Bytes in the arena that pins keep, and their bound."""
+    pinned_bytes_used: _builtins.int
     def __init__(
         self,
         *,
@@ -148,10 +166,16 @@ class CapacityInfo(_message.Message):
         adapters_resident: _builtins.int = ...,
         merged_bytes_total: _builtins.int = ...,
         merged_bytes_used: _builtins.int = ...,
+        host_bytes_total: _builtins.int = ...,
+        host_bytes_used: _builtins.int = ...,
+        store_bytes_total: _builtins.int = ...,
+        store_bytes_used: _builtins.int = ...,
+        pinned_bytes_total: _builtins.int = ...,
+        pinned_bytes_used: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters_resident", b"adapters_resident", "adapters_stored", b"adapters_stored", "arena_bytes_total", b"arena_bytes_total", "arena_bytes_used", b"arena_bytes_used", "kv_block_tokens", b"kv_block_tokens", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "merged_bytes_total", b"merged_bytes_total", "merged_bytes_used", b"merged_bytes_used", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters_resident", b"adapters_resident", "adapters_stored", b"adapters_stored", "arena_bytes_total", b"arena_bytes_total", "arena_bytes_used", b"arena_bytes_used", "host_bytes_total", b"host_bytes_total", "host_bytes_used", b"host_bytes_used", "kv_block_tokens", b"kv_block_tokens", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "merged_bytes_total", b"merged_bytes_total", "merged_bytes_used", b"merged_bytes_used", "pinned_bytes_total", b"pinned_bytes_total", "pinned_bytes_used", b"pinned_bytes_used", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting", "store_bytes_total", b"store_bytes_total", "store_bytes_used", b"store_bytes_used"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
