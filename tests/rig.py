@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters import formats
+from adaplex.adapters.checkpoint import read_checkpoint
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program import AdapterProgram, BaseSpec
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
 from adaplex.engine.sequence import Sequence
@@ -90,6 +93,12 @@ class Rig:
                 sequence.tokens.append(int(row.argmax()))
             logits = self.forward(*(Chunk(s, len(s) - 1, 1) for s in sequences))
         return [s.output for s in sequences]
+
+
+def lowered(directory: Path, base: BaseSpec) -> AdapterProgram:
+    """An adapter directory, read and lowered as an upload would be."""
+    limits = AdapterLimits()
+    return formats.lower(read_checkpoint(directory, limits), base, limits)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -16,5 +16,6 @@ def registry(tmp_path: Path) -> Iterator[AdapterRegistry]:
     made = make_registry(tmp_path / "store")
     yield made
     made.check_integrity()
+    assert made.garbage.orphans() == frozenset()
     assert staged(tmp_path / "store") == []
     made.close()

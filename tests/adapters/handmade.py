@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,19 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from adaplex.adapters.catalog import AdapterRecord, Query
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS, Checkpoint
+from adaplex.adapters.entry import Origin
+from adaplex.adapters.importer import Importer
+from adaplex.adapters.intake import Committed
+from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import BaseModule, BaseSpec
-from adaplex.adapters.registry import AdapterRegistry, Committed, FileSpec, Staging
+from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.sources import Sources
+from adaplex.adapters.staging import FileSpec, Staging
+from adaplex.adapters.store import ALIVE
 
+UPLOAD = Origin(datetime(2026, 1, 1, tzinfo=UTC), actor="ada", source="upload")
 HIDDEN, INNER = 8, 16
 PREFIX = "base_model.model."
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -26,7 +36,7 @@ NORM = "model.layers.0.norm"
 HEAD = "lm_head"
 
 
-def make_base(name: str = "org/tiny-base", layers: int = 2) -> BaseSpec:
+def make_base(name: str = "org/tiny-base", layers: int = 2, *, fingerprint: str = "") -> BaseSpec:
     """q_proj and norm have a bias, the other modules have none."""
     modules = [BaseModule(HEAD, "linear", HIDDEN, 24, is_head=True)]
     for i in range(layers):
@@ -38,7 +48,9 @@ def make_base(name: str = "org/tiny-base", layers: int = 2) -> BaseSpec:
             BaseModule(f"{layer}.norm", "norm", HIDDEN, HIDDEN, has_bias=True),
         ]
     biases = {m.name: torch.full([m.out_features], 0.5) for m in modules if m.has_bias}
-    return BaseSpec(name, "base", "llama", {m.name: m for m in modules}, biases)
+    return BaseSpec(
+        name, "base", "llama", {m.name: m for m in modules}, biases, fingerprint=fingerprint
+    )
 
 
 BASE = make_base()
@@ -116,7 +128,7 @@ def specs(contents: Mapping[str, bytes]) -> list[FileSpec]:
 
 def stage(registry: AdapterRegistry, contents: Mapping[str, bytes], chunk: int = 100) -> Staging:
     """Uploads the files in small chunks, without committing them."""
-    staging = registry.stage(specs(contents))
+    staging = registry.intake.stage(specs(contents))
     for index, content in enumerate(contents.values()):
         for offset in range(0, len(content), chunk):
             staging.write(index, offset, content[offset : offset + chunk])
@@ -134,17 +146,29 @@ def push(
     """Uploads and commits; each seed is other content."""
     contents = contents or files(weights=tensors(seed=seed))
     with stage(registry, contents) as staging:
-        return registry.commit(staging, name, replace=replace)
+        return registry.intake.commit(staging, name, replace=replace, origin=UPLOAD)
 
 
 def make_registry(root: Path, base: BaseSpec = BASE, **options: Any) -> AdapterRegistry:
     """A registry for fp32."""
-    return AdapterRegistry(root, base, element_bytes=4, **options)
+    return AdapterRegistry.local(root, base, element_bytes=4, **options)
+
+
+def make_importer(registry: AdapterRegistry, roots: Sequence[Path], **options: Any) -> Importer:
+    """Imports from folders; `options` add other sources."""
+    sources = Sources(roots=roots, limits=AdapterLimits(), **options)
+    return Importer(registry, registry.intake._contents, sources)
+
+
+def records(registry: AdapterRegistry, **query: Any) -> list[AdapterRecord]:
+    """The newest version of every name, by name."""
+    found = registry.names.query(Query(limit=1_000_000, **query))
+    return [registry.names.newest(entry) for entry in found]
 
 
 def staged(root: Path) -> list[str]:
-    """Names of uploads under way."""
-    return [path.name for path in (root / "staging").iterdir()]
+    """Names of uploads under way, of any process."""
+    return [path.name for path in (root / "staging").glob("*/*") if path.name != ALIVE]
 
 
 def objects(root: Path) -> set[str]:

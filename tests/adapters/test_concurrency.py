@@ -5,7 +5,15 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from adapters.handmade import files, make_registry, push, stage, tensors
+from adapters.handmade import (
+    UPLOAD,
+    files,
+    make_registry,
+    push,
+    stage,
+    staged,
+    tensors,
+)
 
 
 def test_one_name_uploaded_by_many_gets_a_version_for_each_change(tmp_path: Path) -> None:
@@ -13,12 +21,16 @@ def test_one_name_uploaded_by_many_gets_a_version_for_each_change(tmp_path: Path
     contents = [files(weights=tensors(seed=seed)) for seed in range(4)]
     stagings = [stage(registry, content) for content in contents for _ in range(2)]
     with ThreadPoolExecutor(len(stagings)) as pool:
-        done = list(pool.map(lambda s: registry.commit(s, "a", replace=True), stagings))
+        done = list(
+            pool.map(
+                lambda s: registry.intake.commit(s, "a", replace=True, origin=UPLOAD), stagings
+            )
+        )
     versions = sorted(committed.record.version for committed in done if committed.created)
     assert versions == list(range(1, len(versions) + 1))
     assert len(versions) >= len(contents)
     assert len(list((tmp_path / "objects").iterdir())) == len(contents)
-    assert list((tmp_path / "staging").iterdir()) == []
+    assert staged(tmp_path) == []
     registry.check_integrity()
     registry.close()
 
@@ -32,8 +44,8 @@ def test_a_lease_released_by_many_threads_counts_once(tmp_path: Path) -> None:
             lease = registry.resolve("a")
             for done in [pool.submit(lease.release) for _ in range(4)]:
                 done.result()
-    registry.delete("a")
-    assert registry.program(kept.record.digest)
+    registry.names.delete("a", UPLOAD)
+    assert registry.programs.program(kept.record.digest)
     kept.release()
     registry.check_integrity()
     assert list((tmp_path / "objects").iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,19 @@ import pytest
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
 from adaplex.adapters.errors import StoreFull
 from adaplex.adapters.registry import AdapterRegistry
-from adapters.handmade import files, objects, push, specs, stage, staged, tensors, write
+from adapters.handmade import (
+    UPLOAD,
+    files,
+    make_importer,
+    objects,
+    push,
+    records,
+    specs,
+    stage,
+    staged,
+    tensors,
+    write,
+)
 
 ALWAYS = range(1_000_000)
 SYNCS = 5
@@ -65,12 +78,12 @@ def test_no_room_to_sync(
     registry.check_integrity()
     done = push(registry, "tone")
     assert done.created
-    assert registry.program(done.record.digest).digest == done.record.digest
+    assert registry.programs.program(done.record.digest).digest == done.record.digest
 
 
 def test_no_room_to_write_an_uploaded_file(registry: AdapterRegistry, tmp_path: Path) -> None:
     contents = files()
-    with registry.stage(specs(contents)) as staging:
+    with registry.intake.stage(specs(contents)) as staging:
         (staging.directory / WEIGHTS).symlink_to("/dev/full")
         staging.write(0, 0, contents[CONFIG])
         with pytest.raises(StoreFull) as caught:
@@ -93,7 +106,7 @@ def test_a_chunk_that_found_no_room_can_be_sent_again(
         left -= written
         return written
 
-    with registry.stage(specs(contents)) as staging:
+    with registry.intake.stage(specs(contents)) as staging:
         for index, content in enumerate(contents.values()):
             with monkeypatch.context() as patch:
                 patch.setattr(os, "pwrite", until_full)
@@ -101,8 +114,8 @@ def test_a_chunk_that_found_no_room_can_be_sent_again(
                     with pytest.raises(StoreFull):
                         staging.write(index, 0, content)
             staging.write(index, 0, content)
-        digest = registry.commit(staging, "tone", replace=False).record.digest
-    assert registry.program(digest).digest == digest
+        digest = registry.intake.commit(staging, "tone", replace=False, origin=UPLOAD).record.digest
+    assert registry.programs.program(digest).digest == digest
 
 
 def test_no_room_to_stage(
@@ -111,7 +124,7 @@ def test_no_room_to_stage(
     with monkeypatch.context() as patch:
         patch.setattr(os, "mkdir", refusing(os.mkdir, errno.ENOSPC, ALWAYS)[0])
         with pytest.raises(StoreFull) as caught:
-            registry.stage(specs(files()))
+            registry.intake.stage(specs(files()))
     check_full(caught.value, tmp_path / "store")
     assert push(registry, "tone").created
 
@@ -120,17 +133,18 @@ def test_no_room_to_import(
     registry: AdapterRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write(tmp_path / "source", files())
+    load = partial(make_importer(registry, [tmp_path]).load, str(source), "tone", origin=UPLOAD)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", refusing(os.pwrite, errno.ENOSPC, ALWAYS)[0])
+        patch.setattr(os, "fsync", refusing(os.fsync, errno.ENOSPC, ALWAYS)[0])
         with pytest.raises(StoreFull) as caught:
-            registry.import_directory(source, "tone", replace=False)
+            load(replace=False)
     check_full(caught.value, tmp_path / "store")
-    assert registry.import_directory(source, "tone", replace=False).created
+    assert load(replace=False).created
 
 
 def test_no_room_in_the_catalog(registry: AdapterRegistry, tmp_path: Path) -> None:
     push(registry, "kept", seed=100)
-    database = registry._catalog._db
+    database = registry.names._catalog._writer  # type: ignore[attr-defined]
     (most,) = database.execute("PRAGMA max_page_count").fetchone()
     (pages,) = database.execute("PRAGMA page_count").fetchone()
     database.execute(f"PRAGMA max_page_count = {pages}")
@@ -142,7 +156,7 @@ def test_no_room_in_the_catalog(registry: AdapterRegistry, tmp_path: Path) -> No
     with pytest.raises(StoreFull) as caught:
         fill()
     check_full(caught.value, tmp_path / "store")
-    named = {record.digest for record in registry.list(limit=1000)}
+    named = {record.digest for record in records(registry)}
     assert objects(tmp_path / "store") == named
     registry.check_integrity()
     database.execute(f"PRAGMA max_page_count = {most}")
@@ -156,4 +170,4 @@ def test_other_errors_of_the_disk_stay_what_they_are(
     with stage(registry, contents) as staging, monkeypatch.context() as patch:
         patch.setattr(os, "fsync", refusing(os.fsync, errno.EIO, ALWAYS)[0])
         with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-            registry.commit(staging, "tone", replace=False)
+            registry.intake.commit(staging, "tone", replace=False, origin=UPLOAD)

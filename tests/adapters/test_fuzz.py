@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
 from adaplex.adapters.errors import AdapterError
 from adaplex.adapters.formats.lora import HARMLESS, UNSUPPORTED, USED
-from adaplex.adapters.registry import AdapterRegistry, FileSpec, Staging
+from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.staging import FileSpec, Staging
 from adapters.handmade import (
+    UPLOAD,
     config,
     files,
     make_registry,
@@ -66,19 +68,22 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterRegist
 def survive(registry: AdapterRegistry, contents: dict[str, bytes]) -> None:
     """Checks and commits an upload; the registry is as good as before, whatever became of it."""
     with stage(registry, contents, chunk=1 << 16) as staging:
-        report = registry.check(staging)
+        report = registry.intake.check(staging)
         assert report.valid == (not report.refusals)
         if report.valid:
             assert report.modules
             assert report.digest
             assert report.packed_bytes > 0
-            assert registry.commit(staging, "fuzzed", replace=True).report == report
+            assert (
+                registry.intake.commit(staging, "fuzzed", replace=True, origin=UPLOAD).report
+                == report
+            )
         else:
             for refusal in report.refusals:
                 assert refusal.reason
                 assert str(refusal).encode("utf-8")
             with pytest.raises(AdapterError) as caught:
-                registry.commit(staging, "fuzzed", replace=True)
+                registry.intake.commit(staging, "fuzzed", replace=True, origin=UPLOAD)
             assert str(caught.value)
             assert isinstance(caught.value.field, str)
     still_well(registry)
@@ -86,9 +91,9 @@ def survive(registry: AdapterRegistry, contents: dict[str, bytes]) -> None:
 
 def still_well(registry: AdapterRegistry) -> None:
     with registry.resolve("untouched") as lease:
-        assert registry.program(lease.record.digest).digest == lease.record.digest
+        assert registry.programs.program(lease.record.digest).digest == lease.record.digest
     registry.check_integrity()
-    assert registry._store.staged() == 0
+    assert registry.intake._contents.staged() == 0  # type: ignore[attr-defined]
 
 
 @bounded
@@ -201,7 +206,7 @@ def test_a_torch_archive(registry: AdapterRegistry, tmp_path: Path) -> None:
 
 def accepted(registry: AdapterRegistry, files: list[FileSpec]) -> Staging | None:
     try:
-        return registry.stage(files)
+        return registry.intake.stage(files)
     except AdapterError:
         return None
 
@@ -227,10 +232,10 @@ def test_announcements_of_any_kind(registry: AdapterRegistry, files: list[FileSp
     if staging := accepted(registry, files):
         with staging:
             assert sorted(file.name for file in files) == [CONFIG, WEIGHTS]
-            assert not registry.check(staging).valid
+            assert not registry.intake.check(staging).valid
     else:
         with pytest.raises(AdapterError, match=r"^[\s\S]{1,1000}$"):
-            registry.stage(files)
+            registry.intake.stage(files)
     still_well(registry)
 
 
@@ -244,11 +249,11 @@ def test_announcements_of_any_kind(registry: AdapterRegistry, files: list[FileSp
 def test_chunks_of_any_kind(
     registry: AdapterRegistry, chunks: list[tuple[int, int, bytes]]
 ) -> None:
-    with registry.stage(specs(GOOD)) as staging:
+    with registry.intake.stage(specs(GOOD)) as staging:
         for index, offset, data in chunks:
             with suppress(AdapterError):
                 staging.write(index, offset, data)
-        assert not registry.check(staging).valid
+        assert not registry.intake.check(staging).valid
         with pytest.raises(AdapterError):
-            registry.commit(staging, "fuzzed", replace=True)
+            registry.intake.commit(staging, "fuzzed", replace=True, origin=UPLOAD)
     still_well(registry)

@@ -10,7 +10,11 @@ import sys
 import threading
 from pathlib import Path
 
-from adapters.handmade import make_registry
+from adapters.handmade import (
+    make_registry,
+    records,
+    staged,
+)
 
 ROUNDS = 5
 UPLOADER = Path(__file__).with_name("uploader.py")
@@ -54,15 +58,15 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
                 kept[name] = digest
         registry = make_registry(tmp_path)
         registry.check_integrity()
-        assert list((tmp_path / "staging").iterdir()) == []
-        found = {record.name: record.digest for record in registry.list(limit=100_000)}
+        assert staged(tmp_path) == []
+        found = {record.name: record.digest for record in records(registry)}
         assert not gone & found.keys()
         gone |= {name for name in kept if may_be_deleted(name) and name not in found}
         kept = {name: digest for name, digest in kept.items() if name not in gone}
         for name, digest in kept.items():
             with registry.resolve(name) as lease:
                 assert lease.record.digest == digest
-                assert registry.program(digest).digest == digest
+                assert registry.programs.program(digest).digest == digest
         assert len(found.keys() - kept.keys()) <= run + 1, "one a round is in, but not said"
         registry.close()
     assert len(kept) >= ROUNDS

@@ -363,11 +363,6 @@ def test_families_that_are_not_served_say_what_they_need() -> None:
         assert len(reason) < 200
 
 
-def test_another_base_is_noted_not_refused() -> None:
-    assert lower(base_model_name_or_path="elsewhere/Tiny-Base").notes == ()
-    assert lower(base_model_name_or_path="/models/tiny-base/").notes == ()
-    assert lower(base_model_name_or_path="org/other").notes == (
-        "trained on org/other, served on org/tiny-base",
-    )
-    assert lower(base_model_name_or_path=None).notes == ()
+def test_what_has_no_effect_is_noted() -> None:
+    assert lower().notes == ()
     assert "fan_in_fan_out" in lower(fan_in_fan_out=True).notes[0]

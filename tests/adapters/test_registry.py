@@ -19,15 +19,20 @@ from adaplex.adapters.errors import (
     AdapterTooLarge,
     StoreFull,
 )
-from adaplex.adapters.registry import NAME, AdapterLimits, AdapterRegistry
+from adaplex.adapters.intake import Intake
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.selector import NAME
 from adapters.handmade import (
     BASE,
+    UPLOAD,
     config,
     files,
     make_base,
     make_registry,
     objects,
     push,
+    records,
     specs,
     stage,
     staged,
@@ -38,20 +43,20 @@ from adapters.handmade import (
 def test_an_upload_is_checked_committed_and_found(registry: AdapterRegistry) -> None:
     contents = files()
     with stage(registry, contents) as staging:
-        checked = registry.check(staging)
+        checked = registry.intake.check(staging)
         assert checked.valid
-        assert registry.count() == 0
-        done = registry.commit(staging, "tone", replace=False)
+        assert registry.names.usage().names == 0
+        done = registry.intake.commit(staging, "tone", replace=False, origin=UPLOAD)
     record = done.record
     assert done.created
-    assert done.report == checked == registry.report(record.digest)
+    assert done.report == checked == registry.programs.report(record.digest)
     assert (record.name, record.version, record.family) == ("tone", 1, "lora")
     assert (record.modules, record.max_rank) == (4, 2)
     assert record.stored_bytes == sum(map(len, contents.values()))
     assert record.packed_bytes == checked.packed_bytes
     for selector in ("tone", "tone@1", record.digest):
-        assert registry.get(selector) == record
-    program = registry.program(record.digest)
+        assert registry.names.get(selector) == record
+    program = registry.programs.program(record.digest)
     assert program.digest == record.digest
     assert program.packed_bytes(4) == record.packed_bytes
     assert {m.module for m in program.modules} == {m.module for m in checked.modules}
@@ -60,17 +65,17 @@ def test_an_upload_is_checked_committed_and_found(registry: AdapterRegistry) -> 
 def test_versions_count_up_and_never_come_back(registry: AdapterRegistry) -> None:
     made = [push(registry, "tone", seed=seed, replace=True).record for seed in range(3)]
     assert [record.version for record in made] == [1, 2, 3]
-    assert registry.get("tone") == made[2]
-    assert registry.get("tone@2") == made[1]
-    deleted = registry.delete("tone")
+    assert registry.names.get("tone") == made[2]
+    assert registry.names.get("tone@2") == made[1]
+    deleted = registry.names.delete("tone", UPLOAD)
     assert deleted.versions == 3
     assert set(deleted.digests) == {record.digest for record in made}
     for selector in ("tone", "tone@1", made[0].digest):
         with pytest.raises(AdapterNotFound):
-            registry.get(selector)
+            registry.names.get(selector)
     assert push(registry, "tone").record.version == 4
     with pytest.raises(AdapterNotFound):
-        registry.get("tone@1")
+        registry.names.get("tone@1")
 
 
 def test_the_same_content_is_not_made_twice(registry: AdapterRegistry, tmp_path: Path) -> None:
@@ -84,8 +89,8 @@ def test_the_same_content_is_not_made_twice(registry: AdapterRegistry, tmp_path:
     assert other.created
     assert other.record.digest == first.record.digest
     assert objects(tmp_path / "store") == {first.record.digest}
-    assert registry.delete("tone").digests == ()
-    assert registry.program(first.record.digest).digest == first.record.digest
+    assert registry.names.delete("tone", UPLOAD).digests == ()
+    assert registry.programs.program(first.record.digest).digest == first.record.digest
 
 
 def test_a_taken_name_needs_replace(registry: AdapterRegistry) -> None:
@@ -93,21 +98,18 @@ def test_a_taken_name_needs_replace(registry: AdapterRegistry) -> None:
     with pytest.raises(AdapterExists, match=first.digest) as caught:
         push(registry, "tone", seed=1)
     assert caught.value.field == "name"
-    assert registry.get("tone") == first
+    assert registry.names.get("tone") == first
     assert push(registry, "tone", seed=1, replace=True).record.version == 2
 
 
-def test_names_are_listed_page_by_page(registry: AdapterRegistry) -> None:
+def test_names_are_listed_by_their_newest_version(registry: AdapterRegistry) -> None:
     names = sorted(f"tone-{i}" for i in range(7))
     for i, name in enumerate(reversed(names)):
         push(registry, name, seed=i)
     push(registry, names[2], seed=50, replace=True)
-    assert registry.count() == 7
-    first = registry.list(limit=3)
-    rest = registry.list(limit=10, after=first[-1].name)
-    assert [record.name for record in first + rest] == names
-    assert first[2].version == 2
-    assert registry.list(limit=3, after=names[-1]) == []
+    assert registry.names.usage().names == 7
+    assert [record.name for record in records(registry)] == names
+    assert records(registry)[2].version == 2
 
 
 BAD_NAMES = ["", ".", "..", "../x", "a/b", "/etc", "a" * 129, ".hidden", "x\0y", "x\n", "-x", "a b"]
@@ -119,7 +121,7 @@ def test_bad_names_are_refused(registry: AdapterRegistry, name: str) -> None:
         push(registry, name)
     assert caught.value.field == "name"
     with pytest.raises(AdapterNotFound):
-        registry.delete(name)
+        registry.names.delete(name, UPLOAD)
     for selector in (name, f"{name}@1", "x@0", "x@01", "x@-1", f"x@{10**30}", "sha256:../x"):
         with pytest.raises(AdapterNotFound):
             registry.resolve(selector)
@@ -129,15 +131,15 @@ def test_bad_names_are_refused(registry: AdapterRegistry, name: str) -> None:
 @example("é")
 @example("a\u0130")
 def test_a_name_is_a_file_name_or_refused(name: str) -> None:
-    registry = object.__new__(AdapterRegistry)
-    registry._base = BASE
+    intake = object.__new__(Intake)
+    intake._base = BASE
     if NAME.fullmatch(name):
-        registry.check_name(name)
+        intake.check_name(name)
         assert name.isascii()
         assert Path("/root", name).resolve() == Path("/root") / name
     else:
         with pytest.raises(AdapterInvalid, match=r"^[\s\S]{1,400}$"):
-            registry.check_name(name)
+            intake.check_name(name)
 
 
 def test_the_bases_name_is_taken(tmp_path: Path) -> None:
@@ -152,15 +154,15 @@ def test_a_lease_keeps_content_until_its_last_release(
 ) -> None:
     digest = push(registry, "tone").record.digest
     leases = [registry.resolve(selector) for selector in ("tone", "tone@1", digest)]
-    assert registry.delete("tone").digests == (digest,)
+    assert registry.names.delete("tone", UPLOAD).digests == (), "a lease holds it"
     for lease in leases:
-        assert registry.program(digest).digest == digest
+        assert registry.programs.program(digest).digest == digest
         registry.check_integrity()
-        assert lease.release() == (lease is leases[-1])
-        assert not lease.release()
-    assert not registry.release(digest)
+        assert lease.release() == ((digest,) if lease is leases[-1] else ())
+        assert lease.release() == ()
+    assert registry.leased == 0
     with pytest.raises(AdapterNotFound):
-        registry.program(digest)
+        registry.programs.program(digest)
     assert objects(tmp_path / "store") == set()
 
 
@@ -168,10 +170,10 @@ def test_a_lease_collects_nothing_that_a_name_holds(registry: AdapterRegistry) -
     digest = push(registry, "tone").record.digest
     assert not registry.resolve("tone").release()
     lease = registry.resolve("tone")
-    registry.delete("tone")
+    registry.names.delete("tone", UPLOAD)
     push(registry, "other")
     assert not lease.release()
-    assert registry.program(digest).digest == digest
+    assert registry.programs.program(digest).digest == digest
 
 
 def test_a_lease_outlives_a_replacement_and_a_new_upload(registry: AdapterRegistry) -> None:
@@ -179,9 +181,9 @@ def test_a_lease_outlives_a_replacement_and_a_new_upload(registry: AdapterRegist
     with registry.resolve("tone") as lease:
         push(registry, "tone", seed=1, replace=True)
         assert lease.record == old
-        registry.delete("tone")
+        registry.names.delete("tone", UPLOAD)
         push(registry, "tone", seed=0)
-    assert registry.program(old.digest).digest == old.digest
+    assert registry.programs.program(old.digest).digest == old.digest
 
 
 @pytest.mark.parametrize(
@@ -202,7 +204,7 @@ def test_quotas_hold_for_new_content_only(
     assert not push(registry, "tone").created
     assert objects(tmp_path) == {first.digest}
     assert staged(tmp_path) == []
-    registry.delete("tone")
+    registry.names.delete("tone", UPLOAD)
     assert push(registry, "other", seed=1).created
     registry.close()
 
@@ -210,10 +212,10 @@ def test_quotas_hold_for_new_content_only(
 def test_an_adapter_must_fit_the_arena(tmp_path: Path) -> None:
     registry = make_registry(tmp_path, max_packed_bytes=100)
     with stage(registry, files()) as staging:
-        (refusal,) = registry.check(staging).refusals
+        (refusal,) = registry.intake.check(staging).refusals
         assert "the arena has 100" in refusal.reason
         with pytest.raises(AdapterTooLarge, match="the arena has 100"):
-            registry.commit(staging, "tone", replace=False)
+            registry.intake.commit(staging, "tone", replace=False, origin=UPLOAD)
     registry.close()
 
 
@@ -233,8 +235,8 @@ def test_what_is_stored_can_be_read_under_smaller_limits(
     digest = done.record.digest
     registry.close()
     registry = make_registry(tmp_path, **smaller)
-    assert registry.report(digest) == done.report
-    assert registry.program(digest).digest == digest
+    assert registry.programs.report(digest) == done.report
+    assert registry.programs.program(digest).digest == digest
     with pytest.raises(AdapterTooLarge):
         push(registry, "other", seed=1)
     registry.close()
@@ -254,10 +256,10 @@ def test_threads_agree(registry: AdapterRegistry) -> None:
                 if (worker + turn) % 3 == 0:
                     push(registry, name, contents[turn % 3], replace=True)
                 elif (worker + turn) % 7 == 0:
-                    registry.delete(name)
+                    registry.names.delete(name, UPLOAD)
                 else:
                     with registry.resolve(name) as lease:
-                        program = registry.program(lease.record.digest)
+                        program = registry.programs.program(lease.record.digest)
                         assert program.digest == lease.record.digest
                         assert torch.isfinite(program.modules[0].low_rank.a).all()  # type: ignore[union-attr]
                         read += 1
@@ -266,14 +268,14 @@ def test_threads_agree(registry: AdapterRegistry) -> None:
 
     with ThreadPoolExecutor(6) as pool:
         assert sum(pool.map(work, range(6))) > 0
-    for record in registry.list(limit=10):
-        registry.delete(record.name)
+    for record in records(registry):
+        registry.names.delete(record.name, UPLOAD)
 
 
 def test_one_staging_cannot_be_read_before_it_is_whole(registry: AdapterRegistry) -> None:
     contents = files()
-    with registry.stage(specs(contents)) as staging:
+    with registry.intake.stage(specs(contents)) as staging:
         staging.write(0, 0, contents[CONFIG])
-        assert registry.check(staging).refusals[0].where == WEIGHTS
+        assert registry.intake.check(staging).refusals[0].where == WEIGHTS
         with pytest.raises(AdapterInvalid, match="ended after 0 of"):
-            registry.commit(staging, "tone", replace=False)
+            registry.intake.commit(staging, "tone", replace=False, origin=UPLOAD)

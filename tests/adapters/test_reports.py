@@ -9,9 +9,16 @@ import pytest
 
 from adaplex.adapters.checkpoint import CONFIG
 from adaplex.adapters.errors import AdapterNotFound, StoreCorrupt
+from adaplex.adapters.programs import Programs
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.adapters.report import Report, ReportCache
-from adapters.handmade import config, files, make_registry, push
+from adapters.handmade import (
+    UPLOAD,
+    config,
+    files,
+    make_registry,
+    push,
+)
 
 
 def stored(root: Path, digest: str) -> Path:
@@ -19,10 +26,10 @@ def stored(root: Path, digest: str) -> Path:
 
 
 def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(registry: AdapterRegistry, digest: str) -> None:
+    def read(programs: Programs, digest: str) -> None:
         raise AssertionError(f"{digest} was read again")
 
-    monkeypatch.setattr(AdapterRegistry, "program", read)
+    monkeypatch.setattr(Programs, "program", read)
 
 
 def test_a_report_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,30 +38,30 @@ def test_a_report_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     digest = done.record.digest
     with monkeypatch.context() as patch:
         forbid_reading(patch)
-        assert registry.report(digest) == done.report
+        assert registry.programs.report(digest) == done.report
     registry.close()
     registry = make_registry(tmp_path)
-    assert registry.report(digest) == done.report
+    assert registry.programs.report(digest) == done.report
     forbid_reading(monkeypatch)
-    assert registry.report(digest) == done.report
+    assert registry.programs.report(digest) == done.report
     registry.close()
 
 
 def test_a_report_tells_of_the_files_that_are_stored(registry: AdapterRegistry) -> None:
     first = push(registry, "tone")
     other = push(registry, "tone", files(config(base_model_name_or_path="elsewhere")))
-    assert other.report.notes != first.report.notes
-    assert registry.report(first.record.digest) == first.report
+    assert other.report.warnings != first.report.warnings
+    assert registry.programs.report(first.record.digest) == first.report
 
 
 def test_a_report_goes_with_its_content(registry: AdapterRegistry) -> None:
     digest = push(registry, "tone").record.digest
     with registry.resolve("tone"):
-        registry.delete("tone")
-        assert registry.report(digest).digest == digest
+        registry.names.delete("tone", UPLOAD)
+        assert registry.programs.report(digest).digest == digest
     with pytest.raises(AdapterNotFound):
-        registry.report(digest)
-    assert not registry._reports
+        registry.programs.report(digest)
+    assert not len(registry.programs._reports)
 
 
 def test_a_report_goes_when_its_content_is_found_damaged(
@@ -63,13 +70,13 @@ def test_a_report_goes_when_its_content_is_found_damaged(
     done = push(registry, "tone")
     digest = done.record.digest
     (stored(tmp_path / "store", digest) / CONFIG).write_text("{}")
-    assert registry.report(digest) == done.report
+    assert registry.programs.report(digest) == done.report
     with pytest.raises(StoreCorrupt):
-        registry.program(digest)
+        registry.programs.program(digest)
     with pytest.raises(StoreCorrupt):
-        registry.report(digest)
+        registry.programs.report(digest)
     push(registry, "tone")
-    assert registry.report(digest) == done.report
+    assert registry.programs.report(digest) == done.report
 
 
 def test_a_kept_report_does_not_hide_lost_content(
@@ -78,7 +85,7 @@ def test_a_kept_report_does_not_hide_lost_content(
     digest = push(registry, "tone").record.digest
     shutil.rmtree(stored(tmp_path / "store", digest))
     with pytest.raises(StoreCorrupt):
-        registry.report(digest)
+        registry.programs.report(digest)
     push(registry, "tone")
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
+import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from adaplex.adapters import intake
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
 from adaplex.adapters.errors import (
     AdapterError,
@@ -23,46 +23,27 @@ from adaplex.adapters.registry import AdapterRegistry
 from adaplex.adapters.store import AdapterStore
 from adapters.handmade import (
     BASE,
+    UPLOAD,
     files,
     make_base,
     make_registry,
     push,
+    records,
     stage,
     staged,
     write,
 )
 
 
-def test_a_store_has_one_owner(tmp_path: Path) -> None:
-    program = (
-        "import sys; from pathlib import Path; from adapters.handmade import make_registry\n"
-        "registry = make_registry(Path(sys.argv[1])); print('open', flush=True); sys.stdin.read()"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={"PYTHONPATH": ":".join(sys.path)},
-    )
-    assert other.stdout is not None
-    assert other.stdout.readline() == "open\n"
-    with pytest.raises(AdapterError, match="in use by another process") as caught:
-        make_registry(tmp_path)
-    assert caught.value.field == "store_dir"
-    other.communicate("")
-    make_registry(tmp_path).close()
-
-
 def test_everything_is_found_after_a_restart(tmp_path: Path) -> None:
     registry = make_registry(tmp_path)
-    records = [push(registry, f"tone-{i}", seed=i).record for i in range(3)]
-    registry.delete("tone-0")
+    made = [push(registry, f"tone-{i}", seed=i).record for i in range(3)]
+    registry.names.delete("tone-0", UPLOAD)
     registry.close()
     registry = make_registry(tmp_path)
-    assert registry.list(limit=10) == records[1:]
-    for record in records[1:]:
-        assert registry.program(record.digest).digest == record.digest
+    assert records(registry) == made[1:]
+    for record in made[1:]:
+        assert registry.programs.program(record.digest).digest == record.digest
     assert push(registry, "tone-0").record.version == 2
     registry.check_integrity()
     registry.close()
@@ -72,8 +53,11 @@ def test_a_restart_in_another_dtype_keeps_the_sizes_right(tmp_path: Path) -> Non
     registry = make_registry(tmp_path)
     record = push(registry, "tone").record
     registry.close()
-    registry = AdapterRegistry(tmp_path, BASE, element_bytes=2)
-    assert registry.get("tone").packed_bytes == registry.report(record.digest).packed_bytes
+    registry = AdapterRegistry.local(tmp_path, BASE, element_bytes=2)
+    assert (
+        registry.names.get("tone").packed_bytes
+        == registry.programs.report(record.digest).packed_bytes
+    )
     registry.close()
 
 
@@ -89,7 +73,7 @@ def test_leftovers_are_removed_when_the_store_is_opened(tmp_path: Path) -> None:
     assert staged(tmp_path) == []
     assert not orphan.exists()
     registry.check_integrity()
-    assert registry.program(record.digest).digest == record.digest
+    assert registry.programs.program(record.digest).digest == record.digest
     registry.close()
 
 
@@ -108,11 +92,11 @@ def test_damaged_content_is_not_served_and_can_be_uploaded_again(
         path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
     else:
         path.write_bytes(data[: len(data) // 2] if damage == "cut" else b"")
-    for read in (registry.program, registry.report):
+    for read in (registry.programs.program, registry.programs.report):
         with pytest.raises(StoreCorrupt, match=record.digest):
             read(record.digest)
     assert push(registry, "tone").record == record
-    assert registry.program(record.digest).digest == record.digest
+    assert registry.programs.program(record.digest).digest == record.digest
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -123,12 +107,12 @@ def test_lost_content_is_corrupt_and_can_be_uploaded_again(tmp_path: Path, resta
     if restart:
         registry.close()
         registry = make_registry(tmp_path)
-    for read in (registry.program, registry.report):
+    for read in (registry.programs.program, registry.programs.report):
         with pytest.raises(StoreCorrupt, match=record.digest):
             read(record.digest)
     again = push(registry, "tone")
     assert (again.record, again.created) == (record, False)
-    assert registry.program(record.digest).digest == record.digest
+    assert registry.programs.program(record.digest).digest == record.digest
     registry.check_integrity()
     assert staged(tmp_path) == []
     registry.close()
@@ -140,11 +124,11 @@ def test_lost_content_is_not_found_once_nobody_names_it(
     digest = push(registry, "tone").record.digest
     shutil.rmtree(tmp_path / "store" / "objects" / digest.removeprefix("sha256:"))
     with registry.resolve("tone"):
-        registry.delete("tone")
+        registry.names.delete("tone", UPLOAD)
         with pytest.raises(StoreCorrupt):
-            registry.program(digest)
+            registry.programs.program(digest)
     with pytest.raises(AdapterNotFound):
-        registry.program(digest)
+        registry.programs.program(digest)
 
 
 def test_damaged_content_is_repaired_by_one_of_many(
@@ -154,7 +138,7 @@ def test_damaged_content_is_repaired_by_one_of_many(
     (tmp_path / "store" / "objects" / digest.removeprefix("sha256:") / CONFIG).write_text("{}")
     workers = 4
     seen = threading.Barrier(workers)
-    is_damaged, remove = AdapterStore.is_damaged, AdapterStore.remove
+    is_damaged, remove = intake.is_damaged, AdapterStore.remove
     local, removed = threading.local(), []
 
     def seen_by_all(store: AdapterStore, digest: str) -> bool:
@@ -164,17 +148,17 @@ def test_damaged_content_is_repaired_by_one_of_many(
             seen.wait(30)
         return damaged
 
-    def counted(store: AdapterStore, digest: str) -> None:
+    def counted(store: AdapterStore, digest: str, *, damaged: bool = False) -> bool:
         removed.append(digest)
-        remove(store, digest)
+        return remove(store, digest, damaged=damaged)
 
-    monkeypatch.setattr(AdapterStore, "is_damaged", seen_by_all)
+    monkeypatch.setattr(intake, "is_damaged", seen_by_all)
     monkeypatch.setattr(AdapterStore, "remove", counted)
     with ThreadPoolExecutor(workers) as pool:
         done = list(pool.map(lambda _: push(registry, "tone"), range(workers)))
     assert not any(committed.created for committed in done)
     assert removed == [digest]
-    assert registry.program(digest).digest == digest
+    assert registry.programs.program(digest).digest == digest
 
 
 def test_a_refused_upload_leaves_damaged_content_alone(
@@ -188,7 +172,7 @@ def test_a_refused_upload_leaves_damaged_content_alone(
         push(registry, "other")
     assert path.read_text() == "{}"
     assert push(registry, "other", replace=True).created
-    assert registry.program(digest).digest == digest
+    assert registry.programs.program(digest).digest == digest
 
 
 def test_content_for_another_base_is_invalid_not_corrupt(tmp_path: Path) -> None:
@@ -196,15 +180,16 @@ def test_content_for_another_base_is_invalid_not_corrupt(tmp_path: Path) -> None
     digest = push(registry, "tone").record.digest
     registry.close()
     registry = make_registry(tmp_path, make_base("smaller", layers=1))
-    assert registry.get("tone").digest == digest
+    assert registry.names.get("tone").digest == digest
     with pytest.raises(AdapterInvalid, match="the base smaller has no such module"):
-        registry.program(digest)
+        registry.programs.program(digest)
     registry.close()
 
 
 def test_a_foreign_catalog_is_named(tmp_path: Path) -> None:
     registry = make_registry(tmp_path)
-    registry._catalog._db.execute("PRAGMA user_version = 99")
     registry.close()
+    with sqlite3.connect(tmp_path / "catalog.sqlite3") as catalog:
+        catalog.execute("PRAGMA user_version = 99")
     with pytest.raises(AdapterError, match="schema 99"):
         make_registry(tmp_path)

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import torch
 
-from adapters.handmade import make_registry, push
+from adapters.handmade import (
+    UPLOAD,
+    make_registry,
+    push,
+)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -19,5 +23,5 @@ if __name__ == "__main__":
         name = f"run{run}-{i}"
         print(name, push(registry, name, seed=1000 * run + i).record.digest, flush=True)
         if i % 3 == 2:
-            registry.delete(name)
+            registry.names.delete(name, UPLOAD)
             print(name, "-", flush=True)

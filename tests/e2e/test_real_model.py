@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaplex.adapters.registry import AdapterRegistry
 from adaplex.model.source import resolve_model
 from e2e.conftest import Serving
 from peft_adapters import Oracle, load_plain
-from rig import Rig
+from rig import Rig, lowered
 
 EXAMPLES = Path(__file__).parents[2] / "adapters" / "examples"
 NAMES = ("json", "pirate", "terse")
@@ -24,37 +23,30 @@ def model() -> Path:
     return resolve_model("smollm2-135m-instruct", progress=lambda _: None)
 
 
-def test_fp32_rows_of_a_mixed_batch_equal_peft(model: Path, tmp_path: Path) -> None:
+def test_fp32_rows_of_a_mixed_batch_equal_peft(model: Path) -> None:
     rig = Rig(model, "fp32")
-    registry = AdapterRegistry(tmp_path, rig.base.spec, element_bytes=4)
     tokens = rig.base.tokenizer.apply_chat_template(
         QUESTION, add_generation_prompt=True, return_dict=False
     )
     refs, oracles = [None], [Oracle(load_plain(model), None)]
     for name in NAMES:
-        record = registry.import_directory(EXAMPLES / name, name, replace=False).record
-        refs.append(rig.add(registry.program(record.digest)))
+        refs.append(rig.add(lowered(EXAMPLES / name, rig.base.spec)))
         oracles.append(Oracle(load_plain(model), EXAMPLES / name))
     got = rig.prefill(*(rig.sequence(tokens, ref) for ref in refs))
     for row, oracle in zip(got, oracles, strict=True):
         assert (row - oracle.logits(tokens)).abs().max() < 1e-4 * row.abs().max()
     decoded = rig.generate([rig.sequence(tokens, ref) for ref in refs], 12)
     assert decoded == [oracle.greedy(tokens, 12) for oracle in oracles]
-    registry.close()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_nf4_logits_are_those_of_peft_on_the_dequantized_base(
-    dtype: str, model: Path, tmp_path: Path
-) -> None:
+def test_nf4_logits_are_those_of_peft_on_the_dequantized_base(dtype: str, model: Path) -> None:
     rig = Rig(model, "nf4", dtype)
-    registry = AdapterRegistry(tmp_path, rig.base.spec, element_bytes=rig.base.dtype.itemsize)
     tokens = rig.base.tokenizer.apply_chat_template(
         QUESTION, add_generation_prompt=True, return_dict=False
     )
     for name in NAMES:
-        record = registry.import_directory(EXAMPLES / name, name, replace=False).record
-        ref = rig.add(registry.program(record.digest))
+        ref = rig.add(lowered(EXAMPLES / name, rig.base.spec))
         dequantized = load_plain(model)
         for site, backend in rig.base.backends.items():
             dequantized.get_submodule(site).weight.data = backend.dequantize().clone()
@@ -67,7 +59,6 @@ def test_nf4_logits_are_those_of_peft_on_the_dequantized_base(
         else:  # bf16 rounds; PEFT's own bf16 tells how much that is on this model
             rounded = Oracle(dequantized.bfloat16(), EXAMPLES / name).logits(tokens)
             assert error < 2 * float((rounded - expected).abs().max()), name
-    registry.close()
 
 
 async def test_one_concurrent_batch_shows_every_adapter(serving: Serving, model: Path) -> None:

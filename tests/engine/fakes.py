@@ -68,6 +68,8 @@ class FakeRunner:
         self.extents: dict[str, tuple[int, int]] = {}
         self.merged: set[str] = set()
         self.merged_size = 100
+        self.host: set[str] = set()
+        self.fetches: list[str] = []
         self.loads: list[str] = []
         self.failing: dict[str, Exception] = {}
         self.step_failure: Exception | None = None
@@ -86,6 +88,16 @@ class FakeRunner:
             SampledToken(next_token(self._digest(chunk), chunk.sequence.tokens))
             for chunk in batch.sampling
         ]
+
+    def fetch_adapter(self, digest: str) -> None:
+        self.fetches.append(digest)
+        if digest in self.failing:
+            raise self.failing[digest]
+        assert digest not in self.host
+        self.host.add(digest)
+
+    def remove_host(self, digest: str) -> None:
+        self.host.remove(digest)
 
     def load_adapter(self, digest: str, offset: int, nbytes: int) -> None:
         self.loads.append(digest)

@@ -6,7 +6,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from adaplex.engine.errors import AdapterLoadFailed, EngineFailed, RequestInvalid
+from adaplex.engine.errors import (
+    AdapterLoadFailed,
+    EngineFailed,
+    NoRoomBesidePins,
+    PinsFull,
+    RequestInvalid,
+)
 from adaplex.engine.request import AdapterMode, Request
 from engine.fakes import (
     UNIT,
@@ -22,6 +28,8 @@ SIZES = {"a": UNIT, "b": UNIT, "c": 2 * UNIT, "d": 3 * UNIT, "e": 100}
 
 
 class EngineMachine(RuleBasedStateMachine):
+    host_bytes = 0
+
     def __init__(self) -> None:
         super().__init__()
         self.executor = ManualExecutor()
@@ -32,6 +40,8 @@ class EngineMachine(RuleBasedStateMachine):
             max_bypass=2,
             merged_bytes=250,
             auto_merge_requests=2,
+            host_bytes=self.host_bytes,
+            prefetch_ahead=3,
         )
         self.ledger = Ledger(self.engine)
         self.requests: dict[str, Request] = {}
@@ -64,8 +74,12 @@ class EngineMachine(RuleBasedStateMachine):
             cache_salt=salt,
             priority=priority,
         )
+        try:
+            self.engine.add(request)
+        except NoRoomBesidePins:
+            assert self.engine.stats().pinned_bytes_used
+            return
         self.requests[request.request_id] = request
-        self.engine.add(request)
 
     @rule(count=st.integers(1, 6))
     def step(self, count: int) -> None:
@@ -82,6 +96,18 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(name=st.sampled_from(sorted(SIZES)))
     def unload(self, name: str) -> None:
         self.engine.unload(f"sha256:{name}")
+
+    @rule(name=st.sampled_from(sorted(SIZES)))
+    def pin(self, name: str) -> None:
+        try:
+            self.engine.pin(f"sha256:{name}", SIZES[name], name)
+        except PinsFull:
+            stats = self.engine.stats()
+            assert stats.pinned_bytes_used + SIZES[name] > stats.pinned_bytes_total - UNIT
+
+    @rule(name=st.sampled_from(sorted(SIZES)))
+    def unpin(self, name: str) -> None:
+        self.engine.unpin(f"sha256:{name}")
 
     @precondition(lambda self: self.executor.jobs)
     @rule(data=st.data(), fails=st.booleans())
@@ -102,7 +128,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine.check_integrity()
         stats = self.engine.stats()
         assert self.runner.extents.keys() >= stats.resident
+        assert self.runner.host >= stats.host
         assert self.runner.merged >= stats.merged
+        assert stats.host_bytes_used <= self.host_bytes
 
     def teardown(self) -> None:
         for _ in range(2000):
@@ -113,6 +141,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.ledger.step()
         self.ledger.check_idle()
         assert self.runner.extents.keys() == self.engine.stats().resident
+        assert self.runner.host == self.engine.stats().host
         assert self.runner.merged == self.engine.stats().merged
         for request_id, request in self.requests.items():
             self.check_answer(request_id, request)
@@ -122,14 +151,25 @@ class EngineMachine(RuleBasedStateMachine):
         tokens = self.ledger.tokens(request_id) if outputs else []
         assert tokens == expected(request)[: len(tokens)]
         if outputs and outputs[-1].error is not None:
-            assert isinstance(outputs[-1].error, AdapterLoadFailed | EngineFailed | RequestInvalid)
+            assert isinstance(
+                outputs[-1].error,
+                AdapterLoadFailed | EngineFailed | NoRoomBesidePins | RequestInvalid,
+            )
         elif request_id not in self.aborted:
             assert outputs[-1].finish is not None
             full = min(request.sampling.max_tokens, 64 - len(request.prompt))
             assert len(tokens) == full
 
 
-EngineMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, database=None
-)
+class HostedEngineMachine(EngineMachine):
+    """With host memory for a few adapters, too few for all."""
+
+    host_bytes = 5 * UNIT
+
+
+for machine in (EngineMachine, HostedEngineMachine):
+    machine.TestCase.settings = settings(
+        max_examples=60, stateful_step_count=40, deadline=None, database=None
+    )
 TestEngineMachine = EngineMachine.TestCase
+TestHostedEngineMachine = HostedEngineMachine.TestCase

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from adaplex.engine.extents import ExtentAllocator
 from adaplex.engine.observer import SilentObserver
 from adaplex.engine.popularity import Popularity
@@ -11,11 +13,12 @@ from engine.fakes import UNIT, make_request
 class Bench:
     """An arena tier, its removals and a way to fill it."""
 
-    def __init__(self, units: int) -> None:
+    def __init__(
+        self, units: int, cost: Callable[[str, int], float] = lambda _, nbytes: float(nbytes)
+    ) -> None:
         self.removed: list[str] = []
-        self.tier = Tier(
-            "arena", ExtentAllocator(units * UNIT), self.removed.append, SilentObserver()
-        )
+        space = ExtentAllocator(units * UNIT)
+        self.tier = Tier("arena", space, self.removed.append, SilentObserver(), cost)
 
     def bring(self, digest: str, units: int = 1) -> bool:
         if self.tier.reserve(digest, units * UNIT) is None:
@@ -28,7 +31,7 @@ def sequence() -> Sequence:
     return Sequence(make_request())
 
 
-def test_the_least_recently_leased_goes_first() -> None:
+def test_what_was_used_least_goes_first() -> None:
     bench = Bench(3)
     assert all(bench.bring(digest) for digest in "abc")
     user = sequence()
@@ -41,17 +44,58 @@ def test_the_least_recently_leased_goes_first() -> None:
     assert bench.removed == ["b", "c", "a"]
 
 
-def test_the_end_of_a_lease_counts_as_use() -> None:
+def use(bench: Bench, digest: str, times: int = 1) -> None:
+    for _ in range(times):
+        user = sequence()
+        bench.tier.lease(digest, user)
+        bench.tier.release(digest, user)
+
+
+def test_past_popularity_protects_for_a_while_only() -> None:
     bench = Bench(2)
-    assert bench.bring("a")
-    assert bench.bring("b")
-    first, second = sequence(), sequence()
-    bench.tier.lease("a", first)
-    bench.tier.lease("b", second)
-    bench.tier.release("b", second)
-    bench.tier.release("a", first)
-    assert bench.bring("c")
-    assert bench.removed == ["b"]
+    assert bench.bring("old")
+    use(bench, "old", times=5)
+    for number in range(20):
+        assert bench.bring(str(number))
+        use(bench, str(number))
+        if "old" in bench.removed:
+            break
+    assert 2 < number < 19, "it outlived a few, and not all"
+
+
+def test_what_is_cheap_to_bring_back_goes_first() -> None:
+    seconds = {"dear": 10.0, "cheap": 1.0}
+    bench = Bench(2, cost=lambda digest, _: seconds.get(digest, 5.0))
+    assert bench.bring("cheap")
+    assert bench.bring("dear")
+    assert bench.bring("new")
+    assert bench.removed == ["cheap"]
+
+
+def test_bytes_are_weighed_against_cost() -> None:
+    bench = Bench(5, cost=lambda _digest, _nbytes: 1.0)
+    assert bench.bring("large", units=3)
+    assert bench.bring("small")
+    assert bench.bring("smaller")
+    assert bench.bring("new", units=1)
+    assert bench.removed == ["large"]
+
+
+def test_pinned_ones_and_those_that_are_read_stay() -> None:
+    bench = Bench(2)
+    assert bench.bring("pinned")
+    assert bench.bring("read")
+    entry = bench.tier.get("pinned")
+    assert entry is not None
+    entry.pinned = True
+    bench.tier.read("read")
+    assert not bench.bring("new")
+    assert bench.tier.could_hold(UNIT)
+    assert not bench.tier.could_hold(2 * UNIT)
+    bench.tier.unload("read")
+    assert bench.removed == []
+    bench.tier.read_ended("read")
+    assert bench.removed == ["read"]
 
 
 def test_neither_leased_nor_loading_nor_wanted_ones_are_evicted() -> None:

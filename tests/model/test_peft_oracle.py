@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters.program import AdapterProgram
-from adaplex.adapters.registry import AdapterRegistry
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.model.adapted import AdaptedLinear
 from peft_adapters import Oracle, load_plain, save_adapter, spread
-from rig import Rig, prompt
+from rig import Rig, lowered, prompt
 
 STEPS = 6
 
@@ -35,13 +34,10 @@ class Case:
 def saved(
     model: Path, rig: Rig, architecture: str, work: Path
 ) -> Iterator[tuple[str, Path, AdapterProgram]]:
-    """Each adapter of the spread: name, PEFT directory, and what the registry makes of it."""
-    registry = AdapterRegistry(work / "store", rig.base.spec, element_bytes=rig.base.dtype.itemsize)
+    """Each adapter of the spread: name, PEFT directory, and its program."""
     for i, (name, fields) in enumerate(spread(architecture).items()):
         directory = save_adapter(load_plain(model), work / name, seed=i, **fields)
-        record = registry.import_directory(directory, name, replace=False).record
-        yield name, directory, registry.program(record.digest)
-    registry.close()
+        yield name, directory, lowered(directory, rig.base.spec)
 
 
 def cases(model: Path, rig: Rig, architecture: str, work: Path) -> list[Case]:

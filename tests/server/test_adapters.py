@@ -8,7 +8,6 @@ from typing import Any
 import grpc
 import pytest
 
-from adaplex.adapters.registry import Lease
 from adaplex.v1 import adapters_pb2
 from adaplex.v1.adapters_pb2 import (
     AdapterChunk,
@@ -348,13 +347,13 @@ async def test_questions_about_adapters_do_not_starve_generation(tmp_path: Path)
     async with rig(tmp_path) as toy:
         await toy.upload("a")
         registry = toy.parts.registry
-        report = registry.report
+        report = registry.programs.report
 
         def slow(digest: str) -> Any:
             may_go.wait(10)
             return report(digest)
 
-        registry.report = slow  # type: ignore[method-assign]
+        registry.programs.report = slow  # type: ignore[method-assign]
         flood = [
             asyncio.ensure_future(toy.adapters.GetAdapter(GetAdapterRequest(name="a")))
             for _ in range(64)
@@ -368,22 +367,23 @@ async def test_questions_about_adapters_do_not_starve_generation(tmp_path: Path)
         await asyncio.gather(*flood)
 
 
-async def test_content_that_went_with_its_lease_leaves_the_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    release = Lease.release
-
-    def last(lease: Lease) -> bool:
-        release(lease)
-        return True
-
-    async with rig(tmp_path) as toy:
+async def test_content_that_goes_with_its_last_request_leaves_the_memory(tmp_path: Path) -> None:
+    async with rig(tmp_path, runner=FakeRunner(slow=0.01)) as toy:
         stored = await toy.upload("a")
-        await toy.generation.Generate(ask("a"))
-        assert stored.adapter.digest in toy.engine.stats().resident
-        monkeypatch.setattr(Lease, "release", last)
-        await toy.generation.Generate(ask("a"))
+        toy.runner.gate.clear()
+        running = asyncio.ensure_future(
+            toy.generation.Generate(
+                ask("a", sampling=SamplingParams(max_tokens=200, ignore_eos=True))
+            )
+        )
+        await until(lambda: toy.engine.stats().running == 1)
+        await toy.adapters.DeleteAdapter(DeleteAdapterRequest(name="a"))
+        assert stored.adapter.digest in toy.engine.stats().resident, "it is in use"
+        assert toy.parts.registry.garbage.orphans() == {stored.adapter.digest}
+        toy.runner.gate.set()
+        assert (await running).started.adapter.digest == stored.adapter.digest
         await until(lambda: not toy.engine.stats().resident)
+        await until(lambda: not toy.parts.registry.garbage.orphans())
 
 
 async def test_a_cancelled_request_gives_its_lease_back(tmp_path: Path) -> None:
@@ -393,10 +393,10 @@ async def test_a_cancelled_request_gives_its_lease_back(tmp_path: Path) -> None:
         registry = toy.parts.registry
         resolve = registry.resolve
 
-        def slow(selector: str) -> Any:
+        def slow(selector: str, **options: Any) -> Any:
             resolving.set()
             may_go.wait(5)
-            return resolve(selector)
+            return resolve(selector, **options)
 
         registry.resolve = slow  # type: ignore[method-assign]
         call = toy.generation.Generate(ask("a"))

@@ -246,6 +246,7 @@ TABLE = [
     "adapter_evictions_total",
     "adapter_resident_bytes",
     "adapter_capacity_bytes",
+    "adapter_pinned_bytes",
     "adapter_state",
     "merged_cache_queries_total",
     "merged_cache_hits_total",

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from adaplex.engine.errors import QueueFull, RequestInvalid
-from adaplex.server import convert
+from adaplex.server import adapter_messages, convert
 from adaplex.server.convert import ModelLimits
 from adaplex.server.prompts import LONG_BYTES, Places, Prompts
 from adaplex.server.text import TOKEN_BYTES
@@ -149,6 +149,6 @@ def test_many_messages_are_counted_before_they_are_looked_at() -> None:
 def test_many_files_are_counted_before_they_are_looked_at() -> None:
     upload: Any = SimpleNamespace(files=Untouched())
     with pytest.raises(RequestInvalid) as caught:
-        convert.file_specs(upload)
+        adapter_messages.file_specs(upload)
     assert caught.value.field == "metadata.files"
     assert "16" in caught.value.reason

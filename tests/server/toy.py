@@ -18,9 +18,7 @@ import torch
 from prometheus_client import CollectorRegistry
 from safetensors.torch import save
 
-from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import BaseModule, BaseSpec
-from adaplex.adapters.registry import AdapterRegistry
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.batch import Batch
 from adaplex.engine.config import EngineConfig
@@ -32,7 +30,9 @@ from adaplex.server.convert import ModelLimits
 from adaplex.server.metrics import Metrics
 from adaplex.server.parts import Parts
 from adaplex.server.services.info import ModelInfo
+from adaplex.server.stores import open_store
 from adaplex.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2_grpc, server_pb2_grpc
+from adapters.handmade import staged
 from server.calls import until
 
 EOS = 256
@@ -42,6 +42,7 @@ FEATURES = 8
 BASE = BaseSpec(
     name=MODEL,
     digest="sha256:" + "0" * 64,
+    fingerprint="sha256:" + "1" * 64,
     model_type="llama",
     modules={
         name: BaseModule(name, "linear", FEATURES, FEATURES)
@@ -98,6 +99,10 @@ class FakeRunner:
         wanted = sequence.request.sampling.logprobs
         logprob = None if wanted is None else Logprob(token, -0.5, ((token, -0.5),) * wanted)
         return SampledToken(token, logprob)
+
+    def fetch_adapter(self, digest: str) -> None: ...
+
+    def remove_host(self, digest: str) -> None: ...
 
     def load_adapter(self, digest: str, offset: int, nbytes: int) -> None: ...
 
@@ -210,20 +215,19 @@ def toy_parts(
     sizes |= {"max_model_len": 256, "max_running": 4, "max_waiting": 8}
     sizes |= {"max_step_tokens": 64, "max_chunk_tokens": 32}
     limits = EngineConfig(**sizes | (engine or {}))
+    store = open_store(config, BASE, element_bytes=4)
     prometheus = CollectorRegistry()
     metrics = Metrics(prometheus, model_name=MODEL, vllm_names=config.vllm_metric_names)
     core = Engine(limits, runner, base_digest=BASE.digest, observer=metrics)
     parts = Parts(
         config=config,
-        model=ModelInfo(MODEL, "llama", "fp32", "float32", "cpu", BASE.digest, 1000),
+        model=ModelInfo(
+            MODEL, "llama", "fp32", "float32", "cpu", BASE.digest, BASE.fingerprint, 1000
+        ),
         limits=ModelLimits(VOCAB, limits.max_model_len, frozenset([EOS])),
         tokenizer=tokenizer or ByteTokenizer(),
-        registry=AdapterRegistry(
-            config.store_dir,
-            BASE,
-            element_bytes=4,
-            limits=AdapterLimits(max_adapter_bytes=config.max_adapter_bytes),
-        ),
+        registry=store.registry,
+        importer=store.importer,
         engine_config=limits,
         engine=AsyncEngine(core),
         metrics=metrics,
@@ -251,7 +255,8 @@ async def rig(
         if not server._stopped:
             await until(lambda: not core.has_work and not len(server._edge.inflight))
             parts.registry.check_integrity()
-            assert not parts.registry._leases
-            assert not list((parts.config.store_dir / "staging").glob("*"))
+            assert parts.registry.leased == 0
+            assert parts.registry.garbage.orphans() == frozenset()
+            assert staged(parts.config.store_dir) == []
     core.check_integrity()
     assert not core.has_work

@@ -25,6 +25,8 @@ from adaplex.adapters.limits import AdapterLimits
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
+SIGNATURE = "model.sig"
+"""OpenSSF model signature of the others; may be left out."""
 
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")

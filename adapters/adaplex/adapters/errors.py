@@ -6,7 +6,9 @@ AdaplexError
 │   ├── AdapterNotFound     no such name, version or digest
 │   ├── AdapterExists       the name is taken
 │   ├── AdapterTooLarge     a size or rank limit is exceeded
+│   ├── BaseMismatch        the adapter was checked against another base
 │   ├── StoreFull           a quota of the store, or its disk, is used up
+│   ├── SourceUnavailable   the hub or bucket that holds it cannot be reached
 │   └── StoreCorrupt        stored content is lost, or does not match its digest
 └── RequestError            (adaplex.engine.errors)
 """
@@ -65,10 +67,21 @@ class AdapterTooLarge(AdapterError):
     """The adapter exceeds a byte or rank limit of this server."""
 
 
+class BaseMismatch(AdapterError):
+    """The adapter was checked against another base than is served, and policy refuses that."""
+
+
 class StoreFull(AdapterError):
     """A quota of the store, or its disk, is used up: something must be deleted first."""
 
     retry_after = 30.0
+    """Seconds."""
+
+
+class SourceUnavailable(AdapterError):
+    """The place that holds the adapter cannot be reached, or does not answer as it should."""
+
+    retry_after = 5.0
     """Seconds."""
 
 

@@ -34,10 +34,15 @@ def _no_room(reason: str) -> StoreFull:
     return StoreFull(f"the disk of the store has no room left: {reason}", field="store_dir")
 
 
+def sha256_of(path: Path) -> hashlib._Hash:
+    """SHA-256 over a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256")
+
+
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path).hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -23,6 +23,8 @@ class AdapterLimits:
     max_tensors: int = 100_000
     max_adapters: int = 10_000
     """Names in the catalog."""
+    max_versions: int = 1000
+    """Under one name."""
     max_store_bytes: int = 1024 * 1024 * MIB
     """Of all stored files."""
 

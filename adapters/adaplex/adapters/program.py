@@ -16,6 +16,8 @@ from adaplex.adapters.limits import ALIGNMENT
 
 ModuleKind = Literal["linear", "norm"]
 TensorRole = Literal["a", "b", "bias"]
+ELEMENT_BYTES = (2, 4)
+"""Of the compute dtypes."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,18 @@ class BaseSpec:
     modules: Mapping[str, BaseModule]
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     """fp32 [out_features] for each module with a bias."""
+    fingerprint: str = ""
+    """SHA-256 of config and weights, before any quantization."""
+    aliases: tuple[str, ...] = ()
+    """Other names that the same base goes by."""
+    heads: int = 0
+    """Attention heads of the queries; 0 where the config does not say."""
+    kv_heads: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name of the base."""
+        return (self.name, *self.aliases)
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,8 @@ class AdapterProgram:
     family: str
     modules: tuple[ModuleProgram, ...]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """Why its answers may not be what its author meant."""
 
     @property
     def max_rank(self) -> int:

@@ -31,6 +31,8 @@ class Report:
     packed_bytes: int = 0
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """Why its answers may not be what its author meant."""
 
     @property
     def valid(self) -> bool:
@@ -52,7 +54,14 @@ def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Rep
         for module in program.modules
     )
     packed = program.packed_bytes(element_bytes)
-    return Report(program.family, program.digest, modules, packed, notes=program.notes)
+    return Report(
+        program.family,
+        program.digest,
+        modules,
+        packed,
+        notes=program.notes,
+        warnings=program.warnings,
+    )
 
 
 class ReportCache:

@@ -13,9 +13,16 @@ from io import FileIO
 from pathlib import Path
 from typing import Self
 
-from adaplex.adapters.checkpoint import CONFIG, FILES, NO_PICKLES, PICKLE_SUFFIXES
+from adaplex.adapters.checkpoint import (
+    CONFIG,
+    FILES,
+    NO_PICKLES,
+    PICKLE_SUFFIXES,
+    SIGNATURE,
+    check_files_there,
+)
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
-from adaplex.adapters.files import full_disk_is_store_full, sync
+from adaplex.adapters.files import full_disk_is_store_full, sha256_of, sync
 from adaplex.adapters.limits import AdapterLimits
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -37,9 +44,9 @@ def check_files(files: Sequence[FileSpec], limits: AdapterLimits) -> None:
     for file in files:
         if file.name.endswith(PICKLE_SUFFIXES):
             raise AdapterInvalid.because(file.name, NO_PICKLES)
-        if file.name not in FILES:
+        if file.name not in (*FILES, SIGNATURE):
             raise AdapterInvalid.because(
-                f"{file.name!r:.200}", f"is not one of {' and '.join(FILES)}"
+                f"{file.name!r:.200}", f"is not one of {', '.join(FILES)} and {SIGNATURE}"
             )
         if not SHA256.fullmatch(file.sha256):
             raise AdapterInvalid.because(file.name, "sha256 is not 64 lower-case hex digits")
@@ -48,6 +55,8 @@ def check_files(files: Sequence[FileSpec], limits: AdapterLimits) -> None:
     for name in FILES:
         if names.count(name) != 1:
             raise AdapterInvalid.because(name, f"is announced {names.count(name)} times, not once")
+    if names.count(SIGNATURE) > 1:
+        raise AdapterInvalid.because(SIGNATURE, f"is announced {names.count(SIGNATURE)} times")
     check_total(sum(file.size for file in files), limits)
     config_bytes = next(file.size for file in files if file.name == CONFIG)
     if config_bytes > limits.max_config_bytes:
@@ -70,13 +79,35 @@ class Staging:
 
     @full_disk_is_store_full()
     def __init__(self, directory: Path, files: Sequence[FileSpec]) -> None:
-        """Makes the folder. Raises StoreFull."""
-        directory.mkdir()
+        """Makes the folder, unless it is there. Raises StoreFull."""
+        directory.mkdir(exist_ok=True)
         self.directory = directory
         self.files = tuple(files)
         self._hashes = [hashlib.sha256() for _ in files]
         self._written = [0] * len(files)
         self._open: tuple[int, FileIO] | None = None
+
+    @classmethod
+    def adopt(cls, directory: Path, limits: AdapterLimits) -> Staging:
+        """A folder that was filled by other means; what is no file of an adapter is removed.
+
+        Raises AdapterInvalid or AdapterTooLarge.
+        """
+        check_files_there(directory)
+        for path in directory.iterdir():
+            if path.name not in (*FILES, SIGNATURE):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        paths = sorted(directory.iterdir())
+        check_total(sum(path.stat().st_size for path in paths), limits)
+        hashes = [sha256_of(path) for path in paths]
+        files = [
+            FileSpec(path.name, path.stat().st_size, found.hexdigest())
+            for path, found in zip(paths, hashes, strict=True)
+        ]
+        check_files(files, limits)
+        staging = cls(directory, files)
+        staging._hashes, staging._written = hashes, [file.size for file in files]
+        return staging
 
     @property
     def size(self) -> int:

@@ -1,53 +1,121 @@
 """AdapterStore: adapters on disk, by content. An object is there whole or not at all.
 
-objects/<digest hex>/   adapter_config.json, adapter_model.safetensors, manifest.json
-staging/<id>/           uploads on their way in; emptied when the store is opened
+objects/<digest hex>/   adapter_config.json, adapter_model.safetensors, manifest.json; model.sig
+staging/<process>/<id>/ uploads on their way in; swept once their process is gone
+lock                    held for a moment by a process that opens the store
+
+Several processes may have it open. Who uses an object holds a shared lock on its manifest, which
+ends with the process; who removes one needs it alone.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
+from typing import Protocol
 
 from adaplex.adapters.checkpoint import FILES
 from adaplex.adapters.digest import PATTERN, PREFIX
-from adaplex.adapters.errors import AdapterError, AdapterNotFound, StoreCorrupt
+from adaplex.adapters.errors import AdapterNotFound, StoreCorrupt
 from adaplex.adapters.files import file_sha256, publish, sync
 from adaplex.adapters.staging import FileSpec, Staging
 
 MANIFEST = "manifest.json"
+ALIVE = "alive"
+"""In a process's staging folder: locked as long as the process lives."""
 
 
-class AdapterStore:
-    """The files. Which of them are wanted is the catalog's knowledge."""
+class Hold:
+    """Keeps an object from removal, by any process, until it is released."""
 
-    def __init__(self, root: Path) -> None:
-        """Raises AdapterError when another process has the store open."""
-        self._lock = (root / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise AdapterError(f"{root} is in use by another process", field="store_dir") from None
-        self._objects = root / "objects"
-        self._staging = root / "staging"
-        shutil.rmtree(self._staging, ignore_errors=True)
-        for folder in (self._objects, self._staging):
-            folder.mkdir(parents=True, exist_ok=True)
-        sync(root)
+    def __init__(self, manifest: TextIOWrapper) -> None:
+        self._manifest = manifest
+
+    def release(self) -> None:
+        """Lets the object go."""
+        self._manifest.close()
+
+
+class Contents(Protocol):
+    """Where the files of adapters are, by content. Thread-safe; calls block."""
 
     def stage(self, files: Sequence[FileSpec]) -> Staging:
         """An empty staging folder for files that were checked."""
-        return Staging(self._staging / uuid.uuid4().hex, files)
+        ...
+
+    def scratch(self) -> Path:
+        """A new folder that `Staging.adopt` can take over; the caller's to remove."""
+        ...
 
     def take(self, staging: Staging, digest: str) -> bool:
-        """Moves verified files in under their digest; an object that is there already stays.
-        Whether they were moved.
+        """Keeps verified files under their digest, durably; an object that is there already stays.
+        Whether they were kept.
         """
+        ...
+
+    def open(self, digest: str) -> Path:
+        """A local folder of an object whose files are what they were. Raises StoreCorrupt or
+        AdapterNotFound.
+        """
+        ...
+
+    def hold(self, digest: str) -> Hold | None:
+        """Keeps an object from removal; None when it is not there, or about to go."""
+        ...
+
+    def remove(self, digest: str, *, damaged: bool = False) -> bool:
+        """Removes an object that nobody holds, or one that is `damaged`. Whether it did."""
+        ...
+
+    def has(self, digest: str) -> bool:
+        """Whether an object is there, in whatever state."""
+        ...
+
+    def digests(self) -> frozenset[str]:
+        """Every object that is there."""
+        ...
+
+    def close(self) -> None:
+        """Ends this process's part in the store."""
+        ...
+
+
+class AdapterStore:
+    """Contents in a folder of this machine. Which of them are wanted is the catalog's knowledge."""
+
+    def __init__(self, root: Path) -> None:
+        """Opens or makes the store; sweeps what processes that are gone left behind."""
+        self._objects = root / "objects"
+        self._uploads = root / "staging"
+        for folder in (self._objects, self._uploads):
+            folder.mkdir(parents=True, exist_ok=True)
+        sync(root)
+        with (root / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._sweep()
+            self._staging = self._uploads / uuid.uuid4().hex
+            self._staging.mkdir()
+            self._alive = (self._staging / ALIVE).open("w")
+            fcntl.flock(self._alive, fcntl.LOCK_SH)
+
+    def stage(self, files: Sequence[FileSpec]) -> Staging:
+        """See Contents."""
+        return Staging(self._staging / uuid.uuid4().hex, files)
+
+    def scratch(self) -> Path:
+        """See Contents."""
+        folder = self._staging / uuid.uuid4().hex
+        folder.mkdir()
+        return folder
+
+    def take(self, staging: Staging, digest: str) -> bool:
+        """See Contents."""
         target = self.path(digest)
         if target.exists():
             staging.discard()
@@ -60,15 +128,13 @@ class AdapterStore:
         return True
 
     def open(self, digest: str) -> Path:
-        """The folder of an object whose files are what they were. Raises StoreCorrupt or
-        AdapterNotFound.
-        """
+        """See Contents."""
         directory = self.path(digest)
         if not directory.is_dir():
             raise AdapterNotFound(f"{digest} is not in the store")
         try:
             files = json.loads((directory / MANIFEST).read_text())["files"]
-            for name in FILES:
+            for name in dict.fromkeys([*FILES, *files]):
                 found = file_sha256(directory / name)
                 if found != files[name]["sha256"]:
                     raise StoreCorrupt(f"{digest}: {name} has SHA-256 {found}, not as stored")
@@ -78,46 +144,85 @@ class AdapterStore:
             raise StoreCorrupt(f"{digest}: {error}") from error
         return directory
 
-    def is_damaged(self, digest: str) -> bool:
-        """Whether an object is there, but not as it was stored."""
+    def hold(self, digest: str) -> Hold | None:
+        """See Contents."""
+        path = self.path(digest) / MANIFEST
         try:
-            self.open(digest)
-        except StoreCorrupt:
-            return True
-        except AdapterNotFound:
-            return False
-        return False
+            manifest = path.open()
+        except OSError:
+            return None
+        try:
+            fcntl.flock(manifest, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(manifest.fileno()), path.stat()):
+                return Hold(manifest)
+        except OSError:  # somebody is removing it, or has
+            pass
+        manifest.close()
+        return None
 
-    def remove(self, digest: str) -> None:
-        """Removes an object: out of sight at once, then from the disk."""
-        doomed = self._staging / uuid.uuid4().hex
+    def remove(self, digest: str, *, damaged: bool = False) -> bool:
+        """See Contents. Out of sight at once, then from the disk."""
+        directory, doomed = self.path(digest), self._staging / uuid.uuid4().hex
         try:
-            self.path(digest).rename(doomed)
-        except FileNotFoundError:
-            return
+            with (directory / MANIFEST).open() as manifest:
+                fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                directory.rename(doomed)
+        except BlockingIOError:
+            if not damaged:
+                return False
+            directory.rename(doomed)
+        except FileNotFoundError:  # the object, or only its manifest
+            if not directory.is_dir():
+                return False
+            directory.rename(doomed)
         try:
             sync(self._objects)
         finally:
             shutil.rmtree(doomed, ignore_errors=True)
+        return True
 
     def has(self, digest: str) -> bool:
-        """Whether an object is there, in whatever state."""
+        """See Contents."""
         return self.path(digest).is_dir()
 
     def digests(self) -> frozenset[str]:
-        """Every object that is there."""
+        """See Contents."""
         names = (PREFIX + folder.name for folder in self._objects.iterdir())
         return frozenset(name for name in names if PATTERN.fullmatch(name))
 
     def staged(self) -> int:
-        """Uploads on their way in."""
-        return sum(1 for _ in self._staging.iterdir())
+        """Uploads of this process on their way in."""
+        return sum(1 for path in self._staging.iterdir() if path.name != ALIVE)
 
     def close(self) -> None:
-        """Lets another process open the store."""
-        self._lock.close()
+        """See Contents."""
+        self._alive.close()
+        shutil.rmtree(self._staging, ignore_errors=True)
 
     def path(self, digest: str) -> Path:
         """Where an object lies, or would."""
         assert PATTERN.fullmatch(digest)
         return self._objects / digest.removeprefix(PREFIX)
+
+    def _sweep(self) -> None:
+        """Removes the staging of processes that are gone."""
+        for folder in self._uploads.iterdir():
+            try:
+                with (folder / ALIVE).open() as alive:
+                    fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            except OSError:  # killed before it could lock, or no folder of ours
+                pass
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_damaged(contents: Contents, digest: str) -> bool:
+    """Whether an object is there, but not as it was stored. Reads it whole."""
+    try:
+        contents.open(digest)
+    except StoreCorrupt:
+        return True
+    except AdapterNotFound:
+        return False
+    return False

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 from adaplex.adapters.errors import AdaplexError
 from adaplex.engine.engine import Engine
@@ -16,6 +17,7 @@ from adaplex.engine.errors import EngineFailed, ServerUnavailable
 from adaplex.engine.observer import EngineStats
 from adaplex.engine.request import Request, StepOutput
 
+T = TypeVar("T")
 HEARTBEAT_SECONDS = 1.0
 """The longest that the engine thread sleeps."""
 
@@ -52,7 +54,7 @@ class AsyncEngine:
         """On the event loop: streams that somebody reads."""
         self._all_closed = asyncio.Event()
         self._all_closed.set()
-        self._calls: set[asyncio.Future[bool]] = set()
+        self._calls: set[asyncio.Future[Any]] = set()
         self._streams: dict[str, Stream] = {}
         """On the engine thread: requests in work."""
         self._rejected: list[tuple[Stream, StepOutput]] = []
@@ -111,15 +113,15 @@ class AsyncEngine:
 
     async def unload(self, digest: str) -> bool:
         """Drops an adapter from memory as soon as nothing runs with it; whether it was there."""
-        if not self.healthy:
-            raise ServerUnavailable("the engine does not run")
-        answer: asyncio.Future[bool] = self._loop.create_future()
-        self._calls.add(answer)
-        self._post(partial(self._unload, digest, answer))
-        try:
-            return await answer
-        finally:
-            self._calls.discard(answer)
+        return await self._ask(partial(self._engine.unload, digest))
+
+    async def pin(self, digest: str, packed_bytes: int, name: str) -> None:
+        """Brings an adapter into the arena and keeps it there. Raises PinsFull."""
+        await self._ask(partial(self._engine.pin, digest, packed_bytes, name))
+
+    async def unpin(self, digest: str) -> None:
+        """Makes a pinned adapter one like others."""
+        await self._ask(partial(self._engine.unpin, digest))
 
     def stats(self) -> EngineStats:
         """How full the engine was after its last step; from any thread."""
@@ -134,6 +136,18 @@ class AsyncEngine:
     def heartbeat_age(self) -> float:
         """Seconds since the engine thread last completed a turn of its loop."""
         return time.monotonic() - self._beat
+
+    async def _ask(self, call: Callable[[], T]) -> T:
+        """What a call on the engine thread returns or raises."""
+        if not self.healthy:
+            raise ServerUnavailable("the engine does not run")
+        answer: asyncio.Future[T] = self._loop.create_future()
+        self._calls.add(answer)
+        self._post(partial(self._reply, call, answer))
+        try:
+            return await answer
+        finally:
+            self._calls.discard(answer)
 
     def _check_available(self) -> None:
         if self._failure is not None:
@@ -222,9 +236,13 @@ class AsyncEngine:
             del self._streams[request_id]
             self._engine.abort(request_id)
 
-    def _unload(self, digest: str, answer: asyncio.Future[bool]) -> None:
-        resident = self._engine.unload(digest)
-        self._hand_over(partial(_answer, answer, resident))
+    def _reply(self, call: Callable[[], T], answer: asyncio.Future[T]) -> None:
+        value: T | Exception
+        try:
+            value = call()
+        except AdaplexError as error:
+            value = error
+        self._hand_over(partial(_answer, answer, value))
 
 
 def _put_all(delivery: list[tuple[Stream, StepOutput]]) -> None:
@@ -232,7 +250,7 @@ def _put_all(delivery: list[tuple[Stream, StepOutput]]) -> None:
         stream.outputs.put_nowait(output)
 
 
-def _answer(answer: asyncio.Future[bool], value: bool | Exception) -> None:
+def _answer(answer: asyncio.Future[T], value: T | Exception) -> None:
     """Settles a call unless its caller has gone."""
     if answer.done():
         return

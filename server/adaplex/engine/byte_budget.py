@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 
 class ByteBudget:
@@ -18,13 +18,22 @@ class ByteBudget:
         """Whether `nbytes` would fit if nothing else were there."""
         return nbytes <= self.capacity
 
-    def fits(self, nbytes: int, *, without: Collection[int] = ()) -> bool:
-        """Whether `nbytes` are left once the shares `without` are freed."""
-        return self.used - sum(self._shares[handle] for handle in without) + nbytes <= self.capacity
+    def victims(self, nbytes: int, prices: Mapping[int, float]) -> list[int] | None:
+        """Shares that leave `nbytes` when they go, those of the least `prices` by handle first.
+        None when all that have a price are too few.
+        """
+        short = self.used + nbytes - self.capacity
+        chosen: list[int] = []
+        for handle in sorted(prices, key=lambda handle: (prices[handle], handle)):
+            if short <= 0:
+                break
+            chosen.append(handle)
+            short -= self._shares[handle]
+        return chosen if short <= 0 else None
 
     def allocate(self, nbytes: int) -> int | None:
         """The handle of a new share; None when too little is left."""
-        if not self.fits(nbytes):
+        if self.used + nbytes > self.capacity:
             return None
         self._next += 1
         self._shares[self._next] = nbytes

@@ -15,6 +15,12 @@ class EngineConfig:
     """KV blocks in all; block 0 is scratch for padding rows and never handed out."""
     arena_bytes: int
     """Bytes of adapters resident at once."""
+    host_bytes: int = 0
+    """Bytes of adapters kept packed in host memory, one copy away from the arena."""
+    max_pinned_share: float = 0.5
+    """Of the arena, at most; 0 to 1."""
+    prefetch_ahead: int = 64
+    """Waiting requests, beyond those that could start, whose adapters are fetched into the host."""
     merged_bytes: int = 0
     """Bytes of merged weights kept at once; 0 refuses merged mode."""
     auto_merge_requests: int = 8

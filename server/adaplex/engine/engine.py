@@ -116,6 +116,16 @@ class Engine:
         self._update_stats()
         return resident
 
+    def pin(self, digest: str, packed_bytes: int, name: str) -> None:
+        """Brings an adapter into the arena unasked, and keeps it there. Raises PinsFull."""
+        self._residency.unmerged.pin(digest, packed_bytes, name)
+        self._update_stats()
+
+    def unpin(self, digest: str) -> None:
+        """Makes a pinned adapter one like others."""
+        self._residency.unmerged.unpin(digest)
+        self._update_stats()
+
     def step(self) -> list[StepOutput]:
         """Takes in loads, ends what is late, runs one batch; at most one output a request."""
         now = time.monotonic()
@@ -124,7 +134,7 @@ class Engine:
         batch = self._scheduler.schedule(now)
         if batch.chunks:
             self._run(batch, now)
-        self.stalled = not batch.chunks
+        self.stalled = not batch.chunks and not self._residency.hopeless
         self._update_stats()
         outputs, self._outputs = self._outputs, []
         return outputs
@@ -217,6 +227,7 @@ class Engine:
             output = replace(output, admitted=True, adapter=sequence.adapter, timing=timing)
         if sampled is not None:
             sequence.tokens.append(sampled.token)
+            self._scheduler.waiting.fairness.served(sequence.fair_key, output=1)
             if sequence.first_token_at is None:
                 sequence.first_token_at = time.monotonic()
             output = replace(
@@ -257,7 +268,8 @@ class Engine:
 
     def _update_stats(self) -> None:
         running, waiting = self._scheduler.running, self._scheduler.waiting
-        arena, merged = self._residency.arena, self._residency.merged
+        unmerged, merged = self._residency.unmerged, self._residency.merged.tier
+        arena, host = unmerged.arena, unmerged.host
         self._stats = EngineStats(
             running=len(running),
             waiting=len(waiting),
@@ -265,9 +277,14 @@ class Engine:
             kv_blocks_used=self._blocks.held,
             arena_bytes_total=arena.space.capacity,
             arena_bytes_used=arena.space.used,
+            host_bytes_total=host.space.capacity,
+            host_bytes_used=host.space.used,
             merged_bytes_total=merged.space.capacity,
             merged_bytes_used=merged.space.used,
+            pinned_bytes_total=unmerged.max_pinned_bytes,
+            pinned_bytes_used=unmerged.pinned_bytes,
             resident=arena.resident,
+            host=host.resident,
             merged=merged.resident,
             running_adapters=_adapter_names(running),
             waiting_adapters=_adapter_names(waiting),

@@ -4,6 +4,8 @@ AdaplexError            (adaplex.adapters.errors)
 └── RequestError
     ├── RequestInvalid      a field is out of range; names the field and the limit
     ├── QueueFull           too many requests wait; says when to try again
+    ├── PinsFull            pinned adapters may take no more of the arena
+    ├── NoRoomBesidePins    pinned adapters leave no room for this one
     ├── ServerUnavailable   loading or draining
     ├── DeadlineExpired     the request's time ran out
     ├── LogitsOverflowed    the model overflowed for this request alone
@@ -36,6 +38,30 @@ class QueueFull(RequestError):
         super().__init__(f"{limit} requests are waiting already; try again in {retry_after:.1f} s")
         self.retry_after = retry_after
         """Seconds."""
+
+
+class PinsFull(RequestError):
+    """Pinned adapters may take no more of the arena."""
+
+    retry_after = 30.0
+    """Seconds."""
+
+    def __init__(self, name: str, nbytes: int, pinned: int, limit: int) -> None:
+        super().__init__(
+            f"pinned: {name} takes {nbytes} bytes; {pinned} are pinned of the {limit} that may be"
+        )
+
+
+class NoRoomBesidePins(RequestError):
+    """Pinned adapters leave no room in the arena for this one, even if nothing else were there."""
+
+    retry_after = 30.0
+    """Seconds."""
+
+    def __init__(self, name: str, nbytes: int, pinned: int, capacity: int) -> None:
+        super().__init__(
+            f"adapter {name} takes {nbytes} bytes; of the arena's {capacity}, {pinned} are pinned"
+        )
 
 
 class ServerUnavailable(RequestError):

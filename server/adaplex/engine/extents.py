@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
 
 from adaplex.adapters.limits import ALIGNMENT
 
@@ -28,15 +29,34 @@ class ExtentAllocator:
         """Whether `nbytes` would fit if nothing else were there."""
         return aligned(nbytes) <= self.capacity
 
-    def fits(self, nbytes: int, *, without: Collection[int] = ()) -> bool:
-        """Whether a hole of `nbytes` exists once the extents at offsets `without` are freed."""
-        return any(size >= aligned(nbytes) for _, size in self._holes(without))
+    def victims(self, nbytes: int, prices: Mapping[int, float]) -> list[int] | None:
+        """The cheapest extents, by the `prices` of their offsets, that leave one hole of `nbytes`
+        when they go: neighbours. None when no extents that have a price do.
+        """
+        size, best = aligned(nbytes), None
+        window: deque[tuple[int, int, int | None]] = deque()  # (start, bytes, offset of an extent)
+        room, price = 0, 0.0
+        for start, nbytes_here, offset in self._stretches():
+            if offset is not None and offset not in prices:
+                window.clear()
+                room, price = 0, 0.0
+                continue
+            window.append((start, nbytes_here, offset))
+            room += nbytes_here
+            price += 0.0 if offset is None else prices[offset]
+            while room - window[0][1] >= size:
+                _, gone, first = window.popleft()
+                room -= gone
+                price -= 0.0 if first is None else prices[first]
+            if room >= size and (best is None or price < best[0]):
+                best = price, [each for _, _, each in window if each is not None]
+        return None if best is None else best[1]
 
     def allocate(self, nbytes: int) -> int | None:
         """The offset of a new extent, in the first hole that is large enough; None without one."""
         size = aligned(nbytes)
-        for start, room in self._holes():
-            if room >= size:
+        for start, room, extent in self._stretches():
+            if extent is None and room >= size:
                 insort(self._extents, (start, size))
                 self.used += size
                 return start
@@ -60,14 +80,13 @@ class ExtentAllocator:
             end = offset + size
         assert end <= self.capacity
 
-    def _holes(self, without: Collection[int] = ()) -> Iterator[tuple[int, int]]:
-        """(offset, bytes) of each gap, from the start."""
+    def _stretches(self) -> Iterator[tuple[int, int, int | None]]:
+        """(start, bytes, offset) of every extent and, without an offset, of every hole."""
         start = 0
         for offset, size in self._extents:
-            if offset in without:
-                continue
             if offset > start:
-                yield start, offset - start
+                yield start, offset - start, None
+            yield offset, size, offset
             start = offset + size
         if self.capacity > start:
-            yield start, self.capacity - start
+            yield start, self.capacity - start, None

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum, auto
 from queue import Empty, SimpleQueue
 
-THREADS = 2
-MAX_PENDING = 4
-"""Enough to keep the threads busy; a later, more urgent load waits for no more than these."""
-
 
 class Job(Enum):
     """What is done to an adapter."""
 
+    FETCH = auto()
+    """From the store into host memory."""
+    COPY = auto()
+    """From host memory into the arena."""
     LOAD = auto()
-    """Into the arena."""
+    """From the store into the arena, where host memory has no room."""
     MEASURE = auto()
     """How many bytes its merged weights take."""
     BUILD = auto()
     """Its merged weights."""
+
+
+THREADS = {True: 1, False: 2}
+"""Of the lane for copies, and of the one for everything slow: no copy ever waits for a disk."""
+MAX_PENDING = {True: 8, False: 4}
+"""Enough to keep the threads busy; a later, more urgent job waits for no more than these."""
 
 
 @dataclass(frozen=True)
@@ -37,29 +44,34 @@ class Completion:
 
 
 class Loader:
-    """Runs jobs on `executor` (a small pool of its own by default) and collects completions.
+    """Runs jobs on `executor` (two small pools of its own by default) and collects completions.
 
     `on_completion` is called on the loader's thread when `collect` would yield something.
     """
 
     def __init__(self, on_completion: Callable[[], None], executor: Executor | None = None) -> None:
-        self.pending = 0
-        """Jobs submitted and not collected."""
+        self._pending: Counter[bool] = Counter()
+        """Jobs submitted and not collected, by lane: copies, and the others."""
         self._on_completion = on_completion
-        self._own = None if executor else ThreadPoolExecutor(THREADS, "adapter-loader")
-        self._executor = executor or self._own
+        self._own = () if executor else tuple(_lane(fast) for fast in (False, True))
+        self._lanes: tuple[Executor, ...] = self._own or (executor, executor)  # type: ignore[assignment]
         self._completions: SimpleQueue[Completion] = SimpleQueue()
 
     @property
-    def full(self) -> bool:
-        """Whether no further job should be submitted now."""
-        return self.pending >= MAX_PENDING
+    def pending(self) -> int:
+        """Jobs submitted and not collected."""
+        return self._pending.total()
+
+    def full(self, job: Job) -> bool:
+        """Whether no further job of the kind should be submitted now."""
+        fast = job is Job.COPY
+        return self._pending[fast] >= MAX_PENDING[fast]
 
     def submit(self, job: Job, digest: str, work: Callable[[], int | None]) -> None:
         """Runs `work` soon, on another thread."""
-        assert self._executor is not None
-        self.pending += 1
-        self._executor.submit(self._run, job, digest, work)
+        fast = job is Job.COPY
+        self._pending[fast] += 1
+        self._lanes[fast].submit(self._run, job, digest, work)
 
     def collect(self) -> list[Completion]:
         """What has been completed since the last call, in order."""
@@ -68,13 +80,13 @@ class Loader:
             while True:
                 completions.append(self._completions.get_nowait())
         except Empty:
-            self.pending -= len(completions)
+            self._pending.subtract(done.job is Job.COPY for done in completions)
             return completions
 
     def close(self) -> None:
         """Drops jobs that have not begun and waits for those that have."""
-        if self._own is not None:
-            self._own.shutdown(wait=True, cancel_futures=True)
+        for lane in self._own:
+            lane.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, job: Job, digest: str, work: Callable[[], int | None]) -> None:
         start = time.monotonic()
@@ -85,3 +97,7 @@ class Loader:
         seconds = time.monotonic() - start
         self._completions.put(Completion(job, digest, seconds, result, error))
         self._on_completion()
+
+
+def _lane(fast: bool) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(THREADS[fast], "adapter-copier" if fast else "adapter-loader")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-Tier = Literal["arena", "merged"]
+Tier = Literal["arena", "host", "merged"]
 Outcome = Literal["ok", "error"]
 
 
@@ -63,10 +63,17 @@ class EngineStats:
     kv_blocks_used: int = 0
     arena_bytes_total: int = 0
     arena_bytes_used: int = 0
+    host_bytes_total: int = 0
+    host_bytes_used: int = 0
     merged_bytes_total: int = 0
     merged_bytes_used: int = 0
+    pinned_bytes_total: int = 0
+    """Bytes of the arena that pins may take."""
+    pinned_bytes_used: int = 0
     resident: frozenset[str] = frozenset()
     """Digests in the arena."""
+    host: frozenset[str] = frozenset()
+    """Digests in host memory."""
     merged: frozenset[str] = frozenset()
     """Digests with merged weights."""
     running_adapters: tuple[str, ...] = ()

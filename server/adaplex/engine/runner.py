@@ -10,17 +10,29 @@ from adaplex.engine.request import SampledToken
 
 
 class Runner(Protocol):
-    """Runs batches on tensors. `run`, `remove_adapter` and `remove_merged` are called on the
-    engine thread; `load_adapter`, `merged_bytes` and `build_merged` on loader threads, for
-    several digests at once, but for one digest and kind of memory only once at a time.
+    """Runs batches on tensors. `run` and the `remove_` methods are called on the engine thread; the
+    others on loader threads, for several digests at once, but for one digest and kind of memory
+    only once at a time.
     """
 
     def run(self, batch: Batch) -> Seq[SampledToken]:
         """Runs one step; one token for each of `batch.sampling`, in order."""
         ...
 
+    def fetch_adapter(self, digest: str) -> None:
+        """Reads the adapter and keeps it packed in host memory.
+
+        Raises an AdaplexError when it cannot; nothing of it is kept then.
+        """
+        ...
+
+    def remove_host(self, digest: str) -> None:
+        """Forgets the host copy of an adapter; never while `load_adapter` may read it."""
+        ...
+
     def load_adapter(self, digest: str, offset: int, nbytes: int) -> None:
-        """Reads the adapter and packs it into arena bytes [offset, offset + nbytes).
+        """Packs the adapter into arena bytes [offset, offset + nbytes), from its host copy if there
+        is one, else from where it is stored.
 
         Raises an AdaplexError when it cannot; the extent is then free to reuse.
         """

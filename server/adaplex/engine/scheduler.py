@@ -10,6 +10,7 @@ from adaplex.engine.config import EngineConfig
 from adaplex.engine.observer import Observer
 from adaplex.engine.residency import Residency
 from adaplex.engine.sequence import Sequence, Status
+from adaplex.engine.waiting import WaitingQueue
 
 
 def _rank(sequence: Sequence) -> tuple[int, float, int]:
@@ -21,7 +22,7 @@ def _by_adapter(chunks: list[Chunk]) -> list[Chunk]:
 
 
 class Scheduler:
-    """Waiting and running sequences, both most urgent first.
+    """Waiting sequences, in turn, and running ones, most urgent first.
 
     A running sequence holds blocks for all its known tokens and a lease on its adapter; a waiting
     one holds nothing. The most urgent running sequence always goes on: it can take the blocks of
@@ -35,17 +36,17 @@ class Scheduler:
         self._blocks = blocks
         self._residency = residency
         self._observer = observer
-        self.waiting: list[Sequence] = []
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence behind those of its priority that came before it."""
+        """Queues a sequence behind those of its priority and adapter that came before it."""
         sequence.status = Status.WAITING
-        insort(self.waiting, sequence, key=_rank)
+        self.waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forgets a sequence; its blocks and lease are the caller's to free."""
-        queue = self.running if sequence.status is Status.RUNNING else self.waiting
+        queue = self.waiting if sequence.status is Status.WAITING else self.running
         queue.remove(sequence)
         sequence.status = Status.FINISHED
 
@@ -90,24 +91,30 @@ class Scheduler:
         return rows
 
     def _admit(self, chunks: list[Chunk], room: int, now: float) -> None:
-        """Starts waiting sequences in order while rows, places and blocks last.
+        """Starts waiting sequences in turn while rows, places and blocks last.
 
         One whose adapter is not there is passed over; one that finds no blocks is not, so that
         long prompts get their turn. When nothing more can start, the next few are still asked
-        for, so that their adapters are there in time.
+        for, and adapters of more are fetched, so that they are there in time.
         """
         self._residency.start_round()
-        for index, sequence in enumerate(tuple(self.waiting)):
+        for index, sequence in enumerate(self.waiting.in_turn()):
             if len(self.running) >= self._config.max_running:
                 room = 0
             if not room and index >= self._config.max_running:
-                return
-            if not self._ready(sequence, now):
+                if not self._prefetch(sequence, index):
+                    return
+            elif not self._ready(sequence, now):
                 continue
-            if room and self._start(sequence):
+            elif room and self._start(sequence):
                 room -= self._add_chunk(chunks, sequence, room)
             else:
                 room = 0
+
+    def _prefetch(self, sequence: Sequence, index: int) -> bool:
+        """Whether to look further ahead."""
+        ahead = self._config.max_running + self._config.prefetch_ahead
+        return index < ahead and self._residency.prefetch(sequence)
 
     def _ready(self, sequence: Sequence, now: float) -> bool:
         if sequence.adapter_asked_at is None:
@@ -131,6 +138,8 @@ class Scheduler:
         if sequence.admitted_at is None:
             sequence.cached_tokens = sequence.computed
             self._observer.prefix_looked_up(tokens=sequence.prompt_len, hits=sequence.computed)
+            fresh = sequence.prompt_len - sequence.computed
+            self.waiting.fairness.served(sequence.fair_key, prompt=fresh)
         return True
 
     def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, room: int) -> int:

@@ -68,6 +68,11 @@ class Sequence:
         return self.request.adapter.key if self.request.adapter else ""
 
     @property
+    def fair_key(self) -> str:
+        """Whose share of the engine it takes: its adapter's name; empty for the base."""
+        return self.request.adapter.name if self.request.adapter else ""
+
+    @property
     def prompt_len(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.prompt)

@@ -1,4 +1,4 @@
-"""Tier: adapters in one kind of memory, with leases and LRU eviction under a byte limit."""
+"""Tier: adapters in one kind of memory, with leases and cost-aware eviction under a byte limit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from adaplex.engine.byte_budget import ByteBudget
+from adaplex.engine.eviction import GreedyDual
 from adaplex.engine.extents import ExtentAllocator
 from adaplex.engine.observer import Observer
 from adaplex.engine.observer import Tier as TierName
@@ -21,28 +22,44 @@ class Entry:
     digest: str
     handle: int
     """Where it is in the space: an offset in the arena."""
+    nbytes: int
+    since: float
+    """The clock at its last use."""
+    uses: int = 1
     resident: bool = False
     """False while it loads."""
     leaving: bool = False
     """To be dropped once nobody leases it; a new lease cancels that."""
+    pinned: bool = False
+    readers: int = 0
+    """Loads into a faster tier that copy from it."""
     leases: set[Sequence] = field(default_factory=set)
 
     @property
-    def evictable(self) -> bool:
-        """Whether it may make room: never while it loads or a sequence leases it."""
-        return self.resident and not self.leases
+    def idle(self) -> bool:
+        """Whether nobody needs it where it is: it is there, and neither leased nor read."""
+        return self.resident and not self.leases and not self.readers
 
 
 class Tier:
-    """Entries by digest, least recently used first. `remove` forgets the content of one."""
+    """Entries by digest. `remove` forgets the content of one; `cost` says how many seconds bringing
+    back a digest of so many bytes would take.
+    """
 
     def __init__(
-        self, name: TierName, space: Space, remove: Callable[[str], None], observer: Observer
+        self,
+        name: TierName,
+        space: Space,
+        remove: Callable[[str], None],
+        observer: Observer,
+        cost: Callable[[str, int], float] = lambda _digest, nbytes: float(nbytes),
     ) -> None:
         self.name: TierName = name
         self.space = space
         self._remove = remove
         self._observer = observer
+        self._cost = cost
+        self._policy = GreedyDual()
         self._entries: dict[str, Entry] = {}
         self.wanted: set[str] = set()
         """Adapters that the waiting sequences asked for so far this round; not evicted in it."""
@@ -82,30 +99,33 @@ class Tier:
     ) -> Entry | None:
         """Room for an absent adapter, which is loading from now on.
 
-        Evicts unleased adapters, least recently used first, none that is wanted or in `keep`.
-        None, and nothing is evicted, when that would not make one large enough hole.
+        Evicts the adapters that are worth least, none that is in use, pinned, wanted or in `keep`.
+        None, and nothing is evicted, when that would not make enough room.
         """
         assert digest not in self._entries
-        victims = [
-            entry
-            for entry in self._entries.values()
-            if entry.evictable and entry.digest not in self.wanted and entry.digest not in keep
-        ]
-        if not self.space.fits(nbytes, without={victim.handle for victim in victims}):
-            return None
-        candidates = iter(victims)
-        while (handle := self.space.allocate(nbytes)) is None:
-            self._drop(next(candidates))
-            self._observer.adapter_evicted(tier=self.name)
-        entry = self._entries[digest] = Entry(digest, handle)
+        if (handle := self.space.allocate(nbytes)) is None:
+            victims = self._victims(nbytes, keep)
+            if victims is None:
+                return None
+            for victim in victims:
+                self._policy.evicted(self._value(victim))
+                self._drop(victim)
+                self._observer.adapter_evicted(tier=self.name)
+            handle = self.space.allocate(nbytes)
+            assert handle is not None
+        entry = self._entries[digest] = Entry(digest, handle, nbytes, self._policy.clock)
         return entry
+
+    def could_hold(self, nbytes: int) -> bool:
+        """Whether there would be room if everything that is not pinned were gone."""
+        prices = {e.handle: 0.0 for e in self._entries.values() if not e.pinned}
+        return self.space.victims(nbytes, prices) is not None
 
     def loaded(self, digest: str) -> None:
         """The content is there."""
         entry = self._entries[digest]
         entry.resident = True
-        if entry.leaving:
-            self._drop(entry)
+        self._drop_if_leaving(entry)
 
     def failed(self, digest: str) -> None:
         """The content will not come; the adapter is absent again."""
@@ -119,7 +139,7 @@ class Tier:
         entry.leases.add(sequence)
         if self.blocked is not None:
             self.blocked.bypassed += 1
-        self._touch(entry)
+        self.used(digest)
 
     def release(self, digest: str, sequence: Sequence) -> None:
         """Ends the lease of a sequence, if it has one."""
@@ -127,31 +147,66 @@ class Tier:
         if entry is None or sequence not in entry.leases:
             return
         entry.leases.remove(sequence)
-        self._touch(entry)
-        if entry.leaving and entry.evictable:
-            self._drop(entry)
+        entry.since = self._policy.clock
+        self._drop_if_leaving(entry)
+
+    def used(self, digest: str) -> None:
+        """The adapter was of use once more."""
+        entry = self._entries[digest]
+        entry.uses += 1
+        entry.since = self._policy.clock
+
+    def read(self, digest: str) -> None:
+        """A resident adapter stays until `read_ended`: it is being copied."""
+        self._entries[digest].readers += 1
+        self.used(digest)
+
+    def read_ended(self, digest: str) -> None:
+        """One copy is made."""
+        entry = self._entries[digest]
+        entry.readers -= 1
+        self._drop_if_leaving(entry)
 
     def unload(self, digest: str) -> bool:
-        """Drops an adapter as soon as nobody leases it; whether it was resident."""
+        """Drops an adapter as soon as nobody needs it here; whether it was resident."""
         entry = self._entries.get(digest)
         if entry is None:
             return False
-        entry.leaving = True
-        resident = entry.resident
-        if entry.evictable:
-            self._drop(entry)
+        resident, entry.leaving, entry.pinned = entry.resident, True, False
+        self._drop_if_leaving(entry)
         return resident
 
     def check_integrity(self, leases: Iterable[tuple[str, Sequence]]) -> None:
         """Asserts that exactly these leases exist, and that the bytes are those of the entries."""
         held = {(d, sequence) for d, entry in self._entries.items() for sequence in entry.leases}
         assert held == set(leases)
-        assert all(entry.resident for entry in self._entries.values() if entry.leases)
-        assert not any(entry.leaving and entry.evictable for entry in self._entries.values())
+        for entry in self._entries.values():
+            assert entry.resident or not (entry.leases or entry.readers)
+            assert not (entry.leaving and entry.idle)
+            assert entry.readers >= 0
         self.space.check_integrity([entry.handle for entry in self._entries.values()])
 
-    def _touch(self, entry: Entry) -> None:
-        self._entries[entry.digest] = self._entries.pop(entry.digest)
+    def _victims(self, nbytes: int, keep: Collection[str]) -> list[Entry] | None:
+        """The cheapest entries whose place is enough."""
+        evictable = {
+            entry.handle: entry
+            for entry in self._entries.values()
+            if entry.idle
+            and not entry.pinned
+            and entry.digest not in self.wanted
+            and entry.digest not in keep
+        }
+        prices = {handle: self._value(entry) for handle, entry in evictable.items()}
+        chosen = self.space.victims(nbytes, prices)
+        return None if chosen is None else [evictable[handle] for handle in chosen]
+
+    def _value(self, entry: Entry) -> float:
+        seconds = self._cost(entry.digest, entry.nbytes)
+        return self._policy.value(entry.since, entry.uses, seconds, entry.nbytes)
+
+    def _drop_if_leaving(self, entry: Entry) -> None:
+        if entry.leaving and entry.idle:
+            self._drop(entry)
 
     def _drop(self, entry: Entry) -> None:
         """Forgets the content first: the bytes may be reused right after."""

@@ -5,11 +5,13 @@ Policy (which adapter, where) lives in `adaplex.engine.residency`; here are the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
-from adaplex.adapters.program import AdapterProgram
+from adaplex.model.host_copies import PackedAdapter
 from adaplex.model.kernels.low_rank import AdapterWeights, SiteWeights
 
 
@@ -27,21 +29,22 @@ class Arena:
         """`modules` numbers every module of the base that adapters may touch."""
         self._flat = torch.empty(nbytes // dtype.itemsize, dtype=dtype, device=device)
         self._modules = modules
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._resident: dict[str, AdapterWeights] = {}
 
-    def load(self, program: AdapterProgram, offset: int, nbytes: int) -> None:
-        """Packs the program into bytes [offset, offset + nbytes) and makes it resident."""
+    def load(self, packed: PackedAdapter, offset: int, nbytes: int) -> None:
+        """Copies a packed adapter into bytes [offset, offset + nbytes) and makes it resident."""
         size = self._flat.element_size()
         assert offset % size == 0
-        assert program.packed_bytes(size) <= nbytes
-        extent = self._flat[offset // size : (offset + nbytes) // size]
-        program.pack_into(extent)
+        assert packed.flat.nbytes <= nbytes
+        extent = self._flat[offset // size : offset // size + packed.flat.numel()]
+        self._copy(packed.flat, extent)
         sites: dict[str, SiteWeights] = {}
-        for place in program.layout(size):
-            end = place.offset + torch.Size(place.shape).numel()
+        for place in packed.layout:
+            end = place.offset + math.prod(place.shape)
             view = extent[place.offset : end].view(place.shape)
             setattr(sites.setdefault(place.module, SiteWeights()), place.role, view)
-        self._resident[program.digest] = AdapterWeights.of(sites, self._modules)
+        self._resident[packed.digest] = AdapterWeights.of(sites, self._modules)
 
     def remove(self, digest: str) -> None:
         """Forgets a resident adapter; its extent may be overwritten from now on."""
@@ -50,3 +53,12 @@ class Arena:
     def weights(self, digest: str) -> AdapterWeights:
         """A resident adapter. KeyError when it is not."""
         return self._resident[digest]
+
+    def _copy(self, source: Tensor, extent: Tensor) -> None:
+        """One copy, done when this returns; on a CUDA device beside what the engine runs there."""
+        if self._stream is None:
+            extent.copy_(source)
+            return
+        with torch.cuda.stream(self._stream):
+            extent.copy_(source, non_blocking=True)
+        self._stream.synchronize()

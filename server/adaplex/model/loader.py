@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
@@ -109,6 +110,7 @@ def load_base(
         for site in found.sites
         if (bias := base_bias(module.get_submodule(site.name))) is not None
     }
+    fingerprint = _fingerprint(directory)
     progress(f"quantizing {len(found.sites)} modules to {quantization}")
     _adapt(module, found.sites, step, quantization, where)
     _tell_of_fallbacks(module, quantization, progress)
@@ -118,10 +120,14 @@ def load_base(
         tokenizer=AutoTokenizer.from_pretrained(directory),
         spec=BaseSpec(
             name=Path(model).name if Path(model).exists() else model,
-            digest=_digest(directory, quantization, compute),
+            digest=_digest(fingerprint, quantization, compute),
             model_type=str(config.model_type),
             modules={site.name: site for site in found.sites},
             biases=biases,
+            fingerprint=fingerprint,
+            aliases=_aliases(config, model),
+            heads=int(getattr(config, "num_attention_heads", 0) or 0),
+            kv_heads=int(getattr(config, "num_key_value_heads", 0) or 0),
         ),
         step=step,
         shapes=tuple(found.shapes),
@@ -208,12 +214,26 @@ def _tell_of_fallbacks(
         )
 
 
-def _digest(directory: Path, quantization: str, dtype: torch.dtype) -> str:
-    """SHA-256 of config, weights and how they are kept: what a KV block depends on."""
-    total = hashlib.sha256(json.dumps([quantization, str(dtype)]).encode())
+def _fingerprint(directory: Path) -> str:
+    """SHA-256 of config and weights: the base, however it is kept."""
+    total = hashlib.sha256(b"adaplex-base-v1")
     for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
         total.update(file_sha256(path).encode())
     return f"sha256:{total.hexdigest()}"
+
+
+def _digest(fingerprint: str, quantization: str, dtype: torch.dtype) -> str:
+    """SHA-256 of the base and of how it is kept: what a KV block depends on."""
+    kept = json.dumps([fingerprint, quantization, str(dtype)])
+    return f"sha256:{hashlib.sha256(kept.encode()).hexdigest()}"
+
+
+def _aliases(config: PretrainedConfig, model: str) -> tuple[str, ...]:
+    """What else adapters may call the base: the name its config was saved under, and a hub id
+    without its revision.
+    """
+    saved = str(getattr(config, "_name_or_path", "") or "")
+    return tuple(dict.fromkeys(name for name in (saved, model.partition("@")[0]) if name))
 
 
 def _eos_token_ids(directory: Path, model: nn.Module) -> frozenset[int]:

@@ -14,6 +14,7 @@ from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SampledToken, SamplingParams
 from adaplex.engine.sequence import Sequence
 from adaplex.model.arena import Arena
+from adaplex.model.host_copies import HostCopies, PackedAdapter, pack
 from adaplex.model.kernels.low_rank import LowRankKernel, ReferenceLowRank, Span
 from adaplex.model.kernels.reference import padded_rows
 from adaplex.model.kv_cache import KVCache
@@ -44,6 +45,7 @@ class ModelRunner:
         self._low_rank = low_rank or ReferenceLowRank()
         self._modules = {name: index for index, name in enumerate(base.spec.modules)}
         self._arena = Arena(arena_bytes, self._modules, dtype=base.dtype, device=base.device)
+        self._host = HostCopies()
         self._merged: dict[str, MergedWeights] = {}
         self._step.cache = KVCache(
             base.shapes,
@@ -98,9 +100,18 @@ class ModelRunner:
         self.run(Batch((Chunk(sequence, 0, self._block_tokens),)))
         self.run(Batch((Chunk(sequence, last, 1),)))
 
+    def fetch_adapter(self, digest: str) -> None:
+        """See Runner."""
+        self._host.keep(self._packed(digest))
+
+    def remove_host(self, digest: str) -> None:
+        """See Runner."""
+        self._host.remove(digest)
+
     def load_adapter(self, digest: str, offset: int, nbytes: int) -> None:
         """See Runner."""
-        self._arena.load(self._load_program(digest), offset, nbytes)
+        packed = self._host.get(digest) or self._packed(digest)
+        self._arena.load(packed, offset, nbytes)
 
     def remove_adapter(self, digest: str) -> None:
         """See Runner."""
@@ -120,6 +131,10 @@ class ModelRunner:
     def remove_merged(self, digest: str) -> None:
         """See Runner."""
         del self._merged[digest]
+
+    def _packed(self, digest: str) -> PackedAdapter:
+        pinned = self._base.device.type == "cuda"
+        return pack(self._load_program(digest), self._base.dtype, pinned=pinned)
 
     def _slots(self, chunk: Chunk) -> Iterator[int]:
         """Where in the cache each token of the chunk goes."""

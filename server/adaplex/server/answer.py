@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from adaplex.adapters.lease import Lease
 from adaplex.engine.request import FinishReason, Request, StepOutput, Timing
 from adaplex.server import convert
 from adaplex.server.text import Detokenizer, StopStrings, Tokenizer
@@ -15,8 +16,19 @@ from adaplex.v1.generation_pb2 import GenerationDelta, GenerationFinished, Gener
 class Answer:
     """Text, tokens and timing of one answer as they come."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, stops: Sequence[str]) -> None:
-        self._request = request
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: Request,
+        stops: Sequence[str],
+        *,
+        lease: Lease | None = None,
+        fetch_seconds: float = 0.0,
+    ) -> None:
+        """`fetch_seconds` is what bringing the adapter to this machine took before the engine knew
+        of the request.
+        """
+        self._request, self._lease, self._fetch_seconds = request, lease, fetch_seconds
         self._text = Detokenizer(tokenizer, request.prompt)
         self._stops = StopStrings(stops)
         self._finish: FinishReason | None = None
@@ -43,10 +55,11 @@ class Answer:
 
     def started(self, output: StepOutput, request_id: str, model: str) -> GenerationStarted:
         """The first message: what is applied."""
+        ref, lease = output.adapter, self._lease
         return GenerationStarted(
             request_id=request_id,
             model=model,
-            adapter=convert.applied(output.adapter) if output.adapter else None,
+            adapter=convert.applied(ref, lease) if ref and lease else None,
             prompt_tokens=len(self._request.prompt),
         )
 
@@ -84,11 +97,13 @@ class Answer:
 
     def timing(self) -> Timing:
         """The engine's figures, with ours where a stop string kept it from saying them."""
+        wait = self._timing.adapter_wait + self._fetch_seconds
+        timing = replace(self._timing, adapter_wait=wait)
         if self._stops.found is None:
-            return self._timing
+            return timing
         now, arrival = time.monotonic(), self._request.arrival
         first = (self._first_token or now) - arrival
-        return replace(self._timing, first_token=first, total=now - arrival)
+        return replace(timing, first_token=first, total=now - arrival)
 
     def _push(self, output: StepOutput) -> str:
         """Counts the tokens of a step and returns the text that they make certain."""

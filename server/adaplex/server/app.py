@@ -6,6 +6,7 @@ import asyncio
 import importlib.metadata
 import signal
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import grpc
@@ -15,11 +16,13 @@ from grpc_reflection.v1alpha import reflection
 
 from adaplex.engine.request import AdapterMode
 from adaplex.server.config import MAX_CHUNK_BYTES, ConfigError, ServerConfig
+from adaplex.server.garbage import GarbageTimer
 from adaplex.server.generator import Generator
 from adaplex.server.health import Health
 from adaplex.server.http import HttpServer
 from adaplex.server.interceptors import EdgeInterceptor
 from adaplex.server.parts import Parts
+from adaplex.server.pins import Pins
 from adaplex.server.rpc_metrics import RpcMetrics
 from adaplex.server.services.adapters import AdapterService
 from adaplex.server.services.generation import GenerationService
@@ -43,6 +46,8 @@ SERVICES = tuple(
 )
 MAX_MESSAGE_BYTES = MAX_CHUNK_BYTES + 64 * 1024
 """A chunk of the largest size and what surrounds it."""
+FETCH_THREADS = 4
+"""For adapters that a request names before anybody loaded them."""
 SETTLE_SECONDS = 10.0
 """For cancelled handlers to finish what a thread does for them."""
 
@@ -55,6 +60,8 @@ class Server:
         parts.metrics.watch(parts.engine.stats, max_lora=parts.engine_config.max_running)
         self._edge = EdgeInterceptor(RpcMetrics(parts.prometheus))
         self._health = Health(SERVICES, self._engine_alive)
+        self._pins = Pins(parts.registry, parts.engine)
+        self._fetching = ThreadPoolExecutor(FETCH_THREADS, "fetch")
         self._generator = Generator(
             engine=parts.engine,
             registry=parts.registry,
@@ -64,11 +71,12 @@ class Server:
             metrics=parts.metrics,
             model_name=parts.model.name,
             mode=AdapterMode(parts.config.adapter_mode),
+            bring=self._bring,
         )
         self._grpc = grpc.aio.server(interceptors=[self._edge], options=_options(parts.config))
         self._add_services()
         self._http: HttpServer | None = None
-        self._watch: asyncio.Task[None] | None = None
+        self._watches: list[asyncio.Task[None]] = []
         self._stopped = False
         self.port = 0
         """Bound gRPC port."""
@@ -96,7 +104,11 @@ class Server:
         await self._parts.engine.start()
         await self._grpc.start()
         await self._health.open()
-        self._watch = asyncio.create_task(self._health.watch())
+        collector = GarbageTimer(self._parts.registry, config.gc_interval)
+        self._watches = [
+            asyncio.create_task(watch())
+            for watch in (self._health.watch, self._pins.watch, collector.watch)
+        ]
 
     async def drain(self, hard: asyncio.Event) -> None:
         """Takes no new work; returns when the rest is done, its time is up, or `hard` is set."""
@@ -125,13 +137,20 @@ class Server:
             await asyncio.wait_for(self._edge.inflight.idle(), SETTLE_SECONDS)
         except TimeoutError:
             log.warning("handlers still run", in_flight=len(self._edge.inflight))
-        if self._watch is not None:
-            self._watch.cancel()
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
         await self._parts.engine.stop()
         if self._http is not None:
             await asyncio.to_thread(self._http.close)
         self._generator.close()
+        self._fetching.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._parts.registry.close)
+
+    async def _bring(self, selector: str) -> bool:
+        """Looks for an unknown adapter elsewhere; see Importer.bring."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._fetching, self._parts.importer.bring, selector)
 
     def _engine_alive(self) -> bool:
         engine = self._parts.engine
@@ -142,9 +161,13 @@ class Server:
         generation = GenerationService(self._generator)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
         receiver = Receiver(
-            parts.registry, max_uploads=config.max_uploads, idle_timeout=config.upload_idle_timeout
+            parts.registry.intake,
+            max_uploads=config.max_uploads,
+            idle_timeout=config.upload_idle_timeout,
         )
-        adapters = AdapterService(parts.registry, parts.engine, receiver, config.adapter_roots)
+        adapters = AdapterService(
+            parts.registry, parts.importer, parts.engine, receiver, self._pins
+        )
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, server)
         info = InfoService(
             version=_version(),
@@ -153,6 +176,7 @@ class Server:
             engine_config=parts.engine_config,
             registry=parts.registry,
             sizes=AdapterSizes(config.max_adapter_bytes, config.max_adapter_rank),
+            store_bytes=config.max_store_bytes,
         )
         server_pb2_grpc.add_ServerServiceServicer_to_server(info, server)
         self._health.add_to(server)

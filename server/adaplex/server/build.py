@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from prometheus_client import CollectorRegistry
 
-from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import BaseSpec
-from adaplex.adapters.registry import AdapterRegistry
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.engine import Engine
@@ -26,6 +22,7 @@ from adaplex.server.convert import ModelLimits
 from adaplex.server.metrics import Metrics
 from adaplex.server.parts import Parts
 from adaplex.server.services.info import ModelInfo
+from adaplex.server.stores import import_adapters, open_store
 
 BLOCK_TOKENS = 16
 
@@ -50,13 +47,14 @@ def build(config: ServerConfig, progress: Progress) -> Parts:
     spec = replace(base.spec, name=config.model_name or base.spec.name)
     engine_config = engine_limits(config, base)
     progress(f"sizing the KV cache: {engine_config.num_blocks} blocks of {BLOCK_TOKENS} tokens")
-    registry = _registry(config, spec, base, progress)
+    store = open_store(config, spec, element_bytes=base.dtype.itemsize)
+    import_adapters(config, store, progress)
     runner = ModelRunner(
         base,
         num_blocks=engine_config.num_blocks,
         block_tokens=engine_config.block_tokens,
         arena_bytes=engine_config.arena_bytes,
-        load_program=registry.program,
+        load_program=store.registry.programs.program,
         low_rank=low_rank_kernel(
             base.dtype, base.device, cache=config.cache or default_cache(), progress=progress
         ),
@@ -71,7 +69,8 @@ def build(config: ServerConfig, progress: Progress) -> Parts:
         model=_model_info(spec, base),
         limits=ModelLimits(base.vocab_size, engine_config.max_model_len, base.eos_token_ids),
         tokenizer=base.tokenizer,
-        registry=registry,
+        registry=store.registry,
+        importer=store.importer,
         engine_config=engine_config,
         engine=engine,
         metrics=metrics,
@@ -94,6 +93,8 @@ def engine_limits(config: ServerConfig, base: BaseModel) -> EngineConfig:
             num_blocks=num_blocks,
             arena_bytes=config.arena_bytes,
             merged_bytes=config.merged_bytes,
+            host_bytes=config.host_bytes,
+            max_pinned_share=config.max_pinned_share,
             block_tokens=BLOCK_TOKENS,
             max_model_len=longest,
             max_running=config.max_running,
@@ -106,38 +107,6 @@ def engine_limits(config: ServerConfig, base: BaseModel) -> EngineConfig:
         raise ConfigError(str(error)) from error
 
 
-def _registry(
-    config: ServerConfig, spec: BaseSpec, base: BaseModel, progress: Progress
-) -> AdapterRegistry:
-    """The store, with the adapters to import at start."""
-    registry = open_store(config, spec, element_bytes=base.dtype.itemsize)
-    for name, path in config.adapters.items():
-        progress(f"importing adapter {name}")
-        # The operator chose the path, so links may lead anywhere, as in the hub's cache.
-        registry.import_directory(path, name, replace=True, roots=[Path("/")])
-    return registry
-
-
-def open_store(config: ServerConfig, spec: BaseSpec, *, element_bytes: int) -> AdapterRegistry:
-    """The registry in `store_dir`. Raises ConfigError when it cannot be kept there."""
-    try:
-        return AdapterRegistry(
-            config.store_dir,
-            spec,
-            element_bytes=element_bytes,
-            limits=AdapterLimits(
-                max_adapter_bytes=config.max_adapter_bytes,
-                max_rank=config.max_adapter_rank,
-                max_adapters=config.max_adapters,
-                max_store_bytes=config.max_store_bytes,
-            ),
-            max_packed_bytes=config.arena_bytes,
-        )
-    except (OSError, sqlite3.Error) as error:
-        reason = f"cannot keep adapters in {config.store_dir}: {error}"
-        raise ConfigError(f"store_dir: {reason}") from error
-
-
 def _model_info(spec: BaseSpec, base: BaseModel) -> ModelInfo:
     return ModelInfo(
         name=spec.name,
@@ -146,5 +115,6 @@ def _model_info(spec: BaseSpec, base: BaseModel) -> ModelInfo:
         compute_dtype=str(base.dtype).removeprefix("torch."),
         device=str(base.device),
         digest=spec.digest,
+        fingerprint=spec.fingerprint,
         weight_bytes=base.weight_bytes,
     )

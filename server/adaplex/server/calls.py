@@ -17,6 +17,9 @@ from adaplex.engine.errors import RequestInvalid
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 REQUEST_ID = "x-request-id"
+ACTOR = "x-adaplex-actor"
+MAX_ACTOR = 128
+"""Characters."""
 _VALID_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+=@-]{0,127}")
 
 
@@ -32,6 +35,8 @@ class Call:
     started: float
     """`time.monotonic()` seconds, like `deadline`."""
     deadline: float | None
+    actor: str = ""
+    """Who asks, by its own account; for the history of adapters."""
     log: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -55,12 +60,27 @@ def enter_call(call: Call) -> None:
 
 def request_id_of(context: Context) -> str:
     """The client's request id, or a new one. Raises RequestInvalid for one unfit for logs."""
-    sent = next((v for k, v in context.invocation_metadata() or () if k == REQUEST_ID), None)
+    sent = _metadata(context, REQUEST_ID)
     if sent is None:
         return uuid.uuid4().hex
     if not isinstance(sent, str) or not _VALID_ID.fullmatch(sent):
         raise RequestInvalid(REQUEST_ID, f"must match ^{_VALID_ID.pattern}$")
     return sent
+
+
+def actor_of(context: Context) -> str:
+    """Who asks; empty when nobody is named. Raises RequestInvalid for a name unfit for logs."""
+    sent = _metadata(context, ACTOR)
+    if sent is None:
+        return ""
+    if not isinstance(sent, str) or not sent.isprintable() or len(sent) > MAX_ACTOR:
+        raise RequestInvalid(ACTOR, f"must be at most {MAX_ACTOR} printable characters")
+    return sent
+
+
+def _metadata(context: Context, key: str) -> str | bytes | None:
+    """The first value that the client sent under a key."""
+    return next((v for k, v in context.invocation_metadata() or () if k == key), None)
 
 
 def deadline_of(context: Context, now: float) -> float | None:

@@ -65,6 +65,7 @@ def split_pairs(value: object) -> object:
 
 
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(split_list)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_list)]
 NamedPaths = Annotated[dict[str, Path], NoDecode, BeforeValidator(split_pairs)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1)]
@@ -115,6 +116,38 @@ class ServerConfig(BaseSettings):
         description="Folder that LoadAdapter may read from; none refuses LoadAdapter. "
         "Repeat the flag for more; ADAPLEX_ADAPTER_ROOTS takes commas.",
     )
+    shared_store: str | None = Field(
+        None,
+        description="s3://bucket/prefix that several servers share; store_dir is then its cache. "
+        "Credentials come from AWS_* variables.",
+    )
+    refresh_seconds: Annotated[float, Field(ge=0, le=60, allow_inf_nan=False)] = Field(
+        0.5, description="Age at which what is known of the shared store is looked up again."
+    )
+    resolve_from: Names = Field(
+        (),
+        description="Where an adapter that a request names is looked for on first use, such as "
+        "/srv/adapters/{name}, hf://org/{name} or s3://bucket/{name}. Repeat the flag for more.",
+    )
+    hub_allow: Names = Field(
+        (),
+        description="org/repo pattern that LoadAdapter may fetch from the hub, such as my-org/*; "
+        "none refuses hf:// URIs. Repeat the flag for more.",
+    )
+    bucket_allow: Names = Field(
+        (),
+        description="s3://bucket/prefix that LoadAdapter may read; none refuses s3:// URIs. "
+        "Repeat the flag for more.",
+    )
+    base_policy: Literal["off", "warn", "refuse"] = Field(
+        "warn", description="What to do about an adapter that was trained on another base."
+    )
+    signature_policy: Literal["off", "warn", "require"] = Field(
+        "off", description="What to do about an adapter without a valid OpenSSF signature."
+    )
+    signature_keys: Paths = Field(
+        (), description="PEM public key that may sign adapters. Repeat the flag for more."
+    )
     adapters: NamedPaths = Field(
         default_factory=dict,
         description="name=path of an adapter to import at start. "
@@ -124,7 +157,15 @@ class ServerConfig(BaseSettings):
         "unmerged", description="How adapters are applied when a request does not say."
     )
     arena_bytes: ByteSize = Field(
-        ByteSize(256 * MIB), gt=0, description="Bytes of adapters resident at once."
+        ByteSize(256 * MIB), gt=0, description="Bytes of adapters in device memory at once."
+    )
+    host_bytes: ByteSize = Field(
+        ByteSize(1024 * MIB),
+        ge=0,
+        description="Bytes of adapters kept ready in host memory; 0 reads them from the disk.",
+    )
+    max_pinned_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="Share of arena_bytes that pinned adapters may take."
     )
     merged_bytes: ByteSize = Field(
         ByteSize(1024 * MIB), ge=0, description="Bytes of merged weights; 0 refuses merged mode."
@@ -134,8 +175,17 @@ class ServerConfig(BaseSettings):
     )
     max_adapter_rank: Count = Field(256, description="Largest rank that is taken.")
     max_adapters: Count = Field(10_000, description="Adapter names in the store.")
+    max_versions: Count = Field(1000, description="Versions under one name.")
     max_store_bytes: ByteSize = Field(
         ByteSize(1024**2 * MIB), gt=0, description="Bytes of all stored adapters."
+    )
+    cache_bytes: ByteSize = Field(
+        ByteSize(16 * 1024 * MIB),
+        gt=0,
+        description="Bytes of the shared store's adapters kept on this disk.",
+    )
+    gc_interval: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        600, description="Seconds between two searches for content that nothing names."
     )
     max_uploads: Count = Field(4, description="Uploads and loads at once.")
     upload_idle_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(

@@ -1,4 +1,4 @@
-"""Between protobuf messages and our own values. Every range of generation.proto is checked here."""
+"""Between generation messages and our own values; every range of generation.proto is checked."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adaplex.adapters.catalog import AdapterRecord
-from adaplex.adapters.registry import NAME
-from adaplex.adapters.report import Report
-from adaplex.adapters.staging import FileSpec
+from adaplex.adapters.combination import MAX_COMPONENTS
+from adaplex.adapters.lease import Lease
 from adaplex.engine.errors import RequestInvalid
 from adaplex.engine.request import (
     AdapterMode,
@@ -18,7 +17,7 @@ from adaplex.engine.request import (
     Logprob,
     SamplingParams,
 )
-from adaplex.v1 import adapters_pb2, generation_pb2
+from adaplex.v1 import generation_pb2
 
 ROLES = ("system", "user", "assistant")
 MAX_STOPS = 16
@@ -27,10 +26,8 @@ MAX_STOP_TOKENS = 64
 MAX_LOGPROBS = 20
 MAX_PRIORITY = 100
 MAX_SALT_CHARS = 256
-MAX_PAGE = 1000
 MAX_MESSAGES = 1024
-MAX_FILES = 16
-"""Announced files that are looked at one by one; an adapter has far fewer."""
+MAX_ROUTING_KEY = 256
 
 MODES = {
     generation_pb2.ADAPTER_MODE_UNMERGED: AdapterMode.UNMERGED,
@@ -186,6 +183,25 @@ def priority(spec: generation_pb2.GenerationSpec) -> int:
     return spec.priority
 
 
+def wanted_adapters(spec: generation_pb2.GenerationSpec) -> list[tuple[str, float]]:
+    """Selectors and weights; empty for the base. The registry checks both."""
+    if not spec.adapters:
+        return [(spec.adapter, 1.0)] if spec.adapter else []
+    check("spec.adapters", not spec.adapter, "must be empty beside spec.adapter")
+    fits = len(spec.adapters) <= MAX_COMPONENTS
+    check("spec.adapters", fits, f"must be at most {MAX_COMPONENTS} adapters")
+    for i, part in enumerate(spec.adapters):
+        check(f"spec.adapters[{i}].adapter", bool(part.adapter), "must name an adapter")
+    return [(p.adapter, p.weight if p.HasField("weight") else 1.0) for p in spec.adapters]
+
+
+def routing_key(spec: generation_pb2.GenerationSpec) -> str:
+    """`spec.routing_key`, checked."""
+    fits = len(spec.routing_key) <= MAX_ROUTING_KEY
+    check("spec.routing_key", fits, f"must be at most {MAX_ROUTING_KEY} characters")
+    return spec.routing_key
+
+
 def adapter_ref(record: AdapterRecord, mode: AdapterMode) -> AdapterRef:
     """What a request is bound to."""
     return AdapterRef(
@@ -198,14 +214,27 @@ def adapter_ref(record: AdapterRecord, mode: AdapterMode) -> AdapterRef:
     )
 
 
-def applied(ref: AdapterRef) -> generation_pb2.AppliedAdapter:
+def applied(ref: AdapterRef, lease: Lease) -> generation_pb2.AppliedAdapter:
     """The proof of what answers."""
+    components = [
+        generation_pb2.AppliedComponent(
+            name=part.record.name,
+            version=part.record.version,
+            digest=part.record.digest,
+            weight=part.weight,
+            alias=part.record.alias,
+        )
+        for part in lease.parts
+    ]
     return generation_pb2.AppliedAdapter(
         name=ref.name,
         version=ref.version,
         digest=ref.digest,
         mode=MODES_OUT[ref.mode],
         modules=ref.modules,
+        alias=lease.record.alias,
+        components=components,
+        warnings=lease.warnings,
     )
 
 
@@ -213,64 +242,3 @@ def token_logprob(logprob: Logprob) -> generation_pb2.TokenLogprob:
     """One token's log probabilities."""
     top = [generation_pb2.TopLogprob(token_id=t, logprob=p) for t, p in logprob.top]
     return generation_pb2.TokenLogprob(token_id=logprob.token, logprob=logprob.logprob, top=top)
-
-
-def replaces(field: str, policy: adapters_pb2.UploadPolicy.ValueType) -> bool:
-    """Whether a taken name gets a new version."""
-    known = policy in adapters_pb2.UploadPolicy.values()
-    check(field, known, "must be a value of UploadPolicy")
-    return policy == adapters_pb2.UPLOAD_POLICY_REPLACE
-
-
-def file_specs(upload: adapters_pb2.AdapterUpload) -> list[FileSpec]:
-    """The announced files, not too many; the registry checks them."""
-    fits = len(upload.files) <= MAX_FILES
-    check("metadata.files", fits, f"must be at most {MAX_FILES} files")
-    return [FileSpec(name=f.name, size=f.size_bytes, sha256=f.sha256) for f in upload.files]
-
-
-def page(request: adapters_pb2.ListAdaptersRequest) -> tuple[int, str]:
-    """Size and token of a page, checked."""
-    check("page_size", request.page_size <= MAX_PAGE, f"must be 1 to {MAX_PAGE}, or 0 for 100")
-    known = not request.page_token or NAME.fullmatch(request.page_token) is not None
-    check("page_token", known, "must be a next_page_token of this server")
-    return request.page_size or 100, request.page_token
-
-
-def adapter(record: AdapterRecord, *, resident: bool) -> adapters_pb2.Adapter:
-    """A stored adapter as clients see it."""
-    message = adapters_pb2.Adapter(
-        name=record.name,
-        version=record.version,
-        digest=record.digest,
-        family=record.family,
-        modules=record.modules,
-        max_rank=record.max_rank,
-        stored_bytes=record.stored_bytes,
-        packed_bytes=record.packed_bytes,
-        resident=resident,
-    )
-    message.create_time.FromDatetime(record.created)
-    return message
-
-
-def report(found: Report) -> adapters_pb2.AdapterReport:
-    """What a checkpoint says, as clients see it."""
-    return adapters_pb2.AdapterReport(
-        family=found.family,
-        digest=found.digest,
-        packed_bytes=found.packed_bytes,
-        notes=found.notes,
-        refusals=[adapters_pb2.Refusal(where=r.where, reason=r.reason) for r in found.refusals],
-        modules=[
-            adapters_pb2.ModuleReport(
-                module=m.module,
-                rank=m.rank,
-                scale=m.scale,
-                in_features=m.in_features,
-                out_features=m.out_features,
-                bias=m.bias,
-            )
-            for m in found.modules
-        ],
-    )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from adaplex.engine.observer import EngineStats
+from adaplex.engine.observer import EngineStats, Tier
 from adaplex.engine.request import AdapterRef
 
 MAX_ADAPTER_LABELS = 1000
@@ -64,15 +64,19 @@ class EngineGauges(Collector):
         yield self._gauge("num_requests_waiting", "Requests in the queue.", now.waiting)
         yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", used)
         yield self._lora_info(now)
-        yield self._tiers(
-            "adapter_resident_bytes", "Bytes in use.", now.arena_bytes_used, now.merged_bytes_used
-        )
-        yield self._tiers(
-            "adapter_capacity_bytes",
-            "Bytes in all.",
-            now.arena_bytes_total,
-            now.merged_bytes_total,
-        )
+        used_bytes: dict[Tier, int] = {
+            "arena": now.arena_bytes_used,
+            "host": now.host_bytes_used,
+            "merged": now.merged_bytes_used,
+        }
+        total_bytes: dict[Tier, int] = {
+            "arena": now.arena_bytes_total,
+            "host": now.host_bytes_total,
+            "merged": now.merged_bytes_total,
+        }
+        yield self._tiers("adapter_resident_bytes", "Bytes in use.", used_bytes)
+        yield self._tiers("adapter_capacity_bytes", "Bytes in all.", total_bytes)
+        yield self._gauge("adapter_pinned_bytes", "Bytes of pins.", now.pinned_bytes_used)
         yield self._states(now)
 
     def _gauge(self, name: str, doc: str, value: float) -> Metric:
@@ -93,10 +97,10 @@ class EngineGauges(Collector):
         family.add_metric([str(self._max_lora), waiting, running, self._model_name], time.time())
         return family
 
-    def _tiers(self, name: str, doc: str, arena: int, merged: int) -> Metric:
+    def _tiers(self, name: str, doc: str, values: Mapping[Tier, int]) -> Metric:
         family = GaugeMetricFamily(name, doc, labels=["tier", "model_name"])
-        family.add_metric(["arena", self._model_name], arena)
-        family.add_metric(["merged", self._model_name], merged)
+        for tier, value in values.items():
+            family.add_metric([tier, self._model_name], value)
         return family
 
     def _states(self, now: EngineStats) -> Metric:
@@ -106,8 +110,9 @@ class EngineGauges(Collector):
             "Contents of the adapter in the tier.",
             labels=["adapter", "tier", "model_name"],
         )
-        self._adapters.keep(now.resident | now.merged)
-        for tier, digests in (("arena", now.resident), ("merged", now.merged)):
+        self._adapters.keep(now.resident | now.host | now.merged)
+        tiers = {"arena": now.resident, "host": now.host, "merged": now.merged}
+        for tier, digests in tiers.items():
             for label, count in sorted(Tally(map(self._adapters.of_digest, digests)).items()):
                 family.add_metric([label, tier, self._model_name], count)
         return family

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
-from adaplex.adapters.registry import AdapterRegistry, Lease
+from adaplex.adapters.errors import AdapterNotFound
+from adaplex.adapters.lease import Lease
+from adaplex.adapters.registry import AdapterRegistry
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.errors import (
     DeadlineExpired,
@@ -38,6 +41,8 @@ from adaplex.v1.generation_pb2 import (
 
 Event = GenerationStarted | GenerationDelta | GenerationFinished
 AsyncEvents = AsyncGenerator[Event, None]
+Bring = Callable[[str], Awaitable[bool]]
+"""Fetches the adapter that a selector names, if it can be found; whether it is known now."""
 LEASE_THREADS = 4
 """For resolving and releasing adapters."""
 
@@ -56,9 +61,12 @@ class Generator:
         metrics: Metrics,
         model_name: str,
         mode: AdapterMode,
+        bring: Bring,
     ) -> None:
-        """`max_entering` bounds the requests that are not with the engine yet."""
-        self._engine, self._registry = engine, registry
+        """`max_entering` bounds the requests that are not with the engine yet; `bring` looks
+        elsewhere for an adapter that is unknown here.
+        """
+        self._engine, self._registry, self._bring = engine, registry, bring
         self._limits, self._metrics = limits, metrics
         self._model_name, self._mode = model_name, mode
         self._numbers = itertools.count()
@@ -77,9 +85,12 @@ class Generator:
         sampling = convert.sampling_params(spec, self._limits)
         mode = convert.adapter_mode(spec, self._mode)
         salt, priority = convert.cache_salt(spec), convert.priority(spec)
+        wanted, key = convert.wanted_adapters(spec), convert.routing_key(spec)
         self._prompts.check(spec)
         with self._entered() as entered:
-            async with self._leased(spec.adapter) as lease:
+            begun = time.monotonic()
+            async with self._leased(wanted, key) as lease:
+                fetched = time.monotonic() - begun
                 adapter = convert.adapter_ref(lease.record, mode) if lease else None
                 call.log |= _bound(adapter)
                 prompt = await self._prompts.ids(spec)
@@ -95,13 +106,20 @@ class Generator:
                     deadline=call.deadline,
                 )
                 entered.close()
-                async with aclosing(self._run(request, list(spec.sampling.stop), call)) as events:
+                answer = Answer(
+                    self._detokenizer,
+                    request,
+                    list(spec.sampling.stop),
+                    lease=lease,
+                    fetch_seconds=fetched if lease else 0.0,
+                )
+                async with aclosing(self._run(request, answer, call)) as events:
                     async for event in events:
                         yield event
 
-    async def _run(self, request: Request, stops: Sequence[str], call: Call) -> AsyncEvents:
+    async def _run(self, request: Request, answer: Answer, call: Call) -> AsyncEvents:
         """The engine's outputs as messages, counted and timed."""
-        answer, admitted = Answer(self._detokenizer, request, stops), False
+        admitted = False
         reason: FinishedReason | None = "abort"
         try:
             async with aclosing(self._engine.generate(request)) as outputs:
@@ -144,20 +162,35 @@ class Generator:
             return entered.pop_all()
 
     @asynccontextmanager
-    async def _leased(self, selector: str) -> AsyncIterator[Lease | None]:
-        """The adapter's content, kept from removal; nothing for the base. NOT_FOUND if unknown."""
-        if not selector:
+    async def _leased(
+        self, wanted: Sequence[tuple[str, float]], routing_key: str
+    ) -> AsyncIterator[Lease | None]:
+        """The adapters' content, kept from removal; nothing for the base. NOT_FOUND if unknown."""
+        if not wanted:
             yield None
             return
         release = partial(self._release, asyncio.get_running_loop())
-        open_ = partial(self._registry.resolve, selector)
-        async with owned(open_, release, self._leasing) as lease:
+        open_ = partial(self._resolve, wanted, routing_key)
+        async with AsyncExitStack() as stack:
+            try:
+                lease = await stack.enter_async_context(owned(open_, release, self._leasing))
+            except AdapterNotFound:
+                if not all([await self._bring(selector) for selector, _ in wanted]):
+                    raise
+                lease = await stack.enter_async_context(owned(open_, release, self._leasing))
             yield lease
+
+    def _resolve(self, wanted: Sequence[tuple[str, float]], routing_key: str) -> Lease:
+        """In a thread: one adapter as it is, or several combined."""
+        (selector, weight), *others = wanted
+        if others or weight != 1.0:
+            return self._registry.resolve_combination(wanted, routing_key=routing_key)
+        return self._registry.resolve(selector, routing_key=routing_key)
 
     def _release(self, loop: asyncio.AbstractEventLoop, lease: Lease) -> None:
         """In a thread: ends a lease, and what nobody can ask for any more leaves the memory."""
-        if lease.release():
-            loop.call_soon_threadsafe(self._unload, lease.record.digest)
+        for digest in lease.release():
+            loop.call_soon_threadsafe(self._unload, digest)
 
     def _unload(self, digest: str) -> None:
         """Tells the engine; nobody waits for it."""

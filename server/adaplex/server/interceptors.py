@@ -20,6 +20,7 @@ from adaplex.server.calls import (
     Call,
     Context,
     Inflight,
+    actor_of,
     deadline_of,
     enter_call,
     request_id_of,
@@ -94,6 +95,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._metrics.started(call)
         try:
             call.request_id = request_id_of(context)
+            call.actor = actor_of(context)
             enter_call(call)
             echo = ((REQUEST_ID, call.request_id),)
             context.set_trailing_metadata(echo)

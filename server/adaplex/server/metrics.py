@@ -40,6 +40,7 @@ OURS = frozenset(
         "adapter_evictions",
         "adapter_resident_bytes",
         "adapter_capacity_bytes",
+        "adapter_pinned_bytes",
         "adapter_state",
         "merged_cache_queries",
         "merged_cache_hits",

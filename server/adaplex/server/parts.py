@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
+from adaplex.adapters.importer import Importer
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.config import EngineConfig
@@ -25,6 +26,7 @@ class Parts:
     limits: ModelLimits
     tokenizer: Tokenizer
     registry: AdapterRegistry
+    importer: Importer
     engine_config: EngineConfig
     engine: AsyncEngine
     metrics: Metrics

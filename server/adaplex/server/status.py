@@ -35,11 +35,15 @@ TABLE: dict[type[BaseException], Mapping] = {
     adapters.AdapterInvalid: Mapping(grpc.StatusCode.INVALID_ARGUMENT, "ADAPTER_INVALID"),
     adapters.AdapterNotFound: Mapping(grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND"),
     adapters.AdapterExists: Mapping(grpc.StatusCode.ALREADY_EXISTS, "ADAPTER_EXISTS"),
+    adapters.BaseMismatch: Mapping(grpc.StatusCode.FAILED_PRECONDITION, "BASE_MISMATCH"),
     adapters.StoreFull: Mapping(grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"),
     adapters.AdapterTooLarge: Mapping(grpc.StatusCode.INVALID_ARGUMENT, "ADAPTER_TOO_LARGE"),
+    adapters.SourceUnavailable: Mapping(grpc.StatusCode.UNAVAILABLE, "SOURCE_UNAVAILABLE"),
     adapters.StoreCorrupt: Mapping(grpc.StatusCode.DATA_LOSS, "STORE_CORRUPT"),
     engine.RequestInvalid: Mapping(grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID"),
     engine.QueueFull: Mapping(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    engine.PinsFull: Mapping(grpc.StatusCode.RESOURCE_EXHAUSTED, "PINS_FULL"),
+    engine.NoRoomBesidePins: Mapping(grpc.StatusCode.RESOURCE_EXHAUSTED, "NO_ROOM_BESIDE_PINS"),
     engine.ServerUnavailable: Mapping(grpc.StatusCode.UNAVAILABLE, "SERVER_UNAVAILABLE"),
     engine.DeadlineExpired: Mapping(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"),
     engine.LogitsOverflowed: Mapping(grpc.StatusCode.FAILED_PRECONDITION, "LOGITS_OVERFLOWED"),
@@ -73,11 +77,12 @@ def status_of(error: BaseException, request_id: str) -> Status:
     violations = _bounded(_violations(error)) if mapping.code in _NAMES_FIELDS else []
     if violations:
         _attach(status, BadRequest(field_violations=violations))
-    if isinstance(error, engine.QueueFull | edge.UploadsBusy | adapters.StoreFull):
+    if isinstance(error, _RETRIED):
         _attach(status, RetryInfo(retry_delay=_duration(error.retry_after)))
     return status
 
 
+_RETRIED = engine.QueueFull | edge.UploadsBusy | adapters.StoreFull | adapters.SourceUnavailable
 _NAMES_FIELDS = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,

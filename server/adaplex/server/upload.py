@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.intake import Intake
 from adaplex.adapters.staging import FileSpec, Staging
-from adaplex.server import convert
+from adaplex.server import adapter_messages as messages
 from adaplex.server.blocking import in_thread, owned
 from adaplex.server.config import MAX_CHUNK_BYTES
 from adaplex.server.convert import check
@@ -33,8 +33,8 @@ class Received:
 class Receiver:
     """Takes uploads in, a bounded number at once."""
 
-    def __init__(self, registry: AdapterRegistry, *, max_uploads: int, idle_timeout: float) -> None:
-        self._registry = registry
+    def __init__(self, intake: Intake, *, max_uploads: int, idle_timeout: float) -> None:
+        self._intake = intake
         self._max_uploads, self._idle_timeout = max_uploads, idle_timeout
         self._under_way = 0
 
@@ -50,28 +50,28 @@ class Receiver:
             self._under_way -= 1
 
     @asynccontextmanager
-    async def receive(self, messages: AsyncIterator[Part]) -> AsyncIterator[Received]:
+    async def receive(self, parts: AsyncIterator[Part]) -> AsyncIterator[Received]:
         """Reads a stream to its end. What was not committed is discarded afterwards."""
         async with self.slot():
-            first = await self._next(messages)
+            first = await self._next(parts)
             given = first is not None and first.HasField("metadata")
             check("metadata", given, "must be the first message")
             assert first is not None
             upload = first.metadata
-            self._registry.check_name(upload.name)
-            replace = convert.replaces("metadata.policy", upload.policy)
-            files = convert.file_specs(upload)
-            stage = partial(self._registry.stage, files)
+            self._intake.check_name(upload.name)
+            replace = messages.replaces("metadata.policy", upload.policy)
+            files = messages.file_specs(upload)
+            stage = partial(self._intake.stage, files)
             async with owned(stage, Staging.discard) as staging:
-                await self._fill(staging, files, messages)
+                await self._fill(staging, files, parts)
                 yield Received(upload.name, replace, staging)
 
     async def _fill(
-        self, staging: Staging, files: list[FileSpec], messages: AsyncIterator[Part]
+        self, staging: Staging, files: list[FileSpec], parts: AsyncIterator[Part]
     ) -> None:
         """Writes every chunk, each checked against what must come next."""
         index, offset = 0, 0
-        while (message := await self._next(messages)) is not None:
+        while (message := await self._next(parts)) is not None:
             check("metadata", message.HasField("chunk"), "must be sent once, then only chunks")
             chunk = message.chunk
             while index < len(files) and offset == files[index].size:
@@ -81,11 +81,11 @@ class Receiver:
             offset += len(chunk.data)
         _check_complete(files, index, offset)
 
-    async def _next(self, messages: AsyncIterator[Part]) -> Part | None:
+    async def _next(self, parts: AsyncIterator[Part]) -> Part | None:
         """The next message, None at the end. Raises UploadIdle when none comes."""
         try:
             async with asyncio.timeout(self._idle_timeout):
-                return await anext(messages, None)
+                return await anext(parts, None)
         except TimeoutError:
             raise UploadIdle(self._idle_timeout) from None
 

@@ -45,6 +45,7 @@ HARMLESS = frozenset(
         "auto_mapping",
         "peft_version",
         "base_model_name_or_path",
+        "base_model_fingerprint",
         "revision",
         "inference_mode",
         "lora_dropout",
@@ -310,11 +311,6 @@ def _lower_bias(reading: _Reading, module: BaseModule, bias: Tensor) -> Tensor |
 def _notes(reading: _Reading) -> list[str]:
     """What a user may want to know and nobody needs to mend."""
     notes = []
-    trained_on = reading.config.get("base_model_name_or_path")
-    if isinstance(trained_on, str) and trained_on:
-        tail = trained_on.rstrip("/").rpartition("/")[2].lower()
-        if tail != reading.base.name.rpartition("/")[2].lower():
-            notes.append(f"trained on {trained_on:.200}, served on {reading.base.name}")
     if reading.config.get("fan_in_fan_out"):
         notes.append("fan_in_fan_out: weights are kept as [out, in] here, nothing to transpose")
     return notes

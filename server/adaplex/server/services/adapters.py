@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import suppress
-from pathlib import Path
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from adaplex.adapters.catalog import AdapterRecord
+from adaplex.adapters.entry import Entry, Origin
+from adaplex.adapters.importer import Importer
+from adaplex.adapters.intake import Committed
 from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.selector import DEFAULT
 from adaplex.engine.async_engine import AsyncEngine
-from adaplex.engine.errors import RequestInvalid
-from adaplex.server import convert
+from adaplex.server import adapter_messages as messages
 from adaplex.server.blocking import in_thread
 from adaplex.server.calls import current_call
+from adaplex.server.pins import Pins
 from adaplex.server.upload import Receiver
-from adaplex.v1 import adapters_pb2_grpc
-from adaplex.v1.adapters_pb2 import (
-    Adapter,
-    DeleteAdapterRequest,
-    DeleteAdapterResponse,
-    GetAdapterRequest,
-    GetAdapterResponse,
-    ListAdaptersRequest,
-    ListAdaptersResponse,
-    LoadAdapterRequest,
-    LoadAdapterResponse,
-    UnloadAdapterRequest,
-    UnloadAdapterResponse,
-    UploadAdapterRequest,
-    UploadAdapterResponse,
-    ValidateAdapterRequest,
-    ValidateAdapterResponse,
-)
+from adaplex.v1 import adapters_pb2, adapters_pb2_grpc
 
 MAX_LOGGED = 200
 """Characters of a name that a client sent, known to us or not."""
@@ -45,136 +31,200 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     def __init__(
         self,
         registry: AdapterRegistry,
+        importer: Importer,
         engine: AsyncEngine,
         receiver: Receiver,
-        roots: tuple[Path, ...],
+        pins: Pins,
     ) -> None:
-        self._registry, self._engine = registry, engine
-        self._receiver, self._roots = receiver, roots
+        self._registry, self._names, self._importer = registry, registry.names, importer
+        self._engine, self._receiver, self._pins = engine, receiver, pins
 
     async def UploadAdapter(
-        self, request_iterator: AsyncIterator[UploadAdapterRequest], context: Any
-    ) -> UploadAdapterResponse:
+        self, request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest], context: Any
+    ) -> adapters_pb2.UploadAdapterResponse:
         """Stores what it receives under a name."""
         async with self._receiver.receive(request_iterator) as got:
             _note(got.name)
+            commit, origin = self._registry.intake.commit, _origin("upload")
             done = await in_thread(
-                self._registry.commit, got.staging, got.name, replace=got.replace
+                commit, got.staging, got.name, replace=got.replace, origin=origin
             )
-        return UploadAdapterResponse(
-            adapter=self._adapter(done.record),
-            report=convert.report(done.report),
-            created=done.created,
-        )
+        return adapters_pb2.UploadAdapterResponse(**await self._committed(done))
 
     async def ValidateAdapter(
-        self, request_iterator: AsyncIterator[ValidateAdapterRequest], context: Any
-    ) -> ValidateAdapterResponse:
+        self, request_iterator: AsyncIterator[adapters_pb2.ValidateAdapterRequest], context: Any
+    ) -> adapters_pb2.ValidateAdapterResponse:
         """Reports on what it receives and drops it."""
         async with self._receiver.receive(request_iterator) as got:
-            report = await in_thread(self._registry.check, got.staging)
-        return ValidateAdapterResponse(valid=not report.refusals, report=convert.report(report))
-
-    async def LoadAdapter(self, request: LoadAdapterRequest, context: Any) -> LoadAdapterResponse:
-        """Stores a directory that the server can read."""
-        _note(request.name)
-        self._registry.check_name(request.name)
-        replace = convert.replaces("policy", request.policy)
-        async with self._receiver.slot():
-            path = await in_thread(allowed_path, request.uri, self._roots)
-            done = await in_thread(
-                self._registry.import_directory,
-                path,
-                request.name,
-                replace=replace,
-                roots=self._roots,
-            )
-        return LoadAdapterResponse(
-            adapter=self._adapter(done.record),
-            report=convert.report(done.report),
-            created=done.created,
+            report = await in_thread(self._registry.intake.check, got.staging)
+        return adapters_pb2.ValidateAdapterResponse(
+            valid=report.valid, report=messages.report(report)
         )
 
-    async def GetAdapter(self, request: GetAdapterRequest, context: Any) -> GetAdapterResponse:
-        """One adapter and its report."""
+    async def LoadAdapter(
+        self, request: adapters_pb2.LoadAdapterRequest, context: Any
+    ) -> adapters_pb2.LoadAdapterResponse:
+        """Stores what a URI names."""
         _note(request.name)
-        record = await in_thread(self._registry.get, request.name)
-        report = await in_thread(self._registry.report, record.digest)
-        return GetAdapterResponse(adapter=self._adapter(record), report=convert.report(report))
+        taken = messages.replaces("policy", request.policy)
+        async with self._receiver.slot():
+            load, origin = self._importer.load, _origin()
+            done = await in_thread(load, request.uri, request.name, replace=taken, origin=origin)
+        return adapters_pb2.LoadAdapterResponse(**await self._committed(done))
+
+    async def MergeAdapters(
+        self, request: adapters_pb2.MergeAdaptersRequest, context: Any
+    ) -> adapters_pb2.MergeAdaptersResponse:
+        """Stores an adapter made of stored ones."""
+        _note(request.name)
+        taken = messages.replaces("policy", request.policy)
+        selectors, plan = messages.merge_plan(request)
+        async with self._receiver.slot():
+            merge, origin = self._importer.merge, _origin()
+            done = await in_thread(
+                merge, selectors, plan, request.name, replace=taken, origin=origin
+            )
+        return adapters_pb2.MergeAdaptersResponse(**await self._committed(done))
+
+    async def GetAdapter(
+        self, request: adapters_pb2.GetAdapterRequest, context: Any
+    ) -> adapters_pb2.GetAdapterResponse:
+        """One adapter, its report, and the versions of its name."""
+        _note(request.name)
+        record = await in_thread(self._names.get, request.name)
+        report = await in_thread(self._registry.programs.report, record.digest)
+        entry = await in_thread(self._names.entry, record.name)
+        return adapters_pb2.GetAdapterResponse(
+            adapter=self._adapter(record, entry),
+            report=messages.report(report),
+            versions=messages.versions(entry),
+        )
 
     async def ListAdapters(
-        self, request: ListAdaptersRequest, context: Any
-    ) -> ListAdaptersResponse:
-        """A page of adapters by name."""
-        size, after = convert.page(request)
-        records = await in_thread(self._registry.list, limit=size + 1, after=after)
-        page, more = records[:size], len(records) > size
-        return ListAdaptersResponse(
-            adapters=map(self._adapter, page), next_page_token=page[-1].name if more else ""
+        self, request: adapters_pb2.ListAdaptersRequest, context: Any
+    ) -> adapters_pb2.ListAdaptersResponse:
+        """A page of adapters, each by its newest version."""
+        query = messages.query(request)
+        entries = await in_thread(self._names.query, replace(query, limit=query.limit + 1))
+        page, more = entries[: query.limit], len(entries) > query.limit
+        response = adapters_pb2.ListAdaptersResponse(adapters=map(self._newest, page))
+        if more:
+            after = self._names.after(page[-1], query)
+            response.next_page_token = messages.page_token(request, after)
+        return response
+
+    async def GetAdapterHistory(
+        self, request: adapters_pb2.GetAdapterHistoryRequest, context: Any
+    ) -> adapters_pb2.GetAdapterHistoryResponse:
+        """What happened to a name."""
+        _note(request.name)
+        history = await in_thread(self._names.history, request.name)
+        return adapters_pb2.GetAdapterHistoryResponse(events=map(messages.event, history))
+
+    async def UpdateAdapter(
+        self, request: adapters_pb2.UpdateAdapterRequest, context: Any
+    ) -> adapters_pb2.UpdateAdapterResponse:
+        """Changes description, labels and pin."""
+        _note(request.name)
+        if request.pinned:  # only what finds room is noted as pinned
+            await self._pins.add(request.name)
+        entry = await in_thread(
+            self._names.update,
+            request.name,
+            _origin(),
+            description=request.description if request.HasField("description") else None,
+            set_labels=dict(request.set_labels),
+            remove_labels=list(request.remove_labels),
+            pinned=request.pinned if request.HasField("pinned") else None,
         )
+        return adapters_pb2.UpdateAdapterResponse(adapter=await self._changed(entry))
+
+    async def SetAlias(
+        self, request: adapters_pb2.SetAliasRequest, context: Any
+    ) -> adapters_pb2.SetAliasResponse:
+        """Points an alias elsewhere."""
+        _note(request.name)
+        targets = messages.targets(request.targets)
+        set_alias = self._names.set_alias
+        entry = await in_thread(set_alias, request.name, request.alias, targets, _origin())
+        return adapters_pb2.SetAliasResponse(adapter=await self._changed(entry))
+
+    async def DeleteAlias(
+        self, request: adapters_pb2.DeleteAliasRequest, context: Any
+    ) -> adapters_pb2.DeleteAliasResponse:
+        """Forgets an alias."""
+        _note(request.name)
+        delete = self._names.delete_alias
+        entry = await in_thread(delete, request.name, request.alias, _origin())
+        return adapters_pb2.DeleteAliasResponse(adapter=await self._changed(entry))
+
+    async def RollbackAlias(
+        self, request: adapters_pb2.RollbackAliasRequest, context: Any
+    ) -> adapters_pb2.RollbackAliasResponse:
+        """Undoes the last change of an alias."""
+        _note(request.name)
+        alias = request.alias or DEFAULT
+        entry = await in_thread(self._names.rollback, request.name, alias, _origin())
+        return adapters_pb2.RollbackAliasResponse(adapter=await self._changed(entry))
 
     async def UnloadAdapter(
-        self, request: UnloadAdapterRequest, context: Any
-    ) -> UnloadAdapterResponse:
+        self, request: adapters_pb2.UnloadAdapterRequest, context: Any
+    ) -> adapters_pb2.UnloadAdapterResponse:
         """Frees the adapter's memory once running requests are done."""
         _note(request.name)
-        record = await in_thread(self._registry.get, request.name)
-        return UnloadAdapterResponse(was_resident=await self._engine.unload(record.digest))
+        record = await in_thread(self._names.get, request.name)
+        return adapters_pb2.UnloadAdapterResponse(
+            was_resident=await self._engine.unload(record.digest)
+        )
 
     async def DeleteAdapter(
-        self, request: DeleteAdapterRequest, context: Any
-    ) -> DeleteAdapterResponse:
-        """Forgets a name, and frees the memory of contents that no other name points to."""
+        self, request: adapters_pb2.DeleteAdapterRequest, context: Any
+    ) -> adapters_pb2.DeleteAdapterResponse:
+        """Forgets a name or a version, and frees the memory of contents that no other name has."""
         _note(request.name)
-        deleted = await in_thread(self._registry.delete, request.name)
+        deleted = await in_thread(self._names.delete, request.name, _origin())
         for digest in deleted.digests:
             await self._engine.unload(digest)
-        return DeleteAdapterResponse(versions_deleted=deleted.versions)
+        await self._pins.follow()
+        return adapters_pb2.DeleteAdapterResponse(versions_deleted=deleted.versions)
 
-    def _adapter(self, record: AdapterRecord) -> Adapter:
+    async def _committed(self, done: Committed) -> dict[str, Any]:
+        """The fields that every response about a new version has."""
+        entry = await in_thread(self._names.entry, done.record.name)
+        await self._pins.follow()
+        return {
+            "adapter": self._adapter(done.record, entry),
+            "report": messages.report(done.report),
+            "created": done.created,
+        }
+
+    async def _changed(self, entry: Entry) -> adapters_pb2.Adapter:
+        """An entry after a change, which pins follow."""
+        await self._pins.follow()
+        return self._newest(entry)
+
+    def _newest(self, entry: Entry) -> adapters_pb2.Adapter:
+        return self._adapter(self._names.newest(entry), entry)
+
+    def _adapter(self, record: AdapterRecord, entry: Entry) -> adapters_pb2.Adapter:
         """The adapter as clients see it."""
-        return convert.adapter(record, resident=record.digest in self._engine.stats().in_memory)
+        now = self._engine.stats()
+        if record.digest in now.in_memory:
+            tier = adapters_pb2.RESIDENCY_TIER_ARENA
+        elif record.digest in now.host:
+            tier = adapters_pb2.RESIDENCY_TIER_HOST
+        elif self._registry.is_local(record.digest):
+            tier = adapters_pb2.RESIDENCY_TIER_DISK
+        else:
+            tier = adapters_pb2.RESIDENCY_TIER_SOURCE
+        return messages.adapter(record, entry, tier)
+
+
+def _origin(source: str = "") -> Origin:
+    """Who asks for a change, and when."""
+    return Origin(datetime.now(UTC), current_call().actor, source)
 
 
 def _note(name: str) -> None:
     """Names the adapter in the log line of this RPC."""
     current_call().log["adapter"] = name[:MAX_LOGGED]
-
-
-def allowed_path(uri: str, roots: tuple[Path, ...]) -> Path:
-    """The real directory behind a path or file:// URI, if it lies under one of the roots.
-
-    Touches the disk. Whether anything exists outside the roots is not told.
-    """
-    if not roots:
-        raise RequestInvalid("uri", "this server has no --adapter-roots to load from")
-    path = _local_path(uri)
-    try:
-        real = path.resolve()
-    except (OSError, RuntimeError):  # a loop of links; it leads nowhere, so to no root either
-        real = None
-    inside = real is not None and any(real.is_relative_to(root.resolve()) for root in roots)
-    convert.check("uri", inside, "must lie under one of --adapter-roots")
-    assert real is not None
-    convert.check("uri", _is_dir(real), "must be a directory")
-    return real
-
-
-def _local_path(uri: str) -> Path:
-    """The absolute path that a path or file:// URI names."""
-    name = uri
-    with suppress(ValueError):  # of brackets in a host; such a host is not here anyway
-        parts = urlsplit(uri)
-        if parts.scheme == "file" and parts.netloc in ("", "localhost"):
-            name = unquote(parts.path)
-    path = Path(name)
-    convert.check("uri", path.is_absolute() and "\0" not in name, "must be an absolute path")
-    return path
-
-
-def _is_dir(path: Path) -> bool:
-    """Whether it is a directory; nothing that cannot be looked at is one."""
-    try:
-        return path.is_dir()
-    except OSError:  # of a name that is too long, a folder that is closed to us
-        return False

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from adaplex.adapters.catalog import Usage
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.config import EngineConfig
@@ -24,6 +25,7 @@ class ModelInfo:
     compute_dtype: str
     device: str
     digest: str
+    fingerprint: str
     weight_bytes: int
 
 
@@ -47,22 +49,25 @@ class InfoService(server_pb2_grpc.ServerServiceServicer):
         engine_config: EngineConfig,
         registry: AdapterRegistry,
         sizes: AdapterSizes,
+        store_bytes: int,
     ) -> None:
+        """`store_bytes` is the quota of the store."""
         self._version, self._model, self._engine = version, model, engine
         self._config, self._registry, self._sizes = engine_config, registry, sizes
+        self._store_bytes = store_bytes
         self._started = time.monotonic()
 
     async def GetServerInfo(
         self, request: server_pb2.GetServerInfoRequest, context: Any
     ) -> server_pb2.GetServerInfoResponse:
         """Facts, limits and how full it is now."""
-        stored = await in_thread(self._registry.count)
+        usage = await in_thread(self._registry.names.usage)
         return server_pb2.GetServerInfoResponse(
             version=self._version,
             model=server_pb2.BaseModelInfo(
                 **vars(self._model), max_model_len=self._config.max_model_len
             ),
-            capacity=self._capacity(stored),
+            capacity=self._capacity(usage),
             limits=server_pb2.LimitsInfo(
                 max_concurrent_sequences=self._config.max_running,
                 max_waiting_requests=self._config.max_waiting,
@@ -72,7 +77,7 @@ class InfoService(server_pb2_grpc.ServerServiceServicer):
             uptime_seconds=time.monotonic() - self._started,
         )
 
-    def _capacity(self, stored: int) -> server_pb2.CapacityInfo:
+    def _capacity(self, usage: Usage) -> server_pb2.CapacityInfo:
         now = self._engine.stats()
         return server_pb2.CapacityInfo(
             requests_running=now.running,
@@ -82,8 +87,14 @@ class InfoService(server_pb2_grpc.ServerServiceServicer):
             kv_block_tokens=self._config.block_tokens,
             arena_bytes_total=now.arena_bytes_total,
             arena_bytes_used=now.arena_bytes_used,
-            adapters_stored=stored,
+            adapters_stored=usage.names,
             adapters_resident=len(now.in_memory),
             merged_bytes_total=now.merged_bytes_total,
             merged_bytes_used=now.merged_bytes_used,
+            host_bytes_total=now.host_bytes_total,
+            host_bytes_used=now.host_bytes_used,
+            store_bytes_total=self._store_bytes,
+            store_bytes_used=usage.stored_bytes,
+            pinned_bytes_total=now.pinned_bytes_total,
+            pinned_bytes_used=now.pinned_bytes_used,
         )

@@ -1,0 +1,34 @@
+"""GarbageCollector: content that no name points to and nobody holds goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from adaplex.adapters.catalog import Catalog
+from adaplex.adapters.store import Contents
+
+
+class GarbageCollector:
+    """Removes with the catalog paused, so that no name can come to point to what goes."""
+
+    def __init__(self, catalog: Catalog, contents: Contents, forget: Callable[[str], None]) -> None:
+        """`forget` is told of each content that went."""
+        self._catalog, self._contents, self._forget = catalog, contents, forget
+
+    def collect(self, digest: str) -> bool:
+        """Removes content that is neither named nor held by any process; whether it did."""
+        if self._catalog.holds(digest):  # seen without waiting for others
+            return False
+        with self._catalog.paused():
+            if self._catalog.holds(digest) or not self._contents.remove(digest):
+                return False
+        self._forget(digest)
+        return True
+
+    def sweep(self) -> frozenset[str]:
+        """Collects all that can be: what a kill, or a process on the same store, left behind."""
+        return frozenset(filter(self.collect, self.orphans()))
+
+    def orphans(self) -> frozenset[str]:
+        """Content that no name points to, held or not."""
+        return self._contents.digests() - self._catalog.digests()

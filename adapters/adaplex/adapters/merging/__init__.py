@@ -1,0 +1,16 @@
+"""Merging: makes one stored adapter out of several, for good.
+
+A weighted combination per request needs none of this: see combination.py.
+"""
+
+from adaplex.adapters.merging.merge import merge_adapters, merge_checkpoints, write_checkpoint
+from adaplex.adapters.merging.plan import MAX_SOURCES, MergeMethod, MergePlan
+
+__all__ = [
+    "MAX_SOURCES",
+    "MergeMethod",
+    "MergePlan",
+    "merge_adapters",
+    "merge_checkpoints",
+    "write_checkpoint",
+]

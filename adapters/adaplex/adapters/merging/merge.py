@@ -1,0 +1,134 @@
+"""Merging: a LoRA checkpoint out of those of several adapters."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adaplex.adapters.base_match import FINGERPRINT, NAME
+from adaplex.adapters.checkpoint import CONFIG, WEIGHTS, Checkpoint
+from adaplex.adapters.errors import AdapterInvalid, Refusal
+from adaplex.adapters.formats import lower
+from adaplex.adapters.formats.lora import PREFIX
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.merging.arithmetic import Arithmetic, Factors, Pair
+from adaplex.adapters.merging.plan import MergePlan
+from adaplex.adapters.program import AdapterProgram, BaseSpec, ModuleProgram
+
+
+def merge_checkpoints(
+    plan: MergePlan, checkpoints: Sequence[Checkpoint], base: BaseSpec
+) -> Checkpoint:
+    """A LoRA checkpoint of the merged adapter, in fp32, every module with scale 1.
+
+    It names the base that its sources name, if they agree.
+    Raises AdapterInvalid naming the field of the plan, or the source.
+    """
+    limits = AdapterLimits().for_stored()
+    programs = [_lowered(i, checkpoint, base, limits) for i, checkpoint in enumerate(checkpoints)]
+    merged = merge_adapters(plan, programs, base.modules)
+    return Checkpoint({**merged.config, **_base_names(checkpoints)}, merged.tensors)
+
+
+def merge_adapters(
+    plan: MergePlan, programs: Sequence[AdapterProgram], order: Iterable[str]
+) -> Checkpoint:
+    """As `merge_checkpoints`, of adapters that are lowered already. `order` names the modules as
+    the base has them: it decides which values chance drops.
+    """
+    plan.check(len(programs))
+    parts = _parts(plan, programs)
+    largest = max(program.max_rank for program in programs)
+    arithmetic = Arithmetic(plan, plan.rank or largest)
+    pairs = {name: _merged(arithmetic, name, parts[name]) for name in order if name in parts}
+    assert pairs.keys() == parts.keys()
+    tensors: dict[str, Tensor] = {}
+    for name, (a, b) in pairs.items():
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
+    return Checkpoint(_config({name: len(a) for name, (a, _) in pairs.items()}), tensors)
+
+
+def write_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
+    """Writes the two files of an adapter directory."""
+    (directory / CONFIG).write_text(json.dumps(dict(checkpoint.config), indent=1))
+    save_file(dict(checkpoint.tensors), directory / WEIGHTS)
+
+
+def _lowered(
+    index: int, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits
+) -> AdapterProgram:
+    try:
+        return lower(checkpoint, base, limits)
+    except AdapterInvalid as error:
+        raise AdapterInvalid(
+            [Refusal(f"sources[{index}].{r.where}", r.reason) for r in error.refusals]
+        ) from None
+
+
+def _parts(plan: MergePlan, programs: Sequence[AdapterProgram]) -> dict[str, list[Factors]]:
+    """The factors of each module, in the order of the sources. Raises AdapterInvalid."""
+    parts: dict[str, list[Factors]] = {}
+    refusals = []
+    for i, (weight, program) in enumerate(zip(plan.weights, programs, strict=True)):
+        for module in program.modules:
+            if module.bias is not None or module.low_rank is None:
+                where = f"sources[{i}].{module.module}.bias"
+                refusals.append(Refusal(where, "a bias cannot be merged"))
+            else:
+                parts.setdefault(module.module, []).append(_factors(module, weight))
+    if not plan.method.any_ranks:
+        for name, found in parts.items():
+            if len(ranks := sorted({len(part.a) for part in found})) > 1:
+                listed = ", ".join(map(str, ranks))
+                reason = f"{plan.method} needs equal ranks, {name} has {listed}; use cat or svd"
+                refusals.append(Refusal("method", reason))
+    if refusals:
+        raise AdapterInvalid(refusals)
+    return parts
+
+
+def _factors(module: ModuleProgram, weight: float) -> Factors:
+    assert module.low_rank is not None
+    b = module.low_rank.b.float() / module.scale
+    return Factors(module.low_rank.a.float(), b, module.scale, weight)
+
+
+def _merged(arithmetic: Arithmetic, name: str, parts: Sequence[Factors]) -> Pair:
+    """The pair of one module. Raises AdapterInvalid when it overflows."""
+    try:
+        return arithmetic.merged(parts)
+    except OverflowError:
+        raise AdapterInvalid.because("weights", f"make {name} overflow") from None
+
+
+def _base_names(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+    """What all sources say of their base."""
+    first, *others = (checkpoint.config for checkpoint in checkpoints)
+    return {
+        field: first[field]
+        for field in (NAME, FINGERPRINT)
+        if first.get(field) and all(other.get(field) == first[field] for other in others)
+    }
+
+
+def _config(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """A PEFT config that names these modules alone, every one with alpha equal to its rank."""
+    most = max(ranks.values())
+    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != most}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": most,
+        "lora_alpha": most,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "target_modules": sorted(ranks),
+        "bias": "none",
+        "inference_mode": True,
+    }

@@ -1,0 +1,129 @@
+"""Programs: stored content, read and lowered for the base that is served."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from adaplex.adapters import formats
+from adaplex.adapters.base_match import BasePolicy, mismatches
+from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint
+from adaplex.adapters.combination import Combination, combine
+from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound, Refusal, StoreCorrupt
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program import AdapterProgram, BaseSpec
+from adaplex.adapters.report import Report, ReportCache, describe
+from adaplex.adapters.store import Contents
+
+MAX_REPORTS = 4096
+"""Reports kept in memory."""
+
+
+class Programs:
+    """Lowers directories, stored contents and combinations of them. Thread-safe."""
+
+    def __init__(
+        self,
+        contents: Contents,
+        base: BaseSpec,
+        *,
+        element_bytes: int,
+        limits: AdapterLimits,
+        base_policy: BasePolicy,
+        is_wanted: Callable[[str], bool],
+    ) -> None:
+        """`is_wanted` tells whether content must be there, as a name or a lease holds it."""
+        self._contents, self._base, self._element_bytes = contents, base, element_bytes
+        self._limits, self._policy, self._is_wanted = limits, base_policy, is_wanted
+        self._lock = threading.Lock()
+        self._reports = ReportCache(MAX_REPORTS)
+        self._combinations: dict[str, Combination] = {}
+
+    def read(self, directory: Path) -> AdapterProgram:
+        """Lowers an upload, which must keep to the limits and the policy about its base.
+
+        Raises AdapterInvalid or AdapterTooLarge.
+        """
+        checkpoint = read_checkpoint(directory, self._limits)
+        program = formats.lower(checkpoint, self._base, self._limits)
+        if self._policy is BasePolicy.OFF:
+            return program
+        found = mismatches(checkpoint.config, self._base)
+        if found and self._policy is BasePolicy.REFUSE:
+            raise AdapterInvalid([Refusal(*pair) for pair in found])
+        warnings = tuple(f"{where} {how}" for where, how in found)
+        return replace(program, warnings=warnings)
+
+    def program(self, digest: str) -> AdapterProgram:
+        """Reads and lowers stored content, whatever the limits for uploads are by now, or combines
+        several.
+
+        Raises StoreCorrupt, also for content that is named or leased but gone from the disk,
+        AdapterNotFound, or AdapterInvalid when it does not fit the base that is served now.
+        """
+        if (combination := self._combinations.get(digest)) is not None:
+            parts = [self.program(part.digest) for part in combination.components]
+            return combine(combination, parts)
+        try:
+            program = formats.lower(self.checkpoint(digest), self._base, self._limits.for_stored())
+            if program.digest != digest:
+                raise StoreCorrupt(f"{digest} holds the content of {program.digest}")
+        except StoreCorrupt:
+            self.forget(digest)
+            raise
+        return program
+
+    def checkpoint(self, digest: str) -> Checkpoint:
+        """Stored content as it was sent. Raises StoreCorrupt or AdapterNotFound."""
+        return read_checkpoint(self._open(digest), self._limits.for_stored())
+
+    def report(self, digest: str) -> Report:
+        """The report of stored content. Raises as `program`.
+
+        A report made before is returned without reading the files again: it says that they are
+        there, not that they are intact.
+        """
+        with self._lock:
+            kept = self._reports.get(digest)
+        if kept is not None and self._contents.has(digest):
+            return kept
+        made = describe(self.program(digest), self._base, self._element_bytes)
+        if self._is_wanted(digest):
+            self.remember(made)
+        return made
+
+    def describe(self, program: AdapterProgram) -> Report:
+        """The report of a lowered adapter."""
+        return describe(program, self._base, self._element_bytes)
+
+    def remember(self, report: Report) -> None:
+        """Keeps a report of content that is stored."""
+        with self._lock:
+            self._reports.put(report)
+
+    def forget(self, digest: str) -> None:
+        """The content is gone, or not what it was."""
+        with self._lock:
+            self._reports.drop(digest)
+
+    def combine(self, combination: Combination) -> None:
+        """From now on `program` knows the combination's digest."""
+        self._combinations[combination.digest] = combination
+
+    def uncombine(self, digest: str) -> None:
+        """Forgets a combination that nobody leases."""
+        self._combinations.pop(digest, None)
+
+    def _open(self, digest: str) -> Path:
+        """The folder of intact content. Raises StoreCorrupt or AdapterNotFound."""
+        try:
+            return self._contents.open(digest)
+        except AdapterNotFound:
+            if not self._is_wanted(digest):
+                raise
+        try:  # an upload of the same content may have come between
+            return self._contents.open(digest)
+        except AdapterNotFound:
+            raise StoreCorrupt(f"{digest} is gone from the disk") from None

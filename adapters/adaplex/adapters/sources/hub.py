@@ -1,0 +1,150 @@
+"""The Hugging Face hub: hf://org/repo[/folder][@revision], the commit pinned before all else.
+
+API of huggingface_hub: https://huggingface.co/docs/huggingface_hub. The endpoint is HF_ENDPOINT,
+the token HF_TOKEN.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from adaplex.adapters.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    SourceUnavailable,
+)
+from adaplex.adapters.files import file_sha256
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.sources.transfer import choose_files
+
+PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+URI = re.compile(
+    rf"hf://(?P<repo>{PART}/{PART})(?P<folder>(/{PART})*)(@(?P<revision>[A-Za-z0-9][\w./-]{{0,127}}))?"
+)
+TIMEOUT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository at a commit: bytes, and how its content is known."""
+
+    path: str
+    size: int
+    git_sha1: str
+    sha256: str
+    """Of files kept outside git (LFS); empty for the others."""
+
+
+class HubSource:
+    """Downloads one adapter from a repository."""
+
+    def __init__(self, allow: Sequence[str], limits: AdapterLimits) -> None:
+        """`allow` are patterns of `org/repo`, such as `my-org/*`."""
+        self._allow, self._limits = tuple(allow), limits
+
+    def fetch(self, uri: str, into: Path) -> str:
+        """Downloads an adapter; its URI with the commit in place of the revision.
+
+        Raises AdapterInvalid, AdapterNotFound, AdapterTooLarge or SourceUnavailable.
+        """
+        match = URI.fullmatch(uri)
+        if match is None:
+            raise AdapterInvalid.because("uri", "must be hf://org/repo[/folder][@revision]")
+        repo, folder = match["repo"], match["folder"].strip("/")
+        if not any(fnmatchcase(repo, pattern) for pattern in self._allow):
+            raise AdapterInvalid.because("uri", f"{repo} is not under one of --hub-allow")
+        with _asked(repo):
+            commit, files = _listing(repo, folder, match["revision"])
+            sizes = {PurePosixPath(path).name: file.size for path, file in files.items()}
+            for name in choose_files(sizes, self._limits):
+                file = files[f"{folder}/{name}" if folder else name]
+                _download(repo, commit, file, into / name)
+        return f"hf://{repo}{match['folder']}@{commit}"
+
+
+def _listing(repo: str, folder: str, revision: str | None) -> tuple[str, dict[str, HubFile]]:
+    """The commit that a revision is now, and the files of the folder there, by path."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    api = HfApi(endpoint=_endpoint())
+    commit = api.model_info(repo, revision=revision, timeout=TIMEOUT_SECONDS).sha
+    if not commit or not re.fullmatch(r"[0-9a-f]{40}", commit):
+        raise SourceUnavailable(f"the hub named no commit of {repo}")
+    files = {}
+    for found in api.list_repo_tree(repo, folder or None, revision=commit):
+        if isinstance(found, RepoFile):
+            sha256 = found.lfs.sha256 if found.lfs else ""
+            files[found.path] = HubFile(found.path, found.size, found.blob_id, sha256)
+    return commit, files
+
+
+def _download(repo: str, commit: str, file: HubFile, target: Path) -> None:
+    """Writes one file; what arrives must be what the listing said."""
+    from huggingface_hub import utils as hub
+
+    headers = hub.build_hf_headers()  # type: ignore[attr-defined]
+    url = f"{_endpoint()}/{repo}/resolve/{commit}/{file.path}"
+    written = 0
+    with (
+        hub.get_session().stream(  # type: ignore[attr-defined]
+            "GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_SECONDS
+        ) as response,
+        target.open("wb") as output,
+    ):
+        if response.status_code == 404:
+            raise AdapterNotFound(f"{repo} has no {file.path} at {commit}", field="uri")
+        response.raise_for_status()
+        for chunk in response.iter_bytes():
+            written += len(chunk)
+            if written > file.size:
+                break
+            output.write(chunk)
+    if written != file.size or not _is(file, target):
+        raise SourceUnavailable(f"{repo}: {file.path} did not arrive as the hub lists it")
+
+
+def _is(file: HubFile, target: Path) -> bool:
+    """Whether a file is the listed one: by its SHA-256, or as git names its content."""
+    if file.sha256:
+        return file_sha256(target) == file.sha256
+    data = target.read_bytes()
+    found = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
+    return found.hexdigest() == file.git_sha1
+
+
+def _endpoint() -> str:
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+@contextmanager
+def _asked(repo: str) -> Iterator[None]:
+    """The hub's errors as ours."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+
+    transport = type(get_session()).__module__.partition(".")[0]
+    try:
+        yield
+    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+        kind = type(error).__name__.removesuffix("NotFoundError").lower()
+        raise AdapterNotFound(f"the hub has no such {kind}: {repo}", field="uri") from error
+    except HfHubHTTPError as error:
+        raise SourceUnavailable(f"the hub refused to give {repo}") from error
+    except Exception as error:  # the HTTP library is the hub library's choice, and changes
+        if type(error).__module__.partition(".")[0] != transport and not isinstance(error, OSError):
+            raise
+        kind = type(error).__name__
+        raise SourceUnavailable(f"the hub cannot be reached for {repo}: {kind}") from error

@@ -1,0 +1,42 @@
+"""What every source has in common: which files of a place are the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from adaplex.adapters.checkpoint import FILES, NO_PICKLES, PICKLE_SUFFIXES, SIGNATURE, WEIGHTS
+from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound, AdapterTooLarge
+from adaplex.adapters.limits import AdapterLimits
+
+GGUF = ".gguf"
+
+
+def choose_files(sizes: Mapping[str, int], limits: AdapterLimits) -> list[str]:
+    """The files to fetch, given the name and bytes of each that is there.
+
+    The two of PEFT, and a signature if there is one; else the only GGUF file. Raises
+    AdapterInvalid, AdapterNotFound or AdapterTooLarge.
+    """
+    if all(name in sizes for name in FILES):
+        chosen = [*FILES, *([SIGNATURE] if SIGNATURE in sizes else [])]
+    else:
+        chosen = [name for name in sizes if name.endswith(GGUF)]
+        if len(chosen) != 1:
+            raise _none_chosen(sizes, len(chosen))
+    total = sum(sizes[name] for name in chosen)
+    if total > limits.max_adapter_bytes:
+        raise AdapterTooLarge(
+            f"the files have {total} bytes, the limit is {limits.max_adapter_bytes}", field="uri"
+        )
+    return chosen
+
+
+def _none_chosen(sizes: Mapping[str, int], ggufs: int) -> AdapterInvalid | AdapterNotFound:
+    if not sizes:
+        return AdapterNotFound("there is nothing", field="uri")
+    if ggufs > 1:
+        return AdapterInvalid.because("uri", f"has {ggufs} GGUF files; name one")
+    missing = [name for name in FILES if name not in sizes]
+    if missing == [WEIGHTS] and any(name.endswith(PICKLE_SUFFIXES) for name in sizes):
+        return AdapterInvalid.because("uri", f"its weights file {NO_PICKLES}")
+    return AdapterInvalid.because("uri", f"has no {' and no '.join(missing)}")

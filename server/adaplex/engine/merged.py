@@ -1,0 +1,136 @@
+"""MergedAdapters: dense weights of base plus adapter, made for those that are asked for or hot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from adaplex.engine.byte_budget import ByteBudget
+from adaplex.engine.config import EngineConfig
+from adaplex.engine.errors import RequestInvalid
+from adaplex.engine.eviction import LoadCosts
+from adaplex.engine.loader import Completion, Job, Loader
+from adaplex.engine.observer import Observer
+from adaplex.engine.popularity import Popularity
+from adaplex.engine.runner import Runner
+from adaplex.engine.sequence import Sequence
+from adaplex.engine.tier import Tier
+
+
+class MergedAdapters:
+    """One tier under a byte budget. How large merged weights are is asked of the runner once."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        loader: Loader,
+        observer: Observer,
+        costs: LoadCosts,
+    ) -> None:
+        self._config, self._runner, self._loader, self._costs = config, runner, loader, costs
+        self._observer = observer
+        self.tier = Tier(
+            "merged",
+            ByteBudget(config.merged_bytes),
+            runner.remove_merged,
+            observer,
+            lambda _, nbytes: costs.seconds("merged", nbytes),
+        )
+        self.popularity = Popularity(config.auto_merge_requests)
+        self._sizes: dict[str, int | None] = {}
+        """Bytes of merged weights; None while they are being asked for."""
+
+    def check(self, digest: str) -> None:
+        """Raises RequestInvalid when the adapter can never be served merged."""
+        if not self._config.merged_bytes:
+            raise RequestInvalid("mode", "this server keeps no merged weights")
+        if refusal := self._too_large(digest):
+            raise refusal
+
+    def note(self, digest: str) -> None:
+        """A request that may be served merged has come in."""
+        if self._config.merged_bytes:
+            self.popularity.note(digest)
+            self._observer.merged_looked_up(hit=self.tier.has(digest))
+
+    def bring(self, sequence: Sequence, digest: str) -> None:
+        """Brings the merged weights that a waiting sequence needs nearer."""
+        if self.tier.get(digest) or self.tier.blocked or self._loader.full(Job.BUILD):
+            return
+        size = self._size(digest)
+        if size is not None and not self._build(digest, size, keep=frozenset()):
+            self.tier.blocked = sequence
+
+    def build_if_hot(self, digest: str) -> None:
+        """Builds merged weights that nobody waits for, if that delays no load and evicts no
+        others that are hot.
+        """
+        if not self.popularity.is_hot(digest) or self._loader.pending:
+            return
+        if self.tier.get(digest) or self.tier.blocked:
+            return
+        size = self._size(digest)
+        if size is not None and self.tier.space.could_hold(size):
+            self._build(digest, size, keep=self.popularity.hot())
+
+    def unload(self, digest: str) -> bool:
+        """Drops merged weights as soon as nobody leases them; whether they were there."""
+        if self._sizes.get(digest) is not None:
+            del self._sizes[digest]
+        self.popularity.forget(digest)
+        return self.tier.unload(digest)
+
+    def settle(self, done: Completion) -> BaseException | None:
+        """Takes in what a job has done; why those who wait for merged weights must fail."""
+        error = done.error
+        if done.job is Job.MEASURE:
+            self._sizes[done.digest] = done.result
+            if error is None:
+                return self._too_large(done.digest)
+            del self._sizes[done.digest]
+        self._observer.adapter_loaded(
+            tier="merged", outcome="error" if error else "ok", seconds=done.seconds
+        )
+        if error is None:
+            self._costs.note("merged", self._sizes.get(done.digest) or 1, done.seconds)
+            self.tier.loaded(done.digest)
+            return None
+        if done.job is Job.BUILD:
+            self.tier.failed(done.digest)
+        self.popularity.forget(done.digest)
+        return error
+
+    @property
+    def measuring(self) -> int:
+        """Sizes that are being asked for."""
+        return sum(size is None for size in self._sizes.values())
+
+    def check_integrity(self, leases: Iterable[tuple[str, Sequence]]) -> None:
+        """Asserts that the tier balances."""
+        self.tier.check_integrity(leases)
+
+    def _build(self, digest: str, size: int, *, keep: frozenset[str]) -> bool:
+        if self.tier.reserve(digest, size, keep=keep) is None:
+            return False
+
+        def build() -> None:
+            built = self._runner.build_merged(digest)
+            assert built <= size, f"merged weights take {built} bytes, not {size}"
+
+        self._loader.submit(Job.BUILD, digest, build)
+        return True
+
+    def _size(self, digest: str) -> int | None:
+        """Bytes of the merged weights; None while the loader finds out."""
+        if digest not in self._sizes:
+            self._sizes[digest] = None
+            self._loader.submit(Job.MEASURE, digest, partial(self._runner.merged_bytes, digest))
+        return self._sizes[digest]
+
+    def _too_large(self, digest: str) -> RequestInvalid | None:
+        size = self._sizes.get(digest)
+        if size is None or self.tier.space.could_hold(size):
+            return None
+        budget = self.tier.space.capacity
+        return RequestInvalid("mode", f"merged weights take {size} bytes of a budget of {budget}")

@@ -1,0 +1,196 @@
+"""UnmergedAdapters: adapters on their way from the store through host memory into the arena."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from adaplex.adapters.errors import AdapterTooLarge
+from adaplex.engine.byte_budget import ByteBudget
+from adaplex.engine.config import EngineConfig
+from adaplex.engine.errors import NoRoomBesidePins, PinsFull
+from adaplex.engine.eviction import LoadCosts
+from adaplex.engine.extents import ExtentAllocator, aligned
+from adaplex.engine.loader import Completion, Job, Loader
+from adaplex.engine.observer import Observer
+from adaplex.engine.runner import Runner
+from adaplex.engine.sequence import Sequence
+from adaplex.engine.tier import Tier
+
+
+@dataclass(frozen=True)
+class Pin:
+    """An adapter that stays in the arena."""
+
+    digest: str
+    nbytes: int
+    name: str
+
+
+class UnmergedAdapters:
+    """Two tiers: the arena, where adapters are used, and the host, from where a copy brings them.
+
+    What comes from the store is packed into host memory first, and stays there as long as it is
+    worth it; only what the host has no room for goes straight into the arena. Pinned adapters are
+    in the arena whether anybody asks for them or not.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        loader: Loader,
+        observer: Observer,
+        costs: LoadCosts,
+    ) -> None:
+        self._config, self._runner, self._loader, self._costs = config, runner, loader, costs
+        self._observer = observer
+        space = ExtentAllocator(config.arena_bytes)
+        self.arena = Tier("arena", space, runner.remove_adapter, observer, self._reload_seconds)
+        budget = ByteBudget(config.host_bytes)
+        fetch_seconds = partial(costs.seconds, "host")
+        self.host = Tier(
+            "host", budget, runner.remove_host, observer, lambda _, n: fetch_seconds(n)
+        )
+        self._pins: dict[str, Pin] = {}
+
+    @property
+    def pinned(self) -> frozenset[str]:
+        """Digests that are pinned."""
+        return frozenset(self._pins)
+
+    @property
+    def max_pinned_bytes(self) -> int:
+        """Bytes of the arena that pins may take."""
+        return int(self._config.max_pinned_share * self.arena.space.capacity)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of the arena that pins take, or will."""
+        return sum(aligned(pin.nbytes) for pin in self._pins.values())
+
+    def check(self, name: str, nbytes: int) -> None:
+        """Raises AdapterTooLarge or NoRoomBesidePins when the adapter can never be served."""
+        if not self.arena.space.could_hold(nbytes):
+            raise AdapterTooLarge(
+                f"adapter {name} takes {nbytes} bytes in memory; "
+                f"the arena has {self.arena.space.capacity}"
+            )
+        if self._pins and not self.arena.could_hold(nbytes):
+            raise NoRoomBesidePins(name, nbytes, self.pinned_bytes, self.arena.space.capacity)
+
+    def start_round(self) -> None:
+        """Brings what is pinned nearer, before anybody else asks."""
+        for tier in (self.arena, self.host):
+            tier.start_round()
+        for pin in self._pins.values():
+            if self.arena.get(pin.digest) is None:
+                self._bring(pin.digest, pin.nbytes)
+            elif entry := self.arena.get(pin.digest):
+                entry.pinned = True
+
+    def bring(self, sequence: Sequence, digest: str, nbytes: int) -> None:
+        """Brings the adapter of a waiting sequence a step nearer to the arena, if there is one."""
+        self.host.wanted.add(digest)
+        if self.arena.get(digest) is None and not self._bring(digest, nbytes):
+            self.arena.blocked = self.arena.blocked or sequence
+
+    def prefetch(self, digest: str, nbytes: int) -> bool:
+        """Fetches an adapter into host memory for later; False when that must wait."""
+        self.host.wanted.add(digest)
+        if self.arena.get(digest) or self.host.get(digest):
+            return True
+        if self._loader.full(Job.FETCH):
+            return False
+        self._fetch(digest, nbytes)
+        return True
+
+    def pin(self, digest: str, nbytes: int, name: str) -> None:
+        """From now on the adapter is brought into the arena and kept there. Raises PinsFull or
+        AdapterTooLarge.
+        """
+        if digest in self._pins:
+            return
+        if self.pinned_bytes + aligned(nbytes) > self.max_pinned_bytes:
+            raise PinsFull(name, nbytes, self.pinned_bytes, self.max_pinned_bytes)
+        self._pins[digest] = Pin(digest, nbytes, name)
+
+    def unpin(self, digest: str) -> None:
+        """The adapter is one like others again."""
+        self._pins.pop(digest, None)
+        if entry := self.arena.get(digest):
+            entry.pinned = False
+
+    def unload(self, digest: str) -> bool:
+        """Drops an adapter from arena and host as soon as nobody needs it; whether it was in the
+        arena. It is pinned no more.
+        """
+        self.unpin(digest)
+        self.host.unload(digest)
+        return self.arena.unload(digest)
+
+    def settle(self, done: Completion) -> None:
+        """Takes in what a job has done; what failed is absent again."""
+        tier = self.host if done.job is Job.FETCH else self.arena
+        if done.job is Job.COPY:
+            self.host.read_ended(done.digest)
+        entry = tier.get(done.digest)
+        assert entry is not None
+        self._observer.adapter_loaded(
+            tier=tier.name, outcome="error" if done.error else "ok", seconds=done.seconds
+        )
+        if done.error is not None:
+            tier.failed(done.digest)
+            self._pins.pop(done.digest, None)
+            return
+        cost = {Job.FETCH: "host", Job.COPY: "copy", Job.LOAD: "host"}[done.job]
+        self._costs.note(cost, entry.nbytes, done.seconds)
+        tier.loaded(done.digest)
+
+    def check_integrity(self, leases: Iterable[tuple[str, Sequence]]) -> None:
+        """Asserts that both tiers balance, and that pins keep to their bound."""
+        self.arena.check_integrity(leases)
+        self.host.check_integrity(())
+        assert self.pinned_bytes <= self.max_pinned_bytes
+
+    def _bring(self, digest: str, nbytes: int) -> bool:
+        """The next job for an adapter that is not in the arena. False when the arena has no room:
+        whoever is behind must not take what room there will be.
+        """
+        if self.arena.blocked is not None:
+            return True
+        if self.host.get(digest) is None and self._fetch(digest, nbytes):
+            return True
+        entry = self.host.get(digest)
+        if entry is not None and not entry.resident:
+            return True  # it is being fetched
+        job = Job.LOAD if entry is None else Job.COPY
+        if self._loader.full(job):
+            return True
+        if (place := self.arena.reserve(digest, nbytes)) is None:
+            return False
+        place.pinned = digest in self._pins
+        if entry is not None:
+            self.host.read(digest)
+        load = partial(self._runner.load_adapter, digest, place.handle, nbytes)
+        self._loader.submit(job, digest, load)
+        return True
+
+    def _fetch(self, digest: str, nbytes: int) -> bool:
+        """Begins to fetch an adapter into the host; False when there is no room for it there, True
+        also when the loader is busy.
+        """
+        if not self.host.space.could_hold(nbytes):
+            return False
+        if self._loader.full(Job.FETCH):
+            return True
+        if self.host.reserve(digest, nbytes) is None:
+            return False
+        self._loader.submit(Job.FETCH, digest, partial(self._runner.fetch_adapter, digest))
+        return True
+
+    def _reload_seconds(self, digest: str, nbytes: int) -> float:
+        """What bringing an adapter back into the arena would take."""
+        copy = self._costs.seconds("copy", nbytes)
+        return copy if self.host.has(digest) else copy + self._costs.seconds("host", nbytes)

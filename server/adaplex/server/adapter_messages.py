@@ -1,0 +1,213 @@
+"""Between adapter messages and our own values. Every range of adapters.proto is checked here."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Iterable, Mapping
+
+from adaplex.adapters.catalog import AdapterRecord, Order, Query
+from adaplex.adapters.entry import Entry, Event
+from adaplex.adapters.merging import MergeMethod, MergePlan
+from adaplex.adapters.report import Report
+from adaplex.adapters.split import MAX_TARGETS, Split, Target
+from adaplex.adapters.staging import FileSpec
+from adaplex.server.convert import check
+from adaplex.v1 import adapters_pb2
+
+MAX_PAGE = 1000
+MAX_FILES = 16
+"""Announced files that are looked at one by one; an adapter has far fewer."""
+MAX_FILTER_LABELS = 16
+MAX_SOURCES = 8
+ORDERS: tuple[Order, ...] = ("name", "create_time", "update_time", "stored_bytes")
+METHODS = {
+    adapters_pb2.MergeMethod.Value(f"MERGE_METHOD_{method.name}"): method for method in MergeMethod
+}
+
+
+def replaces(field: str, policy: adapters_pb2.UploadPolicy.ValueType) -> bool:
+    """Whether a taken name gets a new version."""
+    known = policy in adapters_pb2.UploadPolicy.values()
+    check(field, known, "must be a value of UploadPolicy")
+    return policy == adapters_pb2.UPLOAD_POLICY_REPLACE
+
+
+def file_specs(upload: adapters_pb2.AdapterUpload) -> list[FileSpec]:
+    """The announced files, not too many; the registry checks them."""
+    fits = len(upload.files) <= MAX_FILES
+    check("metadata.files", fits, f"must be at most {MAX_FILES} files")
+    return [FileSpec(name=f.name, size=f.size_bytes, sha256=f.sha256) for f in upload.files]
+
+
+def query(request: adapters_pb2.ListAdaptersRequest) -> Query:
+    """What to list, checked."""
+    check("page_size", request.page_size <= MAX_PAGE, f"must be 1 to {MAX_PAGE}, or 0 for 100")
+    column, _, way = (request.order_by or "name").partition(" ")
+    order = next((order for order in ORDERS if order == column), None)
+    known = order is not None and way in ("", "asc", "desc")
+    check("order_by", known, f"must be one of {', '.join(ORDERS)}, then ` desc` or nothing")
+    assert order is not None
+    fits = len(request.filter.labels) <= MAX_FILTER_LABELS
+    check("filter.labels", fits, f"must be at most {MAX_FILTER_LABELS}")
+    return Query(
+        limit=request.page_size or 100,
+        order=order,
+        descending=way == "desc",
+        after=_after(request),
+        prefix=request.filter.name_prefix,
+        labels=dict(request.filter.labels),
+        family=request.filter.family,
+    )
+
+
+def page_token(request: adapters_pb2.ListAdaptersRequest, after: tuple[str | int, str]) -> str:
+    """The token of the page that begins behind `after`."""
+    token = json.dumps([_asked(request), *after])
+    return base64.urlsafe_b64encode(token.encode()).decode()
+
+
+def _after(request: adapters_pb2.ListAdaptersRequest) -> tuple[str | int, str] | None:
+    """What a page token holds; it must be one of the same filter and order."""
+    if not request.page_token:
+        return None
+    try:
+        asked, value, name = json.loads(base64.urlsafe_b64decode(request.page_token))
+        ours = isinstance(value, str | int) and isinstance(name, str)
+    except (ValueError, TypeError, RecursionError, binascii.Error):
+        ours, asked, value, name = False, None, "", ""
+    check("page_token", ours, "must be a next_page_token of this server")
+    same = asked == _asked(request)
+    check("page_token", same, "belongs to a list with another filter or order")
+    return value, name
+
+
+def _asked(request: adapters_pb2.ListAdaptersRequest) -> list[object]:
+    """What all pages of one list share."""
+    chosen = request.filter
+    labels = sorted(chosen.labels.items())
+    return [request.order_by, chosen.name_prefix, chosen.family, [list(pair) for pair in labels]]
+
+
+def merge_plan(request: adapters_pb2.MergeAdaptersRequest) -> tuple[list[str], MergePlan]:
+    """Selectors, and how to merge what they name."""
+    fits = 1 <= len(request.sources) <= MAX_SOURCES
+    check("sources", fits, f"must be 1 to {MAX_SOURCES}")
+    for i, source in enumerate(request.sources):
+        check(f"sources[{i}].adapter", bool(source.adapter), "must name an adapter")
+    check("method", request.method in METHODS, "must be a value of MergeMethod")
+    sign = request.majority_sign or "total"
+    check("majority_sign", sign in ("total", "frequency"), "must be `total` or `frequency`")
+    plan = MergePlan(
+        method=METHODS[request.method],
+        weights=tuple(s.weight if s.HasField("weight") else 1.0 for s in request.sources),
+        density=request.density if request.HasField("density") else None,
+        majority_sign="frequency" if sign == "frequency" else "total",
+        rank=request.rank if request.HasField("rank") else None,
+        seed=request.seed,
+    )
+    return [source.adapter for source in request.sources], plan
+
+
+def targets(sent: Iterable[adapters_pb2.AliasTarget]) -> list[Target]:
+    """Where an alias shall point; the registry checks the rest."""
+    found = [Target(target.version, target.weight or 1.0) for target in sent]
+    check("targets", 1 <= len(found) <= MAX_TARGETS, f"must be 1 to {MAX_TARGETS}")
+    return found
+
+
+def adapter(
+    record: AdapterRecord, entry: Entry, tier: adapters_pb2.ResidencyTier.ValueType
+) -> adapters_pb2.Adapter:
+    """A stored adapter as clients see it."""
+    message = adapters_pb2.Adapter(
+        name=record.name,
+        version=record.version,
+        digest=record.digest,
+        family=record.family,
+        modules=record.modules,
+        max_rank=record.max_rank,
+        stored_bytes=record.stored_bytes,
+        packed_bytes=record.packed_bytes,
+        resident=tier == adapters_pb2.RESIDENCY_TIER_ARENA,
+        tier=tier,
+        source=record.source,
+        actor=record.actor,
+        base_fingerprint=record.base,
+        signer=record.signer,
+        description=entry.description,
+        labels=dict(entry.labels),
+        pinned=entry.pinned,
+        aliases=_aliases(entry.aliases),
+    )
+    message.create_time.FromDatetime(record.created)
+    message.update_time.FromDatetime(entry.updated)
+    return message
+
+
+def versions(entry: Entry) -> list[adapters_pb2.AdapterVersion]:
+    """Every version of a name, oldest first."""
+    messages = []
+    for version in entry.versions:
+        message = adapters_pb2.AdapterVersion(
+            version=version.number,
+            digest=version.digest,
+            stored_bytes=version.stored_bytes,
+            source=version.source,
+            actor=version.actor,
+        )
+        message.create_time.FromDatetime(version.created)
+        messages.append(message)
+    return messages
+
+
+def event(found: Event) -> adapters_pb2.AdapterEvent:
+    """One change as clients see it."""
+    message = adapters_pb2.AdapterEvent(
+        kind=found.kind,
+        version=found.version,
+        digest=found.digest,
+        alias=found.alias,
+        before=_targets(found.before),
+        after=_targets(found.after),
+        actor=found.actor,
+        source=found.source,
+        detail=found.detail,
+    )
+    message.time.FromDatetime(found.time)
+    return message
+
+
+def report(found: Report) -> adapters_pb2.AdapterReport:
+    """What a checkpoint says, as clients see it."""
+    return adapters_pb2.AdapterReport(
+        family=found.family,
+        digest=found.digest,
+        packed_bytes=found.packed_bytes,
+        notes=found.notes,
+        warnings=found.warnings,
+        refusals=[adapters_pb2.Refusal(where=r.where, reason=r.reason) for r in found.refusals],
+        modules=[
+            adapters_pb2.ModuleReport(
+                module=m.module,
+                rank=m.rank,
+                scale=m.scale,
+                in_features=m.in_features,
+                out_features=m.out_features,
+                bias=m.bias,
+            )
+            for m in found.modules
+        ],
+    )
+
+
+def _aliases(aliases: Mapping[str, Split]) -> list[adapters_pb2.Alias]:
+    return [
+        adapters_pb2.Alias(alias=alias, targets=_targets(split))
+        for alias, split in sorted(aliases.items())
+    ]
+
+
+def _targets(split: Split) -> list[adapters_pb2.AliasTarget]:
+    return [adapters_pb2.AliasTarget(version=t.version, weight=t.weight) for t in split]

@@ -1,0 +1,83 @@
+"""Pins: what pinned names can lead to is kept in the arena, whichever process changes the names."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from adaplex.adapters.catalog import AdapterRecord
+from adaplex.adapters.errors import AdaplexError
+from adaplex.adapters.registry import AdapterRegistry
+from adaplex.engine.async_engine import AsyncEngine
+from adaplex.engine.errors import PinsFull
+from adaplex.server.blocking import in_thread
+
+log = structlog.get_logger("adaplex.pins")
+
+INTERVAL_SECONDS = 1.0
+"""Between two looks at what other processes on the same store have changed."""
+
+
+class Pins:
+    """Belongs to one event loop."""
+
+    def __init__(self, registry: AdapterRegistry, engine: AsyncEngine) -> None:
+        self._registry, self._engine = registry, engine
+        self._pinned: dict[str, AdapterRecord] = {}
+        self._refused: set[str] = set()
+        """What found no room and was logged."""
+        self._lock = asyncio.Lock()
+
+    async def watch(self) -> None:
+        """Follows the catalog until cancelled."""
+        while True:
+            try:
+                await self.follow()
+            except AdaplexError as error:
+                log.warning("pins not followed", error=str(error))
+            await asyncio.sleep(INTERVAL_SECONDS)
+
+    async def follow(self) -> None:
+        """Pins and unpins what the catalog says now. What finds no room is logged once."""
+        async with self._lock:
+            records = await in_thread(self._registry.names.pinned)
+            wanted = {record.digest: record for record in records}
+            for digest in self._pinned.keys() - wanted.keys():
+                await self._unpin(digest)
+            self._refused &= wanted.keys()
+            for digest, record in wanted.items():
+                if digest not in self._pinned:
+                    await self._try(record)
+
+    async def add(self, name: str) -> None:
+        """Pins what a name can lead to, all of it or none. Raises PinsFull or AdapterNotFound."""
+        records = await in_thread(self._registry.names.reachable, name)
+        async with self._lock:
+            added: list[str] = []
+            try:
+                for record in records:
+                    if record.digest not in self._pinned:
+                        await self._pin(record)
+                        added.append(record.digest)
+            except BaseException:
+                for digest in added:
+                    await self._unpin(digest)
+                raise
+
+    async def _try(self, record: AdapterRecord) -> None:
+        try:
+            await self._pin(record)
+            self._refused.discard(record.digest)
+        except PinsFull as error:
+            if record.digest not in self._refused:
+                log.warning("adapter not pinned", adapter=record.name, error=str(error))
+            self._refused.add(record.digest)
+
+    async def _pin(self, record: AdapterRecord) -> None:
+        await self._engine.pin(record.digest, record.packed_bytes, record.name)
+        self._pinned[record.digest] = record
+
+    async def _unpin(self, digest: str) -> None:
+        await self._engine.unpin(digest)
+        del self._pinned[digest]

@@ -1,0 +1,110 @@
+"""From the configuration to the store of adapters, and to what brings adapters into it."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from adaplex.adapters.base_match import BasePolicy
+from adaplex.adapters.catalog import Catalog
+from adaplex.adapters.entry import Origin
+from adaplex.adapters.errors import AdapterError
+from adaplex.adapters.gguf_lora import convert_gguf_lora
+from adaplex.adapters.importer import Importer
+from adaplex.adapters.intake import Room
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program import BaseSpec
+from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.signatures import SignaturePolicy, SignatureVerifier
+from adaplex.adapters.sources import Sources
+from adaplex.adapters.sqlite_catalog import SqliteCatalog
+from adaplex.adapters.store import AdapterStore, Contents
+from adaplex.server.config import ConfigError, ServerConfig
+
+AT_START = "start"
+"""Who imports the adapters of `--adapters`."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """The registry, and where its adapters come from."""
+
+    registry: AdapterRegistry
+    importer: Importer
+    contents: Contents
+
+
+def open_store(config: ServerConfig, spec: BaseSpec, *, element_bytes: int) -> Store:
+    """The store of the configuration. Raises ConfigError when it cannot be kept there."""
+    limits = adapter_limits(config)
+    contents, catalog = open_contents(config)
+    registry = AdapterRegistry(
+        contents,
+        catalog,
+        spec,
+        room=Room(element_bytes, limits, config.arena_bytes),
+        base_policy=BasePolicy(config.base_policy),
+        signatures=_signatures(config),
+    )
+    sources = _sources(config, spec, limits, config.adapter_roots)
+    return Store(registry, Importer(registry, contents, sources), contents)
+
+
+def open_contents(config: ServerConfig) -> tuple[Contents, Catalog]:
+    """Files and names, in a folder of this machine or shared. Raises ConfigError."""
+    root = config.store_dir
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return AdapterStore(root), SqliteCatalog(root / "catalog.sqlite3")
+    except (OSError, sqlite3.Error, AdapterError) as error:
+        raise ConfigError(f"store_dir: cannot keep adapters in {root}: {error}") from error
+
+
+def import_adapters(config: ServerConfig, store: Store, progress: Callable[[str], None]) -> None:
+    """Takes in the adapters of `--adapters`. Raises AdapterErrors."""
+    # The operator chose the paths, so links may lead anywhere, as in the hub's cache.
+    anywhere = _sources(config, store.registry.base, adapter_limits(config), (Path("/"),))
+    importer = Importer(store.registry, store.contents, anywhere)
+    for name, path in config.adapters.items():
+        progress(f"importing adapter {name}")
+        origin = Origin(datetime.now(UTC), actor=AT_START)
+        importer.load(str(path.absolute()), name, replace=True, origin=origin)
+
+
+def adapter_limits(config: ServerConfig) -> AdapterLimits:
+    """What an adapter may take."""
+    return AdapterLimits(
+        max_adapter_bytes=config.max_adapter_bytes,
+        max_rank=config.max_adapter_rank,
+        max_adapters=config.max_adapters,
+        max_versions=config.max_versions,
+        max_store_bytes=config.max_store_bytes,
+    )
+
+
+def _signatures(config: ServerConfig) -> SignatureVerifier:
+    try:
+        policy = SignaturePolicy(config.signature_policy)
+        return SignatureVerifier(policy, public_keys=config.signature_keys)
+    except (OSError, ValueError, ImportError, AdapterError) as error:
+        raise ConfigError(f"signature_keys: {error}") from error
+
+
+def _sources(
+    config: ServerConfig, spec: BaseSpec, limits: AdapterLimits, roots: tuple[Path, ...]
+) -> Sources:
+    convert = partial(
+        convert_gguf_lora, base=spec, limits=limits, heads=spec.heads, kv_heads=spec.kv_heads
+    )
+    return Sources(
+        roots=roots,
+        hub_allow=config.hub_allow,
+        bucket_allow=config.bucket_allow,
+        resolve_templates=config.resolve_from,
+        limits=limits,
+        convert=convert,
+    )

@@ -1,0 +1,324 @@
+"""Versions, aliases, pins, combinations and merges over the wire."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from adaplex.v1 import adapters_pb2 as pb
+from adaplex.v1.generation_pb2 import GenerateRequest, GenerationSpec, WeightedAdapter
+from server.calls import status, until
+from server.toy import Rig, adapter_files, rig
+
+ACTOR = (("x-adaplex-actor", "ci-bot"),)
+
+
+def ask(adapter: str = "", **fields: Any) -> GenerateRequest:
+    return GenerateRequest(spec=GenerationSpec(text="x", adapter=adapter, **fields))
+
+
+async def applied(toy: Rig, adapter: str = "", **fields: Any) -> Any:
+    answer = await toy.generation.Generate(ask(adapter, **fields))
+    return answer.started.adapter
+
+
+async def versions(toy: Rig, count: int = 2, name: str = "a") -> list[str]:
+    return [(await toy.upload(name, seed, replace=True)).adapter.digest for seed in range(count)]
+
+
+def target(version: int, weight: float = 1.0) -> pb.AliasTarget:
+    return pb.AliasTarget(version=version, weight=weight)
+
+
+async def point(toy: Rig, alias: str, *targets: pb.AliasTarget, name: str = "a") -> Any:
+    request = pb.SetAliasRequest(name=name, alias=alias, targets=targets)
+    return (await toy.adapters.SetAlias(request, metadata=ACTOR)).adapter
+
+
+async def test_a_flip_and_a_rollback_are_seen_by_the_next_request(tmp_path: Path) -> None:
+    async with rig(tmp_path) as toy:
+        one, two = await versions(toy)
+        assert (await applied(toy, "a")).alias == "latest"
+        flipped = await point(toy, "default", target(1))
+        assert flipped.aliases[0].alias == "default"
+        found = await applied(toy, "a")
+        assert (found.digest, found.version, found.alias) == (one, 1, "default")
+        assert (await applied(toy, "a@latest")).digest == two
+        await toy.adapters.RollbackAlias(pb.RollbackAliasRequest(name="a"))
+        assert (await applied(toy, "a")).digest == two
+        await toy.adapters.RollbackAlias(pb.RollbackAliasRequest(name="a"))
+        assert (await applied(toy, "a")).digest == one
+        await toy.adapters.DeleteAlias(pb.DeleteAliasRequest(name="a", alias="default"))
+        assert (await applied(toy, "a")).alias == "latest"
+
+
+async def test_a_canary_gets_its_share_and_keys_stick(tmp_path: Path) -> None:
+    async with rig(tmp_path) as toy:
+        one, two = await versions(toy)
+        await point(toy, "prod", target(1, 80), target(2, 20))
+        sides = {}
+        for key in map(str, range(60)):
+            sides[key] = (await applied(toy, "a@prod", routing_key=key)).digest
+        counts = Counter(sides.values())
+        assert set(counts) == {one, two}
+        assert counts[one] > counts[two]
+        for key in list(sides)[:10]:
+            assert (await applied(toy, "a@prod", routing_key=key)).digest == sides[key]
+
+
+async def test_history_names_the_actor(tmp_path: Path) -> None:
+    async with rig(tmp_path) as toy:
+        await versions(toy)
+        await point(toy, "prod", target(1, 3), target(2))
+        await toy.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="a"), metadata=ACTOR)
+        history = await toy.adapters.GetAdapterHistory(pb.GetAdapterHistoryRequest(name="a"))
+        kinds = [event.kind for event in history.events]
+        assert kinds == ["delete", "alias", "upload", "upload"]
+        assert history.events[1].actor == history.events[0].actor == "ci-bot"
+        assert history.events[2].source == "upload"
+        assert [(t.version, t.weight) for t in history.events[1].after] == [(1, 3), (2, 1)]
+        bad = toy.adapters.GetAdapterHistory(
+            pb.GetAdapterHistoryRequest(name="a"), metadata=(("x-adaplex-actor", "x" * 129),)
+        )
+        code, details = await status(bad)
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert details["BadRequest"].field_violations[0].field == "x-adaplex-actor"
+
+
+async def test_labels_filter_order_and_pages(tmp_path: Path) -> None:
+    async with rig(tmp_path) as toy:
+        for seed, name in enumerate(["b-1", "b-2", "c-1"]):
+            await toy.upload(name, seed)
+            await toy.adapters.UpdateAdapter(
+                pb.UpdateAdapterRequest(
+                    name=name, set_labels={"team": name[0]}, description=f"the {name}"
+                )
+            )
+        listed = await toy.adapters.ListAdapters(
+            pb.ListAdaptersRequest(
+                page_size=1, filter=pb.AdapterFilter(labels={"team": "b"}), order_by="name desc"
+            )
+        )
+        assert [(a.name, a.description) for a in listed.adapters] == [("b-2", "the b-2")]
+        rest = pb.ListAdaptersRequest(
+            page_size=5,
+            filter=pb.AdapterFilter(labels={"team": "b"}),
+            order_by="name desc",
+            page_token=listed.next_page_token,
+        )
+        assert [a.name for a in (await toy.adapters.ListAdapters(rest)).adapters] == ["b-1"]
+        rest.order_by = "name"
+        code, details = await status(toy.adapters.ListAdapters(rest))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert details["BadRequest"].field_violations[0].field == "page_token"
+        by_prefix = pb.ListAdaptersRequest(filter=pb.AdapterFilter(name_prefix="c"))
+        assert [a.name for a in (await toy.adapters.ListAdapters(by_prefix)).adapters] == ["c-1"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (pb.ListAdaptersRequest(page_token="???"), "page_token"),
+        (pb.ListAdaptersRequest(page_token="W10="), "page_token"),
+        (pb.ListAdaptersRequest(order_by="size"), "order_by"),
+        (pb.ListAdaptersRequest(page_size=1001), "page_size"),
+        (
+            pb.ListAdaptersRequest(filter=pb.AdapterFilter(labels={str(i): "" for i in range(17)})),
+            "filter.labels",
+        ),
+    ],
+)
+async def test_bad_lists(tmp_path: Path, request_: Any, field: str) -> None:
+    async with rig(tmp_path) as toy:
+        code, details = await status(toy.adapters.ListAdapters(request_))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert details["BadRequest"].field_violations[0].field == field
+
+
+async def test_bad_aliases_name_their_field(tmp_path: Path) -> None:
+    async with rig(tmp_path) as toy:
+        await versions(toy)
+        for alias, targets, field in [
+            ("latest", [target(1)], "alias"),
+            ("p", [], "targets"),
+            ("p", [target(1, -1)], "targets"),
+            ("p", [target(1), target(1)], "targets"),
+        ]:
+            request = pb.SetAliasRequest(name="a", alias=alias, targets=targets)
+            code, details = await status(toy.adapters.SetAlias(request))
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert details["BadRequest"].field_violations[0].field == field
+        for name, alias, version in [("b", "p", 1), ("a", "p", 9)]:
+            code, _ = await status(
+                toy.adapters.SetAlias(
+                    pb.SetAliasRequest(name=name, alias=alias, targets=[target(version)])
+                )
+            )
+            assert code is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_pin_brings_the_adapter_in_and_follows_a_flip(tmp_path: Path) -> None:
+    async with rig(tmp_path) as toy:
+        one, two = await versions(toy)
+        pinned = await toy.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="a", pinned=True))
+        assert pinned.adapter.pinned
+        await until(lambda: toy.engine.stats().resident == {two})
+        await point(toy, "default", target(1))
+        await until(lambda: one in toy.engine.stats().resident)
+        assert toy.engine._residency.unmerged.pinned == {one}
+        info = await toy.info.GetServerInfo(server_info())
+        assert 0 < info.capacity.pinned_bytes_used <= info.capacity.pinned_bytes_total
+        await toy.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="a", pinned=False))
+        assert toy.engine._residency.unmerged.pinned == frozenset()
+
+
+async def test_a_pin_beyond_the_bound_is_refused_and_not_noted(tmp_path: Path) -> None:
+    async with rig(tmp_path, engine={"arena_bytes": 512}) as toy:
+        await versions(toy, 1)
+        await toy.upload("b", 5)
+        await toy.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="a", pinned=True))
+        call = toy.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="b", pinned=True))
+        code, details = await status(call)
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert details["ErrorInfo"].reason == "PINS_FULL"
+        assert not (await toy.adapters.GetAdapter(pb.GetAdapterRequest(name="b"))).adapter.pinned
+
+
+def server_info() -> Any:
+    from adaplex.v1.server_pb2 import GetServerInfoRequest
+
+    return GetServerInfoRequest()
+
+
+async def test_a_combination_is_proven_part_by_part(tmp_path: Path) -> None:
+    async with rig(tmp_path) as toy:
+        first, second = await versions(toy, 1), await versions(toy, 2, name="b")
+        parts = [WeightedAdapter(adapter="a", weight=0.7), WeightedAdapter(adapter="b@1")]
+        found = await applied(toy, adapters=parts)
+        assert (found.name, found.version, found.modules) == ("a+b", 0, 2)
+        assert [(c.name, c.version, c.digest, c.weight) for c in found.components] == [
+            ("a", 1, first[0], 0.7),
+            ("b", 1, second[0], 1.0),
+        ]
+        assert found.digest not in (first[0], second[0])
+        assert found.digest in toy.engine.stats().resident
+        again = await applied(toy, adapters=parts[::-1])
+        assert again.digest == found.digest
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"adapter": "a", "adapters": [WeightedAdapter(adapter="b")]}, "spec.adapters"),
+        ({"adapters": [WeightedAdapter(weight=1.0)]}, "spec.adapters[0].adapter"),
+        ({"adapters": [WeightedAdapter(adapter="a")] * 9}, "spec.adapters"),
+        ({"adapters": [WeightedAdapter(adapter="a", weight=11)]}, "adapters"),
+        ({"adapter": "a", "routing_key": "x" * 257}, "spec.routing_key"),
+    ],
+)
+async def test_bad_combinations(tmp_path: Path, fields: Any, field: str) -> None:
+    async with rig(tmp_path) as toy:
+        await versions(toy, 1)
+        code, details = await status(toy.generation.Generate(ask(**fields)))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert details["BadRequest"].field_violations[0].field == field
+
+
+async def test_a_merge_is_a_stored_adapter(tmp_path: Path) -> None:
+    async with rig(tmp_path) as toy:
+        await versions(toy, 1)
+        await versions(toy, 2, name="b")
+        request = pb.MergeAdaptersRequest(
+            name="both",
+            method=pb.MERGE_METHOD_TIES,
+            density=0.5,
+            sources=[
+                pb.WeightedSource(adapter="a", weight=0.6),
+                pb.WeightedSource(adapter="b@2", weight=0.4),
+            ],
+        )
+        merged = await toy.adapters.MergeAdapters(request, metadata=ACTOR)
+        assert merged.created
+        assert merged.adapter.source == "merge ties a@1:0.6 b@2:0.4"
+        assert merged.adapter.actor == "ci-bot"
+        assert (await applied(toy, "both")).digest == merged.adapter.digest
+        assert not (await toy.adapters.MergeAdapters(request)).created
+        request.ClearField("density")
+        code, details = await status(toy.adapters.MergeAdapters(request))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert details["BadRequest"].field_violations[0].field == "density"
+
+
+async def test_an_unknown_adapter_is_looked_for_once_and_used(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    folder = tree / "lazy"
+    folder.mkdir(parents=True)
+    for name, data in adapter_files(3).items():
+        (folder / name).write_bytes(data)
+    async with rig(tmp_path, resolve_from=f"{tree}/{{name}}") as toy:
+        answers = await asyncio.gather(*(applied(toy, "lazy") for _ in range(8)))
+        assert {answer.version for answer in answers} == {1}
+        stored = await toy.adapters.GetAdapter(pb.GetAdapterRequest(name="lazy"))
+        assert stored.adapter.source == str(folder)
+        assert stored.adapter.actor == "first use"
+        for unknown in ("nobody", "lazy@7", "lazy@prod"):
+            code, _ = await status(toy.generation.Generate(ask(unknown)))
+            assert code is grpc.StatusCode.NOT_FOUND
+
+
+async def test_the_wait_for_a_lazy_adapter_is_told(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "lazy").mkdir(parents=True)
+    for name, data in adapter_files(3).items():
+        (tree / "lazy" / name).write_bytes(data)
+    async with rig(tmp_path, resolve_from=f"{tree}/{{name}}") as toy:
+        cold = await toy.generation.Generate(ask("lazy"))
+        warm = await toy.generation.Generate(ask("lazy"))
+        assert cold.finished.adapter_wait_seconds > warm.finished.adapter_wait_seconds > 0
+
+
+async def test_one_version_can_be_deleted(tmp_path: Path) -> None:
+    async with rig(tmp_path) as toy:
+        one, two = await versions(toy)
+        gone = await toy.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="a@1"))
+        assert gone.versions_deleted == 1
+        got = await toy.adapters.GetAdapter(pb.GetAdapterRequest(name="a"))
+        assert [version.digest for version in got.versions] == [two]
+        assert (await status(toy.generation.Generate(ask(one))))[0] is grpc.StatusCode.NOT_FOUND
+
+
+async def test_tiers_are_told(tmp_path: Path) -> None:
+    async with rig(tmp_path, engine={"arena_bytes": 256, "host_bytes": 4096}) as toy:
+        for i, name in enumerate("abc"):
+            await toy.upload(name, i)
+
+        async def tier(name: str) -> int:
+            got = await toy.adapters.GetAdapter(pb.GetAdapterRequest(name=name))
+            return int(got.adapter.tier)
+
+        assert await tier("a") == pb.RESIDENCY_TIER_DISK
+        await applied(toy, "a")
+        assert await tier("a") == pb.RESIDENCY_TIER_ARENA
+        await applied(toy, "b")
+        assert await tier("a") == pb.RESIDENCY_TIER_HOST
+        assert await tier("b") == pb.RESIDENCY_TIER_ARENA
+
+
+async def test_a_base_that_changed_is_warned_about_in_the_answer(tmp_path: Path) -> None:
+    files = adapter_files(0, base_model_name_or_path="org/other")
+    from server.toy import upload_messages
+
+    async with rig(tmp_path) as toy:
+        done = await toy.send("UploadAdapter", upload_messages(files))
+        assert "org/other" in done.report.warnings[0]
+        assert "org/other" in (await applied(toy, "a")).warnings[0]
+        assert (await applied(toy, "")).name == ""
+    async with rig(tmp_path / "strict", base_policy="refuse") as toy:
+        with pytest.raises(grpc.RpcError) as caught:
+            await toy.send("UploadAdapter", upload_messages(files))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
