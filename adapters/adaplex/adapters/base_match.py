@@ -17,7 +17,7 @@ NAME = "base_model_name_or_path"
 
 
 class BasePolicy(StrEnum):
-    """What to do about an adapter of another base; one whose shapes do not fit is refused anyway."""
+    """What to do about an adapter of another base. One whose shapes do not fit is refused."""
 
     OFF = "off"
     WARN = "warn"

@@ -11,13 +11,23 @@ from adaplex.adapters.store import Contents
 class GarbageCollector:
     """Removes with the catalog paused, so that no name can come to point to what goes."""
 
-    def __init__(self, catalog: Catalog, contents: Contents, forget: Callable[[str], None]) -> None:
-        """`forget` is told of each content that went."""
-        self._catalog, self._contents, self._forget = catalog, contents, forget
+    def __init__(
+        self,
+        catalog: Catalog,
+        contents: Contents,
+        *,
+        in_use: Callable[[str], bool],
+        forget: Callable[[str], None],
+    ) -> None:
+        """`in_use` tells whether a request of this process needs a content; `forget` is told of
+        each that went.
+        """
+        self._catalog, self._contents = catalog, contents
+        self._in_use, self._forget = in_use, forget
 
     def collect(self, digest: str) -> bool:
         """Removes content that is neither named nor held by any process; whether it did."""
-        if self._catalog.holds(digest):  # seen without waiting for others
+        if self._in_use(digest) or self._catalog.holds(digest):  # seen without waiting for others
             return False
         with self._catalog.paused():
             if self._catalog.holds(digest) or not self._contents.remove(digest):

@@ -51,7 +51,12 @@ class AdapterRegistry:
             base_policy=base_policy,
             is_wanted=lambda digest: digest in self._leases or catalog.holds(digest),
         )
-        self.garbage = GarbageCollector(catalog, contents, self.programs.forget)
+        self.garbage = GarbageCollector(
+            catalog,
+            contents,
+            in_use=lambda digest: digest in self._leases,
+            forget=self.programs.forget,
+        )
         self.names = Names(catalog, self.garbage, element_bytes=room.element_bytes)
         self.intake = Intake(
             base=base,

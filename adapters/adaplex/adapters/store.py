@@ -16,6 +16,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Protocol
@@ -189,6 +190,20 @@ class AdapterStore:
         """See Contents."""
         names = (PREFIX + folder.name for folder in self._objects.iterdir())
         return frozenset(name for name in names if PATTERN.fullmatch(name))
+
+    def touch(self, digest: str) -> None:
+        """Notes that an object was used."""
+        with suppress(OSError):
+            os.utime(self.path(digest))
+
+    def by_last_use(self) -> list[tuple[str, int]]:
+        """Every object and its bytes, the one used longest ago first."""
+        found = []
+        for folder in self._objects.iterdir():
+            with suppress(OSError):  # it went meanwhile
+                size = sum(file.stat().st_size for file in folder.iterdir())
+                found.append((folder.stat().st_mtime_ns, PREFIX + folder.name, size))
+        return [(digest, size) for _, digest, size in sorted(found) if PATTERN.fullmatch(digest)]
 
     def staged(self) -> int:
         """Uploads of this process on their way in."""

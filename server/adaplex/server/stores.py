@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from adaplex.adapters.base_match import BasePolicy
+from adaplex.adapters.bucket import Bucket
+from adaplex.adapters.bucket_catalog import BucketCatalog
+from adaplex.adapters.bucket_contents import BucketContents
 from adaplex.adapters.catalog import Catalog
 from adaplex.adapters.entry import Origin
 from adaplex.adapters.errors import AdapterError
@@ -59,9 +63,26 @@ def open_contents(config: ServerConfig) -> tuple[Contents, Catalog]:
     root = config.store_dir
     try:
         root.mkdir(parents=True, exist_ok=True)
-        return AdapterStore(root), SqliteCatalog(root / "catalog.sqlite3")
+        if config.shared_store is None:
+            return AdapterStore(root), SqliteCatalog(root / "catalog.sqlite3")
+        return _shared(config.shared_store, root, config)
     except (OSError, sqlite3.Error, AdapterError) as error:
         raise ConfigError(f"store_dir: cannot keep adapters in {root}: {error}") from error
+
+
+def _shared(uri: str, root: Path, config: ServerConfig) -> tuple[Contents, Catalog]:
+    """A bucket, with a cache on this machine that belongs to it alone."""
+    try:
+        bucket = Bucket(uri)
+    except AdapterError as error:
+        raise ConfigError(f"shared_store: {error}") from error
+    cache = root / "shared" / hashlib.sha256(bucket.uri.encode()).hexdigest()[:16]
+    cache.mkdir(parents=True, exist_ok=True)
+    mirror = SqliteCatalog(cache / "catalog.sqlite3")
+    return (
+        BucketContents(bucket, AdapterStore(cache), cache_bytes=config.cache_bytes),
+        BucketCatalog(bucket, mirror, refresh_seconds=config.refresh_seconds),
+    )
 
 
 def import_adapters(config: ServerConfig, store: Store, progress: Callable[[str], None]) -> None:

@@ -71,7 +71,7 @@ class MergePlan:
     rank: int | None = None
     """Of an SVD method's result, which may need less; by default the largest of the sources."""
     seed: int = 0
-    """Of what is dropped by chance; 64 bits."""
+    """Of what is dropped by chance; 64 bits, of which torch uses the lower half."""
 
     def check(self, sources: int) -> None:
         """Raises AdapterInvalid naming the field."""
