@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner, Result
 
 from adaplex.client import AsyncClient, Client, Generation, GenerationEvent
+from adaplex.client.cli import app
 from client.fake_server import FakeServer
 
 
@@ -19,7 +21,7 @@ class Blocking:
     def __init__(self, target: str, **options: Any) -> None:
         self.client = Client(target, **options)
 
-    def __call__(self, method: str, *args: Any, **keywords: Any) -> Any:
+    def __call__(self, method: str, /, *args: Any, **keywords: Any) -> Any:
         """Calls a method by its path; what it iterates over comes as a list."""
         result = attrgetter(method)(self.client)(*args, **keywords)
         return list(result) if isgenerator(result) else result
@@ -43,7 +45,7 @@ class Asyncio:
 
         self.client = self.runner.run(connect())
 
-    def __call__(self, method: str, *args: Any, **keywords: Any) -> Any:
+    def __call__(self, method: str, /, *args: Any, **keywords: Any) -> Any:
         async def run() -> Any:
             result = attrgetter(method)(self.client)(*args, **keywords)
             if isasyncgen(result):
@@ -105,3 +107,14 @@ def adapter_directory(tmp_path: Path) -> Path:
     (directory / "README.md").write_text("about")
     (directory / "training_args.bin").write_bytes(b"pickle")
     return directory
+
+
+@pytest.fixture
+def run(server: FakeServer) -> Callable[..., Result]:
+    """Runs the command line against the fake server."""
+
+    def invoke(*arguments: object, text: str | None = None) -> Result:
+        line = ["--target", server.target, *map(str, arguments)]
+        return CliRunner().invoke(app, line, input=text, env={"TERM": "dumb"})
+
+    return invoke

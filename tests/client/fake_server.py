@@ -45,6 +45,11 @@ def started(spec: generation_pb2.GenerationSpec, request_id: str) -> Any:
         message.adapter.digest = DIGEST
         message.adapter.mode = spec.mode or generation_pb2.ADAPTER_MODE_UNMERGED
         message.adapter.modules = 14
+    elif spec.adapters:
+        message.adapter.name = "+".join(part.adapter for part in spec.adapters)
+        message.adapter.digest = DIGEST
+        for part in spec.adapters:
+            message.adapter.components.add(name=part.adapter, version=1, weight=part.weight)
     return message
 
 
@@ -88,6 +93,39 @@ def adapter(name: str, version: int = 1) -> adapters_pb2.Adapter:
         packed_bytes=1 << 20,
         create_time=Timestamp(seconds=1_700_000_000, nanos=500_000_000),
         resident=version == 1,
+        labels={"team": "blue"},
+        aliases=[adapters_pb2.Alias(alias="default", targets=targets(95, 5))],
+        source="upload",
+        actor="ada",
+        base_fingerprint=DIGEST,
+        update_time=Timestamp(seconds=1_700_000_001),
+        tier=adapters_pb2.RESIDENCY_TIER_ARENA,
+    )
+
+
+def targets(*weights: float) -> list[adapters_pb2.AliasTarget]:
+    return [adapters_pb2.AliasTarget(version=3 + i, weight=w) for i, w in enumerate(weights)]
+
+
+def version(number: int) -> adapters_pb2.AdapterVersion:
+    return adapters_pb2.AdapterVersion(
+        version=number,
+        digest=DIGEST,
+        create_time=Timestamp(seconds=1_700_000_000),
+        stored_bytes=3 << 20,
+        source="upload",
+        actor="ada",
+    )
+
+
+def event_of(kind: str) -> adapters_pb2.AdapterEvent:
+    return adapters_pb2.AdapterEvent(
+        time=Timestamp(seconds=1_700_000_000),
+        kind=kind,
+        alias="prod",
+        before=targets(1),
+        after=targets(95, 5),
+        actor="ada",
     )
 
 
@@ -258,7 +296,35 @@ class FakeServer(
 
     def GetAdapter(self, request: Any, context: Any) -> Any:
         self._remember(request, context)
-        return adapters_pb2.GetAdapterResponse(adapter=adapter(request.name), report=report())
+        return adapters_pb2.GetAdapterResponse(
+            adapter=adapter(request.name), report=report(), versions=[version(3), version(4)]
+        )
+
+    def GetAdapterHistory(self, request: Any, context: Any) -> Any:
+        self._remember(request, context)
+        return adapters_pb2.GetAdapterHistoryResponse(events=[event_of("alias")])
+
+    def MergeAdapters(self, request: Any, context: Any) -> Any:
+        self._remember(request, context)
+        return adapters_pb2.MergeAdaptersResponse(
+            adapter=adapter(request.name), report=report(), created=True
+        )
+
+    def UpdateAdapter(self, request: Any, context: Any) -> Any:
+        self._remember(request, context)
+        return adapters_pb2.UpdateAdapterResponse(adapter=adapter(request.name))
+
+    def SetAlias(self, request: Any, context: Any) -> Any:
+        self._remember(request, context)
+        return adapters_pb2.SetAliasResponse(adapter=adapter(request.name))
+
+    def DeleteAlias(self, request: Any, context: Any) -> Any:
+        self._remember(request, context)
+        return adapters_pb2.DeleteAliasResponse(adapter=adapter(request.name))
+
+    def RollbackAlias(self, request: Any, context: Any) -> Any:
+        self._remember(request, context)
+        return adapters_pb2.RollbackAliasResponse(adapter=adapter(request.name))
 
     def ListAdapters(self, request: Any, context: Any) -> Any:
         self._remember(request, context)

@@ -13,9 +13,11 @@ from google.rpc.error_details_pb2 import BadRequest
 from adaplex.client import (
     Adapter,
     AdapterDetails,
+    AliasTarget,
     AsyncClient,
     InvalidArgument,
     Refusal,
+    ResidencyTier,
     UploadResult,
 )
 from adaplex.client.upload import CHUNK_BYTES
@@ -33,6 +35,16 @@ TONE = Adapter(
     packed_bytes=1 << 20,
     create_time=datetime(2023, 11, 14, 22, 13, 20, 500_000, tzinfo=UTC),
     resident=True,
+    description="",
+    labels={"team": "blue"},
+    pinned=False,
+    aliases={"default": (AliasTarget(3, 95.0), AliasTarget(4, 5.0))},
+    source="upload",
+    actor="ada",
+    base_fingerprint=DIGEST,
+    signer="",
+    update_time=datetime(2023, 11, 14, 22, 13, 21, tzinfo=UTC),
+    tier=ResidencyTier.ARENA,
 )
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
@@ -13,23 +12,11 @@ import grpc
 import pytest
 import typer
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from adaplex.client.cli import app, plugins, render
 from adaplex.v1 import generation_pb2
 from client.fake_server import DIGEST, FakeServer, event, started
-
-
-@pytest.fixture
-def run(server: FakeServer) -> Callable[..., Result]:
-    """Runs the command line against the fake server."""
-
-    def invoke(*arguments: object, text: str | None = None) -> Result:
-        line = ["--target", server.target, *map(str, arguments)]
-        return CliRunner().invoke(app, line, input=text, env={"TERM": "dumb"})
-
-    return invoke
-
 
 # generate
 
@@ -101,6 +88,9 @@ def test_generate_as_json_is_the_whole_result(run: Any) -> None:
         "digest": DIGEST,
         "mode": "unmerged",
         "modules": 14,
+        "alias": "",
+        "components": [],
+        "warnings": [],
     }
     assert answer["finish_reason"] == "stop"
     assert answer["usage"]["cached_tokens"] == 4
@@ -130,9 +120,9 @@ def test_text_with_control_characters_is_shown_without_them_on_a_terminal(
 def test_ls(run: Any) -> None:
     result = run("adapters", "ls")
     head, *lines = result.stdout.splitlines()
-    assert " ".join(head.split()) == "NAME VERSION DIGEST FAMILY MODULES RANK STORED IN MEMORY"
+    assert " ".join(head.split()) == "NAME VERSION DIGEST FAMILY MODULES RANK STORED MEMORY PINNED"
     assert lines[0].split() == [
-        "adapter-0", "1", "sha256:abababababab", "lora", "2", "8", "3.0", "MiB", "1.0", "MiB",
+        "adapter-0", "1", "sha256:abababababab", "lora", "2", "8", "3.0", "MiB", "arena",
     ]  # fmt: skip
     assert len(lines) == 5
 

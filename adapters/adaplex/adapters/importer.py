@@ -15,7 +15,7 @@ from adaplex.adapters.errors import AdapterExists
 from adaplex.adapters.files import full_disk_is_store_full
 from adaplex.adapters.intake import Committed, Intake
 from adaplex.adapters.lease import Lease
-from adaplex.adapters.merging import MergePlan, merge_adapters, write_checkpoint
+from adaplex.adapters.merging import MergePlan, merge_checkpoints, write_checkpoint
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.adapters.selector import DEFAULT, LATEST, Selector
 from adaplex.adapters.sources import Fetched, Sources
@@ -82,8 +82,8 @@ class Importer:
         try:
             leases += map(self._registry.resolve, selectors)
             records = [lease.record for lease in leases]
-            programs = [self._registry.programs.program(r.digest) for r in records]
-            merged = merge_adapters(plan, programs, self._registry.base.modules)
+            sources = [self._registry.programs.checkpoint(r.digest) for r in records]
+            merged = merge_checkpoints(plan, sources, self._registry.base)
             named = " ".join(
                 f"{record.name}@{record.version}:{weight:g}"
                 for record, weight in zip(records, plan.weights, strict=True)

@@ -1,5 +1,19 @@
 """adaplex.client: call an adaplex server, blocking (Client) or from asyncio (AsyncClient)."""
 
+from adaplex.client.adapter_types import (
+    Adapter,
+    AdapterDetails,
+    AdapterEvent,
+    AdapterReport,
+    AdapterVersion,
+    AliasTarget,
+    MergeOptions,
+    ModuleReport,
+    Refusal,
+    ResidencyTier,
+    UploadResult,
+    Validation,
+)
 from adaplex.client.aio import AsyncAdapters, AsyncClient, AsyncGenerationStream
 from adaplex.client.client import Adapters, Client, GenerationStream
 from adaplex.client.errors import (
@@ -19,11 +33,9 @@ from adaplex.client.errors import (
     Unimplemented,
 )
 from adaplex.client.types import (
-    Adapter,
-    AdapterDetails,
     AdapterMode,
-    AdapterReport,
     AppliedAdapter,
+    AppliedComponent,
     BaseModelInfo,
     Capacity,
     ChatMessage,
@@ -35,29 +47,29 @@ from adaplex.client.types import (
     GenerationEvent,
     Health,
     Limits,
-    ModuleReport,
     Prompt,
-    Refusal,
     SamplingParams,
     ServerInfo,
     Started,
     Timing,
     TokenLogprob,
     TopLogprob,
-    UploadResult,
     Usage,
-    Validation,
 )
 
 __all__ = [
     "AdaplexClientError",
     "Adapter",
     "AdapterDetails",
+    "AdapterEvent",
     "AdapterMode",
     "AdapterReport",
+    "AdapterVersion",
     "Adapters",
+    "AliasTarget",
     "AlreadyExists",
     "AppliedAdapter",
+    "AppliedComponent",
     "AsyncAdapters",
     "AsyncClient",
     "AsyncGenerationStream",
@@ -80,11 +92,13 @@ __all__ = [
     "Internal",
     "InvalidArgument",
     "Limits",
+    "MergeOptions",
     "ModuleReport",
     "NotFound",
     "PermissionDenied",
     "Prompt",
     "Refusal",
+    "ResidencyTier",
     "ResourceExhausted",
     "SamplingParams",
     "ServerInfo",

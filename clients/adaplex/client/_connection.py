@@ -54,12 +54,15 @@ class Connection:
         timeout: float | None,
         token: str | None,
         metadata: Mapping[str, str] | None,
+        actor: str | None = None,
         tls: bool | bytes | str | os.PathLike[str],
     ) -> Connection:
         """Resolves the options of a client (see Client)."""
         sent = {key.lower(): value for key, value in (metadata or {}).items()}
         if token is not None:
             sent["authorization"] = f"Bearer {token}"
+        if actor is not None:
+            sent["x-adaplex-actor"] = actor
         for key, value in sent.items():
             _check_metadata(key, value)
         return cls(
@@ -100,7 +103,7 @@ class Connection:
         return self.call(
             timeout=planned.timeout,
             request_id=planned.request_id,
-            adapter=planned.spec.adapter,
+            adapter=planned.spec.adapter or "+".join(p.adapter for p in planned.spec.adapters),
         )
 
 

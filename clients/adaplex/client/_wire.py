@@ -6,20 +6,17 @@ Both clients use it, so that they differ in I/O only.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from datetime import UTC
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
 from adaplex.client.errors import Internal, InvalidArgument
 from adaplex.client.types import (
-    Adapter,
-    AdapterDetails,
     AdapterMode,
-    AdapterReport,
     AppliedAdapter,
+    AppliedComponent,
     BaseModelInfo,
     Capacity,
     ChatMessage,
@@ -29,20 +26,16 @@ from adaplex.client.types import (
     Generation,
     GenerationEvent,
     Limits,
-    ModuleReport,
     Prompt,
-    Refusal,
     SamplingParams,
     ServerInfo,
     Started,
     Timing,
     TokenLogprob,
     TopLogprob,
-    UploadResult,
     Usage,
-    Validation,
 )
-from adaplex.v1 import adapters_pb2, generation_pb2, server_pb2
+from adaplex.v1 import generation_pb2, server_pb2
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
@@ -75,6 +68,8 @@ def generation_call(
     prompt: Prompt,
     *,
     adapter: str | None = None,
+    adapters: Mapping[str, float] | Sequence[tuple[str, float]] | None = None,
+    routing_key: str = "",
     mode: AdapterMode | str | None = None,
     sampling: SamplingParams | None = None,
     timeout: float | None = None,
@@ -90,34 +85,35 @@ def generation_call(
     """
     spec = generation_pb2.GenerationSpec()
     _put_prompt(spec, prompt)
-    _put(spec, "adapter", adapter or "", "spec.")
-    _put(spec, "cache_salt", cache_salt, "spec.")
-    _put(spec, "priority", priority, "spec.")
+    put(spec, "adapter", adapter or "", "spec.")
+    put(spec, "routing_key", routing_key, "spec.")
+    for selector, weight in _pairs(adapters or ()):
+        part = spec.adapters.add()
+        put(part, "adapter", selector, f"spec.adapters[{len(spec.adapters) - 1}].")
+        put(part, "weight", weight, f"spec.adapters[{len(spec.adapters) - 1}].")
+    put(spec, "cache_salt", cache_salt, "spec.")
+    put(spec, "priority", priority, "spec.")
     if mode is not None:
         spec.mode = _MODES[_mode(mode)]
     spec.sampling.SetInParent()
     for name, value in _chosen(replace(sampling or SamplingParams(), **sampling_fields)):
-        _put(spec.sampling, name, value, "spec.sampling.")
+        put(spec.sampling, name, value, "spec.sampling.")
     return GenerationCall(spec, timeout, request_id)
-
-
-def upload_policy(replace: bool) -> adapters_pb2.UploadPolicy.ValueType:
-    """What to do about a name that is taken."""
-    return adapters_pb2.UPLOAD_POLICY_REPLACE if replace else adapters_pb2.UPLOAD_POLICY_CREATE
 
 
 def request(kind: type[M], **values: Any) -> M:
     """A flat message. InvalidArgument names the field that cannot hold its value."""
     message = kind()
     for name, value in values.items():
-        _put(message, name, value, "")
+        put(message, name, value, "")
     return message
 
 
-def load_request(name: str, path: str, replace: bool) -> adapters_pb2.LoadAdapterRequest:
-    """Asks the server to import a directory of its own."""
-    policy = upload_policy(replace)
-    return request(adapters_pb2.LoadAdapterRequest, name=name, uri=path, policy=policy)
+def _pairs(
+    weighted: Mapping[str, float] | Sequence[tuple[str, float]],
+) -> list[tuple[str, float]]:
+    """Selectors and weights, from a mapping or from pairs."""
+    return list(weighted.items() if isinstance(weighted, Mapping) else weighted)
 
 
 def _mode(mode: AdapterMode | str) -> AdapterMode:
@@ -136,7 +132,7 @@ def _chosen(sampling: SamplingParams) -> list[tuple[str, Any]]:
 
 def _put_prompt(spec: generation_pb2.GenerationSpec, prompt: Prompt) -> None:
     if isinstance(prompt, str):
-        _put(spec, "text", prompt, "spec.")
+        put(spec, "text", prompt, "spec.")
     elif isinstance(prompt, bytes | Mapping) or not hasattr(prompt, "__iter__"):
         raise TypeError("a prompt is text, token ids, or a list of chat messages")
     else:
@@ -146,7 +142,7 @@ def _put_prompt(spec: generation_pb2.GenerationSpec, prompt: Prompt) -> None:
         else:
             spec.token_ids.SetInParent()
             ids = [_index(item, at) for at, item in enumerate(items)]
-            _put(spec.token_ids, "ids", ids, "spec.token_ids.")
+            put(spec.token_ids, "ids", ids, "spec.token_ids.")
 
 
 def _index(item: Any, at: int) -> int:
@@ -167,12 +163,12 @@ def _chat_message(item: Any, at: int) -> generation_pb2.ChatMessage:
     if not isinstance(item, ChatMessage):
         raise InvalidArgument.because(path, f"{item!r} is not a chat message")
     message = generation_pb2.ChatMessage()
-    _put(message, "role", item.role, f"{path}.")
-    _put(message, "content", item.content, f"{path}.")
+    put(message, "role", item.role, f"{path}.")
+    put(message, "content", item.content, f"{path}.")
     return message
 
 
-def _put(message: Message, name: str, value: Any, within: str) -> None:
+def put(message: Message, name: str, value: Any, within: str) -> None:
     """Sets a field, or fills a repeated one; says which field cannot hold its value.
 
     `within` is the path of the message, with its dot, as the server writes paths.
@@ -226,51 +222,18 @@ def assemble(started: Started, deltas: list[Delta], finished: Finished) -> Gener
     )
 
 
-def adapter(message: adapters_pb2.Adapter) -> Adapter:
-    """One stored version."""
-    return _flat(Adapter, message, create_time=message.create_time.ToDatetime(UTC))
-
-
-def report(message: adapters_pb2.AdapterReport) -> AdapterReport:
-    """What a checkpoint says and how the base takes it."""
-    return _flat(
-        AdapterReport,
-        message,
-        modules=tuple(_flat(ModuleReport, module) for module in message.modules),
-        refusals=tuple(_flat(Refusal, refusal) for refusal in message.refusals),
-        notes=tuple(message.notes),
-    )
-
-
-def adapter_details(message: adapters_pb2.GetAdapterResponse) -> AdapterDetails:
-    """A stored adapter and its report."""
-    return AdapterDetails(adapter(message.adapter), report(message.report))
-
-
-def upload_result(
-    message: adapters_pb2.UploadAdapterResponse | adapters_pb2.LoadAdapterResponse,
-) -> UploadResult:
-    """What was stored."""
-    return UploadResult(adapter(message.adapter), report(message.report), message.created)
-
-
-def validation(message: adapters_pb2.ValidateAdapterResponse) -> Validation:
-    """The answer to a dry run."""
-    return Validation(message.valid, report(message.report))
-
-
 def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
     """What the server is and how full it is."""
-    return _flat(
+    return flat(
         ServerInfo,
         message,
-        model=_flat(BaseModelInfo, message.model),
-        capacity=_flat(Capacity, message.capacity),
-        limits=_flat(Limits, message.limits),
+        model=flat(BaseModelInfo, message.model),
+        capacity=flat(Capacity, message.capacity),
+        limits=flat(Limits, message.limits),
     )
 
 
-def _flat(kind: type[T], message: Message, **converted: Any) -> T:
+def flat(kind: type[T], message: Message, **converted: Any) -> T:
     """A dataclass from the message fields of the same names, but for those already converted."""
     # T is one of the dataclasses of types.py; there is no bound that says so.
     names = [field.name for field in fields(kind) if field.name not in converted]  # type: ignore[arg-type]
@@ -281,8 +244,14 @@ def _started(message: generation_pb2.GenerationStarted) -> Started:
     applied = None
     if message.HasField("adapter"):
         mode = _MODE_OF.get(message.adapter.mode)
-        applied = _flat(AppliedAdapter, message.adapter, mode=mode)
-    return _flat(Started, message, adapter=applied)
+        applied = flat(
+            AppliedAdapter,
+            message.adapter,
+            mode=mode,
+            components=tuple(flat(AppliedComponent, part) for part in message.adapter.components),
+            warnings=tuple(message.adapter.warnings),
+        )
+    return flat(Started, message, adapter=applied)
 
 
 def _delta(message: generation_pb2.GenerationDelta) -> Delta:
@@ -293,13 +262,13 @@ def _finished(message: generation_pb2.GenerationFinished) -> Finished:
     return Finished(
         finish_reason=_REASON_OF.get(message.reason),
         stop=message.stop,
-        usage=_flat(Usage, message),
-        timing=_flat(Timing, message),
+        usage=flat(Usage, message),
+        timing=flat(Timing, message),
     )
 
 
 def _logprobs(entries: Any) -> tuple[TokenLogprob, ...]:
     return tuple(
-        _flat(TokenLogprob, entry, top=tuple(_flat(TopLogprob, top) for top in entry.top))
+        flat(TokenLogprob, entry, top=tuple(flat(TopLogprob, top) for top in entry.top))
         for entry in entries
     )

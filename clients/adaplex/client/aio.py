@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -13,21 +13,26 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 import grpc.aio
 
-from adaplex.client import _health, _wire
+from adaplex.client import _adapter_calls, _health, _wire
+from adaplex.client._adapter_calls import AdapterCall, Targets
 from adaplex.client._connection import CHANNEL_OPTIONS, DEFAULT_TIMEOUT, Call, Connection
 from adaplex.client._stream import StreamState
-from adaplex.client.errors import AdaplexClientError, translated
-from adaplex.client.types import (
+from adaplex.client.adapter_types import (
     Adapter,
     AdapterDetails,
+    AdapterEvent,
+    MergeOptions,
+    UploadResult,
+    Validation,
+)
+from adaplex.client.errors import AdaplexClientError, translated
+from adaplex.client.types import (
     GenerateOptions,
     Generation,
     GenerationEvent,
     Health,
     Prompt,
     ServerInfo,
-    UploadResult,
-    Validation,
 )
 from adaplex.client.upload import AdapterFiles, Messages, Progress
 from adaplex.v1 import (
@@ -58,10 +63,13 @@ class AsyncClient:
         timeout: float | None = DEFAULT_TIMEOUT,
         token: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        actor: str | None = None,
         tls: bool | bytes | str | os.PathLike[str] = False,
     ) -> None:
         self._transport = _Transport(
-            Connection.configured(target, timeout=timeout, token=token, metadata=metadata, tls=tls)
+            Connection.configured(
+                target, timeout=timeout, token=token, metadata=metadata, actor=actor, tls=tls
+            )
         )
         channel = self._transport.channel
         self._generation = generation_pb2_grpc.GenerationServiceStub(channel)
@@ -213,7 +221,7 @@ class AsyncAdapters:
             adapters_pb2.UploadAdapterRequest, name, replace=replace, progress=progress
         )
         response = await self._send(self._uploads.UploadAdapter, messages, timeout)
-        return _wire.upload_result(response)
+        return _adapter_calls.upload_result(response)
 
     async def validate(
         self,
@@ -226,45 +234,118 @@ class AsyncAdapters:
         """Sends a directory for a dry run: the report of an upload, and nothing stored."""
         files = await asyncio.to_thread(AdapterFiles.read, directory)
         messages = files.messages(adapters_pb2.ValidateAdapterRequest, name, progress=progress)
-        return _wire.validation(await self._send(self._uploads.ValidateAdapter, messages, timeout))
+        return _adapter_calls.validation(
+            await self._send(self._uploads.ValidateAdapter, messages, timeout)
+        )
 
     async def load(
-        self, name: str, path: str, *, replace: bool = False, timeout: float | None = None
+        self, name: str, uri: str, *, replace: bool = False, timeout: float | None = None
     ) -> UploadResult:
-        """Has the server import a directory that it can read, under its allowed roots."""
-        request = _wire.load_request(name, path, replace)
-        return _wire.upload_result(await self._call(self._stub.LoadAdapter, request, timeout))
+        """Has the server import a directory or GGUF file: a path under its allowed roots,
+        `hf://org/repo[/folder][@revision]` or `s3://bucket/prefix`.
+        """
+        return await self._ask(_adapter_calls.load(name, uri, replace), timeout)
+
+    async def merge(
+        self,
+        name: str,
+        sources: Mapping[str, float] | Sequence[tuple[str, float]],
+        *,
+        replace: bool = False,
+        timeout: float | None = None,
+        **options: Unpack[MergeOptions],
+    ) -> UploadResult:
+        """Makes an adapter out of stored ones, by selector and weight. Keywords: MergeOptions."""
+        return await self._ask(_adapter_calls.merge(name, sources, replace, **options), timeout)
 
     async def get(self, name: str, *, timeout: float | None = None) -> AdapterDetails:
-        """One adapter, by `name` or `name@version`, and its report."""
-        request = _wire.request(adapters_pb2.GetAdapterRequest, name=name)
-        return _wire.adapter_details(await self._call(self._stub.GetAdapter, request, timeout))
+        """One adapter, by any selector, its report, and the versions of its name."""
+        return await self._ask(_adapter_calls.get(name), timeout)
 
     async def list(
-        self, *, page_size: int = 100, timeout: float | None = None
+        self,
+        *,
+        name_prefix: str = "",
+        labels: Mapping[str, str] | None = None,
+        family: str = "",
+        order_by: str = "",
+        page_size: int = 100,
+        timeout: float | None = None,
     ) -> AsyncIterator[Adapter]:
-        """The latest version of every adapter, by name; asks for a page when it is needed."""
+        """The newest version of every adapter that fits; asks for a page when it is needed.
+
+        `order_by` is name, create_time, update_time or stored_bytes, then ` desc` or nothing.
+        """
         token = ""
         while True:
-            request = _wire.request(
-                adapters_pb2.ListAdaptersRequest, page_size=page_size, page_token=token
+            call = _adapter_calls.page(
+                page_size=page_size,
+                page_token=token,
+                name_prefix=name_prefix,
+                labels=labels,
+                family=family,
+                order_by=order_by,
             )
-            page = await self._call(self._stub.ListAdapters, request, timeout)
-            for message in page.adapters:
-                yield _wire.adapter(message)
-            token = page.next_page_token
+            page, token = await self._ask(call, timeout)
+            for adapter in page:
+                yield adapter
             if not token:
                 return
 
+    async def history(self, name: str, *, timeout: float | None = None) -> tuple[AdapterEvent, ...]:
+        """What happened to a name, newest first; also of a deleted one."""
+        return await self._ask(_adapter_calls.history(name), timeout)
+
+    async def update(
+        self,
+        name: str,
+        *,
+        description: str | None = None,
+        set_labels: Mapping[str, str] | None = None,
+        remove_labels: Sequence[str] = (),
+        pinned: bool | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Changes what is given; `pinned` keeps the adapter in device memory."""
+        call = _adapter_calls.update(
+            name,
+            description=description,
+            set_labels=set_labels,
+            remove_labels=remove_labels,
+            pinned=pinned,
+        )
+        return await self._ask(call, timeout)
+
+    async def set_alias(
+        self, name: str, alias: str, targets: Targets, *, timeout: float | None = None
+    ) -> Adapter:
+        """Points an alias to a version, or to several by share: `{3: 95, 4: 5}`.
+
+        The bare name follows the alias `default`.
+        """
+        return await self._ask(_adapter_calls.set_alias(name, alias, targets), timeout)
+
+    async def delete_alias(self, name: str, alias: str, *, timeout: float | None = None) -> Adapter:
+        """Forgets an alias."""
+        return await self._ask(_adapter_calls.delete_alias(name, alias), timeout)
+
+    async def rollback(
+        self, name: str, alias: str = "default", *, timeout: float | None = None
+    ) -> Adapter:
+        """Points an alias to what it pointed to before its last change."""
+        return await self._ask(_adapter_calls.rollback(name, alias), timeout)
+
     async def unload(self, name: str, *, timeout: float | None = None) -> bool:
         """Drops an adapter from memory; it stays stored. Whether it was in memory."""
-        request = _wire.request(adapters_pb2.UnloadAdapterRequest, name=name)
-        return (await self._call(self._stub.UnloadAdapter, request, timeout)).was_resident
+        return await self._ask(_adapter_calls.unload(name), timeout)
 
     async def delete(self, name: str, *, timeout: float | None = None) -> int:
-        """Forgets a name and all its versions. How many there were."""
-        request = _wire.request(adapters_pb2.DeleteAdapterRequest, name=name)
-        return (await self._call(self._stub.DeleteAdapter, request, timeout)).versions_deleted
+        """Forgets a name and all its versions, or `name@version`. How many versions went."""
+        return await self._ask(_adapter_calls.delete(name), timeout)
+
+    async def _ask(self, call: AdapterCall[T], timeout: float | None) -> T:
+        method = getattr(self._stub, call.method)
+        return call.read(await self._call(method, call.request, timeout))
 
     async def _call(
         self, method: Callable[..., Awaitable[R]], request: object, timeout: float | None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from enum import StrEnum
 from typing import ClassVar, TypedDict
 
@@ -94,12 +93,16 @@ class SamplingFields(TypedDict, total=False):
 class GenerateOptions(SamplingFields, total=False):
     """The keywords of `generate` and `stream`.
 
-    `adapter` is `name`, `name@version` or `sha256:<hex>`; None asks the base model. `timeout` is
-    in seconds, None takes the client's. Prefix caches are shared only within one `cache_salt`.
-    Larger `priority` goes first. `request_id` is drawn when it is None.
+    `adapter` is `name`, `name@version`, `name@alias` or `sha256:<hex>`; None asks the base model.
+    `adapters` are several of them with their weights, whose deltas are added. `routing_key` keeps
+    requests on one side of a weighted alias. `timeout` is in seconds, None takes the client's.
+    Prefix caches are shared only within one `cache_salt`. Larger `priority` goes first.
+    `request_id` is drawn when it is None.
     """
 
     adapter: str | None
+    adapters: Mapping[str, float] | Sequence[tuple[str, float]] | None
+    routing_key: str
     mode: AdapterMode | str | None
     sampling: SamplingParams | None
     timeout: float | None
@@ -112,14 +115,32 @@ class GenerateOptions(SamplingFields, total=False):
 
 
 @dataclass(frozen=True)
+class AppliedComponent:
+    """One adapter of a combination."""
+
+    name: str
+    version: int
+    digest: str
+    weight: float
+    alias: str
+
+
+@dataclass(frozen=True)
 class AppliedAdapter:
-    """Proof of what answered: this content changed this many modules of the base."""
+    """Proof of what answered: this content changed this many modules of the base.
+
+    `alias` is what chose the version, if an alias did; `components` what was combined; `warnings`
+    why the answer may not be what the adapter's author meant.
+    """
 
     name: str
     version: int
     digest: str
     mode: AdapterMode | None
     modules: int
+    alias: str = ""
+    components: tuple[AppliedComponent, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -215,85 +236,6 @@ class Generation:
         return self.usage.completion_tokens / seconds if seconds > 0 else 0.0
 
 
-# Adapters.
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """One version of a stored adapter. `resident`: in the device's memory now."""
-
-    name: str
-    version: int
-    digest: str
-    family: str
-    modules: int
-    max_rank: int
-    stored_bytes: int
-    packed_bytes: int
-    create_time: datetime
-    resident: bool
-
-
-@dataclass(frozen=True)
-class ModuleReport:
-    """How one module of the base is changed."""
-
-    module: str
-    rank: int
-    scale: float
-    in_features: int
-    out_features: int
-    bias: bool
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """One reason not to serve a checkpoint: where (file, config field or tensor) and why."""
-
-    where: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class AdapterReport:
-    """What a checkpoint says and how the base takes it. `notes` had no effect on the answer."""
-
-    family: str
-    digest: str
-    modules: tuple[ModuleReport, ...]
-    packed_bytes: int
-    refusals: tuple[Refusal, ...]
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class AdapterDetails:
-    """A stored adapter and its report."""
-
-    adapter: Adapter
-    report: AdapterReport
-
-
-@dataclass(frozen=True)
-class UploadResult:
-    """A stored adapter. `created` is False when the name already pointed to this content."""
-
-    adapter: Adapter
-    report: AdapterReport
-    created: bool
-
-
-@dataclass(frozen=True)
-class Validation:
-    """The answer to a dry run: `report.refusals` says why a checkpoint is not valid."""
-
-    valid: bool
-    report: AdapterReport
-
-
 # The server.
 
 
@@ -307,6 +249,7 @@ class BaseModelInfo:
     compute_dtype: str
     device: str
     digest: str
+    fingerprint: str
     weight_bytes: int
     max_model_len: int
 
@@ -326,6 +269,12 @@ class Capacity:
     adapters_resident: int
     merged_bytes_total: int
     merged_bytes_used: int
+    host_bytes_total: int
+    host_bytes_used: int
+    store_bytes_total: int
+    store_bytes_used: int
+    pinned_bytes_total: int
+    pinned_bytes_used: int
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""AdapterFiles: the two files of an adapter directory, and the messages that carry them."""
+"""AdapterFiles: the files of an adapter directory, and the messages that carry them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from adaplex.client import _wire
+from adaplex.client import _adapter_calls, _wire
 from adaplex.client.errors import AdaplexClientError, InvalidArgument
 from adaplex.v1 import adapters_pb2
 
 FILE_NAMES = ("adapter_config.json", "adapter_model.safetensors")
+SIGNATURE = "model.sig"
+"""OpenSSF model signature of the others; sent when it is there."""
 CHUNK_BYTES = 1 << 20
 
 Progress = Callable[[int, int], None]
@@ -37,7 +39,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What is sent of an adapter directory: the files of FILE_NAMES, in that order."""
+    """What is sent of an adapter directory: FILE_NAMES in that order, then SIGNATURE."""
 
     files: tuple[LocalFile, ...]
 
@@ -50,7 +52,8 @@ class AdapterFiles:
         for name in FILE_NAMES:
             if not (folder / name).is_file():
                 raise InvalidArgument.because(name, _why_missing(folder, name))
-        return cls(tuple(_hashed(folder / name) for name in FILE_NAMES))
+        signed = (SIGNATURE,) if (folder / SIGNATURE).is_file() else ()
+        return cls(tuple(_hashed(folder / name) for name in (*FILE_NAMES, *signed)))
 
     @property
     def total_bytes(self) -> int:
@@ -97,7 +100,7 @@ class AdapterFiles:
                 )
                 for file in self.files
             ],
-            policy=_wire.upload_policy(replace),
+            policy=_adapter_calls.upload_policy(replace),
         )
 
     def _chunks(self) -> Iterator[adapters_pb2.AdapterChunk]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from adaplex.adapters.catalog import AdapterRecord, Order, Query
 from adaplex.adapters.entry import Entry, Event
-from adaplex.adapters.merging import MergeMethod, MergePlan
+from adaplex.adapters.merging import MAX_SOURCES, MergeMethod, MergePlan
 from adaplex.adapters.report import Report
 from adaplex.adapters.split import MAX_TARGETS, Split, Target
 from adaplex.adapters.staging import FileSpec
@@ -20,7 +20,6 @@ MAX_PAGE = 1000
 MAX_FILES = 16
 """Announced files that are looked at one by one; an adapter has far fewer."""
 MAX_FILTER_LABELS = 16
-MAX_SOURCES = 8
 ORDERS: tuple[Order, ...] = ("name", "create_time", "update_time", "stored_bytes")
 METHODS = {
     adapters_pb2.MergeMethod.Value(f"MERGE_METHOD_{method.name}"): method for method in MergeMethod

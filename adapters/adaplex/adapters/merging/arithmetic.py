@@ -77,7 +77,7 @@ class Arithmetic:
     def _pruned(self, tensor: Tensor) -> Tensor:
         """The tensor without what the method drops."""
         density = self._plan.density
-        if density is None or density == 1:
+        if density is None:
             return tensor
         if self._plan.method.draws:
             kept = torch.bernoulli(torch.full_like(tensor, density), generator=self._dice)
@@ -104,7 +104,7 @@ def finite(tensor: Tensor) -> Tensor:
 def factored(delta: Tensor, rank: int) -> Pair:
     """The pair of the rank, or less, whose product is nearest to delta [out, in].
 
-    Takes the time of a full SVD: seconds for each large projection. Raises OverflowError.
+    Takes a full SVD, whose time grows with the cube of the size. Raises OverflowError.
     """
     u, s, vh = torch.linalg.svd(finite(delta), full_matrices=False)
     return vh[:rank].contiguous(), (u[:, :rank] * s[:rank]).contiguous()

@@ -12,13 +12,22 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from adaplex.client import upload
-from adaplex.client.cli import render
+from adaplex.client.cli import names, render
 from adaplex.client.cli.app import connect
-from adaplex.client.types import UploadResult
+from adaplex.client.cli.arguments import AsJson, Name, Replace
+from adaplex.client.cli.plugins import AdapterCommands
+from adaplex.client.cli.values import labels
 
-app = typer.Typer(no_args_is_help=True, help="List, send, check and remove adapters.")
+app = typer.Typer(
+    cls=AdapterCommands, no_args_is_help=True, help="List, send, check, name and remove adapters."
+)
+for command in (
+    *(names.merge, names.history, names.rollback),
+    *(names.label, names.describe, names.pin, names.unpin),
+):
+    app.command()(command)
+app.add_typer(names.alias_app, name="alias")
 
-Name = Annotated[str, typer.Argument(help="Name of the adapter.")]
 Directory = Annotated[
     Path,
     typer.Argument(
@@ -27,17 +36,26 @@ Directory = Annotated[
         help="PEFT adapter directory: adapter_config.json and adapter_model.safetensors.",
     ),
 ]
-Replace = Annotated[
-    bool, typer.Option("--replace", help="Give a taken name a new version with this content.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("ls")
-def list_adapters(context: typer.Context, as_json: AsJson = False) -> None:
+def list_adapters(
+    context: typer.Context,
+    prefix: Annotated[str, typer.Option(help="Names that begin so.")] = "",
+    label: Annotated[list[str] | None, typer.Option(help="key=value; repeat.")] = None,
+    family: Annotated[str, typer.Option(help="Such as lora.")] = "",
+    sort: Annotated[
+        str, typer.Option(help="name, create_time, update_time or stored_bytes; then ` desc`.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
     """List the stored adapters."""
     with connect(context) as client:
-        stored = list(client.adapters.list())
+        stored = list(
+            client.adapters.list(
+                name_prefix=prefix, labels=labels(label or []), family=family, order_by=sort
+            )
+        )
     if as_json:
         typer.echo(render.json_text(stored))
     else:
@@ -55,26 +73,28 @@ def push(
     """Send an adapter directory to the server."""
     with connect(context) as client, _progress(name) as progress:
         result = client.adapters.upload(name, directory, replace=replace, progress=progress)
-    _show_stored(result, as_json)
+    render.stored(result, as_json)
 
 
 @app.command()
 def load(
     context: typer.Context,
     name: Name,
-    path: Annotated[str, typer.Argument(help="Directory that the server can read.")],
+    uri: Annotated[
+        str, typer.Argument(help="Path on the server, hf://org/repo[@revision] or s3://bucket/x.")
+    ],
     replace: Replace = False,
     as_json: AsJson = False,
 ) -> None:
-    """Have the server import a directory of its own, under its allowed roots."""
+    """Have the server import an adapter from where it may read."""
     with connect(context) as client:
-        result = client.adapters.load(name, path, replace=replace)
-    _show_stored(result, as_json)
+        result = client.adapters.load(name, uri, replace=replace)
+    render.stored(result, as_json)
 
 
 @app.command()
 def show(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
-    """Show one adapter (name or name@version) and its modules."""
+    """Show one adapter (name, name@version or name@alias), its versions and its modules."""
     with connect(context) as client:
         details = client.adapters.get(name)
     if as_json:
@@ -86,10 +106,12 @@ def show(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
             ("name", f"{adapter.name}@{adapter.version}"),
             ("created", adapter.create_time.isoformat(timespec="seconds")),
             ("stored", render.size(adapter.stored_bytes)),
-            ("in memory", "yes" if adapter.resident else "no"),
+            ("fastest memory", adapter.tier or "unknown"),
             ("greatest rank", adapter.max_rank),
+            *render.name_rows(adapter),
         ]
     )
+    render.versions(details.versions)
     render.report(details.report)
 
 
@@ -117,22 +139,10 @@ def unload(context: typer.Context, name: Name) -> None:
 
 @app.command("rm")
 def remove(context: typer.Context, name: Name) -> None:
-    """Delete an adapter and all its versions."""
+    """Delete an adapter and all its versions, or name@version alone."""
     with connect(context) as client:
         count = client.adapters.delete(name)
     typer.echo(f"deleted {name}, {count} version{'' if count == 1 else 's'}")
-
-
-def _show_stored(result: UploadResult, as_json: bool) -> None:
-    if as_json:
-        typer.echo(render.json_text(result))
-        return
-    stored = result.adapter
-    typer.echo(
-        f"{stored.name}@{stored.version} {render.short(stored.digest)} "
-        f"{stored.family} {stored.modules} modules "
-        f"({'stored' if result.created else 'was there already'})"
-    )
 
 
 @contextmanager

@@ -29,10 +29,13 @@ class Target:
     token: str | None
     tls: bool | Path
     timeout: float
+    actor: str | None
 
     def client(self) -> Client:
         """A new client; use it in `with`."""
-        return Client(self.target, token=self.token, tls=self.tls, timeout=self.timeout)
+        return Client(
+            self.target, token=self.token, tls=self.tls, timeout=self.timeout, actor=self.actor
+        )
 
 
 def connect(context: typer.Context) -> Client:
@@ -68,10 +71,14 @@ def root(
     timeout: Annotated[
         float, typer.Option(min=0.001, help="Seconds one call may take.")
     ] = DEFAULT_TIMEOUT,
+    actor: Annotated[
+        str | None,
+        typer.Option(envvar="ADAPLEX_ACTOR", help="Who asks, for the history of adapters."),
+    ] = None,
     show_version: Annotated[
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     """Multi-adapter inference: one base model, an adapter per request."""
-    context.obj = Target(target, token, tls_roots or tls, timeout)
+    context.obj = Target(target, token, tls_roots or tls, timeout, actor)

@@ -9,8 +9,15 @@ import typer
 
 from adaplex.client.cli import render
 from adaplex.client.cli.app import connect
+from adaplex.client.cli.values import weighted_selector
 from adaplex.client.client import GenerationStream
-from adaplex.client.types import AdapterMode, ChatMessage, Generation, Prompt, SamplingParams
+from adaplex.client.types import (
+    AdapterMode,
+    ChatMessage,
+    Generation,
+    Prompt,
+    SamplingParams,
+)
 
 
 def generate(
@@ -19,9 +26,15 @@ def generate(
         str | None, typer.Argument(help="What to ask; read from standard input when absent.")
     ] = None,
     adapter: Annotated[
-        str | None,
-        typer.Option("--adapter", "-a", help="name, name@version or sha256:<hex>; else the base."),
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            help="name, name@version, name@alias or sha256:<hex>; else the base. "
+            "Repeat as name:weight to combine several.",
+        ),
     ] = None,
+    routing_key: Annotated[str, typer.Option(help="Same key, same side of a weighted alias.")] = "",
     mode: Annotated[AdapterMode | None, typer.Option(help="How the adapter is applied.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat/--raw", help="Use the model's chat template, or do not.")
@@ -52,10 +65,18 @@ def generate(
         stop=tuple(stop or ()),
         logprobs=logprobs,
     )
+    single, several = _named(adapter or [])
     message: Prompt = [ChatMessage("user", asked)] if chat else asked
     with (
         connect(context) as client,
-        client.stream(message, adapter=adapter, mode=mode, sampling=sampling) as stream,
+        client.stream(
+            message,
+            adapter=single,
+            adapters=several,
+            mode=mode,
+            sampling=sampling,
+            routing_key=routing_key,
+        ) as stream,
     ):
         answer = _read(stream, shown=not as_json)
     if as_json:
@@ -77,6 +98,14 @@ def _read(stream: GenerationStream, shown: bool) -> Generation:
         if open_line:
             typer.echo()
     return stream.generation
+
+
+def _named(adapters: list[str]) -> tuple[str | None, list[tuple[str, float]] | None]:
+    """One adapter as it is, or several with weights."""
+    weighted = [weighted_selector(text) for text in adapters]
+    if len(weighted) == 1 and weighted[0][1] == 1.0:
+        return weighted[0][0], None
+    return None, weighted or None
 
 
 def _asked(prompt: str | None) -> str:

@@ -15,21 +15,27 @@ GROUP = "adaplex.commands"
 
 
 class CommandGroup(TyperGroup):
-    """The root group. A plugin is imported only when its command, or the help, is asked for."""
+    """A group with plugins. One is imported only when its command, or the help, is asked for."""
+
+    entry_points = GROUP
+    """Where its plugins are registered."""
 
     # The context's class depends on typer's version: click's own, or typer's copy of it.
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of our commands, then of those from entry points."""
         own = super().list_commands(ctx)
-        return own + sorted(name for name in _plugins() if name not in own)
+        return own + sorted(name for name in self._plugins() if name not in own)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """A command by its name; ours come first."""
         own = super().get_command(ctx, cmd_name)
         if own is not None:
             return own
-        plugin = _plugins().get(cmd_name)
+        plugin = self._plugins().get(cmd_name)
         return None if plugin is None else _command(plugin)
+
+    def _plugins(self) -> dict[str, EntryPoint]:
+        return {point.name: point for point in entry_points(group=self.entry_points)}
 
     def invoke(self, ctx: Any) -> Any:
         """Runs a command; a failed call is one line on stderr and exit code 1."""
@@ -41,8 +47,10 @@ class CommandGroup(TyperGroup):
             raise typer.Exit(1) from error
 
 
-def _plugins() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=GROUP)}
+class AdapterCommands(CommandGroup):
+    """`adaplex adapters`, with what the server package adds to it."""
+
+    entry_points = "adaplex.adapters_commands"
 
 
 def _command(point: EntryPoint) -> Any:

@@ -14,7 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from adaplex.client.types import Adapter, AdapterReport, Generation, TokenLogprob
+from adaplex.client.adapter_types import (
+    Adapter,
+    AdapterEvent,
+    AdapterReport,
+    AdapterVersion,
+    AliasTarget,
+    UploadResult,
+)
+from adaplex.client.types import Generation, TokenLogprob
 
 PIPE_WIDTH = 200
 """Columns when the output is no terminal: wide enough to break no line of ours."""
@@ -75,8 +83,12 @@ def proof(answer: Generation) -> str:
     applied = answer.adapter
     source = f"base model {answer.model}"
     if applied:
+        what = f"{applied.name}@{applied.version}"
+        if applied.components:
+            parts = applied.components
+            what = " + ".join(f"{part.weight:g} {part.name}@{part.version}" for part in parts)
         source = (
-            f"{applied.name}@{applied.version} {short(applied.digest)} "
+            f"{what} {short(applied.digest)} "
             f"{applied.mode or 'unknown mode'} {applied.modules} modules"
         )
     usage = answer.usage
@@ -105,7 +117,7 @@ def logprobs(entries: Iterable[TokenLogprob]) -> None:
 def adapters(entries: Iterable[Adapter]) -> None:
     """Prints one line for each adapter."""
     table(
-        ("NAME", "VERSION", "DIGEST", "FAMILY", "MODULES", "RANK", "STORED", "IN MEMORY"),
+        ("NAME", "VERSION", "DIGEST", "FAMILY", "MODULES", "RANK", "STORED", "MEMORY", "PINNED"),
         [
             (
                 entry.name,
@@ -115,11 +127,84 @@ def adapters(entries: Iterable[Adapter]) -> None:
                 entry.modules,
                 entry.max_rank,
                 size(entry.stored_bytes),
-                size(entry.packed_bytes) if entry.resident else "no",
+                entry.tier or "unknown",
+                "yes" if entry.pinned else "",
             )
             for entry in entries
         ],
     )
+
+
+def name_rows(adapter: Adapter) -> list[tuple[str, object]]:
+    """What is known of an adapter's name."""
+    return [
+        ("newest version", f"{adapter.name}@{adapter.version} {short(adapter.digest)}"),
+        ("description", adapter.description),
+        ("labels", ", ".join(f"{key}={value}" for key, value in sorted(adapter.labels.items()))),
+        ("aliases", "; ".join(f"{a} -> {_shares(t)}" for a, t in sorted(adapter.aliases.items()))),
+        ("pinned", "yes" if adapter.pinned else "no"),
+        ("source", adapter.source + (f", by {adapter.actor}" if adapter.actor else "")),
+        ("signer", adapter.signer),
+    ]
+
+
+def versions(entries: Iterable[AdapterVersion]) -> None:
+    """Prints every version of a name, newest first."""
+    table(
+        ("VERSION", "DIGEST", "CREATED", "STORED", "SOURCE", "BY"),
+        [
+            (
+                entry.version,
+                short(entry.digest),
+                entry.create_time.isoformat(timespec="seconds"),
+                size(entry.stored_bytes),
+                entry.source,
+                entry.actor,
+            )
+            for entry in reversed(list(entries))
+        ],
+    )
+
+
+def history(events: Iterable[AdapterEvent]) -> None:
+    """Prints what happened to a name."""
+    table(
+        ("TIME", "WHAT", "BY", "SOURCE"),
+        [(e.time.isoformat(timespec="seconds"), _happened(e), e.actor, e.source) for e in events],
+    )
+
+
+def stored(result: UploadResult, as_json: bool) -> None:
+    """Prints what was stored, and what is doubtful about it."""
+    if as_json:
+        typer.echo(json_text(result))
+        return
+    adapter = result.adapter
+    typer.echo(
+        f"{adapter.name}@{adapter.version} {short(adapter.digest)} "
+        f"{adapter.family} {adapter.modules} modules "
+        f"({'stored' if result.created else 'was there already'})"
+    )
+    for warning in result.report.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def _happened(event: AdapterEvent) -> str:
+    """One event in words."""
+    if event.kind == "alias":
+        before, after = (_shares(side) or "nothing" for side in (event.before, event.after))
+        return f"alias {event.alias}: {before} -> {after}"
+    if event.version:
+        return f"{event.kind} @{event.version} {short(event.digest)}"
+    return f"{event.kind} {event.detail}".rstrip()
+
+
+def _shares(targets: Sequence[AliasTarget]) -> str:
+    """An alias's targets: `@3`, or `@3 95%, @4 5%`."""
+    total = sum(target.weight for target in targets)
+    if len(targets) == 1:
+        return f"@{targets[0].version}"
+    return ", ".join(f"@{target.version} {target.weight / total:.3g}" for target in targets)
 
 
 def report(checked: AdapterReport) -> None:
@@ -140,6 +225,8 @@ def report(checked: AdapterReport) -> None:
                 for m in checked.modules
             ],
         )
+    for warning in checked.warnings:
+        typer.echo(f"warning: {warning}")
     for note in checked.notes:
         typer.echo(f"note: {note}")
     for refusal in checked.refusals:

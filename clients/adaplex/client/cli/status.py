@@ -33,6 +33,7 @@ def _rows(info: ServerInfo) -> list[tuple[str, object]]:
         ("weights", f"{model.quantization}, {render.size(model.weight_bytes)}"),
         ("compute", f"{model.compute_dtype} on {model.device}"),
         ("base digest", model.digest),
+        ("base fingerprint", model.fingerprint),
         ("context", f"{model.max_model_len} tokens"),
         ("running", f"{capacity.requests_running} of {limits.max_concurrent_sequences}"),
         ("waiting", f"{capacity.requests_waiting} of {limits.max_waiting_requests}"),
@@ -43,6 +44,9 @@ def _rows(info: ServerInfo) -> list[tuple[str, object]]:
         ),
         ("adapters", f"{capacity.adapters_resident} in memory, {capacity.adapters_stored} stored"),
         ("arena", _share(capacity.arena_bytes_used, capacity.arena_bytes_total)),
+        ("pinned", _share(capacity.pinned_bytes_used, capacity.pinned_bytes_total)),
+        ("host", _share(capacity.host_bytes_used, capacity.host_bytes_total)),
+        ("store", _share(capacity.store_bytes_used, capacity.store_bytes_total)),
         ("merged", _share(capacity.merged_bytes_used, capacity.merged_bytes_total)),
         (
             "adapter limits",

@@ -1,0 +1,13 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Name = Annotated[str, typer.Argument(help="Name of the adapter.")]
+Replace = Annotated[
+    bool, typer.Option("--replace", help="Give a taken name a new version with this content.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

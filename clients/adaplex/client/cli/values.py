@@ -1,0 +1,47 @@
+"""What commands take beside plain text: selectors with weights, versions with shares, labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import typer
+
+DIGEST = "sha256:"
+
+
+def weighted_selector(text: str) -> tuple[str, float]:
+    """`name:0.7` as the selector and its weight; without one it is 1."""
+    prefix = DIGEST if text.startswith(DIGEST) else ""
+    selector, colon, weight = text.removeprefix(prefix).rpartition(":")
+    if not colon:
+        return text, 1.0
+    return prefix + selector, _number(weight, text)
+
+
+def shares(targets: Iterable[str]) -> dict[int, float]:
+    """`3` or `3:95` as versions and their shares."""
+    found: dict[int, float] = {}
+    for text in targets:
+        version, _, share = text.partition(":")
+        if not version.isdecimal():
+            raise typer.BadParameter(f"{text!r} is not a version, or version:share")
+        found[int(version)] = _number(share, text) if share else 1.0
+    return found
+
+
+def labels(pairs: Iterable[str]) -> dict[str, str]:
+    """`key=value` strings as a mapping."""
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise typer.BadParameter(f"{pair!r} is not key=value")
+        found[key] = value
+    return found
+
+
+def _number(text: str, whole: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{whole!r} ends in no number") from None
