@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -70,3 +71,24 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
         assert len(found.keys() - kept.keys()) <= run + 1, "one a round is in, but not said"
         registry.close()
     assert len(kept) >= ROUNDS
+
+
+def test_a_kill_at_any_write_leaves_all_or_nothing(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    library = tmp_path / "kill_at_write.so"
+    source = here / "kill_at_write.c"
+    build = ["gcc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
+    subprocess.run(build, check=True)
+    done = subprocess.run(
+        [sys.executable, str(here / "killed_writer.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "LD_PRELOAD": str(library)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    assert [found["wrong"] for found in report.values()] == [[]] * len(report)
+    writes = {name: found["writes"] for name, found in report.items()}
+    assert writes["upload"] > 20, writes
+    assert all(count >= 4 for count in writes.values()), writes

@@ -1,0 +1,84 @@
+"""`adaplex adapters fsck` and `gc`: commands that work on the store itself, beside its servers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from adaplex.server.config import ConfigError, load_config
+
+if TYPE_CHECKING:
+    from adaplex.adapters.catalog import Catalog
+    from adaplex.adapters.store import Contents
+
+StoreDir = Annotated[
+    Path | None, typer.Option(help="Folder of the store; by default that of `adaplex serve`.")
+]
+SharedStore = Annotated[str | None, typer.Option(help="s3://bucket/prefix, if it is shared.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of the server.")]
+
+
+def fsck(
+    store_dir: StoreDir = None,
+    shared_store: SharedStore = None,
+    config: ConfigFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Read every stored adapter and say what is wrong. Exit code 1 when something is."""
+    with _opened(store_dir, shared_store, config) as (contents, catalog):
+        from adaplex.adapters.fsck import check_store
+
+        problems = list(check_store(catalog, contents))
+        stored = len(catalog.digests())
+    if as_json:
+        typer.echo(json.dumps([asdict(problem) for problem in problems], indent=2))
+    else:
+        for problem in problems:
+            typer.echo(f"{problem.kind}: {problem.adapter} {problem.digest}: {problem.reason}")
+        typer.echo(f"{stored} contents checked, {len(problems)} problems")
+    if any(not problem.harmless for problem in problems):
+        raise typer.Exit(1)
+
+
+def gc(
+    store_dir: StoreDir = None, shared_store: SharedStore = None, config: ConfigFile = None
+) -> None:
+    """Remove stored content that no name points to and no server uses."""
+    with _opened(store_dir, shared_store, config) as (contents, catalog):
+        from adaplex.adapters.garbage import GarbageCollector
+
+        collector = GarbageCollector(
+            catalog, contents, in_use=lambda _: False, forget=lambda _: None
+        )
+        gone = collector.sweep()
+    typer.echo(f"removed {len(gone)} contents that nothing named")
+
+
+@contextmanager
+def _opened(
+    store_dir: Path | None, shared_store: str | None, config: Path | None
+) -> Iterator[tuple[Contents, Catalog]]:
+    """The store of the flags, the environment or the file."""
+    from adaplex.adapters.errors import AdaplexError
+    from adaplex.server.stores import open_contents
+
+    given = {"store_dir": store_dir, "shared_store": shared_store, "config": config}
+    try:
+        settings = load_config({name: value for name, value in given.items() if value is not None})
+        if settings.shared_store is None and not settings.store_dir.is_dir():
+            raise ConfigError(f"store_dir: there is no store in {settings.store_dir}")
+        contents, catalog = open_contents(settings)
+        try:
+            yield contents, catalog
+        finally:
+            catalog.close()
+            contents.close()
+    except (ConfigError, AdaplexError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
