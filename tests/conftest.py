@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from seaweed import s3, s3_prefix
 from tiny import save_tiny
+
+__all__ = ["s3", "s3_prefix"]
 
 torch.set_num_threads(1)
 

@@ -55,7 +55,15 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     flags |= {
         f"{name}.port.grpc": port for name, port in zip(PORTS, ports[len(PORTS) :], strict=True)
     }
-    command = [binary, "server", f"-dir={folder}", "-ip=127.0.0.1", "-s3", "-volume.max=4"]
+    command = [
+        binary,
+        "server",
+        f"-dir={folder}",
+        "-ip=127.0.0.1",
+        "-s3",
+        "-volume.max=4",
+        "-s3.port.iceberg=0",
+    ]
     command += ["-master.volumeSizeLimitMB=64", "-master.telemetry=false"]
     command += [f"-{name}={port}" for name, port in flags.items()]
     command += [f"-s3.config={_identities(folder)}"]

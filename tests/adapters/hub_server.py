@@ -1,0 +1,118 @@
+"""A hub on loopback: the part of the file API that huggingface_hub uses to find and fetch files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote
+
+
+def git_sha1(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+@dataclass
+class Hub:
+    """Repositories by id: commits, each with files by path, and branches."""
+
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    repo: str = "org/tone"
+    requests: list[str] = field(default_factory=list)
+    serve_instead: dict[str, bytes] = field(default_factory=dict)
+    """Bytes to send for a path in place of the right ones."""
+    status: int = 200
+    """What every request is answered with, unless it is 200."""
+    redirect: bool = False
+    """Files are sent from another path, as the real hub does."""
+    url: str = ""
+
+    def commit(self, branch: str, files: dict[str, bytes]) -> str:
+        sha = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+        self.commits[sha] = files
+        self.branches[branch] = sha
+        return sha
+
+    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body."""
+        self.requests.append(path)
+        if self.status != 200:
+            return self.status, {}, b"{}"
+        plain = unquote(path.partition("?")[0])
+        api = f"/api/models/{self.repo}"
+        if plain.startswith((f"{api}/tree/", f"{api}/revision/")) or plain == api:
+            return self._api(plain.removeprefix(api).strip("/").split("/"))
+        prefix = f"/{self.repo}/resolve/"
+        if plain.startswith(prefix):
+            if self.redirect:
+                return 302, {"Location": f"/cdn{plain}"}, b""
+            return self._file(plain.removeprefix(prefix))
+        if plain.startswith(f"/cdn{prefix}"):
+            return self._file(plain.removeprefix(f"/cdn{prefix}"))
+        return 404, {"X-Error-Code": "RepoNotFound"}, b'{"error": "Repository not found"}'
+
+    def _api(self, parts: list[str]) -> tuple[int, dict[str, str], bytes]:
+        revision = parts[1] if len(parts) > 1 else "main"
+        sha = self.branches.get(revision, revision)
+        if sha not in self.commits:
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b'{"error": "no such revision"}'
+        if parts[0] != "tree":
+            return 200, {}, json.dumps({"id": self.repo, "sha": sha, "siblings": []}).encode()
+        folder = "/".join(parts[2:])
+        entries = [
+            _entry(path, data)
+            for path, data in self.commits[sha].items()
+            if path.rpartition("/")[0] == folder
+        ]
+        if not entries:
+            return 404, {"X-Error-Code": "EntryNotFound"}, b'{"error": "no such folder"}'
+        return 200, {}, json.dumps(entries).encode()
+
+    def _file(self, rest: str) -> tuple[int, dict[str, str], bytes]:
+        sha, _, path = rest.partition("/")
+        if path in self.serve_instead:
+            return 200, {}, self.serve_instead[path]
+        data = self.commits.get(sha, {}).get(path)
+        return (404, {}, b"") if data is None else (200, {}, data)
+
+
+def _entry(path: str, data: bytes) -> dict[str, Any]:
+    entry = {"type": "file", "path": path, "size": len(data), "oid": git_sha1(data)}
+    if path.endswith((".safetensors", ".gguf")):
+        sha256 = hashlib.sha256(data).hexdigest()
+        entry["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": 100}
+    return entry
+
+
+@contextmanager
+def serving(hub: Hub) -> Iterator[Hub]:
+    """The hub on a free port, until the block ends."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, headers, body = hub.answer(self.path)
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
