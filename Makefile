@@ -9,10 +9,10 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos \
   --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
   --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
 
-.PHONY: help demo test check bench protos model format clean
+.PHONY: help demo test check bench bench-residency protos model format clean
 
 help: ## Show the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
 
 demo: model ## Serve the default model, ask it with every example adapter, and exit
 	@$(BIN)/python clients/demo.py
@@ -37,6 +37,9 @@ check: $(INSTALLED) ## Lint, types, import rules, protocol rules, stub drift
 
 bench: model ## Measure tokens a second through gRPC
 	@$(BIN)/python tests/bench/throughput.py
+
+bench-residency: $(INSTALLED) ## Measure what asking for more adapters than the arena holds costs
+	@$(BIN)/python tests/bench/residency.py
 
 protos: $(INSTALLED) ## Regenerate the committed stubs
 	$(PROTOC) --python_out=protos --grpc_python_out=protos --mypy_out=quiet:protos \

@@ -13,7 +13,13 @@ from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound
 from adaplex.adapters.lease import Lease
@@ -26,7 +32,7 @@ from adaplex.server.convert import adapter_ref
 from adapters.handmade import UPLOAD, files, make_registry, objects, push, staged, tensors
 from engine.fakes import FakeRunner, Ledger, expected, make_engine, make_request
 
-NAMES = ["a", "b", "c"]
+NAMES = ["a", "b"]
 ALIASES = ["default", "prod"]
 CONTENTS = [files(weights=tensors(seed=seed)) for seed in range(4)]
 PACKED = 512
@@ -73,6 +79,12 @@ class LifecycleMachine(RuleBasedStateMachine):
             arena_bytes=2 * PACKED, host_bytes=3 * PACKED, num_blocks=33, max_running=4
         )
         self.ledger = Ledger(self.engine)
+
+    @initialize()
+    def begin(self) -> None:
+        """So that flips soon have two versions to choose from."""
+        for seed in range(2):
+            self.upload("a", seed)
 
     # The life of names.
 
@@ -230,7 +242,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         assert self.registry.leased == len(leased)
         assert staged(self.root) == []
         assert self.engine.stats().resident <= self.runner.extents.keys()
-        assert self.engine.stats().host == self.runner.host
+        assert self.engine.stats().host <= self.runner.host
         for name, known in self.known.items():
             assert self.registry.names.known(name) == bool(known.versions)
 
@@ -246,6 +258,6 @@ class LifecycleMachine(RuleBasedStateMachine):
 
 
 LifecycleMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=40, deadline=None, database=None
+    max_examples=80, stateful_step_count=50, deadline=None, database=None
 )
 TestLifecycleMachine = LifecycleMachine.TestCase

@@ -185,6 +185,11 @@ class InlineExecutor(Executor):
         return Future()
 
 
+def digest(name: str) -> str:
+    """That of the adapter that `make_adapter` makes of a name."""
+    return f"sha256:{name}"
+
+
 def make_config(**changes: Any) -> EngineConfig:
     limits: dict[str, Any] = {
         "num_blocks": 65,
@@ -212,7 +217,7 @@ def make_engine(
 def make_adapter(
     name: str = "a", nbytes: int = UNIT, mode: AdapterMode = AdapterMode.UNMERGED
 ) -> AdapterRef:
-    return AdapterRef(name, 1, f"sha256:{name}", nbytes, 1, mode)
+    return AdapterRef(name, 1, digest(name), nbytes, 1, mode)
 
 
 def make_request(
@@ -250,6 +255,16 @@ class Ledger:
                 self.check_idle()
                 return
             self.step()
+        raise AssertionError("the engine does not come to an end")
+
+    def drain_with(self, executor: ManualExecutor, limit: int = 2000) -> None:
+        """Drains, and completes every job, also those that nobody waits for."""
+        for _ in range(limit):
+            executor.run_all()
+            self.step()
+            if not self.engine.has_work and not executor.jobs:
+                self.check_idle()
+                return
         raise AssertionError("the engine does not come to an end")
 
     def check_idle(self) -> None:

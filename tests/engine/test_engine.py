@@ -132,9 +132,14 @@ def test_limits_that_could_serve_nobody_are_refused() -> None:
         {"max_step_tokens": 4},
         {"max_chunk_tokens": 0},
         {"max_chunk_tokens": 25},
+        {"host_bytes": -1},
+        {"prefetch_ahead": -1},
+        {"max_pinned_share": -0.1},
+        {"max_pinned_share": 1.1},
     ):
-        with pytest.raises(RequestInvalid):
+        with pytest.raises(RequestInvalid) as refusal:
             make_config(**changes)
+        assert changes.keys() & {refusal.value.field, "num_blocks"}
 
 
 def test_the_queue_is_bounded_beyond_what_can_start_at_once() -> None:

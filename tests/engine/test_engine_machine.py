@@ -18,6 +18,7 @@ from engine.fakes import (
     UNIT,
     Ledger,
     ManualExecutor,
+    digest,
     expected,
     make_adapter,
     make_engine,
@@ -29,6 +30,7 @@ SIZES = {"a": UNIT, "b": UNIT, "c": 2 * UNIT, "d": 3 * UNIT, "e": 100}
 
 class EngineMachine(RuleBasedStateMachine):
     host_bytes = 0
+    max_running = 5
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,16 +38,19 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine, self.runner = make_engine(
             self.executor,
             num_blocks=17,
-            max_running=5,
+            max_running=self.max_running,
             max_bypass=2,
             merged_bytes=250,
             auto_merge_requests=2,
             host_bytes=self.host_bytes,
             prefetch_ahead=3,
+            max_pinned_share=0.7,
         )
         self.ledger = Ledger(self.engine)
         self.requests: dict[str, Request] = {}
         self.aborted: set[str] = set()
+        self.kept: frozenset[str] = frozenset()
+        """Digests that were pinned and in the arena."""
 
     @rule(
         length=st.integers(1, 40),
@@ -77,7 +82,9 @@ class EngineMachine(RuleBasedStateMachine):
         try:
             self.engine.add(request)
         except NoRoomBesidePins:
-            assert self.engine.stats().pinned_bytes_used
+            assert request.adapter is not None
+            assert self.engine.stats().pinned
+            assert request.adapter.digest not in self.engine.stats().resident
             return
         self.requests[request.request_id] = request
 
@@ -95,25 +102,33 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(sorted(SIZES)))
     def unload(self, name: str) -> None:
-        self.engine.unload(f"sha256:{name}")
+        self.kept -= {digest(name)}
+        self.engine.unload(digest(name))
+        assert digest(name) not in self.engine.stats().pinned
 
     @rule(name=st.sampled_from(sorted(SIZES)))
     def pin(self, name: str) -> None:
         try:
-            self.engine.pin(f"sha256:{name}", SIZES[name], name)
+            self.engine.pin(digest(name), SIZES[name], name)
         except PinsFull:
             stats = self.engine.stats()
             assert stats.pinned_bytes_used + SIZES[name] > stats.pinned_bytes_total - UNIT
+        except NoRoomBesidePins:
+            assert self.engine.stats().pinned
+            assert digest(name) not in self.engine.stats().resident
+        else:
+            assert digest(name) in self.engine.stats().pinned
 
     @rule(name=st.sampled_from(sorted(SIZES)))
     def unpin(self, name: str) -> None:
-        self.engine.unpin(f"sha256:{name}")
+        self.kept -= {digest(name)}
+        self.engine.unpin(digest(name))
 
     @precondition(lambda self: self.executor.jobs)
     @rule(data=st.data(), fails=st.booleans())
     def complete_a_load(self, data: st.DataObject, fails: bool) -> None:
         if fails:
-            self.runner.failing = {f"sha256:{name}": OSError(name) for name in SIZES}
+            self.runner.failing = {digest(name): OSError(name) for name in SIZES}
         self.executor.run(data.draw(st.integers(0, len(self.executor.jobs) - 1)))
         self.runner.failing = {}
 
@@ -131,15 +146,14 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.runner.host >= stats.host
         assert self.runner.merged >= stats.merged
         assert stats.host_bytes_used <= self.host_bytes
+        assert self.kept <= stats.resident, "a pinned adapter has left"
+        self.kept = stats.pinned & stats.resident
 
     def teardown(self) -> None:
-        for _ in range(2000):
-            if not self.engine.has_work and not self.executor.jobs:
-                break
-            self.executor.run_all()
-            self.ledger.step()
-        self.ledger.step()
-        self.ledger.check_idle()
+        self.ledger.drain_with(self.executor)
+        for pinned in self.engine.stats().pinned - self.engine.stats().resident:
+            size = SIZES[pinned.removeprefix("sha256:")]
+            assert not self.engine._residency.unmerged.arena.could_hold(size), "a pin was forgotten"
         assert self.runner.extents.keys() == self.engine.stats().resident
         assert self.runner.host == self.engine.stats().host
         assert self.runner.merged == self.engine.stats().merged
@@ -162,9 +176,12 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 class HostedEngineMachine(EngineMachine):
-    """With host memory for a few adapters, too few for all."""
+    """With host memory for a few adapters, too few for all, and so few places that most are fetched
+    before their turn.
+    """
 
     host_bytes = 5 * UNIT
+    max_running = 2
 
 
 for machine in (EngineMachine, HostedEngineMachine):

@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaplex.engine.fairness import VirtualTokenCounter
+from adaplex.engine.fairness import MAX_IDLE, VirtualTokenCounter
 from adaplex.engine.request import Request
 from adaplex.engine.sequence import Sequence
 from adaplex.engine.waiting import WaitingQueue
@@ -71,6 +71,31 @@ def test_nobody_saves_up_service_while_away() -> None:
     assert counter.counter("later") >= 1000
 
 
+def test_what_runs_is_charged_while_nobody_of_its_key_waits() -> None:
+    counter = VirtualTokenCounter()
+    counter.joined("a")
+    counter.served("a", prompt=100)
+    counter.left("a")
+    counter.joined("b")
+    counter.served("a", output=25)
+    counter.joined("a")
+    assert counter.counter("b") == 100
+    assert counter.counter("a") == 150
+
+
+def test_keys_that_fell_behind_are_forgotten_even_if_somebody_always_waits() -> None:
+    counter = VirtualTokenCounter()
+    counter.joined("busy")
+    for number in range(5 * MAX_IDLE):
+        counter.joined(f"once{number}")
+        counter.served(f"once{number}", prompt=3)
+        counter.left(f"once{number}")
+        counter.served("busy", prompt=5)
+    assert len(counter._counters) <= MAX_IDLE + 10
+    counter.joined("once7")
+    assert counter.counter("once7") == counter.counter("busy") > 0
+
+
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 50)), min_size=30, max_size=200))
 def test_the_gap_between_two_that_always_wait_is_bounded(jobs: list[tuple[str, int]]) -> None:
     """The bound of the paper: twice the largest request, whatever the mix."""
@@ -123,6 +148,24 @@ def test_two_that_always_wait_get_equal_tokens_whatever_their_sizes() -> None:
     largest = 3 * (30 + 2 * 12)
     assert abs(served["big"] - served["tiny"]) <= 2 * largest
     ledger.drain()
+
+
+def test_generated_tokens_are_charged_as_much_as_they_cost() -> None:
+    engine, _ = make_engine(max_running=2, max_waiting=600, arena_bytes=1024)
+    ledger = Ledger(engine)
+    for i in range(250):
+        prompt = range(100 * i, 100 * i + 4)
+        engine.add(make_request(f"long{i}", prompt, "long", max_tokens=20))
+        engine.add(make_request(f"short{i}", prompt, "short", max_tokens=1))
+    served: Counter[str] = Counter()
+    for _ in range(250):
+        for output in ledger.step():
+            kind = output.request_id.rstrip("0123456789")
+            served[kind] += 2 * len(output.tokens) + 4 * output.admitted
+    assert engine.stats().waiting_adapters == ("long", "short")
+    largest = 4 + 2 * 20
+    assert min(served.values()) > 4 * largest
+    assert abs(served["long"] - served["short"]) <= 2 * 2 * largest
 
 
 def test_nothing_idles_while_somebody_waits() -> None:

@@ -1,25 +1,21 @@
-"""Tiers: host copies, prefetching, pins, and steps that go on while adapters come."""
+"""Tiers: host copies, prefetching, and steps that go on while adapters come."""
 
 from __future__ import annotations
 
 import pytest
 
-from adaplex.engine.errors import NoRoomBesidePins, PinsFull
 from adaplex.engine.loader import Job
 from engine.fakes import (
     UNIT,
     Ledger,
     ManualExecutor,
+    digest,
     expected,
     make_adapter,
     make_engine,
     make_request,
     run_all,
 )
-
-
-def digest(name: str) -> str:
-    return f"sha256:{name}"
 
 
 def test_an_evicted_adapter_comes_back_from_the_host() -> None:
@@ -86,32 +82,92 @@ def test_what_waits_further_back_is_fetched_ahead() -> None:
         executor.run_all()
     assert set(runner.fetches) == {digest(name) for name in "abcd"}, "one runs, three are near"
     assert engine.stats().resident == {digest("a")}
-    ledger_drained(ledger, executor)
-
-
-def ledger_drained(ledger: Ledger, executor: ManualExecutor) -> None:
-    while ledger.engine.has_work:
-        executor.run_all()
-        ledger.step()
-    executor.run_all()
-    ledger.step()
-    ledger.check_idle()
+    ledger.drain_with(executor)
 
 
 def test_a_prefetch_evicts_nothing_that_is_wanted_sooner() -> None:
     executor = ManualExecutor()
     engine, runner = make_engine(
-        executor, max_running=2, arena_bytes=2 * UNIT, host_bytes=2 * UNIT, prefetch_ahead=4
+        executor, max_running=1, arena_bytes=UNIT, host_bytes=2 * UNIT, prefetch_ahead=4
+    )
+    ledger = Ledger(engine)
+    for i, name in enumerate("abcde"):
+        engine.add(make_request(name, adapter=name, max_tokens=40, arrival=i))
+        for _ in range(6):
+            ledger.step()
+            executor.run_all()
+    assert engine.stats().resident == {digest("a")}
+    assert engine.stats().host == {digest("b"), digest("c")}
+    assert runner.fetches == [digest(name) for name in "abc"], "d and e wait for room"
+    ledger.drain_with(executor)
+
+
+def test_what_comes_behind_one_without_room_is_fetched_ahead() -> None:
+    executor = ManualExecutor()
+    engine, runner = make_engine(
+        executor, max_running=4, arena_bytes=UNIT, host_bytes=8 * UNIT, prefetch_ahead=2
     )
     ledger = Ledger(engine)
     for i, name in enumerate("abcdef"):
-        engine.add(make_request(name, adapter=name, arrival=i))
+        engine.add(make_request(name, adapter=name, max_tokens=40, arrival=i))
+        for _ in range(4):
+            ledger.step()
+            executor.run_all()
+    assert engine.stats().waiting == 5, "places are free, the arena is not"
+    assert set(runner.fetches) == {digest(name) for name in "abcd"}, "b has no room; two ahead"
+    ledger.drain_with(executor)
+
+
+def test_a_prefetch_leaves_a_thread_for_what_is_asked_for() -> None:
+    executor = ManualExecutor()
+    engine, runner = make_engine(executor, max_running=1, host_bytes=16 * UNIT)
+    ledger = Ledger(engine)
+    engine.add(make_request("runs", max_tokens=50))
     ledger.step()
-    executor.run_all()
+    for i in range(8):
+        engine.add(make_request(f"far{i}", adapter=f"far{i}", arrival=i))
+    for _ in range(3):
+        ledger.step()
+        executor.run_all()
     ledger.step()
-    assert {digest("a"), digest("b")} <= engine.stats().host | engine.stats().resident
-    ledger_drained(ledger, executor)
-    assert not runner.failing
+    ledger.step()
+    assert runner.loads == [digest("far0")], "the next to start"
+    assert len(executor.jobs) == 1, "one ahead, though the queue would like more"
+    engine.add(make_request("urgent", adapter="urgent", priority=1))
+    ledger.step()
+    executor.run(1)
+    assert runner.fetches[-1] == digest("urgent"), "it waits for no prefetch"
+    ledger.drain_with(executor)
+
+
+def test_a_host_copy_is_not_evicted_while_it_is_read() -> None:
+    executor = ManualExecutor()
+    engine, runner = make_engine(executor, arena_bytes=2 * UNIT, host_bytes=UNIT)
+    ledger = Ledger(engine)
+    engine.add(make_request("a", adapter="a"))
+    ledger.step()
+    executor.run()
+    ledger.step()
+    engine.abort("a")
+    engine.add(make_request("b", adapter="b"))
+    ledger.step()
+    assert runner.host == {digest("a")}, "nobody waits for it, but it is being copied"
+    executor.run(1)
+    assert (runner.loads, runner.fetches) == ([digest("b")], [digest("a")]), "from the store"
+    ledger.drain_with(executor)
+    assert set(runner.extents) == {digest("a"), digest("b")}
+
+
+def test_what_has_a_host_copy_leaves_the_arena_first() -> None:
+    engine, runner = make_engine(arena_bytes=2 * UNIT, host_bytes=2 * UNIT)
+    ledger = Ledger(engine)
+    for name in "ab":
+        run_all(engine, [make_request(name, adapter=name)])
+    engine._residency.unmerged.host.unload(digest("a"))
+    engine._residency.unmerged._costs.note("host", 1, 1000.0)
+    engine.add(make_request("c", adapter="c"))
+    ledger.drain()
+    assert set(runner.extents) == {digest("a"), digest("c")}, "b came later, but is cheap"
 
 
 def test_copies_do_not_queue_behind_slow_fetches() -> None:
@@ -119,9 +175,9 @@ def test_copies_do_not_queue_behind_slow_fetches() -> None:
     engine, runner = make_engine(executor, arena_bytes=UNIT, host_bytes=16 * UNIT)
     ledger = Ledger(engine)
     engine.add(make_request("warm", adapter="warm"))
-    ledger_drained(ledger, executor)
+    ledger.drain_with(executor)
     engine.add(make_request("evicts", adapter="other"))
-    ledger_drained(ledger, executor)
+    ledger.drain_with(executor)
     for i in range(8):
         engine.add(make_request(f"slow{i}", adapter=f"slow{i}", arrival=i))
     engine.add(make_request("again", adapter="warm", arrival=99))
@@ -132,7 +188,7 @@ def test_copies_do_not_queue_behind_slow_fetches() -> None:
     assert len(runner.loads) == 2
     executor.run(len(executor.jobs) - 1)
     assert runner.loads[-1] == digest("warm")
-    ledger_drained(ledger, executor)
+    ledger.drain_with(executor)
 
 
 def test_a_failed_fetch_fails_only_those_who_wait_for_it() -> None:
@@ -165,62 +221,5 @@ def test_a_host_copy_that_is_read_is_unloaded_afterwards() -> None:
     ledger.step()
     engine.unload(digest("a"))
     assert runner.host == {digest("a")}, "it is being copied"
-    ledger_drained(ledger, executor)
+    ledger.drain_with(executor)
     assert ledger.error("r") is None
-
-
-def test_a_pinned_adapter_comes_unasked_and_stays() -> None:
-    engine, runner = make_engine(arena_bytes=2 * UNIT, host_bytes=8 * UNIT)
-    ledger = Ledger(engine)
-    engine.pin(digest("p"), UNIT, "p")
-    ledger.step()
-    ledger.step()
-    ledger.step()
-    assert digest("p") in engine.stats().resident
-    run_all(engine, [make_request(name, adapter=name) for name in "abcd"])
-    assert digest("p") in engine.stats().resident
-    assert runner.loads.count(digest("p")) == 1
-    engine.unpin(digest("p"))
-    run_all(engine, [make_request(f"{name}2", adapter=name) for name in "abcd" * 3][:4])
-    assert digest("p") not in engine.stats().resident
-
-
-def test_pins_are_bounded_in_bytes() -> None:
-    engine, _ = make_engine(arena_bytes=4 * UNIT)
-    engine.pin(digest("a"), UNIT, "a")
-    engine.pin(digest("a"), UNIT, "a")
-    engine.pin(digest("b"), UNIT, "b")
-    with pytest.raises(PinsFull, match=f"{2 * UNIT} are pinned of the {2 * UNIT}"):
-        engine.pin(digest("c"), 1, "c")
-    assert engine.stats().pinned_bytes_used == engine.stats().pinned_bytes_total == 2 * UNIT
-    assert engine.unload(digest("a")) is False
-    engine.pin(digest("c"), UNIT, "c")
-
-
-def test_a_request_without_room_beside_pins_is_refused() -> None:
-    engine, _ = make_engine(arena_bytes=4 * UNIT)
-    ledger = Ledger(engine)
-    engine.pin(digest("p"), UNIT, "p")
-    ledger.step()
-    with pytest.raises(NoRoomBesidePins, match="of the arena's 256, 64 are pinned"):
-        engine.add(make_request("r", adapter=make_adapter("large", 4 * UNIT)))
-    run_all(engine, [make_request("fits", adapter=make_adapter("fits", 3 * UNIT))])
-
-
-def test_a_request_that_waits_when_the_pin_comes_fails_in_the_end() -> None:
-    executor = ManualExecutor()
-    engine, _ = make_engine(executor, arena_bytes=4 * UNIT, max_running=4)
-    ledger = Ledger(engine)
-    engine.add(make_request("first", adapter=make_adapter("x", 2 * UNIT), max_tokens=3))
-    engine.pin(digest("p"), UNIT, "p")
-    ledger.step()
-    engine.add(make_request("other", max_tokens=30))
-    executor.run_all()
-    ledger.step()
-    ledger_drained(ledger, executor)
-    engine.unload(digest("p"))
-    engine.add(make_request("large", adapter=make_adapter("large", 4 * UNIT)))
-    engine.pin(digest("q"), UNIT, "q")
-    ledger_drained(ledger, executor)
-    assert isinstance(ledger.error("large"), NoRoomBesidePins) or ledger.error("large") is None
-    assert ledger.error("first") is None

@@ -88,7 +88,8 @@ class AsyncEngine:
     async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         """Runs a request; yields what each step gives it, and raises what ends it badly.
 
-        Raises ServerUnavailable, QueueFull, RequestInvalid or AdapterTooLarge at its first step.
+        Raises ServerUnavailable, QueueFull, RequestInvalid, AdapterTooLarge or NoRoomBesidePins at
+        its first step.
         Closing it, or cancelling its task, aborts the request before the next step.
         """
         self._check_available()
@@ -116,7 +117,9 @@ class AsyncEngine:
         return await self._ask(partial(self._engine.unload, digest))
 
     async def pin(self, digest: str, packed_bytes: int, name: str) -> None:
-        """Brings an adapter into the arena and keeps it there. Raises PinsFull."""
+        """Brings an adapter into the arena and keeps it there; returns before it has come. Raises
+        PinsFull or NoRoomBesidePins.
+        """
         await self._ask(partial(self._engine.pin, digest, packed_bytes, name))
 
     async def unpin(self, digest: str) -> None:

@@ -20,7 +20,8 @@ class EngineConfig:
     max_pinned_share: float = 0.5
     """Of the arena, at most; 0 to 1."""
     prefetch_ahead: int = 64
-    """Waiting requests, beyond those that could start, whose adapters are fetched into the host."""
+    """Waiting requests whose adapters are fetched into the host, behind those whose adapters may be
+    loaded into the arena now."""
     merged_bytes: int = 0
     """Bytes of merged weights kept at once; 0 refuses merged mode."""
     auto_merge_requests: int = 8
@@ -55,6 +56,11 @@ class EngineConfig:
         for name in ("block_tokens", "max_running", "auto_merge_requests"):
             if getattr(self, name) < 1:
                 raise RequestInvalid(name, "must be at least 1")
+        for name in ("host_bytes", "prefetch_ahead"):
+            if getattr(self, name) < 0:
+                raise RequestInvalid(name, "must not be negative")
+        if not 0.0 <= self.max_pinned_share <= 1.0:
+            raise RequestInvalid("max_pinned_share", "must be 0 to 1")
 
     @property
     def usable_blocks(self) -> int:

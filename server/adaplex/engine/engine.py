@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
 from itertools import count
 
 from adaplex.engine.batch import Batch
 from adaplex.engine.block_manager import BlockManager
+from adaplex.engine.census import count_engine
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.errors import (
     DeadlineExpired,
@@ -26,7 +27,6 @@ from adaplex.engine.request import (
     Request,
     SampledToken,
     StepOutput,
-    Timing,
 )
 from adaplex.engine.residency import Residency
 from adaplex.engine.runner import Runner
@@ -91,7 +91,9 @@ class Engine:
         return self._stats
 
     def add(self, request: Request) -> None:
-        """Takes a request in. Raises RequestInvalid, AdapterTooLarge or QueueFull."""
+        """Takes a request in. Raises RequestInvalid, AdapterTooLarge, NoRoomBesidePins or
+        QueueFull.
+        """
         self._check(request)
         if request.adapter is not None:
             self._residency.check(request.adapter)
@@ -117,7 +119,9 @@ class Engine:
         return resident
 
     def pin(self, digest: str, packed_bytes: int, name: str) -> None:
-        """Brings an adapter into the arena unasked, and keeps it there. Raises PinsFull."""
+        """Brings an adapter into the arena unasked, and keeps it there until it is unpinned,
+        unloaded or found impossible to load. Raises PinsFull or NoRoomBesidePins.
+        """
         self._residency.unmerged.pin(digest, packed_bytes, name)
         self._update_stats()
 
@@ -223,7 +227,7 @@ class Engine:
         output = StepOutput(sequence.request_id)
         if admitted:
             sequence.admitted_at = now
-            timing = _timing(sequence, now)
+            timing = sequence.timing(now)
             output = replace(output, admitted=True, adapter=sequence.adapter, timing=timing)
         if sampled is not None:
             sequence.tokens.append(sampled.token)
@@ -264,45 +268,7 @@ class Engine:
         if sequence.admitted_at is not None:
             self._service_seconds.append(now - sequence.admitted_at)
         if output is not None:
-            self._outputs.append(replace(output, timing=_timing(sequence, now)))
+            self._outputs.append(replace(output, timing=sequence.timing(now)))
 
     def _update_stats(self) -> None:
-        running, waiting = self._scheduler.running, self._scheduler.waiting
-        unmerged, merged = self._residency.unmerged, self._residency.merged.tier
-        arena, host = unmerged.arena, unmerged.host
-        self._stats = EngineStats(
-            running=len(running),
-            waiting=len(waiting),
-            kv_blocks_total=self.config.usable_blocks,
-            kv_blocks_used=self._blocks.held,
-            arena_bytes_total=arena.space.capacity,
-            arena_bytes_used=arena.space.used,
-            host_bytes_total=host.space.capacity,
-            host_bytes_used=host.space.used,
-            merged_bytes_total=merged.space.capacity,
-            merged_bytes_used=merged.space.used,
-            pinned_bytes_total=unmerged.max_pinned_bytes,
-            pinned_bytes_used=unmerged.pinned_bytes,
-            resident=arena.resident,
-            host=host.resident,
-            merged=merged.resident,
-            running_adapters=_adapter_names(running),
-            waiting_adapters=_adapter_names(waiting),
-        )
-
-
-def _adapter_names(sequences: Iterable[Sequence]) -> tuple[str, ...]:
-    return tuple(sorted({s.adapter.name for s in sequences if s.adapter is not None}))
-
-
-def _timing(sequence: Sequence, now: float) -> Timing:
-    """Seconds from arrival to each event, 0 for one that never came."""
-    arrival = sequence.request.arrival
-    asked, ready = sequence.adapter_asked_at, sequence.adapter_ready_at
-    return Timing(
-        queued=(sequence.admitted_at or arrival) - arrival,
-        adapter_wait=ready - asked if ready is not None and asked is not None else 0.0,
-        first_token=(sequence.first_token_at or arrival) - arrival,
-        total=now - arrival,
-        cached_tokens=sequence.cached_tokens,
-    )
+        self._stats = count_engine(self.config, self._blocks, self._residency, self._scheduler)

@@ -43,9 +43,6 @@ class QueueFull(RequestError):
 class PinsFull(RequestError):
     """Pinned adapters may take no more of the arena."""
 
-    retry_after = 30.0
-    """Seconds."""
-
     def __init__(self, name: str, nbytes: int, pinned: int, limit: int) -> None:
         super().__init__(
             f"pinned: {name} takes {nbytes} bytes; {pinned} are pinned of the {limit} that may be"
@@ -54,9 +51,6 @@ class PinsFull(RequestError):
 
 class NoRoomBesidePins(RequestError):
     """Pinned adapters leave no room in the arena for this one, even if nothing else were there."""
-
-    retry_after = 30.0
-    """Seconds."""
 
     def __init__(self, name: str, nbytes: int, pinned: int, capacity: int) -> None:
         super().__init__(

@@ -8,6 +8,8 @@ from __future__ import annotations
 PROMPT_WEIGHT = 1
 OUTPUT_WEIGHT = 2
 """A token that is generated costs more than one of a prompt."""
+MAX_IDLE = 1024
+"""Keys that do not wait and are remembered, roughly."""
 
 
 class VirtualTokenCounter:
@@ -24,18 +26,19 @@ class VirtualTokenCounter:
         """Sequences that wait, by key."""
         self._left_at = 0.0
         """The counter of the key that last ceased to wait."""
+        self._forgotten_at = 0.0
+        """No counter that was forgotten stood higher; whoever comes to wait is lifted above it."""
 
     def counter(self, key: str) -> float:
         """Weighted tokens that a key was served, as lifted."""
-        return self._counters.get(key, 0.0)
+        return self._counters.get(key, self._forgotten_at)
 
     def joined(self, key: str) -> None:
         """A sequence of the key has come to wait."""
-        if not self._waiting:
-            self._prune()
         if key not in self._waiting:
-            others = [self.counter(other) for other in self._waiting]
-            floor = min(others, default=self._left_at)
+            floor = min(map(self.counter, self._waiting), default=self._left_at)
+            if not self._waiting or len(self._counters) > MAX_IDLE + 2 * len(self._waiting):
+                self._forget(floor)
             self._counters[key] = max(self.counter(key), floor)
         self._waiting[key] = self._waiting.get(key, 0) + 1
 
@@ -51,10 +54,9 @@ class VirtualTokenCounter:
         cost = PROMPT_WEIGHT * prompt + OUTPUT_WEIGHT * output
         self._counters[key] = self.counter(key) + cost
 
-    def _prune(self) -> None:
-        """Forgets keys that a lift would give the same counter: the table stays as small as what is
-        in use.
+    def _forget(self, floor: float) -> None:
+        """Forgets keys that a lift to `floor` would leave there, so that the table stays small.
+        What they are charged before they come to wait again counts from there.
         """
-        self._counters = {
-            key: value for key, value in self._counters.items() if value > self._left_at
-        }
+        self._forgotten_at = max(self._forgotten_at, floor)
+        self._counters = {key: value for key, value in self._counters.items() if value > floor}

@@ -67,6 +67,13 @@ class Loader:
         fast = job is Job.COPY
         return self._pending[fast] >= MAX_PENDING[fast]
 
+    def spare(self, job: Job) -> bool:
+        """Whether the lane of the kind has a thread for work that nobody waits for yet, and another
+        one for what is asked for meanwhile.
+        """
+        fast = job is Job.COPY
+        return self._pending[fast] < THREADS[fast] - 1
+
     def submit(self, job: Job, digest: str, work: Callable[[], int | None]) -> None:
         """Runs `work` soon, on another thread."""
         fast = job is Job.COPY

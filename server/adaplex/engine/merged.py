@@ -93,7 +93,9 @@ class MergedAdapters:
             tier="merged", outcome="error" if error else "ok", seconds=done.seconds
         )
         if error is None:
-            self._costs.note("merged", self._sizes.get(done.digest) or 1, done.seconds)
+            entry = self.tier.get(done.digest)
+            assert entry is not None
+            self._costs.note("merged", entry.nbytes, done.seconds)
             self.tier.loaded(done.digest)
             return None
         if done.job is Job.BUILD:

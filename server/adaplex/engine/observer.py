@@ -74,6 +74,8 @@ class EngineStats:
     """Digests in the arena."""
     host: frozenset[str] = frozenset()
     """Digests in host memory."""
+    pinned: frozenset[str] = frozenset()
+    """Digests that are kept in the arena, or on their way there."""
     merged: frozenset[str] = frozenset()
     """Digests with merged weights."""
     running_adapters: tuple[str, ...] = ()

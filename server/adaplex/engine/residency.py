@@ -85,7 +85,7 @@ class Residency:
         if adapter.mode is AdapterMode.MERGED:
             self.merged.check(adapter.digest)
         else:
-            self.unmerged.check(adapter.name, adapter.packed_bytes)
+            self.unmerged.check(adapter)
 
     def note(self, adapter: AdapterRef) -> None:
         """A request for this adapter has come in."""
@@ -94,6 +94,7 @@ class Residency:
 
     def start_round(self) -> None:
         """From now on `ready` is asked for waiting sequences in queue order."""
+        self._ahead = 0
         self.merged.tier.start_round()
         self.unmerged.start_round()
 
@@ -107,13 +108,19 @@ class Residency:
             return self._usable(self.merged.tier, adapter.digest)
         if adapter.mode is AdapterMode.AUTO:
             self.merged.build_if_hot(adapter.digest)
-        self.unmerged.bring(sequence, adapter.digest, adapter.packed_bytes)
-        if self.unmerged.arena.blocked is sequence:
+        if self.unmerged.arena.blocked is not None:
+            self.prefetch(sequence)
+        elif not self.unmerged.bring(sequence, adapter.digest, adapter.packed_bytes):
             self._check_hope(adapter)
         return self._usable(self.unmerged.arena, adapter.digest)
 
     def prefetch(self, sequence: Sequence) -> bool:
-        """Fetches the adapter of a sequence that cannot start yet; False when no more can be."""
+        """Fetches the adapter of a sequence behind those whose adapters may be loaded now; False
+        when no more can be in this round.
+        """
+        self._ahead += 1
+        if self._ahead > self._config.prefetch_ahead:
+            return False
         adapter = sequence.adapter
         if adapter is None or adapter.mode is AdapterMode.MERGED:
             return True
@@ -178,7 +185,7 @@ class Residency:
     def _check_hope(self, adapter: AdapterRef) -> None:
         """Notes a failure when pins leave no room for an adapter, whatever else ends."""
         try:
-            self.unmerged.check(adapter.name, adapter.packed_bytes)
+            self.unmerged.check(adapter)
         except AdaplexError as error:
             self._hopeless.append(LoadFailure(adapter.digest, False, error))
 

@@ -102,7 +102,7 @@ class Scheduler:
             if len(self.running) >= self._config.max_running:
                 room = 0
             if not room and index >= self._config.max_running:
-                if not self._prefetch(sequence, index):
+                if not self._residency.prefetch(sequence):
                     return
             elif not self._ready(sequence, now):
                 continue
@@ -110,11 +110,6 @@ class Scheduler:
                 room -= self._add_chunk(chunks, sequence, room)
             else:
                 room = 0
-
-    def _prefetch(self, sequence: Sequence, index: int) -> bool:
-        """Whether to look further ahead."""
-        ahead = self._config.max_running + self._config.prefetch_ahead
-        return index < ahead and self._residency.prefetch(sequence)
 
     def _ready(self, sequence: Sequence, now: float) -> bool:
         if sequence.adapter_asked_at is None:

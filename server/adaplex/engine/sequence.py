@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from adaplex.engine.request import AdapterRef, Request
+from adaplex.engine.request import AdapterRef, Request, Timing
 
 
 class Status(Enum):
@@ -86,6 +86,18 @@ class Sequence:
     def output(self) -> list[int]:
         """Tokens generated so far."""
         return self.tokens[self.prompt_len :]
+
+    def timing(self, now: float) -> Timing:
+        """Seconds from arrival to each event, 0 for one that never came."""
+        arrival = self.request.arrival
+        asked, ready = self.adapter_asked_at, self.adapter_ready_at
+        return Timing(
+            queued=(self.admitted_at or arrival) - arrival,
+            adapter_wait=ready - asked if ready is not None and asked is not None else 0.0,
+            first_token=(self.first_token_at or arrival) - arrival,
+            total=now - arrival,
+            cached_tokens=self.cached_tokens,
+        )
 
     @property
     def remaining(self) -> int:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from adaplex.engine.byte_budget import ByteBudget
-from adaplex.engine.eviction import GreedyDual
+from adaplex.engine.eviction import GreedyDual, Usage
 from adaplex.engine.extents import ExtentAllocator
 from adaplex.engine.observer import Observer
 from adaplex.engine.observer import Tier as TierName
 from adaplex.engine.sequence import Sequence
 
 Space = ExtentAllocator | ByteBudget
+
+
+class Waiter(Protocol):
+    """Who waits for room: a sequence, or a pin."""
+
+    bypassed: int
+    """Sequences that leased an adapter of the tier meanwhile."""
 
 
 @dataclass(eq=False)
@@ -23,9 +31,7 @@ class Entry:
     handle: int
     """Where it is in the space: an offset in the arena."""
     nbytes: int
-    since: float
-    """The clock at its last use."""
-    uses: int = 1
+    usage: Usage
     resident: bool = False
     """False while it loads."""
     leaving: bool = False
@@ -63,8 +69,10 @@ class Tier:
         self._entries: dict[str, Entry] = {}
         self.wanted: set[str] = set()
         """Adapters that the waiting sequences asked for so far this round; not evicted in it."""
-        self.blocked: Sequence | None = None
-        """The first waiting sequence of this round for which there is no room."""
+        self.blocked: Waiter | None = None
+        """The first of this round for whom there is no room."""
+        self._resident: frozenset[str] | None = None
+        """None after a change."""
 
     def start_round(self) -> None:
         """Forgets what the last round wanted."""
@@ -87,7 +95,9 @@ class Tier:
     @property
     def resident(self) -> frozenset[str]:
         """Digests of the resident adapters."""
-        return frozenset(d for d, entry in self._entries.items() if entry.resident)
+        if self._resident is None:
+            self._resident = frozenset(d for d, entry in self._entries.items() if entry.resident)
+        return self._resident
 
     @property
     def loading(self) -> int:
@@ -113,7 +123,7 @@ class Tier:
                 self._observer.adapter_evicted(tier=self.name)
             handle = self.space.allocate(nbytes)
             assert handle is not None
-        entry = self._entries[digest] = Entry(digest, handle, nbytes, self._policy.clock)
+        entry = self._entries[digest] = Entry(digest, handle, nbytes, self._policy.first_use())
         return entry
 
     def could_hold(self, nbytes: int) -> bool:
@@ -124,7 +134,7 @@ class Tier:
     def loaded(self, digest: str) -> None:
         """The content is there."""
         entry = self._entries[digest]
-        entry.resident = True
+        entry.resident, self._resident = True, None
         self._drop_if_leaving(entry)
 
     def failed(self, digest: str) -> None:
@@ -147,14 +157,12 @@ class Tier:
         if entry is None or sequence not in entry.leases:
             return
         entry.leases.remove(sequence)
-        entry.since = self._policy.clock
+        entry.usage.clock = self._policy.clock
         self._drop_if_leaving(entry)
 
     def used(self, digest: str) -> None:
         """The adapter was of use once more."""
-        entry = self._entries[digest]
-        entry.uses += 1
-        entry.since = self._policy.clock
+        self._policy.use(self._entries[digest].usage)
 
     def read(self, digest: str) -> None:
         """A resident adapter stays until `read_ended`: it is being copied."""
@@ -166,6 +174,16 @@ class Tier:
         entry = self._entries[digest]
         entry.readers -= 1
         self._drop_if_leaving(entry)
+
+    def pin(self, digest: str) -> None:
+        """Keeps an adapter that is here, or on its way, from being evicted or dropped."""
+        if entry := self._entries.get(digest):
+            entry.pinned, entry.leaving = True, False
+
+    def unpin(self, digest: str) -> None:
+        """Makes an adapter one like others."""
+        if entry := self._entries.get(digest):
+            entry.pinned = False
 
     def unload(self, digest: str) -> bool:
         """Drops an adapter as soon as nobody needs it here; whether it was resident."""
@@ -202,7 +220,7 @@ class Tier:
 
     def _value(self, entry: Entry) -> float:
         seconds = self._cost(entry.digest, entry.nbytes)
-        return self._policy.value(entry.since, entry.uses, seconds, entry.nbytes)
+        return self._policy.value(entry.usage, seconds, entry.nbytes)
 
     def _drop_if_leaving(self, entry: Entry) -> None:
         if entry.leaving and entry.idle:
@@ -210,5 +228,6 @@ class Tier:
 
     def _drop(self, entry: Entry) -> None:
         """Forgets the content first: the bytes may be reused right after."""
+        self._resident = None
         self._remove(entry.digest)
         self.space.free(self._entries.pop(entry.digest).handle)

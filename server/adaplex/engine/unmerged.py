@@ -14,18 +14,19 @@ from adaplex.engine.eviction import LoadCosts
 from adaplex.engine.extents import ExtentAllocator, aligned
 from adaplex.engine.loader import Completion, Job, Loader
 from adaplex.engine.observer import Observer
+from adaplex.engine.request import AdapterRef
 from adaplex.engine.runner import Runner
 from adaplex.engine.sequence import Sequence
 from adaplex.engine.tier import Tier
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Pin:
-    """An adapter that stays in the arena."""
+    """An adapter that is to stay in the arena."""
 
-    digest: str
     nbytes: int
-    name: str
+    bypassed: int = 0
+    """Sequences that leased an adapter while there was no room for this."""
 
 
 class UnmergedAdapters:
@@ -54,6 +55,7 @@ class UnmergedAdapters:
             "host", budget, runner.remove_host, observer, lambda _, n: fetch_seconds(n)
         )
         self._pins: dict[str, Pin] = {}
+        """By digest."""
 
     @property
     def pinned(self) -> frozenset[str]:
@@ -70,57 +72,62 @@ class UnmergedAdapters:
         """Bytes of the arena that pins take, or will."""
         return sum(aligned(pin.nbytes) for pin in self._pins.values())
 
-    def check(self, name: str, nbytes: int) -> None:
+    def check(self, adapter: AdapterRef) -> None:
         """Raises AdapterTooLarge or NoRoomBesidePins when the adapter can never be served."""
+        name, nbytes = adapter.name, adapter.packed_bytes
         if not self.arena.space.could_hold(nbytes):
             raise AdapterTooLarge(
                 f"adapter {name} takes {nbytes} bytes in memory; "
                 f"the arena has {self.arena.space.capacity}"
             )
-        if self._pins and not self.arena.could_hold(nbytes):
-            raise NoRoomBesidePins(name, nbytes, self.pinned_bytes, self.arena.space.capacity)
+        self._check_room(name, adapter.digest, nbytes)
 
     def start_round(self) -> None:
-        """Brings what is pinned nearer, before anybody else asks."""
+        """Brings what is pinned nearer, before anybody else asks. A pin that finds no room counts
+        who bypasses it as a waiting sequence does; one that other pins leave no room does not hold
+        the others up.
+        """
         for tier in (self.arena, self.host):
             tier.start_round()
-        for pin in self._pins.values():
-            if self.arena.get(pin.digest) is None:
-                self._bring(pin.digest, pin.nbytes)
-            elif entry := self.arena.get(pin.digest):
-                entry.pinned = True
+        for digest, pin in self._pins.items():
+            if self.arena.get(digest) is None and not self._bring(digest, pin.nbytes):
+                self.arena.blocked = pin if self.arena.could_hold(pin.nbytes) else None
 
-    def bring(self, sequence: Sequence, digest: str, nbytes: int) -> None:
-        """Brings the adapter of a waiting sequence a step nearer to the arena, if there is one."""
-        self.host.wanted.add(digest)
+    def bring(self, sequence: Sequence, digest: str, nbytes: int) -> bool:
+        """Brings the adapter of a waiting sequence a step nearer to the arena. False when there is
+        no room: whoever is behind must not take what room there will be.
+        """
         if self.arena.get(digest) is None and not self._bring(digest, nbytes):
-            self.arena.blocked = self.arena.blocked or sequence
+            self.arena.blocked = sequence
+            return False
+        return True
 
     def prefetch(self, digest: str, nbytes: int) -> bool:
         """Fetches an adapter into host memory for later; False when that must wait."""
-        self.host.wanted.add(digest)
-        if self.arena.get(digest) or self.host.get(digest):
+        if self.arena.get(digest):
             return True
-        if self._loader.full(Job.FETCH):
-            return False
-        self._fetch(digest, nbytes)
-        return True
+        self.host.wanted.add(digest)
+        if self.host.get(digest) or not self.host.space.could_hold(nbytes):
+            return True
+        return self._loader.spare(Job.FETCH) and self._fetch(digest, nbytes)
 
     def pin(self, digest: str, nbytes: int, name: str) -> None:
-        """From now on the adapter is brought into the arena and kept there. Raises PinsFull or
-        AdapterTooLarge.
+        """From now on the adapter is brought into the arena and kept there, until it is unpinned,
+        unloaded, or found impossible to load. Raises PinsFull, or NoRoomBesidePins when other pins
+        leave no stretch of the arena that is long enough.
         """
         if digest in self._pins:
             return
         if self.pinned_bytes + aligned(nbytes) > self.max_pinned_bytes:
             raise PinsFull(name, nbytes, self.pinned_bytes, self.max_pinned_bytes)
-        self._pins[digest] = Pin(digest, nbytes, name)
+        self._check_room(name, digest, nbytes)
+        self._pins[digest] = Pin(nbytes)
+        self.arena.pin(digest)
 
     def unpin(self, digest: str) -> None:
         """The adapter is one like others again."""
         self._pins.pop(digest, None)
-        if entry := self.arena.get(digest):
-            entry.pinned = False
+        self.arena.unpin(digest)
 
     def unload(self, digest: str) -> bool:
         """Drops an adapter from arena and host as soon as nobody needs it; whether it was in the
@@ -155,40 +162,48 @@ class UnmergedAdapters:
         assert self.pinned_bytes <= self.max_pinned_bytes
 
     def _bring(self, digest: str, nbytes: int) -> bool:
-        """The next job for an adapter that is not in the arena. False when the arena has no room:
-        whoever is behind must not take what room there will be.
+        """Begins the next job for an adapter that is absent from the arena, if there is one to
+        begin. False when the arena has no room for it.
         """
-        if self.arena.blocked is not None:
+        self.host.wanted.add(digest)
+        copy = self.host.get(digest)
+        if copy is None and self._loader.full(Job.FETCH):
             return True
-        if self.host.get(digest) is None and self._fetch(digest, nbytes):
+        if copy is None and self._fetch(digest, nbytes):
             return True
-        entry = self.host.get(digest)
-        if entry is not None and not entry.resident:
+        if copy is not None and not copy.resident:
             return True  # it is being fetched
-        job = Job.LOAD if entry is None else Job.COPY
+        return self.arena.blocked is not None or self._load(digest, nbytes)
+
+    def _fetch(self, digest: str, nbytes: int) -> bool:
+        """Begins to fetch an absent adapter into the host; False when there is no room for it."""
+        if not self.host.space.could_hold(nbytes) or self.host.reserve(digest, nbytes) is None:
+            return False
+        self._loader.submit(Job.FETCH, digest, partial(self._runner.fetch_adapter, digest))
+        return True
+
+    def _load(self, digest: str, nbytes: int) -> bool:
+        """Begins to bring an adapter into the arena, from the host if there is a copy, unless the
+        loader is busy; False when there is no room for it.
+        """
+        job = Job.COPY if self.host.has(digest) else Job.LOAD
         if self._loader.full(job):
             return True
         if (place := self.arena.reserve(digest, nbytes)) is None:
             return False
         place.pinned = digest in self._pins
-        if entry is not None:
+        if job is Job.COPY:
             self.host.read(digest)
         load = partial(self._runner.load_adapter, digest, place.handle, nbytes)
         self._loader.submit(job, digest, load)
         return True
 
-    def _fetch(self, digest: str, nbytes: int) -> bool:
-        """Begins to fetch an adapter into the host; False when there is no room for it there, True
-        also when the loader is busy.
+    def _check_room(self, name: str, digest: str, nbytes: int) -> None:
+        """Raises NoRoomBesidePins when an adapter that is not there could not come, even if
+        everything but pins were gone.
         """
-        if not self.host.space.could_hold(nbytes):
-            return False
-        if self._loader.full(Job.FETCH):
-            return True
-        if self.host.reserve(digest, nbytes) is None:
-            return False
-        self._loader.submit(Job.FETCH, digest, partial(self._runner.fetch_adapter, digest))
-        return True
+        if self.arena.get(digest) is None and not self.arena.could_hold(nbytes):
+            raise NoRoomBesidePins(name, nbytes, self.pinned_bytes, self.arena.space.capacity)
 
     def _reload_seconds(self, digest: str, nbytes: int) -> float:
         """What bringing an adapter back into the arena would take."""

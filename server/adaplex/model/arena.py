@@ -1,6 +1,6 @@
 """Arena: one preallocated tensor that holds every resident adapter, packed.
 
-Policy (which adapter, where) lives in `adaplex.engine.residency`; here are the bytes.
+Policy (which adapter, where) lives in `adaplex.engine.unmerged`; here are the bytes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ class Arena:
         self._flat = torch.empty(nbytes // dtype.itemsize, dtype=dtype, device=device)
         self._modules = modules
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._freed = torch.cuda.Event() if self._stream else None
+        """After the steps that may still read what was removed: a step that samples nothing is only
+        queued when the engine goes on."""
         self._resident: dict[str, AdapterWeights] = {}
 
     def load(self, packed: PackedAdapter, offset: int, nbytes: int) -> None:
@@ -47,18 +50,25 @@ class Arena:
         self._resident[packed.digest] = AdapterWeights.of(sites, self._modules)
 
     def remove(self, digest: str) -> None:
-        """Forgets a resident adapter; its extent may be overwritten from now on."""
+        """Forgets a resident adapter; its extent may be overwritten from now on. On the thread that
+        runs the steps.
+        """
         del self._resident[digest]
+        if self._freed is not None:
+            self._freed.record(torch.cuda.current_stream(self._flat.device))
 
     def weights(self, digest: str) -> AdapterWeights:
         """A resident adapter. KeyError when it is not."""
         return self._resident[digest]
 
     def _copy(self, source: Tensor, extent: Tensor) -> None:
-        """One copy, done when this returns; on a CUDA device beside what the engine runs there."""
-        if self._stream is None:
+        """One copy, done when this returns; on a CUDA device beside the steps that run there, but
+        after those that were queued before the last removal.
+        """
+        if self._stream is None or self._freed is None:
             extent.copy_(source)
             return
+        self._stream.wait_event(self._freed)
         with torch.cuda.stream(self._stream):
             extent.copy_(source, non_blocking=True)
         self._stream.synchronize()

@@ -10,7 +10,7 @@ from adaplex.adapters.catalog import AdapterRecord
 from adaplex.adapters.errors import AdaplexError
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.engine.async_engine import AsyncEngine
-from adaplex.engine.errors import PinsFull
+from adaplex.engine.errors import NoRoomBesidePins, PinsFull
 from adaplex.server.blocking import in_thread
 
 log = structlog.get_logger("adaplex.pins")
@@ -51,7 +51,8 @@ class Pins:
                     await self._try(record)
 
     async def add(self, name: str) -> None:
-        """Pins what a name can lead to, all of it or none. Raises PinsFull or AdapterNotFound."""
+        """Pins what a name can lead to, all of it or none. Raises PinsFull,
+        NoRoomBesidePins or AdapterNotFound."""
         records = await in_thread(self._registry.names.reachable, name)
         async with self._lock:
             added: list[str] = []
@@ -69,7 +70,7 @@ class Pins:
         try:
             await self._pin(record)
             self._refused.discard(record.digest)
-        except PinsFull as error:
+        except (PinsFull, NoRoomBesidePins) as error:
             if record.digest not in self._refused:
                 log.warning("adapter not pinned", adapter=record.name, error=str(error))
             self._refused.add(record.digest)
