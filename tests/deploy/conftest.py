@@ -6,12 +6,14 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
+from adaplex.adapters.catalog import Usage
 from adaplex.engine.errors import QueueFull
 from adaplex.engine.observer import EngineStats
 from adaplex.engine.request import AdapterRef, Timing
@@ -95,6 +97,15 @@ def report_everything(metrics: Metrics, rpc: RpcMetrics) -> None:
         rpc.handled(call, code, 0.2)
 
 
+class SharedStore:
+    """What the gauges ask of a registry whose store is elsewhere."""
+
+    names = SimpleNamespace(usage=lambda: Usage(names=1, stored_bytes=2))
+
+    def cached_bytes(self) -> int:
+        return 1
+
+
 class ServerMetrics:
     """All that the server exposes, each metric with at least one series."""
 
@@ -104,6 +115,7 @@ class ServerMetrics:
         self._rpc = RpcMetrics(self.registry)
         stats = EngineStats(running=1, kv_blocks_total=8, resident=frozenset({DIGEST}))
         self._metrics.watch(lambda: stats, max_lora=8)
+        self._metrics.watch_store(SharedStore(), store_bytes=9, cache_bytes=9)  # type: ignore[arg-type]
         self.move()
 
     def move(self) -> None:

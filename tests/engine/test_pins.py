@@ -55,7 +55,7 @@ def test_a_pin_that_other_pins_leave_no_stretch_for_is_refused() -> None:
         engine.pin(digest(name), UNIT, name)
     engine.pin(digest("fits"), 2 * UNIT, "fits")
     engine.unpin(digest("fits"))
-    with pytest.raises(NoRoomBesidePins, match="of the arena's 512, 128 are pinned"):
+    with pytest.raises(PinsFull, match="long takes 192 bytes in one stretch"):
         engine.pin(digest("long"), 3 * UNIT, "long")
     assert engine.stats().pinned == {digest("c"), digest("f")}
 

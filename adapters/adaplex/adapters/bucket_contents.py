@@ -102,6 +102,10 @@ class BucketContents:
         }
         return self._cache.digests() | whole
 
+    def cached_bytes(self) -> int:
+        """See Contents."""
+        return sum(nbytes for _, nbytes in self._cache.by_last_use())
+
     def close(self) -> None:
         """See Contents."""
         self._cache.close()

@@ -140,6 +140,10 @@ class AdapterRegistry:
         warnings = dict.fromkeys(w for lease in leases for w in lease.warnings)
         return Lease(record, give_back, parts=parts, warnings=tuple(warnings))
 
+    def cached_bytes(self) -> int | None:
+        """Bytes that this machine keeps of a store elsewhere; None when the store is here."""
+        return self._contents.cached_bytes()
+
     def is_local(self, digest: str) -> bool:
         """Whether the files are on this machine."""
         return self._contents.has(digest)

@@ -82,6 +82,10 @@ class Contents(Protocol):
         """Every object that is there."""
         ...
 
+    def cached_bytes(self) -> int | None:
+        """Bytes that this machine keeps of a store elsewhere; None when the store is here."""
+        ...
+
     def close(self) -> None:
         """Ends this process's part in the store."""
         ...
@@ -190,6 +194,10 @@ class AdapterStore:
         """See Contents."""
         names = (PREFIX + folder.name for folder in self._objects.iterdir())
         return frozenset(name for name in names if PATTERN.fullmatch(name))
+
+    def cached_bytes(self) -> None:
+        """See Contents."""
+        return
 
     def touch(self, digest: str) -> None:
         """Notes that an object was used."""

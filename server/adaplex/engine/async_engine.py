@@ -118,7 +118,7 @@ class AsyncEngine:
 
     async def pin(self, digest: str, packed_bytes: int, name: str) -> None:
         """Brings an adapter into the arena and keeps it there; returns before it has come. Raises
-        PinsFull or NoRoomBesidePins.
+        PinsFull.
         """
         await self._ask(partial(self._engine.pin, digest, packed_bytes, name))
 

@@ -120,7 +120,7 @@ class Engine:
 
     def pin(self, digest: str, packed_bytes: int, name: str) -> None:
         """Brings an adapter into the arena unasked, and keeps it there until it is unpinned,
-        unloaded or found impossible to load. Raises PinsFull or NoRoomBesidePins.
+        unloaded or found impossible to load. Raises PinsFull.
         """
         self._residency.unmerged.pin(digest, packed_bytes, name)
         self._update_stats()

@@ -4,7 +4,7 @@ AdaplexError            (adaplex.adapters.errors)
 └── RequestError
     ├── RequestInvalid      a field is out of range; names the field and the limit
     ├── QueueFull           too many requests wait; says when to try again
-    ├── PinsFull            pinned adapters may take no more of the arena
+    ├── PinsFull            pinned adapters may take no more of the arena, or leave no stretch
     ├── NoRoomBesidePins    pinned adapters leave no room for this one
     ├── ServerUnavailable   loading or draining
     ├── DeadlineExpired     the request's time ran out
@@ -41,11 +41,14 @@ class QueueFull(RequestError):
 
 
 class PinsFull(RequestError):
-    """Pinned adapters may take no more of the arena."""
+    """Pinned adapters may take no more of the arena, or leave no stretch of it that is long enough
+    for one more.
+    """
 
     def __init__(self, name: str, nbytes: int, pinned: int, limit: int) -> None:
         super().__init__(
-            f"pinned: {name} takes {nbytes} bytes; {pinned} are pinned of the {limit} that may be"
+            f"pinned: {name} takes {nbytes} bytes in one stretch of the arena; "
+            f"{pinned} are pinned of the {limit} that may be"
         )
 
 

@@ -80,7 +80,8 @@ class UnmergedAdapters:
                 f"adapter {name} takes {nbytes} bytes in memory; "
                 f"the arena has {self.arena.space.capacity}"
             )
-        self._check_room(name, adapter.digest, nbytes)
+        if not self._fits(adapter.digest, nbytes):
+            raise NoRoomBesidePins(name, nbytes, self.pinned_bytes, self.arena.space.capacity)
 
     def start_round(self) -> None:
         """Brings what is pinned nearer, before anybody else asks. A pin that finds no room counts
@@ -113,14 +114,14 @@ class UnmergedAdapters:
 
     def pin(self, digest: str, nbytes: int, name: str) -> None:
         """From now on the adapter is brought into the arena and kept there, until it is unpinned,
-        unloaded, or found impossible to load. Raises PinsFull, or NoRoomBesidePins when other pins
-        leave no stretch of the arena that is long enough.
+        unloaded, or found impossible to load. Raises PinsFull when pins would take too many bytes,
+        and when those that are there leave no stretch of the arena that is long enough.
         """
         if digest in self._pins:
             return
-        if self.pinned_bytes + aligned(nbytes) > self.max_pinned_bytes:
-            raise PinsFull(name, nbytes, self.pinned_bytes, self.max_pinned_bytes)
-        self._check_room(name, digest, nbytes)
+        pinned, limit = self.pinned_bytes, self.max_pinned_bytes
+        if pinned + aligned(nbytes) > limit or not self._fits(digest, nbytes):
+            raise PinsFull(name, nbytes, pinned, limit)
         self._pins[digest] = Pin(nbytes)
         self.arena.pin(digest)
 
@@ -198,12 +199,9 @@ class UnmergedAdapters:
         self._loader.submit(job, digest, load)
         return True
 
-    def _check_room(self, name: str, digest: str, nbytes: int) -> None:
-        """Raises NoRoomBesidePins when an adapter that is not there could not come, even if
-        everything but pins were gone.
-        """
-        if self.arena.get(digest) is None and not self.arena.could_hold(nbytes):
-            raise NoRoomBesidePins(name, nbytes, self.pinned_bytes, self.arena.space.capacity)
+    def _fits(self, digest: str, nbytes: int) -> bool:
+        """Whether an adapter is in the arena, or would find room if all but pins were gone."""
+        return self.arena.get(digest) is not None or self.arena.could_hold(nbytes)
 
     def _reload_seconds(self, digest: str, nbytes: int) -> float:
         """What bringing an adapter back into the arena would take."""

@@ -58,6 +58,11 @@ class Server:
     def __init__(self, parts: Parts) -> None:
         self._parts, self._config = parts, parts.config
         parts.metrics.watch(parts.engine.stats, max_lora=parts.engine_config.max_running)
+        parts.metrics.watch_store(
+            parts.registry,
+            store_bytes=parts.config.max_store_bytes,
+            cache_bytes=parts.config.cache_bytes,
+        )
         self._edge = EdgeInterceptor(RpcMetrics(parts.prometheus))
         self._health = Health(SERVICES, self._engine_alive)
         self._pins = Pins(parts.registry, parts.engine)

@@ -1,4 +1,4 @@
-"""Gauges of the engine, read at each scrape, and the bounded labels of adapters."""
+"""Gauges of the engine and the store, read at each scrape, and the bounded labels of adapters."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from adaplex.adapters.registry import AdapterRegistry
 from adaplex.engine.observer import EngineStats, Tier
 from adaplex.engine.request import AdapterRef
 
@@ -116,3 +117,35 @@ class EngineGauges(Collector):
             for label, count in sorted(Tally(map(self._adapters.of_digest, digests)).items()):
                 family.add_metric([label, tier, self._model_name], count)
         return family
+
+
+class StoreGauges(Collector):
+    """Gauges of the tiers below memory, asked of the store at each scrape."""
+
+    def __init__(
+        self, registry: AdapterRegistry, *, model_name: str, store_bytes: int, cache_bytes: int
+    ) -> None:
+        """The quota of the store, and the budget of its cache here if it is elsewhere."""
+        self._registry, self._model_name = registry, model_name
+        self._store_bytes, self._cache_bytes = store_bytes, cache_bytes
+
+    def collect(self) -> Iterator[Metric]:
+        """One family a gauge."""
+        usage, cached = self._registry.names.usage(), self._registry.cached_bytes()
+        stored = (usage.stored_bytes, self._store_bytes)
+        tiers = {"disk": stored}
+        if cached is not None:
+            tiers = {"disk": (cached, self._cache_bytes), "source": stored}
+        labels = ["tier", "model_name"]
+        used = GaugeMetricFamily("adapter_stored_bytes", "Bytes of files.", labels=labels)
+        total = GaugeMetricFamily("adapter_store_capacity_bytes", "Bytes in all.", labels=labels)
+        names = GaugeMetricFamily("adapters_stored", "Names.", labels=["model_name"])
+        for tier, (have, most) in tiers.items():
+            used.add_metric([tier, self._model_name], have)
+            total.add_metric([tier, self._model_name], most)
+        names.add_metric([self._model_name], usage.names)
+        yield from (used, total, names)
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing, so that registering asks nothing of the store."""
+        return iter(())

@@ -10,6 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from adaplex.adapters.errors import AdapterTooLarge
+from adaplex.adapters.registry import AdapterRegistry
 from adaplex.engine.errors import (
     AdapterLoadFailed,
     DeadlineExpired,
@@ -18,7 +19,7 @@ from adaplex.engine.errors import (
 )
 from adaplex.engine.observer import EngineStats, Outcome, Tier
 from adaplex.engine.request import AdapterRef, Timing
-from adaplex.server.gauges import AdapterLabels, EngineGauges
+from adaplex.server.gauges import AdapterLabels, EngineGauges, StoreGauges
 
 # fmt: off
 FIRST_TOKEN = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40,
@@ -41,6 +42,9 @@ OURS = frozenset(
         "adapter_resident_bytes",
         "adapter_capacity_bytes",
         "adapter_pinned_bytes",
+        "adapter_stored_bytes",
+        "adapter_store_capacity_bytes",
+        "adapters_stored",
         "adapter_state",
         "merged_cache_queries",
         "merged_cache_hits",
@@ -133,6 +137,17 @@ class Metrics:
         """Adds the gauges of an engine that batches up to `max_lora` adapters at once."""
         self._table.register(
             EngineGauges(stats, self._adapters, model_name=self._model_name, max_lora=max_lora)
+        )
+
+    def watch_store(self, registry: AdapterRegistry, *, store_bytes: int, cache_bytes: int) -> None:
+        """Adds the gauges of the tiers below memory, with their budgets."""
+        self._table.register(
+            StoreGauges(
+                registry,
+                model_name=self._model_name,
+                store_bytes=store_bytes,
+                cache_bytes=cache_bytes,
+            )
         )
 
     # What the engine reports.
