@@ -1,0 +1,77 @@
+"""The host tier on torch: a copy from it is the adapter, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from adaplex.adapters.errors import AdapterNotFound
+from adaplex.adapters.program import AdapterProgram
+from adaplex.model.host_copies import HostCopies, pack
+from peft_adapters import load_plain, save_adapter, spread
+from rig import Rig, lowered, prompt
+
+
+@pytest.fixture
+def rig(tiny_model: Callable[[str], Path]) -> Rig:
+    return Rig(tiny_model("llama"))
+
+
+@pytest.fixture
+def programs(rig: Rig, tiny_model: Callable[[str], Path], tmp_path: Path) -> list[AdapterProgram]:
+    model, fields = tiny_model("llama"), spread("llama")
+    return [
+        lowered(
+            save_adapter(load_plain(model), tmp_path / name, seed=i, **fields[name]), rig.base.spec
+        )
+        for i, name in enumerate(fields)
+    ]
+
+
+def test_a_packed_adapter_is_its_program_packed(rig: Rig, programs: list[AdapterProgram]) -> None:
+    dtype = rig.base.dtype
+    for program in programs:
+        packed = pack(program, dtype, pinned=False)
+        assert packed.flat.nbytes == program.packed_bytes(dtype.itemsize)
+        tensors = [tensor for module in program.modules for _, tensor in module.tensors()]
+        for place, tensor in zip(packed.layout, tensors, strict=True):
+            there = packed.flat[place.offset : place.offset + tensor.numel()]
+            assert torch.equal(there, tensor.to(dtype).reshape(-1))
+
+
+def test_logits_are_the_same_by_way_of_the_host(rig: Rig, programs: list[AdapterProgram]) -> None:
+    for seed, program in enumerate(programs):
+        direct = rig.add(program)
+        sequence = rig.sequence(prompt(17, seed), direct)
+        before = rig.prefill(sequence)
+        rig.runner.remove_adapter(program.digest)
+        rig.runner.fetch_adapter(program.digest)
+        del rig.programs[program.digest]  # the store is not read again
+        again, size = rig.sequence(prompt(17, seed), direct), direct.packed_bytes
+        rig.runner.load_adapter(program.digest, 32 << 20, size)
+        rig.runner.remove_host(program.digest)
+        assert torch.equal(rig.prefill(again), before), "the arena needs no host copy"
+        base = rig.prefill(rig.sequence(prompt(17, seed)))
+        assert not torch.equal(before, base)
+        rig.runner.remove_adapter(program.digest)
+
+
+def test_a_fetch_that_fails_keeps_nothing(rig: Rig, programs: list[AdapterProgram]) -> None:
+    def missing(digest: str) -> AdapterProgram:
+        raise AdapterNotFound(digest)
+
+    rig.runner._load_program = missing
+    with pytest.raises(AdapterNotFound):
+        rig.runner.fetch_adapter(programs[0].digest)
+    assert rig.runner._host.get(programs[0].digest) is None
+
+
+def test_a_removed_copy_is_forgotten(programs: list[AdapterProgram]) -> None:
+    copies, packed = HostCopies(), pack(programs[0], torch.float32, pinned=False)
+    copies.keep(packed)
+    assert copies.get(packed.digest) is packed
+    copies.remove(packed.digest)
+    assert copies.get(packed.digest) is None
