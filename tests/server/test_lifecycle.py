@@ -170,11 +170,22 @@ async def test_a_pin_brings_the_adapter_in_and_follows_a_flip(tmp_path: Path) ->
         await until(lambda: toy.engine.stats().resident == {two})
         await point(toy, "default", target(1))
         await until(lambda: one in toy.engine.stats().resident)
-        assert toy.engine._residency.unmerged.pinned == {one}
+        assert toy.engine.stats().pinned == {one}
         info = await toy.info.GetServerInfo(server_info())
         assert 0 < info.capacity.pinned_bytes_used <= info.capacity.pinned_bytes_total
         await toy.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="a", pinned=False))
-        assert toy.engine._residency.unmerged.pinned == frozenset()
+        assert toy.engine.stats().pinned == frozenset()
+
+
+async def test_a_pinned_adapter_that_is_unloaded_comes_back(tmp_path: Path) -> None:
+    async with rig(tmp_path) as toy:
+        (one,) = await versions(toy, 1)
+        await toy.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="a", pinned=True))
+        await until(lambda: toy.engine.stats().resident == {one})
+        await toy.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="a"))
+        assert toy.engine.stats().pinned == frozenset()
+        await toy.server._pins.follow()
+        await until(lambda: toy.engine.stats().resident == {one})
 
 
 async def test_a_pin_beyond_the_bound_is_refused_and_not_noted(tmp_path: Path) -> None:

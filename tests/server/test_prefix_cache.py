@@ -1,4 +1,4 @@
-"""What is reused of one prompt's KV: within a content and a tenant, across every change of a name."""
+"""What is reused of a prompt's KV: within a content and a tenant, whatever happens to names."""
 
 from __future__ import annotations
 

@@ -95,6 +95,7 @@ def engine_limits(config: ServerConfig, base: BaseModel) -> EngineConfig:
             merged_bytes=config.merged_bytes,
             host_bytes=config.host_bytes,
             max_pinned_share=config.max_pinned_share,
+            prefetch_ahead=config.prefetch_ahead,
             block_tokens=BLOCK_TOKENS,
             max_model_len=longest,
             max_running=config.max_running,

@@ -164,6 +164,9 @@ class ServerConfig(BaseSettings):
         ge=0,
         description="Bytes of adapters kept ready in host memory; 0 reads them from the disk.",
     )
+    prefetch_ahead: Annotated[int, Field(ge=0)] = Field(
+        64, description="Requests in the queue whose adapters are fetched into host memory early."
+    )
     max_pinned_share: Annotated[float, Field(ge=0, le=1)] = Field(
         0.5, description="Share of arena_bytes that pinned adapters may take."
     )

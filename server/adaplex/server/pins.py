@@ -39,9 +39,13 @@ class Pins:
             await asyncio.sleep(INTERVAL_SECONDS)
 
     async def follow(self) -> None:
-        """Pins and unpins what the catalog says now. What finds no room is logged once."""
+        """Pins and unpins what the catalog says now. What finds no room is logged once; what was
+        unloaded, or could not be loaded, is tried again.
+        """
         async with self._lock:
             records = await in_thread(self._registry.names.pinned)
+            for digest in self._pinned.keys() - self._engine.stats().pinned:
+                del self._pinned[digest]
             wanted = {record.digest: record for record in records}
             for digest in self._pinned.keys() - wanted.keys():
                 await self._unpin(digest)
