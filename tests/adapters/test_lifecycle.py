@@ -102,6 +102,26 @@ def test_labels_are_set_and_removed(registry: AdapterRegistry) -> None:
         registry.names.update("b", UPLOAD, description="d")
 
 
+@pytest.mark.parametrize("name", ["", "..", "../a", "a/b", "a@1", "a" * 129, "ü", "a\0"])
+def test_what_is_no_name_is_not_found_by_any_operation(
+    registry: AdapterRegistry, name: str
+) -> None:
+    push(registry, "a")
+    names = registry.names
+    for operation in (
+        lambda: names.entry(name),
+        lambda: names.history(name),
+        lambda: names.reachable(name),
+        lambda: names.update(name, UPLOAD, description="x"),
+        lambda: names.set_alias(name, "prod", [Target(1)], UPLOAD),
+        lambda: names.delete_alias(name, "prod", UPLOAD),
+        lambda: names.rollback(name, "prod", UPLOAD),
+    ):
+        with pytest.raises(AdapterNotFound):
+            operation()
+    assert not names.known(name)
+
+
 def test_versions_are_bounded(tmp_path: Path) -> None:
     registry = make_registry(tmp_path, limits=AdapterLimits(max_versions=2))
     versions(registry, 2)

@@ -10,7 +10,7 @@ from adaplex.adapters.entry import Entry, Event, Origin
 from adaplex.adapters.errors import AdapterNotFound
 from adaplex.adapters.files import full_disk_is_store_full
 from adaplex.adapters.garbage import GarbageCollector
-from adaplex.adapters.selector import DEFAULT, Selector
+from adaplex.adapters.selector import DEFAULT, NAME, Selector
 from adaplex.adapters.split import Target, split_of
 
 
@@ -50,21 +50,21 @@ class Names:
 
     def entry(self, name: str) -> Entry:
         """All that is known under a name. Raises AdapterNotFound."""
-        entry = self._catalog.get(name)
+        entry = self._find(name)
         if entry is None or not entry.alive:
             raise AdapterNotFound(f"no adapter {name!r:.200}")
         return entry
 
     def known(self, name: str) -> bool:
         """Whether the name has a version."""
-        entry = self._catalog.get(name)
+        entry = self._find(name)
         return entry is not None and entry.alive
 
     def history(self, name: str) -> tuple[Event, ...]:
         """What happened to a name, newest first, also to one that is deleted. Raises
         AdapterNotFound for one that never was.
         """
-        entry = self._catalog.get(name)
+        entry = self._find(name)
         if entry is None:
             raise AdapterNotFound(f"no adapter {name!r:.200}")
         return entry.history[::-1]
@@ -158,9 +158,15 @@ class Names:
         gone = filter(self._garbage.collect, sorted({version.digest for version in removed}))
         return Deleted(len(removed), tuple(gone))
 
+    def _find(self, name: str) -> Entry | None:
+        """The entry of a name that a client sent; what is no name has none."""
+        return self._catalog.get(name) if NAME.fullmatch(name) else None
+
     @full_disk_is_store_full()
     def _change(self, name: str, change: Callable[[Entry], Entry]) -> Entry:
         """Changes an entry that is alive."""
+        if not NAME.fullmatch(name):
+            raise AdapterNotFound(f"no adapter {name!r:.200}")
 
         def checked(entry: Entry | None) -> Entry:
             if entry is None or not entry.alive:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import resource
 import signal
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -202,6 +203,7 @@ async def serve(parts: Parts) -> AsyncIterator[Server]:
 
 async def run(parts: Parts) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal cuts the drain short."""
+    _raise_file_limit()
     stop, hard = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)
@@ -227,6 +229,12 @@ async def run(parts: Parts) -> None:
         await stop.wait()
         await server.drain(hard)
     log.info("stopped")
+
+
+def _raise_file_limit() -> None:
+    """As many open files as the system lets us have: one a connection, one an adapter in use."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _version() -> str:
