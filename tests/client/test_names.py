@@ -76,6 +76,48 @@ def test_a_combination_is_sent_with_its_weights(call: Any, server: FakeServer) -
     assert server.metadata[0]["x-adapter-id"] == "a+b@1"
 
 
+def test_lists_of_selectors_weigh_one_and_what_is_none_is_named(
+    call: Any, server: FakeServer
+) -> None:
+    call("generate", "hi", adapters=["b", ("a", 0.5)])
+    assert [(p.adapter, p.weight) for p in server.requests[0].spec.adapters] == [
+        ("b", 1.0),
+        ("a", 0.5),
+    ]
+    assert server.metadata[0]["x-adapter-id"] == "a+b"
+    for bad in ("tone", [("a", 1, 2)], [(1, 2)]):
+        with pytest.raises(InvalidArgument) as caught:
+            call("generate", "hi", adapters=bad)
+        assert caught.value.violations[0].field == "spec.adapters"
+    with pytest.raises(InvalidArgument):
+        call("generate", "hi", adapter="a", adapters=["b"])
+    with pytest.raises(TypeError):
+        call("adapters.merge", "x", {"a": 1}, desity=0.5)
+
+
+def test_what_others_wrote_cannot_drive_a_terminal(run: Any, server: FakeServer) -> None:
+    server.names = ["a\x1b[2Jb"]
+    shown = run("adapters", "ls").stdout
+    assert "\x1b" not in shown
+    assert "a[2Jb" in shown
+
+
+def test_the_environment_names_the_actor(
+    run: Any, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADAPLEX_ACTOR", "ada")
+    run("adapters", "rm", "tone@3")
+    assert server.metadata[0]["x-adaplex-actor"] == "ada"
+    assert server.requests[0].name == "tone@3"
+    run("--actor", "bo", "adapters", "ls", "--prefix", "t", "--label", "k=v", "--sort", "name desc")
+    assert server.metadata[1]["x-adaplex-actor"] == "bo"
+    assert server.requests[1].filter.name_prefix == "t"
+    assert dict(server.requests[1].filter.labels) == {"k": "v"}
+    with pytest.raises(InvalidArgument) as caught:
+        Client(server.target, actor="x" * 129)
+    assert caught.value.violations[0].field == "actor"
+
+
 def test_the_actor_goes_with_every_call(server: FakeServer) -> None:
     with Client(server.target, actor="ci-bot") as client:
         client.adapters.delete("tone")
@@ -105,7 +147,7 @@ def test_a_signature_is_sent_beside_the_files(
 
 def test_the_command_line_sets_and_shows_aliases(run: Any, server: FakeServer) -> None:
     shown = run("adapters", "alias", "set", "tone", "prod", "3:95", "4:5").stdout
-    assert "default -> @3 0.95, @4 0.05" in shown
+    assert "default -> @3 95%, @4 5%" in shown
     assert [(t.version, t.weight) for t in server.requests[0].targets] == [(3, 95), (4, 5)]
     run("adapters", "rollback", "tone", "prod")
     run("adapters", "alias", "rm", "tone", "prod")
@@ -117,7 +159,7 @@ def test_the_command_line_sets_and_shows_aliases(run: Any, server: FakeServer) -
     assert (pin.pinned, unpin.pinned, describe.description) == (True, False, "for tests")
     assert (dict(label.set_labels), list(label.remove_labels)) == ({"team": "red"}, ["old"])
     history = run("adapters", "history", "tone").stdout
-    assert "alias prod: @3 -> @3 0.95, @4 0.05" in history
+    assert "alias prod: @3 -> @3 95%, @4 5%" in history
     assert json.loads(run("adapters", "history", "tone", "--json").stdout)[0]["actor"] == "ada"
 
 
@@ -140,6 +182,10 @@ def test_the_command_line_merges_and_combines(run: Any, server: FakeServer) -> N
         ["adapters", "alias", "set", "tone", "prod", "3:x"],
         ["adapters", "label", "tone", "team"],
         ["generate", "-a", "a:much", "hi"],
+        ["generate", "-a", "a:nan", "hi"],
+        ["generate", "-a", ":0.5", "hi"],
+        ["adapters", "alias", "set", "tone", "prod", "3:95", "3:5"],
+        ["adapters", "label", "tone"],
     ],
 )
 def test_what_cannot_be_read_is_said(run: Any, arguments: list[str]) -> None:

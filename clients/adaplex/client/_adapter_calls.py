@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC
-from typing import Any, Generic, TypeVar, Unpack
+from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
-from adaplex.client._wire import flat, put, request
+from adaplex.client._wire import flat, put, request, weighted
 from adaplex.client.adapter_types import (
     Adapter,
     AdapterDetails,
@@ -17,7 +17,6 @@ from adaplex.client.adapter_types import (
     AdapterReport,
     AdapterVersion,
     AliasTarget,
-    MergeOptions,
     ModuleReport,
     Refusal,
     ResidencyTier,
@@ -61,10 +60,14 @@ def merge(
     name: str,
     sources: Mapping[str, float] | Sequence[tuple[str, float]],
     replace: bool,
-    **options: Unpack[MergeOptions],
+    *,
+    method: str = "linear",
+    density: float | None = None,
+    rank: int | None = None,
+    seed: int | None = None,
+    majority_sign: str = "",
 ) -> AdapterCall[UploadResult]:
     """Has the server make an adapter out of stored ones."""
-    method = str(options.get("method", "linear"))
     number = adapters_pb2.MergeMethod.DESCRIPTOR.values_by_name.get(
         f"MERGE_METHOD_{method.upper()}"
     )
@@ -75,13 +78,12 @@ def merge(
         name=name,
         policy=upload_policy(replace),
         method=number.number,
-        majority_sign=options.get("majority_sign", ""),
+        majority_sign=majority_sign,
     )
-    for field in ("density", "rank", "seed"):
-        if (value := options.get(field)) is not None:
+    for field, value in (("density", density), ("rank", rank), ("seed", seed)):
+        if value is not None:
             put(message, field, value, "")
-    pairs = list(sources.items() if isinstance(sources, Mapping) else sources)
-    for i, (selector, weight) in enumerate(pairs):
+    for i, (selector, weight) in enumerate(weighted(sources, "sources")):
         source = message.sources.add()
         put(source, "adapter", selector, f"sources[{i}].")
         put(source, "weight", weight, f"sources[{i}].")

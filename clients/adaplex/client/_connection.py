@@ -27,6 +27,10 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
+MAX_ACTOR = 128
+"""Characters that the server takes."""
+
+
 @dataclass(frozen=True)
 class Call:
     """What goes with one call beside its message. `timeout` is in seconds."""
@@ -61,7 +65,9 @@ class Connection:
         sent = {key.lower(): value for key, value in (metadata or {}).items()}
         if token is not None:
             sent["authorization"] = f"Bearer {token}"
-        if actor is not None:
+        if actor:
+            if len(actor) > MAX_ACTOR:
+                raise InvalidArgument.because("actor", f"must be at most {MAX_ACTOR} characters")
             sent["x-adaplex-actor"] = actor
         for key, value in sent.items():
             _check_metadata(key, value)
@@ -103,7 +109,8 @@ class Connection:
         return self.call(
             timeout=planned.timeout,
             request_id=planned.request_id,
-            adapter=planned.spec.adapter or "+".join(p.adapter for p in planned.spec.adapters),
+            adapter=planned.spec.adapter
+            or "+".join(sorted(part.adapter for part in planned.spec.adapters)),
         )
 
 

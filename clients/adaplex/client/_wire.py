@@ -37,6 +37,9 @@ from adaplex.client.types import (
 )
 from adaplex.v1 import generation_pb2, server_pb2
 
+Weighted = Mapping[str, float] | Sequence[tuple[str, float] | str]
+"""Adapters by selector, with their weights."""
+
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
@@ -68,7 +71,7 @@ def generation_call(
     prompt: Prompt,
     *,
     adapter: str | None = None,
-    adapters: Mapping[str, float] | Sequence[tuple[str, float]] | None = None,
+    adapters: Weighted | None = None,
     routing_key: str = "",
     mode: AdapterMode | str | None = None,
     sampling: SamplingParams | None = None,
@@ -87,7 +90,9 @@ def generation_call(
     _put_prompt(spec, prompt)
     put(spec, "adapter", adapter or "", "spec.")
     put(spec, "routing_key", routing_key, "spec.")
-    for selector, weight in _pairs(adapters or ()):
+    if adapter and adapters:
+        raise InvalidArgument.because("spec.adapters", "must be empty beside adapter")
+    for selector, weight in weighted(adapters or (), "spec.adapters"):
         part = spec.adapters.add()
         put(part, "adapter", selector, f"spec.adapters[{len(spec.adapters) - 1}].")
         put(part, "weight", weight, f"spec.adapters[{len(spec.adapters) - 1}].")
@@ -109,11 +114,20 @@ def request(kind: type[M], **values: Any) -> M:
     return message
 
 
-def _pairs(
-    weighted: Mapping[str, float] | Sequence[tuple[str, float]],
-) -> list[tuple[str, float]]:
-    """Selectors and weights, from a mapping or from pairs."""
-    return list(weighted.items() if isinstance(weighted, Mapping) else weighted)
+def weighted(given: Weighted, field: str) -> list[tuple[str, float]]:
+    """Selectors and weights, from a mapping or from a list of pairs and selectors of weight 1.
+
+    Raises InvalidArgument naming the field.
+    """
+    if isinstance(given, str):
+        raise InvalidArgument.because(field, "must be a mapping or a list, not one string")
+    pairs: list[tuple[str, Any]] = []
+    for item in given.items() if isinstance(given, Mapping) else given:
+        pair: tuple[Any, ...] = (item, 1.0) if isinstance(item, str) else tuple(item)
+        if len(pair) != 2 or not isinstance(pair[0], str):
+            raise InvalidArgument.because(field, f"{item!r} is no selector with its weight")
+        pairs.append((pair[0], pair[1]))
+    return pairs
 
 
 def _mode(mode: AdapterMode | str) -> AdapterMode:

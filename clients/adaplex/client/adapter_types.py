@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import TypedDict
@@ -61,9 +61,9 @@ class Adapter:
     create_time: datetime
     resident: bool
     description: str
-    labels: Mapping[str, str]
+    labels: Mapping[str, str] = field(hash=False)
     pinned: bool
-    aliases: Mapping[str, tuple[AliasTarget, ...]]
+    aliases: Mapping[str, tuple[AliasTarget, ...]] = field(hash=False)
     source: str
     actor: str
     base_fingerprint: str

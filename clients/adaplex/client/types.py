@@ -11,6 +11,43 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, TypedDict
 
+from adaplex.client.adapter_types import (
+    Adapter as Adapter,
+)
+from adaplex.client.adapter_types import (
+    AdapterDetails as AdapterDetails,
+)
+from adaplex.client.adapter_types import (
+    AdapterEvent as AdapterEvent,
+)
+from adaplex.client.adapter_types import (
+    AdapterReport as AdapterReport,
+)
+from adaplex.client.adapter_types import (
+    AdapterVersion as AdapterVersion,
+)
+from adaplex.client.adapter_types import (
+    AliasTarget as AliasTarget,
+)
+from adaplex.client.adapter_types import (
+    MergeOptions as MergeOptions,
+)
+from adaplex.client.adapter_types import (
+    ModuleReport as ModuleReport,
+)
+from adaplex.client.adapter_types import (
+    Refusal as Refusal,
+)
+from adaplex.client.adapter_types import (
+    ResidencyTier as ResidencyTier,
+)
+from adaplex.client.adapter_types import (
+    UploadResult as UploadResult,
+)
+from adaplex.client.adapter_types import (
+    Validation as Validation,
+)
+
 
 class AdapterMode(StrEnum):
     """How an adapter meets the base weights."""

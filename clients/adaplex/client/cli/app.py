@@ -73,7 +73,9 @@ def root(
     ] = DEFAULT_TIMEOUT,
     actor: Annotated[
         str | None,
-        typer.Option(envvar="ADAPLEX_ACTOR", help="Who asks, for the history of adapters."),
+        typer.Option(
+            envvar="ADAPLEX_ACTOR", help="Who asks, for the history of adapters; by default nobody."
+        ),
     ] = None,
     show_version: Annotated[
         bool,

@@ -84,6 +84,8 @@ def generate(
     elif answer.logprobs:
         render.logprobs(answer.logprobs)
     typer.echo(render.proof(answer), err=True)
+    if answer.adapter:
+        render.warnings(answer.adapter.warnings)
 
 
 def _read(stream: GenerationStream, shown: bool) -> Generation:

@@ -58,6 +58,8 @@ def label(
     as_json: AsJson = False,
 ) -> None:
     """Set and remove labels."""
+    if not (pairs or remove):
+        raise typer.BadParameter("give key=value, or --remove key")
     with connect(context) as client:
         changed = client.adapters.update(
             name, set_labels=labels(pairs or []), remove_labels=remove or []
@@ -108,6 +110,9 @@ def merge(
     density: Annotated[float | None, typer.Option(help="Share of values to keep.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Of an SVD's result.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of what dare drops.")] = None,
+    majority_sign: Annotated[
+        str, typer.Option(help="total or frequency: how ties elects a sign.")
+    ] = "",
     replace: Replace = False,
     as_json: AsJson = False,
 ) -> None:
@@ -121,6 +126,7 @@ def merge(
             density=density,
             rank=rank,
             seed=seed,
+            majority_sign=majority_sign,
             replace=replace,
         )
     render.stored(result, as_json)

@@ -43,7 +43,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     for column in columns:
         shown.add_column(column, overflow="fold")
     for row in rows:
-        shown.add_row(*(Text(str(cell)) for cell in row))
+        shown.add_row(*(Text(plain(cell)) for cell in row))
     _console().print(shown)
 
 
@@ -53,13 +53,24 @@ def fields(rows: Iterable[tuple[str, object]]) -> None:
     shown.add_column(style="bold")
     shown.add_column(overflow="fold")
     for name, value in rows:
-        shown.add_row(name, Text(str(value)))
+        shown.add_row(name, Text(plain(value)))
     _console().print(shown)
 
 
 def text(delta: str) -> None:
     """Writes new text of an answer at once, stripped of control characters on a terminal."""
-    typer.echo(delta.translate(_CONTROL) if sys.stdout.isatty() else delta, nl=False)
+    typer.echo(plain(delta) if sys.stdout.isatty() else delta, nl=False)
+
+
+def plain(value: object) -> str:
+    """A value as text without control characters, whoever wrote it."""
+    return str(value).translate(_CONTROL)
+
+
+def warnings(found: Iterable[str]) -> None:
+    """Prints on standard error what is doubtful."""
+    for warning in found:
+        typer.echo(f"warning: {plain(warning)}", err=True)
 
 
 def size(count: int) -> str:
@@ -84,6 +95,8 @@ def proof(answer: Generation) -> str:
     source = f"base model {answer.model}"
     if applied:
         what = f"{applied.name}@{applied.version}"
+        if applied.alias not in ("", "latest"):
+            what += f" (via {applied.alias})"
         if applied.components:
             parts = applied.components
             what = " + ".join(f"{part.weight:g} {part.name}@{part.version}" for part in parts)
@@ -185,8 +198,7 @@ def stored(result: UploadResult, as_json: bool) -> None:
         f"{adapter.family} {adapter.modules} modules "
         f"({'stored' if result.created else 'was there already'})"
     )
-    for warning in result.report.warnings:
-        typer.echo(f"warning: {warning}", err=True)
+    warnings(result.report.warnings)
 
 
 def _happened(event: AdapterEvent) -> str:
@@ -204,7 +216,7 @@ def _shares(targets: Sequence[AliasTarget]) -> str:
     total = sum(target.weight for target in targets)
     if len(targets) == 1:
         return f"@{targets[0].version}"
-    return ", ".join(f"@{target.version} {target.weight / total:.3g}" for target in targets)
+    return ", ".join(f"@{target.version} {100 * target.weight / total:.3g}%" for target in targets)
 
 
 def report(checked: AdapterReport) -> None:
@@ -226,11 +238,11 @@ def report(checked: AdapterReport) -> None:
             ],
         )
     for warning in checked.warnings:
-        typer.echo(f"warning: {warning}")
+        typer.echo(f"warning: {plain(warning)}")
     for note in checked.notes:
-        typer.echo(f"note: {note}")
+        typer.echo(f"note: {plain(note)}")
     for refusal in checked.refusals:
-        typer.echo(f"refused: {refusal}")
+        typer.echo(f"refused: {plain(refusal)}")
 
 
 def _console() -> Console:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import typer
@@ -15,6 +16,8 @@ def weighted_selector(text: str) -> tuple[str, float]:
     selector, colon, weight = text.removeprefix(prefix).rpartition(":")
     if not colon:
         return text, 1.0
+    if not (prefix + selector).strip():
+        raise typer.BadParameter(f"{text!r} names no adapter")
     return prefix + selector, _number(weight, text)
 
 
@@ -25,6 +28,8 @@ def shares(targets: Iterable[str]) -> dict[int, float]:
         version, _, share = text.partition(":")
         if not version.isdecimal():
             raise typer.BadParameter(f"{text!r} is not a version, or version:share")
+        if int(version) in found:
+            raise typer.BadParameter(f"version {int(version)} is given twice")
         found[int(version)] = _number(share, text) if share else 1.0
     return found
 
@@ -42,6 +47,9 @@ def labels(pairs: Iterable[str]) -> dict[str, str]:
 
 def _number(text: str, whole: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        raise typer.BadParameter(f"{whole!r} ends in no number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise typer.BadParameter(f"{whole!r} ends in no number")
+    return number
