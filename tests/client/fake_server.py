@@ -162,7 +162,15 @@ def server_info() -> server_pb2.GetServerInfoResponse:
             weight_bytes=5 << 20,
             max_model_len=2048,
         ),
-        capacity=server_pb2.CapacityInfo(requests_running=2, kv_blocks_total=100, kv_blocks_used=9),
+        capacity=server_pb2.CapacityInfo(
+            requests_running=2,
+            kv_blocks_total=100,
+            kv_blocks_used=9,
+            store_bytes_used=1 << 20,
+            store_bytes_total=4 << 20,
+            host_bytes_used=2 << 20,
+            host_bytes_total=8 << 20,
+        ),
         limits=server_pb2.LimitsInfo(max_concurrent_sequences=16, max_adapter_rank=256),
         uptime_seconds=61.5,
     )
@@ -210,6 +218,7 @@ class FakeServer(
         self.uploads: list[Upload] = []
         self.names = [f"adapter-{n}" for n in range(5)]
         self.refusals: list[tuple[str, str]] = []
+        self.history = [event_of("alias")]
         self.events: list[generation_pb2.GenerateStreamResponse] | None = None
         """Events to stream instead of the canned ones."""
         self.hold = False
@@ -302,7 +311,7 @@ class FakeServer(
 
     def GetAdapterHistory(self, request: Any, context: Any) -> Any:
         self._remember(request, context)
-        return adapters_pb2.GetAdapterHistoryResponse(events=[event_of("alias")])
+        return adapters_pb2.GetAdapterHistoryResponse(events=self.history)
 
     def MergeAdapters(self, request: Any, context: Any) -> Any:
         self._remember(request, context)

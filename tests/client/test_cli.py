@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from adaplex.client.cli import app, plugins, render
 from adaplex.v1 import generation_pb2
-from client.fake_server import DIGEST, FakeServer, event, started
+from client.fake_server import DIGEST, FakeServer, event, finished, started
 
 # generate
 
@@ -33,6 +33,22 @@ def test_generate_prints_the_answer_and_its_proof(run: Any) -> None:
 
 def test_generate_from_the_base_says_so(run: Any) -> None:
     assert run("generate", "hello").stderr.startswith("base model tiny | ")
+
+
+@pytest.mark.parametrize(
+    ("alias", "shown"), [("default", " (via default)"), ("latest", ""), ("", "")]
+)
+def test_generate_names_the_alias_and_prints_warnings(
+    run: Any, server: FakeServer, alias: str, shown: str
+) -> None:
+    spec = generation_pb2.GenerationSpec(adapter="voice@1")
+    begin = started(spec, "r")
+    begin.adapter.alias = alias
+    begin.adapter.warnings.append("another base\x1b[2J\nerror: forged")
+    server.events = [event(started=begin), event(finished=finished())]
+    lines = run("generate", "hello", "-a", "voice").stderr.splitlines()
+    assert lines[0].startswith(f"voice@1{shown} sha256:abababababab ")
+    assert lines[1:] == ["warning: another base[2J error: forged"]
 
 
 def test_generate_chats_unless_told_otherwise(run: Any, server: FakeServer) -> None:
@@ -120,9 +136,11 @@ def test_text_with_control_characters_is_shown_without_them_on_a_terminal(
 def test_ls(run: Any) -> None:
     result = run("adapters", "ls")
     head, *lines = result.stdout.splitlines()
-    assert " ".join(head.split()) == "NAME VERSION DIGEST FAMILY MODULES RANK STORED MEMORY PINNED"
+    expected = "NAME VERSION DIGEST FAMILY MODULES RANK STORED MEMORY PINNED LABELS"
+    assert " ".join(head.split()) == expected
     assert lines[0].split() == [
         "adapter-0", "1", "sha256:abababababab", "lora", "2", "8", "3.0", "MiB", "arena",
+        "team=blue",
     ]  # fmt: skip
     assert len(lines) == 5
 
@@ -169,6 +187,20 @@ def test_show(run: Any) -> None:
     assert shown["report"]["modules"][0]["rank"] == 8
 
 
+def test_show_has_the_facts_of_this_version_and_a_table_of_all(run: Any) -> None:
+    lines = run("adapters", "show", "tone@1").stdout.splitlines()
+    rows = [" ".join(line.split()) for line in lines]
+    assert not any(row.startswith("newest version") for row in rows)
+    assert f"base fingerprint {DIGEST}" in rows
+    assert "changed 2023-11-14T22:13:21+00:00" in rows
+    start = rows.index("VERSION DIGEST CREATED STORED SOURCE BY")
+    created = "2023-11-14T22:13:20+00:00 3.0 MiB upload ada"
+    assert rows[start + 1 : start + 3] == [
+        f"4 sha256:abababababab {created}",
+        f"3 sha256:abababababab {created}",
+    ]
+
+
 def test_verify_of_a_good_adapter(run: Any, adapter_directory: Path) -> None:
     result = run("adapters", "verify", adapter_directory)
     assert result.exit_code == 0
@@ -204,6 +236,8 @@ def test_status(run: Any) -> None:
     rows = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     assert rows["model"].strip() == "tiny (LlamaForCausalLM)"
     assert rows["running"].strip() == "2 of 16"
+    assert rows["store"].strip() == "1.0 MiB of 4.0 MiB"
+    assert rows["host"].strip() == "2.0 MiB of 8.0 MiB"
 
 
 def test_status_as_json(run: Any) -> None:
@@ -284,7 +318,9 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         EntryPoint("serve", "adaplex_no_such_module:serve", plugins.GROUP),
         EntryPoint("status", "adaplex_no_such_module:status", plugins.GROUP),
     ]
-    monkeypatch.setattr(plugins, "entry_points", lambda group: points)
+    within = [EntryPoint("fsck", f"{module.__name__}:greet", plugins.AdapterCommands.entry_points)]
+    found = {plugins.GROUP: points, "adaplex.adapters_commands": within}
+    monkeypatch.setattr(plugins, "entry_points", lambda group: found[group])
     return module
 
 
@@ -294,6 +330,14 @@ def test_commands_of_other_packages(run: Any) -> None:
     assert run("count", "two").stdout == "two\n"
     assert run("status").exit_code == 0  # Ours come first.
     assert run("nothing").exit_code == 2
+
+
+@pytest.mark.usefixtures("plugin")
+def test_commands_of_other_packages_for_adapters(run: Any) -> None:
+    assert run("adapters", "fsck", "store").stdout == "hello store\n"
+    assert "fsck" in run("adapters", "--help").stdout
+    assert run("fsck", "store").exit_code == 2
+    assert run("adapters", "greet", "you").exit_code == 2
 
 
 @pytest.mark.usefixtures("plugin")

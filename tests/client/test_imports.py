@@ -7,7 +7,7 @@ import pytest
 
 import adaplex
 import adaplex.client
-from adaplex.client import types
+from adaplex.client import adapter_types, types
 
 
 @pytest.mark.parametrize("module", ["adaplex.client", "adaplex.client.cli"])
@@ -25,8 +25,19 @@ def test_the_package_is_a_namespace() -> None:
 def test_every_public_name_exists_and_every_value_is_public() -> None:
     for name in adaplex.client.__all__:
         assert hasattr(adaplex.client, name)
-    values = {name for name, kind in vars(types).items() if hasattr(kind, "__dataclass_fields__")}
-    assert values <= set(adaplex.client.__all__)
+    for module in (types, adapter_types):
+        values = {n for n, kind in vars(module).items() if hasattr(kind, "__dataclass_fields__")}
+        assert values <= set(adaplex.client.__all__)
+
+
+def test_the_values_of_adapters_are_found_in_types_too() -> None:
+    own = [
+        name
+        for name, kind in vars(adapter_types).items()
+        if getattr(kind, "__module__", "") == adapter_types.__name__
+    ]
+    assert "Adapter" in own
+    assert [getattr(types, name) for name in own] == [getattr(adapter_types, name) for name in own]
 
 
 def test_sampling_keywords_are_the_fields_of_sampling_params() -> None:

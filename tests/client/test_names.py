@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from adaplex.client import AliasTarget, Client, InvalidArgument
 from adaplex.v1 import adapters_pb2 as pb
-from client.fake_server import FakeServer
+from client.fake_server import DIGEST, FakeServer
 
 
 def test_a_split_is_sent_by_version_and_share(call: Any, server: FakeServer) -> None:
@@ -89,10 +91,40 @@ def test_lists_of_selectors_weigh_one_and_what_is_none_is_named(
         with pytest.raises(InvalidArgument) as caught:
             call("generate", "hi", adapters=bad)
         assert caught.value.violations[0].field == "spec.adapters"
-    with pytest.raises(InvalidArgument):
-        call("generate", "hi", adapter="a", adapters=["b"])
-    with pytest.raises(TypeError):
+    for keywords in ({"adapter": "a", "adapters": ["b"]}, {"adapters": [5]}, {"adapters": 5}):
+        with pytest.raises(InvalidArgument) as caught:
+            call("generate", "hi", **keywords)
+        assert caught.value.violations[0].field == "spec.adapters"
+    call("adapters.merge", "x", ["a", ("b", 0.5)])
+    assert [(s.adapter, s.weight) for s in server.requests[1].sources] == [("a", 1.0), ("b", 0.5)]
+    assert len(server.requests) == 2
+    with pytest.raises(TypeError, match="desity"):
         call("adapters.merge", "x", {"a": 1}, desity=0.5)
+
+
+def test_a_selector_out_of_ascii_is_named(call: Any, server: FakeServer) -> None:
+    for keywords, field in (
+        ({"adapters": ["a", "naïve"]}, "spec.adapters"),
+        ({"adapter": "naïve"}, "spec.adapter"),
+    ):
+        with pytest.raises(InvalidArgument) as caught:
+            call("generate", "hi", **keywords)
+        assert caught.value.violations[0].field == field
+    assert server.requests == []
+
+
+def test_the_targets_of_an_adapter_can_be_set_again(call: Any, server: FakeServer) -> None:
+    adapter = call("adapters.get", "tone").adapter
+    call("adapters.set_alias", "tone", "prod", adapter.aliases["default"])
+    assert [(t.version, t.weight) for t in server.requests[1].targets] == [(3, 95.0), (4, 5.0)]
+    with pytest.raises(InvalidArgument) as caught:
+        call("adapters.set_alias", "tone", "prod", [3, 4])
+    assert caught.value.violations[0].field == "targets"
+
+
+def test_an_adapter_can_be_a_member_of_a_set(call: Any) -> None:
+    first, again = (call("adapters.get", "tone").adapter for _ in range(2))
+    assert {first, again} == {first}
 
 
 def test_what_others_wrote_cannot_drive_a_terminal(run: Any, server: FakeServer) -> None:
@@ -100,6 +132,17 @@ def test_what_others_wrote_cannot_drive_a_terminal(run: Any, server: FakeServer)
     shown = run("adapters", "ls").stdout
     assert "\x1b" not in shown
     assert "a[2Jb" in shown
+    assert run("adapters", "load", "a\x1bb", "/srv/x").stdout.startswith("ab@1 ")
+    assert "ab@1" in run("adapters", "show", "a\x1bb").stdout
+    server.fail(grpc.StatusCode.INTERNAL, "bad \x1b[2J end")
+    assert run("adapters", "ls").stderr == "error: bad [2J end\n"
+
+
+def test_refusals_cannot_drive_a_terminal_nor_forge_a_line(
+    run: Any, server: FakeServer, adapter_directory: Path
+) -> None:
+    server.refusals = [("x\x1b[2J", "no\nvalid\x9b")]
+    assert "refused: x[2J: no valid\n" in run("adapters", "verify", adapter_directory).stdout
 
 
 def test_the_environment_names_the_actor(
@@ -113,14 +156,22 @@ def test_the_environment_names_the_actor(
     assert server.metadata[1]["x-adaplex-actor"] == "bo"
     assert server.requests[1].filter.name_prefix == "t"
     assert dict(server.requests[1].filter.labels) == {"k": "v"}
-    with pytest.raises(InvalidArgument) as caught:
-        Client(server.target, actor="x" * 129)
+    run("adapters", "ls", "--family", "lora")
+    assert server.requests[2].filter.family == "lora"
+    assert server.requests[1].order_by == "name desc"
+
+
+@pytest.mark.parametrize("actor", ["", "x" * 129])
+def test_an_actor_has_1_to_128_characters(
+    connect: Callable[..., Any], server: FakeServer, actor: str
+) -> None:
+    with pytest.raises(InvalidArgument, match="1 to 128 characters") as caught:
+        connect(server.target, actor=actor)
     assert caught.value.violations[0].field == "actor"
 
 
-def test_the_actor_goes_with_every_call(server: FakeServer) -> None:
-    with Client(server.target, actor="ci-bot") as client:
-        client.adapters.delete("tone")
+def test_the_actor_goes_with_every_call(connect: Callable[..., Any], server: FakeServer) -> None:
+    connect(server.target, actor="ci-bot")("adapters.delete", "tone")
     assert server.metadata[0]["x-adaplex-actor"] == "ci-bot"
     with pytest.raises(InvalidArgument) as caught:
         Client(server.target, actor="naïve")
@@ -163,8 +214,18 @@ def test_the_command_line_sets_and_shows_aliases(run: Any, server: FakeServer) -
     assert json.loads(run("adapters", "history", "tone", "--json").stdout)[0]["actor"] == "ada"
 
 
+def test_history_keeps_the_detail_of_a_version(run: Any, server: FakeServer) -> None:
+    upload = pb.AdapterEvent(kind="upload", version=3, digest=DIGEST, detail="forced")
+    server.history = [upload, pb.AdapterEvent(kind="update", detail="pinned")]
+    shown = run("adapters", "history", "tone").stdout
+    assert "upload @3 sha256:abababababab forced" in shown
+    assert "update pinned" in shown
+
+
 def test_the_command_line_merges_and_combines(run: Any, server: FakeServer) -> None:
     merged = run("adapters", "merge", "both", "a:0.7", "b", "--method", "svd", "--rank", "4")
+    run("adapters", "merge", "both", "a", "b", "--method", "ties", "--majority-sign", "frequency")
+    assert server.requests.pop().majority_sign == "frequency"
     assert "both@1" in merged.stdout
     assert [(s.adapter, s.weight) for s in server.requests[0].sources] == [("a", 0.7), ("b", 1.0)]
     digest = "sha256:" + "c" * 64
@@ -183,7 +244,12 @@ def test_the_command_line_merges_and_combines(run: Any, server: FakeServer) -> N
         ["adapters", "label", "tone", "team"],
         ["generate", "-a", "a:much", "hi"],
         ["generate", "-a", "a:nan", "hi"],
+        ["generate", "-a", "a:inf", "hi"],
         ["generate", "-a", ":0.5", "hi"],
+        ["generate", "-a", "", "hi"],
+        ["generate", "-a", "sha256:", "hi"],
+        ["adapters", "merge", "both", "a:nan"],
+        ["adapters", "alias", "set", "tone", "prod", "3:inf"],
         ["adapters", "alias", "set", "tone", "prod", "3:95", "3:5"],
         ["adapters", "label", "tone"],
     ],

@@ -14,8 +14,10 @@ from adaplex.client.adapter_types import (
     UploadResult,
     Validation,
 )
-from adaplex.client.aio import AsyncAdapters, AsyncClient, AsyncGenerationStream
-from adaplex.client.client import Adapters, Client, GenerationStream
+from adaplex.client.adapters import Adapters
+from adaplex.client.aio import AsyncClient, AsyncGenerationStream
+from adaplex.client.aio_adapters import AsyncAdapters
+from adaplex.client.client import Client, GenerationStream
 from adaplex.client.errors import (
     AdaplexClientError,
     AlreadyExists,

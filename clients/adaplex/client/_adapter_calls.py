@@ -22,6 +22,7 @@ from adaplex.client.adapter_types import (
     ResidencyTier,
     UploadResult,
     Validation,
+    Weighted,
 )
 from adaplex.client.errors import InvalidArgument
 from adaplex.v1 import adapters_pb2
@@ -35,8 +36,8 @@ _TIERS = {
     adapters_pb2.RESIDENCY_TIER_SOURCE: ResidencyTier.SOURCE,
 }
 
-Targets = int | Mapping[int, float]
-"""One version, or several and their shares."""
+Targets = int | Mapping[int, float] | Sequence[AliasTarget]
+"""One version, or several and their shares; also as `Adapter.aliases` has them."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def load(name: str, uri: str, replace: bool) -> AdapterCall[UploadResult]:
 
 def merge(
     name: str,
-    sources: Mapping[str, float] | Sequence[tuple[str, float]],
+    sources: Weighted,
     replace: bool,
     *,
     method: str = "linear",
@@ -143,11 +144,10 @@ def update(
 def set_alias(name: str, alias: str, targets: Targets) -> AdapterCall[Adapter]:
     """Points an alias elsewhere."""
     message = request(adapters_pb2.SetAliasRequest, name=name, alias=alias)
-    shares = targets if isinstance(targets, Mapping) else {targets: 1.0}
-    for i, (version, weight) in enumerate(shares.items()):
+    for i, chosen in enumerate(_chosen(targets)):
         target = message.targets.add()
-        put(target, "version", version, f"targets[{i}].")
-        put(target, "weight", weight, f"targets[{i}].")
+        put(target, "version", chosen.version, f"targets[{i}].")
+        put(target, "weight", chosen.weight, f"targets[{i}].")
     return AdapterCall("SetAlias", message, _entry)
 
 
@@ -241,6 +241,17 @@ def _entry(message: Any) -> Adapter:
 
 def _targets(messages: Any) -> tuple[AliasTarget, ...]:
     return tuple(flat(AliasTarget, target) for target in messages)
+
+
+def _chosen(targets: Targets) -> tuple[AliasTarget, ...]:
+    """Targets in any of their forms. Raises InvalidArgument for what is none."""
+    if isinstance(targets, Mapping):
+        return tuple(AliasTarget(version, weight) for version, weight in targets.items())
+    if not isinstance(targets, Sequence):
+        return (AliasTarget(targets),)
+    if not all(isinstance(target, AliasTarget) for target in targets):
+        raise InvalidArgument.because("targets", "a list must be of AliasTarget")
+    return tuple(targets)
 
 
 def _put_map(message: Any, name: str, values: Mapping[str, str], within: str) -> None:

@@ -65,9 +65,9 @@ class Connection:
         sent = {key.lower(): value for key, value in (metadata or {}).items()}
         if token is not None:
             sent["authorization"] = f"Bearer {token}"
-        if actor:
-            if len(actor) > MAX_ACTOR:
-                raise InvalidArgument.because("actor", f"must be at most {MAX_ACTOR} characters")
+        if actor is not None:
+            if not 1 <= len(actor) <= MAX_ACTOR:
+                raise InvalidArgument.because("actor", f"must be 1 to {MAX_ACTOR} characters")
             sent["x-adaplex-actor"] = actor
         for key, value in sent.items():
             _check_metadata(key, value)
@@ -91,13 +91,12 @@ class Connection:
         request_id: str | None = None,
         adapter: str | None = None,
     ) -> Call:
-        """One call. A proxy or router can choose the server by the adapter's name."""
+        """One call. A proxy or router can choose the server by `adapter`, which is ASCII."""
         request_id = request_id or str(uuid.uuid4())
         own = [("x-request-id", request_id)]
         if adapter:
             own += [("x-adapter-id", adapter), ("multiplexed_model_id", adapter)]
-        for key, value in own:
-            _check_metadata("spec.adapter" if value is adapter else key, value)
+        _check_metadata("x-request-id", request_id)
         return Call(
             request_id=request_id,
             timeout=self.timeout if timeout is None else timeout,
@@ -105,12 +104,15 @@ class Connection:
         )
 
     def generation(self, planned: GenerationCall) -> Call:
-        """The call that carries a generation."""
+        """The call that carries a generation. InvalidArgument names a selector out of ASCII."""
+        spec = planned.spec
+        _check_metadata("spec.adapter", spec.adapter)
+        for part in spec.adapters:
+            _check_metadata("spec.adapters", part.adapter)
         return self.call(
             timeout=planned.timeout,
             request_id=planned.request_id,
-            adapter=planned.spec.adapter
-            or "+".join(sorted(part.adapter for part in planned.spec.adapters)),
+            adapter=spec.adapter or "+".join(sorted(part.adapter for part in spec.adapters)),
         )
 
 

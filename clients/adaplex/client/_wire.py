@@ -6,12 +6,13 @@ Both clients use it, so that they differ in I/O only.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
+from adaplex.client.adapter_types import Weighted
 from adaplex.client.errors import Internal, InvalidArgument
 from adaplex.client.types import (
     AdapterMode,
@@ -36,9 +37,6 @@ from adaplex.client.types import (
     Usage,
 )
 from adaplex.v1 import generation_pb2, server_pb2
-
-Weighted = Mapping[str, float] | Sequence[tuple[str, float] | str]
-"""Adapters by selector, with their weights."""
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
@@ -119,14 +117,15 @@ def weighted(given: Weighted, field: str) -> list[tuple[str, float]]:
 
     Raises InvalidArgument naming the field.
     """
-    if isinstance(given, str):
-        raise InvalidArgument.because(field, "must be a mapping or a list, not one string")
-    pairs: list[tuple[str, Any]] = []
+    if isinstance(given, str) or not isinstance(given, Mapping | Iterable):
+        raise InvalidArgument.because(field, f"must be a mapping or a list, not {given!r}")
+    pairs: list[tuple[str, float]] = []
     for item in given.items() if isinstance(given, Mapping) else given:
-        pair: tuple[Any, ...] = (item, 1.0) if isinstance(item, str) else tuple(item)
-        if len(pair) != 2 or not isinstance(pair[0], str):
-            raise InvalidArgument.because(field, f"{item!r} is no selector with its weight")
-        pairs.append((pair[0], pair[1]))
+        match (item, 1.0) if isinstance(item, str) else item:
+            case str(selector), weight:
+                pairs.append((selector, weight))
+            case _:
+                raise InvalidArgument.because(field, f"{item!r} is no selector with its weight")
     return pairs
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import TypedDict
+
+Weighted = Mapping[str, float] | Sequence[tuple[str, float] | str]
+"""Adapters by selector, with their weights; a selector alone has weight 1."""
 
 
 class MergeOptions(TypedDict, total=False):

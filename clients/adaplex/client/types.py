@@ -47,6 +47,9 @@ from adaplex.client.adapter_types import (
 from adaplex.client.adapter_types import (
     Validation as Validation,
 )
+from adaplex.client.adapter_types import (
+    Weighted as Weighted,
+)
 
 
 class AdapterMode(StrEnum):
@@ -138,7 +141,7 @@ class GenerateOptions(SamplingFields, total=False):
     """
 
     adapter: str | None
-    adapters: Mapping[str, float] | Sequence[tuple[str, float]] | None
+    adapters: Weighted | None
     routing_key: str
     mode: AdapterMode | str | None
     sampling: SamplingParams | None

@@ -108,9 +108,9 @@ def show(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
             ("stored", render.size(adapter.stored_bytes)),
             ("fastest memory", adapter.tier or "unknown"),
             ("greatest rank", adapter.max_rank),
-            ("base", adapter.base_fingerprint),
+            ("base fingerprint", adapter.base_fingerprint),
             ("changed", adapter.update_time.isoformat(timespec="seconds")),
-            *render.name_rows(adapter)[1:],
+            *render.name_rows(adapter),
         ]
     )
     render.versions(details.versions)

@@ -74,7 +74,8 @@ def root(
     actor: Annotated[
         str | None,
         typer.Option(
-            envvar="ADAPLEX_ACTOR", help="Who asks, for the history of adapters; by default nobody."
+            envvar="ADAPLEX_ACTOR",
+            help="Who asks, for the history of adapters; none is sent by default.",
         ),
     ] = None,
     show_version: Annotated[

@@ -136,4 +136,4 @@ def _show(adapter: Adapter, as_json: bool) -> None:
     if as_json:
         typer.echo(render.json_text(adapter))
     else:
-        render.fields(render.name_rows(adapter))
+        render.named(adapter)

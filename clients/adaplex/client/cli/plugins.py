@@ -8,6 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from adaplex.client.cli.render import line
 from adaplex.client.errors import AdaplexClientError
 
 GROUP = "adaplex.commands"
@@ -43,7 +44,7 @@ class CommandGroup(TyperGroup):
             return super().invoke(ctx)
         except AdaplexClientError as error:
             reason = f" [{error.reason}]" if error.reason else ""
-            typer.echo(f"error: {error}{reason}", err=True)
+            typer.echo(line(f"error: {error}{reason}"), err=True)
             raise typer.Exit(1) from error
 
 

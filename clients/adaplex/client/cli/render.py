@@ -43,7 +43,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     for column in columns:
         shown.add_column(column, overflow="fold")
     for row in rows:
-        shown.add_row(*(Text(plain(cell)) for cell in row))
+        shown.add_row(*(Text(line(cell)) for cell in row))
     _console().print(shown)
 
 
@@ -53,7 +53,7 @@ def fields(rows: Iterable[tuple[str, object]]) -> None:
     shown.add_column(style="bold")
     shown.add_column(overflow="fold")
     for name, value in rows:
-        shown.add_row(name, Text(plain(value)))
+        shown.add_row(name, Text(line(value)))
     _console().print(shown)
 
 
@@ -63,14 +63,19 @@ def text(delta: str) -> None:
 
 
 def plain(value: object) -> str:
-    """A value as text without control characters, whoever wrote it."""
+    """A value as text without control characters, but for line ends and tabs."""
     return str(value).translate(_CONTROL)
+
+
+def line(value: object) -> str:
+    """A value as text that cannot leave its line or cell, whoever wrote it."""
+    return plain(value).replace("\n", " ").replace("\t", " ")
 
 
 def warnings(found: Iterable[str]) -> None:
     """Prints on standard error what is doubtful."""
     for warning in found:
-        typer.echo(f"warning: {plain(warning)}", err=True)
+        typer.echo(f"warning: {line(warning)}", err=True)
 
 
 def size(count: int) -> str:
@@ -106,7 +111,7 @@ def proof(answer: Generation) -> str:
         )
     usage = answer.usage
     cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
-    return (
+    return line(
         f"{source} | {usage.prompt_tokens}{cached} + {usage.completion_tokens} tokens"
         f" | {answer.tokens_per_second:.1f} tok/s | {answer.finish_reason or 'unknown reason'}"
     )
@@ -130,7 +135,10 @@ def logprobs(entries: Iterable[TokenLogprob]) -> None:
 def adapters(entries: Iterable[Adapter]) -> None:
     """Prints one line for each adapter."""
     table(
-        ("NAME", "VERSION", "DIGEST", "FAMILY", "MODULES", "RANK", "STORED", "MEMORY", "PINNED"),
+        (
+            *("NAME", "VERSION", "DIGEST", "FAMILY", "MODULES"),
+            *("RANK", "STORED", "MEMORY", "PINNED", "LABELS"),
+        ),
         [
             (
                 entry.name,
@@ -142,6 +150,7 @@ def adapters(entries: Iterable[Adapter]) -> None:
                 size(entry.stored_bytes),
                 entry.tier or "unknown",
                 "yes" if entry.pinned else "",
+                _labels(entry),
             )
             for entry in entries
         ],
@@ -149,16 +158,21 @@ def adapters(entries: Iterable[Adapter]) -> None:
 
 
 def name_rows(adapter: Adapter) -> list[tuple[str, object]]:
-    """What is known of an adapter's name."""
+    """What is known of an adapter's name, whatever its version."""
     return [
-        ("newest version", f"{adapter.name}@{adapter.version} {short(adapter.digest)}"),
         ("description", adapter.description),
-        ("labels", ", ".join(f"{key}={value}" for key, value in sorted(adapter.labels.items()))),
+        ("labels", _labels(adapter)),
         ("aliases", "; ".join(f"{a} -> {_shares(t)}" for a, t in sorted(adapter.aliases.items()))),
         ("pinned", "yes" if adapter.pinned else "no"),
         ("source", adapter.source + (f", by {adapter.actor}" if adapter.actor else "")),
         ("signer", adapter.signer),
     ]
+
+
+def named(adapter: Adapter) -> None:
+    """Prints a name after a change to it."""
+    newest = f"{adapter.name}@{adapter.version} {short(adapter.digest)}"
+    fields([("newest version", newest), *name_rows(adapter)])
 
 
 def versions(entries: Iterable[AdapterVersion]) -> None:
@@ -193,11 +207,12 @@ def stored(result: UploadResult, as_json: bool) -> None:
         typer.echo(json_text(result))
         return
     adapter = result.adapter
-    typer.echo(
+    said = (
         f"{adapter.name}@{adapter.version} {short(adapter.digest)} "
         f"{adapter.family} {adapter.modules} modules "
         f"({'stored' if result.created else 'was there already'})"
     )
+    typer.echo(line(said))
     warnings(result.report.warnings)
 
 
@@ -205,18 +220,21 @@ def _happened(event: AdapterEvent) -> str:
     """One event in words."""
     if event.kind == "alias":
         before, after = (_shares(side) or "nothing" for side in (event.before, event.after))
-        return f"alias {event.alias}: {before} -> {after}"
-    if event.version:
-        return f"{event.kind} @{event.version} {short(event.digest)}"
-    return f"{event.kind} {event.detail}".rstrip()
+        return f"alias {event.alias}: {before} -> {after} {event.detail}".rstrip()
+    which = f" @{event.version} {short(event.digest)}" if event.version else ""
+    return f"{event.kind}{which} {event.detail}".rstrip()
 
 
 def _shares(targets: Sequence[AliasTarget]) -> str:
-    """An alias's targets: `@3`, or `@3 95%, @4 5%`."""
-    total = sum(target.weight for target in targets)
+    """An alias's targets, in percent of requests: `@3`, or `@3 95%, @4 5%`."""
     if len(targets) == 1:
         return f"@{targets[0].version}"
+    total = sum(target.weight for target in targets) or 1.0
     return ", ".join(f"@{target.version} {100 * target.weight / total:.3g}%" for target in targets)
+
+
+def _labels(adapter: Adapter) -> str:
+    return ", ".join(f"{key}={value}" for key, value in sorted(adapter.labels.items()))
 
 
 def report(checked: AdapterReport) -> None:
@@ -238,11 +256,11 @@ def report(checked: AdapterReport) -> None:
             ],
         )
     for warning in checked.warnings:
-        typer.echo(f"warning: {plain(warning)}")
+        typer.echo(f"warning: {line(warning)}")
     for note in checked.notes:
-        typer.echo(f"note: {plain(note)}")
+        typer.echo(f"note: {line(note)}")
     for refusal in checked.refusals:
-        typer.echo(f"refused: {plain(refusal)}")
+        typer.echo(f"refused: {line(refusal)}")
 
 
 def _console() -> Console:

@@ -14,10 +14,10 @@ def weighted_selector(text: str) -> tuple[str, float]:
     """`name:0.7` as the selector and its weight; without one it is 1."""
     prefix = DIGEST if text.startswith(DIGEST) else ""
     selector, colon, weight = text.removeprefix(prefix).rpartition(":")
+    if not (selector if colon else weight).strip():
+        raise typer.BadParameter(f"{text!r} names no adapter")
     if not colon:
         return text, 1.0
-    if not (prefix + selector).strip():
-        raise typer.BadParameter(f"{text!r} names no adapter")
     return prefix + selector, _number(weight, text)
 
 
