@@ -63,6 +63,7 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         "-s3",
         "-volume.max=4",
         "-s3.port.iceberg=0",
+        "-s3.port.lance=0",  # else a fixed port, which a second server would end on
     ]
     command += ["-master.volumeSizeLimitMB=64", "-master.telemetry=false"]
     command += [f"-{name}={port}" for name, port in flags.items()]
@@ -76,6 +77,9 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     finally:
         process.kill()  # its orderly stop takes half a minute, and nobody wants the data
         process.wait()
+        for port in ports:  # its sockets, which lie there whatever its flags say
+            for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                path.unlink()
 
 
 def _wait(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:

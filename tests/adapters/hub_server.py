@@ -46,7 +46,7 @@ class Hub:
             return self.status, {}, b"{}"
         plain = unquote(path.partition("?")[0])
         api = f"/api/models/{self.repo}"
-        if plain.startswith((f"{api}/tree/", f"{api}/revision/")) or plain == api:
+        if plain.startswith(f"{api}/revision/") or plain == api:
             return self._api(plain.removeprefix(api).strip("/").split("/"))
         prefix = f"/{self.repo}/resolve/"
         if plain.startswith(prefix):
@@ -62,17 +62,8 @@ class Hub:
         sha = self.branches.get(revision, revision)
         if sha not in self.commits:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b'{"error": "no such revision"}'
-        if parts[0] != "tree":
-            return 200, {}, json.dumps({"id": self.repo, "sha": sha, "siblings": []}).encode()
-        folder = "/".join(parts[2:])
-        entries = [
-            _entry(path, data)
-            for path, data in self.commits[sha].items()
-            if path.rpartition("/")[0] == folder
-        ]
-        if not entries:
-            return 404, {"X-Error-Code": "EntryNotFound"}, b'{"error": "no such folder"}'
-        return 200, {}, json.dumps(entries).encode()
+        siblings = [_sibling(path, data) for path, data in self.commits[sha].items()]
+        return 200, {}, json.dumps({"id": self.repo, "sha": sha, "siblings": siblings}).encode()
 
     def _file(self, rest: str) -> tuple[int, dict[str, str], bytes]:
         sha, _, path = rest.partition("/")
@@ -82,11 +73,11 @@ class Hub:
         return (404, {}, b"") if data is None else (200, {}, data)
 
 
-def _entry(path: str, data: bytes) -> dict[str, Any]:
-    entry = {"type": "file", "path": path, "size": len(data), "oid": git_sha1(data)}
+def _sibling(path: str, data: bytes) -> dict[str, Any]:
+    entry: dict[str, Any] = {"rfilename": path, "size": len(data), "blobId": git_sha1(data)}
     if path.endswith((".safetensors", ".gguf")):
         sha256 = hashlib.sha256(data).hexdigest()
-        entry["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": 100}
+        entry["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 100}
     return entry
 
 

@@ -14,6 +14,7 @@ from adaplex.adapters.bucket import Blob, Bucket, Conflict, Unchanged
 from adaplex.adapters.bucket_catalog import BucketCatalog
 from adaplex.adapters.bucket_contents import GRACE, BucketContents
 from adaplex.adapters.errors import (
+    AdapterError,
     AdapterExists,
     AdapterInvalid,
     AdapterNotFound,
@@ -171,7 +172,10 @@ def test_what_is_deleted_is_gone_for_both_and_collected_when_old(
     with pytest.raises(AdapterNotFound):
         two.resolve("a")
     assert one.garbage.orphans() == frozenset(), "the other has collected it"
-    assert list(Bucket(s3_prefix).list("objects/")) == []
+    left = [stat.key for stat in Bucket(s3_prefix).list("objects/")]
+    assert left == [f"objects/{digest[7:]}/manifest.json"], "a tombstone"
+    assert push(one, "again").record.digest == digest
+    assert two.programs.program(digest).digest == digest
     for registry in (one, two):
         registry.close()
 
@@ -208,7 +212,8 @@ def test_a_damaged_cache_is_fetched_anew_and_a_damaged_bucket_is_told(
     assert one.programs.program(digest).digest == digest
     path.write_text("{}")
     bucket = Bucket(s3_prefix)
-    bucket.put(f"objects/{hexes}/adapter_config.json", b"{}")
+    keys = [stat.key for stat in bucket.list(f"objects/{hexes}/")]
+    bucket.put(next(key for key in keys if key.endswith("adapter_config.json")), b"{}")
     with pytest.raises(StoreCorrupt):
         one.programs.program(digest)
     assert not push(one, "a").created
@@ -250,3 +255,151 @@ def test_a_restart_finds_everything(s3_prefix: str, tmp_path: Path) -> None:
     again = replica(s3_prefix, tmp_path / "elsewhere")
     assert records(again) == made
     again.close()
+
+
+def test_a_change_whose_answer_was_lost_is_made_once(
+    pair: tuple[AdapterRegistry, AdapterRegistry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _ = pair
+    for seed in range(2):
+        push(one, "a", seed=seed, replace=True)
+    one.names.set_alias("a", "default", [Target(2)], UPLOAD)
+    one.names.set_alias("a", "default", [Target(1)], UPLOAD)
+    put, lost = Bucket.put, []
+
+    def losing(bucket: Bucket, key: str, data: bytes, **condition: object) -> str:
+        etag = put(bucket, key, data, **condition)  # type: ignore[arg-type]
+        if key == "names/a.json" and not lost:
+            lost.append(key)
+            raise Conflict(key)  # what a retry of a write that was done is answered with
+        return etag
+
+    monkeypatch.setattr(Bucket, "put", losing)
+    entry = one.names.rollback("a", "default", UPLOAD)
+    assert lost
+    assert [target.version for target in entry.aliases["default"]] == [2]
+    assert len([e for e in entry.history if e.kind == "alias"]) == 3
+    lost.clear()
+    assert one.names.delete("a", UPLOAD).versions == 2
+
+
+def test_an_upload_beats_the_collection_of_the_same_content(
+    s3_prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = replica(s3_prefix, tmp_path / "one", grace=timedelta(0))
+    two = replica(s3_prefix, tmp_path / "two")
+    digest = push(one, "a").record.digest
+    read, raced = BucketContents._read, []
+
+    def racing(contents: BucketContents, wanted: str) -> object:
+        found = read(contents, wanted)
+        if contents is one.intake._contents and found[0] and found[0].unnamed_since and not raced:
+            raced.append(wanted)
+            push(two, "b")  # between the look and the deletion
+        return found
+
+    monkeypatch.setattr(BucketContents, "_read", racing)
+    one.names.delete("a", UPLOAD)
+    one.garbage.sweep()
+    assert raced
+    three = replica(s3_prefix, tmp_path / "three")
+    assert three.programs.program(digest).digest == digest
+    for registry in (one, two, three):
+        registry.close()
+
+
+def test_a_lease_elsewhere_outlives_a_delete(
+    pair: tuple[AdapterRegistry, AdapterRegistry],
+) -> None:
+    one, two = pair
+    digest = push(one, "a").record.digest
+    with two.resolve("a"):
+        one.names.delete("a", UPLOAD)
+        one.garbage.sweep()
+        assert two.programs.program(digest).digest == digest
+
+
+def test_a_small_cache_does_not_lose_what_is_being_read(s3_prefix: str, tmp_path: Path) -> None:
+    one = replica(s3_prefix, tmp_path / "one", cache_bytes=1)
+    digests = [push(one, f"a{i}", seed=i).record.digest for i in range(4)]
+
+    def read(worker: int) -> None:
+        for turn in range(12):
+            wanted = (worker + turn) % 4
+            with one.resolve(f"a{wanted}") as lease:
+                assert one.programs.program(lease.record.digest).digest == digests[wanted]
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(4)))
+    one.close()
+
+
+def test_the_same_content_uploaded_by_many_at_once(s3_prefix: str, tmp_path: Path) -> None:
+    one = replica(s3_prefix, tmp_path / "one")
+    for turn in range(5):
+        contents = files(weights=tensors(seed=turn))
+        with ThreadPoolExecutor(4) as pool:
+            done = list(pool.map(lambda i, c=contents, t=turn: push(one, f"n{t}-{i}", c), range(4)))
+        assert len({committed.record.digest for committed in done}) == 1
+    one.close()
+
+
+def test_an_entry_that_cannot_be_read_hurts_nobody_else(
+    pair: tuple[AdapterRegistry, AdapterRegistry], s3_prefix: str, tmp_path: Path
+) -> None:
+    one, two = pair
+    push(one, "a")
+    Bucket(s3_prefix).put("names/z.json", b'{"name": "z", "history": [{"kind": "newer"}]}')
+    assert [record.name for record in records(two)] == ["a"]
+    two.resolve("a").release()
+    push(two, "b", seed=1)
+    with pytest.raises(AdapterError, match="cannot be read"):
+        two.resolve("z")
+    replica(s3_prefix, tmp_path / "three").close()
+    Bucket(s3_prefix).delete("names/z.json")
+
+
+def test_a_bucket_that_is_away_is_asked_once_an_interval(
+    s3_prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = replica(s3_prefix, tmp_path / "one", refresh_seconds=3600)
+    push(one, "a")
+    catalog = one.names._catalog
+    assert isinstance(catalog, BucketCatalog)
+    catalog._looked.clear()
+    catalog._listed = 0.0
+    asked = []
+
+    def away(_bucket: Bucket, key: str = "", **_options: object) -> None:
+        asked.append(key)
+        raise SourceUnavailable("away")
+
+    monkeypatch.setattr(Bucket, "get", away)
+    monkeypatch.setattr(Bucket, "list", away)
+    for _ in range(5):
+        one.resolve("a").release()
+        one.names.usage()
+    assert asked == ["names/a.json", "names/"]
+    monkeypatch.undo()
+    one.close()
+
+
+def test_a_split_is_fair_while_one_side_is_elsewhere(
+    pair: tuple[AdapterRegistry, AdapterRegistry],
+) -> None:
+    one, two = pair
+    warm, cold = (push(one, "a", seed=s, replace=True).record.digest for s in range(2))
+    two.programs.program(warm)
+    one.names.set_alias("a", "default", [Target(1), Target(2)], UPLOAD)
+    keys = [f"user-{i}" for i in range(200)]
+    sides = []
+    for key in keys:
+        with two.resolve("a", routing_key=key) as lease:
+            sides.append(lease.record.digest)
+    drawn = []
+    for _ in range(200):
+        with two.resolve("a") as lease:
+            drawn.append(lease.record.digest)
+    assert not two.is_local(cold)
+    assert 70 < sides.count(cold) < 130
+    assert 70 < drawn.count(cold) < 130

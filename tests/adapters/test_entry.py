@@ -160,3 +160,18 @@ def test_what_a_name_can_lead_to() -> None:
     assert [v.digest for v in a.reachable()] == [digest(2)]
     a = a.set_alias("default", split_of([Target(1, 9), Target(2, 1)]), origin())
     assert [v.digest for v in a.reachable()] == [digest(0), digest(1)]
+
+
+def test_a_rollback_goes_to_nowhere_that_an_alias_never_was() -> None:
+    a = entry(versions=1).set_alias("default", split_of([Target(1)]), origin())
+    for i in range(MAX_EVENTS):
+        a = a.describe(origin(i), description=str(i))
+    a = a.add(version(5), max_versions=9).add(version(6), max_versions=9)
+    with pytest.raises(AdapterInvalid, match="no earlier target"):
+        a.rollback("default", origin())
+
+
+def test_a_rollback_knows_nothing_of_an_earlier_life() -> None:
+    a = entry(versions=2).set_alias("default", split_of([Target(1)]), origin()).remove(origin())
+    a = a.add(version(5), max_versions=9).add(version(6), max_versions=9)
+    assert resolved(a.rollback("default", origin())) == (3, "default")

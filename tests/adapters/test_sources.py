@@ -278,3 +278,14 @@ def test_a_template_must_have_a_place_for_the_name() -> None:
     for template in ("/srv/adapters", "ftp://host/{name}"):
         with pytest.raises(AdapterInvalid, match="resolve_from"):
             sources(resolve_templates=(template,))
+
+
+def test_what_was_deleted_does_not_come_back_by_itself(
+    registry: AdapterRegistry, tmp_path: Path
+) -> None:
+    write(tmp_path / "tree" / "a", files())
+    importer = make_importer(registry, [], resolve_templates=(f"{tmp_path}/tree/{{name}}",))
+    assert importer.bring("a")
+    registry.names.delete("a", UPLOAD)
+    assert not importer.bring("a")
+    assert not registry.names.known("a")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -120,11 +122,18 @@ async def test_labels_filter_order_and_pages(tmp_path: Path) -> None:
         assert [a.name for a in (await toy.adapters.ListAdapters(by_prefix)).adapters] == ["c-1"]
 
 
+def token(value: object, name: str) -> str:
+    """A page token that somebody made up."""
+    return base64.urlsafe_b64encode(json.dumps([["", "", "", []], value, name]).encode()).decode()
+
+
 @pytest.mark.parametrize(
     ("request_", "field"),
     [
         (pb.ListAdaptersRequest(page_token="???"), "page_token"),
         (pb.ListAdaptersRequest(page_token="W10="), "page_token"),
+        (pb.ListAdaptersRequest(page_token=token(1 << 70, "a")), "page_token"),
+        (pb.ListAdaptersRequest(page_token=token("\ud800", "a")), "page_token"),
         (pb.ListAdaptersRequest(order_by="size"), "order_by"),
         (pb.ListAdaptersRequest(page_size=1001), "page_size"),
         (
@@ -291,6 +300,31 @@ async def test_the_wait_for_a_lazy_adapter_is_told(tmp_path: Path) -> None:
         cold = await toy.generation.Generate(ask("lazy"))
         warm = await toy.generation.Generate(ask("lazy"))
         assert cold.finished.adapter_wait_seconds > warm.finished.adapter_wait_seconds > 0
+
+
+async def test_a_combination_waits_for_a_part_that_must_be_fetched(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "lazy").mkdir(parents=True)
+    for name, data in adapter_files(3).items():
+        (tree / "lazy" / name).write_bytes(data)
+    async with rig(tmp_path, resolve_from=f"{tree}/{{name}}") as toy:
+        await versions(toy, 1)
+        parts = [WeightedAdapter(adapter="lazy"), WeightedAdapter(adapter="a@1")]
+        assert (await applied(toy, adapters=parts)).name == "lazy+a"
+
+
+async def test_a_split_is_shown_by_one_side_and_unloaded_by_both(tmp_path: Path) -> None:
+    async with rig(tmp_path) as toy:
+        one, two = await versions(toy)
+        await point(toy, "default", target(1), target(2))
+        await applied(toy, "a@1")
+        await applied(toy, "a@2")
+        assert toy.engine.stats().resident == {one, two}
+        get = pb.GetAdapterRequest(name="a")
+        shown = {(await toy.adapters.GetAdapter(get)).adapter.digest for _ in range(10)}
+        assert len(shown) == 1
+        await toy.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="a"))
+        assert toy.engine.stats().resident == frozenset()
 
 
 async def test_one_version_can_be_deleted(tmp_path: Path) -> None:

@@ -7,13 +7,13 @@ https://developmentseed.org/obstore. Plain http is taken only from an endpoint t
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import obstore
 from obstore.exceptions import (
@@ -30,7 +30,10 @@ from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge, SourceUnava
 if TYPE_CHECKING:
     from obstore import GetOptions
 
+URI = re.compile(r"(?i:s3)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,62})(?P<prefix>(/[^/?#]+)*)/*")
 TIMEOUT = timedelta(seconds=30)
+"""Without a byte; what comes slowly but steadily may take TOTAL_TIMEOUT."""
+TOTAL_TIMEOUT = timedelta(minutes=10)
 RETRIES = 3
 RETRY_TIMEOUT = timedelta(seconds=20)
 
@@ -69,17 +72,21 @@ class Bucket:
 
     def __init__(self, uri: str) -> None:
         """Raises AdapterInvalid for what is no such URI."""
-        parts = urlsplit(uri)
-        steps = parts.path.split("/")
-        if parts.scheme != "s3" or not parts.hostname or "@" in parts.netloc or ".." in steps:
+        match = URI.fullmatch(uri)
+        if match is None or {".", ".."} & set(match["prefix"].split("/")):
             raise AdapterInvalid.because("uri", "must be s3://bucket/prefix")
-        self.uri = f"s3://{parts.netloc}/{parts.path.strip('/')}".rstrip("/")
+        self.uri = f"s3://{match['bucket']}{match['prefix']}"
         endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
         self._store: Any = S3Store(
-            parts.netloc,
-            prefix=parts.path.strip("/") or None,
+            match["bucket"],
+            prefix=match["prefix"].strip("/") or None,
             region=os.environ.get("AWS_REGION") or "us-east-1",
-            client_options={"timeout": TIMEOUT, "allow_http": endpoint.startswith("http://")},
+            client_options={
+                "connect_timeout": TIMEOUT,
+                "read_timeout": TIMEOUT,
+                "timeout": TOTAL_TIMEOUT,
+                "allow_http": endpoint.startswith("http://"),
+            },
             retry_config={"max_retries": RETRIES, "retry_timeout": RETRY_TIMEOUT},
         )
 
@@ -95,14 +102,16 @@ class Bucket:
             except (NotFoundError, FileNotFoundError):
                 return None
 
-    def download(self, key: str, path: Path, *, max_bytes: int) -> int | None:
+    def download(self, key: str, path: Path, *, max_bytes: int, if_etag: str = "") -> int | None:
         """Writes an object to a file; its bytes, or None when it is not there.
 
-        Raises AdapterTooLarge before it writes more than `max_bytes`.
+        Raises AdapterTooLarge before it writes more than `max_bytes`, and SourceUnavailable when
+        the object is no longer in the state `if_etag`.
         """
+        options: GetOptions = {"if_match": if_etag} if if_etag else {}
         with self._reached(key):
             try:
-                found = obstore.get(self._store, key)
+                found = obstore.get(self._store, key, options=options)
             except (NotFoundError, FileNotFoundError):
                 return None
             if found.meta["size"] > max_bytes:

@@ -114,6 +114,10 @@ class Catalog(Protocol):
         """Whether a version points to the content."""
         ...
 
+    def seems_held(self, digest: str) -> bool:
+        """As `holds`, as far as is known here: asks nobody."""
+        ...
+
     def digests(self) -> frozenset[str]:
         """Every content that a version points to."""
         ...

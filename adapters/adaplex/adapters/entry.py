@@ -183,10 +183,15 @@ class Entry:
         Raises AdapterInvalid when there is nothing to go back to, or it is gone.
         """
         self._check_alias(alias)
-        changes = [e for e in self.history if e.kind == "alias" and e.alias == alias]
-        if changes:
+        changes: list[Event] = []
+        for event in self.history:
+            if event.kind == "delete":  # what came before was another life
+                changes.clear()
+            elif event.kind == "alias" and event.alias == alias:
+                changes.append(event)
+        if changes and (changes[-1].before or alias in self.aliases):
             split = changes[-1].before
-        elif alias == DEFAULT and len(self.versions) > 1:
+        elif alias == DEFAULT and alias not in self.aliases and len(self.versions) > 1:
             split = (Target(self.versions[-2].number),)
         else:
             raise AdapterInvalid.because("alias", f"{self.name}@{alias} has no earlier target")

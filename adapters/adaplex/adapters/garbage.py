@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import sqlite3
 from collections.abc import Callable
 
 from adaplex.adapters.catalog import Catalog
+from adaplex.adapters.errors import AdapterError
 from adaplex.adapters.store import Contents
+
+log = logging.getLogger(__name__)
 
 
 class GarbageCollector:
@@ -33,6 +38,18 @@ class GarbageCollector:
             if self._catalog.holds(digest) or not self._contents.remove(digest):
                 return False
         self._forget(digest)
+        return True
+
+    def abandon(self, digest: str) -> bool:
+        """The last name or lease of a content may be gone. Whether nothing here needs it any more,
+        so that it can leave the memory; its files go now, or with the next sweep.
+        """
+        if self._in_use(digest) or self._catalog.seems_held(digest):
+            return False
+        try:
+            self.collect(digest)
+        except (AdapterError, OSError, sqlite3.Error) as error:  # what it followed is done already
+            log.warning("%s is not collected yet: %s", digest, error)
         return True
 
     def sweep(self) -> frozenset[str]:

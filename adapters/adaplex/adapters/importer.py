@@ -54,6 +54,8 @@ class Importer:
         with self._alone(parts.name):
             if self._registry.names.known(parts.name):
                 return True
+            if self._registry.names.buried(parts.name):  # who deleted it does not want it back
+                return False
             with self._scratch() as folder:
                 fetched = self._sources.find(parts.name, folder)
                 if fetched is None:

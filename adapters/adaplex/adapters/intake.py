@@ -129,7 +129,7 @@ class Intake:
         try:
             entry = self._catalog.update(name, change)
         except BaseException:  # content that nobody came to name goes again
-            self._garbage.collect(version.digest)
+            self._garbage.abandon(version.digest)
             raise
         if kept:
             self._programs.remember(report)

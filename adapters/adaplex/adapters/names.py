@@ -60,6 +60,16 @@ class Names:
         entry = self._find(name)
         return entry is not None and entry.alive
 
+    def stands(self, record: AdapterRecord) -> bool:
+        """Whether the version that a record is of still exists."""
+        entry = self._find(record.name)
+        return entry is not None and any(v.number == record.version for v in entry.versions)
+
+    def buried(self, name: str) -> bool:
+        """Whether the name was deleted, and not given again."""
+        entry = self._find(name)
+        return entry is not None and not entry.alive
+
     def history(self, name: str) -> tuple[Event, ...]:
         """What happened to a name, newest first, also to one that is deleted. Raises
         AdapterNotFound for one that never was.
@@ -85,6 +95,15 @@ class Names:
         """What a bare name can lead to now. Raises AdapterNotFound."""
         versions = self.entry(name).reachable()
         return [AdapterRecord.of(name, version, self._element_bytes) for version in versions]
+
+    def sides(self, selector: str) -> list[AdapterRecord]:
+        """All that a selector can lead to: several where it follows a split. Raises
+        AdapterNotFound.
+        """
+        parts = Selector.parse(selector)
+        if parts is None or parts.digest or parts.version or parts.alias not in ("", DEFAULT):
+            return [self.get(selector)]
+        return self.reachable(parts.name)
 
     def pinned(self) -> list[AdapterRecord]:
         """What the pinned names can lead to now."""
@@ -155,7 +174,7 @@ class Names:
         after = self._change(parts.name, change)
         left = {version.number for version in after.versions}
         removed = [version for version in before[0].versions if version.number not in left]
-        gone = filter(self._garbage.collect, sorted({version.digest for version in removed}))
+        gone = filter(self._garbage.abandon, sorted({version.digest for version in removed}))
         return Deleted(len(removed), tuple(gone))
 
     def _find(self, name: str) -> Entry | None:

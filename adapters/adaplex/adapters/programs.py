@@ -17,6 +17,8 @@ from adaplex.adapters.program import AdapterProgram, BaseSpec
 from adaplex.adapters.report import Report, ReportCache, describe
 from adaplex.adapters.store import Contents
 
+EVICTIONS = 8
+"""Times that a cache may drop content between fetching and reading it."""
 MAX_REPORTS = 4096
 """Reports kept in memory."""
 
@@ -77,7 +79,14 @@ class Programs:
 
     def checkpoint(self, digest: str) -> Checkpoint:
         """Stored content as it was sent. Raises StoreCorrupt or AdapterNotFound."""
-        return read_checkpoint(self._open(digest), self._limits.for_stored())
+        for _ in range(EVICTIONS):
+            folder = self._open(digest)
+            if hold := self._contents.hold(digest):
+                try:
+                    return read_checkpoint(folder, self._limits.for_stored())
+                finally:
+                    hold.release()
+        raise StoreCorrupt(f"{digest} does not stay on the disk long enough to be read")
 
     def report(self, digest: str) -> Report:
         """The report of stored content. Raises as `program`.

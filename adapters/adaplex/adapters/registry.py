@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from adaplex.adapters.base_match import BasePolicy, other_base
 from adaplex.adapters.catalog import AdapterRecord, Catalog
 from adaplex.adapters.combination import Combination, Component, module_ranks, packed_bytes
-from adaplex.adapters.errors import AdapterNotFound, AdapterTooLarge, BaseMismatch
+from adaplex.adapters.errors import (
+    AdapterNotFound,
+    AdapterTooLarge,
+    BaseMismatch,
+    SourceUnavailable,
+)
 from adaplex.adapters.garbage import GarbageCollector
 from adaplex.adapters.intake import Intake, Room
 from adaplex.adapters.lease import Lease, Leases, Part
@@ -43,6 +50,7 @@ class AdapterRegistry:
         self._contents, self._catalog = contents, catalog
         self.base, self._policy, self._room = base, base_policy, room
         self._leases = Leases(contents)
+        self._combining = threading.Lock()
         self.programs = Programs(
             contents,
             base,
@@ -67,7 +75,8 @@ class AdapterRegistry:
             garbage=self.garbage,
             signatures=signatures or SignatureVerifier(SignaturePolicy.OFF),
         )
-        self.garbage.sweep()
+        with suppress(SourceUnavailable):  # the next sweep may reach it
+            self.garbage.sweep()
 
     @classmethod
     def local(
@@ -127,13 +136,15 @@ class AdapterRegistry:
             for lease in leases:
                 lease.release()
             raise
-        if not combination.alone:
-            self.programs.combine(combination)
-        self._leases.take(record.digest)
+        with self._combining:
+            if not combination.alone:
+                self.programs.combine(combination)
+            self._leases.take(record.digest)
 
         def give_back() -> tuple[str, ...]:
-            if self._leases.give_back(record.digest):
-                self.programs.uncombine(record.digest)  # nothing, of a plain one
+            with self._combining:
+                if self._leases.give_back(record.digest):
+                    self.programs.uncombine(record.digest)  # nothing, of a plain one
             gone = tuple(digest for lease in leases for digest in lease.release())
             return (*gone, record.digest) if gone else ()
 
@@ -169,19 +180,17 @@ class AdapterRegistry:
         """Resolves and leases. Content that goes in between is looked up again; what is named and
         yet not there is leased all the same, and found out about when it is read.
         """
-        missing = ""
         for _ in range(RACES):
             record = self.names.get(selector, routing_key=routing_key)
-            if self._leases.take(record.digest) or record.digest == missing:
+            if self._leases.take(record.digest) or self.names.stands(record):
                 return record
-            self._give_back((record.digest,))
-            missing = record.digest
+            self._leases.give_back(record.digest)
         raise AdapterNotFound(f"{selector} changes too fast to be resolved", field="adapter")
 
     def _give_back(self, digests: Sequence[str]) -> tuple[str, ...]:
         """Ends leases; the contents that went for good with them."""
         last = [digest for digest in digests if self._leases.give_back(digest)]
-        return tuple(filter(self.garbage.collect, last))
+        return tuple(filter(self.garbage.abandon, last))
 
     def _warnings(self, record: AdapterRecord) -> tuple[str, ...]:
         """What is doubtful about serving it on this base. Raises BaseMismatch by policy."""

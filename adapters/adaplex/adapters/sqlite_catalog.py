@@ -157,6 +157,10 @@ class SqliteCatalog:
         """See Catalog."""
         return bool(self._rows("SELECT 1 FROM versions WHERE digest = ? LIMIT 1", digest))
 
+    def seems_held(self, digest: str) -> bool:
+        """See Catalog."""
+        return self.holds(digest)
+
     def digests(self) -> frozenset[str]:
         """See Catalog."""
         return frozenset(digest for (digest,) in self._rows("SELECT digest FROM versions"))
@@ -182,16 +186,18 @@ class SqliteCatalog:
 
     def check_integrity(self) -> None:
         """Asserts what SQLite promises, and that the index says what the documents say."""
-        ((verdict,),) = self._rows("PRAGMA integrity_check")
-        assert verdict == "ok", verdict
         with self._reading:
-            entries = [
-                self._get(self._reader, name)
-                for (name,) in self._reader.execute("SELECT name FROM entries").fetchall()
-            ]
-        indexed = set(self._rows("SELECT name, version, digest FROM versions"))
-        labels = set(self._rows("SELECT name, key, value FROM labels"))
-        found = [entry for entry in entries if entry is not None]
+            self._reader.execute("BEGIN")  # one state of all tables, whoever writes
+            try:
+                rows = self._reader.execute("PRAGMA integrity_check").fetchall()
+                documents = self._reader.execute("SELECT document FROM entries").fetchall()
+                versions = self._reader.execute("SELECT name, version, digest FROM versions")
+                indexed = set(versions.fetchall())
+                labels = set(self._reader.execute("SELECT name, key, value FROM labels").fetchall())
+            finally:
+                self._reader.execute("COMMIT")
+        assert rows == [("ok",)], rows
+        found = [from_json(document) for (document,) in documents]
         for entry in found:
             entry.check_integrity()
         assert indexed == {(e.name, v.number, v.digest) for e in found for v in e.versions}
@@ -238,9 +244,12 @@ class SqliteCatalog:
         kept = self._parsed.get(name)
         if kept is not None and kept[0] == row[0]:
             return kept[1]
-        revision, document = db.execute(
+        row = db.execute(
             "SELECT revision, document FROM entries WHERE name = ?", (name,)
         ).fetchone()
+        if row is None:  # it went meanwhile
+            return None
+        revision, document = row
         entry = from_json(document)
         self._parsed[name] = revision, entry
         while len(self._parsed) > MAX_PARSED:

@@ -10,6 +10,7 @@ ends with the process; who removes one needs it alone.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -129,7 +130,13 @@ class AdapterStore:
         path = staging.directory / MANIFEST
         path.write_text(json.dumps({"digest": digest, "files": manifest}, indent=1))
         sync(path)
-        publish(staging.directory, target)
+        try:
+            publish(staging.directory, target)
+        except OSError as error:  # another thread was faster with the same content
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            staging.discard()
+            return False
         return True
 
     def open(self, digest: str) -> Path:

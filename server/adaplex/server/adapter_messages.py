@@ -73,7 +73,8 @@ def _after(request: adapters_pb2.ListAdaptersRequest) -> tuple[str | int, str] |
         return None
     try:
         asked, value, name = json.loads(base64.urlsafe_b64decode(request.page_token))
-        ours = isinstance(value, str | int) and isinstance(name, str)
+        fits = isinstance(value, str) or (type(value) is int and abs(value) < 1 << 63)
+        ours = fits and isinstance(name, str) and bool(f"{value}{name}".encode())
     except (ValueError, TypeError, RecursionError, binascii.Error):
         ours, asked, value, name = False, None, "", ""
     check("page_token", ours, "must be a next_page_token of this server")

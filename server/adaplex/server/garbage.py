@@ -6,7 +6,6 @@ import asyncio
 
 import structlog
 
-from adaplex.adapters.errors import AdaplexError
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.server.blocking import in_thread
 
@@ -26,7 +25,7 @@ class GarbageTimer:
             await asyncio.sleep(self._interval)
             try:
                 gone = await in_thread(self._registry.garbage.sweep)
-            except (AdaplexError, OSError) as error:
+            except Exception as error:  # a full disk, a busy catalog: the next one may do better
                 log.warning("sweep failed", error=str(error))
                 continue
             if gone:

@@ -175,7 +175,7 @@ class Generator:
             try:
                 lease = await stack.enter_async_context(owned(open_, release, self._leasing))
             except AdapterNotFound:
-                if not all([await self._bring(selector) for selector, _ in wanted]):
+                if not any([await self._bring(selector) for selector, _ in wanted]):
                     raise
                 lease = await stack.enter_async_context(owned(open_, release, self._leasing))
             yield lease

@@ -7,7 +7,6 @@ import asyncio
 import structlog
 
 from adaplex.adapters.catalog import AdapterRecord
-from adaplex.adapters.errors import AdaplexError
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.errors import NoRoomBesidePins, PinsFull
@@ -32,11 +31,15 @@ class Pins:
     async def watch(self) -> None:
         """Follows the catalog until cancelled."""
         while True:
-            try:
-                await self.follow()
-            except AdaplexError as error:
-                log.warning("pins not followed", error=str(error))
+            await self.follow_up()
             await asyncio.sleep(INTERVAL_SECONDS)
+
+    async def follow_up(self) -> None:
+        """Follows after a change that is done; what hinders that is logged, and tried again."""
+        try:
+            await self.follow()
+        except Exception as error:  # a full disk, a busy catalog, a bucket that is away
+            log.warning("pins not followed", error=str(error))
 
     async def follow(self) -> None:
         """Pins and unpins what the catalog says now. What finds no room is logged once; what was

@@ -13,14 +13,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 from adaplex.adapters.errors import (
     AdapterInvalid,
     AdapterNotFound,
     SourceUnavailable,
 )
-from adaplex.adapters.files import file_sha256
+from adaplex.adapters.files import FULL, file_sha256
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.sources.transfer import choose_files
 
@@ -62,28 +64,42 @@ class HubSource:
             raise AdapterInvalid.because("uri", f"{repo} is not under one of --hub-allow")
         with _asked(repo):
             commit, files = _listing(repo, folder, match["revision"])
-            sizes = {PurePosixPath(path).name: file.size for path, file in files.items()}
+            sizes = {name: file.size for name, file in files.items()}
             for name in choose_files(sizes, self._limits):
-                file = files[f"{folder}/{name}" if folder else name]
-                _download(repo, commit, file, into / name)
+                _download(repo, commit, files[name], into / name)
         return f"hf://{repo}{match['folder']}@{commit}"
 
 
 def _listing(repo: str, folder: str, revision: str | None) -> tuple[str, dict[str, HubFile]]:
-    """The commit that a revision is now, and the files of the folder there, by path."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
+    """The commit that a revision is now, and the files directly in the folder there, by name.
 
-    api = HfApi(endpoint=_endpoint())
-    commit = api.model_info(repo, revision=revision, timeout=TIMEOUT_SECONDS).sha
-    if not commit or not re.fullmatch(r"[0-9a-f]{40}", commit):
+    One request says both, with a timeout, which the hub library's listing of a folder lacks.
+    """
+    info = _info(repo, revision)
+    if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
         raise SourceUnavailable(f"the hub named no commit of {repo}")
     files = {}
-    for found in api.list_repo_tree(repo, folder or None, revision=commit):
-        if isinstance(found, RepoFile):
+    for found in info.siblings or ():
+        parent, _, name = found.rfilename.rpartition("/")
+        if parent == folder and found.size is not None and found.blob_id:
             sha256 = found.lfs.sha256 if found.lfs else ""
-            files[found.path] = HubFile(found.path, found.size, found.blob_id, sha256)
-    return commit, files
+            files[name] = HubFile(found.rfilename, found.size, found.blob_id, sha256)
+    return info.sha, files
+
+
+def _info(repo: str, revision: str | None) -> Any:
+    """What the hub says of a repository; an answer that is none of the hub's is told as such."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return HfApi(endpoint=_endpoint()).model_info(
+            repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS
+        )
+    except HFValidationError:
+        raise AdapterInvalid.because("uri", f"{repo} is no name of a repository") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # not the hub's JSON
+        raise SourceUnavailable(f"the hub's answer about {repo} cannot be read") from error
 
 
 def _download(repo: str, commit: str, file: HubFile, target: Path) -> None:
@@ -91,7 +107,7 @@ def _download(repo: str, commit: str, file: HubFile, target: Path) -> None:
     from huggingface_hub import utils as hub
 
     headers = hub.build_hf_headers()  # type: ignore[attr-defined]
-    url = f"{_endpoint()}/{repo}/resolve/{commit}/{file.path}"
+    url = f"{_endpoint()}/{repo}/resolve/{commit}/{quote(file.path)}"
     written = 0
     with (
         hub.get_session().stream(  # type: ignore[attr-defined]
@@ -143,6 +159,8 @@ def _asked(repo: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise SourceUnavailable(f"the hub refused to give {repo}") from error
     except Exception as error:  # the HTTP library is the hub library's choice, and changes
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
         if type(error).__module__.partition(".")[0] != transport and not isinstance(error, OSError):
             raise
         kind = type(error).__name__

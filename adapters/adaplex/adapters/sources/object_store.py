@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from adaplex.adapters.bucket import Bucket
+from adaplex.adapters.bucket import Bucket, Stat
 from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.sources.transfer import choose_files
 
-MAX_LISTED = 1000
-"""Objects under one prefix that are looked at."""
+MAX_LISTED = 10_000
+"""Objects under one prefix, in folders too, that are looked at."""
 
 
 class BucketSource:
@@ -30,14 +30,21 @@ class BucketSource:
             bucket.uri == allowed or bucket.uri.startswith(allowed + "/") for allowed in self._allow
         ):
             raise AdapterInvalid.because("uri", "must lie under one of --bucket-allow")
-        sizes: dict[str, int] = {}
-        for stat in bucket.list():
-            if "/" not in stat.key:
-                sizes[stat.key] = stat.size
-            if len(sizes) > MAX_LISTED:
-                raise AdapterInvalid.because("uri", f"has more than {MAX_LISTED} objects")
-        for name in choose_files(sizes, self._limits):
-            found = bucket.download(name, into / name, max_bytes=sizes[name])
+        stats = _listing(bucket)
+        for name in choose_files({n: stat.size for n, stat in stats.items()}, self._limits):
+            listed = stats[name]
+            found = bucket.download(name, into / name, max_bytes=listed.size, if_etag=listed.etag)
             if found is None:
                 raise AdapterNotFound(f"{name} has gone meanwhile", field="uri")
         return bucket.uri
+
+
+def _listing(bucket: Bucket) -> dict[str, Stat]:
+    """The objects directly under the prefix, by name. Raises AdapterInvalid."""
+    stats = {}
+    for count, stat in enumerate(bucket.list()):
+        if count == MAX_LISTED:
+            raise AdapterInvalid.because("uri", f"has more than {MAX_LISTED} objects")
+        if "/" not in stat.key:
+            stats[stat.key] = stat
+    return stats

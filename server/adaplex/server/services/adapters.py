@@ -91,7 +91,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.GetAdapterResponse:
         """One adapter, its report, and the versions of its name."""
         _note(request.name)
-        record = await in_thread(self._names.get, request.name)
+        # Of a split it shows one side, always the same.
+        record = await in_thread(self._names.get, request.name, routing_key=request.name)
         report = await in_thread(self._registry.programs.report, record.digest)
         entry = await in_thread(self._names.entry, record.name)
         return adapters_pb2.GetAdapterResponse(
@@ -172,10 +173,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.UnloadAdapterResponse:
         """Frees the adapter's memory once running requests are done."""
         _note(request.name)
-        record = await in_thread(self._names.get, request.name)
-        return adapters_pb2.UnloadAdapterResponse(
-            was_resident=await self._engine.unload(record.digest)
-        )
+        records = await in_thread(self._names.sides, request.name)
+        unloaded = [await self._engine.unload(record.digest) for record in records]
+        return adapters_pb2.UnloadAdapterResponse(was_resident=any(unloaded))
 
     async def DeleteAdapter(
         self, request: adapters_pb2.DeleteAdapterRequest, context: Any
@@ -185,13 +185,13 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         deleted = await in_thread(self._names.delete, request.name, _origin())
         for digest in deleted.digests:
             await self._engine.unload(digest)
-        await self._pins.follow()
+        await self._pins.follow_up()
         return adapters_pb2.DeleteAdapterResponse(versions_deleted=deleted.versions)
 
     async def _committed(self, done: Committed) -> dict[str, Any]:
         """The fields that every response about a new version has."""
         entry = await in_thread(self._names.entry, done.record.name)
-        await self._pins.follow()
+        await self._pins.follow_up()
         return {
             "adapter": self._adapter(done.record, entry),
             "report": messages.report(done.report),
@@ -200,7 +200,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def _changed(self, entry: Entry) -> adapters_pb2.Adapter:
         """An entry after a change, which pins follow."""
-        await self._pins.follow()
+        await self._pins.follow_up()
         return self._newest(entry)
 
     def _newest(self, entry: Entry) -> adapters_pb2.Adapter:
