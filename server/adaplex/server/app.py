@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.metadata
 import resource
 import signal
@@ -204,6 +205,8 @@ async def serve(parts: Parts) -> AsyncIterator[Server]:
 async def run(parts: Parts) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal cuts the drain short."""
     _raise_file_limit()
+    gc.collect()
+    gc.freeze()  # a full collection over the model and its libraries stops everybody for 0.3 s
     stop, hard = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)
