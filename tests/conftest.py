@@ -1,12 +1,18 @@
-"""Fixtures shared by all tests: tiny models made once, and one quiet thread."""
+"""Fixtures shared by all tests: tiny models made once, one quiet thread, and Triton's interpreter
+where there is no GPU."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+# Before any kernel is defined: Triton decides then whether to compile or to interpret it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from seaweed import s3, s3_prefix
 from tiny import save_tiny

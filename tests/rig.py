@@ -16,8 +16,11 @@ from adaplex.adapters.program import AdapterProgram, BaseSpec
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
 from adaplex.engine.sequence import Sequence
-from adaplex.model.kernels.low_rank import NativeLowRank, ReferenceLowRank
+from adaplex.model import attention
+from adaplex.model.decode_steps import decode_steps
+from adaplex.model.kernels.low_rank import LowRankKernel, NativeLowRank, ReferenceLowRank
 from adaplex.model.kernels.native.library import load_library
+from adaplex.model.kernels.triton_low_rank import TritonLowRank
 from adaplex.model.loader import load_base
 from adaplex.model.runner import ModelRunner
 from adaplex.model.source import default_cache
@@ -36,23 +39,35 @@ class Rig:
         dtype: str = "auto",
         *,
         native: bool = True,
+        triton: bool = False,
     ) -> None:
+        """`triton` forces the kernels and the replayed decoding of CUDA devices."""
         self.base = load_base(str(model), quantization=quantization, dtype=dtype)
         self.programs: dict[str, AdapterProgram] = {}
+        low_rank = self._triton() if triton else self._on_cpu(native)
         self.runner = ModelRunner(
             self.base,
             num_blocks=2048,
             block_tokens=BLOCK,
             arena_bytes=ARENA,
             load_program=self.programs.__getitem__,
-            low_rank=(
-                NativeLowRank(load_library(default_cache()), self.base.dtype)
-                if native
-                else ReferenceLowRank()
-            ),
+            low_rank=low_rank,
+            decode=decode_steps(self.base, low_rank, block_tokens=BLOCK),
         )
         self._blocks = count(1)
         self._offset = 0
+
+    def _on_cpu(self, native: bool) -> LowRankKernel:
+        """The C kernel, or the reference."""
+        if not native:
+            return ReferenceLowRank()
+        return NativeLowRank(load_library(default_cache()), self.base.dtype)
+
+    def _triton(self) -> LowRankKernel:
+        """Triton's low-rank kernel; its attention is installed in the base."""
+        kernel = attention.paged_kernel(torch.device("cuda"))
+        attention.install(self.base.module, attention.PagedAttention(self.base.step, kernel))
+        return TritonLowRank(len(self.base.spec.modules), self.base.device)
 
     def add(self, program: AdapterProgram, mode: AdapterMode = AdapterMode.UNMERGED) -> AdapterRef:
         """Makes an adapter resident in the mode."""

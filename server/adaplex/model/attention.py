@@ -6,8 +6,10 @@ Source of the interface: `transformers.AttentionInterface`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -56,11 +58,26 @@ def install(model: nn.Module, attend: Attend) -> None:
             object.__setattr__(module, HOOK, attend)
 
 
+PagedKernel = Callable[..., Tensor]
+"""Called as `reference.attend`, and gives the same; the query may be a strided view."""
+
+
+def paged_kernel(device: torch.device) -> PagedKernel:
+    """Triton's on a CUDA device, the reference elsewhere."""
+    if device.type != "cuda":
+        return reference.attend
+    # Imported here, since only torch for CUDA brings Triton along.
+    from adaplex.model.kernels import triton_attention
+
+    return triton_attention.attend
+
+
 class PagedAttention:
     """Writes the step's keys and values to the cache and attends over the block tables."""
 
-    def __init__(self, step: StepContext) -> None:
+    def __init__(self, step: StepContext, kernel: PagedKernel = reference.attend) -> None:
         self._step = step
+        self._kernel = kernel
 
     def __call__(
         self,
@@ -86,8 +103,8 @@ class PagedAttention:
         for group in step.groups:
             stop = group.start + group.batch * group.count
             q = query[0, :, group.start : stop].view(heads, group.batch, group.count, -1)
-            mixed = reference.attend(
-                q.transpose(0, 1).contiguous(),
+            mixed = self._kernel(
+                q.transpose(0, 1),
                 cache.keys[layer],
                 cache.values[layer],
                 group.tables,

@@ -104,7 +104,7 @@ def load_base(
     _use_row_invariant_experts(module)
     found = probe(module)
     step = StepContext()
-    attention.install(module, attention.PagedAttention(step))
+    attention.install(module, attention.PagedAttention(step, attention.paged_kernel(where)))
     biases = {
         site.name: bias.float().clone()
         for site in found.sites

@@ -14,6 +14,7 @@ from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SampledToken, SamplingParams
 from adaplex.engine.sequence import Sequence
 from adaplex.model.arena import Arena
+from adaplex.model.decode_steps import DecodeSteps
 from adaplex.model.host_copies import HostCopies, PackedAdapter, pack
 from adaplex.model.kernels.low_rank import LowRankKernel, ReferenceLowRank, Span
 from adaplex.model.kernels.reference import padded_rows
@@ -36,13 +37,17 @@ class ModelRunner:
         arena_bytes: int,
         load_program: Callable[[str], AdapterProgram],
         low_rank: LowRankKernel | None = None,
+        decode: DecodeSteps | None = None,
     ) -> None:
-        """`load_program` lowers a stored adapter; `low_rank` is by default the reference."""
+        """`load_program` lowers a stored adapter; `low_rank` is by default the reference; `decode`
+        takes the steps it serves.
+        """
         self._base = base
         self._step = base.step
         self._load_program = load_program
         self._block_tokens = block_tokens
         self._low_rank = low_rank or ReferenceLowRank()
+        self._decode = decode
         self._modules = {name: index for index, name in enumerate(base.spec.modules)}
         self._arena = Arena(arena_bytes, self._modules, dtype=base.dtype, device=base.device)
         self._host = HostCopies()
@@ -65,6 +70,10 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Runs the chunks of a batch; fp32 logits [len(batch.sampling), vocabulary]."""
+        if self._decode is not None:
+            decoded = self._decode.forward(batch, self._arena.weights)
+            if decoded is not None:
+                return decoded
         chunks = batch.chunks
         tokens = [t for c in chunks for t in c.sequence.tokens[c.start : c.end]]
         positions = [p for c in chunks for p in range(c.start, c.end)]

@@ -13,6 +13,7 @@ from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.engine import Engine
 from adaplex.engine.errors import RequestInvalid
+from adaplex.model.decode_steps import decode_steps
 from adaplex.model.kernels.low_rank import low_rank_kernel
 from adaplex.model.loader import BaseModel, load_base
 from adaplex.model.runner import ModelRunner
@@ -49,15 +50,21 @@ def build(config: ServerConfig, progress: Progress) -> Parts:
     progress(f"sizing the KV cache: {engine_config.num_blocks} blocks of {BLOCK_TOKENS} tokens")
     store = open_store(config, spec, element_bytes=base.dtype.itemsize)
     import_adapters(config, store, progress)
+    low_rank = low_rank_kernel(
+        base.dtype,
+        base.device,
+        modules=len(spec.modules),
+        cache=config.cache or default_cache(),
+        progress=progress,
+    )
     runner = ModelRunner(
         base,
         num_blocks=engine_config.num_blocks,
         block_tokens=engine_config.block_tokens,
         arena_bytes=engine_config.arena_bytes,
         load_program=store.registry.programs.program,
-        low_rank=low_rank_kernel(
-            base.dtype, base.device, cache=config.cache or default_cache(), progress=progress
-        ),
+        low_rank=low_rank,
+        decode=decode_steps(base, low_rank, block_tokens=engine_config.block_tokens),
     )
     progress("warming up")
     runner.warm_up()

@@ -1,7 +1,7 @@
 """Grouped low-rank deltas: all adapters of a step at one module, y += b (a x) by rows.
 
-Two implementations of one protocol: the reference in torch, and C on the CPU. Both are
-row-invariant; they round differently from each other.
+Three implementations of one protocol: the reference in torch, C on the CPU, and Triton on CUDA
+devices (`triton_low_rank`). All are row-invariant; they round differently from each other.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -45,6 +45,11 @@ class AdapterWeights:
     """[modules, 3]: address of a, address of b, rank; rank 0 where there is no delta."""
     has_bias: bool
 
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of any site."""
+        return int(self.table[:, 2].max(initial=0))
+
     @classmethod
     def of(cls, sites: Mapping[str, SiteWeights], modules: Mapping[str, int]) -> AdapterWeights:
         """`modules` numbers every module of the base."""
@@ -69,6 +74,36 @@ class LowRankKernel(Protocol):
 
     def plan(self, spans: Sequence[Span], modules: Mapping[str, int]) -> AddLowRank:
         """Prepares one step. `modules` numbers every module, as in AdapterWeights.of."""
+        ...
+
+
+class Tile(NamedTuple):
+    """Rows [start, start + rows) of one adapter, and where the kernel's table has it."""
+
+    slot: int
+    start: int
+    rows: int
+
+    @staticmethod
+    def none() -> Tile:
+        """A tile that is skipped."""
+        return Tile(-1, 0, 0)
+
+
+@runtime_checkable
+class TiledLowRank(LowRankKernel, Protocol):
+    """A kernel that reads on the device which rows have which adapter, so that one launch can be
+    replayed for others."""
+
+    def tiles(self, spans: Sequence[Span]) -> list[Tile]:
+        """The tiles of a step, at most one a row; their adapters are in the table from now on."""
+        ...
+
+    def adder(self, tiles: Tensor, modules: Mapping[str, int], *, max_rank: int) -> AddLowRank:
+        """Adds by what `tiles` [3, tiles] int64 says when it runs; each column is a Tile.
+
+        No adapter in it may have a rank above `max_rank`.
+        """
         ...
 
 
@@ -125,11 +160,22 @@ class NativeLowRank:
 
 
 def low_rank_kernel(
-    dtype: torch.dtype, device: torch.device, *, cache: Path, progress: Callable[[str], None]
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    modules: int,
+    cache: Path,
+    progress: Callable[[str], None],
 ) -> LowRankKernel:
-    """The fastest kernel that works here; says in one line why it is the reference, if it is."""
-    if device.type != "cpu":
-        return ReferenceLowRank()
+    """The fastest kernel that works here; says in one line why it is the reference, if it is.
+
+    `modules` counts those of the base.
+    """
+    if device.type == "cuda":
+        # Imported here, since only torch for CUDA brings Triton along.
+        from adaplex.model.kernels.triton_low_rank import TritonLowRank
+
+        return TritonLowRank(modules, device)
     try:
         return NativeLowRank(load_library(cache), dtype)
     except BuildFailed as error:

@@ -59,7 +59,7 @@ def attend(
 ) -> Tensor:
     """Causal attention over paged keys and values, one partition of keys after another.
 
-    query [batch, heads, n, dk]: n neighbouring tokens of each of `batch` sequences;
+    query [batch, heads, n, dk], strides free: n neighbouring tokens of each of `batch` sequences;
     keys [kv_heads, blocks, block_tokens, dk], values [kv_heads, blocks, block_tokens, dv];
     tables [batch, table] int64, padded with any valid block; positions [batch, n] int64;
     window counts the visible keys, the token itself included; sinks [heads] are extra logits
@@ -70,7 +70,7 @@ def attend(
     group = heads // kv_heads
     rows = padded_rows(group * n)
     per_partition = PARTITION // block_tokens
-    q = query.view(batch, kv_heads, group * n, dk).transpose(0, 1)
+    q = query.reshape(batch, kv_heads, group * n, dk).transpose(0, 1)
     q = F.pad(q, (0, 0, 0, rows - group * n)).reshape(kv_heads * batch, rows, dk)
     row_positions = F.pad(positions.repeat(1, group), (0, rows - group * n))[:, :, None]
 

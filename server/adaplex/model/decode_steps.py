@@ -1,0 +1,190 @@
+"""DecodeSteps: decoding steps whose inputs stay in place, so that one can be replayed.
+
+A step of a shape is a function of nothing but the shape's buffer, the KV cache, the arena and the
+table of the low-rank kernel, all of which keep their addresses. Rows and block tables are rounded
+up to powers of two, so there are few shapes. Which adapter a row has is a number in the buffer:
+adapters may change between replays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.engine.batch import Batch, Chunk
+from adaplex.engine.request import AdapterMode
+from adaplex.model.kernels.low_rank import (
+    AdapterWeights,
+    LowRankKernel,
+    Span,
+    Tile,
+    TiledLowRank,
+)
+from adaplex.model.kernels.reference import PARTITION
+from adaplex.model.loader import BaseModel
+from adaplex.model.step import AdapterRows, AttentionGroup
+
+Replay = Callable[[], Tensor]
+"""Runs one step on what its buffer holds; logits [rows, vocabulary], valid until the next run."""
+Capture = Callable[[Replay], Replay]
+"""Makes a step that was never run into one that can be replayed."""
+Weights = Callable[[str], AdapterWeights]
+"""Digest -> resident adapter."""
+
+
+def eager(step: Replay) -> Replay:
+    """Launches every kernel anew: what a CUDA graph of the step has to equal."""
+    return step
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a replay fixes: rows, blocks in a row's table, and whether any row has an adapter."""
+
+    rows: int
+    blocks: int
+    adapters: bool
+
+
+class StepInputs:
+    """The inputs of a step of one shape, as views into one tensor, so that one copy refills them.
+
+    Padding rows hold token 0 at position 0 in the scratch block, and have no adapter.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        rows = shape.rows
+        self._shape = shape
+        self._flat = torch.zeros(rows * (6 + shape.blocks), dtype=torch.int64, device=device)
+        by_row, tables = self._flat.split((6 * rows, rows * shape.blocks))
+        self.tokens, self.positions, self.slots = by_row.view(6, rows)[:3]
+        """[rows] each."""
+        self.tiles = by_row.view(6, rows)[3:]
+        """[3, rows]: the columns are Tile; a row's worth of tiles always suffices."""
+        self.tables = tables.view(rows, shape.blocks)
+
+    def fill(self, chunks: Sequence[Chunk], tiles: Sequence[Tile], block_tokens: int) -> None:
+        """Takes in the chunks of a batch, one token each, and their tiles."""
+        rows, blocks = self._shape.rows, self._shape.blocks
+        padding = [0] * (rows - len(chunks))
+        tokens = [c.sequence.tokens[c.start] for c in chunks]
+        slots = [
+            c.sequence.blocks[c.start // block_tokens] * block_tokens + c.start % block_tokens
+            for c in chunks
+        ]
+        columns: list[Sequence[int]] = [
+            *(tokens + padding, [c.start for c in chunks] + padding, slots + padding),
+            *zip(*tiles, *[Tile.none()] * (rows - len(tiles)), strict=True),
+        ]
+        for chunk in chunks:
+            used = chunk.sequence.blocks[: chunk.start // block_tokens + 1]
+            columns.append(used + [0] * (blocks - len(used)))
+        filled = [value for column in columns for value in column]
+        filled += [0] * (self._flat.numel() - len(filled))
+        self._flat.copy_(torch.tensor(filled))
+
+
+class DecodeSteps:
+    """Runs the batches that only decode, on buffers that are made once a shape."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        low_rank: TiledLowRank,
+        *,
+        block_tokens: int,
+        max_rank: int = AdapterLimits().max_rank,
+        capture: Capture = eager,
+    ) -> None:
+        """`max_rank` bounds the adapters that are served; those above it take the other path."""
+        self._base = base
+        self._low_rank = low_rank
+        self._modules = {name: index for index, name in enumerate(base.spec.modules)}
+        self._block_tokens = block_tokens
+        self._max_rank = max_rank
+        self._capture = capture
+        self._replays: dict[Shape, tuple[StepInputs, Replay]] = {}
+
+    def forward(self, batch: Batch, weights: Weights) -> Tensor | None:
+        """fp32 logits [rows, vocabulary]; None for a batch that needs the runner's other path:
+        prompts, merged adapters, biases, ranks above the limit.
+        """
+        chunks = batch.chunks
+        if not chunks or not all(c.count == 1 and c.samples for c in chunks):
+            return None
+        spans = self._spans(chunks, weights)
+        if spans is None:
+            return None
+        tokens = max(c.end for c in chunks)
+        shape = Shape(
+            rows=_power_of_two(len(chunks)),
+            blocks=_power_of_two(-(-max(tokens, PARTITION) // self._block_tokens)),
+            adapters=bool(spans),
+        )
+        tiles = self._low_rank.tiles(spans)
+        found = self._replays.get(shape)
+        if found is None:
+            inputs = StepInputs(shape, self._base.device)
+            found = self._replays[shape] = inputs, self._capture(self._step(inputs, shape))
+        inputs, replay = found
+        inputs.fill(chunks, tiles, self._block_tokens)
+        return replay()[: len(chunks)].float()
+
+    def _step(self, inputs: StepInputs, shape: Shape) -> Replay:
+        """The step of a shape."""
+        base, step, adapters = self._base, self._base.step, AdapterRows()
+        if shape.adapters:
+            add = self._low_rank.adder(inputs.tiles, self._modules, max_rank=self._max_rank)
+            adapters = AdapterRows(any=True, add_low_rank=add)
+        group = AttentionGroup(0, inputs.tables, inputs.positions[:, None])
+        every_row = torch.arange(shape.rows, device=base.device)
+
+        def run() -> Tensor:
+            step.slots, step.groups = inputs.slots, (group,)
+            step.rows = step.head_rows = adapters
+            out = base.module(
+                input_ids=inputs.tokens[None],
+                position_ids=inputs.positions[None],
+                use_cache=False,
+                logits_to_keep=every_row,
+            )
+            logits: Tensor = out.logits[0]
+            return logits
+
+        return run
+
+    def _spans(self, chunks: Sequence[Chunk], weights: Weights) -> list[Span] | None:
+        """Rows by adapter; None when an adapter is no plain low-rank delta within the limit."""
+        spans: list[Span] = []
+        for row, chunk in enumerate(chunks):
+            adapter = chunk.sequence.adapter
+            if adapter is None:
+                continue
+            if adapter.mode is AdapterMode.MERGED:
+                return None
+            found = weights(adapter.digest)
+            if found.has_bias or found.max_rank > self._max_rank:
+                return None
+            if spans and spans[-1].stop == row and spans[-1].weights is found:
+                spans[-1] = Span(spans[-1].start, row + 1, found)
+            else:
+                spans.append(Span(row, row + 1, found))
+        return spans
+
+
+def decode_steps(
+    base: BaseModel, low_rank: LowRankKernel, *, block_tokens: int
+) -> DecodeSteps | None:
+    """For a kernel that reads its tiles on the device; None for the others."""
+    if not isinstance(low_rank, TiledLowRank):
+        return None
+    return DecodeSteps(base, low_rank, block_tokens=block_tokens)
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest power of two that is not below `count`."""
+    return 1 << (count - 1).bit_length()

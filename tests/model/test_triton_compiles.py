@@ -1,0 +1,81 @@
+"""Every Triton kernel compiles to machine code for GPUs that are not here.
+
+The interpreter accepts what the compiler does not; both are asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import json, re, sys
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from adaplex.model.kernels import triton_attention as attention, triton_low_rank as low_rank
+
+arch, name = int(sys.argv[1]), sys.argv[2]
+x, dot = ("*bf16", tl.bfloat16) if name == "bf16" else ("*fp32", tl.float32)
+arguments = dict(
+    dict.fromkeys(("query", "keys", "values", "sinks", "out", "x", "y"), x),
+    **dict.fromkeys(("tables", "positions", "table", "tiles"), "*i64"),
+    parts="*fp32",
+    scale="fp32",
+)
+shape = dict(GROUP=4, DV=128, DV_PADDED=128, WINDOW=100, DK=96, DK_PADDED=128)
+shape.update(BLOCK_TOKENS=16, SOFTCAP=30.0, SINKS=True, DOT=dot)
+tiles = dict(TILE=16, RANKS=16, ALIGNMENT=64, DOT=dot)
+compiled = {}
+for kernel, constants in (
+    (attention._prompt, dict(shape, TOKENS=16, ROWS=64)),
+    (attention._decode, dict(shape, TOKENS=1, ROWS=16)),
+    (attention._combine, dict(shape, TOKENS=1, ROWS=16)),
+    (low_rank._shrink, dict(tiles, SPLIT=1024, BLOCK_IN=128)),
+    (low_rank._expand, dict(tiles, SPLITS=4, BLOCK_OUT=128)),
+):
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else arguments.get(n, "i32") for n in names}
+    used = {n: constants[n] for n in names if n in constants}
+    # What the launcher finds out of real tensors: addresses and strides are multiples of 16.
+    whole = [i for i, n in enumerate(names) if signature[n] not in ("constexpr", "fp32")]
+    hints = {(i,): [["tt.divisibility", 16]] for i in whole}
+    source = ASTSource(kernel, signature, used, hints)
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    ptx = made.asm["ptx"]
+    compiled[kernel.__name__] = {
+        "code": len(made.asm["cubin"]),
+        "shared": made.metadata.shared,
+        "atomics": bool(re.search(r"\\b(atom|red)\\.", ptx)),
+        "tensor_cores": "mma" in ptx,
+    }
+print(json.dumps(compiled))
+"""
+SHARED = {80: 163 << 10, 90: 227 << 10}
+"""Bytes of shared memory that a program may have, by compute capability times ten."""
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("arch", sorted(SHARED))
+def test_kernels_compile(arch: int, dtype: str, tmp_path: os.PathLike[str]) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(arch), dtype],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = json.loads(done.stdout)
+    assert sorted(kernels) == ["_combine", "_decode", "_expand", "_prompt", "_shrink"]
+    for name, made in kernels.items():
+        assert made["code"] > 0
+        assert made["shared"] <= SHARED[arch]
+        assert not made["atomics"]
+        assert made["tensor_cores"] == (dtype == "bf16" and name != "_combine")
