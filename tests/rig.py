@@ -18,6 +18,7 @@ from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingPar
 from adaplex.engine.sequence import Sequence
 from adaplex.model import attention
 from adaplex.model.decode_steps import decode_steps
+from adaplex.model.kernels import reference
 from adaplex.model.kernels.low_rank import LowRankKernel, NativeLowRank, ReferenceLowRank
 from adaplex.model.kernels.native.library import load_library
 from adaplex.model.kernels.triton_low_rank import TritonLowRank
@@ -40,16 +41,20 @@ class Rig:
         *,
         native: bool = True,
         triton: bool = False,
+        num_blocks: int = 2048,
+        arena_bytes: int = ARENA,
     ) -> None:
         """`triton` forces the kernels and the replayed decoding of CUDA devices."""
         self.base = load_base(str(model), quantization=quantization, dtype=dtype)
         self.programs: dict[str, AdapterProgram] = {}
-        low_rank = self._triton() if triton else self._on_cpu(native)
+        kernel = attention.paged_kernel(torch.device("cuda")) if triton else reference.attend
+        attention.install(self.base.module, attention.PagedAttention(self.base.step, kernel))
+        low_rank = self._low_rank(native=native, triton=triton)
         self.runner = ModelRunner(
             self.base,
-            num_blocks=2048,
+            num_blocks=num_blocks,
             block_tokens=BLOCK,
-            arena_bytes=ARENA,
+            arena_bytes=arena_bytes,
             load_program=self.programs.__getitem__,
             low_rank=low_rank,
             decode=decode_steps(self.base, low_rank, block_tokens=BLOCK),
@@ -57,17 +62,13 @@ class Rig:
         self._blocks = count(1)
         self._offset = 0
 
-    def _on_cpu(self, native: bool) -> LowRankKernel:
-        """The C kernel, or the reference."""
-        if not native:
-            return ReferenceLowRank()
-        return NativeLowRank(load_library(default_cache()), self.base.dtype)
-
-    def _triton(self) -> LowRankKernel:
-        """Triton's low-rank kernel; its attention is installed in the base."""
-        kernel = attention.paged_kernel(torch.device("cuda"))
-        attention.install(self.base.module, attention.PagedAttention(self.base.step, kernel))
-        return TritonLowRank(len(self.base.spec.modules), self.base.device)
+    def _low_rank(self, *, native: bool, triton: bool) -> LowRankKernel:
+        """Triton's kernel, the one in C, or the reference."""
+        if triton:
+            return TritonLowRank(len(self.base.spec.modules), self.base.device)
+        if native:
+            return NativeLowRank(load_library(default_cache()), self.base.dtype)
+        return ReferenceLowRank()
 
     def add(self, program: AdapterProgram, mode: AdapterMode = AdapterMode.UNMERGED) -> AdapterRef:
         """Makes an adapter resident in the mode."""
