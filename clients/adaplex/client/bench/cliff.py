@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from adaplex.client.bench.fleet import Member
@@ -39,12 +40,13 @@ async def ask_working_set(
     await session.warm(member.name for member in members)
     draw = chooser(mix, len(members), random.Random(session.setup.seed))
 
-    async def drive(load: Load) -> None:
+    async def drive(load: Load) -> Mapping[str, int]:
         asks = (
             next(session.prompts.asks(members[draw()].name, plan.prompt, plan.output))
             for _ in range(plan.requests)
         )
         await load.closed([asks] * plan.streams)
+        return {"arena_bytes": arena}
 
     nbytes = sum(member.packed_bytes for member in members)
     arena = session.info.capacity.arena_bytes_total

@@ -51,7 +51,7 @@ class Fleet:
             count += 1
         raise InvalidArgument.because(
             "adapters",
-            f"{count} of {total >> 20} MiB are fewer than {int(nbytes) >> 20} MiB take; "
+            f"there are {count} of {total:,} bytes, too few to fill {int(nbytes):,} bytes; "
             "use a larger --make-adapters, or a server with a smaller --arena-bytes",
         )
 
