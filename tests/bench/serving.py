@@ -43,6 +43,7 @@ Work = Callable[[Session, argparse.Namespace], Awaitable[Sequence[Run]]]
 async def measured(options: argparse.Namespace, arena: int, adapters: int, work: Work) -> Report:
     """The report of one server with this arena and so many adapters."""
     progress = Progress()
+    given = {name: value for name, value in vars(options).items() if name != "out"}
     with (
         tempfile.TemporaryDirectory() as store,
         LocalServer(
@@ -67,7 +68,7 @@ async def measured(options: argparse.Namespace, arena: int, adapters: int, work:
             AsyncClient(server.target) as client,
             open_session(client, setup, progress) as session,
         ):
-            return Report.of(session, vars(options), await work(session, options))
+            return Report.of(session, given, await work(session, options))
 
 
 async def all_but_cliff(session: Session, options: argparse.Namespace) -> list[Run]:

@@ -55,6 +55,19 @@ def test_tokens_that_come_together_are_one_gap() -> None:
     assert (found.inter_token.count, found.inter_token.p50) == (1, pytest.approx(2000))
 
 
+def test_a_late_reader_changes_gaps_but_not_the_time_a_token() -> None:
+    steady = answer(1.0, gaps=(1.0, 1.0, 1.0))
+    late = answer(1.0, gaps=(2.998, 0.001, 0.001))
+    assert steady.per_token == pytest.approx(1.0)
+    found = Measure.of([late], 6.0)
+    assert found.inter_token
+    assert found.per_token
+    assert found.inter_token.p50 == pytest.approx(1.0)
+    assert (found.per_token.count, found.per_token.p50) == (1, pytest.approx(1000))
+    assert Answer(ASK, 0.0, ((1.0, 2), (3.0, 4)), 3.0).per_token == pytest.approx(0.5)
+    assert answer(1.0).per_token is answer(None).per_token is None
+
+
 def test_attainment_counts_what_kept_the_bound_and_was_answered_to_its_end() -> None:
     answers = [
         answer(0.5),

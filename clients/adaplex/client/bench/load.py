@@ -42,6 +42,12 @@ class Answer:
         times = [time for time, _ in self.arrivals]
         return [after - before for before, after in pairwise(times)]
 
+    @property
+    def per_token(self) -> float | None:
+        """Seconds a token after the first arrival; None when nothing came after it."""
+        later = sum(count for _, count in self.arrivals[1:])
+        return (self.arrivals[-1][0] - self.arrivals[0][0]) / later if later else None
+
 
 Target = Callable[[Ask], Awaitable[Answer]]
 """Answers one ask, whatever becomes of it: `adaplex_target`, or the API of another server."""

@@ -59,6 +59,9 @@ class Measure:
     """Of those that were answered to their end."""
     first_token: Percentiles | None
     inter_token: Percentiles | None
+    """Of every gap, as it was read: a reader that is late finds several tokens at once."""
+    per_token: Percentiles | None
+    """Of each answer's mean, which such a reader does not change."""
     first_token_bound: float
     """Seconds."""
     attainment: float
@@ -83,6 +86,7 @@ class Measure:
             requests_per_second=len(good) / seconds,
             first_token=Percentiles.of(firsts),
             inter_token=Percentiles.of([gap for answer in answers for gap in answer.gaps]),
+            per_token=Percentiles.of([p for a in answers if (p := a.per_token) is not None]),
             first_token_bound=first_token_bound,
             attainment=kept / len(answers),
         )

@@ -146,10 +146,10 @@ class Session:
         return Measure.of(answers, self.setup.first_token_bound)
 
     def _roofline(self, step: StepBytes | None, measure: Measure) -> Roofline | None:
-        bandwidth, gaps = self.machine.bandwidth, measure.inter_token
-        if not (step and bandwidth and gaps and gaps.p50):
+        bandwidth, found = self.machine.bandwidth, measure.per_token
+        if not (step and bandwidth and found and found.p50):
             return None
-        return Roofline.of(step, bandwidth, gaps.p50)
+        return Roofline.of(step, bandwidth, found.p50)
 
     async def _scrape(self) -> Scrape | None:
         """None once it has failed: the run goes on without."""
