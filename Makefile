@@ -9,7 +9,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos \
   --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
   --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
 
-.PHONY: help demo test check bench bench-residency bench-gpu protos model format clean
+.PHONY: help demo test check bench bench-engine bench-residency bench-gpu protos model format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -35,11 +35,14 @@ check: $(INSTALLED) ## Lint, types, import rules, protocol rules, stub drift
 	     done
 	@echo "all checks passed"
 
-bench: model ## Measure tokens a second through gRPC
-	@$(BIN)/python tests/bench/throughput.py
+bench: model ## Measure serving through gRPC, every workload; ARGS="--out FOLDER" keeps it
+	@$(BIN)/python tests/bench/serving.py $(ARGS)
+
+bench-engine: model ## Measure the engine alone, without gRPC
+	@$(BIN)/python tests/bench/engine.py $(ARGS)
 
 bench-residency: $(INSTALLED) ## Measure what asking for more adapters than the arena holds costs
-	@$(BIN)/python tests/bench/residency.py
+	@$(BIN)/python tests/bench/residency.py $(ARGS)
 
 bench-gpu: $(INSTALLED) ## Measure decoding and swaps on a GPU, as shares of what its memory allows
 	@$(BIN)/python tests/bench/gpu.py

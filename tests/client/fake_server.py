@@ -161,6 +161,12 @@ def server_info() -> server_pb2.GetServerInfoResponse:
             digest=DIGEST,
             weight_bytes=5 << 20,
             max_model_len=2048,
+            vocab_size=300,
+            modules=[
+                server_pb2.AdaptableModule(
+                    name="lm_head", kind="linear", in_features=64, out_features=300, is_head=True
+                )
+            ],
         ),
         capacity=server_pb2.CapacityInfo(
             requests_running=2,

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from adaplex.client import AsyncClient, Client, InvalidArgument, Unavailable
+from adaplex.client import AdaptableModule, AsyncClient, Client, InvalidArgument, Unavailable
 from adaplex.client._connection import Connection
 from client.fake_server import FakeServer
 
@@ -94,5 +94,7 @@ def test_server_info_is_converted_whole(call: Any) -> None:
     info = call("server_info")
     assert (info.version, info.uptime_seconds) == ("0.1.0", 61.5)
     assert (info.model.quantization, info.model.max_model_len) == ("nf4", 2048)
+    assert info.model.vocab_size == 300
+    assert info.model.modules == (AdaptableModule("lm_head", "linear", 64, 300, is_head=True),)
     assert (info.capacity.requests_running, info.capacity.kv_blocks_used) == (2, 9)
     assert (info.limits.max_concurrent_sequences, info.limits.max_adapter_rank) == (16, 256)

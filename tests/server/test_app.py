@@ -29,7 +29,7 @@ from adaplex.v1.generation_pb2 import (
 )
 from adaplex.v1.server_pb2 import GetServerInfoRequest
 from server.calls import status, until
-from server.toy import FakeRunner, Rig, rig, toy_parts
+from server.toy import BASE, FEATURES, FakeRunner, Rig, rig, toy_parts
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -98,6 +98,10 @@ async def test_info_tells_what_the_server_is(tmp_path: Path) -> None:
         info = await toy.info.GetServerInfo(GetServerInfoRequest())
     assert info.model.name == "toy"
     assert info.model.max_model_len == 256
+    assert [m.name for m in info.model.modules] == list(BASE.modules)
+    assert {(m.kind, m.in_features, m.is_head) for m in info.model.modules} == {
+        ("linear", FEATURES, False)
+    }
     assert info.capacity.kv_blocks_total == 64
     assert info.capacity.arena_bytes_total == 1 << 16
     assert info.capacity.adapters_stored == 1

@@ -19,7 +19,7 @@ from adaplex.v1.generation_pb2 import (
 )
 from adaplex.v1.server_pb2 import GetServerInfoRequest
 from server.toy import BASE
-from tiny import save_tiny
+from tiny import VOCAB, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,14 @@ async def test_a_server_is_built_from_its_settings_alone(model: Path, tmp_path: 
     blocks = (1 << 20) // (3 * 2 * 2 * 16 * 16 * 4)
     assert parts.engine_config.num_blocks == blocks
     assert said.max_model_len == (blocks - 1) * 16
+    assert said.kv_token_bytes == 3 * 2 * 2 * 16 * 4
+    assert said.vocab_size == VOCAB
+    assert said.weight_bytes - said.step_weight_bytes == VOCAB * 64 * 4  # input embeddings
+    linears = {m.name: m for m in said.modules if m.kind == "linear"}
+    assert len(linears) == 3 * 7 + 1
+    assert [name for name, module in linears.items() if module.is_head] == ["lm_head"]
+    down = linears["model.layers.0.mlp.down_proj"]
+    assert (down.in_features, down.out_features) == (128, 64)
 
 
 class Base:

@@ -222,7 +222,18 @@ def toy_parts(
     parts = Parts(
         config=config,
         model=ModelInfo(
-            MODEL, "llama", "fp32", "float32", "cpu", BASE.digest, BASE.fingerprint, 1000
+            name=MODEL,
+            architecture="llama",
+            quantization="fp32",
+            compute_dtype="float32",
+            device="cpu",
+            digest=BASE.digest,
+            fingerprint=BASE.fingerprint,
+            weight_bytes=1000,
+            step_weight_bytes=900,
+            kv_token_bytes=64,
+            vocab_size=VOCAB,
+            modules=tuple(BASE.modules.values()),
         ),
         limits=ModelLimits(VOCAB, limits.max_model_len, frozenset([EOS])),
         tokenizer=tokenizer or ByteTokenizer(),

@@ -35,6 +35,7 @@ from adaplex.client.errors import (
     Unimplemented,
 )
 from adaplex.client.types import (
+    AdaptableModule,
     AdapterMode,
     AppliedAdapter,
     AppliedComponent,
@@ -61,6 +62,7 @@ from adaplex.client.types import (
 
 __all__ = [
     "AdaplexClientError",
+    "AdaptableModule",
     "Adapter",
     "AdapterDetails",
     "AdapterEvent",

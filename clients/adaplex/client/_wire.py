@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from adaplex.client.adapter_types import Weighted
 from adaplex.client.errors import Internal, InvalidArgument
 from adaplex.client.types import (
+    AdaptableModule,
     AdapterMode,
     AppliedAdapter,
     AppliedComponent,
@@ -240,7 +241,11 @@ def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
     return flat(
         ServerInfo,
         message,
-        model=flat(BaseModelInfo, message.model),
+        model=flat(
+            BaseModelInfo,
+            message.model,
+            modules=tuple(flat(AdaptableModule, module) for module in message.model.modules),
+        ),
         capacity=flat(Capacity, message.capacity),
         limits=flat(Limits, message.limits),
     )

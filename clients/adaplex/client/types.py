@@ -280,8 +280,19 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class AdaptableModule:
+    """A module of the base that an adapter may change. `kind` is `linear` or `norm`."""
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    is_head: bool
+
+
+@dataclass(frozen=True)
 class BaseModelInfo:
-    """The resident base model."""
+    """The resident base model. A decode step reads `step_weight_bytes` of its `weight_bytes`."""
 
     name: str
     architecture: str
@@ -291,7 +302,11 @@ class BaseModelInfo:
     digest: str
     fingerprint: str
     weight_bytes: int
+    step_weight_bytes: int
+    kv_token_bytes: int
     max_model_len: int
+    vocab_size: int
+    modules: tuple[AdaptableModule, ...]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -77,7 +79,11 @@ class BaseModelInfo(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    STEP_WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    KV_TOKEN_BYTES_FIELD_NUMBER: _builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
+    VOCAB_SIZE_FIELD_NUMBER: _builtins.int
+    MODULES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     architecture: _builtins.str
     quantization: _builtins.str
@@ -89,7 +95,17 @@ class BaseModelInfo(_message.Message):
     fingerprint: _builtins.str
     """SHA-256 of the base's config and weights, however they are quantized."""
     weight_bytes: _builtins.int
+    step_weight_bytes: _builtins.int
+    """Those of them that a decode step reads: all but the table of input embeddings."""
+    kv_token_bytes: _builtins.int
+    """Bytes that one token takes in the KV cache."""
     max_model_len: _builtins.int
+    vocab_size: _builtins.int
+    """Token ids are below this."""
+    @_builtins.property
+    def modules(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdaptableModule]:
+        """What an adapter may change."""
+
     def __init__(
         self,
         *,
@@ -101,15 +117,53 @@ class BaseModelInfo(_message.Message):
         digest: _builtins.str = ...,
         fingerprint: _builtins.str = ...,
         weight_bytes: _builtins.int = ...,
+        step_weight_bytes: _builtins.int = ...,
+        kv_token_bytes: _builtins.int = ...,
         max_model_len: _builtins.int = ...,
+        vocab_size: _builtins.int = ...,
+        modules: _abc.Iterable[Global___AdaptableModule] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "compute_dtype", b"compute_dtype", "device", b"device", "digest", b"digest", "fingerprint", b"fingerprint", "max_model_len", b"max_model_len", "name", b"name", "quantization", b"quantization", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "compute_dtype", b"compute_dtype", "device", b"device", "digest", b"digest", "fingerprint", b"fingerprint", "kv_token_bytes", b"kv_token_bytes", "max_model_len", b"max_model_len", "modules", b"modules", "name", b"name", "quantization", b"quantization", "step_weight_bytes", b"step_weight_bytes", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BaseModelInfo: _TypeAlias = BaseModelInfo  # noqa: Y015
+
+@_typing.final
+class AdaptableModule(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    IN_FEATURES_FIELD_NUMBER: _builtins.int
+    OUT_FEATURES_FIELD_NUMBER: _builtins.int
+    IS_HEAD_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As in the base's state dict, without `.weight`."""
+    kind: _builtins.str
+    """`linear` or `norm`."""
+    in_features: _builtins.int
+    out_features: _builtins.int
+    is_head: _builtins.bool
+    """The output layer, which `all-linear` leaves out."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        in_features: _builtins.int = ...,
+        out_features: _builtins.int = ...,
+        is_head: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["in_features", b"in_features", "is_head", b"is_head", "kind", b"kind", "name", b"name", "out_features", b"out_features"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdaptableModule: _TypeAlias = AdaptableModule  # noqa: Y015
 
 @_typing.final
 class CapacityInfo(_message.Message):

@@ -125,4 +125,14 @@ def _model_info(spec: BaseSpec, base: BaseModel) -> ModelInfo:
         digest=spec.digest,
         fingerprint=spec.fingerprint,
         weight_bytes=base.weight_bytes,
+        step_weight_bytes=base.weight_bytes - _embedding_bytes(base),
+        kv_token_bytes=base.kv_block_bytes(1),
+        vocab_size=base.vocab_size,
+        modules=tuple(spec.modules.values()),
     )
+
+
+def _embedding_bytes(base: BaseModel) -> int:
+    """Bytes of the table of input embeddings, of which a step gathers a row a token."""
+    table: torch.Tensor = base.module.get_input_embeddings().weight  # type: ignore[operator]
+    return table.numel() * table.element_size()

@@ -1,6 +1,6 @@
 """The `adaplex` command: the commands of this package and those that other packages add."""
 
-from adaplex.client.cli import adapters, generate, status
+from adaplex.client.cli import adapters, bench, generate, status
 from adaplex.client.cli.app import app
 
 __all__ = ["app", "main"]
@@ -8,6 +8,7 @@ __all__ = ["app", "main"]
 app.command("generate")(generate.generate)
 app.command("status")(status.status)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from adaplex.client._connection import DEFAULT_TARGET, DEFAULT_TIMEOUT
+from adaplex.client.aio import AsyncClient
 from adaplex.client.cli.plugins import CommandGroup
 from adaplex.client.client import Client
 
@@ -34,6 +35,12 @@ class Target:
     def client(self) -> Client:
         """A new client; use it in `with`."""
         return Client(
+            self.target, token=self.token, tls=self.tls, timeout=self.timeout, actor=self.actor
+        )
+
+    def async_client(self) -> AsyncClient:
+        """The same for asyncio; use it in `async with`."""
+        return AsyncClient(
             self.target, token=self.token, tls=self.tls, timeout=self.timeout, actor=self.actor
         )
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TypeVar
 
 import typer
 
 DIGEST = "sha256:"
+N = TypeVar("N", int, float)
 
 
 def weighted_selector(text: str) -> tuple[str, float]:
@@ -43,6 +45,25 @@ def labels(pairs: Iterable[str]) -> dict[str, str]:
             raise typer.BadParameter(f"{pair!r} is not key=value")
         found[key] = value
     return found
+
+
+def numbers(text: str, kind: type[N] = int) -> tuple[N, ...]:
+    """`1,8,16` as numbers of a kind, each above zero."""
+    try:
+        found = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < number < math.inf for number in found):
+        raise typer.BadParameter(f"{text!r} is not numbers above zero, such as 1,8,16")
+    return found
+
+
+def length_range(text: str) -> tuple[int, int]:
+    """`8:512` as lengths from 8 to 511."""
+    low, _, high = text.partition(":")
+    if not (low.isdecimal() and high.isdecimal() and 0 < int(low) < int(high)):
+        raise typer.BadParameter(f"{text!r} is not low:high, such as 8:512")
+    return int(low), int(high)
 
 
 def _number(text: str, whole: str) -> float:

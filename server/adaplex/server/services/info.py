@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaplex.adapters.catalog import Usage
+from adaplex.adapters.program import BaseModule
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.config import EngineConfig
@@ -27,6 +28,15 @@ class ModelInfo:
     digest: str
     fingerprint: str
     weight_bytes: int
+    step_weight_bytes: int
+    kv_token_bytes: int
+    vocab_size: int
+    modules: tuple[BaseModule, ...]
+
+    def message(self, max_model_len: int) -> server_pb2.BaseModelInfo:
+        """As the protocol has it."""
+        facts = {**vars(self), "modules": [_module(module) for module in self.modules]}
+        return server_pb2.BaseModelInfo(**facts, max_model_len=max_model_len)
 
 
 @dataclass(frozen=True)
@@ -64,9 +74,7 @@ class InfoService(server_pb2_grpc.ServerServiceServicer):
         usage = await in_thread(self._registry.names.usage)
         return server_pb2.GetServerInfoResponse(
             version=self._version,
-            model=server_pb2.BaseModelInfo(
-                **vars(self._model), max_model_len=self._config.max_model_len
-            ),
+            model=self._model.message(self._config.max_model_len),
             capacity=self._capacity(usage),
             limits=server_pb2.LimitsInfo(
                 max_concurrent_sequences=self._config.max_running,
@@ -98,3 +106,13 @@ class InfoService(server_pb2_grpc.ServerServiceServicer):
             pinned_bytes_total=now.pinned_bytes_total,
             pinned_bytes_used=now.pinned_bytes_used,
         )
+
+
+def _module(module: BaseModule) -> server_pb2.AdaptableModule:
+    return server_pb2.AdaptableModule(
+        name=module.name,
+        kind=module.kind,
+        in_features=module.in_features,
+        out_features=module.out_features,
+        is_head=module.is_head,
+    )

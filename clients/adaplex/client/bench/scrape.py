@@ -1,0 +1,111 @@
+"""Scrape: the server's Prometheus metrics, and what changed between two looks at them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from adaplex.client.errors import Unavailable
+
+SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")
+LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+TIMEOUT = 10.0
+
+Series = tuple[str, frozenset[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class Swaps:
+    """Loads of adapters into one tier during a run; times in milliseconds.
+
+    Percentiles are read from the server's histogram, so they are as fine as its buckets.
+    """
+
+    loads: int
+    evictions: int
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """Every sample of one look."""
+
+    samples: Mapping[Series, float]
+
+    @classmethod
+    def read(cls, url: str) -> Scrape:
+        """Asks the server. Raises Unavailable."""
+        try:
+            with urlopen(url, timeout=TIMEOUT) as response:
+                return cls.parse(response.read().decode())
+        except (URLError, OSError, ValueError) as error:
+            raise Unavailable(f"no metrics at {url}: {error}") from error
+
+    @classmethod
+    def parse(cls, text: str) -> Scrape:
+        """Of the text format."""
+        found = filter(None, map(SAMPLE.match, text.splitlines()))
+        return cls(
+            {
+                (match["name"], frozenset(LABEL.findall(match["labels"] or ""))): float(
+                    match["value"]
+                )
+                for match in found
+            }
+        )
+
+    def since(self, before: Scrape) -> Scrape:
+        """What was added to each sample."""
+        return Scrape({s: value - before.samples.get(s, 0.0) for s, value in self.samples.items()})
+
+    def values(self, name: str, **wanted: str) -> Iterator[tuple[dict[str, str], float]]:
+        """The samples of a name with these labels."""
+        for (found, labels), value in self.samples.items():
+            if found == name and wanted.items() <= dict(labels).items():
+                yield dict(labels), value
+
+    def total(self, name: str, **wanted: str) -> float:
+        """Their sum."""
+        return sum(value for _, value in self.values(name, **wanted))
+
+    def swaps(self) -> dict[str, Swaps]:
+        """By tier, of a difference; tiers in which nothing happened are left out."""
+        evicted = "adaplex_adapter_evictions_total"
+        tiers = sorted({labels["tier"] for labels, _ in self.values(evicted)})
+        found = {tier: self._swaps(tier, int(self.total(evicted, tier=tier))) for tier in tiers}
+        return {tier: swaps for tier, swaps in found.items() if swaps.loads or swaps.evictions}
+
+    def _swaps(self, tier: str, evictions: int) -> Swaps:
+        family = "adaplex_adapter_load_seconds"
+        count = self.total(f"{family}_count", tier=tier)
+        seconds = self.total(f"{family}_sum", tier=tier)
+        buckets = sorted(
+            (float(labels["le"]), value)
+            for labels, value in self.values(f"{family}_bucket", tier=tier)
+        )
+        p50, p90, p99 = (1e3 * quantile(buckets, share) for share in (0.5, 0.9, 0.99))
+        mean = 1e3 * seconds / count if count else 0.0
+        return Swaps(int(count), evictions, mean, p50, p90, p99)
+
+
+def quantile(buckets: list[tuple[float, float]], share: float) -> float:
+    """As Prometheus's histogram_quantile: buckets are (upper bound, values up to it), in order.
+
+    0 when there are no values; the largest finite bound for what lies beyond it.
+    """
+    if not buckets or not buckets[-1][1]:
+        return 0.0
+    rank, lower, below = share * buckets[-1][1], 0.0, 0.0
+    for upper, upto in buckets:
+        if upto >= rank:
+            if upper == float("inf"):
+                return lower
+            return lower + (upper - lower) * (rank - below) / (upto - below)
+        lower, below = upper, upto
+    return lower

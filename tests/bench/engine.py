@@ -1,0 +1,222 @@
+"""The engine without gRPC, tokenizer and event loop: what serving costs is the difference.
+
+    make bench-engine                            # the default model in nf4
+    make bench-engine ARGS="--rows 1,16 --quantization bf16 --json engine.json"
+
+Builds the server's parts in this process and drives `Engine.step()`: decode steps of rows that all
+run, over no, one and distinct adapters, and the prefill of one long prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
+
+from adaplex.adapters.entry import Origin
+from adaplex.client.bench.checkpoint import write_checkpoint
+from adaplex.client.bench.machine import Machine, read_bandwidth
+from adaplex.client.bench.report import rounded
+from adaplex.client.bench.roofline import Roofline, StepBytes
+from adaplex.client.bench.workload import assigned
+from adaplex.engine.engine import Engine
+from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
+from adaplex.server.build import build
+from adaplex.server.config import load_config
+from adaplex.server.convert import adapter_ref
+from adaplex.server.parts import Parts
+
+MIXES = {"base": "base", "one": "identical", "distinct": "distinct"}
+ARENA = 512 << 20
+LOADING_SECONDS = 0.001
+"""Between two steps that find nothing to run, since adapters are on their way."""
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Decode steps in which every row gave a token. Times in milliseconds, the median."""
+
+    rows: int
+    mix: str
+    tokens_per_second: float
+    step: float
+    step_p90: float
+    roofline: Roofline | None
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One prompt up to its first token: tokens a second, the best of several."""
+
+    mix: str
+    tokens: int
+    tokens_per_second: float
+
+
+class Bench:
+    """An engine, adapters for it, and requests with prompts that are all new."""
+
+    def __init__(self, parts: Parts, folder: Path, adapters: int, rank: int) -> None:
+        self.parts = parts
+        # Not started: here the steps are the main thread's.
+        self.engine: Engine = parts.engine._engine
+        self.refs = [self._adapter(folder / f"a{i}", rank, seed=i) for i in range(adapters)]
+        self._dice, self._ids = random.Random(42), count()
+
+    def request(self, adapter: int | None, prompt: int, output: int) -> Request:
+        """A greedy one that ignores ends of sequences."""
+        return Request(
+            request_id=str(next(self._ids)),
+            prompt=tuple(self._dice.choices(range(self.parts.limits.vocab_size), k=prompt)),
+            sampling=SamplingParams(max_tokens=output),
+            adapter=None if adapter is None else self.refs[adapter],
+            arrival=time.monotonic(),
+        )
+
+    def steps(self, requests: list[Request]) -> list[tuple[float, int]]:
+        """Runs them to their ends: the seconds and the tokens of each step."""
+        for request in requests:
+            self.engine.add(request)
+        found = []
+        while self.engine.has_work:
+            begun = time.perf_counter()
+            outputs = self.engine.step()
+            seconds = time.perf_counter() - begun
+            for output in outputs:
+                if output.error is not None:
+                    raise output.error
+            found.append((seconds, sum(len(output.tokens) for output in outputs)))
+            if self.engine.stalled:
+                time.sleep(LOADING_SECONDS)
+        return found
+
+    def decode(self, rows: int, mix: str, options: argparse.Namespace, bandwidth: float) -> Decode:
+        """Only steps in which all rows decode count."""
+        chosen = assigned(MIXES[mix], rows)
+        steps = self.steps([self.request(i, options.prompt, options.output) for i in chosen])
+        # The first step in which every row gives a token ends the prefill of the last.
+        every = [seconds for seconds, tokens in steps if tokens == rows][1:]
+        step = StepBytes.of(
+            self.parts.model,
+            (self.refs[i].packed_bytes for i in {*chosen} if i is not None),
+            rows=rows,
+            context=options.prompt + options.output / 2,
+        )
+        median = 1e3 * statistics.median(every)
+        return Decode(
+            rows=rows,
+            mix=mix,
+            tokens_per_second=rows * len(every) / sum(every),
+            step=median,
+            step_p90=1e3 * sorted(every)[int(0.9 * len(every))],
+            roofline=Roofline.of(step, bandwidth, median) if bandwidth else None,
+        )
+
+    def prefill(self, mix: str, tokens: int, repeats: int = 3) -> Prefill:
+        """Of a prompt alone."""
+        adapter = None if mix == "base" else 0
+        seconds = [
+            sum(seconds for seconds, _ in self.steps([self.request(adapter, tokens, 1)]))
+            for _ in range(repeats)
+        ]
+        return Prefill(mix, tokens, tokens / min(seconds))
+
+    def warm(self) -> None:
+        """Brings every adapter into the arena."""
+        self.steps([self.request(i, 4, 1) for i in range(len(self.refs))])
+
+    def _adapter(self, directory: Path, rank: int, seed: int) -> AdapterRef:
+        write_checkpoint(directory, self.parts.model.modules, rank, seed)
+        origin = Origin(datetime.now(UTC), actor="bench")
+        self.parts.importer.load(str(directory), directory.name, replace=False, origin=origin)
+        lease = self.parts.registry.resolve(directory.name)
+        try:
+            return adapter_ref(lease.record, AdapterMode.UNMERGED)
+        finally:
+            lease.release()
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    options = parsed()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        settings = {
+            "model": options.model,
+            "quantization": options.quantization,
+            "threads": options.threads,
+            "store_dir": work / "store",
+            "adapter_roots": str(work),
+            "arena_bytes": ARENA,
+        }
+        parts = build(load_config(settings), lambda line: print(line, file=sys.stderr))
+        bandwidth = options.bandwidth * 1e9
+        if not bandwidth and parts.model.device == "cpu":
+            bandwidth = read_bandwidth()
+        bench = Bench(parts, work, max(options.rows), options.rank)
+        bench.warm()
+        gc.freeze()  # as the server does before it serves
+        decodes = [
+            told(bench.decode(rows, mix, options, bandwidth))
+            for rows in options.rows
+            for mix in MIXES
+        ]
+        prefills = [bench.prefill(mix, options.long) for mix in ("base", "one")]
+        for prefill in prefills:
+            speed = f"{prefill.tokens_per_second:.0f} tok/s"
+            print(f"prefill of {prefill.tokens} tokens, {prefill.mix}: {speed}")
+        bench.engine.check_integrity()
+        bench.engine.close()
+        parts.registry.close()
+    if options.json:
+        report = {
+            "machine": asdict(Machine.here(bandwidth or None)),
+            "options": {name: str(value) for name, value in vars(options).items()},
+            "decode": [asdict(found) for found in decodes],
+            "prefill": [asdict(found) for found in prefills],
+        }
+        options.json.write_text(json.dumps(rounded(report), indent=1) + "\n")
+
+
+def told(found: Decode) -> Decode:
+    """Prints a line of the table."""
+    floor = f", {found.roofline.share:.0%} of the roofline" if found.roofline else ""
+    print(
+        f"{found.rows:>3} rows, {found.mix:<9}{found.tokens_per_second:>7.0f} tok/s"
+        f"{found.step:>8.1f} ms a step (P90 {found.step_p90:.1f}){floor}",
+        flush=True,
+    )
+    return found
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--rows", type=lambda text: [*map(int, text.split(","))], default=[1, 8, 16, 32]
+    )
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens")
+    parser.add_argument("--output", type=int, default=64, help="tokens")
+    parser.add_argument("--long", type=int, default=1024, help="tokens of the prefill")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--quantization", default="nf4")
+    parser.add_argument("--threads", default="auto")
+    parser.add_argument(
+        "--bandwidth", type=float, default=0.0, help="GB/s of the device; measured on a CPU"
+    )
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

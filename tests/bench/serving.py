@@ -1,0 +1,138 @@
+"""Serving: every workload of `adaplex bench`, through gRPC, on servers of its own.
+
+    make bench                                   # the default model in nf4, a table
+    make bench ARGS="--out tests/bench"          # serving.json and serving.svg too
+    make bench ARGS="--only punica --streams 1,8,16 --quantization bf16"
+
+All runs of a workload come from one server's lifetime, so that ratios between them hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from adaplex.client import AsyncClient
+from adaplex.client.bench.churn import Churn, churn
+from adaplex.client.bench.cliff import Cliff, cliff
+from adaplex.client.bench.hot_tenant import HotTenant, hot_tenant
+from adaplex.client.bench.plot import draw
+from adaplex.client.bench.progress import Progress
+from adaplex.client.bench.punica import Punica, punica
+from adaplex.client.bench.report import Report
+from adaplex.client.bench.session import Run, Session, Setup, open_session
+from adaplex.client.bench.slora import SLora, slora
+from adaplex.client.bench.workload import Trace
+from adaplex.client.cli.bench import tell
+from adaplex.client.local import LocalServer
+
+WORKLOADS = ("punica", "slora", "hot-tenant", "churn", "cliff")
+ARENA = 512 << 20
+"""Bytes; holds an adapter of rank 16 for each of 32 streams."""
+SMALL_ARENA = 48 << 20
+"""Of the cliff, so that four times as much is soon uploaded."""
+CLIFF_ADAPTERS = 24
+
+Work = Callable[[Session, argparse.Namespace], Awaitable[Sequence[Run]]]
+
+
+async def measured(options: argparse.Namespace, arena: int, adapters: int, work: Work) -> Report:
+    """The report of one server with this arena and so many adapters."""
+    progress = Progress()
+    given = {name: value for name, value in vars(options).items() if name != "out"}
+    with (
+        tempfile.TemporaryDirectory() as store,
+        LocalServer(
+            model=options.model,
+            quantization=options.quantization,
+            store_dir=store,
+            arena_bytes=arena,
+            log_level="warning",
+            on_log=lambda record: progress.say(f"server: {record['event']}"),
+        ) as server,
+    ):
+        await asyncio.to_thread(server.wait_ready)
+        setup = Setup(
+            target=server.target,
+            make_adapters=adapters,
+            ranks=(options.rank,),
+            keep_adapters=True,
+            metrics=f"http://127.0.0.1:{server.http_port}/metrics",
+            pid=server.process.pid,
+        )
+        async with (
+            AsyncClient(server.target) as client,
+            open_session(client, setup, progress) as session,
+        ):
+            return Report.of(session, given, await work(session, options))
+
+
+async def all_but_cliff(session: Session, options: argparse.Namespace) -> list[Run]:
+    """The workloads whose adapters all fit into the arena."""
+    seconds, rank = options.seconds, options.rank
+    short = Trace(alpha=0.5, rate=1.0, seconds=2 * seconds, inputs=(8, 128), outputs=(8, 64))
+    runs: list[Run] = []
+    if "punica" in options.only:
+        runs += await punica(session, Punica(streams=options.streams))
+    if "slora" in options.only:
+        runs += await slora(session, SLora(short))
+    if "hot-tenant" in options.only:
+        runs += await hot_tenant(session, HotTenant(rate=1.0, flood=8, seconds=seconds))
+    if "churn" in options.only:
+        runs += await churn(session, Churn(rank=rank, seconds=seconds, pause=0.5))
+    return runs
+
+
+async def cliff_alone(session: Session, options: argparse.Namespace) -> list[Run]:
+    """The workload that needs a small arena."""
+    return await cliff(session, Cliff(requests=48, streams=4))
+
+
+async def main() -> None:
+    """Runs the benchmark."""
+    options = parsed()
+    reports = []
+    if set(options.only) - {"cliff"}:
+        adapters = max(*options.streams, HotTenant.tenants + 1)
+        reports.append(await measured(options, ARENA, adapters, all_but_cliff))
+    if "cliff" in options.only:
+        reports.append(await measured(options, SMALL_ARENA, CLIFF_ADAPTERS, cliff_alone))
+    report = replace(
+        reports[0],
+        runs=[run for part in reports for run in part.runs],
+        warnings=[warning for part in reports for warning in part.warnings],
+    )
+    tell(report)
+    if options.out:
+        options.out.mkdir(exist_ok=True, parents=True)
+        (options.out / "serving.json").write_text(report.json())
+        draw(report.runs, options.out / "serving.svg")
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(WORKLOADS))
+    parser.add_argument("--streams", type=counts, default=(1, 8, 16, 32), help="1,8,16,32")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=15.0, help="of the timed workloads")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--quantization", default="nf4")
+    parser.add_argument("--out", type=Path, help="folder for serving.json and serving.svg")
+    options = parser.parse_args()
+    if unknown := set(options.only) - set(WORKLOADS):
+        parser.error(f"--only: {', '.join(unknown)} is not among {', '.join(WORKLOADS)}")
+    return options
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """`1,8,16` as numbers."""
+    return tuple(map(int, text.split(",")))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
