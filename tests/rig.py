@@ -20,11 +20,9 @@ from adaplex.model import attention
 from adaplex.model.decode_steps import decode_steps
 from adaplex.model.kernels import reference
 from adaplex.model.kernels.low_rank import LowRankKernel, NativeLowRank, ReferenceLowRank
-from adaplex.model.kernels.native.library import load_library
 from adaplex.model.kernels.triton_low_rank import TritonLowRank
 from adaplex.model.loader import load_base
 from adaplex.model.runner import ModelRunner
-from adaplex.model.source import default_cache
 
 BLOCK = 16
 ARENA = 64 << 20
@@ -45,11 +43,13 @@ class Rig:
         arena_bytes: int = ARENA,
     ) -> None:
         """`triton` forces the kernels and the replayed decoding of CUDA devices."""
-        self.base = load_base(str(model), quantization=quantization, dtype=dtype)
+        self.base = load_base(
+            str(model), quantization=quantization, dtype=dtype, native=native and not triton
+        )
         self.programs: dict[str, AdapterProgram] = {}
         kernel = attention.paged_kernel(torch.device("cuda")) if triton else reference.attend
         attention.install(self.base.module, attention.PagedAttention(self.base.step, kernel))
-        low_rank = self._low_rank(native=native, triton=triton)
+        low_rank = self._low_rank(triton=triton)
         self.runner = ModelRunner(
             self.base,
             num_blocks=num_blocks,
@@ -62,12 +62,12 @@ class Rig:
         self._blocks = count(1)
         self._offset = 0
 
-    def _low_rank(self, *, native: bool, triton: bool) -> LowRankKernel:
+    def _low_rank(self, *, triton: bool) -> LowRankKernel:
         """Triton's kernel, the one in C, or the reference."""
         if triton:
             return TritonLowRank(len(self.base.spec.modules), self.base.device)
-        if native:
-            return NativeLowRank(load_library(default_cache()), self.base.dtype)
+        if self.base.kernels is not None:
+            return NativeLowRank(self.base.kernels)
         return ReferenceLowRank()
 
     def add(self, program: AdapterProgram, mode: AdapterMode = AdapterMode.UNMERGED) -> AdapterRef:

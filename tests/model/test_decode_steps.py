@@ -54,9 +54,9 @@ def made(rig: Rig, rank: int, seed: int, *, bias: bool = False) -> AdapterProgra
 
 def recorded(rig: Rig, *, max_rank: int = 64) -> Recorded:
     """Counts the captures and replays of a rig from now on."""
-    capture, low_rank = Recorded(), rig.runner._low_rank
-    rig.runner._decode = DecodeSteps(
-        rig.base, low_rank, block_tokens=BLOCK, max_rank=max_rank, capture=capture
+    capture, forward = Recorded(), rig.runner._forward
+    forward._decode = DecodeSteps(
+        rig.base, forward._low_rank, block_tokens=BLOCK, max_rank=max_rank, capture=capture
     )
     return capture
 

@@ -16,7 +16,7 @@ from transformers import (
 from adaplex.engine.request import OVERFLOWED, Request, SampledToken, SamplingParams
 from adaplex.engine.sequence import Sequence
 from adaplex.model import sampler
-from adaplex.model.sampler import penalize, sample, uniform
+from adaplex.model.sampler import likeliest, penalize, sample, uniform
 
 VOCABULARY = 1000
 
@@ -27,8 +27,12 @@ def sequence(params: SamplingParams, output: tuple[int, ...] = ()) -> Sequence:
     return made
 
 
+def sampled(rows: torch.Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+    return sample(rows, sequences, likeliest(rows))
+
+
 def draw(logits: torch.Tensor, params: SamplingParams, output: tuple[int, ...] = ()) -> int:
-    return sample(logits[None], [sequence(params, output)])[0].token
+    return sampled(logits[None], [sequence(params, output)])[0].token
 
 
 def logits(seed: int = 0) -> torch.Tensor:
@@ -50,9 +54,9 @@ def test_greedy_is_the_argmax() -> None:
 def test_the_draw_depends_on_seed_and_index_alone() -> None:
     params = SamplingParams(temperature=1.0, seed=11)
     rows = torch.stack([logits(i) for i in range(5)])
-    together = sample(rows, [sequence(params, (1,) * i) for i in range(5)])
+    together = sampled(rows, [sequence(params, (1,) * i) for i in range(5)])
     for i in range(5):
-        assert sample(rows[i : i + 1], [sequence(params, (1,) * i)])[0] == together[i]
+        assert sampled(rows[i : i + 1], [sequence(params, (1,) * i)])[0] == together[i]
     assert len({uniform(11, i) for i in range(100)} | {uniform(12, i) for i in range(100)}) == 200
 
 
@@ -127,7 +131,7 @@ def test_min_tokens_holds_stop_tokens_back() -> None:
 def test_logprobs_are_the_models_own() -> None:
     row = logits()
     params = SamplingParams(temperature=0.3, repetition_penalty=2.0, logprobs=3, seed=4)
-    out = sample(row[None], [sequence(params)])[0]
+    out = sampled(row[None], [sequence(params)])[0]
     expected = torch.log_softmax(row, -1)
     assert out.logprob is not None
     assert out.logprob.token == out.token
@@ -135,7 +139,7 @@ def test_logprobs_are_the_models_own() -> None:
     values, ids = expected.topk(3)
     assert [t for t, _ in out.logprob.top] == ids.tolist()
     assert [p for _, p in out.logprob.top] == pytest.approx(values.tolist())
-    silent = sample(row[None], [sequence(SamplingParams(logprobs=0))])[0]
+    silent = sampled(row[None], [sequence(SamplingParams(logprobs=0))])[0]
     assert silent.logprob is not None
     assert silent.logprob.top == ()
 
@@ -143,7 +147,7 @@ def test_logprobs_are_the_models_own() -> None:
 def test_a_row_that_overflowed_is_told_apart_and_hurts_no_other() -> None:
     rows = torch.stack([logits(0), logits(1), logits(2)])
     rows[1, 3] = torch.nan
-    out = sample(rows, [sequence(SamplingParams()) for _ in range(3)])
+    out = sampled(rows, [sequence(SamplingParams()) for _ in range(3)])
     assert out[1] == SampledToken(OVERFLOWED)
     assert [out[0].token, out[2].token] == [int(rows[0].argmax()), int(rows[2].argmax())]
 

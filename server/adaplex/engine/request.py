@@ -52,6 +52,12 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
     @property
+    def plain(self) -> bool:
+        """Whether nothing but the likeliest token is wanted."""
+        held_back = self.min_tokens > 0
+        return self.greedy and not self.penalized and not held_back and self.logprobs is None
+
+    @property
     def penalized(self) -> bool:
         """Whether any penalty changes the logits."""
         return (

@@ -38,6 +38,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self.block_tokens = block_tokens
         self.keys = [
             torch.zeros(s.kv_heads, num_blocks, block_tokens, s.key_dim, dtype=dtype, device=device)
             for s in shapes

@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,9 +27,11 @@ from adaplex.model import attention, experts
 from adaplex.model.adapted import AdaptedLinear, AdaptedNorm, base_bias, oriented_weight
 from adaplex.model.architecture import check_supported, is_linear, output_layer, probe
 from adaplex.model.errors import UnsupportedModel
+from adaplex.model.kernels.native.kernels import NativeKernels, native_kernels
 from adaplex.model.kv_cache import LayerShape
 from adaplex.model.linear import DenseLinear, LinearBackend, make_linear
-from adaplex.model.source import resolve_model
+from adaplex.model.native_linear import NativeLinear, native_linear
+from adaplex.model.source import default_cache, resolve_model
 from adaplex.model.step import StepContext
 
 QUANTIZATIONS = ("nf4", "int8", "bf16", "fp32")
@@ -55,6 +58,8 @@ class BaseModel:
     vocab_size: int
     eos_token_ids: frozenset[int]
     weight_bytes: int
+    kernels: NativeKernels | None = None
+    """Those of the CPU, when they run the linears."""
 
     @property
     def backends(self) -> dict[str, LinearBackend]:
@@ -78,13 +83,15 @@ def load_base(
     dtype: str = "auto",
     device: str = "auto",
     cache: Path | None = None,
+    native: bool = True,
     progress: Callable[[str], None] = silent,
 ) -> BaseModel:
     """Loads a base model and quantizes it.
 
     `model` is a hub id, a directory of safetensors, a GGUF file or the default's name;
     `quantization` is one of QUANTIZATIONS; `dtype` is auto, bf16 or fp32 (the compute dtype);
-    `device` is auto, cpu or cuda. Raises ModelSourceError or UnsupportedModel.
+    `device` is auto, cpu or cuda; without `native` a CPU computes by torch alone.
+    Raises ModelSourceError or UnsupportedModel.
     """
     if quantization not in QUANTIZATIONS:
         raise UnsupportedModel(
@@ -112,7 +119,17 @@ def load_base(
     }
     fingerprint = _fingerprint(directory)
     progress(f"quantizing {len(found.sites)} modules to {quantization}")
-    _adapt(module, found.sites, step, quantization, where)
+    kernels = (
+        native_kernels(compute, where, cache=cache or default_cache(), progress=progress)
+        if native
+        else None
+    )
+    _adapt(
+        module,
+        found.sites,
+        step,
+        partial(_backend, quantization=quantization, kernels=kernels, device=where),
+    )
     _tell_of_fallbacks(module, quantization, progress)
     nn.Module.to(module, where)
     return BaseModel(
@@ -138,6 +155,7 @@ def load_base(
         vocab_size=int(config.vocab_size),
         eos_token_ids=_eos_token_ids(directory, module),
         weight_bytes=_weight_bytes(module),
+        kernels=kernels,
     )
 
 
@@ -175,8 +193,7 @@ def _adapt(
     model: nn.Module,
     sites: list[BaseModule],
     step: StepContext,
-    quantization: str,
-    device: torch.device,
+    backend_for: Callable[..., LinearBackend],
 ) -> None:
     """Replaces every linear, quantized but for the output layer, and every norm with a bias."""
     head = output_layer(model)
@@ -184,13 +201,8 @@ def _adapt(
     for name, module in list(model.named_modules()):
         replacement: nn.Module
         if is_linear(module):
-            weight = oriented_weight(module).to(device)
-            bias = base_bias(module)
-            bias = None if bias is None else bias.to(device)
-            backend: LinearBackend = (
-                DenseLinear(weight, bias)
-                if module is head
-                else make_linear(weight, bias, quantization)
+            backend = backend_for(
+                oriented_weight(module), base_bias(module), is_head=module is head
             )
             replacement = AdaptedLinear(name, backend, step, is_head=module is head)
         elif name in names:
@@ -201,17 +213,42 @@ def _adapt(
         setattr(model.get_submodule(parent), attribute, replacement)
 
 
+def _backend(
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    is_head: bool,
+    quantization: str,
+    kernels: NativeKernels | None,
+    device: torch.device,
+) -> LinearBackend:
+    """The backend of one linear; the output layer is kept as it is."""
+    weight, bias = weight.to(device), None if bias is None else bias.to(device)
+    kept = "" if is_head else quantization
+    if kernels is not None and kept != "int8":
+        native = native_linear(kernels, weight, bias, nf4=kept == "nf4")
+        if native is not None:
+            return native
+    return make_linear(weight, bias, kept)
+
+
 def _tell_of_fallbacks(
     model: nn.Module, quantization: str, progress: Callable[[str], None]
 ) -> None:
     """One line when nf4 weights are kept dense, since that costs the memory nf4 should save."""
     linears = [m for m in model.modules() if isinstance(m, AdaptedLinear) and not m.is_head]
-    dense = sum(isinstance(m.backend, DenseLinear) for m in linears)
+    dense = sum(_is_dense(m.backend) for m in linears)
     if quantization == "nf4" and dense:
         progress(
             f"{dense} of {len(linears)} linears have no nf4 kernel for their shape on this device: "
             "their nf4 values are kept dense"
         )
+
+
+def _is_dense(backend: LinearBackend) -> bool:
+    return isinstance(backend, DenseLinear) or (
+        isinstance(backend, NativeLinear) and backend.scales is None
+    )
 
 
 def _fingerprint(directory: Path) -> str:

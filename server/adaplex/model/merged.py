@@ -6,11 +6,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from adaplex.adapters.program import AdapterProgram
 from adaplex.model.kernels.low_rank import SiteWeights
+from adaplex.model.kernels.native.kernels import NativeKernels
+from adaplex.model.kernels.native.structs import SITE_FIELDS
 from adaplex.model.linear import DenseLinear, LinearBackend
+from adaplex.model.native_linear import NativeLinear, native_linear
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,19 @@ class MergedWeights:
     linears: dict[str, LinearBackend] = field(default_factory=dict)
     sites: dict[str, SiteWeights] = field(default_factory=dict)
     """Primitives that cannot be merged into a weight: biases of norms."""
+    shifts: dict[str, Tensor] = field(default_factory=dict)
+    """Biases [out] that the adapter adds at linears, beside that of the base."""
+
+    def table(self, modules: Mapping[str, int]) -> NDArray[np.int64]:
+        """[modules, SITE_FIELDS] as in AdapterWeights, of weights in panels."""
+        table = np.zeros((len(modules), len(SITE_FIELDS)), dtype=np.int64)
+        dense, bias = SITE_FIELDS.index("dense"), SITE_FIELDS.index("bias")
+        for name, linear in self.linears.items():
+            assert isinstance(linear, NativeLinear)
+            table[modules[name], dense] = linear.panels.data_ptr()
+        for name, shift in self.shifts.items():
+            table[modules[name], bias] = shift.data_ptr()
+        return table
 
 
 def merge(
@@ -28,6 +47,7 @@ def merge(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    kernels: NativeKernels | None = None,
 ) -> MergedWeights:
     """Builds the merged weights from the base's effective (dequantized) weights, in fp32."""
     merged = MergedWeights()
@@ -46,7 +66,9 @@ def merge(
         if module.bias is not None:
             shift = module.bias.to(device).float()
             bias = (shift if bias is None else bias.float() + shift).to(dtype)
-        merged.linears[module.module] = DenseLinear(weight.to(dtype), bias)
+            merged.shifts[module.module] = module.bias.to(device, dtype).contiguous()
+        dense = native_linear(kernels, weight.to(dtype), bias, nf4=False) if kernels else None
+        merged.linears[module.module] = dense or DenseLinear(weight.to(dtype), bias)
     return merged
 
 

@@ -20,22 +20,31 @@ CANDIDATES = 256
 """Likeliest tokens looked at first for top_p; a full sort is a hundred times dearer."""
 
 
-def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[SampledToken]:
-    """Chooses one token a row. logits [rows, vocabulary], fp32, row i for sequences[i].
+def likeliest(logits: Tensor) -> list[int]:
+    """The argmax of each row, -1 for a row that is not finite. logits [rows, vocabulary]."""
+    finite = torch.isfinite(logits.amax(-1))
+    tops: list[int] = torch.where(finite, logits.argmax(-1), -1).tolist()
+    return tops
+
+
+def sample(logits: Tensor, sequences: Seq[Sequence], tops: Seq[int]) -> list[SampledToken]:
+    """Chooses one token a row. logits [rows, vocabulary], fp32, row i for sequences[i]; `tops` as
+    `likeliest` gives them.
 
     A row that is not finite gives OVERFLOWED, for that row alone.
     """
-    finite = torch.isfinite(logits.amax(-1)).tolist()
-    likeliest = logits.argmax(-1).tolist()
     return [
-        _sample_row(row, sequence, top) if usable else SampledToken(OVERFLOWED)
-        for row, sequence, top, usable in zip(logits, sequences, likeliest, finite, strict=True)
+        SampledToken(OVERFLOWED) if top < 0 else _sample_row(logits, i, sequence, top)
+        for i, (sequence, top) in enumerate(zip(sequences, tops, strict=True))
     ]
 
 
-def _sample_row(logits: Tensor, sequence: Sequence, likeliest: int) -> SampledToken:
-    """logits [vocabulary]; `likeliest` is their argmax."""
+def _sample_row(rows: Tensor, index: int, sequence: Sequence, top: int) -> SampledToken:
+    """rows [rows, vocabulary]; `top` is the argmax of the row at `index`."""
     params = sequence.request.sampling
+    if params.plain:
+        return SampledToken(top)
+    logits = rows[index]
     produced = len(sequence) - sequence.prompt_len
     held_back = produced < params.min_tokens and bool(params.stop_token_ids)
     changed = logits
@@ -45,7 +54,7 @@ def _sample_row(logits: Tensor, sequence: Sequence, likeliest: int) -> SampledTo
         changed = changed.clone() if changed is logits else changed
         changed[list(params.stop_token_ids)] = -torch.inf
     if params.greedy:
-        token = likeliest if changed is logits else int(changed.argmax())
+        token = top if changed is logits else int(changed.argmax())
     else:
         token = _draw(changed, params, uniform(params.seed, produced))
     return SampledToken(token, _logprob(logits, token, params.logprobs))

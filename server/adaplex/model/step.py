@@ -78,6 +78,8 @@ class StepContext:
         self.slots: Tensor = torch.zeros(0, dtype=torch.int64)
         """[rows] where each row's key and value go: block * block_tokens + offset."""
         self.groups: tuple[AttentionGroup, ...] = ()
+        self.windows: dict[int, int] = {}
+        """Visible keys of each layer that ran, 0 for all."""
         self.rows = AdapterRows()
         """By token row."""
         self.head_rows = AdapterRows()

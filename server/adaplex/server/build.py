@@ -17,7 +17,6 @@ from adaplex.model.decode_steps import decode_steps
 from adaplex.model.kernels.low_rank import low_rank_kernel
 from adaplex.model.loader import BaseModel, load_base
 from adaplex.model.runner import ModelRunner
-from adaplex.model.source import default_cache
 from adaplex.server.config import ConfigError, ServerConfig
 from adaplex.server.convert import ModelLimits
 from adaplex.server.metrics import Metrics
@@ -50,13 +49,10 @@ def build(config: ServerConfig, progress: Progress) -> Parts:
     progress(f"sizing the KV cache: {engine_config.num_blocks} blocks of {BLOCK_TOKENS} tokens")
     store = open_store(config, spec, element_bytes=base.dtype.itemsize)
     import_adapters(config, store, progress)
-    low_rank = low_rank_kernel(
-        base.dtype,
-        base.device,
-        modules=len(spec.modules),
-        cache=config.cache or default_cache(),
-        progress=progress,
-    )
+    if base.kernels is not None:
+        base.kernels.use_threads(config.compute_threads)
+        torch.set_num_threads(1)  # two teams of threads would take the cores from each other
+    low_rank = low_rank_kernel(base.kernels, base.device, modules=len(spec.modules))
     runner = ModelRunner(
         base,
         num_blocks=engine_config.num_blocks,

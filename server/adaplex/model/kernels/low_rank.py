@@ -6,10 +6,8 @@ devices (`triton_low_rank`). All are row-invariant; they round differently from 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adaplex.model.kernels import reference
-from adaplex.model.kernels.native.library import BuildFailed, load_library
+from adaplex.model.kernels.native.kernels import NativeKernels
+from adaplex.model.kernels.native.structs import SITE_FIELDS
 
 AddLowRank = Callable[[str, Tensor, Tensor], None]
 """(module, x [rows, in], y [rows, out]): adds every span's delta to y, in place."""
@@ -42,7 +41,7 @@ class AdapterWeights:
 
     sites: Mapping[str, SiteWeights]
     table: NDArray[np.int64]
-    """[modules, 3]: address of a, address of b, rank; rank 0 where there is no delta."""
+    """[modules, SITE_FIELDS]: addresses and rank, zero where there is nothing."""
     has_bias: bool
 
     @property
@@ -53,10 +52,13 @@ class AdapterWeights:
     @classmethod
     def of(cls, sites: Mapping[str, SiteWeights], modules: Mapping[str, int]) -> AdapterWeights:
         """`modules` numbers every module of the base."""
-        table = np.zeros((len(modules), 3), dtype=np.int64)
+        table = np.zeros((len(modules), len(SITE_FIELDS)), dtype=np.int64)
         for name, site in sites.items():
+            line = table[modules[name]]
             if site.a is not None and site.b is not None:
-                table[modules[name]] = site.a.data_ptr(), site.b.data_ptr(), site.a.shape[0]
+                line[:3] = site.a.data_ptr(), site.b.data_ptr(), site.a.shape[0]
+            if site.bias is not None:
+                line[SITE_FIELDS.index("bias")] = site.bias.data_ptr()
         return cls(sites, table, any(site.bias is not None for site in sites.values()))
 
 
@@ -126,18 +128,19 @@ class ReferenceLowRank:
 class NativeLowRank:
     """One call of a C kernel a module; fp32 and bf16 on the CPU."""
 
-    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._function = library.bf16_low_rank if dtype == torch.bfloat16 else library.f32_low_rank
+    def __init__(self, kernels: NativeKernels) -> None:
+        self._dtype = kernels.dtype
+        self._function = kernels.low_rank
 
     def plan(self, spans: Sequence[Span], modules: Mapping[str, int]) -> AddLowRank:
         """See LowRankKernel."""
         count, stop = len(spans), max((span.stop for span in spans), default=0)
         bounds = np.array([(span.start, span.stop) for span in spans], dtype=np.int64)
-        # [modules, count, 3]: what one call reads lies together.
-        table = np.stack([span.weights.table for span in spans], axis=1)
-        bounds_at, table_at, line = bounds.ctypes.data, table.ctypes.data, table.strides[0]
-        used: list[bool] = np.any(table[:, :, 2] > 0, axis=1).tolist()
+        tables = [span.weights.table for span in spans]
+        starts = np.array([table.ctypes.data for table in tables], dtype=np.int64)
+        # [modules, count]: where each span's adapter has its line for the module.
+        lines = np.arange(len(modules))[:, None] * (8 * len(SITE_FIELDS)) + starts
+        used: list[bool] = np.any([table[:, 2] > 0 for table in tables], axis=0).tolist()
 
         def add(module: str, x: Tensor, y: Tensor) -> None:
             index = modules[module]
@@ -149,35 +152,23 @@ class NativeLowRank:
             failed = self._function(
                 *(x.data_ptr(), x.stride(0), x.shape[1]),
                 *(y.data_ptr(), y.stride(0), y.shape[1]),
-                *(bounds_at, table_at + index * line, count),
+                *(bounds.ctypes.data, lines.ctypes.data + index * lines.strides[0], count),
             )
             if failed:
                 raise MemoryError("no scratch memory for low-rank deltas")
 
         # The addresses above point into these arrays, which the function keeps alive.
-        add.arrays = bounds, table  # type: ignore[attr-defined]
+        add.arrays = tables  # type: ignore[attr-defined]
         return add
 
 
 def low_rank_kernel(
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    modules: int,
-    cache: Path,
-    progress: Callable[[str], None],
+    kernels: NativeKernels | None, device: torch.device, *, modules: int
 ) -> LowRankKernel:
-    """The fastest kernel that works here; says in one line why it is the reference, if it is.
-
-    `modules` counts those of the base.
-    """
+    """The fastest kernel that works here. `modules` counts those of the base."""
     if device.type == "cuda":
         # Imported here, since only torch for CUDA brings Triton along.
         from adaplex.model.kernels.triton_low_rank import TritonLowRank
 
         return TritonLowRank(modules, device)
-    try:
-        return NativeLowRank(load_library(cache), dtype)
-    except BuildFailed as error:
-        progress(f"adapters run on torch, several times slower than on C kernels: {error}")
-        return ReferenceLowRank()
+    return ReferenceLowRank() if kernels is None else NativeLowRank(kernels)

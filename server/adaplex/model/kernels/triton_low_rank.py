@@ -39,7 +39,7 @@ class TritonLowRank:
     def __init__(self, modules: int, device: torch.device, *, slots: int = 1024) -> None:
         """`modules` counts those of the base; `slots` bounds the different adapters of a step."""
         self._table = torch.zeros(slots, modules, 3, dtype=torch.int64, device=device)
-        """[slots, modules, 3]: AdapterWeights.table of the adapters used last."""
+        """[slots, modules, 3]: a, b and rank of AdapterWeights.table, of the adapters used last."""
         self._slots: dict[int, tuple[int, AdapterWeights]] = {}
         """Table rows by identity, least recently used first. Holding the weights keeps an identity
         from being given to others."""
@@ -100,7 +100,7 @@ class TritonLowRank:
             # Kernels read vectors of this alignment.
             assert not (wanted[key].table[:, :2] % ALIGNMENT).any()
             row = len(slots) if len(slots) < len(table) else slots.pop(next(iter(slots)))[0]
-            table[row].copy_(torch.from_numpy(wanted[key].table))
+            table[row].copy_(torch.from_numpy(wanted[key].table[:, :3]))
             slots[key] = row, wanted[key]
         return {key: slots[key][0] for key in wanted}
 

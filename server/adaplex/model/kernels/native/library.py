@@ -1,7 +1,8 @@
 """Building and loading the C kernels.
 
-The compiler of the machine builds for the processor of the machine, once: the result is cached
-under a hash of sources, flags, compiler and processor. Without a compiler the reference serves.
+The compiler of the machine builds them once, for one of a few instruction sets; the result is
+cached under a hash of sources, flags, compiler and processor. Which set is loaded is decided
+when the library is: by what the processor says it has. Without a compiler the reference serves.
 """
 
 from __future__ import annotations
@@ -13,49 +14,117 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
+from adaplex.model.kernels.native import structs
+
 HERE = Path(__file__).parent
-SOURCE = "low_rank.c"
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
-BUILD_SECONDS = 120
-SIGNATURES = ("bf16_low_rank", "f32_low_rank")
+SOURCE = "kernels.c"
+FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
+BUILD_SECONDS = 300
+WRONG = {
+    1: "no memory for the step",
+    2: "a token is not in the vocabulary",
+    3: "a position is out of range or not the next one",
+    4: "a block is not in the cache",
+    5: "rows, runs or sequences do not cover the step",
+}
+"""What the kernels answer, as in types.h."""
 
 
 class BuildFailed(Exception):
     """The kernels cannot be built or loaded here."""
 
 
-def load_library(cache: Path) -> ctypes.CDLL:
-    """The kernels as a library, built into `cache` if need be. Raises BuildFailed."""
+@dataclass(frozen=True)
+class InstructionSet:
+    """What the compiler may use, and what the processor must say that it has for it."""
+
+    name: str
+    needs: frozenset[str]
+    flags: tuple[str, ...]
+
+    @property
+    def usable(self) -> bool:
+        """Whether this processor has it."""
+        return self.needs <= processor_features()
+
+
+INSTRUCTION_SETS = (
+    InstructionSet(
+        "avx512-bf16",
+        frozenset({"avx512_bf16", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma"}),
+        (
+            *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
+            *("-mavx2", "-mfma", "-mprefer-vector-width=512"),
+        ),
+    ),
+    InstructionSet("avx2", frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
+    InstructionSet("portable", frozenset(), ()),
+)
+"""Best first."""
+
+
+def processor_features() -> frozenset[str]:
+    """The instruction sets that the processor says it has, by the kernel's names."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return frozenset()
+    line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(line.partition(":")[2].split())
+
+
+def load_library(cache: Path, instructions: InstructionSet | None = None) -> ctypes.CDLL:
+    """The kernels as a library, built into `cache` if need be, for the best usable instruction set
+    unless told. Raises BuildFailed.
+    """
+    chosen = instructions or next(each for each in INSTRUCTION_SETS if each.usable)
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if compiler is None or shutil.which(compiler) is None:
         raise BuildFailed("there is no C compiler (cc, gcc or $CC)")
-    target = cache / "kernels" / f"{_key(compiler)}.so"
     try:
+        target = cache / "kernels" / f"{_key(compiler, chosen)}.so"
         if not target.exists():
-            _build(compiler, target)
+            _build(compiler, chosen, target)
         library = ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildFailed(f"{compiler}: {error}") from error
-    for name in SIGNATURES:
-        pointer, long = ctypes.c_void_p, ctypes.c_long
-        function = getattr(library, name)
-        function.argtypes = [
-            *(pointer, long, long, pointer, long, long),
-            *(pointer, pointer, long),
-        ]
-        function.restype = ctypes.c_int
+    _declare(library)
     return library
 
 
-def _build(compiler: str, target: Path) -> None:
+def _declare(library: ctypes.CDLL) -> None:
+    """Tells ctypes the signatures."""
+    address, integer = structs.Address, structs.Integer
+    rows = (address, integer)
+    signatures = {
+        "forward": [ctypes.POINTER(structs.Model), ctypes.POINTER(structs.Step)],
+        "linear": [ctypes.POINTER(structs.Weight), *rows, integer, *rows],
+        "low_rank": [*rows, integer, *rows, integer, address, address, integer],
+    }
+    for name, arguments in signatures.items():
+        for element in ("f32", "bf16"):
+            function = getattr(library, f"{element}_{name}")
+            function.argtypes, function.restype = arguments, ctypes.c_int
+    for name, arguments, result in (
+        ("pack_dense", [address, integer, integer, integer, address], None),
+        ("pack_nf4", [address, address, integer, integer, address, address], None),
+        ("use_large_pages", [address, integer], None),
+        ("team_resize", [ctypes.c_int], ctypes.c_int),
+    ):
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, result
+
+
+def _build(compiler: str, instructions: InstructionSet, target: Path) -> None:
     """Compiles next to the target and renames, so that nobody loads half a library."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         built = Path(work) / "kernels.so"
         done = subprocess.run(
-            [compiler, *FLAGS, "-o", str(built), str(HERE / SOURCE)],
+            [compiler, *FLAGS, *instructions.flags, "-o", str(built), str(HERE / SOURCE), "-lm"],
             capture_output=True,
             text=True,
             timeout=BUILD_SECONDS,
@@ -65,21 +134,13 @@ def _build(compiler: str, target: Path) -> None:
         built.rename(target)
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: str, instructions: InstructionSet) -> str:
     """What the library depends on, as a hash."""
     total = hashlib.sha256()
     for path in sorted(HERE.glob("*.[ch]")):
         total.update(path.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=BUILD_SECONDS)
-    total.update("\0".join([compiler, *FLAGS, platform.machine(), _processor()]).encode())
+    parts = [compiler, *FLAGS, *instructions.flags, platform.machine(), *processor_features()]
+    total.update("\0".join(sorted(parts)).encode())
     total.update(version.stdout)
     return total.hexdigest()[:32]
-
-
-def _processor() -> str:
-    """The instruction sets that the processor says it has."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -1,0 +1,43 @@
+"""Forward: how a step gets its logits. By the modules of transformers, or by one call into C."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from itertools import groupby
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adaplex.engine.batch import Batch, Chunk
+from adaplex.engine.request import AdapterRef
+
+Tables = Callable[[AdapterRef], NDArray[np.int64]]
+"""What an adapter in memory does to each module, as kernels read it."""
+
+
+class Forward(Protocol):
+    """Runs the chunks of a batch."""
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, list[int]]:
+        """fp32 logits [len(batch.sampling), vocabulary] and the likeliest token of each row, -1 for
+        a row that is not finite.
+        """
+        ...
+
+
+def runs_of(chunks: Seq[Chunk], counts: Seq[int]) -> list[tuple[AdapterRef | None, int, int]]:
+    """(adapter, first row, row after the last) of each run of rows with one adapter and mode."""
+    return list(_runs(chunks, counts))
+
+
+def _runs(chunks: Seq[Chunk], counts: Seq[int]) -> Iterator[tuple[Any, int, int]]:
+    row = 0
+    pairs = zip(chunks, counts, strict=True)
+    for _, run in groupby(pairs, key=lambda pair: pair[0].sequence.adapter_key):
+        members = list(run)
+        rows = sum(count for _, count in members)
+        yield members[0][0].sequence.adapter, row, row + rows
+        row += rows

@@ -1,0 +1,130 @@
+"""NativeKernels: the C kernels of one element type, as Python calls them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adaplex.model.kernels.native import structs
+from adaplex.model.kernels.native.library import (
+    WRONG,
+    BuildFailed,
+    InstructionSet,
+    load_library,
+)
+
+LANES = 16
+"""Output columns of a panel, and tokens of a block of the cache."""
+ELEMENTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+NF4_BLOCK = 64
+
+
+class NativeKernels:
+    """Calls into the library for one compute dtype. Its team of threads is the process's."""
+
+    def __init__(
+        self, dtype: torch.dtype, cache: Path, instructions: InstructionSet | None = None
+    ) -> None:
+        """Builds the library if need be. Raises BuildFailed."""
+        self.dtype = dtype
+        self.per_unit = 4 // dtype.itemsize
+        self._library = load_library(cache, instructions)
+        element = ELEMENTS[dtype]
+        self._forward = getattr(self._library, f"{element}_forward")
+        self._linear = getattr(self._library, f"{element}_linear")
+        self.low_rank = getattr(self._library, f"{element}_low_rank")
+
+    def use_threads(self, count: int) -> int:
+        """Makes the team this strong; returns how strong it is."""
+        return int(self._library.team_resize(count))
+
+    def forward(self, model: structs.Model, step: structs.Step) -> None:
+        """Runs one step of a decoder. The caller keeps alive what the structs point to."""
+        _check(self._forward(ctypes.byref(model), ctypes.byref(step)))
+
+    def linear(self, weight: structs.Weight, x: Tensor) -> Tensor:
+        """x [rows, in] -> [rows, out]."""
+        assert x.dtype == self.dtype
+        assert x.shape[1] == weight.in_features
+        assert x.stride(1) == 1
+        y = x.new_empty(x.shape[0], weight.out_features)
+        place = (x.data_ptr(), x.stride(0), x.shape[0])
+        _check(self._linear(ctypes.byref(weight), *place, y.data_ptr(), y.stride(0)))
+        return y
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Untouched memory, in large pages where the system gives them."""
+        tensor = torch.empty(shape, dtype=dtype)
+        self._library.use_large_pages(tensor.data_ptr(), tensor.nbytes)
+        return tensor
+
+    def packs_dense(self, in_features: int) -> bool:
+        """Whether a dense weight of this width has panels."""
+        return in_features % self.per_unit == 0
+
+    def packs_nf4(self, in_features: int) -> bool:
+        """Whether an nf4 weight of this width has panels."""
+        return self.dtype == torch.bfloat16 and in_features % NF4_BLOCK == 0
+
+    def pack_dense(self, weight: Tensor) -> Tensor:
+        """weight [out, in] -> panels [out / LANES, in / per_unit, LANES, per_unit], rounded up."""
+        rows, columns = weight.shape
+        units = columns // self.per_unit
+        panels = self.empty(-(-rows // LANES), units, LANES, self.per_unit, dtype=self.dtype)
+        weight = weight.to(self.dtype).contiguous()
+        place = (weight.data_ptr(), rows, columns, self.per_unit)
+        self._library.pack_dense(*place, panels.data_ptr())
+        return panels
+
+    def pack_nf4(
+        self, codes: Tensor, absmax: Tensor, shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """What bitsandbytes quantizes [out, in] to -> panels [out / LANES, in / 8, LANES, 2] of
+        four codes each, and scales [out / LANES, in / NF4_BLOCK, LANES]; rounded up.
+        """
+        rows, columns = shape
+        panels = self.empty(-(-rows // LANES), columns // 8, LANES, 2, dtype=torch.int16)
+        scales = torch.empty(panels.shape[0], columns // NF4_BLOCK, LANES)
+        codes, absmax = codes.contiguous(), absmax.float().contiguous()
+        places = (codes.data_ptr(), absmax.data_ptr(), rows, columns)
+        self._library.pack_nf4(*places, panels.data_ptr(), scales.data_ptr())
+        return panels, scales
+
+
+def native_kernels(
+    dtype: torch.dtype, device: torch.device, *, cache: Path, progress: Callable[[str], None]
+) -> NativeKernels | None:
+    """The kernels for a CPU, None elsewhere; says in one line why there are none, if so."""
+    if device.type != "cpu":
+        return None
+    try:
+        return NativeKernels(dtype, cache)
+    except BuildFailed as error:
+        progress(f"the model runs on torch, several times slower than on C kernels: {error}")
+        return None
+
+
+def unpack_dense(panels: Tensor, rows: int) -> Tensor:
+    """panels [panels, units, LANES, per_unit] -> weight [rows, in]."""
+    return panels.permute(0, 2, 1, 3).reshape(-1, panels.shape[1] * panels.shape[3])[:rows]
+
+
+def unpack_nf4(panels: Tensor, scales: Tensor, rows: int, table: Tensor) -> Tensor:
+    """The weight in effect, fp32 [rows, in]; `table` [16] maps a code to its value."""
+    shifts = torch.arange(0, 16, 4, dtype=torch.int32)
+    codes = (panels.to(torch.int32)[..., None] >> shifts) & 15
+    # [panels, lines, LANES, parity, nibble] -> input 8 line + 2 nibble + parity.
+    values = table[codes].permute(0, 2, 1, 4, 3).reshape(panels.shape[0], LANES, -1, NF4_BLOCK)
+    weight = values * scales.permute(0, 2, 1)[..., None]
+    return weight.reshape(panels.shape[0] * LANES, -1)[:rows]
+
+
+def _check(code: int) -> None:
+    if code == 1:
+        raise MemoryError(WRONG[code])
+    if code:
+        raise ValueError(f"the kernels refuse the step: {WRONG[code]}")

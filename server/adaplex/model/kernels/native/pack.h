@@ -1,0 +1,51 @@
+// Packing weights into the panels of linear.h, at load. Columns beyond `out` are zero.
+
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "vectors.h"
+
+// Dense: weight [out, in] of 4 / per_unit bytes an element.
+void pack_dense(const char *weight, int64_t out, int64_t in, int64_t per_unit, char *panels) {
+  int64_t units = in / per_unit;
+  memset(panels, 0, (size_t)((out + LANES - 1) / LANES * units * 64));
+  for (int64_t n = 0; n < out; n++)
+    for (int64_t u = 0; u < units; u++)
+      memcpy(panels + ((n / LANES * units + u) * LANES + n % LANES) * 4, weight + (n * units + u) * 4,
+             4);
+}
+
+// nf4: `codes` [out, in / 2] as bitsandbytes quantizes, the first weight of a byte in its high half;
+// `absmax` [out, in / 64].
+void pack_nf4(const uint8_t *codes, const float *absmax, int64_t out, int64_t in, uint16_t *panels,
+              float *scales) {
+  int64_t lines = in / 8, blocks = in / 64, count = (out + LANES - 1) / LANES;
+  memset(panels, 0, (size_t)(count * lines * 64));
+  memset(scales, 0, (size_t)(count * blocks * LANES) * sizeof(float));
+  for (int64_t n = 0; n < out; n++) {
+    int64_t panel = n / LANES, column = n % LANES;
+    for (int64_t v = 0; v < lines; v++) {
+      const uint8_t *four = codes + n * in / 2 + v * 4;  // inputs 8 v .. 8 v + 7
+      uint32_t even = 0, odd = 0;
+      for (int j = 0; j < 4; j++) {
+        even |= (uint32_t)(four[j] >> 4) << (4 * j);
+        odd |= (uint32_t)(four[j] & 15) << (4 * j);
+      }
+      uint16_t *pair = panels + (panel * lines + v) * 32 + column * 2;
+      pair[0] = (uint16_t)even;
+      pair[1] = (uint16_t)odd;
+    }
+    for (int64_t b = 0; b < blocks; b++)
+      scales[(panel * blocks + b) * LANES + column] = absmax[n * blocks + b];
+  }
+}
+
+// Asks for large pages under memory that has not been touched: fewer misses of the address cache.
+void use_large_pages(void *start, int64_t bytes) {
+  uintptr_t page = 1 << 21, from = ((uintptr_t)start + page - 1) / page * page;
+  uintptr_t to = ((uintptr_t)start + (uintptr_t)bytes) / page * page;
+  if (from < to) madvise((void *)from, to - from, MADV_HUGEPAGE);
+}

@@ -1,0 +1,60 @@
+// Included once for each element type: what happens to single rows between the products.
+
+// RMSNorm: to[i] = weight[i] * x[i] / rms(x).
+static void NAME(norm_row)(const float *x, const float *weight, long n, double epsilon, ELEMENT *to) {
+  vec sums = {0};
+  long i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    vec v = f32_load(x + i);
+    sums += v * v;
+  }
+  float total = sum_lanes(sums);
+  for (; i < n; i++) total += x[i] * x[i];
+  float inverse = 1.0f / sqrtf(total / (float)n + (float)epsilon);
+  for (i = 0; i + LANES <= n; i += LANES)
+    NAME(store)(to + i, f32_load(x + i) * inverse * f32_load(weight + i));
+  for (; i < n; i++) to[i] = NAME(narrow)(x[i] * inverse * weight[i]);
+}
+
+// The same within one head, in place: Qwen3 norms queries and keys.
+static void NAME(norm_head)(float *x, const float *weight, long n, double epsilon) {
+  float total = 0;
+  for (long i = 0; i < n; i++) total += x[i] * x[i];
+  float inverse = 1.0f / sqrtf(total / (float)n + (float)epsilon);
+  for (long i = 0; i < n; i++) x[i] = x[i] * inverse * weight[i];
+}
+
+// Rotary position embedding of one head in place: element i turns with element i + n / 2.
+static void NAME(rotate_head)(float *x, const float *cosines, const float *sines, long n) {
+  long half = n / 2;
+  for (long i = 0; i < half; i++) {
+    float first = x[i], second = x[i + half];
+    x[i] = first * cosines[i] - second * sines[i];
+    x[i + half] = second * cosines[i] + first * sines[i];
+  }
+}
+
+// to[i] = silu(gate[i]) * up[i].
+static void NAME(gated)(const float *gate, const float *up, long n, ELEMENT *to) {
+  long i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    vec g = f32_load(gate + i);
+    NAME(store)(to + i, g / (exp_lanes(-g) + 1.0f) * f32_load(up + i));
+  }
+  for (; i < n; i++) {
+    vec g = splat(gate[i]);
+    to[i] = NAME(narrow)((g / (exp_lanes(-g) + 1.0f))[0] * up[i]);
+  }
+}
+
+static void NAME(widen_row)(const ELEMENT *x, long n, float *to) {
+  long i = 0;
+  for (; i + LANES <= n; i += LANES) f32_store(to + i, NAME(load)(x + i));
+  for (; i < n; i++) to[i] = NAME(widen)(x[i]);
+}
+
+static void NAME(narrow_row)(const float *x, long n, ELEMENT *to) {
+  long i = 0;
+  for (; i + LANES <= n; i += LANES) NAME(store)(to + i, f32_load(x + i));
+  for (; i < n; i++) to[i] = NAME(narrow)(x[i]);
+}

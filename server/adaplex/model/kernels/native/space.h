@@ -1,0 +1,215 @@
+// Memory of a step: one buffer that grows, cut up anew for each step.
+
+#pragma once
+
+#include "team.h"
+#include "types.h"
+#include "vectors.h"
+
+#define BLOCK_ROWS 4    // rows of one adapter that share what they read of it
+#define SHRINK_ROWS 16  // rows in one ticket of a shrink
+#define PANEL_GROUP 4   // panels in one ticket of a product
+#define QUERY_TOKENS 8  // neighbouring tokens of one sequence that share what they read of the cache
+
+// At most BLOCK_ROWS neighbouring rows of one run.
+typedef struct {
+  long start, stop;
+  const Site *sites;
+} Block;
+
+// At most QUERY_TOKENS neighbouring rows of one sequence.
+typedef struct {
+  long sequence, start, stop;
+} Query_span;
+
+// Tickets from `first_ticket` on: rows [start, stop) of a part by the base, by a dense weight, or
+// through the `a` of a site.
+typedef struct {
+  int part;
+  long start, stop;
+  const void *dense;
+  const Site *site;
+  long first_ticket;
+} Pass;
+
+typedef struct {
+  float *residual;                        // [rows, hidden]
+  void *normed, *query, *attended, *act;  // elements
+  float *wide;                            // [rows, widest product]
+  float *low;                             // [3, rows, rank_stride]: what shrinks give
+  int32_t *home;                          // [rows] block of each row's key and value
+  Block *block, *head_block;
+  Query_span *span;
+  char *member;  // [threads, member_size]
+  long blocks, head_blocks, spans, rank_stride, score_stride, member_size, passes;
+} Work_space;
+
+// What each thread has for itself.
+typedef struct {
+  long base;  // of team_next
+  Pass *passes;
+  float *scores, *mixed;
+  void *weights, *query;
+} Member;
+
+static struct {
+  pthread_mutex_t in_use;
+  char *start;
+  size_t size;
+} memory = {.in_use = PTHREAD_MUTEX_INITIALIZER};
+
+// Cuts `bytes` off a buffer, whole lines of a cache; without a buffer only counts.
+static void *cut(char *buffer, size_t *used, size_t bytes) {
+  void *place = buffer ? buffer + *used : NULL;
+  *used += (bytes + 63) / 64 * 64;
+  return place;
+}
+
+static inline long at_least(long a, long b) { return a > b ? a : b; }
+
+static inline long panel_groups(const Weight *w) {
+  long panels = (w->out + LANES - 1) / LANES;
+  return (panels + PANEL_GROUP - 1) / PANEL_GROUP;
+}
+
+// Lays `blocks` out over runs; counts when there is no room to write to.
+static long cut_blocks(const Run *runs, long count, Block *block) {
+  long blocks = 0;
+  for (long r = 0; r < count; r++)
+    for (long start = runs[r].start; start < runs[r].stop; start += BLOCK_ROWS, blocks++) {
+      long stop = start + BLOCK_ROWS < runs[r].stop ? start + BLOCK_ROWS : runs[r].stop;
+      if (block) block[blocks] = (Block){start, stop, runs[r].sites};
+    }
+  return blocks;
+}
+
+static long cut_spans(const Step *step, Query_span *span) {
+  long spans = 0;
+  for (long s = 0; s < step->sequences; s++)
+    for (long start = step->first[s]; start < step->first[s + 1]; start += QUERY_TOKENS, spans++) {
+      long end = step->first[s + 1];
+      if (span)
+        span[spans] =
+            (Query_span){s, start, start + QUERY_TOKENS < end ? start + QUERY_TOKENS : end};
+    }
+  return spans;
+}
+
+static long widest_rank(const Model *model, const Run *runs, long count) {
+  long widest = 0;
+  for (long r = 0; r < count; r++)
+    for (long i = 0; i < model->modules && runs[r].sites; i++)
+      widest = at_least(widest, runs[r].sites[i].rank);
+  return widest;
+}
+
+static Member member_of(const Work_space *space, const Model *m, size_t element, int thread) {
+  char *own = space->member + thread * space->member_size;
+  long queries = QUERY_TOKENS * (m->heads / m->kv_heads), size = queries * m->head_dim;
+  size_t used = 0;
+  Member me = {0};
+  me.passes = cut(own, &used, sizeof(Pass) * (size_t)space->passes);
+  me.scores = cut(own, &used, sizeof(float) * (size_t)(queries * space->score_stride));
+  me.mixed = cut(own, &used, sizeof(float) * (size_t)size);
+  me.weights = cut(own, &used, element * (size_t)(queries * space->score_stride));
+  me.query = cut(own, &used, element * (size_t)size);
+  me.base = (long)used;
+  if (own) me.base = 0;
+  return me;
+}
+
+static void cut_up(Work_space *space, const Model *m, const Step *step, size_t element, char *from,
+                   size_t *used) {
+  size_t rows = (size_t)at_least(step->rows, step->wanted_rows), wide = sizeof(float);
+  size_t heads = (size_t)(m->heads * m->head_dim), both = (size_t)(m->kv_heads * m->head_dim * 2);
+  size_t widest = (size_t)at_least(at_least(m->hidden, 2 * m->middle), (long)(heads + both));
+  space->residual = cut(from, used, wide * rows * (size_t)m->hidden);
+  space->normed = cut(from, used, element * rows * (size_t)m->hidden);
+  space->query = cut(from, used, element * rows * heads);
+  space->attended = cut(from, used, element * rows * heads);
+  space->act = cut(from, used, element * rows * (size_t)m->middle);
+  space->wide = cut(from, used, wide * rows * widest);
+  space->low = cut(from, used, wide * 3 * rows * (size_t)space->rank_stride);
+  space->home = cut(from, used, sizeof(int32_t) * rows);
+  space->block = cut(from, used, sizeof(Block) * (size_t)space->blocks);
+  space->head_block = cut(from, used, sizeof(Block) * (size_t)space->head_blocks);
+  space->span = cut(from, used, sizeof(Query_span) * (size_t)space->spans);
+  space->member = cut(from, used, (size_t)(space->member_size * team.threads));
+}
+
+// Fills `space` for a step; the caller holds memory.in_use. Returns DONE or NO_MEMORY.
+static int lay_out(Work_space *space, const Model *m, const Step *step, size_t element) {
+  space->blocks = cut_blocks(step->run, step->runs, NULL);
+  space->head_blocks = cut_blocks(step->head_run, step->head_runs, NULL);
+  space->spans = cut_spans(step, NULL);
+  space->score_stride = step->width * LANES;
+  space->passes = 3 * (2 * at_least(step->runs, step->head_runs) + 1) + 1;
+  space->rank_stride = at_least(widest_rank(m, step->run, step->runs),
+                                widest_rank(m, step->head_run, step->head_runs));
+  space->member = NULL;
+  space->member_size = 0;
+  space->member_size = member_of(space, m, element, 0).base;
+  size_t size = 0;
+  cut_up(space, m, step, element, NULL, &size);
+  if (size > memory.size) {
+    free(memory.start);
+    memory.start = aligned_alloc(64, size);
+    memory.size = memory.start ? size : 0;
+    if (!memory.start) return NO_MEMORY;
+  }
+  size = 0;
+  cut_up(space, m, step, element, memory.start, &size);
+  cut_blocks(step->run, step->runs, space->block);
+  cut_blocks(step->head_run, step->head_runs, space->head_block);
+  cut_spans(step, space->span);
+  for (long s = 0; s < step->sequences; s++)
+    for (long row = step->first[s]; row < step->first[s + 1]; row++)
+      space->home[row] = step->table[s * step->width + step->position[row] / LANES];
+  return DONE;
+}
+
+// Runs must cover [0, rows) in order.
+static int covers(const Run *runs, long count, long rows) {
+  long at = 0;
+  for (long r = 0; r < count; r++) {
+    if (runs[r].start != at || runs[r].stop <= at) return 0;
+    at = runs[r].stop;
+  }
+  return at == rows;
+}
+
+// What is wrong with a step, DONE if nothing: no index of it may lead out of an array.
+static int check_step(const Model *m, const Step *step) {
+  if (step->rows < 1 || step->sequences < 1 || step->wanted_rows < 0) return BAD_ROWS;
+  if (step->first[0] != 0 || step->first[step->sequences] != step->rows) return BAD_ROWS;
+  if (!covers(step->run, step->runs, step->rows)) return BAD_ROWS;
+  if (!covers(step->head_run, step->head_runs, step->wanted_rows)) return BAD_ROWS;
+  for (long i = 0; i < step->wanted_rows; i++)
+    if (step->wanted[i] < 0 || step->wanted[i] >= step->rows) return BAD_ROWS;
+  for (long s = 0; s < step->sequences; s++) {
+    long start = step->first[s], stop = step->first[s + 1];
+    if (start >= stop) return BAD_ROWS;
+    for (long row = start; row < stop; row++) {
+      long at = step->position[row];
+      if (step->tokens[row] < 0 || step->tokens[row] >= m->vocabulary) return BAD_TOKEN;
+      if (at < 0 || at >= m->positions || at >= step->width * LANES) return BAD_POSITION;
+      if (row > start && at != step->position[row - 1] + 1) return BAD_POSITION;
+    }
+    for (long b = 0; b <= step->position[stop - 1] / LANES; b++) {
+      long block = step->table[s * step->width + b];
+      if (block < 0 || block >= m->blocks) return BAD_BLOCK;
+    }
+  }
+  return DONE;
+}
+
+// Index of the largest value, the first of equals; -1 when the largest is not finite or any is NaN.
+static int32_t likeliest(const float *x, long n) {
+  long best = 0;
+  int nan = 0;
+  for (long i = 0; i < n; i++) {
+    if (x[i] > x[best]) best = i;
+    nan |= x[i] != x[i];
+  }
+  return nan || !(x[best] < INFINITY && x[best] > -INFINITY) ? -1 : (int32_t)best;
+}

@@ -1,0 +1,63 @@
+// What Python hands over. Mirrored by structs.py; all integers are 64 bits wide but for arrays of
+// tokens, positions and blocks, so that no struct has padding.
+
+#pragma once
+
+#include <stdint.h>
+
+// A frozen weight [out, in] in panels of 16 output columns; see linear.h.
+typedef struct {
+  const void *panels;
+  const float *scales;  // nf4: [panels, in / 64, 16]; null when dense
+  const float *bias;    // [out] or null
+  int64_t in, out;
+} Weight;
+
+// What one adapter does at one module; zeros where it does nothing.
+typedef struct {
+  const void *a;      // [rank, in]
+  const void *b;      // [rank, out]
+  int64_t rank;
+  const void *bias;   // [out]
+  const void *dense;  // panels of base plus delta, instead of the base
+} Site;
+
+// Neighbouring rows of one adapter; `sites` has one line a module, null for the base.
+typedef struct {
+  int64_t start, stop;
+  const Site *sites;
+} Run;
+
+typedef struct {
+  Weight q, k, v, o, gate, up, down;
+  const float *attention_norm, *mlp_norm;  // [hidden]
+  const float *q_norm, *k_norm;            // [head_dim] or null
+  void *keys, *values;                     // [kv_heads, blocks, 16 * head_dim]; see attention.h
+  int64_t window;                          // visible keys, 0 for all
+  int64_t modules[7];                      // q, k, v, o, gate, up, down in the lines of `sites`
+} Layer;
+
+typedef struct {
+  const void *embedding;  // [vocabulary, hidden]
+  const float *final_norm;
+  const float *cosines, *sines;  // [positions, head_dim / 2]
+  const Layer *layer;
+  Weight head;
+  int64_t layers, hidden, heads, kv_heads, head_dim, middle, vocabulary, positions, blocks, modules;
+  int64_t head_module;
+  double epsilon, scale;
+} Model;
+
+typedef struct {
+  const int32_t *tokens, *position;  // [rows]
+  const int32_t *first;              // [sequences + 1] rows of each sequence, neighbours in time
+  const int32_t *table;              // [sequences, width] blocks
+  const int32_t *wanted;             // [wanted_rows] rows whose logits are asked for
+  const Run *run, *head_run;         // over all rows; over the wanted rows
+  float *logits;                     // [wanted_rows, vocabulary]
+  int32_t *likeliest;                // [wanted_rows] argmax, -1 for a row that is not finite
+  int64_t rows, sequences, width, wanted_rows, runs, head_runs;
+} Step;
+
+// What a call answers.
+enum { DONE = 0, NO_MEMORY = 1, BAD_TOKEN = 2, BAD_POSITION = 3, BAD_BLOCK = 4, BAD_ROWS = 5 };

@@ -1,0 +1,158 @@
+"""Llama: what the hand-written decoder needs of a llama-shaped model.
+
+The shape is read off the modules, not off a list of names: llama, mistral, qwen2, qwen3 and smollm
+have it, and so has whatever is built of the same parts. Whether the parts are also put together in
+the same way is found out by running both (`adaplex.model.native_forward`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaplex.model.adapted import AdaptedLinear
+from adaplex.model.native_linear import NativeLinear
+
+LINEARS = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+PARTS = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+ATTENTION_PARTS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"})
+
+
+class NotLlama(Exception):
+    """The model has another shape; says which part."""
+
+
+@dataclass(frozen=True)
+class LlamaLayer:
+    """One layer; norms are fp32 [features]."""
+
+    linears: tuple[NativeLinear, ...]
+    """q, k, v, o, gate, up, down."""
+    names: tuple[str, ...]
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    window: int
+    """Visible keys; 0 for all."""
+
+
+@dataclass(frozen=True)
+class Llama:
+    """The whole decoder."""
+
+    embedding: Tensor
+    """[vocabulary, hidden] in the compute dtype."""
+    layers: tuple[LlamaLayer, ...]
+    final_norm: Tensor
+    head: NativeLinear
+    head_name: str
+    cosines: Tensor
+    """fp32 [positions, head_dim / 2]."""
+    sines: Tensor
+    heads: int
+    kv_heads: int
+    head_dim: int
+    epsilon: float
+    scale: float
+
+
+@torch.inference_mode()
+def llama_of(model: Any, *, positions: int, windows: Mapping[int, int]) -> Llama:
+    """Reads a loaded and adapted model; tables of rotations cover `positions`; `windows` has
+    the visible keys of each layer, 0 for all. Raises NotLlama.
+    """
+    try:
+        return _read(model, positions, windows)
+    except AttributeError as error:
+        raise NotLlama(str(error)) from error
+
+
+def _read(model: Any, positions: int, windows: Mapping[int, int]) -> Llama:
+    inner, config = model.model, model.config
+    _need(
+        {name for name, _ in inner.named_children()},
+        {"embed_tokens", "layers", "norm", "rotary_emb"},
+    )
+    layers = tuple(
+        _layer(f"model.layers.{i}", layer, windows[i]) for i, layer in enumerate(inner.layers)
+    )
+    attention = inner.layers[0].self_attn
+    head_dim = int(attention.head_dim)
+    if head_dim % 16:
+        raise NotLlama(f"heads of {head_dim} dimensions")
+    where = torch.arange(positions)[None]
+    cosines, sines = inner.rotary_emb(torch.zeros(1, dtype=torch.float32), where)
+    if cosines.shape[-1] != head_dim or inner.rotary_emb.rope_type in ("dynamic", "longrope"):
+        raise NotLlama("another rotary embedding")
+    norms = [inner.norm] + [
+        n for x in inner.layers for n in (x.input_layernorm, x.post_attention_layernorm)
+    ]
+    if len({norm.variance_epsilon for norm in norms}) != 1:
+        raise NotLlama("norms of different kinds")
+    return Llama(
+        embedding=inner.embed_tokens.weight.detach().contiguous(),
+        layers=layers,
+        final_norm=_norm(inner.norm),
+        head=_native(model.lm_head),
+        head_name=model.lm_head.name,
+        cosines=cosines[0, :, : head_dim // 2].float().contiguous(),
+        sines=sines[0, :, : head_dim // 2].float().contiguous(),
+        heads=int(config.num_attention_heads),
+        kv_heads=int(config.num_key_value_heads),
+        head_dim=head_dim,
+        epsilon=float(inner.norm.variance_epsilon),
+        scale=float(attention.scaling),
+    )
+
+
+def _layer(name: str, layer: Any, window: int) -> LlamaLayer:
+    _need({child for child, _ in layer.named_children()}, PARTS)
+    attention = layer.self_attn
+    extra = {child for child, _ in attention.named_children()} - ATTENTION_PARTS
+    if extra:
+        raise NotLlama(f"attention with {', '.join(sorted(extra))}")
+    if (
+        not isinstance(layer.mlp.act_fn, nn.SiLU)
+        and type(layer.mlp.act_fn).__name__ != "SiLUActivation"
+    ):
+        raise NotLlama(f"activation {type(layer.mlp.act_fn).__name__}")
+    head_norms = [
+        _norm(attention.get_submodule(part)) if hasattr(attention, part) else None
+        for part in ("q_norm", "k_norm")
+    ]
+    return LlamaLayer(
+        linears=tuple(_native(layer.get_submodule(part)) for part in LINEARS),
+        names=tuple(f"{name}.{part}" for part in LINEARS),
+        attention_norm=_norm(layer.input_layernorm),
+        mlp_norm=_norm(layer.post_attention_layernorm),
+        q_norm=head_norms[0],
+        k_norm=head_norms[1],
+        window=window,
+    )
+
+
+def _need(found: set[str], wanted: set[str] | frozenset[str]) -> None:
+    if found != wanted:
+        raise NotLlama(f"parts {', '.join(sorted(found ^ wanted))}")
+
+
+def _norm(norm: Any) -> Tensor:
+    """fp32 weight of an RMSNorm."""
+    if getattr(norm, "bias", None) is not None or not hasattr(norm, "variance_epsilon"):
+        raise NotLlama(f"norm {type(norm).__name__}")
+    weight: Tensor = norm.weight.detach().float().contiguous()
+    return weight
+
+
+def _native(module: Any) -> NativeLinear:
+    if not isinstance(module, AdaptedLinear) or not isinstance(module.backend, NativeLinear):
+        raise NotLlama("a linear without panels")
+    return module.backend

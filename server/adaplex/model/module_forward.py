@@ -1,0 +1,131 @@
+"""ModuleForward: steps of any architecture, by the modules of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from adaplex.engine.batch import Batch, Chunk
+from adaplex.engine.request import AdapterMode
+from adaplex.model.decode_steps import DecodeSteps
+from adaplex.model.forward import runs_of
+from adaplex.model.kernels.low_rank import AdapterWeights, LowRankKernel, Span
+from adaplex.model.kernels.reference import padded_rows
+from adaplex.model.kv_cache import KVCache
+from adaplex.model.loader import BaseModel
+from adaplex.model.merged import MergedWeights
+from adaplex.model.sampler import likeliest
+from adaplex.model.step import AdapterRows, AttentionGroup, Segment
+
+
+class ModuleForward:
+    """Fills the step context of a base and calls its modules."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        cache: KVCache,
+        *,
+        low_rank: LowRankKernel,
+        decode: DecodeSteps | None,
+        weights: Callable[[str], AdapterWeights],
+        merged: Mapping[str, MergedWeights],
+    ) -> None:
+        """`weights` gives a resident adapter by digest; `decode` takes the steps it serves."""
+        self._base, self._step, self._block_tokens = base, base.step, cache.block_tokens
+        self._low_rank, self._decode = low_rank, decode
+        self._weights, self._merged = weights, merged
+        self._modules = {name: index for index, name in enumerate(base.spec.modules)}
+        self._step.cache = cache
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, list[int]]:
+        """See Forward."""
+        logits = self._replayed(batch)
+        if logits is None:
+            logits = self._logits(batch)
+        return logits, likeliest(logits)
+
+    def _replayed(self, batch: Batch) -> Tensor | None:
+        return None if self._decode is None else self._decode.forward(batch, self._weights)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        chunks = batch.chunks
+        tokens = [t for c in chunks for t in c.sequence.tokens[c.start : c.end]]
+        positions = [p for c in chunks for p in range(c.start, c.end)]
+        slots = [slot for c in chunks for slot in self._slots(c)]
+        ends = accumulate(chunk.count for chunk in chunks)
+        wanted = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.samples]
+        padding = padded_rows(len(tokens)) - len(tokens)
+        for column in (tokens, positions, slots):
+            column.extend([0] * padding)
+        wanted_padded = wanted + [0] * (padded_rows(len(wanted)) - len(wanted))
+
+        step, device = self._step, self._base.device
+        step.slots = torch.tensor(slots, device=device)
+        step.groups = tuple(self._groups(chunks))
+        step.rows = self._adapter_rows(chunks, [c.count for c in chunks], len(tokens))
+        step.head_rows = self._adapter_rows(batch.sampling, [1] * len(wanted), len(wanted_padded))
+        out = self._base.module(
+            input_ids=torch.tensor([tokens], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(wanted_padded, device=device),
+        )
+        logits: Tensor = out.logits[0, : len(wanted)]
+        return logits.float()
+
+    def _slots(self, chunk: Chunk) -> Iterator[int]:
+        """Where in the cache each token of the chunk goes."""
+        size, blocks = self._block_tokens, chunk.sequence.blocks
+        for position in range(chunk.start, chunk.end):
+            yield blocks[position // size] * size + position % size
+
+    def _groups(self, chunks: Seq[Chunk]) -> Iterator[AttentionGroup]:
+        """Leading one-token chunks together, every longer chunk by itself."""
+        ones = next((i for i, c in enumerate(chunks) if c.count > 1), len(chunks))
+        if ones:
+            yield self._group(0, chunks[:ones])
+        row = ones
+        for chunk in chunks[ones:]:
+            yield self._group(row, [chunk])
+            row += chunk.count
+
+    def _group(self, row: int, chunks: Seq[Chunk]) -> AttentionGroup:
+        """A group of chunks of one length that starts at `row`."""
+        size, device = self._block_tokens, self._base.device
+        used = [c.sequence.blocks[: -(-c.end // size)] for c in chunks]
+        width = max(map(len, used))
+        tables = [blocks + [0] * (width - len(blocks)) for blocks in used]
+        positions = [list(range(c.start, c.end)) for c in chunks]
+        return AttentionGroup(
+            row, torch.tensor(tables, device=device), torch.tensor(positions, device=device)
+        )
+
+    def _adapter_rows(self, chunks: Seq[Chunk], counts: Seq[int], padded: int) -> AdapterRows:
+        """Which adapter changes which rows; neighbouring rows of one adapter go together.
+
+        One that has all rows gets the padding too, up to row `padded`.
+        """
+        spans: list[Span] = []
+        segments: list[Segment] = []
+        rows = sum(counts)
+        for adapter, start, end in runs_of(chunks, counts):
+            if adapter is None:
+                continue
+            stop = padded if (start, end) == (0, rows) else end
+            if adapter.mode is AdapterMode.MERGED:
+                merged = self._merged[adapter.digest]
+                segments.append(Segment(start, stop, merged.sites, merged.linears))
+                continue
+            weights = self._weights(adapter.digest)
+            spans.append(Span(start, stop, weights))
+            if weights.has_bias:
+                segments.append(Segment(start, stop, weights.sites))
+        if not spans:
+            return AdapterRows(any=bool(segments), segments=tuple(segments))
+        add = self._low_rank.plan(spans, self._modules)
+        return AdapterRows(any=True, add_low_rank=add, segments=tuple(segments))

@@ -1,0 +1,181 @@
+"""NativeForward: steps of a llama-shaped model by the C kernels, all layers in one call.
+
+Meant to give what `ModuleForward` gives within rounding; whether it does is tried before it serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adaplex.engine.batch import Batch, Chunk
+from adaplex.engine.request import Request, SamplingParams
+from adaplex.engine.sequence import Sequence
+from adaplex.model.forward import Forward, Tables, runs_of
+from adaplex.model.kernels.native import structs
+from adaplex.model.kernels.native.kernels import LANES, NativeKernels
+from adaplex.model.kv_cache import KVCache
+from adaplex.model.llama import Llama, LlamaLayer, NotLlama, llama_of
+from adaplex.model.loader import BaseModel
+
+Array = NDArray[Any]
+AGREEMENT = 0.98
+"""Cosine between the logits of the two paths; rounding in bf16 leaves more than 0.99 of tiny random
+models, a part that is missing or scaled does not."""
+
+
+class NativeForward:
+    """Holds the structs that the kernels read, and what they point to."""
+
+    def __init__(
+        self,
+        llama: Llama,
+        kernels: NativeKernels,
+        cache: KVCache,
+        modules: Mapping[str, int],
+        tables: Tables,
+    ) -> None:
+        """`modules` numbers every module of the base, `tables` finds what adapters do to them."""
+        self._llama, self._kernels, self._cache, self._tables = llama, kernels, cache, tables
+        self._layers = (structs.Layer * len(llama.layers))(
+            *(_layer(each, cache, i, modules) for i, each in enumerate(llama.layers))
+        )
+        self._model = structs.Model(
+            embedding=llama.embedding.data_ptr(),
+            final_norm=llama.final_norm.data_ptr(),
+            cosines=llama.cosines.data_ptr(),
+            sines=llama.sines.data_ptr(),
+            layer=self._layers,
+            head=llama.head.struct,
+            layers=len(llama.layers),
+            hidden=llama.embedding.shape[1],
+            heads=llama.heads,
+            kv_heads=llama.kv_heads,
+            head_dim=llama.head_dim,
+            middle=llama.layers[0].linears[4].out_features,
+            vocabulary=llama.head.out_features,
+            positions=llama.cosines.shape[0],
+            blocks=cache.keys[0].shape[1],
+            modules=len(modules),
+            head_module=modules[llama.head_name],
+            epsilon=llama.epsilon,
+            scale=llama.scale,
+        )
+        self._logits = torch.empty(0, llama.head.out_features)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, list[int]]:
+        """See Forward; the logits are valid until the next step."""
+        chunks, sampling = batch.chunks, batch.sampling
+        tokens = [t for c in chunks for t in c.sequence.tokens[c.start : c.end]]
+        ends = list(accumulate(c.count for c in chunks))
+        width = max(-(-c.end // self._cache.block_tokens) for c in chunks)
+        tables = np.zeros((len(chunks), width), dtype=np.int32)
+        for line, c in zip(tables, chunks, strict=True):
+            used = c.sequence.blocks[: -(-c.end // self._cache.block_tokens)]
+            line[: len(used)] = used
+        wanted = [end - 1 for c, end in zip(chunks, ends, strict=True) if c.samples]
+        logits = self._room(len(wanted))
+        likeliest = np.empty(len(wanted), dtype=np.int32)
+        arrays = {
+            "tokens": np.array(tokens, dtype=np.int32),
+            "position": np.concatenate([np.arange(c.start, c.end, dtype=np.int32) for c in chunks]),
+            "first": np.array([0, *ends], dtype=np.int32),
+            "table": tables,
+            "wanted": np.array(wanted, dtype=np.int32),
+            "likeliest": likeliest,
+        }
+        run, kept = self._runs(runs_of(chunks, [c.count for c in chunks]))
+        head_run, head_kept = self._runs(runs_of(sampling, [1] * len(sampling)))
+        step = structs.Step(
+            **{name: array.ctypes.data for name, array in arrays.items()},
+            run=_address(run),
+            head_run=_address(head_run),
+            logits=logits.data_ptr(),
+            rows=len(tokens),
+            sequences=len(chunks),
+            width=width,
+            wanted_rows=len(wanted),
+            runs=len(run),
+            head_runs=len(head_run),
+        )
+        self._kernels.forward(self._model, step)
+        del kept, head_kept
+        return logits, likeliest.tolist()
+
+    def _runs(self, runs: Seq[tuple[Any, int, int]]) -> tuple[Any, list[Array]]:
+        """The runs as structs, and the tables that they point to."""
+        tables = [None if adapter is None else self._tables(adapter) for adapter, _, _ in runs]
+        filled = (structs.Run * len(runs))(
+            *(
+                structs.Run(start, stop, None if table is None else table.ctypes.data)
+                for (_, start, stop), table in zip(runs, tables, strict=True)
+            )
+        )
+        return filled, [table for table in tables if table is not None]
+
+    def _room(self, rows: int) -> Tensor:
+        """[rows, vocabulary], the same memory for every step."""
+        if rows > self._logits.shape[0]:
+            self._logits = torch.empty(rows, self._logits.shape[1])
+        return self._logits[:rows]
+
+
+@torch.inference_mode()
+def fastest(
+    base: BaseModel,
+    cache: KVCache,
+    modules: Forward,
+    numbers: Mapping[str, int],
+    tables: Tables,
+) -> Forward:
+    """The C decoder where the base has its shape and it agrees with `modules` on a prompt that is
+    run through both, in the scratch block; else `modules`. `numbers` counts the
+    modules of the base.
+    """
+    if base.kernels is None or cache.block_tokens != LANES:
+        return modules
+    sequence = Sequence(Request("trial", tuple(range(1, LANES + 1)), SamplingParams()))
+    sequence.blocks = [0]
+    trial = Batch((Chunk(sequence, 0, LANES),))
+    expected = modules(trial)[0]
+    positions = min(base.max_positions, cache.keys[0].shape[1] * LANES)
+    try:
+        llama = llama_of(base.module, positions=positions, windows=base.step.windows)
+    except NotLlama:
+        return modules
+    native = NativeForward(llama, base.kernels, cache, numbers, tables)
+    found = native(trial)[0]
+    for each in (*cache.keys, *cache.values):
+        each[:, 0].zero_()
+    return native if torch.cosine_similarity(expected, found).item() > AGREEMENT else modules
+
+
+def _address(array: Any) -> int | None:
+    return structs.address_of(array) if len(array) else None
+
+
+def _layer(
+    layer: LlamaLayer, cache: KVCache, index: int, modules: Mapping[str, int]
+) -> structs.Layer:
+    def optional(tensor: Tensor | None) -> int | None:
+        return None if tensor is None else tensor.data_ptr()
+
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+    return structs.Layer(
+        **{name: linear.struct for name, linear in zip(names, layer.linears, strict=True)},
+        attention_norm=layer.attention_norm.data_ptr(),
+        mlp_norm=layer.mlp_norm.data_ptr(),
+        q_norm=optional(layer.q_norm),
+        k_norm=optional(layer.k_norm),
+        keys=cache.keys[index].data_ptr(),
+        values=cache.values[index].data_ptr(),
+        window=layer.window,
+        modules=(structs.Integer * 7)(*(modules[name] for name in layer.names)),
+    )

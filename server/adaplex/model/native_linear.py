@@ -1,0 +1,84 @@
+"""NativeLinear: a frozen weight in panels, multiplied by the C kernels of the CPU."""
+
+from __future__ import annotations
+
+from bitsandbytes import functional as bnb_functional
+from torch import Tensor
+
+from adaplex.model.kernels.native import structs
+from adaplex.model.kernels.native.kernels import (
+    NF4_BLOCK,
+    NativeKernels,
+    unpack_dense,
+    unpack_nf4,
+)
+from adaplex.model.linear import LinearBackend, nf4_roundtrip
+
+
+class NativeLinear(LinearBackend):
+    """Dense in the compute dtype, or nf4 with values rounded to bf16 and block maxima in fp32."""
+
+    def __init__(
+        self,
+        kernels: NativeKernels,
+        shape: tuple[int, int],
+        panels: Tensor,
+        scales: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        """`panels` and `scales` as NativeKernels packs them."""
+        super().__init__(shape, bias)
+        self._kernels = kernels
+        self.panels, self.scales = panels, scales
+        self._wide_bias = None if bias is None else bias.float().contiguous()
+        self.struct = structs.Weight(
+            panels.data_ptr(),
+            None if scales is None else scales.data_ptr(),
+            None if self._wide_bias is None else self._wide_bias.data_ptr(),
+            self.in_features,
+            self.out_features,
+        )
+
+    @classmethod
+    def dense(cls, kernels: NativeKernels, weight: Tensor, bias: Tensor | None) -> NativeLinear:
+        """Keeps a weight [out, in] in the compute dtype."""
+        shape = (weight.shape[0], weight.shape[1])
+        return cls(kernels, shape, kernels.pack_dense(weight), None, bias)
+
+    @classmethod
+    def nf4(cls, kernels: NativeKernels, weight: Tensor, bias: Tensor | None) -> NativeLinear:
+        """Quantizes a weight [out, in] by bitsandbytes."""
+        shape = (weight.shape[0], weight.shape[1])
+        codes, state = bnb_functional.quantize_4bit(
+            weight.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False
+        )
+        return cls(kernels, shape, *kernels.pack_nf4(codes, state.absmax, shape), bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See LinearBackend."""
+        return self._kernels.linear(self.struct, x)
+
+    def dequantize(self) -> Tensor:
+        """See LinearBackend."""
+        if self.scales is None:
+            return unpack_dense(self.panels, self.out_features).float()
+        table = bnb_functional.get_4bit_type("nf4", device="cpu").bfloat16().float()
+        return unpack_nf4(self.panels, self.scales, self.out_features, table)
+
+    @property
+    def nbytes(self) -> int:
+        """See LinearBackend."""
+        return int(self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes))
+
+
+def native_linear(
+    kernels: NativeKernels, weight: Tensor, bias: Tensor | None, *, nf4: bool
+) -> NativeLinear | None:
+    """The backend for a weight [out, in] in the compute dtype; None where it has no panels."""
+    if nf4 and kernels.packs_nf4(weight.shape[1]):
+        return NativeLinear.nf4(kernels, weight, bias)
+    if not kernels.packs_dense(weight.shape[1]):
+        return None
+    if nf4:
+        weight = nf4_roundtrip(weight)
+    return NativeLinear.dense(kernels, weight, bias)
