@@ -81,13 +81,14 @@ async def measure(options: argparse.Namespace, logs: Path) -> rounds.Measured:
     given = Inputs(
         model=model,
         adapters=inputs.adapters(model, SLOTS, RANK),
+        rank=RANK,
         threads=options.threads,
         slots=SLOTS,
         context=CONTEXT,
         logs=logs,
     )
-    makers = {"adaplex": partial(Adaplex, dict(options.serve)), **SYSTEMS}
-    systems = [makers[name](given) for name in options.systems]
+    ours = partial(Adaplex, dict(options.serve))
+    systems = [SYSTEMS.get(name, ours)(given) for name in options.systems]
     cells = [cell for cell in CELLS if cell.name in options.cells]
     found = rounds.Measured()
     rounds.prepare(systems, found, print_progress)

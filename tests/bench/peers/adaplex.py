@@ -1,6 +1,6 @@
 """adaplex: our own server through the asyncio client's streams.
 
-As it ships, but for what `settings` say (`adaplex serve`'s, by name); no prefix cache, as for all.
+As it ships, but for what `settings` say (`adaplex serve`'s, by name).
 """
 
 from __future__ import annotations
@@ -36,10 +36,8 @@ class Adaplex:
         async with AsyncExitStack() as started:
             store = started.enter_context(tempfile.TemporaryDirectory())
             log = started.enter_context((self._inputs.logs / f"{self.name}.log").open("w"))
-            settings: dict[str, object] = {"model": self._inputs.model, "store_dir": store}
-            server = LocalServer(
-                on_log=lambda record: print(dict(record), file=log), **settings | self._settings
-            )
+            settings = {"model": self._inputs.model, "store_dir": store, **self._settings}
+            server = LocalServer(on_log=lambda record: print(dict(record), file=log), **settings)
             started.callback(_end, server)
             try:
                 await asyncio.to_thread(server.wait_ready)

@@ -37,7 +37,9 @@ def adapters(model: Path, count: int, rank: int) -> tuple[Path, ...]:
     if not shapes:
         raise PeerError(f"{model}: none of {TARGETS} in this model")
     where = model_files(model)
-    return tuple(_adapter(shapes, where / f"r{rank}-{SIZE}-{seed}", rank, seed) for seed in range(count))
+    return tuple(
+        _adapter(shapes, where / f"r{rank}-{SIZE}-{seed}", rank, seed) for seed in range(count)
+    )
 
 
 def _linear_shapes(model: Path) -> dict[str, tuple[int, int]]:

@@ -10,6 +10,7 @@ Each recipe's text is kept beside what it made; a changed recipe makes it again.
 
 from __future__ import annotations
 
+import ctypes.util
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,8 @@ PEFT = ("transformers", "peft")
 """Pinned by constraints.txt, as is all they need."""
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 """Its sdist holds llama.cpp's whole source, under vendor/."""
+LLAMA_CPP_BACKEND = "scikit-build-core==1.1.2"
+"""pip asks an sdist for its metadata even to download it: that needs its build backend."""
 LLAMA_CPP_TOOLS = ("cmake==4.4.4", "ninja==1.13.2")
 LLAMA_CPP_CONVERTERS = ("transformers", "protobuf", "sentencepiece==0.2.3")
 LLAMA_CPP_BUILD = (
@@ -41,6 +44,8 @@ LLAMA_CPP_BUILD = (
     "-DLLAMA_BUILD_EXAMPLES=OFF",
 )
 VLLM = HERE / "vllm.txt"
+TCMALLOC = "libtcmalloc-minimal4"
+"""Debian's package."""
 
 
 def folder() -> Path:
@@ -72,6 +77,29 @@ def vllm(progress: Progress) -> Path:
     return _python(_made("vllm", _text((), CONSTRAINTS, VLLM), make, progress))
 
 
+def vllm_libraries(progress: Progress) -> list[Path | str]:
+    """What vLLM wants preloaded: Intel's OpenMP of its environment, and tcmalloc.
+
+    tcmalloc is the system's, else Debian's package unpacked here; without either vLLM runs slower,
+    and `progress` says so.
+    """
+    openmp = vllm(progress).parents[1] / "lib" / "libiomp5.so"
+    if found := ctypes.util.find_library("tcmalloc_minimal"):
+        return [found, openmp]
+    try:
+        unpacked = _made("tcmalloc", TCMALLOC, _unpack_tcmalloc, progress)
+        return [next(unpacked.rglob("libtcmalloc_minimal.so.4")), openmp]
+    except (PeerError, OSError) as error:
+        progress(f"vLLM goes without tcmalloc, and slower: install {TCMALLOC} ({error})")
+        return [openmp]
+
+
+def _unpack_tcmalloc(target: Path) -> None:
+    _run(target, ["apt-get", "download", TCMALLOC])
+    (package,) = target.glob("*.deb")
+    _run(target, ["dpkg", "-x", package, "."])
+
+
 def llama_cpp(progress: Progress) -> Path:
     """The folder of llama.cpp: `env` with its converters' needs, `source`, `build/bin`."""
 
@@ -92,8 +120,7 @@ def llama_cpp(progress: Progress) -> Path:
 def _unpack_source(target: Path) -> None:
     """Fetches the sdist into `target` and leaves llama.cpp's source in `target`/source."""
     command = ["download", "--quiet", "--no-deps", "--no-binary=:all:", "--no-build-isolation"]
-    # pip asks an sdist for its metadata even to download it: that needs its build backend.
-    _pip(target / "env", "scikit-build-core==1.1.2")
+    _pip(target / "env", LLAMA_CPP_BACKEND)
     _run(target, [_python(target / "env"), "-m", "pip", *command, "-d", target, LLAMA_CPP])
     (archive,) = target.glob("llama_cpp_python-*.tar.gz")
     with tarfile.open(archive) as packed:

@@ -5,9 +5,9 @@ How it is driven, and why:
   for the longest stream in every slot; continuous batching is its default.
 - No prompt cache anywhere (`--no-cache-prompt`, `--cache-ram 0`): prompts are never repeated, so
   that it could only cost.
-- All adapters loaded at start (`--lora-init-without-apply`); a request names its own in `lora`, which
-  sets all others to 0. A base request names one with scale 0: an empty list would mean all of them.
-  Streams with different adapters are not batched together: that is its design.
+- All adapters loaded at start (`--lora-init-without-apply`); a request names its own in `lora`,
+  which sets all others to 0. A base request names one with scale 0, as an empty list would mean all
+  of them. Streams with different adapters are not batched together: that is its design.
 - Greedy by `top_k` 1 as the only sampler, the cheapest chain there is; prompts as token ids.
 - Run as two systems, bf16 and q8_0, as either wins some cells; compare with the better one.
 """
@@ -47,12 +47,12 @@ class LlamaCpp:
         self._convert("convert_hf_to_gguf.py", [model], self._model, self._file_type, progress)
         for adapter in self._inputs.adapters:
             file = adapter.with_name(f"{adapter.name}.gguf")
-            given = ["--base", model, adapter]
+            given: list[Path | str] = ["--base", model, adapter]
             self._convert("convert_lora_to_gguf.py", given, file, "f16", progress)
             self._adapters.append(file)
 
     def _convert(
-        self, script: str, given: Sequence[str | Path], file: Path, kind: str, progress: Progress
+        self, script: str, given: Sequence[Path | str], file: Path, kind: str, progress: Progress
     ) -> None:
         """Runs one of llama.cpp's converters, unless `file` is there."""
         if file.is_file():
@@ -70,7 +70,7 @@ class LlamaCpp:
     async def __aenter__(self) -> Self:
         inputs = self._inputs
         port = free_port()
-        command: list[str | Path] = [
+        command: list[object] = [
             *(self._folder / "build/bin/llama-server", "--model", self._model),
             *("--host", "127.0.0.1", "--port", str(port)),
             *("--threads", str(inputs.threads), "--threads-batch", str(inputs.threads)),

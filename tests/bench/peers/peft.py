@@ -42,7 +42,7 @@ class Peft:
     async def __aenter__(self) -> Self:
         inputs, port = self._inputs, free_port()
         # -P: the folder of the script holds a vllm.py and a peft.py that are not the packages.
-        command: list[str | Path] = [
+        command: list[object] = [
             *(self._python, "-P", SERVER, "--port", str(port), "--model", inputs.model),
             *("--threads", str(inputs.threads), "--slots", str(inputs.slots)),
             *("--adapters", *inputs.adapters),

@@ -117,7 +117,7 @@ def load(options: argparse.Namespace) -> Any:
     model = PeftModel.from_pretrained(base, options.adapters[0], adapter_name="a0")
     for i, directory in enumerate(options.adapters[1:], 1):
         model.load_adapter(directory, adapter_name=f"a{i}")
-    # PEFT keeps adapters in fp32 for training unless told otherwise; serving wants them as the base.
+    # PEFT keeps adapters in fp32, for training; serving wants them as the base.
     return model.to(torch.bfloat16).eval()
 
 

@@ -9,6 +9,7 @@ from .rounds import Measured
 from .workload import Cell, Goal
 
 OURS = "adaplex"
+WIDTH = 19
 Table = Mapping[str, Mapping[str, float]]
 """System -> cell -> median figure, tokens a second."""
 
@@ -43,17 +44,16 @@ def families(systems: Iterable[str]) -> list[str]:
     return [name for name in names if name != OURS]
 
 
-def text(systems: Sequence[str], cells: Sequence[Cell], goals: Sequence[Goal], found: Measured) -> str:
-    """The table of medians, that of ratios, the goals, and what is missing."""
-    table = medians(found.figures)
-    names = [cell.name for cell in cells]
-    lines = [_row("tok/s", names)]
-    for system in systems:
-        values = table.get(system, {})
-        lines.append(_row(system, [_number(values.get(name), ".0f") for name in names]))
-    for peer in families(systems):
-        ratios = [_number(ratio(table, peer, name), ".2f") for name in names]
-        lines.append(_row(f"{OURS} / {peer}", ratios))
+def text(
+    systems: Sequence[str], cells: Sequence[Cell], goals: Sequence[Goal], found: Measured
+) -> str:
+    """The table of medians with the ratios beside it, the goals, and what is missing."""
+    table, peers = medians(found.figures), families(systems)
+    lines = [_row("tok/s", [*systems, *(f"{OURS}/{peer}" for peer in peers)])]
+    for cell in cells:
+        figures = [_number(table.get(name, {}).get(cell.name), ".0f") for name in systems]
+        ratios = [_number(ratio(table, peer, cell.name), ".2f") for peer in peers]
+        lines.append(_row(cell.name, [*figures, *ratios]))
     for goal in goals:
         if (reached := ratio(table, goal.peer, goal.cell)) is not None:
             verdict = "reached" if reached >= goal.factor else "not reached"
@@ -80,7 +80,7 @@ def record(cells: Sequence[Cell], found: Measured) -> dict[str, object]:
 
 
 def _row(name: str, values: Sequence[str]) -> str:
-    return f"{name:<20}" + "".join(f"{value:>17}" for value in values)
+    return f"{name:<16}" + "".join(f"{value:>{WIDTH}}" for value in values)
 
 
 def _number(value: float | None, form: str) -> str:

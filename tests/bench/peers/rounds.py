@@ -6,6 +6,7 @@ A noisy phase of the machine then meets all systems, and medians over rounds lea
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -64,8 +65,8 @@ async def run(
                 found.missing[system.name] = str(error)
                 progress(f"{system.name}: {error}")
             else:
-                seconds = time.perf_counter() - begun
-                progress(f"round {number + 1}/{repeats}: {system.name}, {seconds:.0f} s")
+                took = f"{time.perf_counter() - begun:.0f} s, load {os.getloadavg()[0]:.1f}"
+                progress(f"round {number + 1}/{repeats}: {system.name}, {took}")
 
 
 def turned(systems: Sequence[System], number: int) -> list[System]:

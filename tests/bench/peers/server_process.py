@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 import subprocess
@@ -17,17 +18,19 @@ START_SECONDS = 600.0
 """vLLM compiles its kernels for the model at its first start."""
 STOP_SECONDS = 20.0
 LOOK_SECONDS = 0.2
+PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
 
 
 class ServerProcess:
-    """Runs `command` with `port` on loopback; what it prints goes to the file `log`.
+    """Runs `command`, which listens on `port` of loopback; what it prints goes to the file `log`.
 
     It leads a process group of its own, so that stopping it stops its workers too.
     """
 
     def __init__(
         self,
-        command: Sequence[str | Path],
+        command: Sequence[object],
         *,
         port: int,
         log: Path,
@@ -44,6 +47,7 @@ class ServerProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
 
     async def wait_ready(self, path: str = "/health") -> None:
@@ -83,3 +87,8 @@ class ServerProcess:
     def _words(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines()
         return f"{lines[-1] if lines else 'it said nothing'} (all of it: {self.log})"
+
+
+def _end_with_parent() -> None:
+    """In the child: even a benchmark that is killed leaves no server behind."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -22,6 +22,8 @@ class Inputs:
     """A Hugging Face directory in bf16."""
     adapters: tuple[Path, ...]
     """PEFT directories; adapter i of a cell is the i-th."""
+    rank: int
+    """Of every adapter."""
     threads: int
     """Compute threads of each system."""
     slots: int

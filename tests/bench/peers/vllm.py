@@ -5,7 +5,10 @@ How it is driven, and why:
   its own, `--max-lora-rank` that of the adapters: nothing is swapped, nothing padded.
 - All adapters are loaded at start by `--lora-modules`.
 - No prefix cache, as prompts are never repeated; `--max-model-len` what the longest stream needs.
-- Compute threads bound to the cores one each (`VLLM_CPU_OMP_THREADS_BIND`), none reserved.
+- Compute threads bound to the cores one each (`VLLM_CPU_OMP_THREADS_BIND`), none reserved; tcmalloc
+  and Intel's OpenMP preloaded, both as vLLM's documentation for CPUs asks.
+- Compiled, its default; `--enforce-eager` only starts sooner.
+- Started as a module, as this build's `vllm` command asks for a package by another name.
 - Greedy, `ignore_eos`, prompts as token ids, streamed.
 """
 
@@ -38,15 +41,17 @@ class Vllm:
     def prepare(self, progress: Progress) -> None:
         """Makes vLLM's environment."""
         self._python = install.vllm(progress)
+        self._preloaded = install.vllm_libraries(progress)
 
     async def __aenter__(self) -> Self:
         inputs, port = self._inputs, free_port()
         count = str(len(inputs.adapters))
         command = [
-            *(self._python.with_name("vllm"), "serve", inputs.model, "--served-model-name", MODEL),
+            *(self._python, "-m", "vllm.entrypoints.openai.api_server", "--model", inputs.model),
+            *("--served-model-name", MODEL),
             *("--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"),
             *("--max-num-seqs", str(inputs.slots), "--max-model-len", str(inputs.context)),
-            *("--no-enable-prefix-caching", "--enable-lora", "--max-lora-rank", "16"),
+            *("--no-enable-prefix-caching", "--enable-lora", "--max-lora-rank", str(inputs.rank)),
             *("--max-loras", count, "--max-cpu-loras", count, "--lora-modules"),
             *(f"a{i}={directory}" for i, directory in enumerate(inputs.adapters)),
         ]
@@ -54,6 +59,7 @@ class Vllm:
         variables = {
             "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+            "LD_PRELOAD": ":".join(map(str, self._preloaded)),
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
