@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import signal
 import subprocess
@@ -18,8 +17,8 @@ START_SECONDS = 600.0
 """vLLM compiles its kernels for the model at its first start."""
 STOP_SECONDS = 20.0
 LOOK_SECONDS = 0.2
-PR_SET_PDEATHSIG = 1
-"""From linux/prctl.h."""
+END_WITH_US = ("setpriv", "--pdeathsig", "TERM")
+"""Even a benchmark that is killed leaves no server behind."""
 
 
 class ServerProcess:
@@ -41,13 +40,12 @@ class ServerProcess:
         kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [str(part) for part in command],
+                [*END_WITH_US, *(str(part) for part in command)],
                 env={**kept, **(variables or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
             )
 
     async def wait_ready(self, path: str = "/health") -> None:
@@ -87,8 +85,3 @@ class ServerProcess:
     def _words(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines()
         return f"{lines[-1] if lines else 'it said nothing'} (all of it: {self.log})"
-
-
-def _end_with_parent() -> None:
-    """In the child: even a benchmark that is killed leaves no server behind."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
