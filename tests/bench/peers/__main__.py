@@ -32,6 +32,8 @@ from .vllm import Vllm
 from .workload import CELLS, CONTEXT, GOALS, SLOTS
 
 RANK = 16
+STOPPED = 130
+"""The exit code of a run that was interrupted, as shells have it."""
 SYSTEMS: dict[str, Callable[[Inputs], System]] = {
     "llama.cpp-bf16": partial(LlamaCpp, "bf16"),
     "llama.cpp-q8_0": partial(LlamaCpp, "q8_0"),
@@ -105,7 +107,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         logs = options.logs or Path(folder)
         logs.mkdir(parents=True, exist_ok=True)
-        found = asyncio.run(measure(options, logs))
+        try:
+            found = asyncio.run(measure(options, logs))
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            return STOPPED
     return 1 if found.missing and not options.allow_missing else 0
 
 
