@@ -1,0 +1,110 @@
+"""llama.cpp: its own server, built for this CPU, from files that its own converters wrote.
+
+How it is driven, and why:
+- `--threads` as many as cores, for batches too; `--parallel` one slot a stream, with `--ctx-size`
+  for the longest stream in every slot; continuous batching is its default.
+- No prompt cache anywhere (`--no-cache-prompt`, `--cache-ram 0`): prompts are never repeated, so
+  that it could only cost.
+- All adapters loaded at start (`--lora-init-without-apply`); a request names its own in `lora`,
+  which sets all others to 0. A base request names one with scale 0, as an empty list would mean all
+  of them. Streams with different adapters are not batched together: that is its design.
+- Greedy by `top_k` 1 as the only sampler, the cheapest chain there is; prompts as token ids.
+- Run as two systems, bf16 and q8_0, as either wins some cells; compare with the better one.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from adaplex.client.local import free_port
+
+from . import install
+from .events import post
+from .inputs import model_files
+from .server_process import ServerProcess
+from .system import Answer, Inputs, PeerError, Progress
+
+
+class LlamaCpp:
+    """llama-server on a model of `file_type`: "bf16" or "q8_0"."""
+
+    def __init__(self, file_type: str, inputs: Inputs) -> None:
+        self.name = f"llama.cpp-{file_type}"
+        self._file_type, self._inputs = file_type, inputs
+        self._folder = Path()
+        self._model = Path()
+        self._adapters: list[Path] = []
+
+    def prepare(self, progress: Progress) -> None:
+        """Builds the server, converts model and adapters."""
+        self._folder = install.llama_cpp(progress)
+        model = self._inputs.model
+        self._model = model_files(model) / f"{self._file_type}.gguf"
+        self._convert("convert_hf_to_gguf.py", [model], self._model, self._file_type, progress)
+        for adapter in self._inputs.adapters:
+            file = adapter.with_name(f"{adapter.name}.gguf")
+            given: list[Path | str] = ["--base", model, adapter]
+            self._convert("convert_lora_to_gguf.py", given, file, "f16", progress)
+            self._adapters.append(file)
+
+    def _convert(
+        self, script: str, given: Sequence[Path | str], file: Path, kind: str, progress: Progress
+    ) -> None:
+        """Runs one of llama.cpp's converters, unless `file` is there."""
+        if file.is_file():
+            return
+        progress(f"{self.name}: converting into {file.name}")
+        staging = file.with_suffix(".partial")
+        python, script_file = self._folder / "env/bin/python", self._folder / "source" / script
+        command = [python, script_file, *given, "--outfile", staging, "--outtype", kind]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            said = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+            raise PeerError(f"{script}: {said[0]}")
+        staging.rename(file)
+
+    async def __aenter__(self) -> Self:
+        inputs = self._inputs
+        port = free_port()
+        command: list[object] = [
+            *(self._folder / "build/bin/llama-server", "--model", self._model),
+            *("--host", "127.0.0.1", "--port", str(port)),
+            *("--threads", str(inputs.threads), "--threads-batch", str(inputs.threads)),
+            *("--parallel", str(inputs.slots), "--ctx-size", str(inputs.slots * inputs.context)),
+            *("--no-cache-prompt", "--cache-ram", "0", "--lora-init-without-apply"),
+        ]
+        if self._adapters:
+            command += ["--lora", ",".join(map(str, self._adapters))]
+        self._server = ServerProcess(command, port=port, log=inputs.logs / f"{self.name}.log")
+        try:
+            await self._server.wait_ready()
+        except BaseException:
+            self._server.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.stop()
+
+    async def generate(self, prompt: Sequence[int], adapter: int | None, tokens: int) -> Answer:
+        """One request to /completion."""
+        body = {
+            "prompt": list(prompt),
+            "n_predict": tokens,
+            "ignore_eos": True,
+            "samplers": ["top_k"],
+            "top_k": 1,
+            "cache_prompt": False,
+            "lora": [{"id": adapter or 0, "scale": 0.0 if adapter is None else 1.0}],
+            "stream": True,
+        }
+        begun, first, text, count = time.perf_counter(), 0.0, "", 0
+        async for event in post(self._server.port, "/completion", body):
+            first = first or time.perf_counter() - begun
+            text += event["content"]
+            count = event.get("tokens_predicted", count)
+        return Answer(text, count, first, time.perf_counter() - begun)
