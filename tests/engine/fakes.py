@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
@@ -200,6 +201,7 @@ def make_config(**changes: Any) -> EngineConfig:
         "max_waiting": 100,
         "max_step_tokens": 24,
         "max_chunk_tokens": 8,
+        "max_stretch": math.inf,
     }
     return EngineConfig(**(limits | changes))
 

@@ -135,6 +135,7 @@ def test_limits_that_could_serve_nobody_are_refused() -> None:
         {"host_bytes": -1},
         {"prefetch_ahead": -1},
         {"max_pinned_share": -0.1},
+        {"max_stretch": 1.0},
         {"max_pinned_share": 1.1},
     ):
         with pytest.raises(RequestInvalid) as refusal:

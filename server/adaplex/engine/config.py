@@ -33,10 +33,14 @@ class EngineConfig:
     max_running: int = 64
     """Sequences in one step."""
     max_waiting: int = 1024
-    max_step_tokens: int = 256
+    max_step_tokens: int = 512
     """Rows of one step: one a decoding sequence, the rest for prompt chunks."""
-    max_chunk_tokens: int = 128
+    max_chunk_tokens: int = 512
     """Prompt tokens of one sequence in one step."""
+    max_stretch: float = 2.0
+    """How many times as long prompt chunks may make a step in which others decode, roughly and
+    above 1; infinity lets them fill every step.
+    """
     prefix_cache: bool = True
 
     def __post_init__(self) -> None:
@@ -59,6 +63,8 @@ class EngineConfig:
         for name in ("host_bytes", "prefetch_ahead"):
             if getattr(self, name) < 0:
                 raise RequestInvalid(name, "must not be negative")
+        if not self.max_stretch > 1.0:
+            raise RequestInvalid("max_stretch", "must be above 1")
         if not 0.0 <= self.max_pinned_share <= 1.0:
             raise RequestInvalid("max_pinned_share", "must be 0 to 1")
 
