@@ -9,7 +9,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos \
   --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
   --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
 
-.PHONY: help demo test check bench bench-residency protos model format clean
+.PHONY: help demo test check bench bench-residency bench-modes protos model format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -40,6 +40,9 @@ bench: model ## Measure tokens a second through gRPC
 
 bench-residency: $(INSTALLED) ## Measure what asking for more adapters than the arena holds costs
 	@$(BIN)/python tests/bench/residency.py
+
+bench-modes: model ## Measure unmerged, merged and auto mode against each other
+	@$(BIN)/python tests/bench/modes.py
 
 protos: $(INSTALLED) ## Regenerate the committed stubs
 	$(PROTOC) --python_out=protos --grpc_python_out=protos --mypy_out=quiet:protos \

@@ -73,7 +73,6 @@ class TimedRunner(FakeRunner):
     def __init__(self, machine: Machine) -> None:
         super().__init__()
         self.machine = machine
-        self.now = 0.0
         self.steps: list[Step] = []
 
     def run(self, batch: Batch) -> list[SampledToken]:

@@ -24,8 +24,6 @@ class EngineConfig:
     loaded into the arena now."""
     merged_bytes: int = 0
     """Bytes of merged weights kept at once; 0 refuses merged mode."""
-    auto_merge_requests: int = 8
-    """In auto mode an adapter earns merged weights after this many recent requests, at least 1."""
     max_bypass: int = 32
     """Later requests that may use resident adapters past one that waits for room for its own."""
     block_tokens: int = 16
@@ -57,7 +55,7 @@ class EngineConfig:
             )
         if not 1 <= self.max_chunk_tokens <= self.max_step_tokens:
             raise RequestInvalid("max_chunk_tokens", f"must be 1 to {self.max_step_tokens}")
-        for name in ("block_tokens", "max_running", "auto_merge_requests"):
+        for name in ("block_tokens", "max_running"):
             if getattr(self, name) < 1:
                 raise RequestInvalid(name, "must be at least 1")
         for name in ("host_bytes", "prefetch_ahead"):

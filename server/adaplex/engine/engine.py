@@ -211,6 +211,7 @@ class Engine:
                 self._fail(chunk.sequence, error)
             return
         self._pace.note(batch, self._clock() - begun)
+        self._residency.ran(batch)
         self._postprocess(batch, sampled, now)
         self._observer.stepped(rows=batch.tokens)
 
