@@ -3,8 +3,9 @@
     make bench-modes                 # the default model, as bf16 and as nf4
     .venv/bin/python tests/bench/modes.py --streams 8 --tokens 64 --threads 1
 
-Streams run back to back with adapters of a mix, prompts are unique. A mode is measured after a warm-up
-in which auto learns and every copy it wants is made; one line a base and mix. Ratios hold within it.
+Streams run back to back with adapters of a mix; prompts are unique. A mode is measured after a
+warm-up in which auto learns, and makes the copies it wants. One line a base and mix; ratios hold
+within a line.
 """
 
 from __future__ import annotations
