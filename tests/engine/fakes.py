@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
@@ -11,7 +13,9 @@ from typing import Any, NamedTuple
 
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.config import EngineConfig
+from adaplex.engine.cost_model import StepCosts
 from adaplex.engine.engine import Engine
+from adaplex.engine.popularity import Popularity
 from adaplex.engine.request import (
     AdapterMode,
     AdapterRef,
@@ -64,6 +68,7 @@ class FakeRunner:
 
     def __init__(self) -> None:
         self.batches: list[list[Row]] = []
+        self.now = 0.0
         self.cells: dict[tuple[int, int], tuple[str, str, int, int]] = {}
         self.extents: dict[str, tuple[int, int]] = {}
         self.merged: set[str] = set()
@@ -78,6 +83,7 @@ class FakeRunner:
     def run(self, batch: Batch) -> list[SampledToken]:
         self.on_run()
         self.batches.append([Row.of(chunk) for chunk in batch.chunks])
+        self.now += 0.005 + 0.001 * batch.tokens
         if self.step_failure is not None:
             raise self.step_failure
         self._check_tables(batch)
@@ -88,6 +94,10 @@ class FakeRunner:
             SampledToken(next_token(self._digest(chunk), chunk.sequence.tokens))
             for chunk in batch.sampling
         ]
+
+    def step_costs(self) -> StepCosts:
+        """A machine on which merging pays for an adapter that has the steps for itself."""
+        return StepCosts((1, 16), (1.0, 2.0), (1.0, 2.0), (0.2, 0.4), 0.1)
 
     def fetch_adapter(self, digest: str) -> None:
         self.fetches.append(digest)
@@ -190,6 +200,25 @@ def digest(name: str) -> str:
     return f"sha256:{name}"
 
 
+class EagerPopularity(Popularity):
+    """Merging pays after so many steps with the adapter."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(None)
+        self._needed = steps
+        self._seen: Counter[str] = Counter()
+
+    def note(self, batch: Batch) -> None:
+        adapters = (chunk.sequence.adapter for chunk in batch.chunks)
+        self._seen.update({adapter.digest for adapter in adapters if adapter})
+
+    def pays(self, digest: str) -> bool:
+        return self._seen[digest] >= self._needed
+
+    def forget(self, digest: str) -> None:
+        del self._seen[digest]
+
+
 def make_config(**changes: Any) -> EngineConfig:
     limits: dict[str, Any] = {
         "num_blocks": 65,
@@ -200,17 +229,31 @@ def make_config(**changes: Any) -> EngineConfig:
         "max_waiting": 100,
         "max_step_tokens": 24,
         "max_chunk_tokens": 8,
+        "max_stretch": math.inf,
     }
     return EngineConfig(**(limits | changes))
 
 
 def make_engine(
-    executor: Executor | None = None, runner: FakeRunner | None = None, **changes: Any
+    executor: Executor | None = None,
+    runner: FakeRunner | None = None,
+    *,
+    merge_after: int = 0,
+    **changes: Any,
 ) -> tuple[Engine, FakeRunner]:
+    """An engine for which a step takes 5 ms, and a row 1 ms. In auto mode, merging pays after
+    `merge_after` steps with the adapter, if not 0.
+    """
     runner = runner or FakeRunner()
     engine = Engine(
-        make_config(**changes), runner, base_digest="base", executor=executor or InlineExecutor()
+        make_config(**changes),
+        runner,
+        base_digest="base",
+        executor=executor or InlineExecutor(),
+        clock=lambda: runner.now,
     )
+    if merge_after:
+        engine._residency.merged.popularity = EagerPopularity(merge_after)
     return engine, runner
 
 

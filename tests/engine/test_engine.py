@@ -135,6 +135,7 @@ def test_limits_that_could_serve_nobody_are_refused() -> None:
         {"host_bytes": -1},
         {"prefetch_ahead": -1},
         {"max_pinned_share": -0.1},
+        {"max_stretch": 1.0},
         {"max_pinned_share": 1.1},
     ):
         with pytest.raises(RequestInvalid) as refusal:
@@ -371,7 +372,7 @@ def test_merged_weights_over_the_budget_are_refused_by_name() -> None:
 
 def test_auto_serves_unmerged_until_merged_weights_are_earned_and_built() -> None:
     executor = ManualExecutor()
-    engine, runner = make_engine(executor, merged_bytes=100, auto_merge_requests=3)
+    engine, runner = make_engine(executor, merged_bytes=100, merge_after=8)
     ledger = Ledger(engine)
     modes = []
     for number in range(5):
@@ -393,14 +394,14 @@ def test_auto_serves_unmerged_until_merged_weights_are_earned_and_built() -> Non
 
 
 def test_auto_without_a_budget_is_unmerged() -> None:
-    engine, runner = make_engine(auto_merge_requests=1)
+    engine, runner = make_engine()
     ledger = run_all(engine, [make_request("r", adapter=make_adapter("a", mode=AUTO))])
     assert ledger.outputs["r"][0].adapter == make_adapter("a")
     assert runner.merged == set()
 
 
 def test_a_background_build_that_fails_hurts_nobody() -> None:
-    engine, runner = make_engine(merged_bytes=100, auto_merge_requests=1)
+    engine, runner = make_engine(merged_bytes=100, merge_after=4)
     run_all(engine, [make_request("warm", adapter="a")])
     runner.failing["sha256:a"] = MemoryError()
     for number in range(6):
@@ -412,7 +413,7 @@ def test_a_background_build_that_fails_hurts_nobody() -> None:
 
 
 def test_background_builds_do_not_push_out_what_is_hot() -> None:
-    engine, runner = make_engine(merged_bytes=100, auto_merge_requests=2)
+    engine, runner = make_engine(merged_bytes=100, merge_after=4)
     for number in range(12):
         name = "ab"[number % 2]
         run_all(engine, [make_request(f"r{number}", adapter=make_adapter(name, mode=AUTO))])

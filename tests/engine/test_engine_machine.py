@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -30,6 +32,7 @@ SIZES = {"a": UNIT, "b": UNIT, "c": 2 * UNIT, "d": 3 * UNIT, "e": 100}
 
 class EngineMachine(RuleBasedStateMachine):
     host_bytes = 0
+    max_stretch = math.inf
     max_running = 5
 
     def __init__(self) -> None:
@@ -41,10 +44,11 @@ class EngineMachine(RuleBasedStateMachine):
             max_running=self.max_running,
             max_bypass=2,
             merged_bytes=250,
-            auto_merge_requests=2,
+            merge_after=5,
             host_bytes=self.host_bytes,
             prefetch_ahead=3,
             max_pinned_share=0.7,
+            max_stretch=self.max_stretch,
         )
         self.ledger = Ledger(self.engine)
         self.requests: dict[str, Request] = {}
@@ -183,9 +187,16 @@ class HostedEngineMachine(EngineMachine):
     max_running = 2
 
 
-for machine in (EngineMachine, HostedEngineMachine):
+class PacedEngineMachine(EngineMachine):
+    """With prompts that give way to those who decode."""
+
+    max_stretch = 1.5
+
+
+for machine in (EngineMachine, HostedEngineMachine, PacedEngineMachine):
     machine.TestCase.settings = settings(
         max_examples=60, stateful_step_count=40, deadline=None, database=None
     )
 TestEngineMachine = EngineMachine.TestCase
 TestHostedEngineMachine = HostedEngineMachine.TestCase
+TestPacedEngineMachine = PacedEngineMachine.TestCase

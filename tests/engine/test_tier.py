@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 from adaplex.engine.extents import ExtentAllocator
 from adaplex.engine.observer import SilentObserver
-from adaplex.engine.popularity import Popularity
 from adaplex.engine.sequence import Sequence
 from adaplex.engine.tier import Tier
 from engine.fakes import UNIT, make_request
@@ -180,18 +179,3 @@ def test_what_is_unloaded_while_it_loads_goes_as_soon_as_it_is_there() -> None:
     bench.tier.loaded("a")
     assert bench.removed == ["a"]
     assert bench.tier.space.used == 0
-
-
-def test_only_recent_requests_make_an_adapter_hot() -> None:
-    popularity = Popularity(threshold=2)
-    popularity.note("a")
-    assert not popularity.is_hot("a")
-    popularity.note("a")
-    assert popularity.hot() == {"a"}
-    for number in range(31):
-        popularity.note(str(number))
-    assert not popularity.is_hot("a")
-    popularity.note("30")
-    assert popularity.is_hot("30")
-    popularity.forget("30")
-    assert popularity.hot() == frozenset()

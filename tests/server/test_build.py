@@ -89,7 +89,7 @@ def test_the_context_is_the_models_where_the_cache_holds_it() -> None:
         ({"max_model_len": 5000}, "max_model_len: must be at most the model's 4096"),
         ({"max_model_len": 4000, "kv_cache_bytes": "1MiB"}, "kv_cache_bytes: 63 blocks"),
         ({"max_running": 600}, "max_step_tokens: must be at least max_running=600"),
-        ({"max_chunk_tokens": 513}, "max_chunk_tokens: must be 1 to 256"),
+        ({"max_chunk_tokens": 513}, "max_chunk_tokens: must be 1 to 512"),
         ({"kv_cache_bytes": "1KiB"}, "kv_cache_bytes: must be at least 32768 bytes"),
     ],
 )

@@ -22,6 +22,7 @@ from adaplex.adapters.program import BaseModule, BaseSpec
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.batch import Batch
 from adaplex.engine.config import EngineConfig
+from adaplex.engine.cost_model import StepCosts
 from adaplex.engine.engine import Engine
 from adaplex.engine.request import Logprob, Request, SampledToken
 from adaplex.server.app import Server, serve
@@ -115,6 +116,9 @@ class FakeRunner:
         return 100
 
     def remove_merged(self, digest: str) -> None: ...
+
+    def step_costs(self) -> StepCosts:
+        return StepCosts((1, 2), (1.0, 1.0), (1.0, 1.0), (0.1, 0.1), 0.1)
 
 
 @dataclass

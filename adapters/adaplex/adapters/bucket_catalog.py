@@ -116,8 +116,8 @@ class BucketCatalog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Nothing: servers elsewhere cannot be stopped. Content that was uploaded lately is kept
-        instead, whether it is named or not; see BucketContents.
+        """Nothing: servers elsewhere cannot be stopped. Content that nothing names is kept for a
+        grace period instead; see BucketContents.
         """
         yield
 

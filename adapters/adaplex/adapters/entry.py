@@ -101,11 +101,6 @@ class Entry:
         return self.versions[-1]
 
     @property
-    def created(self) -> datetime:
-        """When the oldest version that is left came in."""
-        return self.versions[0].created
-
-    @property
     def updated(self) -> datetime:
         """When it last changed."""
         return self.history[-1].time

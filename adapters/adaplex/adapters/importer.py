@@ -13,7 +13,7 @@ from pathlib import Path
 from adaplex.adapters.entry import Origin
 from adaplex.adapters.errors import AdapterExists
 from adaplex.adapters.files import full_disk_is_store_full
-from adaplex.adapters.intake import Committed, Intake
+from adaplex.adapters.intake import Committed
 from adaplex.adapters.lease import Lease
 from adaplex.adapters.merging import MergePlan, merge_checkpoints, write_checkpoint
 from adaplex.adapters.registry import AdapterRegistry
@@ -30,7 +30,7 @@ class Importer:
 
     def __init__(self, registry: AdapterRegistry, contents: Contents, sources: Sources) -> None:
         self._registry, self._contents, self._sources = registry, contents, sources
-        self._intake: Intake = registry.intake
+        self._intake = registry.intake
         self._lock = threading.Lock()
         self._coming: dict[str, threading.Lock] = {}
 

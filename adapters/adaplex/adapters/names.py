@@ -50,10 +50,7 @@ class Names:
 
     def entry(self, name: str) -> Entry:
         """All that is known under a name. Raises AdapterNotFound."""
-        entry = self._find(name)
-        if entry is None or not entry.alive:
-            raise AdapterNotFound(f"no adapter {name!r:.200}")
-        return entry
+        return _alive(name, self._find(name))
 
     def known(self, name: str) -> bool:
         """Whether the name has a version."""
@@ -149,8 +146,9 @@ class Names:
         return self._change(name, lambda entry: entry.set_alias(alias, (), origin))
 
     def rollback(self, name: str, alias: str, origin: Origin) -> Entry:
-        """Points an alias to what it pointed to before. Raises AdapterNotFound or
-        AdapterInvalid.
+        """Points an alias, by default `default`, to what it pointed to before.
+
+        Raises AdapterNotFound or AdapterInvalid.
         """
         return self._change(name, lambda entry: entry.rollback(alias or DEFAULT, origin))
 
@@ -186,10 +184,11 @@ class Names:
         """Changes an entry that is alive."""
         if not NAME.fullmatch(name):
             raise AdapterNotFound(f"no adapter {name!r:.200}")
+        return self._catalog.update(name, lambda entry: change(_alive(name, entry)))
 
-        def checked(entry: Entry | None) -> Entry:
-            if entry is None or not entry.alive:
-                raise AdapterNotFound(f"no adapter {name!r:.200}")
-            return change(entry)
 
-        return self._catalog.update(name, checked)
+def _alive(name: str, entry: Entry | None) -> Entry:
+    """The entry of a name, if it has a version. Raises AdapterNotFound."""
+    if entry is None or not entry.alive:
+        raise AdapterNotFound(f"no adapter {name!r:.200}")
+    return entry

@@ -114,9 +114,9 @@ class AdapterRegistry:
         try:
             warnings = self._warnings(record)
         except BaseException:
-            self._give_back((record.digest,))
+            self._give_back(record.digest)
             raise
-        return Lease(record, lambda: self._give_back((record.digest,)), warnings=warnings)
+        return Lease(record, lambda: self._give_back(record.digest), warnings=warnings)
 
     def resolve_combination(
         self, selectors: Sequence[tuple[str, float]], *, routing_key: str = ""
@@ -187,10 +187,10 @@ class AdapterRegistry:
             self._leases.give_back(record.digest)
         raise AdapterNotFound(f"{selector} changes too fast to be resolved", field="adapter")
 
-    def _give_back(self, digests: Sequence[str]) -> tuple[str, ...]:
-        """Ends leases; the contents that went for good with them."""
-        last = [digest for digest in digests if self._leases.give_back(digest)]
-        return tuple(filter(self.garbage.abandon, last))
+    def _give_back(self, digest: str) -> tuple[str, ...]:
+        """Ends a lease; the content, if it went for good with it."""
+        gone = self._leases.give_back(digest) and self.garbage.abandon(digest)
+        return (digest,) if gone else ()
 
     def _warnings(self, record: AdapterRecord) -> tuple[str, ...]:
         """What is doubtful about serving it on this base. Raises BaseMismatch by policy."""

@@ -238,18 +238,16 @@ class SqliteCatalog:
 
     def _get(self, db: sqlite3.Connection, name: str) -> Entry | None:
         """Parsed again only when its revision is another."""
-        row = db.execute("SELECT revision FROM entries WHERE name = ?", (name,)).fetchone()
+        kept = self._parsed.get(name)
+        row = db.execute(
+            "SELECT revision, iif(revision = ?, NULL, document) FROM entries WHERE name = ?",
+            (kept[0] if kept else None, name),
+        ).fetchone()
         if row is None:
             return None
-        kept = self._parsed.get(name)
-        if kept is not None and kept[0] == row[0]:
-            return kept[1]
-        row = db.execute(
-            "SELECT revision, document FROM entries WHERE name = ?", (name,)
-        ).fetchone()
-        if row is None:  # it went meanwhile
-            return None
         revision, document = row
+        if kept is not None and document is None:
+            return kept[1]
         entry = from_json(document)
         self._parsed[name] = revision, entry
         while len(self._parsed) > MAX_PARSED:

@@ -22,7 +22,7 @@ from adaplex.adapters.checkpoint import (
     check_files_there,
 )
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
-from adaplex.adapters.files import file_sha256, full_disk_is_store_full, sha256_of, sync
+from adaplex.adapters.files import full_disk_is_store_full, sha256_of, sync
 from adaplex.adapters.limits import AdapterLimits
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -99,15 +99,24 @@ class Staging:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         paths = sorted(directory.iterdir())
         check_total(sum(path.stat().st_size for path in paths), limits)
-        files = [FileSpec(p.name, p.stat().st_size, file_sha256(p)) for p in paths]
+        hashes = [sha256_of(path) for path in paths]
+        pairs = zip(paths, hashes, strict=True)
+        files = [FileSpec(p.name, p.stat().st_size, digest.hexdigest()) for p, digest in pairs]
         check_files(files, limits)
-        return cls.of_files(directory, files)
+        return cls._filled(directory, files, hashes)
 
     @classmethod
     def of_files(cls, directory: Path, files: Sequence[FileSpec]) -> Staging:
         """A folder that holds these files already; `verify` tells whether they are as announced."""
+        return cls._filled(directory, files, [sha256_of(directory / file.name) for file in files])
+
+    @classmethod
+    def _filled(
+        cls, directory: Path, files: Sequence[FileSpec], hashes: Sequence[hashlib._Hash]
+    ) -> Staging:
+        """A folder that holds these files, with these hashes."""
         staging = cls(directory, files)
-        staging._hashes = [sha256_of(directory / file.name) for file in files]
+        staging._hashes = list(hashes)
         staging._written = [(directory / file.name).stat().st_size for file in files]
         return staging
 

@@ -24,8 +24,6 @@ class EngineConfig:
     loaded into the arena now."""
     merged_bytes: int = 0
     """Bytes of merged weights kept at once; 0 refuses merged mode."""
-    auto_merge_requests: int = 8
-    """In auto mode an adapter earns merged weights after this many recent requests, at least 1."""
     max_bypass: int = 32
     """Later requests that may use resident adapters past one that waits for room for its own."""
     block_tokens: int = 16
@@ -33,10 +31,14 @@ class EngineConfig:
     max_running: int = 64
     """Sequences in one step."""
     max_waiting: int = 1024
-    max_step_tokens: int = 256
+    max_step_tokens: int = 512
     """Rows of one step: one a decoding sequence, the rest for prompt chunks."""
-    max_chunk_tokens: int = 128
+    max_chunk_tokens: int = 512
     """Prompt tokens of one sequence in one step."""
+    max_stretch: float = 2.0
+    """How many times as long prompt chunks may make a step in which others decode, roughly and
+    above 1; infinity lets them fill every step.
+    """
     prefix_cache: bool = True
 
     def __post_init__(self) -> None:
@@ -53,12 +55,14 @@ class EngineConfig:
             )
         if not 1 <= self.max_chunk_tokens <= self.max_step_tokens:
             raise RequestInvalid("max_chunk_tokens", f"must be 1 to {self.max_step_tokens}")
-        for name in ("block_tokens", "max_running", "auto_merge_requests"):
+        for name in ("block_tokens", "max_running"):
             if getattr(self, name) < 1:
                 raise RequestInvalid(name, "must be at least 1")
         for name in ("host_bytes", "prefetch_ahead"):
             if getattr(self, name) < 0:
                 raise RequestInvalid(name, "must not be negative")
+        if not self.max_stretch > 1.0:
+            raise RequestInvalid("max_stretch", "must be above 1")
         if not 0.0 <= self.max_pinned_share <= 1.0:
             raise RequestInvalid("max_pinned_share", "must be 0 to 1")
 

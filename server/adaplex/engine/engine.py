@@ -21,6 +21,7 @@ from adaplex.engine.errors import (
     RequestInvalid,
 )
 from adaplex.engine.observer import EngineStats, Observer, SilentObserver
+from adaplex.engine.pace import Pace
 from adaplex.engine.request import (
     OVERFLOWED,
     FinishReason,
@@ -44,8 +45,8 @@ def _nothing() -> None:
 class Engine:
     """Requests in, tokens out. Slow work on adapters runs on `executor`, by default a small pool.
 
-    `on_load` is called on a loader thread when a `step` can take in what was loaded; it may be
-    replaced before the first request.
+    `clock` measures steps, for the pace. `on_load` is called on a loader thread when a `step` can
+    take in what was loaded; it may be replaced before the first request.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Engine:
         base_digest: str,
         observer: Observer | None = None,
         executor: Executor | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config = config
         self.on_load: Callable[[], None] = _nothing
@@ -67,7 +69,10 @@ class Engine:
         self._residency = Residency(
             config, runner, self._observer, on_completion=lambda: self.on_load(), executor=executor
         )
-        self._scheduler = Scheduler(config, self._blocks, self._residency, self._observer)
+        self._clock, self._pace = clock, Pace(config)
+        self._scheduler = Scheduler(
+            config, self._blocks, self._residency, self._observer, self._pace
+        )
         self._sequences: dict[str, Sequence] = {}
         self._numbers = count()
         self._outputs: list[StepOutput] = []
@@ -194,6 +199,7 @@ class Engine:
 
     def _run(self, batch: Batch, now: float) -> None:
         """Runs the batch; if that fails, its sequences do, and only they."""
+        begun = self._clock()
         try:
             tokens = self._runner.run(batch)
             pairs = zip(batch.sampling, tokens, strict=True)
@@ -204,6 +210,8 @@ class Engine:
                 error.__cause__ = cause
                 self._fail(chunk.sequence, error)
             return
+        self._pace.note(batch, self._clock() - begun)
+        self._residency.ran(batch)
         self._postprocess(batch, sampled, now)
         self._observer.stepped(rows=batch.tokens)
 

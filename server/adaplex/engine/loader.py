@@ -53,8 +53,8 @@ class Loader:
         self._pending: Counter[bool] = Counter()
         """Jobs submitted and not collected, by lane: copies, and the others."""
         self._on_completion = on_completion
-        self._own = () if executor else tuple(_lane(fast) for fast in (False, True))
-        self._lanes: tuple[Executor, ...] = self._own or (executor, executor)  # type: ignore[assignment]
+        self._own = () if executor else (_lane(fast=False), _lane(fast=True))
+        self._lanes: tuple[Executor, ...] = (executor, executor) if executor else self._own
         self._completions: SimpleQueue[Completion] = SimpleQueue()
 
     @property
@@ -106,5 +106,5 @@ class Loader:
         self._on_completion()
 
 
-def _lane(fast: bool) -> ThreadPoolExecutor:
+def _lane(*, fast: bool) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(THREADS[fast], "adapter-copier" if fast else "adapter-loader")

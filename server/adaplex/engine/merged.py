@@ -1,4 +1,4 @@
-"""MergedAdapters: dense weights of base plus adapter, made for those that are asked for or hot."""
+"""MergedAdapters: dense weights of base plus adapter, for who asks for them and where they pay."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class MergedAdapters:
             observer,
             lambda _, nbytes: costs.seconds("merged", nbytes),
         )
-        self.popularity = Popularity(config.auto_merge_requests)
+        self.popularity = Popularity(runner.step_costs() if config.merged_bytes else None)
         self._sizes: dict[str, int | None] = {}
         """Bytes of merged weights; None while they are being asked for."""
 
@@ -51,7 +51,6 @@ class MergedAdapters:
     def note(self, digest: str) -> None:
         """A request that may be served merged has come in."""
         if self._config.merged_bytes:
-            self.popularity.note(digest)
             self._observer.merged_looked_up(hit=self.tier.has(digest))
 
     def bring(self, sequence: Sequence, digest: str) -> None:
@@ -62,17 +61,17 @@ class MergedAdapters:
         if size is not None and not self._build(digest, size, keep=frozenset()):
             self.tier.blocked = sequence
 
-    def build_if_hot(self, digest: str) -> None:
+    def build_if_it_pays(self, digest: str) -> None:
         """Builds merged weights that nobody waits for, if that delays no load and evicts no
-        others that are hot.
+        others that pay.
         """
-        if not self.popularity.is_hot(digest) or self._loader.pending:
+        if self._loader.pending or self.tier.get(digest) or self.tier.blocked:
             return
-        if self.tier.get(digest) or self.tier.blocked:
+        if not self.popularity.pays(digest):
             return
         size = self._size(digest)
         if size is not None and self.tier.space.could_hold(size):
-            self._build(digest, size, keep=self.popularity.hot())
+            self._build(digest, size, keep=self.popularity.paying(self.tier.resident))
 
     def unload(self, digest: str) -> bool:
         """Drops merged weights as soon as nobody leases them; whether they were there."""

@@ -1,40 +1,85 @@
-"""Popularity: which adapters recent requests ask for."""
+"""Popularity: what recent steps were made of, and for which adapters merging would have paid."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
+from collections.abc import Iterable
 
-WINDOW = 16
-"""Requests looked back on, in units of the threshold: hot is a sixteenth of the traffic."""
+from adaplex.engine.batch import Batch
+from adaplex.engine.cost_model import Mix, StepCosts
+
+STRIDE = 16
+"""One step in so many is remembered: neighbours are alike."""
+REMEMBERED = 128
+ENOUGH = 8
+"""Remembered steps with rows of an adapter before it is judged."""
+PARTS = 4
+"""Parts of the remembered steps in each of which merging must save something: traffic that is near
+the point where it pays swings to both sides of it.
+"""
+MARGIN = 0.02
+"""Share of the time that merging must save to begin with it. It ends when it saves nothing, or
+costs as much in the last part. While the mode of an adapter changes, its rows are of both, which is
+worse than either.
+"""
 
 
 class Popularity:
-    """Counts digests over the last WINDOW * threshold requests; `threshold` of them is hot."""
+    """The last steps, and a verdict on each adapter that was asked about since the newest."""
 
-    def __init__(self, threshold: int) -> None:
-        self._threshold = threshold
-        self._recent: deque[str] = deque()
-        self._counts: Counter[str] = Counter()
+    def __init__(self, costs: StepCosts | None) -> None:
+        """Without `costs`, merging never pays."""
+        self._costs = costs
+        self._mixes: deque[Mix] = deque(maxlen=REMEMBERED)
+        self._seconds: deque[float] = deque(maxlen=REMEMBERED)
+        """What they took, by the costs."""
+        self._steps = 0
+        self._verdicts: dict[str, bool] = {}
+        self._paid: set[str] = set()
+        """Adapters of which the last verdict was that merging pays."""
+        self._resting: dict[str, int] = {}
+        """Until which step an adapter is not judged."""
 
-    def note(self, digest: str) -> None:
-        """A request asks for this adapter."""
-        self._recent.append(digest)
-        self._counts[digest] += 1
-        if len(self._recent) > WINDOW * self._threshold:
-            oldest = self._recent.popleft()
-            self._counts[oldest] -= 1
-            if not self._counts[oldest]:
-                del self._counts[oldest]
+    def note(self, batch: Batch) -> None:
+        """A step ran."""
+        self._steps += 1
+        if self._costs is not None and self._steps % STRIDE == 0:
+            mix = Mix.of(batch)
+            self._mixes.append(mix)
+            self._seconds.append(self._costs.step_seconds(mix))
+            self._verdicts.clear()
+            if self._steps % (STRIDE * REMEMBERED) == 0:
+                self._paid = {d for d in self._paid if any(mix.rows(d) for mix in self._mixes)}
+            self._resting = {d: end for d, end in self._resting.items() if end > self._steps}
 
-    def is_hot(self, digest: str) -> bool:
-        """Whether the adapter has earned merged weights."""
-        return self._counts[digest] >= self._threshold
+    def pays(self, digest: str) -> bool:
+        """Whether those steps would have been faster with all rows of the adapter merged."""
+        if digest not in self._verdicts:
+            verdict = self._verdicts[digest] = self._judge(digest)
+            if verdict:
+                self._paid.add(digest)
+            elif digest in self._paid:
+                self.forget(digest)
+        return self._verdicts[digest]
 
-    def hot(self) -> frozenset[str]:
-        """All that have."""
-        return frozenset(d for d, count in self._counts.items() if count >= self._threshold)
+    def paying(self, digests: Iterable[str]) -> frozenset[str]:
+        """Those of them for which it does."""
+        return frozenset(filter(self.pays, digests))
 
     def forget(self, digest: str) -> None:
-        """The adapter has to earn it again."""
-        self._recent = deque(d for d in self._recent if d != digest)
-        del self._counts[digest]
+        """The adapter has to earn it again, by steps that are all yet to come."""
+        self._resting[digest] = self._steps + STRIDE * REMEMBERED
+        self._verdicts[digest] = False
+        self._paid.discard(digest)
+
+    def _judge(self, digest: str) -> bool:
+        seen = sum(1 for mix in self._mixes if mix.rows(digest))
+        if self._costs is None or digest in self._resting or seen < ENOUGH:
+            return False
+        saved = [self._costs.saved(digest, mix) for mix in self._mixes if mix.rows(digest)]
+        part = len(saved) // PARTS
+        parts = [sum(saved[i * part : (i + 1) * part]) for i in range(PARTS)]
+        least = MARGIN * sum(self._seconds)
+        if digest in self._paid:
+            return sum(saved) > 0.0 and parts[-1] > -least / PARTS
+        return sum(saved) > least and min(parts) > 0.0

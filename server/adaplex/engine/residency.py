@@ -7,6 +7,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 from adaplex.adapters.errors import AdaplexError
+from adaplex.engine.batch import Batch
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.errors import AdapterLoadFailed
 from adaplex.engine.eviction import LoadCosts
@@ -92,6 +93,10 @@ class Residency:
         if adapter.mode is not AdapterMode.UNMERGED:
             self.merged.note(adapter.digest)
 
+    def ran(self, batch: Batch) -> None:
+        """A step ran: what recent ones were made of decides what `auto` means."""
+        self.merged.popularity.note(batch)
+
     def start_round(self) -> None:
         """From now on `ready` is asked for waiting sequences in queue order."""
         self._ahead = 0
@@ -107,7 +112,7 @@ class Residency:
             self.merged.bring(sequence, adapter.digest)
             return self._usable(self.merged.tier, adapter.digest)
         if adapter.mode is AdapterMode.AUTO:
-            self.merged.build_if_hot(adapter.digest)
+            self.merged.build_if_it_pays(adapter.digest)
         if self.unmerged.arena.blocked is not None:
             self.prefetch(sequence)
         elif not self.unmerged.bring(sequence, adapter.digest, adapter.packed_bytes):
@@ -171,9 +176,13 @@ class Residency:
         assert self.loader.pending == loading + self.merged.measuring
 
     def _tier_for(self, adapter: AdapterRef) -> Tier:
-        """Where the adapter is served from; `auto` takes merged weights only if they are there."""
+        """Where the adapter is served from; `auto` takes merged weights where they pay and are
+        there.
+        """
         merged = adapter.mode is AdapterMode.MERGED or (
-            adapter.mode is AdapterMode.AUTO and self._usable(self.merged.tier, adapter.digest)
+            adapter.mode is AdapterMode.AUTO
+            and self.merged.popularity.pays(adapter.digest)
+            and self._usable(self.merged.tier, adapter.digest)
         )
         return self.merged.tier if merged else self.unmerged.arena
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Seq
 from typing import Protocol
 
 from adaplex.engine.batch import Batch
+from adaplex.engine.cost_model import StepCosts
 from adaplex.engine.request import SampledToken
 
 
@@ -17,6 +18,10 @@ class Runner(Protocol):
 
     def run(self, batch: Batch) -> Seq[SampledToken]:
         """Runs one step; one token for each of `batch.sampling`, in order."""
+        ...
+
+    def step_costs(self) -> StepCosts:
+        """Measures what linears and deltas take here. Called once, before the first step."""
         ...
 
     def fetch_adapter(self, digest: str) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from bisect import insort
+from typing import NamedTuple
 
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.block_manager import BlockManager
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.observer import Observer
+from adaplex.engine.pace import Budget, Pace
 from adaplex.engine.residency import Residency
 from adaplex.engine.sequence import Sequence, Status
 from adaplex.engine.waiting import WaitingQueue
+
+MAX_SHARING = 4
+"""Prompts under way beside which a new one gets a share of the step; behind more, it waits for what
+they leave: each prompt holds blocks for all its tokens."""
 
 
 def _rank(sequence: Sequence) -> tuple[int, float, int]:
@@ -19,6 +25,21 @@ def _rank(sequence: Sequence) -> tuple[int, float, int]:
 
 def _by_adapter(chunks: list[Chunk]) -> list[Chunk]:
     return sorted(chunks, key=lambda chunk: chunk.sequence.adapter_key)
+
+
+class Turn(NamedTuple):
+    """Of a prompt under way, or of the queue, to take rows of a step."""
+
+    priority: int
+    last: int
+    """The step in which it last took some."""
+    sequence: Sequence | None
+    """None for the queue."""
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """The most urgent first, then who had a turn longest ago."""
+        return -self.priority, self.last
 
 
 class Scheduler:
@@ -30,14 +51,23 @@ class Scheduler:
     """
 
     def __init__(
-        self, config: EngineConfig, blocks: BlockManager, residency: Residency, observer: Observer
+        self,
+        config: EngineConfig,
+        blocks: BlockManager,
+        residency: Residency,
+        observer: Observer,
+        pace: Pace,
     ) -> None:
         self._config = config
+        self._pace = pace
         self._blocks = blocks
         self._residency = residency
         self._observer = observer
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
+        self._step = 0
+        self._last_start = 0
+        """The last step that started a waiting sequence."""
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence behind those of its priority and adapter that came before it."""
@@ -51,15 +81,23 @@ class Scheduler:
         sequence.status = Status.FINISHED
 
     def schedule(self, now: float) -> Batch:
-        """The next step: every decoding sequence, then prompts under way, then new ones.
+        """The next step: every decoding sequence, and prompts, under way and new, in turn.
 
         Empty only if every waiting sequence waits for its adapter.
         """
+        self._step += 1
         decodes = self._decode()
         prompts: list[Chunk] = []
-        room = self._config.max_step_tokens - len(decodes)
-        room -= self._continue_prompts(prompts, room)
-        self._admit(prompts, room, now)
+        budget = self._pace.budget(len(decodes))
+        turns = self._turns()
+        for index, turn in enumerate(turns):
+            equals = sum(other.priority == turn.priority for other in turns[index:])
+            if turn.sequence is None:
+                self._admit(prompts, budget.split(equals), now)
+            else:
+                self._add_chunk(prompts, turn.sequence, budget.split(equals))
+        if all(turn.sequence for turn in turns):
+            self._admit(prompts, budget, now)
         return Batch((*_by_adapter(decodes), *_by_adapter(prompts)))
 
     def _decode(self) -> list[Chunk]:
@@ -82,15 +120,14 @@ class Scheduler:
         self.add(sequence)
         self._observer.preempted()
 
-    def _continue_prompts(self, chunks: list[Chunk], room: int) -> int:
-        """Adds chunks of running prompts; returns their rows."""
-        rows = 0
-        for sequence in self.running:
-            if not sequence.decoding:
-                rows += self._add_chunk(chunks, sequence, room - rows)
-        return rows
+    def _turns(self) -> list[Turn]:
+        """Of the prompts under way, and of the queue if it shares with them, in order."""
+        turns = [Turn(s.request.priority, s.last_turn, s) for s in self.running if not s.decoding]
+        if self.waiting and len(turns) <= MAX_SHARING:
+            turns.insert(0, Turn(self.waiting.priority, self._last_start, None))
+        return sorted(turns, key=lambda turn: turn.order)
 
-    def _admit(self, chunks: list[Chunk], room: int, now: float) -> None:
+    def _admit(self, chunks: list[Chunk], budget: Budget, now: float) -> None:
         """Starts waiting sequences in turn while rows, places and blocks last.
 
         One whose adapter is not there is passed over; one that finds no blocks is not, so that
@@ -98,18 +135,19 @@ class Scheduler:
         for, and adapters of more are fetched, so that they are there in time.
         """
         self._residency.start_round()
+        more = True
         for index, sequence in enumerate(self.waiting.in_turn()):
-            if len(self.running) >= self._config.max_running:
-                room = 0
-            if not room and index >= self._config.max_running:
+            more = more and budget.open and len(self.running) < self._config.max_running
+            if not more and index >= self._config.max_running:
                 if not self._residency.prefetch(sequence):
                     return
             elif not self._ready(sequence, now):
                 continue
-            elif room and self._start(sequence):
-                room -= self._add_chunk(chunks, sequence, room)
+            elif more and self._start(sequence):
+                self._add_chunk(chunks, sequence, budget)
+                self._last_start = self._step
             else:
-                room = 0
+                more = False
 
     def _ready(self, sequence: Sequence, now: float) -> bool:
         if sequence.adapter_asked_at is None:
@@ -137,9 +175,8 @@ class Scheduler:
             self.waiting.fairness.served(sequence.fair_key, prompt=fresh)
         return True
 
-    def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, room: int) -> int:
-        """Adds as much of a prompt as there is room for; returns its rows."""
-        count = min(sequence.remaining, self._config.max_chunk_tokens, room)
-        if count:
+    def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: Budget) -> None:
+        """Adds as much of a prompt as the budget has room for."""
+        if count := budget.take(sequence.computed, sequence.remaining):
             chunks.append(Chunk(sequence, sequence.computed, count))
-        return count
+            sequence.last_turn = self._step

@@ -35,6 +35,8 @@ class Sequence:
     cached_tokens: int = 0
     bypassed: int = 0
     """Later sequences that leased an adapter while there was no room for the one of this."""
+    last_turn: int = 0
+    """The last step that computed some of its prompt."""
     adapter_asked_at: float | None = None
     adapter_ready_at: float | None = None
     admitted_at: float | None = None

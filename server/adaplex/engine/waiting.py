@@ -33,6 +33,11 @@ class WaitingQueue:
         for line in self._lines.values():
             yield from line
 
+    @property
+    def priority(self) -> int:
+        """Of the most urgent of them; there must be one."""
+        return max(priority for priority, _ in self._lines)
+
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence behind those of its line that came before it."""
         insort(self._lines.setdefault(_line(sequence), []), sequence, key=_arrival)

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from adaplex.adapters.program import AdapterProgram
 from adaplex.engine.batch import Batch, Chunk
+from adaplex.engine.cost_model import StepCosts
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SampledToken, SamplingParams
 from adaplex.engine.sequence import Sequence
+from adaplex.model import costs
+from adaplex.model.adapted import AdaptedLinear
 from adaplex.model.arena import Arena
 from adaplex.model.decode_steps import DecodeSteps
 from adaplex.model.host_copies import HostCopies, PackedAdapter, pack
@@ -88,6 +91,17 @@ class ModelRunner:
         last = self._block_tokens - 1
         self.run(Batch((Chunk(sequence, 0, self._block_tokens),)))
         self.run(Batch((Chunk(sequence, last, 1),)))
+
+    @torch.inference_mode()
+    def step_costs(self) -> StepCosts:
+        """See Runner."""
+        linears = {
+            module.name: module.backend
+            for module in self._base.module.modules()
+            if isinstance(module, AdaptedLinear) and not module.is_head
+        }
+        base = self._base
+        return costs.measure(linears, self._low_rank, dtype=base.dtype, device=base.device)
 
     def fetch_adapter(self, digest: str) -> None:
         """See Runner."""

@@ -105,6 +105,7 @@ def engine_limits(config: ServerConfig, base: BaseModel) -> EngineConfig:
             max_waiting=config.max_waiting,
             max_step_tokens=config.max_step_tokens,
             max_chunk_tokens=config.max_chunk_tokens,
+            max_stretch=config.max_stretch,
             prefix_cache=config.prefix_cache,
         )
     except RequestInvalid as error:

@@ -203,8 +203,13 @@ class ServerConfig(BaseSettings):
     )
     max_running: Count = Field(64, description="Requests in one step.")
     max_waiting: Count = Field(1024, description="Requests in the queue.")
-    max_step_tokens: Count = Field(256, description="Tokens in one step.")
-    max_chunk_tokens: Count = Field(128, description="Prompt tokens of one request in one step.")
+    max_step_tokens: Count = Field(512, description="Tokens in one step.")
+    max_chunk_tokens: Count = Field(512, description="Prompt tokens of one request in one step.")
+    max_stretch: Annotated[float, Field(gt=1)] = Field(
+        2.0,
+        description="How many times as long prompts may make a step in which others generate; "
+        "inf lets them fill every step.",
+    )
     prefix_cache: bool = Field(True, description="Reuse the KV of equal prompt beginnings.")
 
     vllm_metric_names: bool = Field(

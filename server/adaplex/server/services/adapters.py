@@ -12,7 +12,6 @@ from adaplex.adapters.entry import Entry, Origin
 from adaplex.adapters.importer import Importer
 from adaplex.adapters.intake import Committed
 from adaplex.adapters.registry import AdapterRegistry
-from adaplex.adapters.selector import DEFAULT
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.server import adapter_messages as messages
 from adaplex.server.blocking import in_thread
@@ -164,8 +163,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.RollbackAliasResponse:
         """Undoes the last change of an alias."""
         _note(request.name)
-        alias = request.alias or DEFAULT
-        entry = await in_thread(self._names.rollback, request.name, alias, _origin())
+        entry = await in_thread(self._names.rollback, request.name, request.alias, _origin())
         return adapters_pb2.RollbackAliasResponse(adapter=await self._changed(entry))
 
     async def UnloadAdapter(

@@ -1,0 +1,94 @@
+"""StepCosts: what the products of a step take on this machine, with adapters merged or not."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from adaplex.engine.batch import Batch
+from adaplex.engine.request import AdapterMode
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Rows of a step: of the base, and by adapter, unmerged and merged."""
+
+    base: int = 0
+    unmerged: Mapping[str, int] = field(default_factory=dict)
+    merged: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: Batch) -> Mix:
+        """That of a batch."""
+        base, rows = 0, {mode: Counter[str]() for mode in AdapterMode}
+        for chunk in batch.chunks:
+            if (adapter := chunk.sequence.adapter) is None:
+                base += chunk.count
+            else:
+                rows[adapter.mode][adapter.digest] += chunk.count
+        return cls(base, rows[AdapterMode.UNMERGED], rows[AdapterMode.MERGED])
+
+    def rows(self, digest: str) -> int:
+        """Those of an adapter."""
+        return self.unmerged.get(digest, 0) + self.merged.get(digest, 0)
+
+    def applied(self, digest: str, mode: AdapterMode) -> Mix:
+        """The same rows, were all of an adapter in this mode."""
+        unmerged = {key: count for key, count in self.unmerged.items() if key != digest}
+        merged = {key: count for key, count in self.merged.items() if key != digest}
+        if rows := self.rows(digest):
+            (merged if mode is AdapterMode.MERGED else unmerged)[digest] = rows
+        return Mix(self.base, unmerged, merged)
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of all linears of the model but the output layer, at some numbers of rows."""
+
+    rows: tuple[int, ...]
+    """Ascending."""
+    base: tuple[float, ...]
+    """As they are kept."""
+    merged: tuple[float, ...]
+    """Dense."""
+    low_rank: tuple[float, ...]
+    """The deltas of one adapter."""
+    another_adapter: float
+    """What each further adapter adds to the deltas of the same rows."""
+
+    def __post_init__(self) -> None:
+        """Asserts that there is a figure for each number of rows."""
+        assert list(self.rows) == sorted(set(self.rows))
+        assert len(self.rows) == len(self.base) == len(self.merged) == len(self.low_rank) > 1
+
+    def step_seconds(self, mix: Mix) -> float:
+        """A merged adapter is a pass of its own over its weights; all others share one over the
+        base, which is spared only when a single merged adapter has all rows.
+        """
+        unmerged, merged = sum(mix.unmerged.values()), sum(mix.merged.values())
+        seconds = sum(self._at(self.merged, rows) for rows in mix.merged.values())
+        if mix.base or unmerged or len(mix.merged) > 1:
+            seconds += self._at(self.base, mix.base + unmerged + merged)
+        if unmerged:
+            seconds += self._at(self.low_rank, unmerged)
+            seconds += self.another_adapter * (len(mix.unmerged) - 1)
+        return seconds
+
+    def saved(self, digest: str, mix: Mix) -> float:
+        """Seconds that merging an adapter would save; below 0 when it would cost some."""
+        unmerged, merged = (
+            self.step_seconds(mix.applied(digest, mode))
+            for mode in (AdapterMode.UNMERGED, AdapterMode.MERGED)
+        )
+        return unmerged - merged
+
+    def _at(self, seconds: Sequence[float], rows: int) -> float:
+        """Between measured numbers of rows in proportion; beyond them as the last two go on."""
+        if rows <= self.rows[0]:
+            return seconds[0]
+        index = min(bisect_left(self.rows, rows), len(self.rows) - 1)
+        left, right = self.rows[index - 1], self.rows[index]
+        slope = (seconds[index] - seconds[index - 1]) / (right - left)
+        return max(0.0, seconds[index - 1] + slope * (rows - left))

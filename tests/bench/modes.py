@@ -1,0 +1,166 @@
+"""Output tokens a second unmerged, merged and in auto mode, through the engine on this machine.
+
+    make bench-modes                 # the default model, as bf16 and as nf4
+    .venv/bin/python tests/bench/modes.py --streams 8 --tokens 64 --threads 1
+
+Streams run back to back with adapters of a mix; prompts are unique. A mode is measured after a
+warm-up in which auto learns, and makes the copies it wants. One line a base and mix; ratios hold
+within a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import torch
+from throughput import random_adapter
+
+from adaplex.adapters import formats
+from adaplex.adapters.checkpoint import read_checkpoint
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program import AdapterProgram
+from adaplex.engine.config import EngineConfig
+from adaplex.engine.engine import Engine
+from adaplex.engine.popularity import ENOUGH, STRIDE
+from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
+from adaplex.model.kernels.low_rank import low_rank_kernel
+from adaplex.model.loader import BaseModel, load_base
+from adaplex.model.runner import ModelRunner
+from adaplex.model.source import default_cache, resolve_model
+
+BLOCKS = 1024
+MIXES = ("identical", "zipf", "distinct")
+
+
+class Traffic:
+    """An engine whose streams each begin anew when they end."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        programs: dict[str, AdapterProgram],
+        choose: Callable[[int], str],
+        mode: AdapterMode,
+        options: argparse.Namespace,
+    ) -> None:
+        self._programs, self._choose = programs, choose
+        self._mode, self._tokens = mode, options.tokens
+        self._base, self._numbers, self._random = base, count(), random.Random(0)
+        runner = ModelRunner(
+            base,
+            num_blocks=BLOCKS,
+            block_tokens=16,
+            arena_bytes=256 << 20,
+            load_program=programs.__getitem__,
+            low_rank=low_rank_kernel(
+                base.dtype, base.device, cache=default_cache(), progress=print
+            ),
+        )
+        config = EngineConfig(
+            num_blocks=BLOCKS,
+            arena_bytes=256 << 20,
+            merged_bytes=len(programs) * (256 << 20),
+            max_model_len=1024,
+            prefix_cache=False,
+        )
+        self.engine = Engine(config, runner, base_digest="base")
+        for _ in range(options.streams):
+            self._ask()
+
+    def run(self, *, seconds: float = 0.0, steps: int = 0) -> float:
+        """Tokens a second over so many seconds, and steps, at least."""
+        begun, tokens = time.perf_counter(), 0
+        while steps > 0 or time.perf_counter() - begun < seconds:
+            steps -= 1
+            for output in self.engine.step():
+                if output.error is not None:
+                    raise output.error
+                tokens += len(output.tokens)
+                if output.last:
+                    self._ask()
+        return tokens / (time.perf_counter() - begun)
+
+    def close(self) -> None:
+        """Waits for the loader."""
+        self.engine.close()
+
+    def _ask(self) -> None:
+        number = next(self._numbers)
+        program = self._programs[self._choose(number)]
+        size = program.packed_bytes(self._base.dtype.itemsize)
+        adapter = AdapterRef("a", 1, program.digest, size, len(program.modules), self._mode)
+        prompt = tuple(self._random.randrange(1000, 40000) for _ in range(self._tokens))
+        length = self._random.randint(self._tokens // 2, self._tokens * 3 // 2)
+        sampling = SamplingParams(max_tokens=length)
+        self.engine.add(Request(f"r{number}", prompt, sampling, adapter, arrival=float(number)))
+
+
+def chooser(mix: str, digests: list[str]) -> Callable[[int], str]:
+    """The adapter of the nth request."""
+    chance = random.Random(1)
+    weights = [1 / rank**1.5 for rank in range(1, len(digests) + 1)]
+    return {
+        "identical": lambda _: digests[0],
+        "zipf": lambda _: chance.choices(digests, weights)[0],
+        "distinct": lambda number: digests[number % len(digests)],
+    }[mix]
+
+
+def lowered(directory: Path, base: BaseModel) -> AdapterProgram:
+    """An adapter folder as an upload would lower it."""
+    limits = AdapterLimits()
+    return formats.lower(read_checkpoint(directory, limits), base.spec, limits)
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--quantizations", nargs="+", default=["bf16", "nf4"])
+    parser.add_argument("--mixes", nargs="+", choices=MIXES, default=MIXES)
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=64, help="prompt, and mean output")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    figures: dict[str, dict[str, float]] = {}
+    print(f"{'base':>6} {'mix':<10}" + "".join(f"{mode:>10}" for mode in AdapterMode), end="")
+    print("  tok/s   auto / better")
+    with tempfile.TemporaryDirectory() as work:
+        source = resolve_model(options.model)
+        folders = [
+            random_adapter(source, Path(work) / f"a{i}", options.rank, i)
+            for i in range(options.streams)
+        ]
+        for quantization in options.quantizations:
+            base = load_base(options.model, quantization=quantization)
+            programs = {p.digest: p for p in (lowered(folder, base) for folder in folders)}
+            for mix in options.mixes:
+                row = {}
+                for mode in AdapterMode:
+                    choose = chooser(mix, list(programs))
+                    traffic = Traffic(base, programs, choose, mode, options)
+                    traffic.run(seconds=5.0, steps=2 * STRIDE * ENOUGH)
+                    row[mode.value] = round(traffic.run(seconds=options.seconds), 1)
+                    traffic.close()
+                figures[f"{quantization} {mix}"] = row
+                ratio = row["auto"] / max(row["unmerged"], row["merged"])
+                print(
+                    f"{quantization:>6} {mix:<10}" + "".join(f"{v:>10}" for v in row.values()),
+                    end="",
+                )
+                print(f"{ratio:>17.2f}", flush=True)
+    print(json.dumps({"model": options.model, "rank": options.rank, "tok_per_s": figures}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""Prompts beside decoding streams, on a machine whose steps take modelled times."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaplex.engine.batch import Batch, Chunk
+from adaplex.engine.chunk_costs import RECENT, ChunkCosts
+from adaplex.engine.engine import Engine
+from adaplex.engine.pace import LEAST, ROW_COUNTS, Budget
+from adaplex.engine.request import SampledToken
+from adaplex.engine.sequence import Sequence
+from engine.fakes import FakeRunner, InlineExecutor, make_config, make_request
+
+BLOCK = 16
+
+
+@dataclass
+class Machine:
+    """Seconds of a step: what every step costs, each row, each chunk, and each token it attends
+    to.
+    """
+
+    step: float = 15e-3
+    row: float = 0.8e-3
+    chunk: float = 2e-3
+    context: float = 2e-7
+    chunk_context: float = 0.0
+    noise: random.Random | None = None
+
+    def exact(self, batch: Batch) -> float:
+        chunks = sum(chunk.count > 1 for chunk in batch.chunks)
+        attended = sum(c.count * (c.start + c.end) / 2 for c in batch.chunks)
+        rows = batch.tokens * self.row
+        ends = sum(chunk.end for chunk in batch.chunks if chunk.count > 1)
+        per_chunk = chunks * self.chunk + ends * self.chunk_context
+        return self.step + rows + per_chunk + attended * self.context
+
+    def seconds(self, batch: Batch) -> float:
+        exact = self.exact(batch)
+        if self.noise is None:
+            return exact
+        outlier = 20.0 if self.noise.random() < 0.04 else 1.0
+        return exact * outlier * self.noise.uniform(0.95, 1.1)
+
+
+CPU = Machine()
+SLOW_CONTEXT = Machine(context=1e-6)
+COSTLY_CHUNKS = Machine(chunk=10e-3, row=0.4e-3)
+OVERHEAD = Machine(chunk=10e-3, chunk_context=1e-5)
+GPU = Machine(step=8e-3, row=5e-6, chunk=1e-4, context=2e-9)
+MACHINES = [CPU, SLOW_CONTEXT, COSTLY_CHUNKS, GPU]
+
+
+@dataclass
+class Step:
+    seconds: float
+    alone: float
+    """What it would have taken without prompts."""
+    decodes: int
+    prompts: dict[str, int] = field(default_factory=dict)
+    """Rows by request."""
+
+
+class TimedRunner(FakeRunner):
+    """Moves a clock instead of checking blocks."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self.machine = machine
+        self.steps: list[Step] = []
+
+    def run(self, batch: Batch) -> list[SampledToken]:
+        seconds = self.machine.seconds(batch)
+        self.now += seconds
+        prompts = {c.sequence.request_id: c.count for c in batch.chunks if c.count > 1}
+        decodes = tuple(chunk for chunk in batch.chunks if chunk.count == 1)
+        alone = self.machine.exact(Batch(decodes))
+        self.steps.append(Step(seconds, alone, len(decodes), prompts))
+        for chunk in batch.chunks:
+            assert chunk.end % BLOCK == 0 or chunk.samples or chunk.count % LEAST == 0
+        return [SampledToken(1) for _ in batch.sampling]
+
+
+class Run:
+    def __init__(self, machine: Machine, **changes: object) -> None:
+        self.runner = TimedRunner(machine)
+        limits = {
+            "num_blocks": 4096,
+            "block_tokens": BLOCK,
+            "max_model_len": 8192,
+            "max_running": 32,
+            "max_step_tokens": 512,
+            "max_chunk_tokens": 512,
+            "max_stretch": 2.0,
+            "prefix_cache": False,
+        }
+        self.engine = Engine(
+            make_config(**limits | changes),
+            self.runner,
+            base_digest="base",
+            executor=InlineExecutor(),
+            clock=lambda: self.runner.now,
+        )
+        self.first: dict[str, float] = {}
+        """When each request had its first token."""
+
+    def step(self) -> None:
+        for output in self.engine.step():
+            if output.tokens:
+                self.first.setdefault(output.request_id, self.runner.now)
+
+    def add(self, name: str, prompt: int, max_tokens: int = 1, **fields: object) -> None:
+        self.engine.add(
+            make_request(name, range(prompt), max_tokens=max_tokens, arrival=0.0, **fields)
+        )
+
+    def start_streams(self, count: int) -> None:
+        for number in range(count):
+            self.add(f"stream{number}", 64, max_tokens=4000)
+        while len(self.first) < count:
+            self.step()
+        for _ in range(10):
+            self.step()
+
+    def until(self, *names: str) -> list[Step]:
+        """Steps until these have had their first tokens; the steps it took."""
+        begun = len(self.runner.steps)
+        while not set(names) <= self.first.keys():
+            self.step()
+            assert len(self.runner.steps) < begun + 5000, "the prompt does not come to an end"
+        return self.runner.steps[begun:]
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=["cpu", "slow context", "costly chunks", "gpu"])
+@pytest.mark.parametrize("streams", [1, 8, 16])
+def test_a_long_prompt_never_holds_streams_up_by_three_times(
+    machine: Machine, streams: int
+) -> None:
+    run = Run(machine)
+    run.start_streams(streams)
+    for turn in range(3):
+        run.add(f"long{turn}", 4000)
+        steps = run.until(f"long{turn}")
+        assert max(step.seconds / step.alone for step in steps) <= 3
+        prompts = sum(step.seconds - step.alone for step in steps)
+        share, rows = prompts / sum(step.seconds for step in steps), 4000 / len(steps)
+        assert share >= 0.3 or rows >= 240, "the prompt starves"
+
+
+def test_the_budget_is_used_to_what_was_asked_for() -> None:
+    run = Run(GPU, max_stretch=1.5)
+    run.start_streams(4)
+    run.add("warm", 4000)
+    run.until("warm")
+    run.add("long", 4000)
+    steps = run.until("long")
+    assert max(step.seconds / step.alone for step in steps) <= 1.7
+    assert max(sum(step.prompts.values()) for step in steps) > 256
+
+
+def test_without_streams_a_prompt_takes_whole_steps() -> None:
+    run = Run(CPU)
+    run.add("long", 4000)
+    steps = run.until("long")
+    assert [sum(step.prompts.values()) for step in steps] == [512] * 7 + [416]
+
+
+def test_outliers_do_not_collapse_the_pace() -> None:
+    def rows(machine: Machine) -> float:
+        run = Run(machine)
+        run.start_streams(8)
+        run.add("warm", 4000)
+        run.until("warm")
+        run.add("long", 4000)
+        return 4000 / len(run.until("long"))
+
+    quiet = rows(Machine())
+    for seed in range(5):
+        assert rows(Machine(noise=random.Random(seed))) > 0.5 * quiet
+
+
+def test_noise_does_not_make_steps_long() -> None:
+    for seed in range(5):
+        run = Run(Machine(noise=random.Random(seed)))
+        run.start_streams(8)
+        run.runner.machine.noise = random.Random(seed + 100)
+        run.add("long", 4000)
+        steps = run.until("long")
+        usual = sorted(step.seconds / step.alone for step in steps)[: int(0.9 * len(steps))]
+        assert usual[-1] <= 3
+
+
+def test_a_machine_that_slows_down_is_followed() -> None:
+    run = Run(Machine())
+    run.start_streams(8)
+    run.add("warm", 4000)
+    run.until("warm")
+    run.runner.machine.row *= 3
+    run.add("long", 4000)
+    late = run.until("long")[2 * RECENT :]
+    assert max(step.seconds / step.alone for step in late) <= 3
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    run = Run(CPU)
+    run.start_streams(8)
+    run.add("long", 4000)
+    for _ in range(5):
+        run.step()
+    run.add("short", 64)
+    steps = run.until("short")
+    assert len(steps) < 16
+    assert "long" not in run.first
+    both = [step for step in steps if "short" in step.prompts]
+    rest = [step for step in steps if "long" in step.prompts]
+    assert both
+    assert rest, "the long prompt goes on too"
+    run.until("long")
+
+
+def test_prompts_under_way_share_and_the_most_urgent_goes_first() -> None:
+    run = Run(CPU)
+    run.start_streams(8)
+    for name in ("a", "b", "c"):
+        run.add(name, 1600)
+    run.add("urgent", 1600, priority=1)
+    begun = run.runner.now
+    run.until("a", "b", "c", "urgent")
+    urgent, *others = sorted(run.first[name] - begun for name in ("a", "b", "c", "urgent"))
+    assert run.first["urgent"] - begun == urgent
+    assert others[-1] - others[0] < urgent < 0.4 * others[0]
+
+
+def test_a_crowd_of_prompts_is_not_all_begun_at_once() -> None:
+    run = Run(CPU)
+    run.start_streams(8)
+    for number in range(20):
+        run.add(f"p{number}", 800)
+    for _ in range(60):
+        run.step()
+    begun = {name for step in run.runner.steps for name in step.prompts if name[0] == "p"}
+    assert 2 <= len(begun - run.first.keys()) <= 6
+    run.until(*(f"p{n}" for n in range(20)))
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    run = Run(CPU, max_running=64, max_waiting=1000)
+    for number in range(400):
+        run.add(f"r{number}", 1 + number * 37 % 3000, max_tokens=1 + number * 7 % 40)
+    while run.engine.has_work:
+        run.step()
+    pace = run.engine._pace
+    assert len(pace._decodes) <= ROW_COUNTS
+    assert len(pace._costs._tokens) <= 6
+    assert len(pace._costs._small) <= 4
+    kept = [*pace._decodes.values(), *pace._costs._tokens.values(), *pace._costs._small.values()]
+    assert all(len(values) <= RECENT for values in kept)
+
+
+@given(
+    rows=st.integers(0, 600),
+    seconds=st.one_of(st.floats(0, 1), st.just(float("inf"))),
+    token=st.floats(0, 1e-2),
+    context=st.floats(0, 1e-5),
+    takes=st.lists(
+        st.tuples(st.integers(0, 250), st.integers(1, 4000), st.integers(1, 6)), max_size=8
+    ),
+)
+def test_a_budget_is_kept(
+    rows: int,
+    seconds: float,
+    token: float,
+    context: float,
+    takes: list[tuple[int, int, int]],
+) -> None:
+    config = make_config(
+        block_tokens=BLOCK, num_blocks=64, max_step_tokens=600, max_chunk_tokens=300
+    )
+    costs = ChunkCosts(BLOCK)
+    sequence = Sequence(make_request("r", range(9000)))
+    for start in (0, 1000, 8000):
+        costs.note([Chunk(sequence, start, 64)], 64 * (token + context * (start + 32)))
+    budget = Budget(config, rows, seconds, costs)
+    taken, spent, dearest = 0, 0.0, 0.0
+    for block, wanted, shares in takes:
+        was_open = budget.open
+        count = budget.split(shares).take(block * BLOCK, wanted)
+        assert (count > 0) == was_open
+        assert count <= min(wanted, 300)
+        assert count in (wanted, 0) or count % LEAST == 0 or taken + count == rows
+        taken += count
+        price = costs.seconds(block * BLOCK, count)
+        spent, dearest = spent + price, max(dearest, price)
+    assert taken <= rows
+    assert spent <= seconds + dearest * 1.01
+
+
+def test_chunks_whose_own_cost_is_all_are_not_made_smaller() -> None:
+    for machine, steps in ((OVERHEAD, 600), (SLOW_CONTEXT, 1600)):
+        run = Run(machine)
+        run.start_streams(1)
+        run.add("long", 4000)
+        assert 0.5 * steps < len(run.until("long")) < steps
