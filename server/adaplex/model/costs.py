@@ -11,7 +11,9 @@ from torch import Tensor
 
 from adaplex.engine.cost_model import StepCosts
 from adaplex.model.kernels.low_rank import AdapterWeights, LowRankKernel, SiteWeights, Span
-from adaplex.model.linear import DenseLinear, LinearBackend
+from adaplex.model.kernels.native.kernels import NativeKernels
+from adaplex.model.linear import LinearBackend
+from adaplex.model.native_linear import dense_linear
 
 ROWS = (1, 4, 8, 16, 32, 128)
 RANK = 16
@@ -28,9 +30,10 @@ def measure(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    kernels: NativeKernels | None = None,
 ) -> StepCosts:
     """Times one linear of each shape and multiplies; a third of a second for a small model."""
-    bench = _Bench(linears, low_rank, dtype, device)
+    bench = _Bench(linears, low_rank, dtype, device, kernels)
     base, merged, deltas = zip(*(bench.seconds(rows) for rows in ROWS), strict=True)
     return StepCosts(ROWS, base, merged, deltas, bench.another_adapter())
 
@@ -54,13 +57,14 @@ class _Bench:
         low_rank: LowRankKernel,
         dtype: torch.dtype,
         device: torch.device,
+        kernels: NativeKernels | None,
     ) -> None:
         self._linears: dict[Shape, list[LinearBackend]] = {}
         for backend in linears.values():
             shape = backend.out_features, backend.in_features
             self._linears.setdefault(shape, []).append(backend)
         self._dense = {
-            shape: [DenseLinear(b.dequantize().to(dtype), b.bias) for b in backends[:2]]
+            shape: [dense_linear(kernels, b.dequantize().to(dtype), b.bias) for b in backends[:2]]
             for shape, backends in self._linears.items()
         }
         self._modules = {str(shape): index for index, shape in enumerate(self._linears)}

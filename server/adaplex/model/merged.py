@@ -15,8 +15,8 @@ from adaplex.adapters.program import AdapterProgram
 from adaplex.model.kernels.low_rank import SiteWeights
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kernels.native.structs import SITE_FIELDS
-from adaplex.model.linear import DenseLinear, LinearBackend
-from adaplex.model.native_linear import NativeLinear, native_linear
+from adaplex.model.linear import LinearBackend
+from adaplex.model.native_linear import NativeLinear, dense_linear
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ def merge(
             shift = module.bias.to(device).float()
             bias = (shift if bias is None else bias.float() + shift).to(dtype)
             merged.shifts[module.module] = module.bias.to(device, dtype).contiguous()
-        dense = native_linear(kernels, weight.to(dtype), bias, nf4=False) if kernels else None
-        merged.linears[module.module] = dense or DenseLinear(weight.to(dtype), bias)
+        merged.linears[module.module] = dense_linear(kernels, weight.to(dtype), bias)
     return merged
 
 

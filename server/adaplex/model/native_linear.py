@@ -12,7 +12,7 @@ from adaplex.model.kernels.native.kernels import (
     unpack_dense,
     unpack_nf4,
 )
-from adaplex.model.linear import LinearBackend, nf4_roundtrip
+from adaplex.model.linear import DenseLinear, LinearBackend, nf4_roundtrip
 
 
 class NativeLinear(LinearBackend):
@@ -69,6 +69,16 @@ class NativeLinear(LinearBackend):
     def nbytes(self) -> int:
         """See LinearBackend."""
         return int(self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes))
+
+
+def dense_linear(
+    kernels: NativeKernels | None, weight: Tensor, bias: Tensor | None
+) -> LinearBackend:
+    """A dense backend for a weight [out, in] in the compute dtype, in panels where there are
+    kernels.
+    """
+    native = native_linear(kernels, weight, bias, nf4=False) if kernels else None
+    return native or DenseLinear(weight, bias)
 
 
 def native_linear(

@@ -61,10 +61,11 @@ class ModelRunner:
             dtype=base.dtype,
             device=base.device,
         )
+        self._low_rank = low_rank or ReferenceLowRank()
         modules = ModuleForward(
             base,
             cache,
-            low_rank=low_rank or ReferenceLowRank(),
+            low_rank=self._low_rank,
             decode=decode,
             weights=self._arena.weights,
             merged=self._merged,
@@ -95,13 +96,19 @@ class ModelRunner:
     @torch.inference_mode()
     def step_costs(self) -> StepCosts:
         """See Runner."""
+        base = self._base
         linears = {
             module.name: module.backend
-            for module in self._base.module.modules()
+            for module in base.module.modules()
             if isinstance(module, AdaptedLinear) and not module.is_head
         }
-        base = self._base
-        return costs.measure(linears, self._low_rank, dtype=base.dtype, device=base.device)
+        return costs.measure(
+            linears,
+            self._low_rank,
+            dtype=base.dtype,
+            device=base.device,
+            kernels=base.kernels,
+        )
 
     def fetch_adapter(self, digest: str) -> None:
         """See Runner."""
