@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from adaplex.server.cli import serve
-from adaplex.server.config import ConfigError, ServerConfig, available_cpus, describe, load_config
+from adaplex.server.config import ConfigError, ServerConfig, describe, load_config
 
 MIB = 1024**2
 
@@ -110,8 +111,10 @@ def test_settings_must_fit_together() -> None:
         load_config({"adapter_mode": "merged", "merged_bytes": "0"})
 
 
-def test_threads_leave_a_core_to_the_network() -> None:
-    assert load_config({}).compute_threads == max(1, available_cpus() - 1)
+def test_threads_leave_one_of_three_cores_to_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cpus, threads in ((1, 1), (2, 2), (3, 2), (16, 15)):
+        monkeypatch.setattr("adaplex.server.config.available_cpus", partial(int, cpus))
+        assert load_config({}).compute_threads == threads
     assert load_config({"threads": "3"}).compute_threads == 3
 
 

@@ -7,6 +7,7 @@ import gc
 import importlib.metadata
 import resource
 import signal
+import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -50,6 +51,9 @@ MAX_MESSAGE_BYTES = MAX_CHUNK_BYTES + 64 * 1024
 """A chunk of the largest size and what surrounds it."""
 FETCH_THREADS = 4
 """For adapters that a request names before anybody loaded them."""
+SWITCH_SECONDS = 0.0005
+"""How long one thread may keep the interpreter from another. Python's 5 ms is a whole step, which
+the engine would wait for the event loop."""
 SETTLE_SECONDS = 10.0
 """For cancelled handlers to finish what a thread does for them."""
 
@@ -206,6 +210,7 @@ async def run(parts: Parts) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal cuts the drain short."""
     _raise_file_limit()
     gc.collect()
+    sys.setswitchinterval(SWITCH_SECONDS)
     gc.freeze()  # a full collection over the model and its libraries stops everybody for 0.3 s
     stop, hard = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()

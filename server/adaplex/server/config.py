@@ -95,7 +95,7 @@ class ServerConfig(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
     cache: Path | None = Field(None, description="Folder for fetched models; XDG cache if unset.")
     threads: Literal["auto"] | Count = Field(
-        "auto", description="Compute threads; auto leaves one core to the network."
+        "auto", description="Compute threads; auto leaves one of three cores or more to the network."
     )
 
     host: str = Field("127.0.0.1", description="Address that gRPC binds.")
@@ -224,10 +224,11 @@ class ServerConfig(BaseSettings):
 
     @property
     def compute_threads(self) -> int:
-        """`threads`, resolved. A compute thread that must share its core with the event loop makes
-        every step wait, so one core stays free where there is more than one.
+        """`threads`, resolved. Compute threads share work by tickets, so that the event loop takes no
+        more from them than it uses; a core of its own is worth it from three on.
         """
-        return max(1, available_cpus() - 1) if self.threads == "auto" else self.threads
+        cpus = available_cpus()
+        return (cpus if cpus < 3 else cpus - 1) if self.threads == "auto" else self.threads
 
     @classmethod
     def settings_customise_sources(
