@@ -65,9 +65,7 @@ def spans(mix: list[int | None], adapters: list[AdapterWeights]) -> list[Span]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mix", sorted(mixes()))
-def test_native_equals_reference_and_leaves_base_rows_alone(
-    dtype: torch.dtype, mix: str
-) -> None:
+def test_native_equals_reference_and_leaves_base_rows_alone(dtype: torch.dtype, mix: str) -> None:
     torch.manual_seed(1)
     touched = [("narrow", "wide", "odd"), ("wide",), ("odd", "narrow"), ("narrow", "wide", "odd")]
     adapters = [adapter((1, 2, 3, 8, 16, 5, 64, 7)[i], dtype, touched[i % 4]) for i in range(8)]
@@ -93,9 +91,7 @@ def test_native_equals_reference_and_leaves_base_rows_alone(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("module", ["narrow", "wide", "odd"])
-def test_a_row_has_the_same_bits_alone_and_in_any_block(
-    dtype: torch.dtype, module: str
-) -> None:
+def test_a_row_has_the_same_bits_alone_and_in_any_block(dtype: torch.dtype, module: str) -> None:
     kernel, weights = native(dtype), adapter(16, dtype, (module,))
     width, out = SHAPES[module]
     x, y = torch.randn(ROWS, width).to(dtype), torch.randn(ROWS, out).to(dtype)
