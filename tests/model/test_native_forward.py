@@ -194,7 +194,7 @@ def test_what_is_shaped_like_llama_runs_in_one_call(
         assert forward_of(Rig(tiny_model(architecture), quantization)) is expected
 
 
-LIKE_LLAMA = {
+LIKE_LLAMA: dict[str, Any] = {
     "embedding_multiplier": 1.0,
     "attention_multiplier": 0.25,
     "residual_multiplier": 1.0,
@@ -215,7 +215,7 @@ LIKE_LLAMA = {
     ids=lambda value: "".join(value) if isinstance(value, dict) else None,
 )
 def test_the_trial_finds_parts_that_are_put_together_otherwise(
-    changed: dict[str, float],
+    changed: dict[str, Any],
     expected: type[Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -226,6 +226,38 @@ def test_the_trial_finds_parts_that_are_put_together_otherwise(
     assert forward_of(rig) is expected
     logits = Oracle(load_plain(model), None).logits(prompt(30))
     assert (rig.prefill(rig.sequence(prompt(30)))[0] - logits).abs().max() < 1e-4
+
+
+FAR = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "expected"),
+    [
+        ("llama", {"rope_parameters": FAR}, NativeForward),
+        ("ministral3", {"rope_parameters": FAR | {"llama_4_scaling_beta": 0.5}}, ModuleForward),
+        ("smollm3", {"num_hidden_layers": 4}, ModuleForward),
+        ("seed_oss", {}, NativeForward),
+    ],
+)
+def test_what_a_short_trial_cannot_show_is_read_off_the_settings(
+    architecture: str,
+    changes: dict[str, Any],
+    expected: type[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, architecture, {})
+    model = save_tiny(architecture, tmp_path / "model", **changes)
+    rig = Rig(model)
+    assert forward_of(rig) is expected
+    logits = Oracle(load_plain(model), None).logits(prompt(200))
+    assert (rig.prefill(rig.sequence(prompt(200)))[0] - logits).abs().max() < 1e-4
 
 
 def test_a_trial_that_disagrees_leaves_the_modules_in_place(
