@@ -129,7 +129,7 @@ def test_a_step_of_one_merged_adapter_skips_the_base(
     rows: int, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama")
-    rig = Rig(model)
+    rig = Rig(model, native=False)
     programs = {name: program for name, _, program in saved(model, rig, "llama", tmp_path)}
     ref = rig.add(programs["r4-rslora"], AdapterMode.MERGED)
     sequences = [rig.sequence(prompt(9 + i), ref) for i in range(rows)]

@@ -26,9 +26,9 @@ from adaplex.model.llama import Llama, LlamaLayer, NotLlama, llama_of
 from adaplex.model.loader import BaseModel
 
 Array = NDArray[Any]
-TOLERANCE = 0.2
-"""How far apart the logits of the two paths may be, as a share of their norm; rounding in bf16
-takes less than 0.15 of it, a part that is missing or scaled takes more."""
+TOLERANCE = 0.3
+"""How far apart the logits of the two paths may be, as a share of their norm; rounding nf4 and bf16
+takes up to 0.17 of small trained models, a part that is missing or scaled takes more."""
 
 
 class NativeForward:
