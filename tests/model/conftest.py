@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from adaplex.model.kernels.native.kernels import NativeKernels
 
 
 @pytest.fixture
@@ -23,3 +26,17 @@ def row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
         return TensorHandle(product + d.data, d.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+
+
+@pytest.fixture
+def use_threads() -> Iterator[Callable[[NativeKernels, int], None]]:
+    """Makes the team of a library some threads strong, until the test ends."""
+    used: list[NativeKernels] = []
+
+    def use(kernels: NativeKernels, count: int) -> None:
+        used.append(kernels)
+        assert kernels.use_threads(count) == count
+
+    yield use
+    for kernels in used:
+        kernels.use_threads(1)

@@ -1,13 +1,14 @@
 """Llama: what the hand-written decoder needs of a llama-shaped model.
 
 The shape is read off the modules, not off a list of names: llama, mistral, qwen2, qwen3 and smollm
-have it, and so has whatever is built of the same parts. Whether the parts are also put together in
-the same way is found out by running both (`adaplex.model.native_forward`).
+have it, and so has whatever is built of the same parts and settings. Whether the parts are also put
+together in the same way is found out by running both (`adaplex.model.native_forward`), but a short
+prompt does not show everything: hence a setting that is not known is taken for another shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adaplex.model.adapted import AdaptedLinear
+from adaplex.model.attention import HOOK
 from adaplex.model.native_linear import NativeLinear
 
 LINEARS = (
@@ -23,6 +25,23 @@ LINEARS = (
 )
 PARTS = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
 ATTENTION_PARTS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"})
+
+ATTENTION_SETTINGS = frozenset(
+    {
+        *("attention_dropout", "config", "head_dim", "is_causal", "layer_idx", "layer_type"),
+        *("num_attention_heads", "num_key_value_groups", "num_key_value_heads"),
+        *("residual_dropout", "scaling", "sliding_window", "training", HOOK),
+    }
+)
+"""Not among them: `use_rope` of smollm3, whose every fourth layer knows no positions."""
+ROPE_SETTINGS = frozenset(
+    {
+        *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"),
+        *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate"),
+        *("attention_factor", "mscale", "mscale_all_dim", "partial_rotary_factor"),
+    }
+)
+"""Not among them: `llama_4_scaling_beta` of ministral3, which scales queries of far positions."""
 
 
 class NotLlama(Exception):
@@ -92,6 +111,7 @@ def _read(model: Any, positions: int, windows: Mapping[int, int]) -> Llama:
     cosines, sines = inner.rotary_emb(torch.zeros(1, dtype=torch.float32), where)
     if cosines.shape[-1] != head_dim or inner.rotary_emb.rope_type in ("dynamic", "longrope"):
         raise NotLlama("another rotary embedding")
+    _know(config.rope_parameters, ROPE_SETTINGS)
     norms = [inner.norm] + [
         n for x in inner.layers for n in (x.input_layernorm, x.post_attention_layernorm)
     ]
@@ -119,6 +139,7 @@ def _layer(name: str, layer: Any, window: int) -> LlamaLayer:
     extra = {child for child, _ in attention.named_children()} - ATTENTION_PARTS
     if extra:
         raise NotLlama(f"attention with {', '.join(sorted(extra))}")
+    _know((name for name in vars(attention) if not name.startswith("_")), ATTENTION_SETTINGS)
     if (
         not isinstance(layer.mlp.act_fn, nn.SiLU)
         and type(layer.mlp.act_fn).__name__ != "SiLUActivation"
@@ -142,6 +163,11 @@ def _layer(name: str, layer: Any, window: int) -> LlamaLayer:
 def _need(found: set[str], wanted: set[str] | frozenset[str]) -> None:
     if found != wanted:
         raise NotLlama(f"parts {', '.join(sorted(found ^ wanted))}")
+
+
+def _know(found: Iterable[str], known: frozenset[str]) -> None:
+    if unknown := set(found) - known:
+        raise NotLlama(f"settings {', '.join(sorted(unknown))}")
 
 
 def _norm(norm: Any) -> Tensor:

@@ -131,12 +131,9 @@ class ModelRunner:
     def build_merged(self, digest: str) -> int:
         """See Runner."""
         base, program = self._base, self._load_program(digest)
-        merged = merge(
+        self._merged[digest] = merge(
             program, base.backends, dtype=base.dtype, device=base.device, kernels=base.kernels
         )
-        if base.kernels is not None:
-            self._merged_tables[digest] = merged.table(self._modules)
-        self._merged[digest] = merged
         return merged_bytes(program, base.backends, base.dtype)
 
     def merged_bytes(self, digest: str) -> int:
@@ -155,5 +152,11 @@ class ModelRunner:
     def _table(self, adapter: AdapterRef) -> NDArray[np.int64]:
         """What an adapter in memory does, as kernels read it."""
         if adapter.mode is AdapterMode.MERGED:
-            return self._merged_tables[adapter.digest]
+            return self._merged_table(adapter.digest)
         return self._arena.weights(adapter.digest).table
+
+    def _merged_table(self, digest: str) -> NDArray[np.int64]:
+        """Made when a step first asks: only where every linear has panels can there be one."""
+        if digest not in self._merged_tables:
+            self._merged_tables[digest] = self._merged[digest].table(self._modules)
+        return self._merged_tables[digest]

@@ -185,7 +185,7 @@ static void NAME(gate)(Member *me, const NAME(Task) * task, const NAME(Part) * p
   const Work_space *space = &task->space;
   long middle = task->model->middle;
   long split = space->blocks >= 4 * team.threads ? 1 : 4 * team.threads;
-  long share = (middle / split + 63) / 64 * 64;
+  long share = ((middle + split - 1) / split + 63) / 64 * 64;
   for (long ticket; (ticket = team_next(&me->base, space->blocks * split)) >= 0;) {
     const Block *block = space->block + ticket / split;
     long from = split == 1 ? 0 : ticket % split * share;

@@ -188,7 +188,7 @@ static int check_step(const Model *m, const Step *step) {
     if (step->wanted[i] < 0 || step->wanted[i] >= step->rows) return BAD_ROWS;
   for (long s = 0; s < step->sequences; s++) {
     long start = step->first[s], stop = step->first[s + 1];
-    if (start >= stop) return BAD_ROWS;
+    if (start >= stop || stop > step->rows) return BAD_ROWS;
     for (long row = start; row < stop; row++) {
       long at = step->position[row];
       if (step->tokens[row] < 0 || step->tokens[row] >= m->vocabulary) return BAD_TOKEN;

@@ -26,7 +26,7 @@ static struct {
   void *context;
   _Alignas(64) atomic_long ticket;
   _Alignas(64) atomic_int arrived;
-  _Alignas(64) atomic_int generation;
+  _Alignas(64) atomic_uint generation;
 } team = {.one_at_a_time = PTHREAD_MUTEX_INITIALIZER,
           .sleeping = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER,
@@ -39,7 +39,7 @@ static inline void pause_briefly(void) {
 }
 
 static void team_barrier(void) {
-  int generation = atomic_load(&team.generation);
+  unsigned generation = atomic_load(&team.generation);
   if (atomic_fetch_add(&team.arrived, 1) + 1 == team.threads) {
     atomic_store(&team.arrived, 0);
     atomic_store(&team.generation, generation + 1);

@@ -1,0 +1,168 @@
+"""NativeLinear for every instruction set: right, row-invariant, and as bitsandbytes quantizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bitsandbytes import functional as bnb_functional
+from torch import Tensor
+
+from adaplex.model.kernels.native.kernels import NativeKernels
+from adaplex.model.kernels.native.library import INSTRUCTION_SETS, InstructionSet
+from adaplex.model.native_linear import NativeLinear, native_linear
+from adaplex.model.source import default_cache
+
+USABLE = [each for each in INSTRUCTION_SETS if each.usable]
+KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
+SHAPES = {
+    "fp32": [(64, 64), (1, 1), (70, 37), (321, 131)],
+    "bf16": [(64, 64), (3, 2), (70, 38), (321, 130)],
+    "nf4": [(64, 64), (3, 64), (70, 192), (321, 128)],
+}
+"""Kind -> [out, in] with panels and groups of panels that are not full."""
+
+EachSet = pytest.mark.parametrize("instructions", USABLE, ids=[each.name for each in USABLE])
+EachShape = pytest.mark.parametrize(
+    ("kind", "shape"), [(kind, shape) for kind, shapes in SHAPES.items() for shape in shapes]
+)
+
+
+@cache
+def kernels(dtype: torch.dtype, instructions: InstructionSet) -> NativeKernels:
+    return NativeKernels(dtype, default_cache(), instructions)
+
+
+def weight_of(kind: str, shape: tuple[int, int]) -> Tensor:
+    generator = torch.Generator().manual_seed(shape[0])
+    return torch.randn(shape, generator=generator).mul(0.1).to(KINDS[kind])
+
+
+def layer_of(
+    kind: str, shape: tuple[int, int], instructions: InstructionSet, *, biased: bool = True
+) -> NativeLinear:
+    bias = torch.linspace(-1, 1, shape[0]).to(KINDS[kind]) if biased else None
+    weight = weight_of(kind, shape)
+    layer = native_linear(kernels(KINDS[kind], instructions), weight, bias, nf4=kind == "nf4")
+    assert layer is not None
+    assert (layer.scales is not None) == (kind == "nf4")
+    return layer
+
+
+def rows_of(layer: NativeLinear, rows: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(rows, layer.in_features, generator=torch.manual_seed(rows)).to(dtype)
+
+
+@EachSet
+@EachShape
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+def test_multiplies_by_the_weight_it_reports(
+    kind: str, shape: tuple[int, int], biased: bool, instructions: InstructionSet
+) -> None:
+    layer = layer_of(kind, shape, instructions, biased=biased)
+    for rows in (*range(1, 18), 64):
+        x = rows_of(layer, rows, KINDS[kind])
+        bias = None if layer.bias is None else layer.bias.float()
+        expected = F.linear(x.float(), layer.dequantize(), bias)
+        got = layer(x)
+        assert got.dtype == x.dtype
+        # bf16 answers have eight bits: half of the last one is 1/256 of the value
+        bound = 1e-5 if kind == "fp32" else 5e-3
+        assert (got.float() - expected).abs().max() <= bound * max(1, float(expected.abs().max()))
+
+
+@EachSet
+@EachShape
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(
+    kind: str, shape: tuple[int, int], instructions: InstructionSet
+) -> None:
+    layer = layer_of(kind, shape, instructions)
+    x = rows_of(layer, 64, KINDS[kind])
+    whole = layer(x)
+    for start, stop in [*((i, i + 1) for i in range(64)), (0, 3), (1, 8), (5, 41), (2, 17)]:
+        assert torch.equal(layer(x[start:stop]), whole[start:stop])
+
+
+@EachSet
+@EachShape
+def test_threads_change_no_bit(
+    kind: str,
+    shape: tuple[int, int],
+    instructions: InstructionSet,
+    use_threads: Callable[[NativeKernels, int], None],
+) -> None:
+    layer = layer_of(kind, shape, instructions)
+    x = rows_of(layer, 13, KINDS[kind])
+    alone = layer(x)
+    for count in (2, 3):
+        use_threads(kernels(KINDS[kind], instructions), count)
+        assert torch.equal(layer(x), alone)
+
+
+@EachSet
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_rows_may_have_gaps_between_them(kind: str, instructions: InstructionSet) -> None:
+    layer = layer_of(kind, SHAPES[kind][2], instructions)
+    x = torch.randn(9, layer.in_features + 20).to(KINDS[kind])[:, 7 : 7 + layer.in_features]
+    assert not x.is_contiguous()
+    assert torch.equal(layer(x), layer(x.contiguous()))
+
+
+@EachSet
+def test_nf4_has_the_values_of_bitsandbytes_in_bf16(instructions: InstructionSet) -> None:
+    table = bnb_functional.get_4bit_type("nf4", device="cpu")
+    # one block a row, whose codes are 0 to 15 four times over; the largest value is 1
+    weight = table.repeat(4).expand(16, 64).bfloat16()
+    layer = NativeLinear.nf4(kernels(torch.bfloat16, instructions), weight, None)
+    each = layer(torch.eye(64, dtype=torch.bfloat16))
+    assert torch.equal(each, weight.T)
+    assert torch.equal(layer.dequantize(), weight.float())
+
+
+@pytest.mark.parametrize("shape", SHAPES["nf4"])
+def test_nf4_is_what_bitsandbytes_quantizes_to(shape: tuple[int, int]) -> None:
+    weight = weight_of("nf4", shape)
+    codes, state = bnb_functional.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=False
+    )
+    state.dtype = torch.float32
+    exact = bnb_functional.dequantize_4bit(codes, state)
+    found = layer_of("nf4", shape, USABLE[0]).dequantize()
+    assert found.shape == exact.shape
+    # rounding a table value to bf16 moves it by no more than 1/256
+    assert bool(((found - exact).abs() <= exact.abs() / 256).all())
+
+
+def test_dense_gives_its_weight_back() -> None:
+    for kind in ("fp32", "bf16"):
+        for shape in SHAPES[kind]:
+            layer = layer_of(kind, shape, USABLE[0])
+            assert torch.equal(layer.dequantize(), weight_of(kind, shape).float())
+
+
+def test_nf4_takes_a_third_of_bf16() -> None:
+    dense, packed = (layer_of(kind, (256, 256), USABLE[0]) for kind in ("bf16", "nf4"))
+    assert packed.nbytes < 0.33 * dense.nbytes
+
+
+def test_a_width_without_blocks_keeps_nf4_values_dense_and_an_odd_one_has_no_panels() -> None:
+    bf16 = kernels(torch.bfloat16, USABLE[0])
+    dense = native_linear(bf16, weight_of("bf16", (70, 38)), None, nf4=True)
+    assert dense is not None
+    assert dense.scales is None
+    assert len(dense.dequantize().unique()) < 16 * 70 < 38 * 70
+    assert native_linear(bf16, weight_of("bf16", (70, 37)), None, nf4=False) is None
+
+
+@EachSet
+def test_one_rows_nan_stays_in_it(instructions: InstructionSet) -> None:
+    for kind in KINDS:
+        layer = layer_of(kind, (64, 64), instructions)
+        x = rows_of(layer, 8, KINDS[kind])
+        x[3] = torch.nan
+        y = layer(x)
+        assert bool(torch.isnan(y[3]).all())
+        assert bool(torch.isfinite(y[[0, 1, 2, 4, 5, 6, 7]]).all())

@@ -1,0 +1,34 @@
+"""The C kernels under AddressSanitizer and UBSan, in a program of their own."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from adaplex.model.kernels.native import library
+
+DRIVER = Path(__file__).parent / "native_sanitized.c"
+FLAGS = (
+    *("-O1", "-g", "-std=gnu11", "-pthread", "-Wno-psabi"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+)
+
+
+@pytest.mark.parametrize("processor", [("-march=native",), ()], ids=["native", "portable"])
+def test_the_sanitizers_find_nothing(processor: tuple[str, ...], tmp_path: Path) -> None:
+    binary = tmp_path / "sanitized"
+    compiler = shutil.which("gcc")
+    assert compiler is not None
+    subprocess.run(
+        [
+            *(compiler, *FLAGS, *processor, f"-I{library.HERE}"),
+            *("-o", str(binary), str(DRIVER), "-lm"),
+        ],
+        check=True,
+        timeout=200,
+    )
+    done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[:2000]
