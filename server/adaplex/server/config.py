@@ -95,7 +95,8 @@ class ServerConfig(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
     cache: Path | None = Field(None, description="Folder for fetched models; XDG cache if unset.")
     threads: Literal["auto"] | Count = Field(
-        "auto", description="Compute threads; auto leaves one of three cores or more to the network."
+        "auto",
+        description="Compute threads; auto leaves one of three cores or more to the network.",
     )
 
     host: str = Field("127.0.0.1", description="Address that gRPC binds.")

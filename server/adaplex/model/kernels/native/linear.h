@@ -12,7 +12,10 @@ INLINE void NAME(dense_tile)(const ELEMENT *x, long x_stride, const char *panel,
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) acc[r][p] = (vec){0};
   for (long u = 0; u < units; u++) {
     words w[4];
-    UNROLL for (int p = 0; p < P; p++) w[p] = load_words(panel + (p * units + u) * 64);
+    UNROLL for (int p = 0; p < P; p++) {
+      w[p] = load_words(panel + (p * units + u) * 64);
+      expect(panel + ((p + P) * units + u) * 64);
+    }
     UNROLL for (int r = 0; r < R; r++) {
       words unit = NAME(unit)(x + r * x_stride, u);
       UNROLL for (int p = 0; p < P; p++) acc[r][p] = NAME(mac)(acc[r][p], w[p], unit);
@@ -29,8 +32,10 @@ INLINE void NAME(nf4_tile)(const ELEMENT *x, long x_stride, const char *panel, c
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) part[r][p] = (vec){0};
     for (long line = 8 * block; line < 8 * block + 8; line++) {
       halves packed[4];
-      UNROLL for (int p = 0; p < P; p++) packed[p] =
-          (halves)load_words(panel + (p * 8 * blocks + line) * 64);
+      UNROLL for (int p = 0; p < P; p++) {
+        packed[p] = (halves)load_words(panel + (p * 8 * blocks + line) * 64);
+        expect(panel + ((p + P) * 8 * blocks + line) * 64);
+      }
       UNROLL for (int j = 0; j < 4; j++) {
         words w[4];
         UNROLL for (int p = 0; p < P; p++) w[p] = nf4_decode(packed[p], j);

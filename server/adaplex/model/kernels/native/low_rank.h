@@ -15,6 +15,7 @@ INLINE void NAME(shrink_tile)(const ELEMENT *x, long x_stride, long in, const EL
     UNROLL for (int p = 0; p < P; p++) {
       const ELEMENT *from = a + (j + p) * in + k;
       line[p] = bytes == 64 ? load_words(from) : load_part(from, bytes);
+      expect(from + P * in);
     }
     UNROLL for (int r = 0; r < R; r++) {
       const ELEMENT *from = x + r * x_stride + k;
@@ -52,6 +53,8 @@ INLINE void NAME(expand_tile)(const float *h, long h_stride, long rank, const EL
   for (long j = 0; j < rank; j++) {
     vec line[4];
     UNROLL for (int p = 0; p < P; p++) line[p] = NAME(load)(b + j * out + n + LANES * p);
+    expect(b + j * out + n + LANES * P);
+    expect(b + j * out + n + LANES * P + 64 / sizeof(ELEMENT));
     UNROLL for (int r = 0; r < R; r++) {
       vec weight = splat(h[r * h_stride + j]);
       UNROLL for (int p = 0; p < P; p++) acc[r][p] += weight * line[p];

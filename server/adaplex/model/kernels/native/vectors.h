@@ -40,6 +40,10 @@ INLINE words load_part(const void *p, long bytes) {
   return w;
 }
 
+// The same line of what is read next is on its way while this one is worked on: a panel is too short
+// for the processor to guess how it goes on. Harmless beyond the end.
+INLINE void expect(const void *p) { __builtin_prefetch(p); }
+
 // Always the same tree, so that a sum has the same bits wherever it is taken.
 INLINE float sum_lanes(vec v) {
   float half[8];
