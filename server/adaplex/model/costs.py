@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,8 +19,12 @@ RANK = 16
 ADAPTERS = 8
 """How many share the rows where their number is what is measured."""
 REPEATS = 3
-CACHE_BYTES = 32 << 20
-"""Overwritten before each measurement: in a step, no weight is still in a processor's cache."""
+ENOUGH_BYTES = 40 << 20
+"""Weights that are gone through: more than a processor's cache holds, so that each is read from
+memory, as in a step."""
+
+Apply = Callable[[str, Tensor, Tensor], object]
+"""(module, x [rows, in], y [rows, out])"""
 
 
 def measure(
@@ -32,24 +35,16 @@ def measure(
     device: torch.device,
     kernels: NativeKernels | None = None,
 ) -> StepCosts:
-    """Times one linear of each shape and multiplies; a third of a second for a small model."""
+    """Times as many linears, in order, as have enough bytes, and scales to all by their size; half
+    a second for a small model.
+    """
     bench = _Bench(linears, low_rank, dtype, device, kernels)
     base, merged, deltas = zip(*(bench.seconds(rows) for rows in ROWS), strict=True)
     return StepCosts(ROWS, base, merged, deltas, bench.another_adapter())
 
 
-Shape = tuple[int, int]
-"""[out, in]"""
-Work = Callable[[Tensor, Tensor], object]
-"""(x [rows, in], y [rows, out])"""
-
-
 class _Bench:
-    """Two linears of each shape, dense copies of them, and adapters on all of them.
-
-    One of the two is timed, the other runs before it: the code is then at hand and the weight is
-    not, as in a step.
-    """
+    """Linears of the base, dense copies of some, and adapters on these."""
 
     def __init__(
         self,
@@ -59,24 +54,22 @@ class _Bench:
         device: torch.device,
         kernels: NativeKernels | None,
     ) -> None:
-        self._linears: dict[Shape, list[LinearBackend]] = {}
-        for backend in linears.values():
-            shape = backend.out_features, backend.in_features
-            self._linears.setdefault(shape, []).append(backend)
+        self._linears, self._low_rank = linears, low_rank
+        self._dtype, self._device = dtype, device
+        self._base = _first(linears, lambda b: b.nbytes)
+        copied = _first(linears, lambda b: b.out_features * b.in_features * dtype.itemsize)
         self._dense = {
-            shape: [dense_linear(kernels, b.dequantize().to(dtype), b.bias) for b in backends[:2]]
-            for shape, backends in self._linears.items()
+            name: dense_linear(kernels, linears[name].dequantize().to(dtype), linears[name].bias)
+            for name in copied
         }
-        self._modules = {str(shape): index for index, shape in enumerate(self._linears)}
-        self._low_rank, self._dtype, self._device = low_rank, dtype, device
-        self._adapters = [self._adapter() for _ in range(2 * ADAPTERS)]
-        self._cache = torch.zeros(CACHE_BYTES, dtype=torch.uint8, device=device)
+        self._modules = {name: index for index, name in enumerate(copied)}
+        self._adapters = [self._adapter() for _ in range(ADAPTERS)]
 
     def seconds(self, rows: int) -> tuple[float, float, float]:
         """Of the base, of dense weights and of one adapter's deltas, over so many rows."""
         return (
-            self._best(rows, lambda shape: [_product(b) for b in self._linears[shape][:2]]),
-            self._best(rows, lambda shape: [_product(b) for b in self._dense[shape]]),
+            self._best(rows, self._base, lambda name, x, _: self._linears[name](x)),
+            self._best(rows, list(self._dense), lambda name, x, _: self._dense[name](x)),
             self._deltas(rows, 1),
         )
 
@@ -87,32 +80,24 @@ class _Bench:
 
     def _deltas(self, rows: int, adapters: int) -> float:
         each = rows // adapters
-        bounds = [(i * each, (i + 1) * each) for i in range(adapters)]
-        plans = []
-        for first in (0, ADAPTERS):
-            chosen = self._adapters[first : first + adapters]
-            spans = [Span(*bound, weights) for bound, weights in zip(bounds, chosen, strict=True)]
-            plans.append(self._low_rank.plan(spans, self._modules))
-        return self._best(rows, lambda shape: [partial(add, str(shape)) for add in plans])
+        spans = [Span(i * each, (i + 1) * each, self._adapters[i]) for i in range(adapters)]
+        return self._best(rows, list(self._dense), self._low_rank.plan(spans, self._modules))
 
-    def _best(self, rows: int, works: Callable[[Shape], Sequence[Work]]) -> float:
-        """Least seconds of all linears; `works` gives what is timed and, last, what goes before."""
-        total = 0.0
-        for shape, backends in self._linears.items():
-            x = self._random(rows, shape[1])
-            y = torch.zeros(rows, shape[0], dtype=self._dtype, device=self._device)
-            both = [partial(work, x, y) for work in works(shape)]
-            timed, before = both[0], both[-1]  # one and the same where a shape is unique
-            timed()
-            total += len(backends) * min(self._time(timed, before) for _ in range(REPEATS))
-        return total
+    def _best(self, rows: int, names: Sequence[str], apply: Apply) -> float:
+        """Least seconds of `names`, scaled to all linears."""
+        shapes = {(b.out_features, b.in_features) for b in self._linears.values()}
+        x = {width: self._full(rows, width) for _, width in shapes}
+        y = {width: self._full(rows, width) for width, _ in shapes}
+        work = [(name, x[b.in_features], y[b.out_features]) for name, b in self._named(names)]
+        part = sum(b.out_features * b.in_features for _, b in self._named(names))
+        whole = sum(b.out_features * b.in_features for b in self._linears.values())
+        return min(self._time(work, apply) for _ in range(REPEATS)) * whole / part
 
-    def _time(self, work: Callable[[], object], before: Callable[[], object]) -> float:
-        self._cache.add_(1)
-        before()
+    def _time(self, work: Sequence[tuple[str, Tensor, Tensor]], apply: Apply) -> float:
         self._wait()
         begun = time.perf_counter()
-        work()
+        for name, x, y in work:
+            apply(name, x, y)
         self._wait()
         return time.perf_counter() - begun
 
@@ -120,17 +105,30 @@ class _Bench:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
+    def _named(self, names: Sequence[str]) -> list[tuple[str, LinearBackend]]:
+        return [(name, self._linears[name]) for name in names]
+
     def _adapter(self) -> AdapterWeights:
-        """A random one of the rank on one linear of each shape."""
+        """One of the rank on every linear that has a dense copy."""
         sites = {
-            str(shape): SiteWeights(a=self._random(RANK, shape[1]), b=self._random(RANK, shape[0]))
-            for shape in self._linears
+            name: SiteWeights(a=self._full(RANK, b.in_features), b=self._full(RANK, b.out_features))
+            for name, b in self._named(list(self._dense))
         }
         return AdapterWeights.of(sites, self._modules)
 
-    def _random(self, *shape: int) -> Tensor:
-        return (0.01 * torch.randn(*shape, device=self._device)).to(self._dtype)
+    def _full(self, *shape: int) -> Tensor:
+        return torch.full(shape, 0.01, dtype=self._dtype, device=self._device)
 
 
-def _product(backend: LinearBackend) -> Work:
-    return lambda x, _: backend(x)
+def _first(
+    linears: Mapping[str, LinearBackend], nbytes: Callable[[LinearBackend], int]
+) -> list[str]:
+    """Those that are needed to have enough bytes, or all."""
+    chosen: list[str] = []
+    total = 0
+    for name, backend in linears.items():
+        if total >= ENOUGH_BYTES:
+            break
+        chosen.append(name)
+        total += nbytes(backend)
+    return chosen

@@ -225,8 +225,8 @@ class ServerConfig(BaseSettings):
 
     @property
     def compute_threads(self) -> int:
-        """`threads`, resolved. Compute threads share work by tickets, so that the event loop takes no
-        more from them than it uses; a core of its own is worth it from three on.
+        """`threads`, resolved. Compute threads share work by tickets, so that the event loop takes
+        no more from them than it uses; a core of its own is worth it from three on.
         """
         cpus = available_cpus()
         return (cpus if cpus < 3 else cpus - 1) if self.threads == "auto" else self.threads
