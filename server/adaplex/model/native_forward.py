@@ -5,7 +5,7 @@ Meant to give what `ModuleForward` gives within rounding; whether it does is tri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from itertools import accumulate
 from typing import Any
@@ -134,10 +134,11 @@ def fastest(
     modules: Forward,
     numbers: Mapping[str, int],
     tables: Tables,
+    progress: Callable[[str], None],
 ) -> Forward:
     """The C decoder where the base has its shape and it agrees with `modules` on a prompt that is
-    run through both, in the scratch block; else `modules`. `numbers` counts the
-    modules of the base.
+    run through both, in the scratch block; else `modules`, and a line says why. `numbers` counts
+    the modules of the base.
     """
     if base.kernels is None or cache.block_tokens != LANES:
         return modules
@@ -148,14 +149,18 @@ def fastest(
     positions = min(base.max_positions, cache.keys[0].shape[1] * LANES)
     try:
         llama = llama_of(base.module, positions=positions, windows=base.step.windows)
-    except NotLlama:
+    except NotLlama as other:
+        progress(f"layers run one by one, since the base is not llama-shaped: {other}")
         return modules
     native = NativeForward(llama, base.kernels, cache, numbers, tables)
     found = native(trial)[0]
     for each in (*cache.keys, *cache.values):
         each[:, 0].zero_()
     apart = torch.linalg.vector_norm(found - expected)
-    return native if apart < TOLERANCE * torch.linalg.vector_norm(expected) else modules
+    if apart < TOLERANCE * torch.linalg.vector_norm(expected):
+        return native
+    progress("layers run one by one, since the base only looks llama-shaped: its answers differ")
+    return modules
 
 
 def _address(array: Any) -> int | None:

@@ -22,7 +22,7 @@ from adaplex.model.decode_steps import DecodeSteps
 from adaplex.model.host_copies import HostCopies, PackedAdapter, pack
 from adaplex.model.kernels.low_rank import LowRankKernel, ReferenceLowRank
 from adaplex.model.kv_cache import KVCache
-from adaplex.model.loader import BaseModel
+from adaplex.model.loader import BaseModel, silent
 from adaplex.model.merged import MergedWeights, merge, merged_bytes
 from adaplex.model.module_forward import ModuleForward
 from adaplex.model.native_forward import fastest
@@ -42,9 +42,10 @@ class ModelRunner:
         load_program: Callable[[str], AdapterProgram],
         low_rank: LowRankKernel | None = None,
         decode: DecodeSteps | None = None,
+        progress: Callable[[str], None] = silent,
     ) -> None:
         """`load_program` lowers a stored adapter; `low_rank` is by default the reference; `decode`
-        takes the steps it serves.
+        takes the steps it serves; `progress` is told why a step is not one call into C.
         """
         self._base = base
         self._load_program = load_program
@@ -70,7 +71,7 @@ class ModelRunner:
             weights=self._arena.weights,
             merged=self._merged,
         )
-        self._forward = fastest(base, cache, modules, self._modules, self._table)
+        self._forward = fastest(base, cache, modules, self._modules, self._table, progress)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Seq[SampledToken]:

@@ -61,6 +61,7 @@ def build(config: ServerConfig, progress: Progress) -> Parts:
         load_program=store.registry.programs.program,
         low_rank=low_rank,
         decode=decode_steps(base, low_rank, block_tokens=engine_config.block_tokens),
+        progress=progress,
     )
     progress("warming up")
     runner.warm_up()
