@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="prompt, and mean output")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of a turn of a mode")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of a turn of a mode")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
