@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from adaplex.adapters.errors import AdapterTooLarge
-from adaplex.engine.async_engine import HEARTBEAT_SECONDS, AsyncEngine, Stream
+from adaplex.engine.async_engine import HEARTBEAT_SECONDS, AsyncEngine
 from adaplex.engine.engine import Engine
 from adaplex.engine.errors import (
     AdapterLoadFailed,
@@ -20,7 +20,7 @@ from adaplex.engine.errors import (
     RequestInvalid,
     ServerUnavailable,
 )
-from adaplex.engine.request import FinishReason, Request, SamplingParams, StepOutput, Timing
+from adaplex.engine.request import Request
 from engine.fakes import (
     UNIT,
     FakeRunner,
@@ -315,18 +315,3 @@ async def test_random_cancels_under_load_leave_nothing_behind() -> None:
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         for request, answer in zip(requests, answers, strict=True):
             assert answer == expected(request) or isinstance(answer, asyncio.CancelledError)
-
-
-async def test_a_reader_who_is_behind_gets_steps_together_and_an_error_by_itself() -> None:
-    stream = Stream(Request("r", (1,), SamplingParams()))
-    stream.put(StepOutput("r", admitted=True, timing=Timing(queued=1.0)))
-    stream.put(StepOutput("r", tokens=(5,)))
-    stream.put(StepOutput("r", tokens=(6, 7)))
-    stream.fail(QueueFull(1, 1.0))
-    behind = await stream.next()
-    assert (behind.admitted, behind.tokens, behind.error) == (True, (5, 6, 7), None)
-    assert behind.timing == Timing(queued=1.0)
-    assert isinstance((await stream.next()).error, QueueFull)
-    stream.put(StepOutput("r", tokens=(8,), finish=FinishReason.STOP))
-    last = await stream.next()
-    assert (last.tokens, last.last) == ((8,), True)

@@ -1,6 +1,7 @@
 // Small random models of odd shapes in buffers of exactly their size, for a build with sanitizers.
 // Ends with 0 if no step fails, is not finite, or has other bits on two threads than on one.
 
+#define _GNU_SOURCE
 #include <stdio.h>
 
 #include "kernels.c"

@@ -17,7 +17,7 @@ from adaplex.adapters.program import AdapterProgram, BaseSpec
 from adaplex.adapters.report import Report, ReportCache, describe
 from adaplex.adapters.store import Contents
 
-EVICTIONS = 8
+EVICTIONS = 64
 """Times that a cache may drop content between fetching and reading it."""
 MAX_REPORTS = 4096
 """Reports kept in memory."""
@@ -127,12 +127,12 @@ class Programs:
 
     def _open(self, digest: str) -> Path:
         """The folder of intact content. Raises StoreCorrupt or AdapterNotFound."""
-        try:
-            return self._contents.open(digest)
-        except AdapterNotFound:
-            if not self._is_wanted(digest):
-                raise
-        try:  # an upload of the same content may have come between
-            return self._contents.open(digest)
-        except AdapterNotFound:
-            raise StoreCorrupt(f"{digest} is gone from the disk") from None
+        for _ in range(
+            EVICTIONS
+        ):  # an upload of the same content, or an eviction, may come between
+            try:
+                return self._contents.open(digest)
+            except AdapterNotFound:
+                if not self._is_wanted(digest):
+                    raise
+        raise StoreCorrupt(f"{digest} is gone from the disk")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from functools import partial
@@ -30,29 +29,11 @@ class Stream:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self._outputs: deque[StepOutput] = deque()
-        self._came = asyncio.Event()
-
-    def put(self, output: StepOutput) -> None:
-        """Takes an output in; on the event loop."""
-        self._outputs.append(output)
-        self._came.set()
-
-    async def next(self) -> StepOutput:
-        """The next output; with it those that came meanwhile, so that a reader who is behind
-        catches up with one message.
-        """
-        await self._came.wait()
-        output = self._outputs.popleft()
-        while self._outputs and self._outputs[0].error is None:
-            output = output.then(self._outputs.popleft())
-        if not self._outputs:
-            self._came.clear()
-        return output
+        self.outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
 
     def fail(self, error: Exception) -> None:
         """Ends the stream; on the event loop."""
-        self.put(StepOutput(self.request.request_id, error=error))
+        self.outputs.put_nowait(StepOutput(self.request.request_id, error=error))
 
 
 class AsyncEngine:
@@ -107,8 +88,6 @@ class AsyncEngine:
     async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
         """Runs a request; yields what each step gives it, and raises what ends it badly.
 
-        Steps that came while nobody read are one output.
-
         Raises ServerUnavailable, QueueFull, RequestInvalid, AdapterTooLarge or NoRoomBesidePins at
         its first step.
         Closing it, or cancelling its task, aborts the request before the next step.
@@ -121,7 +100,7 @@ class AsyncEngine:
         try:
             self._post(partial(self._add, stream))
             while not ended:
-                output = await stream.next()
+                output = await stream.outputs.get()
                 ended = output.last
                 if output.error is not None:
                     raise output.error
@@ -271,7 +250,7 @@ class AsyncEngine:
 
 def _put_all(delivery: list[tuple[Stream, StepOutput]]) -> None:
     for stream, output in delivery:
-        stream.put(output)
+        stream.outputs.put_nowait(output)
 
 
 def _answer(answer: asyncio.Future[T], value: T | Exception) -> None:

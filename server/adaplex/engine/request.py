@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -147,16 +147,6 @@ class StepOutput:
     error: Exception | None = None
     timing: Timing | None = None
     """Set on the first output, as far as it is known, and on the last."""
-
-    def then(self, later: StepOutput) -> StepOutput:
-        """This and the next output of the request as one."""
-        return replace(
-            self,
-            tokens=self.tokens + later.tokens,
-            logprobs=self.logprobs + later.logprobs,
-            finish=later.finish,
-            timing=later.timing or self.timing,
-        )
 
     @property
     def last(self) -> bool:

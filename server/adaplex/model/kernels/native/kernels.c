@@ -1,7 +1,9 @@
 // The CPU kernels as one translation unit: everything twice, for fp32 and for bf16.
 // The slow reference is adaplex/model/kernels/reference.py and transformers' own modules.
 
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
 #include "pack.h"
 #include "space.h"
 #include "team.h"
