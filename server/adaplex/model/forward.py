@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,14 +30,11 @@ class Forward(Protocol):
 
 def runs_of(chunks: Seq[Chunk], counts: Seq[int]) -> list[tuple[AdapterRef | None, int, int]]:
     """(adapter, first row, row after the last) of each run of rows with one adapter and mode."""
-    return list(_runs(chunks, counts))
-
-
-def _runs(chunks: Seq[Chunk], counts: Seq[int]) -> Iterator[tuple[Any, int, int]]:
-    row = 0
+    runs, row = [], 0
     pairs = zip(chunks, counts, strict=True)
     for _, run in groupby(pairs, key=lambda pair: pair[0].sequence.adapter_key):
         members = list(run)
         rows = sum(count for _, count in members)
-        yield members[0][0].sequence.adapter, row, row + rows
+        runs.append((members[0][0].sequence.adapter, row, row + rows))
         row += rows
+    return runs

@@ -14,10 +14,8 @@ import torch
 from bitsandbytes import functional as bnb_functional
 from torch import Tensor
 
+from adaplex.model.kernels.native.kernels import NF4_BLOCK
 from adaplex.model.kernels.reference import ROW_TILE, linear_rows, whole_tiles
-
-NF4_BLOCK = 64
-"""Weights that share one absmax."""
 
 
 class LinearBackend(ABC):

@@ -100,7 +100,7 @@ static void NAME(place)(Member *me, const NAME(Task) * task, const Layer *layer,
   const Model *m = task->model;
   const Step *step = task->step;
   const Work_space *space = &task->space;
-  long dim = m->head_dim, group = m->heads / m->kv_heads, all = m->heads + m->kv_heads;
+  long dim = m->head_dim, all = m->heads + m->kv_heads;
   long split = space->blocks >= 4 * team.threads ? 1 : all;
   for (long ticket; (ticket = team_next(&me->base, space->blocks * split)) >= 0;) {
     const Block *block = space->block + ticket / split;
@@ -131,7 +131,6 @@ static void NAME(place)(Member *me, const NAME(Task) * task, const Layer *layer,
       }
     }
   }
-  (void)group;
 }
 
 // Attention. A ticket is one head of keys of up to QUERY_TOKENS neighbouring rows of a sequence.

@@ -21,6 +21,7 @@ LANES = 16
 """Output columns of a panel, and tokens of a block of the cache."""
 ELEMENTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 NF4_BLOCK = 64
+"""Weights that share one absmax."""
 
 
 class NativeKernels:

@@ -51,7 +51,7 @@ int NAME(low_rank)(const ELEMENT *x, int64_t x_stride, int64_t in, ELEMENT *y, i
   for (long s = 0; s < count; s++) {
     const Site *site = sites[s];
     for (long row = spans[2 * s]; site->rank && row < spans[2 * s + 1];) {
-      long rows = at_least(1, spans[2 * s + 1] - row >= BLOCK_ROWS ? BLOCK_ROWS : 1);
+      long rows = spans[2 * s + 1] - row >= BLOCK_ROWS ? BLOCK_ROWS : 1;
       ELEMENT *target = y + row * y_stride;
       NAME(shrink)(x + row * x_stride, x_stride, in, site->a, site->rank, rows, h, widest);
       for (long r = 0; r < rows; r++) NAME(widen_row)(target + r * y_stride, out, wide + r * out);
