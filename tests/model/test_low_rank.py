@@ -40,6 +40,17 @@ def adapter(rank: int, dtype: torch.dtype, modules: tuple[str, ...]) -> AdapterW
     return AdapterWeights.of(sites, MODULES)
 
 
+def packed(weights: AdapterWeights) -> AdapterWeights:
+    """The same as the C kernels read it."""
+    sites = {}
+    for name, site in weights.sites.items():
+        assert site.a is not None
+        assert site.b is not None
+        kernels = NativeKernels(site.b.dtype, default_cache())
+        sites[name] = SiteWeights(site.a, kernels.pack_low_rank(site.b).view_as(site.b))
+    return AdapterWeights.of(sites, MODULES)
+
+
 def mixes() -> dict[str, list[int | None]]:
     """Name -> adapter of each row, None for base rows."""
     chance = random.Random(3)
@@ -70,9 +81,9 @@ def test_native_equals_reference_and_leaves_base_rows_alone(dtype: torch.dtype, 
     touched = [("narrow", "wide", "odd"), ("wide",), ("odd", "narrow"), ("narrow", "wide", "odd")]
     adapters = [adapter((1, 2, 3, 8, 16, 5, 64, 7)[i], dtype, touched[i % 4]) for i in range(8)]
     chosen = mixes()[mix]
-    used = spans(chosen, adapters)
-    fast = native(dtype).plan(used, MODULES)
-    slow = ReferenceLowRank().plan(used, MODULES)
+    panels = [packed(each) for each in adapters]
+    fast = native(dtype).plan(spans(chosen, panels), MODULES)
+    slow = ReferenceLowRank().plan(spans(chosen, adapters), MODULES)
     for module, (width, out) in SHAPES.items():
         x = torch.randn(len(chosen), width).to(dtype)
         start = torch.randn(len(chosen), out).to(dtype)
@@ -92,7 +103,7 @@ def test_native_equals_reference_and_leaves_base_rows_alone(dtype: torch.dtype, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("module", ["narrow", "wide", "odd"])
 def test_a_row_has_the_same_bits_alone_and_in_any_block(dtype: torch.dtype, module: str) -> None:
-    kernel, weights = native(dtype), adapter(16, dtype, (module,))
+    kernel, weights = native(dtype), packed(adapter(15, dtype, (module,)))
     width, out = SHAPES[module]
     x, y = torch.randn(ROWS, width).to(dtype), torch.randn(ROWS, out).to(dtype)
 
@@ -112,6 +123,7 @@ def test_rows_may_have_gaps_between_them() -> None:
     x, y = torch.randn(9, 200)[:, 10:74], torch.randn(9, 100)[:, 20:68]
     expected = y.clone()
     ReferenceLowRank().plan([Span(2, 9, weights)], MODULES)("narrow", x, expected)
+    weights = packed(weights)
     native(torch.float32).plan([Span(2, 9, weights)], MODULES)("narrow", x, y)
     assert (y - expected).abs().max() < 1e-5
 
@@ -122,7 +134,7 @@ def test_one_adapters_nan_stays_in_its_rows() -> None:
     assert site.a is not None
     site.a.fill_(torch.nan)
     x, y = torch.randn(6, 128).bfloat16(), torch.randn(6, 320).bfloat16()
-    kernel = native(torch.bfloat16)
+    kernel, good, bad = native(torch.bfloat16), packed(good), packed(bad)
     kernel.plan([Span(0, 2, good), Span(2, 4, bad)], MODULES)("wide", x, y)
     assert bool(torch.isnan(y[2:4]).all())
     assert bool(torch.isfinite(y[[0, 1, 4, 5]]).all())

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from adaplex.model import memory
 from adaplex.model.host_copies import PackedAdapter
 from adaplex.model.kernels.low_rank import AdapterWeights, SiteWeights
 
@@ -27,7 +28,7 @@ class Arena:
         device: torch.device,
     ) -> None:
         """`modules` numbers every module of the base that adapters may touch."""
-        self._flat = torch.empty(nbytes // dtype.itemsize, dtype=dtype, device=device)
+        self._flat = memory.empty(nbytes // dtype.itemsize, dtype=dtype, device=device)
         self._modules = modules
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._freed = torch.cuda.Event() if self._stream else None

@@ -5,12 +5,14 @@ Policy (which, and how many bytes) lives in `adaplex.engine.unmerged`; here are 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from adaplex.adapters.program import AdapterProgram, PackedTensor
+from adaplex.model.kernels.native.kernels import NativeKernels
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,26 @@ class PackedAdapter:
     layout: tuple[PackedTensor, ...]
 
 
-def pack(program: AdapterProgram, dtype: torch.dtype, *, pinned: bool) -> PackedAdapter:
-    """Packs a program; `pinned` makes copies to a CUDA device run beside it."""
+def pack(
+    program: AdapterProgram,
+    dtype: torch.dtype,
+    *,
+    pinned: bool,
+    kernels: NativeKernels | None = None,
+) -> PackedAdapter:
+    """Packs a program; `pinned` makes copies to a CUDA device run beside it. Where the C `kernels`
+    will read it, every b lies in their panels.
+    """
     size = dtype.itemsize
     elements = program.packed_bytes(size) // size
     flat = torch.zeros(elements, dtype=dtype, pin_memory=pinned)
     program.pack_into(flat)
-    return PackedAdapter(program.digest, flat, program.layout(size))
+    layout = program.layout(size)
+    for place in layout:
+        if kernels is not None and place.role == "b":
+            part = flat[place.offset : place.offset + math.prod(place.shape)]
+            part.copy_(kernels.pack_low_rank(part.view(place.shape)))
+    return PackedAdapter(program.digest, flat, layout)
 
 
 class HostCopies:

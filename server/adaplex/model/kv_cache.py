@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adaplex.model import memory
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -39,16 +41,13 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.block_tokens = block_tokens
-        self.keys = [
-            torch.zeros(s.kv_heads, num_blocks, block_tokens, s.key_dim, dtype=dtype, device=device)
-            for s in shapes
-        ]
-        self.values = [
-            torch.zeros(
-                s.kv_heads, num_blocks, block_tokens, s.value_dim, dtype=dtype, device=device
-            )
-            for s in shapes
-        ]
+
+        def zeros(heads: int, dim: int) -> Tensor:
+            shape = (heads, num_blocks, block_tokens, dim)
+            return memory.empty(*shape, dtype=dtype, device=device).zero_()
+
+        self.keys = [zeros(s.kv_heads, s.key_dim) for s in shapes]
+        self.values = [zeros(s.kv_heads, s.value_dim) for s in shapes]
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Stores the rows of a step. slots [rows], key and value [kv_heads, rows, dim].

@@ -20,7 +20,7 @@ from adaplex.model.adapted import AdaptedLinear
 from adaplex.model.arena import Arena
 from adaplex.model.decode_steps import DecodeSteps
 from adaplex.model.host_copies import HostCopies, PackedAdapter, pack
-from adaplex.model.kernels.low_rank import LowRankKernel, ReferenceLowRank
+from adaplex.model.kernels.low_rank import LowRankKernel, low_rank_kernel
 from adaplex.model.kv_cache import KVCache
 from adaplex.model.loader import BaseModel, silent
 from adaplex.model.merged import MergedWeights, merge, merged_bytes
@@ -44,8 +44,8 @@ class ModelRunner:
         decode: DecodeSteps | None = None,
         progress: Callable[[str], None] = silent,
     ) -> None:
-        """`load_program` lowers a stored adapter; `low_rank` is by default the reference; `decode`
-        takes the steps it serves; `progress` is told why a step is not one call into C.
+        """`load_program` lowers a stored adapter; `low_rank` is by default the fastest here;
+        `decode` takes the steps it serves; `progress` is told why a step is not one call into C.
         """
         self._base = base
         self._load_program = load_program
@@ -62,7 +62,9 @@ class ModelRunner:
             dtype=base.dtype,
             device=base.device,
         )
-        self._low_rank = low_rank or ReferenceLowRank()
+        self._low_rank = low_rank or low_rank_kernel(
+            base.kernels, base.device, modules=len(self._modules)
+        )
         modules = ModuleForward(
             base,
             cache,
@@ -147,8 +149,13 @@ class ModelRunner:
         self._merged_tables.pop(digest, None)
 
     def _packed(self, digest: str) -> PackedAdapter:
-        pinned = self._base.device.type == "cuda"
-        return pack(self._load_program(digest), self._base.dtype, pinned=pinned)
+        base = self._base
+        return pack(
+            self._load_program(digest),
+            base.dtype,
+            pinned=base.device.type == "cuda",
+            kernels=base.kernels,
+        )
 
     def _table(self, adapter: AdapterRef) -> NDArray[np.int64]:
         """What an adapter in memory does, as kernels read it."""

@@ -27,7 +27,8 @@ AddLowRank = Callable[[str, Tensor, Tensor], None]
 class SiteWeights:
     """What one adapter does at one module, as views into packed memory.
 
-    a [rank, in], b [rank, out], bias [out]; None where the adapter has none.
+    a [rank, in], b [rank, out], bias [out]; None where the adapter has none. For the C kernels the
+    elements of b are those of `NativeKernels.pack_low_rank`, whatever its shape says.
     """
 
     a: Tensor | None = None

@@ -24,17 +24,22 @@ INLINE void NAME(put_value)(ELEMENT *block, long token, const float *value, long
   }
 }
 
-// scores[r][16 b ..] for R queries and the blocks [first, last). q [R, dim].
-INLINE void NAME(score_rows)(const ELEMENT *q, long dim, const ELEMENT *keys, const int32_t *table,
-                             long first, long last, float scale, const int R, float *scores,
-                             long stride) {
-  long units = dim / PER_UNIT;
+// scores[r][16 b ..] for R queries and the blocks [first, last). q [R, dim]. Asks for the next block of
+// keys and for the values of this one, which no processor could guess.
+INLINE void NAME(score_rows)(const ELEMENT *q, long dim, const ELEMENT *keys, const ELEMENT *values,
+                             const int32_t *table, long first, long last, float scale, const int R,
+                             float *scores, long stride) {
+  long units = dim / PER_UNIT, size = LANES * dim;
   for (long b = first; b < last; b++) {
-    const char *line = (const char *)(keys + (long)table[b] * LANES * dim);
+    const char *line = (const char *)(keys + table[b] * size);
+    const char *next = (const char *)(keys + table[b + 1 < last ? b + 1 : b] * size);
+    const char *value = (const char *)(values + table[b] * size);
     vec acc[8];
     UNROLL for (int r = 0; r < R; r++) acc[r] = (vec){0};
     for (long u = 0; u < units; u++) {
       words w = load_words(line + u * 64);
+      expect(next + u * 64);
+      expect(value + u * 64);
       UNROLL for (int r = 0; r < R; r++) acc[r] = NAME(mac)(acc[r], w, NAME(unit)(q + r * dim, u));
     }
     UNROLL for (int r = 0; r < R; r++) f32_store(scores + r * stride + b * LANES, acc[r] * scale);
@@ -85,11 +90,13 @@ static float NAME(weigh)(const float *scores, long first, long end, long from, l
     long r = 0;                                                         \
     for (; r + 8 <= queries; r += 8) call(8);                           \
     for (; r + 4 <= queries; r += 4) call(4);                           \
+    for (; r + 3 <= queries; r += 3) call(3);                           \
     for (; r + 2 <= queries; r += 2) call(2);                           \
     for (; r < queries; r++) call(1);                                   \
   }
 #define SCORE(R) \
-  NAME(score_rows)(q + r * dim, dim, keys, table, first, last, scale, R, scores + r * stride, stride)
+  NAME(score_rows)(q + r * dim, dim, keys, values, table, first, last, scale, R, scores + r * stride, \
+                   stride)
 #define MIX(R) \
   NAME(mix_rows)(weights + r * stride, stride, values, dim, table, first, last, R, mixed + r * dim)
 

@@ -8,111 +8,93 @@ typedef struct {
   Work_space space;
 } NAME(Task);
 
-// One product of a phase: y = x W', and h = a x for the rows of adapters that touch the module.
+// The products of a phase.
 typedef struct {
-  const Weight *weight;
-  long module;
-  const ELEMENT *x;
-  long x_stride;
-  float *y;
-  long y_stride;
-  float *h;
-} NAME(Part);
+  NAME(Part) part[3];
+  long parts;
+} NAME(Products);
 
-// y += bias and low-rank delta and the adapter's bias, for the columns [from, to) of a block of rows.
-static void NAME(finish)(const NAME(Part) * part, const Block *block, long rank_stride, long from,
-                         long to) {
-  const Weight *w = part->weight;
-  const Site *site = block->sites ? block->sites + part->module : NULL;
-  long rows = block->stop - block->start;
-  float *y = part->y + block->start * part->y_stride;
-  if (w->bias)
-    for (long r = 0; r < rows; r++)
-      for (long n = from; n < to; n++) y[r * part->y_stride + n] += w->bias[n];
-  if (site && site->rank)
-    NAME(expand)(part->h + block->start * rank_stride, rank_stride, site->rank, site->b, w->out, from,
-                 to, rows, y, part->y_stride);
-  if (site && site->bias)
-    for (long r = 0; r < rows; r++)
-      for (long n = from; n < to; n++)
-        y[r * part->y_stride + n] += NAME(widen)(((const ELEMENT *)site->bias)[n]);
-}
-
-// All products of a phase. A run of rows that has a dense weight of its own is multiplied by that; the
-// others share passes over the base.
-static void NAME(project)(Member *me, const NAME(Part) * parts, int count, const Run *runs,
-                          long run_count, long rank_stride) {
+// h = a x for all rows of adapters that touch a product.
+static void NAME(shrink_all)(Member *me, const NAME(Products) * now, const Run *runs, long run_count) {
   Pass *pass = me->passes;
   long tickets = 0;
-  for (int i = 0; i < count; i++) {
-    long groups = panel_groups(parts[i].weight), base = -1;
+  for (long r = 0; r < run_count; r++)
+    for (int i = 0; i < now->parts && runs[r].sites; i++) {
+      if (!runs[r].sites[now->part[i].module].rank) continue;
+      *pass++ = (Pass){i, runs[r].start, runs[r].stop, NULL, tickets};
+      tickets += (runs[r].stop - runs[r].start + SHRINK_ROWS - 1) / SHRINK_ROWS;
+    }
+  if (!tickets) return;
+  *pass = (Pass){.first_ticket = tickets};
+
+  pass = me->passes;
+  for (long ticket; (ticket = team_next(&me->base, tickets)) >= 0;) {
+    while (ticket >= pass[1].first_ticket) pass++;
+    const NAME(Part) *part = now->part + pass->part;
+    long start = pass->start + (ticket - pass->first_ticket) * SHRINK_ROWS;
+    long rows = pass->stop - start < SHRINK_ROWS ? pass->stop - start : SHRINK_ROWS;
+    const Site *site = NAME(site)(part, start);
+    NAME(shrink)(part->x + start * part->x_stride, part->x_stride, part->weight->in, site->a,
+                 site->rank, rows, part->h + start * part->h_stride, part->h_stride);
+  }
+}
+
+// All products of a phase, whole. A run of rows that has a dense weight of its own is multiplied by that;
+// the others share passes over the base.
+static void NAME(project)(Member *me, const NAME(Products) * now, const Run *runs, long run_count) {
+  if (now->part[0].sites) NAME(shrink_all)(me, now, runs, run_count);
+  Pass *pass = me->passes;
+  long tickets = 0;
+  for (int i = 0; i < now->parts; i++) {
+    long groups = panel_groups(now->part[i].weight), base = -1;
     for (long r = 0; r <= run_count; r++) {
-      const Site *site = r < run_count && runs[r].sites ? runs[r].sites + parts[i].module : NULL;
-      const void *dense = site ? site->dense : NULL;
+      const Site *sites = r < run_count ? runs[r].sites : NULL;
+      const void *dense = sites ? sites[now->part[i].module].dense : NULL;
       if (base >= 0 && (r == run_count || dense)) {
-        *pass++ = (Pass){i, runs[base].start, runs[r - 1].stop, NULL, NULL, tickets};
+        *pass++ = (Pass){i, runs[base].start, runs[r - 1].stop, NULL, tickets};
         tickets += groups;
         base = -1;
       }
       if (r == run_count) break;
       if (dense) {
-        *pass++ = (Pass){i, runs[r].start, runs[r].stop, dense, NULL, tickets};
+        *pass++ = (Pass){i, runs[r].start, runs[r].stop, dense, tickets};
         tickets += groups;
       } else if (base < 0) {
         base = r;
       }
     }
   }
-  for (long r = 0; r < run_count; r++)
-    for (int i = 0; i < count && runs[r].sites; i++) {
-      const Site *site = runs[r].sites + parts[i].module;
-      if (!site->rank) continue;
-      *pass++ = (Pass){i, runs[r].start, runs[r].stop, NULL, site, tickets};
-      tickets += (runs[r].stop - runs[r].start + SHRINK_ROWS - 1) / SHRINK_ROWS;
-    }
   *pass = (Pass){.first_ticket = tickets};
 
   pass = me->passes;
   for (long ticket; (ticket = team_next(&me->base, tickets)) >= 0;) {
     while (ticket >= pass[1].first_ticket) pass++;
-    const NAME(Part) *part = parts + pass->part;
-    const Weight *w = part->weight;
-    long index = ticket - pass->first_ticket;
-    if (pass->site) {
-      long start = pass->start + index * SHRINK_ROWS;
-      long rows = pass->stop - start < SHRINK_ROWS ? pass->stop - start : SHRINK_ROWS;
-      NAME(shrink)(part->x + start * part->x_stride, part->x_stride, w->in, pass->site->a,
-                   pass->site->rank, rows, part->h + start * rank_stride, rank_stride);
-      continue;
-    }
-    long panels = (w->out + LANES - 1) / LANES, first = index * PANEL_GROUP;
+    const NAME(Part) *part = now->part + pass->part;
+    long first = (ticket - pass->first_ticket) * PANEL_GROUP;
+    long panels = (part->weight->out + LANES - 1) / LANES;
     long last = first + PANEL_GROUP < panels ? first + PANEL_GROUP : panels;
-    NAME(panels)(w, pass->dense, part->x + pass->start * part->x_stride, part->x_stride,
-                 pass->stop - pass->start, first, last, part->y + pass->start * part->y_stride,
-                 part->y_stride);
+    NAME(panels)(part, pass->dense, pass->start, pass->stop, first, last);
   }
 }
 
-// Ends the products of queries, keys and values: deltas and biases, head norms, rotation, and keys and
-// values into the cache. A ticket is a block of rows, or one head of it when there are few.
+// Queries, keys and values to where attention reads them: head norms, rotation, and keys and values into
+// the cache. A ticket is a few rows, or one head of them when there are few.
 static void NAME(place)(Member *me, const NAME(Task) * task, const Layer *layer,
                         const NAME(Part) * parts) {
   const Model *m = task->model;
   const Step *step = task->step;
   const Work_space *space = &task->space;
   long dim = m->head_dim, all = m->heads + m->kv_heads;
-  long split = space->blocks >= 4 * team.threads ? 1 : all;
-  for (long ticket; (ticket = team_next(&me->base, space->blocks * split)) >= 0;) {
-    const Block *block = space->block + ticket / split;
+  long groups = row_groups(step->rows), split = groups >= 4 * team.threads ? 1 : all;
+  for (long ticket; (ticket = team_next(&me->base, groups * split)) >= 0;) {
+    long start = ticket / split * ROW_GROUP, stop = at_most(start + ROW_GROUP, step->rows);
     long from = split == 1 ? 0 : ticket % split, to = split == 1 ? all : from + 1;
     for (long head = from; head < to; head++) {
       int is_key = head >= m->heads;
       const NAME(Part) *part = parts + is_key;
       long column = (is_key ? head - m->heads : head) * dim;
-      NAME(finish)(part, block, space->rank_stride, column, column + dim);
-      if (is_key) NAME(finish)(parts + 2, block, space->rank_stride, column, column + dim);
       const float *norm = is_key ? layer->k_norm : layer->q_norm;
-      for (long row = block->start; row < block->stop; row++) {
+      for (long row = start; row < stop; row++) {
         long at = step->position[row];
         float *x = part->y + row * part->y_stride + column;
         if (norm) NAME(norm_head)(x, norm, dim, m->epsilon);
@@ -159,40 +141,34 @@ static void NAME(mix)(Member *me, const NAME(Task) * task, const Layer *layer) {
   }
 }
 
-// Ends a product that goes into the residual stream, and norms the sum for what comes next.
+// Adds a product to the residual stream, and norms the sum for what comes next.
 static void NAME(settle)(Member *me, const NAME(Task) * task, const NAME(Part) * part,
                          const float *norm) {
   const Work_space *space = &task->space;
   long hidden = task->model->hidden;
-  for (long ticket; (ticket = team_next(&me->base, space->blocks)) >= 0;) {
-    const Block *block = space->block + ticket;
-    NAME(finish)(part, block, space->rank_stride, 0, hidden);
-    for (long row = block->start; row < block->stop; row++) {
-      float *residual = space->residual + row * hidden;
-      const float *y = part->y + row * part->y_stride;
-      for (long i = 0; i < hidden; i++) residual[i] += y[i];
-      if (norm)
-        NAME(norm_row)(residual, norm, hidden, task->model->epsilon,
-                       (ELEMENT *)space->normed + row * hidden);
-    }
+  for (long row; (row = team_next(&me->base, task->step->rows)) >= 0;) {
+    float *residual = space->residual + row * hidden;
+    const float *y = part->y + row * part->y_stride;
+    for (long i = 0; i < hidden; i++) residual[i] += y[i];
+    if (norm)
+      NAME(norm_row)(residual, norm, hidden, task->model->epsilon,
+                     (ELEMENT *)space->normed + row * hidden);
   }
 }
 
-// Ends the products of gate and up: act = silu(gate) * up. A ticket is a block of rows, or a part of
-// its columns when there are few.
+// act = silu(gate) * up. A ticket is a few rows, or a part of their columns when there are few.
 static void NAME(gate)(Member *me, const NAME(Task) * task, const NAME(Part) * parts) {
   const Work_space *space = &task->space;
   long middle = task->model->middle;
-  long split = space->blocks >= 4 * team.threads ? 1 : 4 * team.threads;
+  long rows = task->step->rows, groups = row_groups(rows);
+  long split = groups >= 4 * team.threads ? 1 : 4 * team.threads;
   long share = ((middle + split - 1) / split + 63) / 64 * 64;
-  for (long ticket; (ticket = team_next(&me->base, space->blocks * split)) >= 0;) {
-    const Block *block = space->block + ticket / split;
+  for (long ticket; (ticket = team_next(&me->base, groups * split)) >= 0;) {
+    long start = ticket / split * ROW_GROUP, stop = at_most(start + ROW_GROUP, rows);
     long from = split == 1 ? 0 : ticket % split * share;
     long to = split == 1 || from + share > middle ? middle : from + share;
     if (from >= to) continue;
-    NAME(finish)(parts, block, space->rank_stride, from, to);
-    NAME(finish)(parts + 1, block, space->rank_stride, from, to);
-    for (long row = block->start; row < block->stop; row++)
+    for (long row = start; row < stop; row++)
       NAME(gated)(parts[0].y + row * parts[0].y_stride + from,
                   parts[1].y + row * parts[1].y_stride + from, to - from,
                   (ELEMENT *)space->act + row * middle + from);
@@ -220,48 +196,68 @@ static void NAME(predict)(Member *me, const NAME(Task) * task) {
   for (long i; (i = team_next(&me->base, step->wanted_rows)) >= 0;)
     NAME(norm_row)(space->residual + step->wanted[i] * m->hidden, m->final_norm, m->hidden,
                    m->epsilon, normed + i * m->hidden);
-  NAME(Part) part = {&m->head, m->head_module, normed, m->hidden,
-                     step->logits, m->vocabulary, space->low};
-  NAME(project)(me, &part, 1, step->head_run, step->head_runs, space->rank_stride);
-  for (long ticket; (ticket = team_next(&me->base, space->head_blocks)) >= 0;) {
-    const Block *block = space->head_block + ticket;
-    NAME(finish)(&part, block, space->rank_stride, 0, m->vocabulary);
-    for (long i = block->start; i < block->stop; i++)
-      step->likeliest[i] = likeliest(step->logits + i * m->vocabulary, m->vocabulary);
-  }
+  const NAME(Products) head = {{{&m->head, normed, m->hidden, step->logits, m->vocabulary,
+                                 space->head_sites, m->head_module, space->low, space->rank_stride}},
+                               1};
+  NAME(project)(me, &head, step->head_run, step->head_runs);
+  for (long i; (i = team_next(&me->base, step->wanted_rows)) >= 0;)
+    step->likeliest[i] = likeliest(step->logits + i * m->vocabulary, m->vocabulary);
+}
+
+// A product of rows [.., in] of `x` into columns from `column` on of rows of `width`; `slot` of `low`.
+static NAME(Part) NAME(part_of)(const NAME(Task) * task, const Weight *weight, long module, const void *x,
+                                long column, long width, long slot) {
+  const Work_space *space = &task->space;
+  return (NAME(Part)){weight, x, weight->in, space->wide + column, width, space->sites, module,
+                      (ELEMENT *)space->low + slot * task->step->rows * space->rank_stride, space->rank_stride};
+}
+
+static NAME(Products) NAME(heads_of)(const NAME(Task) * task, const Layer *l) {
+  const void *x = task->space.normed;
+  long q = l->q.out, kv = l->k.out, width = q + 2 * kv;
+  return (NAME(Products)){{NAME(part_of)(task, &l->q, l->modules[0], x, 0, width, 0),
+                           NAME(part_of)(task, &l->k, l->modules[1], x, q, width, 1),
+                           NAME(part_of)(task, &l->v, l->modules[2], x, q + kv, width, 2)},
+                          3};
+}
+
+static NAME(Products) NAME(gates_of)(const NAME(Task) * task, const Layer *l) {
+  const void *x = task->space.normed;
+  long middle = l->gate.out;
+  return (NAME(Products)){{NAME(part_of)(task, &l->gate, l->modules[4], x, 0, 2 * middle, 0),
+                           NAME(part_of)(task, &l->up, l->modules[5], x, middle, 2 * middle, 1)},
+                          2};
+}
+
+static NAME(Products) NAME(product_of)(const NAME(Task) * task, const Weight *weight, long module,
+                                       const void *x) {
+  return (NAME(Products)){{NAME(part_of)(task, weight, module, x, 0, weight->out, 0)}, 1};
 }
 
 static void NAME(decode)(void *context, int thread) {
   const NAME(Task) *task = context;
   const Model *m = task->model;
   const Step *step = task->step;
-  const Work_space *space = &task->space;
-  Member member = member_of(space, m, sizeof(ELEMENT), thread), *me = &member;
-  ELEMENT *normed = space->normed, *attended = space->attended, *act = space->act;
-  float *wide = space->wide, *low = space->low;
-  long h = m->hidden, mid = m->middle, q = m->heads * m->head_dim, kv = m->kv_heads * m->head_dim;
-  long qkv = q + 2 * kv, low_size = step->rows * space->rank_stride;
+  Member member = member_of(&task->space, m, sizeof(ELEMENT), thread), *me = &member;
+  const Run *runs = step->run;
+  long count = step->runs;
 
   NAME(embed)(me, task);
   for (long i = 0; i < m->layers; i++) {
     const Layer *l = m->layer + i;
-    const int64_t *site = l->modules;
-    const NAME(Part) heads[] = {{&l->q, site[0], normed, h, wide, qkv, low},
-                                {&l->k, site[1], normed, h, wide + q, qkv, low + low_size},
-                                {&l->v, site[2], normed, h, wide + q + kv, qkv, low + 2 * low_size}};
-    NAME(project)(me, heads, 3, step->run, step->runs, space->rank_stride);
-    NAME(place)(me, task, l, heads);
+    const NAME(Products) heads = NAME(heads_of)(task, l);
+    const NAME(Products) out = NAME(product_of)(task, &l->o, l->modules[3], task->space.attended);
+    const NAME(Products) gates = NAME(gates_of)(task, l);
+    const NAME(Products) down = NAME(product_of)(task, &l->down, l->modules[6], task->space.act);
+    NAME(project)(me, &heads, runs, count);
+    NAME(place)(me, task, l, heads.part);
     NAME(mix)(me, task, l);
-    const NAME(Part) out = {&l->o, site[3], attended, q, wide, h, low};
-    NAME(project)(me, &out, 1, step->run, step->runs, space->rank_stride);
-    NAME(settle)(me, task, &out, l->mlp_norm);
-    const NAME(Part) gates[] = {{&l->gate, site[4], normed, h, wide, 2 * mid, low},
-                                {&l->up, site[5], normed, h, wide + mid, 2 * mid, low + low_size}};
-    NAME(project)(me, gates, 2, step->run, step->runs, space->rank_stride);
-    NAME(gate)(me, task, gates);
-    const NAME(Part) down = {&l->down, site[6], act, mid, wide, h, low};
-    NAME(project)(me, &down, 1, step->run, step->runs, space->rank_stride);
-    NAME(settle)(me, task, &down, i + 1 < m->layers ? l[1].attention_norm : NULL);
+    NAME(project)(me, &out, runs, count);
+    NAME(settle)(me, task, out.part, l->mlp_norm);
+    NAME(project)(me, &gates, runs, count);
+    NAME(gate)(me, task, gates.part);
+    NAME(project)(me, &down, runs, count);
+    NAME(settle)(me, task, down.part, i + 1 < m->layers ? l[1].attention_norm : NULL);
   }
   if (step->wanted_rows) NAME(predict)(me, task);
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adaplex.model import memory
 from adaplex.model.kernels.native import structs
 from adaplex.model.kernels.native.library import (
     WRONG,
@@ -57,12 +58,6 @@ class NativeKernels:
         _check(self._linear(ctypes.byref(weight), *place, y.data_ptr(), y.stride(0)))
         return y
 
-    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Untouched memory, in large pages where the system gives them."""
-        tensor = torch.empty(shape, dtype=dtype)
-        self._library.use_large_pages(tensor.data_ptr(), tensor.nbytes)
-        return tensor
-
     def packs_dense(self, in_features: int) -> bool:
         """Whether a dense weight of this width has panels."""
         return in_features % self.per_unit == 0
@@ -75,7 +70,7 @@ class NativeKernels:
         """weight [out, in] -> panels [out / LANES, in / per_unit, LANES, per_unit], rounded up."""
         rows, columns = weight.shape
         units = columns // self.per_unit
-        panels = self.empty(-(-rows // LANES), units, LANES, self.per_unit, dtype=self.dtype)
+        panels = memory.empty(-(-rows // LANES), units, LANES, self.per_unit, dtype=self.dtype)
         weight = weight.to(self.dtype).contiguous()
         place = (weight.data_ptr(), rows, columns, self.per_unit)
         self._library.pack_dense(*place, panels.data_ptr())
@@ -88,12 +83,20 @@ class NativeKernels:
         four codes each, and scales [out / LANES, in / NF4_BLOCK, LANES]; rounded up.
         """
         rows, columns = shape
-        panels = self.empty(-(-rows // LANES), columns // 8, LANES, 2, dtype=torch.int16)
+        panels = memory.empty(-(-rows // LANES), columns // 8, LANES, 2, dtype=torch.int16)
         scales = torch.empty(panels.shape[0], columns // NF4_BLOCK, LANES)
         codes, absmax = codes.contiguous(), absmax.float().contiguous()
         places = (codes.data_ptr(), absmax.data_ptr(), rows, columns)
         self._library.pack_nf4(*places, panels.data_ptr(), scales.data_ptr())
         return panels, scales
+
+    def pack_low_rank(self, b: Tensor) -> Tensor:
+        """The b [rank, out] of a delta in the panels that the kernels read: as many elements."""
+        packed = torch.empty(b.numel(), dtype=self.dtype)
+        b = b.to(self.dtype).contiguous()
+        place = (b.data_ptr(), b.shape[0], b.shape[1], self.per_unit)
+        self._library.pack_low_rank(*place, packed.data_ptr())
+        return packed
 
 
 def native_kernels(

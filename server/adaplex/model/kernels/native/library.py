@@ -111,7 +111,7 @@ def _declare(library: ctypes.CDLL) -> None:
     for name, arguments, result in (
         ("pack_dense", [address, integer, integer, integer, address], None),
         ("pack_nf4", [address, address, integer, integer, address, address], None),
-        ("use_large_pages", [address, integer], None),
+        ("pack_low_rank", [address, integer, integer, integer, address], None),
         ("team_resize", [ctypes.c_int], ctypes.c_int),
     ):
         function = getattr(library, name)

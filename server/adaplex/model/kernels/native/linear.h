@@ -1,4 +1,4 @@
-// Included once for each element type: y = x W' for a frozen W [out, in].
+// Included once for each element type: y = x W' for a frozen W [out, in], plus what adapters add to it.
 //
 // W lies in panels of 16 output columns. Dense: [panels, in / PER_UNIT, 16] units of four bytes, each
 // PER_UNIT neighbouring inputs of one column. nf4: [panels, in / 8, 32] halves, half (n, p) of line v
@@ -6,12 +6,59 @@
 //
 // A column of a row is one chain of operations, the same alone and beside any other rows.
 
+// One product of all rows: y = x W' + bias, and for rows of adapters also b h and their bias.
+typedef struct {
+  const Weight *weight;
+  const ELEMENT *x;
+  long x_stride;
+  float *y;
+  long y_stride;
+  const Site *const *sites;  // [rows] the lines of each row's adapter, null for the base; null if all are
+  long module;               // which line
+  ELEMENT *h;                // [rows, h_stride] a x, where the site has a rank
+  long h_stride;
+} NAME(Part);
+
+INLINE const Site *NAME(site)(const NAME(Part) * part, long row) {
+  const Site *sites = part->sites ? part->sites[row] : NULL;
+  return sites ? sites + part->module : NULL;
+}
+
+static int NAME(share_site)(const NAME(Part) * part, long row, long rows) {
+  const Site *const *sites = part->sites + row;
+  for (long r = 1; r < rows; r++)
+    if (sites[r] != sites[0]) return 0;
+  return 1;
+}
+
+// Rows that share an adapter find its `b` in the cache: for them it points to what is there anyway.
+static __attribute__((noinline)) Asks NAME(asks_of)(const NAME(Part) * part, long row, long rows,
+                                                    long panel) {
+  Asks asks;
+  int shared = NAME(share_site)(part, row, rows);
+  for (int i = 0; i < 8; i++) {
+    const Site *site = shared ? NULL : NAME(site)(part, row + i % rows);
+    const ELEMENT *b = site && site->rank ? site->b : NULL;
+    asks.piece[i] = b ? (const char *)(b + panel * LANES * site->rank) + i / rows * PIECE * 64
+                      : (const char *)(part->x + row * part->x_stride);
+  }
+  return asks;
+}
+
+// A share of it, for each eight inputs.
+INLINE void NAME(ask)(const Asks *asks, long line) {
+  const char *at = asks->piece[line / 8 % 8] + line % 8 * 128;
+  expect(at);
+  expect(at + 64);
+}
+
 // R rows times P neighbouring panels.
 INLINE void NAME(dense_tile)(const ELEMENT *x, long x_stride, const char *panel, long units,
-                             const int R, const int P, vec acc[8][4]) {
+                             const Asks *asks, const int R, const int P, vec acc[8][4]) {
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) acc[r][p] = (vec){0};
   for (long u = 0; u < units; u++) {
     words w[4];
+    if (asks && u % (8 / PER_UNIT) == 0) NAME(ask)(asks, u / (8 / PER_UNIT));
     UNROLL for (int p = 0; p < P; p++) {
       w[p] = load_words(panel + (p * units + u) * 64);
       expect(panel + ((p + P) * units + u) * 64);
@@ -25,13 +72,15 @@ INLINE void NAME(dense_tile)(const ELEMENT *x, long x_stride, const char *panel,
 
 #if PER_UNIT == 2
 INLINE void NAME(nf4_tile)(const ELEMENT *x, long x_stride, const char *panel, const float *scales,
-                           long blocks, const int R, const int P, vec acc[8][4]) {
+                           long blocks, const Asks *asks, const int R, const int P,
+                           vec acc[8][4]) {
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) acc[r][p] = (vec){0};
   for (long block = 0; block < blocks; block++) {
     vec part[8][4];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) part[r][p] = (vec){0};
     for (long line = 8 * block; line < 8 * block + 8; line++) {
       halves packed[4];
+      if (asks) NAME(ask)(asks, line);
       UNROLL for (int p = 0; p < P; p++) {
         packed[p] = (halves)load_words(panel + (p * 8 * blocks + line) * 64);
         expect(panel + ((p + P) * 8 * blocks + line) * 64);
@@ -53,62 +102,101 @@ INLINE void NAME(nf4_tile)(const ELEMENT *x, long x_stride, const char *panel, c
 }
 #endif
 
+// y += b h and the adapter's bias for R rows of one adapter, P panels.
+INLINE void NAME(add_adapter)(const NAME(Part) * part, const Site *site, long row, long panel, const int R,
+                              const int P) {
+  long column = panel * LANES, out = part->weight->out;
+  float *y = part->y + row * part->y_stride + column;
+  vec acc[8][4];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++)
+    acc[r][p] = f32_load_part(y + r * part->y_stride + p * LANES, out - column - p * LANES);
+  NAME(expand)(part->h + row * part->h_stride, part->h_stride, site, out, panel, R, P, acc);
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++)
+    f32_store_part(y + r * part->y_stride + p * LANES, acc[r][p], out - column - p * LANES);
+}
+
+// The same for the rows of a tile, whoever their adapters are. Not in line: the tile needs the registers.
+static __attribute__((noinline)) void NAME(add_adapters)(const NAME(Part) * part, long row, long rows,
+                                                         long panel, long panels) {
+  if (rows == 8 && panels == 2 && NAME(share_site)(part, row, rows)) {
+    const Site *site = NAME(site)(part, row);
+    if (site) NAME(add_adapter)(part, site, row, panel, 8, 2);
+    return;
+  }
+  for (long last = row + rows; row < last; row++) {
+    const Site *site = NAME(site)(part, row);
+    for (long p = 0; site && p < panels; p += 2)
+      if (p + 2 <= panels)
+        NAME(add_adapter)(part, site, row, panel + p, 1, 2);
+      else
+        NAME(add_adapter)(part, site, row, panel + p, 1, 1);
+  }
+}
+
 // `dense` stands in for the weight's own panels; null takes those.
-INLINE void NAME(tile)(const Weight *w, const void *dense, const ELEMENT *x, long x_stride,
-                       long panel, const int R, const int P, float *y, long y_stride) {
+INLINE void NAME(tile)(const NAME(Part) * part, const void *dense, long row, long panel, const int R,
+                       const int P) {
+  const Weight *w = part->weight;
+  const ELEMENT *x = part->x + row * part->x_stride;
+  Asks wanted;
+  const Asks *asks = NULL;
+  if (part->sites) {
+    wanted = NAME(asks_of)(part, row, R, panel);
+    asks = &wanted;
+  }
   vec acc[8][4];
 #if PER_UNIT == 2
   if (w->scales && !dense) {
     long blocks = w->in / 64;
-    NAME(nf4_tile)(x, x_stride, (const char *)w->panels + panel * blocks * 512,
-                   w->scales + panel * blocks * LANES, blocks, R, P, acc);
+    NAME(nf4_tile)(x, part->x_stride, (const char *)w->panels + panel * blocks * 512,
+                   w->scales + panel * blocks * LANES, blocks, asks, R, P, acc);
   } else
 #endif
   {
     long units = w->in / PER_UNIT;
     const char *panels = dense ? dense : w->panels;
-    NAME(dense_tile)(x, x_stride, panels + panel * units * 64, units, R, P, acc);
+    NAME(dense_tile)(x, part->x_stride, panels + panel * units * 64, units, asks, R, P, acc);
+  }
+  if (w->bias) UNROLL for (int p = 0; p < P; p++) {
+    long column = (panel + p) * LANES;
+    vec bias = f32_load_part(w->bias + column, w->out - column);
+    UNROLL for (int r = 0; r < R; r++) acc[r][p] += bias;
   }
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) {
-    long column = (panel + p) * LANES, left = w->out - column;
-    float *target = y + r * y_stride + column;
-    if (left >= LANES)
-      f32_store(target, acc[r][p]);
-    else
-      memcpy(target, &acc[r][p], (size_t)left * sizeof(float));
+    long column = (panel + p) * LANES;
+    f32_store_part(part->y + (row + r) * part->y_stride + column, acc[r][p], w->out - column);
   }
+  if (part->sites) NAME(add_adapters)(part, row, R, panel, P);
 }
 
-#define TILES(R, P, from, to)                                                         \
-  for (long panel = from; panel < to;) {                                              \
-    const ELEMENT *x_row = x + row * x_stride;                                        \
-    float *y_row = y + row * y_stride;                                                \
-    if (panel + P <= to) {                                                            \
-      NAME(tile)(w, dense, x_row, x_stride, panel, R, P, y_row, y_stride);            \
-      panel += P;                                                                     \
-    } else {                                                                          \
-      NAME(tile)(w, dense, x_row, x_stride, panel, R, 1, y_row, y_stride);            \
-      panel++;                                                                        \
-    }                                                                                 \
+#define TILES(R, P, from, to)                    \
+  for (long panel = from; panel < to;) {         \
+    if (panel + P <= to) {                       \
+      NAME(tile)(part, dense, row, panel, R, P); \
+      panel += P;                                \
+    } else {                                     \
+      NAME(tile)(part, dense, row, panel, R, 1); \
+      panel++;                                   \
+    }                                            \
   }
 
-// y[rows, columns of panels [first, last)] = x W'. Two panels stay in the cache for all rows.
-static void NAME(panels)(const Weight *w, const void *dense, const ELEMENT *x, long x_stride,
-                         long rows, long first, long last, float *y, long y_stride) {
-  long eights = rows - rows % 8, row = 0;
+// Rows [row, stop) of the columns of panels [first, last). Two panels stay in the cache for all rows.
+static void NAME(panels)(const NAME(Part) * part, const void *dense, long row, long stop, long first,
+                         long last) {
+  long start = row, eights = row + (stop - row) / 8 * 8;
   for (long pair = first; pair < last; pair += 2) {
     long end = pair + 2 < last ? pair + 2 : last;
-    for (row = 0; row < eights; row += 8) TILES(8, 2, pair, end)
+    for (row = start; row < eights; row += 8) TILES(8, 2, pair, end)
   }
   row = eights;
-  if (rows - row >= 4) {
+  if (stop - row >= 4) {
     TILES(4, 4, first, last)
     row += 4;
   }
-  if (rows - row >= 2) {
+  if (stop - row >= 2) {
     TILES(2, 4, first, last)
     row += 2;
   }
-  if (rows - row) TILES(1, 4, first, last)
+  if (row < stop) TILES(1, 4, first, last)
 }
 #undef TILES

@@ -1,11 +1,15 @@
 // Included once for each element type: low-rank deltas, y += b (a x), of the adapter of each row.
 //
+// b lies in panels of 16 columns like the weights of linear.h, but without padding: of the columns that
+// a panel has, units of PER_UNIT ranks, then a last odd rank by itself. So a x is rounded to elements,
+// as torch rounds it, and a delta is one more product.
+//
 // Each row runs the same operations in the same order, whether it is computed alone or in a block
 // of BLOCK_ROWS, so its bits do not depend on its neighbours.
 
 // h[row][j] = a[j] x[row] for R rows and P ranks from `j` on. x [rows, in], a [rank, in].
 INLINE void NAME(shrink_tile)(const ELEMENT *x, long x_stride, long in, const ELEMENT *a, long j,
-                              const int R, const int P, float *h, long h_stride) {
+                              const int R, const int P, ELEMENT *h, long h_stride) {
   const long step = LANES * PER_UNIT;
   vec acc[BLOCK_ROWS][4];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) acc[r][p] = (vec){0};
@@ -24,18 +28,21 @@ INLINE void NAME(shrink_tile)(const ELEMENT *x, long x_stride, long in, const EL
     }
   }
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++)
-    h[r * h_stride + j + p] = sum_lanes(acc[r][p]);
+    h[r * h_stride + j + p] = NAME(narrow)(sum_lanes(acc[r][p]));
 }
 
 INLINE void NAME(shrink_rows)(const ELEMENT *x, long x_stride, long in, const ELEMENT *a, long rank,
-                              const int R, float *h, long h_stride) {
+                              const int R, ELEMENT *h, long h_stride) {
   long j = 0;
   for (; j + 4 <= rank; j += 4) NAME(shrink_tile)(x, x_stride, in, a, j, R, 4, h, h_stride);
   for (; j < rank; j++) NAME(shrink_tile)(x, x_stride, in, a, j, R, 1, h, h_stride);
+  for (; j % PER_UNIT; j++)
+    for (int r = 0; r < R; r++) h[r * h_stride + j] = 0;
 }
 
+// h[row] = a x[row], and zeros up to a whole unit.
 static void NAME(shrink)(const ELEMENT *x, long x_stride, long in, const ELEMENT *a, long rank,
-                         long rows, float *h, long h_stride) {
+                         long rows, ELEMENT *h, long h_stride) {
   long row = 0;
   for (; row + BLOCK_ROWS <= rows; row += BLOCK_ROWS)
     NAME(shrink_rows)(x + row * x_stride, x_stride, in, a, rank, BLOCK_ROWS, h + row * h_stride,
@@ -44,50 +51,37 @@ static void NAME(shrink)(const ELEMENT *x, long x_stride, long in, const ELEMENT
     NAME(shrink_rows)(x + row * x_stride, x_stride, in, a, rank, 1, h + row * h_stride, h_stride);
 }
 
-// y[row][n .. n + 16 P) += h[row] b for R rows. h [rows, rank], b [rank, out].
-INLINE void NAME(expand_tile)(const float *h, long h_stride, long rank, const ELEMENT *b, long out,
-                              long n, const int R, const int P, float *y, long y_stride) {
-  vec acc[BLOCK_ROWS][4];
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++)
-    acc[r][p] = f32_load(y + r * y_stride + n + LANES * p);
-  for (long j = 0; j < rank; j++) {
-    vec line[4];
-    UNROLL for (int p = 0; p < P; p++) line[p] = NAME(load)(b + j * out + n + LANES * p);
-    expect(b + j * out + n + LANES * P);
-    expect(b + j * out + n + LANES * P + 64 / sizeof(ELEMENT));
+// acc[r][p] += h[r] b, and the adapter's bias, for R rows of one adapter and P panels of `out` columns.
+INLINE void NAME(expand)(const ELEMENT *h, long h_stride, const Site *site, long out, long panel,
+                         const int R, const int P, vec acc[8][4]) {
+  const long units = site->rank / PER_UNIT, size = LANES * site->rank;
+  const ELEMENT *b = (const ELEMENT *)site->b + panel * size;
+  long width[4];
+  UNROLL for (int p = 0; p < P; p++) {
+    long left = out - (panel + p) * LANES;
+    width[p] = left < LANES ? left : LANES;
+  }
+  for (long u = 0; u < units; u++) {
+    words line[4];
+    UNROLL for (int p = 0; p < P; p++) {
+      const ELEMENT *from = b + p * size + u * width[p] * PER_UNIT;
+      line[p] = width[p] == LANES ? load_words(from) : load_part(from, width[p] * 4);
+    }
     UNROLL for (int r = 0; r < R; r++) {
-      vec weight = splat(h[r * h_stride + j]);
-      UNROLL for (int p = 0; p < P; p++) acc[r][p] += weight * line[p];
+      words unit = NAME(unit)(h + r * h_stride, u);
+      UNROLL for (int p = 0; p < P; p++) acc[r][p] = NAME(mac)(acc[r][p], line[p], unit);
     }
   }
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++)
-    f32_store(y + r * y_stride + n + LANES * p, acc[r][p]);
-}
-
-INLINE void NAME(expand_rows)(const float *h, long h_stride, long rank, const ELEMENT *b, long out,
-                              long from, long to, const int R, float *y, long y_stride) {
-  long n = from;
-  for (; n + 4 * LANES <= to; n += 4 * LANES)
-    NAME(expand_tile)(h, h_stride, rank, b, out, n, R, 4, y, y_stride);
-  for (; n + LANES <= to; n += LANES)
-    NAME(expand_tile)(h, h_stride, rank, b, out, n, R, 1, y, y_stride);
-  for (; n < to; n++)
-    for (int r = 0; r < R; r++) {
-      float sum = y[r * y_stride + n];
-      for (long j = 0; j < rank; j++)
-        sum = fmaf(h[r * h_stride + j], NAME(widen)(b[j * out + n]), sum);
-      y[r * y_stride + n] = sum;
-    }
-}
-
-// Columns [from, to) of `rows` rows, at most BLOCK_ROWS.
-static void NAME(expand)(const float *h, long h_stride, long rank, const ELEMENT *b, long out,
-                         long from, long to, long rows, float *y, long y_stride) {
-  if (rows == BLOCK_ROWS) {
-    NAME(expand_rows)(h, h_stride, rank, b, out, from, to, BLOCK_ROWS, y, y_stride);
-    return;
+#if PER_UNIT == 2
+  if (site->rank % 2) UNROLL for (int p = 0; p < P; p++) {
+    words line = (words)NAME(load_part)(b + p * size + units * width[p] * 2, width[p]) >> 16;
+    UNROLL for (int r = 0; r < R; r++)
+      acc[r][p] = NAME(mac)(acc[r][p], line, NAME(unit)(h + r * h_stride, units));
   }
-  for (long row = 0; row < rows; row++)
-    NAME(expand_rows)(h + row * h_stride, h_stride, rank, b, out, from, to, 1,
-                      y + row * y_stride, y_stride);
+#endif
+  if (site->bias) UNROLL for (int p = 0; p < P; p++) {
+    const ELEMENT *bias = (const ELEMENT *)site->bias + (panel + p) * LANES;
+    vec shift = NAME(load_part)(bias, width[p]);
+    UNROLL for (int r = 0; r < R; r++) acc[r][p] += shift;
+  }
 }

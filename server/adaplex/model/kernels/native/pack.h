@@ -4,7 +4,6 @@
 
 #include <stdint.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "vectors.h"
 
@@ -43,9 +42,16 @@ void pack_nf4(const uint8_t *codes, const float *absmax, int64_t out, int64_t in
   }
 }
 
-// Asks for large pages under memory that has not been touched: fewer misses of the address cache.
-void use_large_pages(void *start, int64_t bytes) {
-  uintptr_t page = 1 << 21, from = ((uintptr_t)start + page - 1) / page * page;
-  uintptr_t to = ((uintptr_t)start + (uintptr_t)bytes) / page * page;
-  if (from < to) madvise((void *)from, to - from, MADV_HUGEPAGE);
+// The b of a low-rank delta, [rank, out] elements of 4 / per_unit bytes, as low_rank.h reads it.
+void pack_low_rank(const char *b, int64_t rank, int64_t out, int64_t per_unit, char *packed) {
+  size_t size = (size_t)(4 / per_unit);
+  for (int64_t first = 0; first < out; first += LANES) {
+    int64_t last = first + LANES < out ? first + LANES : out;
+    for (int64_t j = 0; j < rank; j += per_unit) {
+      int64_t ranks = j + per_unit <= rank ? per_unit : rank - j;
+      for (int64_t n = first; n < last; n++)
+        for (int64_t i = 0; i < ranks; i++, packed += size)
+          memcpy(packed, b + (size_t)((j + i) * out + n) * size, size);
+    }
+  }
 }

@@ -7,28 +7,21 @@
 #include "vectors.h"
 
 #define BLOCK_ROWS 4    // rows of one adapter that share what they read of it
+#define ROW_GROUP 4     // rows in one ticket of what is done row by row
 #define SHRINK_ROWS 16  // rows in one ticket of a shrink
 #define PANEL_GROUP 4   // panels in one ticket of a product
 #define QUERY_TOKENS 8  // neighbouring tokens of one sequence that share what they read of the cache
-
-// At most BLOCK_ROWS neighbouring rows of one run.
-typedef struct {
-  long start, stop;
-  const Site *sites;
-} Block;
 
 // At most QUERY_TOKENS neighbouring rows of one sequence.
 typedef struct {
   long sequence, start, stop;
 } Query_span;
 
-// Tickets from `first_ticket` on: rows [start, stop) of a part by the base, by a dense weight, or
-// through the `a` of a site.
+// Tickets from `first_ticket` on: rows [start, stop) of a part, by a dense weight of their own or not.
 typedef struct {
   int part;
   long start, stop;
   const void *dense;
-  const Site *site;
   long first_ticket;
 } Pass;
 
@@ -36,13 +29,21 @@ typedef struct {
   float *residual;                        // [rows, hidden]
   void *normed, *query, *attended, *act;  // elements
   float *wide;                            // [rows, widest product]
-  float *low;                             // [3, rows, rank_stride]: what shrinks give
+  void *low;                              // elements [3, rows, rank_stride]: what shrinks give
   int32_t *home;                          // [rows] block of each row's key and value
-  Block *block, *head_block;
+  const Site **sites, **head_sites;       // of each row and wanted row; null when all are of the base
   Query_span *span;
   char *member;  // [threads, member_size]
-  long blocks, head_blocks, spans, rank_stride, score_stride, member_size, passes;
+  long spans, rank_stride, score_stride, member_size, passes;
 } Work_space;
+
+// What a tile of a product asks memory for while it multiplies: the panels of `b` of its rows, which it
+// needs at its end, in pieces of PIECE lines, a row's pieces as far apart as there are rows. Products wait
+// for arithmetic, adapters for memory: so both are under way at once.
+#define PIECE 16
+typedef struct {
+  const char *piece[8];
+} Asks;
 
 // What each thread has for itself.
 typedef struct {
@@ -66,21 +67,22 @@ static void *cut(char *buffer, size_t *used, size_t bytes) {
 }
 
 static inline long at_least(long a, long b) { return a > b ? a : b; }
+static inline long at_most(long a, long b) { return a < b ? a : b; }
+static inline long row_groups(long rows) { return (rows + ROW_GROUP - 1) / ROW_GROUP; }
 
 static inline long panel_groups(const Weight *w) {
   long panels = (w->out + LANES - 1) / LANES;
   return (panels + PANEL_GROUP - 1) / PANEL_GROUP;
 }
 
-// Lays `blocks` out over runs; counts when there is no room to write to.
-static long cut_blocks(const Run *runs, long count, Block *block) {
-  long blocks = 0;
-  for (long r = 0; r < count; r++)
-    for (long start = runs[r].start; start < runs[r].stop; start += BLOCK_ROWS, blocks++) {
-      long stop = start + BLOCK_ROWS < runs[r].stop ? start + BLOCK_ROWS : runs[r].stop;
-      if (block) block[blocks] = (Block){start, stop, runs[r].sites};
-    }
-  return blocks;
+// The lines of each row's adapter; null when no row has any.
+static const Site **spread_sites(const Run *runs, long count, const Site **sites) {
+  int any = 0;
+  for (long r = 0; r < count; r++) {
+    any |= runs[r].sites != NULL;
+    for (long row = runs[r].start; row < runs[r].stop; row++) sites[row] = runs[r].sites;
+  }
+  return any ? sites : NULL;
 }
 
 static long cut_spans(const Step *step, Query_span *span) {
@@ -129,23 +131,22 @@ static void cut_up(Work_space *space, const Model *m, const Step *step, size_t e
   space->attended = cut(from, used, element * rows * heads);
   space->act = cut(from, used, element * rows * (size_t)m->middle);
   space->wide = cut(from, used, wide * rows * widest);
-  space->low = cut(from, used, wide * 3 * rows * (size_t)space->rank_stride);
+  space->low = cut(from, used, element * 3 * rows * (size_t)space->rank_stride);
   space->home = cut(from, used, sizeof(int32_t) * rows);
-  space->block = cut(from, used, sizeof(Block) * (size_t)space->blocks);
-  space->head_block = cut(from, used, sizeof(Block) * (size_t)space->head_blocks);
+  space->sites = cut(from, used, sizeof(Site *) * rows);
+  space->head_sites = cut(from, used, sizeof(Site *) * rows);
   space->span = cut(from, used, sizeof(Query_span) * (size_t)space->spans);
   space->member = cut(from, used, (size_t)(space->member_size * team.threads));
 }
 
 // Fills `space` for a step; the caller holds memory.in_use. Returns DONE or NO_MEMORY.
 static int lay_out(Work_space *space, const Model *m, const Step *step, size_t element) {
-  space->blocks = cut_blocks(step->run, step->runs, NULL);
-  space->head_blocks = cut_blocks(step->head_run, step->head_runs, NULL);
   space->spans = cut_spans(step, NULL);
   space->score_stride = step->width * LANES;
   space->passes = 3 * (2 * at_least(step->runs, step->head_runs) + 1) + 1;
   space->rank_stride = at_least(widest_rank(m, step->run, step->runs),
                                 widest_rank(m, step->head_run, step->head_runs));
+  space->rank_stride += space->rank_stride % 2;  // whole units
   space->member = NULL;
   space->member_size = 0;
   space->member_size = member_of(space, m, element, 0).base;
@@ -159,8 +160,8 @@ static int lay_out(Work_space *space, const Model *m, const Step *step, size_t e
   }
   size = 0;
   cut_up(space, m, step, element, memory.start, &size);
-  cut_blocks(step->run, step->runs, space->block);
-  cut_blocks(step->head_run, step->head_runs, space->head_block);
+  space->sites = spread_sites(step->run, step->runs, space->sites);
+  space->head_sites = spread_sites(step->head_run, step->head_runs, space->head_sites);
   cut_spans(step, space->span);
   for (long s = 0; s < step->sequences; s++)
     for (long row = step->first[s]; row < step->first[s + 1]; row++)
@@ -205,11 +206,21 @@ static int check_step(const Model *m, const Step *step) {
 
 // Index of the largest value, the first of equals; -1 when the largest is not finite or any is NaN.
 static int32_t likeliest(const float *x, long n) {
-  long best = 0;
-  int nan = 0;
-  for (long i = 0; i < n; i++) {
-    if (x[i] > x[best]) best = i;
-    nan |= x[i] != x[i];
+  const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  vec best = splat(-INFINITY);
+  ints where = {0}, nan = {0};
+  for (long i = 0; i < n; i += LANES) {
+    vec v = f32_load_part(x + i, n - i);
+    ints at = lane + (int32_t)i, more = (v > best) & (at < (int32_t)n);
+    best = select_lanes(more, v, best);
+    where = (more & at) | (~more & where);
+    nan |= v != v;
   }
-  return nan || !(x[best] < INFINITY && x[best] > -INFINITY) ? -1 : (int32_t)best;
+  float peak = max_lanes(best);
+  int32_t first = INT32_MAX, broken = 0;
+  for (int i = 0; i < LANES; i++) {
+    if (best[i] == peak && where[i] < first) first = where[i];
+    broken |= nan[i];
+  }
+  return broken || !(peak < INFINITY && peak > -INFINITY) ? -1 : first;
 }

@@ -1,8 +1,8 @@
 // Included once for each element type, with ELEMENT, PER_UNIT (elements in four bytes), LARGEST (the
 // largest finite value) and NAME(x) defined.
 
-#include "linear.h"
 #include "low_rank.h"
+#include "linear.h"
 #include "rows.h"
 #include "attention.h"
 #include "decoder.h"

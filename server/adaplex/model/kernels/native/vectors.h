@@ -95,6 +95,19 @@ INLINE vec f32_load(const float *p) {
 
 INLINE void f32_store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
+// The first `left` lanes; none when it is negative, all when there are more.
+INLINE vec f32_load_part(const float *p, long left) {
+  if (left >= LANES) return f32_load(p);
+  return left > 0 ? (vec)load_part(p, left * (long)sizeof(float)) : (vec){0};
+}
+
+INLINE void f32_store_part(float *p, vec v, long left) {
+  if (left >= LANES)
+    f32_store(p, v);
+  else if (left > 0)
+    memcpy(p, &v, (size_t)left * sizeof(float));
+}
+
 // Unit u of a row, in every lane.
 INLINE words f32_unit(const float *row, long u) {
   uint32_t w;
@@ -124,6 +137,13 @@ INLINE uint16_t bf16_narrow(float x) {
 INLINE vec bf16_load(const uint16_t *p) {
   half_line h;
   memcpy(&h, p, sizeof h);
+  return (vec)(__builtin_convertvector(h, words) << 16);
+}
+
+INLINE vec bf16_load_part(const uint16_t *p, long left) {
+  half_line h = {0};
+  if (left >= LANES) return bf16_load(p);
+  if (left > 0) memcpy(&h, p, (size_t)left * sizeof(uint16_t));
   return (vec)(__builtin_convertvector(h, words) << 16);
 }
 
