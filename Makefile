@@ -9,8 +9,8 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos \
   --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
   --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
 
-.PHONY: help demo test check bench bench-engine bench-residency bench-gpu bench-peers \
-  bench-modes protos model format clean
+.PHONY: help demo test check bench bench-engine bench-overhead bench-residency bench-gpu \
+  bench-peers bench-modes protos model format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -41,6 +41,9 @@ bench: model ## Measure serving through gRPC, every workload; ARGS="--out FOLDER
 
 bench-engine: model ## Measure the engine alone, without gRPC
 	@$(BIN)/python tests/bench/engine.py $(ARGS)
+
+bench-overhead: model ## Measure what serving through gRPC leaves of the engine's speed
+	@cd tests && ../$(BIN)/python -m bench.overhead $(ARGS)
 
 bench-residency: $(INSTALLED) ## Measure what asking for more adapters than the arena holds costs
 	@$(BIN)/python tests/bench/residency.py $(ARGS)

@@ -17,6 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import count
@@ -145,26 +147,37 @@ class Bench:
             lease.release()
 
 
-def main() -> None:
-    """Runs the benchmark."""
-    options = parsed()
+@contextmanager
+def open_bench(options: argparse.Namespace, adapters: int) -> Iterator[Bench]:
+    """An engine for the block, and so many adapters in its arena."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         settings = {
             "model": options.model,
             "quantization": options.quantization,
             "threads": options.threads,
+            "max_stretch": options.max_stretch,
             "store_dir": work / "store",
             "adapter_roots": str(work),
             "arena_bytes": ARENA,
         }
         parts = build(load_config(settings), lambda line: print(line, file=sys.stderr))
-        bandwidth = options.bandwidth * 1e9
-        if not bandwidth and parts.model.device == "cpu":
-            bandwidth = read_bandwidth()
-        bench = Bench(parts, work, max(options.rows), options.rank)
+        bench = Bench(parts, work, adapters, options.rank)
         bench.warm()
         gc.freeze()  # as the server does before it serves
+        yield bench
+        bench.engine.check_integrity()
+        bench.engine.close()
+        parts.registry.close()
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    options = parsed()
+    with open_bench(options, max(options.rows)) as bench:
+        bandwidth = options.bandwidth * 1e9
+        if not bandwidth and bench.parts.model.device == "cpu":
+            bandwidth = read_bandwidth()
         decodes = [
             told(bench.decode(rows, mix, options, bandwidth))
             for rows in options.rows
@@ -174,9 +187,6 @@ def main() -> None:
         for prefill in prefills:
             speed = f"{prefill.tokens_per_second:.0f} tok/s"
             print(f"prefill of {prefill.tokens} tokens, {prefill.mix}: {speed}")
-        bench.engine.check_integrity()
-        bench.engine.close()
-        parts.registry.close()
     if options.json:
         report = {
             "machine": asdict(Machine.here(bandwidth or None)),
@@ -201,21 +211,30 @@ def told(found: Decode) -> Decode:
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--rows", type=lambda text: [*map(int, text.split(","))], default=[1, 8, 16, 32]
-    )
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--prompt", type=int, default=64, help="tokens")
-    parser.add_argument("--output", type=int, default=64, help="tokens")
+    parser.add_argument("--rows", type=counts, default=[1, 8, 16, 32])
     parser.add_argument("--long", type=int, default=1024, help="tokens of the prefill")
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--quantization", default="nf4")
-    parser.add_argument("--threads", default="auto")
     parser.add_argument(
         "--bandwidth", type=float, default=0.0, help="GB/s of the device; measured on a CPU"
     )
-    parser.add_argument("--json", type=Path)
+    add_common(parser)
     return parser.parse_args()
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """The options of every benchmark that opens an engine."""
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens")
+    parser.add_argument("--output", type=int, default=64, help="tokens")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--quantization", default="nf4")
+    parser.add_argument("--threads", default="auto")
+    parser.add_argument("--max-stretch", default="2", help="as of adaplex serve")
+    parser.add_argument("--json", type=Path)
+
+
+def counts(text: str) -> list[int]:
+    """`1,8,16` as numbers."""
+    return [*map(int, text.split(","))]
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def report_everything(metrics: Metrics, rpc: RpcMetrics) -> None:
     metrics.merged_looked_up(hit=True)
     metrics.request_admitted(AdapterRef("poet", 1, DIGEST, 1024, 2), 32)
     metrics.request_rejected(QueueFull(1, 1.0))
-    metrics.tokens_generated(1, 0.02)
+    metrics.tokens_generated(1, [0.02])
     metrics.request_ended("stop", 4, Timing(queued=0.01, first_token=0.05, total=0.2))
     metrics.request_ended("error", 0, None)
     call = Call("adaplex.v1.GenerationService", "Generate", "unary", "id", 0.0, None)

@@ -5,12 +5,13 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from itertools import chain
 from typing import Any
 
 import pytest
 
 from adaplex.adapters.errors import AdapterTooLarge
-from adaplex.engine.async_engine import HEARTBEAT_SECONDS, AsyncEngine
+from adaplex.engine.async_engine import HEARTBEAT_SECONDS, AsyncEngine, Stream
 from adaplex.engine.engine import Engine
 from adaplex.engine.errors import (
     AdapterLoadFailed,
@@ -20,7 +21,7 @@ from adaplex.engine.errors import (
     RequestInvalid,
     ServerUnavailable,
 )
-from adaplex.engine.request import Request
+from adaplex.engine.request import FinishReason, Request, StepOutput
 from engine.fakes import (
     UNIT,
     FakeRunner,
@@ -60,7 +61,12 @@ class Bench:
         self.server = AsyncEngine(self.engine)
 
     async def collect(self, request: Request) -> list[int]:
-        return [token async for out in self.server.generate(request) for token in out.tokens]
+        return [
+            token
+            async for outputs in self.server.generate(request)
+            for output in outputs
+            for token in output.tokens
+        ]
 
     def idle(self) -> bool:
         self.engine.check_integrity()
@@ -110,6 +116,32 @@ async def test_outputs_of_a_step_cross_to_the_loop_in_one_call() -> None:
         await asyncio.gather(first, *rest)
         loop.call_soon_threadsafe = original  # type: ignore[method-assign]
         assert len(calls) == len(bench.runner.batches) == 4
+
+
+async def test_outputs_that_wait_come_together_and_none_after_the_last() -> None:
+    stream = Stream(make_request("r"))
+    steps = [StepOutput("r", tokens=(n,)) for n in range(3)]
+    last = StepOutput("r", tokens=(3,), finish=FinishReason.LENGTH)
+    stream.put(steps[0])
+    assert await stream.take() == steps[:1]
+    for output in (*steps[1:], last):
+        stream.put(output)
+    stream.fail(ServerUnavailable("the server has stopped"))
+    assert stream.ended
+    assert await stream.take() == [*steps[1:], last]
+
+
+async def test_a_reader_who_is_behind_gets_all_that_waits() -> None:
+    async with running() as bench:
+        request = make_request("r", [1], max_tokens=12)
+        groups = []
+        async with aclosing(bench.server.generate(request)) as stream:
+            async for outputs in stream:
+                groups.append([token for output in outputs for token in output.tokens])
+                while bench.engine.has_work:
+                    time.sleep(0.001)  # noqa: ASYNC251  # holds up the event loop
+        assert len(groups) <= 3
+        assert list(chain.from_iterable(groups)) == expected(request)
 
 
 @pytest.mark.parametrize("cancel", [False, True])

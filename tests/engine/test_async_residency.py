@@ -40,7 +40,12 @@ class GatedRunner(FakeRunner):
 
 
 async def collect(server: AsyncEngine, request: Request) -> list[int]:
-    return [token async for output in server.generate(request) for token in output.tokens]
+    return [
+        token
+        async for outputs in server.generate(request)
+        for output in outputs
+        for token in output.tokens
+    ]
 
 
 async def test_steps_and_copies_go_on_while_every_fetch_hangs() -> None:

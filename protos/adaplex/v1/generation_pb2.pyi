@@ -573,6 +573,8 @@ Global___GenerationStarted: _TypeAlias = GenerationStarted  # noqa: Y015
 
 @_typing.final
 class GenerationDelta(_message.Message):
+    """What one or more steps added: whoever reads late gets what waits as one message."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_FIELD_NUMBER: _builtins.int

@@ -29,11 +29,28 @@ class Stream:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
+        self.ended = False
+        """Whether the last output has come; on the event loop, as all but `request`."""
+        self._waiting: list[StepOutput] = []
+        self._came = asyncio.Event()
+
+    def put(self, output: StepOutput) -> None:
+        """Takes an output in; after the last one there is no other."""
+        if not self.ended:
+            self.ended = output.last
+            self._waiting.append(output)
+            self._came.set()
 
     def fail(self, error: Exception) -> None:
-        """Ends the stream; on the event loop."""
-        self.outputs.put_nowait(StepOutput(self.request.request_id, error=error))
+        """Ends the stream."""
+        self.put(StepOutput(self.request.request_id, error=error))
+
+    async def take(self) -> list[StepOutput]:
+        """All that waits, in the order of the steps; at least one output."""
+        await self._came.wait()
+        self._came.clear()
+        outputs, self._waiting = self._waiting, []
+        return outputs
 
 
 class AsyncEngine:
@@ -85,8 +102,9 @@ class AsyncEngine:
         if self._unavailable is None:
             self._unavailable = "the server is shutting down"
 
-    async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
-        """Runs a request; yields what each step gives it, and raises what ends it badly.
+    async def generate(self, request: Request) -> AsyncGenerator[list[StepOutput], None]:
+        """Runs a request; yields what steps have given it since the last time, an output each, and
+        raises what ends it badly once all before it is out.
 
         Raises ServerUnavailable, QueueFull, RequestInvalid, AdapterTooLarge or NoRoomBesidePins at
         its first step.
@@ -96,17 +114,18 @@ class AsyncEngine:
         stream = Stream(request)
         self._open.add(stream)
         self._all_closed.clear()
-        ended = False
         try:
             self._post(partial(self._add, stream))
+            ended = False
             while not ended:
-                output = await stream.outputs.get()
-                ended = output.last
-                if output.error is not None:
-                    raise output.error
-                yield output
+                outputs = await stream.take()
+                ended, error = outputs[-1].last, outputs[-1].error
+                if given := outputs if error is None else outputs[:-1]:
+                    yield given
+                if error is not None:
+                    raise error
         finally:
-            if not ended:
+            if not stream.ended:
                 self._post(partial(self._abort, stream))
             self._open.discard(stream)
             if not self._open:
@@ -250,7 +269,7 @@ class AsyncEngine:
 
 def _put_all(delivery: list[tuple[Stream, StepOutput]]) -> None:
     for stream, output in delivery:
-        stream.outputs.put_nowait(output)
+        stream.put(output)
 
 
 def _answer(answer: asyncio.Future[T], value: T | Exception) -> None:

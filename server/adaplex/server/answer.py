@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from adaplex.adapters.lease import Lease
-from adaplex.engine.request import FinishReason, Request, StepOutput, Timing
+from adaplex.engine.request import FinishReason, Logprob, Request, StepOutput, Timing
 from adaplex.server import convert
 from adaplex.server.text import Detokenizer, StopStrings, Tokenizer
 from adaplex.v1.generation_pb2 import GenerationDelta, GenerationFinished, GenerationStarted
@@ -39,8 +39,8 @@ class Answer:
         self._last_token: float | None = None
         self.tokens = 0
         """Tokens so far."""
-        self.since_last: float | None = None
-        """Seconds between the last two steps that gave tokens."""
+        self.gaps: list[float] = []
+        """Seconds before each step with tokens of the last `take`, but the answer's first."""
 
     @property
     def ended(self) -> bool:
@@ -63,22 +63,22 @@ class Answer:
             prompt_tokens=len(self._request.prompt),
         )
 
-    def take(self, output: StepOutput) -> GenerationDelta | None:
-        """What one step adds; None when that is nothing."""
-        self._timing = output.timing or self._timing
-        text = self._push(output)
-        if output.finish is not None and self._stops.found is None:
-            self._finish = output.finish
-            cut = output.finish is FinishReason.LENGTH
-            text += self._match(self._text.flush(cut=cut))
-        if self._stops.found is not None:
-            self._finish = FinishReason.STOP
-        elif self.ended:
-            text += self._stops.flush()
-        if not text and not output.tokens:
+    def take(self, outputs: Sequence[StepOutput]) -> GenerationDelta | None:
+        """What steps add together, up to the end of the answer; None when that is nothing."""
+        text, self.gaps = "", []
+        tokens: list[int] = []
+        logprobs: list[Logprob] = []
+        now = time.monotonic()
+        for output in outputs:
+            text += self._take(output, now)
+            tokens += output.tokens
+            logprobs += output.logprobs
+            if self.ended:
+                break
+        if not text and not tokens:
             return None
-        logprobs = [convert.token_logprob(logprob) for logprob in output.logprobs]
-        return GenerationDelta(text=text, token_ids=output.tokens, logprobs=logprobs)
+        entries = [convert.token_logprob(logprob) for logprob in logprobs]
+        return GenerationDelta(text=text, token_ids=tokens, logprobs=entries)
 
     def finished(self) -> GenerationFinished:
         """The last message."""
@@ -105,12 +105,26 @@ class Answer:
         first = (self._first_token or now) - arrival
         return replace(timing, first_token=first, total=now - arrival)
 
-    def _push(self, output: StepOutput) -> str:
+    def _take(self, output: StepOutput, now: float) -> str:
+        """The text that one step makes certain; the answer may end with it."""
+        self._timing = output.timing or self._timing
+        text = self._push(output, now)
+        if output.finish is not None and self._stops.found is None:
+            self._finish = output.finish
+            cut = output.finish is FinishReason.LENGTH
+            text += self._match(self._text.flush(cut=cut))
+        if self._stops.found is not None:
+            self._finish = FinishReason.STOP
+        elif self.ended:
+            text += self._stops.flush()
+        return text
+
+    def _push(self, output: StepOutput, now: float) -> str:
         """Counts the tokens of a step and returns the text that they make certain."""
         if not output.tokens:
             return ""
-        now = time.monotonic()
-        self.since_last = None if self._last_token is None else now - self._last_token
+        if self._last_token is not None:
+            self.gaps.append(now - self._last_token)
         self._last_token = now
         self._first_token = self._first_token or now
         self.tokens += len(output.tokens)

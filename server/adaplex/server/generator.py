@@ -122,15 +122,15 @@ class Generator:
         admitted = False
         reason: FinishedReason | None = "abort"
         try:
-            async with aclosing(self._engine.generate(request)) as outputs:
-                async for output in outputs:
+            async with aclosing(self._engine.generate(request)) as steps:
+                async for outputs in steps:
                     if not admitted:
                         admitted = True
                         self._metrics.request_admitted(request.adapter, len(request.prompt))
-                        call.log |= _bound(output.adapter)
-                        yield answer.started(output, call.request_id, self._model_name)
-                    if delta := answer.take(output):
-                        self._metrics.tokens_generated(len(delta.token_ids), answer.since_last)
+                        call.log |= _bound(outputs[0].adapter)
+                        yield answer.started(outputs[0], call.request_id, self._model_name)
+                    if delta := answer.take(outputs):
+                        self._metrics.tokens_generated(len(delta.token_ids), answer.gaps)
                         yield delta
                     if answer.ended:
                         break

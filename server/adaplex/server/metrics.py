@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -96,7 +96,9 @@ class Metrics:
         self._table = CollectorRegistry()
         self._adapters = AdapterLabels()
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
-        self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        # Looking a series up takes as long as counting: the two of every step are kept.
+        generated = self._counter("generation_tokens", "Tokens generated.")
+        self._generation_tokens = generated.labels(model_name)
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up.")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found cached.")
         self._preemptions = self._counter("num_preemptions", "Requests put back to waiting.")
@@ -111,9 +113,8 @@ class Metrics:
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "Arrival to first token.", FIRST_TOKEN
         )
-        self._inter_token = self._histogram(
-            "inter_token_latency_seconds", "Between tokens.", INTER_TOKEN
-        )
+        between = self._histogram("inter_token_latency_seconds", "Between tokens.", INTER_TOKEN)
+        self._inter_token = between.labels(model_name)
         self._per_token = self._histogram(
             "request_time_per_output_token_seconds", "Mean between tokens.", INTER_TOKEN
         )
@@ -193,11 +194,11 @@ class Metrics:
         reason = REJECTIONS.get(type(error), "error")
         self._rejections.labels(reason, self._model_name).inc()
 
-    def tokens_generated(self, count: int, since_last: float | None) -> None:
-        """One step gave `count` tokens, `since_last` seconds after the one before, if any."""
-        self._generation_tokens.labels(self._model_name).inc(count)
-        if since_last is not None:
-            self._inter_token.labels(self._model_name).observe(since_last)
+    def tokens_generated(self, count: int, gaps: Iterable[float]) -> None:
+        """Steps gave `count` tokens; `gaps` are the seconds before each, but an answer's first."""
+        self._generation_tokens.inc(count)
+        for gap in gaps:
+            self._inter_token.observe(gap)
 
     def request_ended(
         self, reason: FinishedReason, completion_tokens: int, timing: Timing | None
@@ -221,7 +222,7 @@ class Metrics:
         """Makes every bounded series exist: a rate misses the event that a series begins with."""
         name = self._model_name
         for counter in (
-            *(self._prompt_tokens, self._generation_tokens, self._preemptions),
+            *(self._prompt_tokens, self._preemptions),
             *(self._prefix_queries, self._prefix_hits, self._merged_queries, self._merged_hits),
         ):
             counter.labels(name)

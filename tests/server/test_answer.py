@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaplex.engine.request import (
+    FinishReason,
+    Logprob,
+    Request,
+    SamplingParams,
+    StepOutput,
+    Timing,
+)
+from adaplex.server.answer import Answer
+from adaplex.v1.generation_pb2 import GenerationFinished
+from server.toy import EOS, ByteTokenizer
+
+TIMINGS = ("first_token_seconds", "total_seconds")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What an engine says of one request, a token a step."""
+
+    tokens: tuple[int, ...]
+    stops: tuple[str, ...] = ()
+    min_tokens: int = 0
+    logprobs: bool = False
+
+    @property
+    def request(self) -> Request:
+        sampling = SamplingParams(max_tokens=len(self.tokens), min_tokens=self.min_tokens)
+        return Request("r", tuple(b"prompt"), sampling)
+
+    @property
+    def outputs(self) -> list[StepOutput]:
+        """Admitted before the first token, ended with the last."""
+        admitted = StepOutput("r", admitted=True, timing=Timing(queued=0.5))
+        steps = [self._step(token) for token in self.tokens[:-1]]
+        finish = FinishReason.STOP if self.tokens[-1] == EOS else FinishReason.LENGTH
+        return [admitted, *steps, self._step(self.tokens[-1], finish)]
+
+    def _step(self, token: int, finish: FinishReason | None = None) -> StepOutput:
+        logprobs = (Logprob(token, -0.5, ((token, -0.5),)),) if self.logprobs else ()
+        timing = Timing(queued=0.5, cached_tokens=3) if finish else None
+        return StepOutput("r", tokens=(token,), logprobs=logprobs, finish=finish, timing=timing)
+
+
+@dataclass
+class Heard:
+    """What a client and the metrics hear of an answer."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[int] = field(default_factory=list)
+    gaps: int = 0
+    finished: GenerationFinished = field(default_factory=GenerationFinished)
+
+
+def heard(case: Case, groups: Sequence[Sequence[StepOutput]]) -> Heard:
+    answer, found = Answer(ByteTokenizer(), case.request, case.stops), Heard()
+    for group in groups:
+        delta = answer.take(group)
+        found.gaps += len(answer.gaps)
+        if delta is not None:
+            found.text += delta.text
+            found.tokens += delta.token_ids
+            found.logprobs += [entry.token_id for entry in delta.logprobs]
+        if answer.ended:
+            break
+    found.finished = answer.finished()
+    for name in TIMINGS:
+        found.finished.ClearField(name)  # type: ignore[arg-type]
+    return found
+
+
+CASES = st.builds(
+    Case,
+    # Letters of which stops are made, half characters, and an end.
+    tokens=st.builds(
+        lambda body, end: (*body, *end),
+        st.lists(st.sampled_from([*b"abc", *"ü".encode()]), max_size=12),
+        st.sampled_from([(EOS,), (ord("a"),), ("ü".encode()[0],)]),
+    ),
+    stops=st.lists(st.text("abcü", min_size=1, max_size=3), max_size=2).map(tuple),
+    min_tokens=st.integers(0, 6),
+    logprobs=st.booleans(),
+)
+
+
+@given(CASES, st.data())
+def test_however_steps_are_grouped_the_answer_is_the_same(case: Case, data: st.DataObject) -> None:
+    outputs = case.outputs
+    alone = heard(case, [[output] for output in outputs])
+    cuts = data.draw(st.sets(st.integers(1, len(outputs) - 1)), label="cuts")
+    groups = [outputs[a:b] for a, b in pairwise([0, *sorted(cuts), len(outputs)])]
+    assert heard(case, groups) == alone
+    assert alone.logprobs == (alone.tokens if case.logprobs else [])
+    assert alone.finished.completion_tokens == len(alone.tokens) == alone.gaps + 1
+
+
+def test_steps_after_a_stop_string_add_nothing() -> None:
+    case = Case(tuple(b"hello world"), stops=("lo",), logprobs=True)
+    found = heard(case, [case.outputs])
+    assert found.text == "hel"
+    assert bytes(found.tokens) == bytes(found.logprobs) == b"hello"
+    assert found.finished.stop == "lo"
+    assert found.finished.completion_tokens == 5
+
+
+def test_a_stop_string_within_min_tokens_is_text_in_a_group_too() -> None:
+    case = Case(tuple(b"ababab"), stops=("ab",), min_tokens=2)
+    found = heard(case, [case.outputs])
+    assert found.text == "ab"
+    assert found.finished.completion_tokens == 4
+
+
+def test_the_gaps_of_a_group_add_up_to_the_time_since_the_group_before() -> None:
+    case = Case(tuple(b"abcd"))
+    answer, outputs = Answer(ByteTokenizer(), case.request, ()), case.outputs
+    answer.take(outputs[:2])
+    assert answer.gaps == []
+    answer.take(outputs[2:])
+    first, *others = answer.gaps
+    assert first > 0
+    assert others == [0.0, 0.0]
+    answer.take([])
+    assert answer.gaps == []
