@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, field
 
@@ -222,6 +223,26 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     assert both
     assert rest, "the long prompt goes on too"
     run.until("long")
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=["cpu", "slow context", "costly chunks", "gpu"])
+def test_a_burst_of_short_prompts_fills_the_batch_at_once(machine: Machine) -> None:
+    run = Run(machine)
+    run.start_streams(16)
+    full = run.runner.steps[-1].seconds  # what so many rows take is known from now on
+    for name in [*run.first][1:]:
+        run.engine.abort(name)
+    burst = [f"short{number}" for number in range(15)]
+    for name in burst:
+        run.add(name, 64, max_tokens=4000)
+    steps = run.until(*burst)
+    assert max(step.seconds for step in steps) <= 3 * full
+    bound = Run(machine, max_stretch=math.inf)
+    bound.start_streams(1)
+    for name in burst:
+        bound.add(name, 64, max_tokens=4000)
+    fastest = sum(step.seconds for step in bound.until(*burst))
+    assert sum(step.seconds for step in steps) <= 3.5 * fastest
 
 
 def test_prompts_under_way_share_and_the_most_urgent_goes_first() -> None:

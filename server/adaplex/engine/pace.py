@@ -86,7 +86,7 @@ class Budget:
 
 class Pace:
     """Learns from the engine's steps what decoding rows take, and what prompts add; keeps a step
-    with both below about `max_stretch` times one without prompts.
+    with both below about `max_stretch` times one without prompts, of all who decode or soon will.
 
     All figures are medians of a few recent measurements. The rows of prompts in such a step grow
     to twice what went well before, at most, so that nothing is believed far from where it was
@@ -102,15 +102,20 @@ class Pace:
         """Rows of prompts that may be tried beside decoding ones."""
         self._mixed = 0
         """Steps since the last one without prompts."""
+        self._most = 0.0
+        """Seconds that the step may take for which the last budget was."""
 
-    def budget(self, decodes: int) -> Budget:
-        """What prompts may take of a step in which so many rows decode."""
+    def budget(self, decodes: int, joining: int = 0) -> Budget:
+        """What prompts may take of a step in which so many rows decode. With those that are about
+        to join, steps will be longer anyway: what they will take is what is stretched.
+        """
         rows = self._config.max_step_tokens - decodes
         if not decodes or math.isinf(self._config.max_stretch):
             return Budget(self._config, rows, math.inf, self._costs)
         if self._mixed >= LOOK_EVERY or not self._decodes:
             return Budget(self._config, 0, 0.0, self._costs)
-        seconds = (self._config.max_stretch - 1) * self._decode_seconds(decodes)
+        self._most = self._config.max_stretch * self._decode_seconds(decodes + joining)
+        seconds = max(0.0, self._most - self._decode_seconds(decodes))
         return Budget(self._config, min(rows, self._tried), seconds, self._costs)
 
     def note(self, batch: Batch, seconds: float) -> None:
@@ -126,7 +131,7 @@ class Pace:
             self._costs.note(prompts, max(0.0, seconds - alone))
             if decodes:
                 self._mixed += 1
-                self._note_rows(batch.tokens - decodes, seconds <= self._config.max_stretch * alone)
+                self._note_rows(batch.tokens - decodes, seconds <= self._most)
 
     def _note_decodes(self, rows: int, seconds: float) -> None:
         self._decodes.setdefault(rows, deque(maxlen=RECENT)).append(seconds)

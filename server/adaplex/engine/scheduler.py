@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from itertools import chain, islice
 from typing import NamedTuple
 
 from adaplex.engine.batch import Batch, Chunk
@@ -14,6 +15,8 @@ from adaplex.engine.residency import Residency
 from adaplex.engine.sequence import Sequence, Status
 from adaplex.engine.waiting import WaitingQueue
 
+SHORT = 128
+"""Tokens of a prompt that is computed within a step or two."""
 MAX_SHARING = 4
 """Prompts under way beside which a new one gets a share of the step; behind more, it waits for what
 they leave: each prompt holds blocks for all its tokens."""
@@ -88,7 +91,7 @@ class Scheduler:
         self._step += 1
         decodes = self._decode()
         prompts: list[Chunk] = []
-        budget = self._pace.budget(len(decodes))
+        budget = self._pace.budget(len(decodes), self._joining() if decodes else 0)
         turns = self._turns()
         for index, turn in enumerate(turns):
             equals = sum(other.priority == turn.priority for other in turns[index:])
@@ -99,6 +102,15 @@ class Scheduler:
         if all(turn.sequence for turn in turns):
             self._admit(prompts, budget, now)
         return Batch((*_by_adapter(decodes), *_by_adapter(prompts)))
+
+    def _joining(self) -> int:
+        """Sequences whose prompts are so short that they will decode a step or two from now."""
+        places = max(0, self._config.max_running - len(self.running))
+        prompts = (sequence for sequence in self.running if not sequence.decoding)
+        return sum(
+            sequence.remaining <= SHORT
+            for sequence in chain(prompts, islice(self.waiting.in_turn(), places))
+        )
 
     def _decode(self) -> list[Chunk]:
         """One row for each decoding sequence; when blocks run out, the least urgent give way."""

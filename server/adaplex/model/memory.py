@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
+import math
 import mmap
-import sys
 
 import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")
-LARGE_PAGE = 2 << 20
-"""Bytes."""
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
-    """Untouched memory for a tensor; its whole large pages are asked for, not insisted on."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and sys.platform == "linux":
-        _advise(tensor.data_ptr(), tensor.nbytes)
-    return tensor
-
-
-def _advise(start: int, nbytes: int) -> None:
-    first = -(-start // LARGE_PAGE) * LARGE_PAGE
-    length = (start + nbytes) // LARGE_PAGE * LARGE_PAGE - first
-    if length > 0:  # a kernel without large pages refuses, and all is as before
-        madvise = ctypes.CDLL(None).madvise
-        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        madvise(first, length, mmap.MADV_HUGEPAGE)
+    """Untouched memory for a tensor; large pages are asked for, not insisted on."""
+    count = math.prod(shape)
+    if device.type != "cpu" or count == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, count * dtype.itemsize)
+    try:
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without large pages
+        pass
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
