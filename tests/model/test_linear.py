@@ -5,9 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from bitsandbytes import functional as bnb_functional
 
 from adaplex.model import linear
-from adaplex.model.linear import DenseLinear, Int8Linear, LinearBackend, Nf4Linear, make_linear
+from adaplex.model.linear import (
+    DenseLinear,
+    Int8Linear,
+    LinearBackend,
+    Nf4Linear,
+    make_linear,
+    quantize_nf4,
+)
 
 SHAPES = [(64, 64), (96, 128), (48, 80), (320, 64)]
 
@@ -83,3 +91,31 @@ def test_int8_rows_ignore_outliers_of_their_batch_mates() -> None:
     alone = layer(x)[0]
     x[3, 5] = 900.0
     assert torch.equal(layer(x)[0], alone)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "bf16", "fp32"])
+def test_is_restored_from_its_tensors_bit_for_bit(
+    shape: tuple[int, int], quantization: str, biased: bool
+) -> None:
+    layer = backend(shape, quantization, biased=biased)
+    assert isinstance(layer, DenseLinear | Nf4Linear | Int8Linear)
+    again = layer.restored(layer.tensors(), layer.bias)
+    x = torch.randn(9, shape[1]).to(torch.float32 if quantization == "fp32" else torch.bfloat16)
+    assert torch.equal(again(x), layer(x))
+    assert torch.equal(again.dequantize(), layer.dequantize())
+    assert (again.nbytes, again.out_features, again.in_features) == (layer.nbytes, *shape)
+    for name, tensor in layer.tensors().items():
+        assert torch.equal(again.tensors()[name], tensor)
+
+
+def test_nested_maxima_are_restored_bit_for_bit() -> None:
+    """As CUDA keeps them; quantizing and dequantizing run on a CPU too."""
+    data, state = quantize_nf4(torch.randn(64, 512, dtype=torch.bfloat16), nested=True)
+    packed = state.as_dict(packed=True)
+    assert "nested_absmax" in packed
+    again = bnb_functional.QuantState.from_dict(dict(packed), data.device)
+    assert torch.equal(
+        bnb_functional.dequantize_4bit(data, again), bnb_functional.dequantize_4bit(data, state)
+    )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -32,6 +34,10 @@ class LinearBackend(ABC):
     @abstractmethod
     def dequantize(self) -> Tensor:
         """The weight in effect, fp32 [out, in]; may be the kept one itself: not to be written."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What it keeps of the weight, by name; `restored` makes the same backend of it."""
 
     @property
     @abstractmethod
@@ -64,8 +70,16 @@ class DenseLinear(LinearBackend):
 
     def dequantize(self) -> Tensor:
         """See LinearBackend."""
-        weight = self._weight.to_dense() if self._packed else self._weight
-        return weight.float()
+        return self.tensors()["weight"].float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See LinearBackend."""
+        return {"weight": self._weight.to_dense() if self._packed else self._weight}
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], bias: Tensor | None) -> DenseLinear:
+        """What gave these tensors."""
+        return cls(tensors["weight"], bias)
 
     @property
     def nbytes(self) -> int:
@@ -76,19 +90,25 @@ class DenseLinear(LinearBackend):
 class Nf4Linear(LinearBackend):
     """bitsandbytes nf4; its fused kernels on CUDA and on CPUs with AVX512-BF16."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__((weight.shape[0], weight.shape[1]), bias)
-        on_cuda = weight.device.type == "cuda"
-        self._data, self._state = bnb_functional.quantize_4bit(
-            weight.contiguous(),
-            blocksize=NF4_BLOCK,
-            quant_type="nf4",
-            compress_statistics=on_cuda,
-        )
-        if not on_cuda:
-            self._data, self._state = bnb_functional._convert_weight_packed_for_cpu(
-                self._data, self._state
-            )
+    def __init__(self, data: Tensor, state: Any, bias: Tensor | None) -> None:
+        """`data` and `state` as bitsandbytes quantizes to."""
+        super().__init__((state.shape[0], state.shape[1]), bias)
+        if data.device.type == "cpu":
+            data, state = bnb_functional._convert_weight_packed_for_cpu(data, state)
+        self._data, self._state = data, state
+
+    @classmethod
+    def quantized(cls, weight: Tensor, bias: Tensor | None) -> Nf4Linear:
+        """Quantizes a weight [out, in]."""
+        nested = weight.device.type == "cuda"
+        return cls(*quantize_nf4(weight, nested=nested), bias)
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Nf4Linear:
+        """What gave these tensors."""
+        packed = dict(tensors)
+        data = packed.pop("data")
+        return cls(data, bnb_functional.QuantState.from_dict(packed, data.device), bias)
 
     @staticmethod
     def serves(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
@@ -110,13 +130,23 @@ class Nf4Linear(LinearBackend):
 
     def dequantize(self) -> Tensor:
         """See LinearBackend."""
+        data, state = self._as_quantized()
+        state.dtype = torch.float32
+        weight: Tensor = bnb_functional.dequantize_4bit(data, state)
+        return weight
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See LinearBackend."""
+        data, state = self._as_quantized()
+        return {"data": data, **state.as_dict(packed=True)}
+
+    def _as_quantized(self) -> tuple[Tensor, Any]:
+        """Data and a state of the caller's own, with what the constructor did to them undone."""
         data, state = self._data, copy.copy(self._state)
         if getattr(state, "packing_format_for_cpu", False):
             data, state = bnb_functional._convert_weight_packed_for_cpu_inverse(data, state)
             state.absmax = state.absmax.T.reshape(-1).float()
-        state.dtype = torch.float32
-        weight: Tensor = bnb_functional.dequantize_4bit(data, state)
-        return weight
+        return data, state
 
     @property
     def nbytes(self) -> int:
@@ -132,10 +162,22 @@ class Int8Linear(LinearBackend):
     batch-mates; with threshold 0 each row is quantized alone.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__((weight.shape[0], weight.shape[1]), bias)
-        half = weight.to(torch.float16)
-        self._data, self._scale, _ = bnb_functional.int8_vectorwise_quant(half.contiguous())
+    def __init__(self, data: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        """int8 `data` [out, in] in steps of `scale` [out] / 127."""
+        super().__init__((data.shape[0], data.shape[1]), bias)
+        self._data, self._scale = data, scale
+
+    @classmethod
+    def quantized(cls, weight: Tensor, bias: Tensor | None) -> Int8Linear:
+        """Quantizes a weight [out, in]."""
+        half = weight.to(torch.float16).contiguous()
+        data, scale, _ = bnb_functional.int8_vectorwise_quant(half)
+        return cls(data, scale, bias)
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Int8Linear:
+        """What gave these tensors."""
+        return cls(tensors["data"], tensors["scale"], bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """See LinearBackend."""
@@ -150,18 +192,27 @@ class Int8Linear(LinearBackend):
         weight: Tensor = self._data.float() * scale[:, None]
         return weight
 
+    def tensors(self) -> dict[str, Tensor]:
+        """See LinearBackend."""
+        return {"data": self._data, "scale": self._scale}
+
     @property
     def nbytes(self) -> int:
         """See LinearBackend."""
         return int(self._data.nbytes + self._scale.nbytes)
 
 
+def quantize_nf4(weight: Tensor, *, nested: bool = False) -> tuple[Tensor, Any]:
+    """bitsandbytes' codes and state of a weight [out, in]; `nested` quantizes the maxima too."""
+    codes, state = bnb_functional.quantize_4bit(
+        weight.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=nested
+    )
+    return codes, state
+
+
 def nf4_roundtrip(weight: Tensor) -> Tensor:
     """What nf4 makes of a weight [out, in], in its own dtype: for shapes without a kernel."""
-    data, state = bnb_functional.quantize_4bit(
-        weight.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False
-    )
-    out: Tensor = bnb_functional.dequantize_4bit(data, state)
+    out: Tensor = bnb_functional.dequantize_4bit(*quantize_nf4(weight))
     return out
 
 
@@ -173,8 +224,8 @@ def make_linear(weight: Tensor, bias: Tensor | None, quantization: str) -> Linea
     """
     if quantization == "nf4":
         if Nf4Linear.serves((weight.shape[0], weight.shape[1]), weight.dtype, weight.device):
-            return Nf4Linear(weight, bias)
+            return Nf4Linear.quantized(weight, bias)
         return DenseLinear(nf4_roundtrip(weight), bias)
     if quantization == "int8":
-        return Int8Linear(weight, bias)
+        return Int8Linear.quantized(weight, bias)
     return DenseLinear(weight, bias)
