@@ -7,15 +7,10 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes import functional as bnb_functional
 
-from adaplex.model import linear
-from adaplex.model.linear import (
-    DenseLinear,
-    Int8Linear,
-    LinearBackend,
-    Nf4Linear,
-    make_linear,
-    quantize_nf4,
-)
+from adaplex.model import quantized_linear
+from adaplex.model.linear import DenseLinear, LinearBackend
+from adaplex.model.native_linear import NF4_VALUES
+from adaplex.model.quantized_linear import Int8Linear, Nf4Linear, make_linear, quantize_nf4
 
 SHAPES = [(64, 64), (96, 128), (48, 80), (320, 64)]
 
@@ -72,13 +67,13 @@ def test_shapes_without_a_kernel_keep_nf4_values_dense(
     weight = torch.randn(shape, dtype=dtype)
     layer = make_linear(weight, None, "nf4")
     assert isinstance(layer, DenseLinear)
-    assert torch.equal(layer.dequantize(), linear.nf4_roundtrip(weight).float())
+    assert torch.equal(layer.dequantize(), quantized_linear.nf4_roundtrip(weight).float())
 
 
 def test_a_cpu_without_the_kernel_gets_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(64, 128, dtype=torch.bfloat16)
     fast = make_linear(weight, None, "nf4").dequantize()
-    monkeypatch.setattr(linear.bnb_functional, "has_avx512bf16", lambda: False)
+    monkeypatch.setattr(quantized_linear.bnb_functional, "has_avx512bf16", lambda: False)
     slow = make_linear(weight, None, "nf4")
     assert isinstance(slow, DenseLinear)
     assert (slow.dequantize() - fast).abs().max() < 0.01 * fast.abs().max()
@@ -119,3 +114,7 @@ def test_nested_maxima_are_restored_bit_for_bit() -> None:
     assert torch.equal(
         bnb_functional.dequantize_4bit(data, again), bnb_functional.dequantize_4bit(data, state)
     )
+
+
+def test_nf4_has_the_values_of_bitsandbytes() -> None:
+    assert torch.equal(torch.tensor(NF4_VALUES), bnb_functional.get_4bit_type("nf4", device="cpu"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,6 +254,21 @@ def test_a_damaged_file_is_told_and_made_anew(
     check_equal(again, made)
     check_equal(starts(), made)
     assert not starts.quantized
+
+
+def test_another_process_maps_it_and_imports_nothing_that_quantizes(
+    starts: Starts, tiny_model: Callable[[str], Path]
+) -> None:
+    code = """
+import sys
+from pathlib import Path
+from adaplex.model.loader import load_base
+load_base(sys.argv[1], saved=Path(sys.argv[2]), progress=print)
+print("bitsandbytes" in sys.modules)
+"""
+    command = [sys.executable, "-c", code, str(tiny_model("qwen2")), str(starts.file.parent)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told == ["mapping the nf4 weights of an earlier start", "False"]
 
 
 def test_other_panels_are_refused(tmp_path: Path) -> None:

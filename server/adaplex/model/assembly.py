@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from adaplex.adapters.program import BaseModule
@@ -16,27 +16,16 @@ from adaplex.model import attention, experts
 from adaplex.model.adapted import AdaptedLinear, AdaptedNorm, base_bias, oriented_weight
 from adaplex.model.architecture import Probe, is_linear, output_layer, probe
 from adaplex.model.kernels.native.kernels import NF4_BLOCK, NativeKernels
-from adaplex.model.linear import (
-    DenseLinear,
-    Int8Linear,
-    LinearBackend,
-    Nf4Linear,
-    make_linear,
-)
+from adaplex.model.linear import DenseLinear, LinearBackend
 from adaplex.model.native_linear import NativeLinear, native_linear
 from adaplex.model.saved_base import Contents, SavedBase
 from adaplex.model.step import StepContext
 
 LIBRARIES = ("bitsandbytes", "torch", "transformers")
 """They decide what modules there are, and how weights are kept."""
-KINDS = {kind.__name__: kind for kind in (DenseLinear, Nf4Linear, Int8Linear)}
-"""Backends that are restored from their tensors alone."""
-
+Progress = Callable[[str], None]
 BackendFor = Callable[[str, nn.Module, bool], LinearBackend]
 """Name of a linear, the linear, and whether it is the output layer -> what replaces it."""
-
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +46,7 @@ class Assembly:
             "dtype": str(self.dtype),
             "device": self.device.type,
             "native": self.kernels is not None,
-            "fused_nf4": Nf4Linear.serves((32, NF4_BLOCK), self.dtype, self.device),
+            "fused_nf4": self.kernels is None and self._fuses_nf4(),
             "versions": {name: version(name) for name in LIBRARIES},
         }
 
@@ -127,11 +116,8 @@ class Assembly:
             kind, tensors = saved.linear(name)
             tensors = {part: tensor.to(self.device) for part, tensor in tensors.items()}
             bias = tensors.pop("bias", None)
-            if kind in KINDS:
-                return KINDS[kind].restored(tensors, bias)
-            assert self.kernels is not None
             rows, columns = oriented_weight(linear).shape
-            return NativeLinear.restored(self.kernels, tensors, (rows, columns), bias)
+            return self._backend(kind, tensors, (rows, columns), bias)
 
         self._adapt(model, saved.found.sites, restored)
         saved.fill(model)
@@ -165,7 +151,27 @@ class Assembly:
             native = native_linear(self.kernels, weight, bias, nf4=kept == "nf4")
             if native is not None:
                 return native
+        from adaplex.model.quantized_linear import make_linear  # slow to import
+
         return make_linear(weight, bias, kept)
+
+    def _backend(
+        self, kind: str, tensors: dict[str, Tensor], shape: tuple[int, int], bias: Tensor | None
+    ) -> LinearBackend:
+        """The backend, of a class named `kind`, that gave these tensors."""
+        if self.kernels is not None and kind == NativeLinear.__name__:
+            return NativeLinear.restored(self.kernels, tensors, shape, bias)
+        if kind == DenseLinear.__name__:
+            return DenseLinear.restored(tensors, bias)
+        from adaplex.model.quantized_linear import restored_linear  # slow to import
+
+        return restored_linear(kind, tensors, bias)
+
+    def _fuses_nf4(self) -> bool:
+        """Whether the device has bitsandbytes' nf4 kernels."""
+        from adaplex.model.quantized_linear import Nf4Linear  # slow to import
+
+        return Nf4Linear.serves((32, NF4_BLOCK), self.dtype, self.device)
 
 
 def _use_row_invariant_experts(model: nn.Module) -> None:

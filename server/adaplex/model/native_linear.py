@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bitsandbytes import functional as bnb_functional
+import torch
 from torch import Tensor
 
 from adaplex.model.kernels.native import structs
@@ -14,7 +14,15 @@ from adaplex.model.kernels.native.kernels import (
     unpack_dense,
     unpack_nf4,
 )
-from adaplex.model.linear import DenseLinear, LinearBackend, nf4_roundtrip, quantize_nf4
+from adaplex.model.linear import DenseLinear, LinearBackend
+
+NF4_VALUES = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""What nf4's codes stand for, as bitsandbytes has it."""
 
 
 class NativeLinear(LinearBackend):
@@ -51,6 +59,8 @@ class NativeLinear(LinearBackend):
     def nf4(cls, kernels: NativeKernels, weight: Tensor, bias: Tensor | None) -> NativeLinear:
         """Quantizes a weight [out, in] by bitsandbytes."""
         shape = (weight.shape[0], weight.shape[1])
+        from adaplex.model.quantized_linear import quantize_nf4  # slow to import
+
         codes, state = quantize_nf4(weight)
         return cls(kernels, shape, *kernels.pack_nf4(codes, state.absmax, shape), bias)
 
@@ -79,7 +89,7 @@ class NativeLinear(LinearBackend):
         """See LinearBackend."""
         if self.scales is None:
             return unpack_dense(self.panels, self.out_features).float()
-        table = bnb_functional.get_4bit_type("nf4", device="cpu").bfloat16().float()
+        table = torch.tensor(NF4_VALUES).bfloat16().float()
         return unpack_nf4(self.panels, self.scales, self.out_features, table)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -117,5 +127,7 @@ def native_linear(
     if not kernels.packs_dense(weight.shape[1]):
         return None
     if nf4:
+        from adaplex.model.quantized_linear import nf4_roundtrip  # slow to import
+
         weight = nf4_roundtrip(weight)
     return NativeLinear.dense(kernels, weight, bias)
