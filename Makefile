@@ -10,7 +10,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos \
   --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
 
 .PHONY: help demo test check bench bench-engine bench-overhead bench-residency bench-gpu \
-  bench-peers bench-modes protos model format clean
+  bench-peers bench-modes bench-start protos model format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -53,6 +53,9 @@ bench-gpu: $(INSTALLED) ## Measure decoding and swaps on a GPU, as shares of wha
 
 bench-peers: model ## Measure beside PEFT, vLLM and llama.cpp, which are installed once
 	@cd tests && ../$(BIN)/python -m bench.peers $(ARGS)
+
+bench-start: model ## Measure seconds to serving, with and without saved quantized weights
+	@$(BIN)/python tests/bench/start.py $(ARGS)
 
 bench-modes: model ## Measure unmerged, merged and auto mode against each other
 	@$(BIN)/python tests/bench/modes.py

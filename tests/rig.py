@@ -38,13 +38,18 @@ class Rig:
         dtype: str = "auto",
         *,
         native: bool = True,
+        saved: Path | None = None,
         triton: bool = False,
         num_blocks: int = 2048,
         arena_bytes: int = ARENA,
     ) -> None:
         """`triton` forces the kernels and the replayed decoding of CUDA devices."""
         self.base = load_base(
-            str(model), quantization=quantization, dtype=dtype, native=native and not triton
+            str(model),
+            quantization=quantization,
+            dtype=dtype,
+            native=native and not triton,
+            saved=saved,
         )
         self.programs: dict[str, AdapterProgram] = {}
         kernel = attention.paged_kernel(torch.device("cuda")) if triton else reference.attend

@@ -48,6 +48,7 @@ def serving(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Serving:
         flags = {
             "model": str(tiny_model("llama")),
             "quantization": "fp32",
+            "save_quantized": False,
             "store_dir": tmp_path / "store",
             "port": 0,
             "http_port": 0,

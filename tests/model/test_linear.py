@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from bitsandbytes import functional as bnb_functional
 
-from adaplex.model import linear
-from adaplex.model.linear import DenseLinear, Int8Linear, LinearBackend, Nf4Linear, make_linear
+from adaplex.model import quantized_linear
+from adaplex.model.linear import DenseLinear, LinearBackend
+from adaplex.model.native_linear import NF4_VALUES
+from adaplex.model.quantized_linear import Int8Linear, Nf4Linear, make_linear, quantize_nf4
 
 SHAPES = [(64, 64), (96, 128), (48, 80), (320, 64)]
 
@@ -64,13 +67,13 @@ def test_shapes_without_a_kernel_keep_nf4_values_dense(
     weight = torch.randn(shape, dtype=dtype)
     layer = make_linear(weight, None, "nf4")
     assert isinstance(layer, DenseLinear)
-    assert torch.equal(layer.dequantize(), linear.nf4_roundtrip(weight).float())
+    assert torch.equal(layer.dequantize(), quantized_linear.nf4_roundtrip(weight).float())
 
 
 def test_a_cpu_without_the_kernel_gets_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(64, 128, dtype=torch.bfloat16)
     fast = make_linear(weight, None, "nf4").dequantize()
-    monkeypatch.setattr(linear.bnb_functional, "has_avx512bf16", lambda: False)
+    monkeypatch.setattr(quantized_linear.bnb_functional, "has_avx512bf16", lambda: False)
     slow = make_linear(weight, None, "nf4")
     assert isinstance(slow, DenseLinear)
     assert (slow.dequantize() - fast).abs().max() < 0.01 * fast.abs().max()
@@ -83,3 +86,35 @@ def test_int8_rows_ignore_outliers_of_their_batch_mates() -> None:
     alone = layer(x)[0]
     x[3, 5] = 900.0
     assert torch.equal(layer(x)[0], alone)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "bf16", "fp32"])
+def test_is_restored_from_its_tensors_bit_for_bit(
+    shape: tuple[int, int], quantization: str, biased: bool
+) -> None:
+    layer = backend(shape, quantization, biased=biased)
+    assert isinstance(layer, DenseLinear | Nf4Linear | Int8Linear)
+    again = layer.restored(layer.tensors(), layer.bias)
+    x = torch.randn(9, shape[1]).to(torch.float32 if quantization == "fp32" else torch.bfloat16)
+    assert torch.equal(again(x), layer(x))
+    assert torch.equal(again.dequantize(), layer.dequantize())
+    assert (again.nbytes, again.out_features, again.in_features) == (layer.nbytes, *shape)
+    for name, tensor in layer.tensors().items():
+        assert torch.equal(again.tensors()[name], tensor)
+
+
+def test_nested_maxima_are_restored_bit_for_bit() -> None:
+    """As CUDA keeps them; quantizing and dequantizing run on a CPU too."""
+    data, state = quantize_nf4(torch.randn(64, 512, dtype=torch.bfloat16), nested=True)
+    packed = state.as_dict(packed=True)
+    assert "nested_absmax" in packed
+    again = bnb_functional.QuantState.from_dict(dict(packed), data.device)
+    assert torch.equal(
+        bnb_functional.dequantize_4bit(data, again), bnb_functional.dequantize_4bit(data, state)
+    )
+
+
+def test_nf4_has_the_values_of_bitsandbytes() -> None:
+    assert torch.equal(torch.tensor(NF4_VALUES), bnb_functional.get_4bit_type("nf4", device="cpu"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import cache
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kernels.native.library import INSTRUCTION_SETS, InstructionSet
 from adaplex.model.native_linear import NativeLinear, native_linear
+from adaplex.model.saved_base import LAYOUT
 from adaplex.model.source import default_cache
 
 USABLE = [each for each in INSTRUCTION_SETS if each.usable]
@@ -166,3 +168,39 @@ def test_one_rows_nan_stays_in_it(instructions: InstructionSet) -> None:
         y = layer(x)
         assert bool(torch.isnan(y[3]).all())
         assert bool(torch.isfinite(y[[0, 1, 2, 4, 5, 6, 7]]).all())
+
+
+@EachShape
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+def test_is_restored_from_its_tensors_bit_for_bit(
+    kind: str, shape: tuple[int, int], biased: bool
+) -> None:
+    layer = layer_of(kind, shape, USABLE[0], biased=biased)
+    own = kernels(KINDS[kind], USABLE[0])
+    again = NativeLinear.restored(own, layer.tensors(), shape, layer.bias)
+    x = rows_of(layer, 9, KINDS[kind])
+    assert torch.equal(again(x), layer(x))
+    assert torch.equal(again.dequantize(), layer.dequantize())
+    assert again.nbytes == layer.nbytes
+
+
+PACKED = {
+    "fp32": "aab5855bfc2baed4be0493a3a9da70f8d7af0ba14f1430a80a3d57ac93044b6b",
+    "bf16": "44f16acf78164e89c2b63202441bb7ec5476590278b9488ccf47a67ac51702e4",
+    "nf4": "395c0c68e429ebf042962f4f43c6d1a15d5e9cbbb30808baf0883fcbd8820875",
+}
+"""SHA-256 of what a small weight is packed to."""
+
+
+@EachSet
+@pytest.mark.parametrize("kind", sorted(PACKED))
+def test_saved_panels_stay_readable(kind: str, instructions: InstructionSet) -> None:
+    """Panels that differ from these are another layout: raise `saved_base.LAYOUT` with them."""
+    ramp = torch.arange(35 * 128).reshape(35, 128).remainder(251).sub(125) / 8
+    own = kernels(KINDS[kind], instructions)
+    layer = native_linear(own, ramp.to(KINDS[kind]), None, nf4=kind == "nf4")
+    assert layer is not None
+    total = hashlib.sha256()
+    for tensor in layer.tensors().values():
+        total.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    assert (LAYOUT, total.hexdigest()) == (1, PACKED[kind])

@@ -6,6 +6,7 @@ from typing import Any
 import grpc
 import pytest
 
+from adaplex.model.source import default_cache
 from adaplex.server.app import serve
 from adaplex.server.build import build, engine_limits, open_store
 from adaplex.server.config import ConfigError, ServerConfig
@@ -63,6 +64,35 @@ async def test_a_server_is_built_from_its_settings_alone(model: Path, tmp_path: 
     assert [name for name, module in linears.items() if module.is_head] == ["lm_head"]
     down = linears["model.layers.0.mlp.down_proj"]
     assert (down.in_features, down.out_features) == (128, 64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "saves"),
+    [
+        ({"quantization": "nf4"}, True),
+        ({"quantization": "int8"}, True),
+        ({"quantization": "nf4", "save_quantized": False}, False),
+        ({"quantization": "bf16"}, False),
+    ],
+)
+def test_the_second_start_quantizes_only_what_was_not_saved(
+    model: Path, tmp_path: Path, settings: dict[str, Any], saves: bool
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "kernels").symlink_to(default_cache() / "kernels")  # built once for all tests
+    config = ServerConfig(
+        **{"model": str(model), "cache": cache, "threads": 1, "store_dir": tmp_path / "store"},
+        **{"kv_cache_bytes": "1MiB"},
+        **settings,
+    )
+    quantized = []
+    for _ in range(2):
+        steps: list[str] = []
+        build(config, steps.append).registry.close()
+        quantized.append(any(step.startswith("quantizing") for step in steps))
+    assert quantized == [True, not saves]
+    assert len(list(cache.glob("quantized/*.safetensors"))) == saves
 
 
 class Base:

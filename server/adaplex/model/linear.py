@@ -6,15 +6,12 @@ is effectively used, which merging builds on.
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes import functional as bnb_functional
 from torch import Tensor
 
-from adaplex.model.kernels.native.kernels import NF4_BLOCK
 from adaplex.model.kernels.reference import ROW_TILE, linear_rows, whole_tiles
 
 
@@ -32,6 +29,10 @@ class LinearBackend(ABC):
     @abstractmethod
     def dequantize(self) -> Tensor:
         """The weight in effect, fp32 [out, in]; may be the kept one itself: not to be written."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What it keeps of the weight, by name; `restored` makes the same backend of it."""
 
     @property
     @abstractmethod
@@ -64,117 +65,18 @@ class DenseLinear(LinearBackend):
 
     def dequantize(self) -> Tensor:
         """See LinearBackend."""
-        weight = self._weight.to_dense() if self._packed else self._weight
-        return weight.float()
+        return self.tensors()["weight"].float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See LinearBackend."""
+        return {"weight": self._weight.to_dense() if self._packed else self._weight}
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], bias: Tensor | None) -> DenseLinear:
+        """What gave these tensors."""
+        return cls(tensors["weight"], bias)
 
     @property
     def nbytes(self) -> int:
         """See LinearBackend."""
         return self.out_features * self.in_features * self._dtype.itemsize
-
-
-class Nf4Linear(LinearBackend):
-    """bitsandbytes nf4; its fused kernels on CUDA and on CPUs with AVX512-BF16."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__((weight.shape[0], weight.shape[1]), bias)
-        on_cuda = weight.device.type == "cuda"
-        self._data, self._state = bnb_functional.quantize_4bit(
-            weight.contiguous(),
-            blocksize=NF4_BLOCK,
-            quant_type="nf4",
-            compress_statistics=on_cuda,
-        )
-        if not on_cuda:
-            self._data, self._state = bnb_functional._convert_weight_packed_for_cpu(
-                self._data, self._state
-            )
-
-    @staticmethod
-    def serves(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether a fused kernel exists for this weight [out, in] on this device."""
-        if device.type == "cuda":
-            return True
-        rows, columns = shape
-        return (
-            dtype == torch.bfloat16
-            and rows % 32 == 0
-            and columns % NF4_BLOCK == 0
-            and bool(bnb_functional.has_avx512bf16())
-        )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """See LinearBackend."""
-        y: Tensor = bnb.matmul_4bit(x.contiguous(), self._data, quant_state=self._state)
-        return y if self.bias is None else y + self.bias
-
-    def dequantize(self) -> Tensor:
-        """See LinearBackend."""
-        data, state = self._data, copy.copy(self._state)
-        if getattr(state, "packing_format_for_cpu", False):
-            data, state = bnb_functional._convert_weight_packed_for_cpu_inverse(data, state)
-            state.absmax = state.absmax.T.reshape(-1).float()
-        state.dtype = torch.float32
-        weight: Tensor = bnb_functional.dequantize_4bit(data, state)
-        return weight
-
-    @property
-    def nbytes(self) -> int:
-        """See LinearBackend."""
-        absmax = self._state.absmax
-        return int(self._data.nbytes + absmax.nbytes)
-
-
-class Int8Linear(LinearBackend):
-    """bitsandbytes LLM.int8 without outlier columns.
-
-    Outlier columns are chosen over the whole batch, which would make a row depend on its
-    batch-mates; with threshold 0 each row is quantized alone.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__((weight.shape[0], weight.shape[1]), bias)
-        half = weight.to(torch.float16)
-        self._data, self._scale, _ = bnb_functional.int8_vectorwise_quant(half.contiguous())
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """See LinearBackend."""
-        rows, rows_scale, _ = bnb_functional.int8_vectorwise_quant(x.to(torch.float16))
-        product = bnb_functional.int8_linear_matmul(rows, self._data)
-        y: Tensor = bnb_functional.int8_mm_dequant(product, rows_scale, self._scale).to(x.dtype)
-        return y if self.bias is None else y + self.bias
-
-    def dequantize(self) -> Tensor:
-        """See LinearBackend."""
-        scale: Tensor = self._scale.float() / 127.0
-        weight: Tensor = self._data.float() * scale[:, None]
-        return weight
-
-    @property
-    def nbytes(self) -> int:
-        """See LinearBackend."""
-        return int(self._data.nbytes + self._scale.nbytes)
-
-
-def nf4_roundtrip(weight: Tensor) -> Tensor:
-    """What nf4 makes of a weight [out, in], in its own dtype: for shapes without a kernel."""
-    data, state = bnb_functional.quantize_4bit(
-        weight.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False
-    )
-    out: Tensor = bnb_functional.dequantize_4bit(data, state)
-    return out
-
-
-def make_linear(weight: Tensor, bias: Tensor | None, quantization: str) -> LinearBackend:
-    """The backend for a weight [out, in] in the compute dtype.
-
-    `quantization` is nf4, int8, bf16 or fp32. An nf4 weight that no kernel can serve here is
-    quantized, dequantized once and kept dense: the same values, more bytes.
-    """
-    if quantization == "nf4":
-        if Nf4Linear.serves((weight.shape[0], weight.shape[1]), weight.dtype, weight.device):
-            return Nf4Linear(weight, bias)
-        return DenseLinear(nf4_roundtrip(weight), bias)
-    if quantization == "int8":
-        return Int8Linear(weight, bias)
-    return DenseLinear(weight, bias)

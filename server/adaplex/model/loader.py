@@ -6,14 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -21,16 +20,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from adaplex.adapters.files import file_sha256
-from adaplex.adapters.program import BaseModule, BaseSpec
-from adaplex.model import attention, experts
-from adaplex.model.adapted import AdaptedLinear, AdaptedNorm, base_bias, oriented_weight
-from adaplex.model.architecture import check_supported, is_linear, output_layer, probe
+from adaplex.adapters.program import BaseSpec
+from adaplex.model.adapted import AdaptedLinear
+from adaplex.model.architecture import Probe, check_supported
+from adaplex.model.assembly import Assembly
 from adaplex.model.errors import UnsupportedModel
+from adaplex.model.file_hashes import HASHES, FileHashes
 from adaplex.model.kernels.native.kernels import NativeKernels, native_kernels
 from adaplex.model.kv_cache import LayerShape
-from adaplex.model.linear import DenseLinear, LinearBackend, make_linear
-from adaplex.model.native_linear import NativeLinear, native_linear
+from adaplex.model.linear import LinearBackend
+from adaplex.model.saved_base import SavedBase
 from adaplex.model.source import default_cache, resolve_model
 from adaplex.model.step import StepContext
 
@@ -84,6 +83,7 @@ def load_base(
     device: str = "auto",
     cache: Path | None = None,
     native: bool = True,
+    saved: Path | None = None,
     progress: Callable[[str], None] = silent,
 ) -> BaseModel:
     """Loads a base model and quantizes it.
@@ -91,47 +91,27 @@ def load_base(
     `model` is a hub id, a directory of safetensors, a GGUF file or the default's name;
     `quantization` is one of QUANTIZATIONS; `dtype` is auto, bf16 or fp32 (the compute dtype);
     `device` is auto, cpu or cuda; without `native` a CPU computes by torch alone.
+    `saved` is a folder in which the quantized base is kept for the next start.
     Raises ModelSourceError or UnsupportedModel.
     """
     if quantization not in QUANTIZATIONS:
         raise UnsupportedModel(
             f"quantization: {quantization!r} is not one of {', '.join(QUANTIZATIONS)}"
         )
+    cache = cache or default_cache()
     directory = resolve_model(model, cache=cache, progress=progress)
     compute = _compute_dtype(quantization, dtype)
     where = torch.device(_device(device))
-    progress(f"reading {model}")
     transformers_logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(directory)
     check_supported(config)
-    module = AutoModelForCausalLM.from_pretrained(
-        directory, config=config, dtype=compute, attn_implementation=attention.IMPLEMENTATION
-    )
-    module.eval().requires_grad_(False)
-    _use_row_invariant_experts(module)
-    found = probe(module)
+    fingerprint = _fingerprint(directory, FileHashes(cache / HASHES))
+    kernels = native_kernels(compute, where, cache=cache, progress=progress) if native else None
     step = StepContext()
-    attention.install(module, attention.PagedAttention(step, attention.paged_kernel(where)))
-    biases = {
-        site.name: bias.float().clone()
-        for site in found.sites
-        if (bias := base_bias(module.get_submodule(site.name))) is not None
-    }
-    fingerprint = _fingerprint(directory)
-    progress(f"quantizing {len(found.sites)} modules to {quantization}")
-    kernels = (
-        native_kernels(compute, where, cache=cache or default_cache(), progress=progress)
-        if native
-        else None
-    )
-    _adapt(
-        module,
-        found.sites,
-        step,
-        partial(_backend, quantization=quantization, kernels=kernels, device=where),
-    )
-    _tell_of_fallbacks(module, quantization, progress)
-    nn.Module.to(module, where)
+    assembly = Assembly(quantization, compute, where, kernels, step)
+    parts = {"fingerprint": fingerprint, **assembly.depends_on}
+    kept = None if saved is None else SavedBase(saved, parts)
+    module, found = assembly.assemble(directory, config, kept, progress)
     return BaseModel(
         module=module,
         tokenizer=AutoTokenizer.from_pretrained(directory),
@@ -140,7 +120,7 @@ def load_base(
             digest=_digest(fingerprint, quantization, compute),
             model_type=str(config.model_type),
             modules={site.name: site for site in found.sites},
-            biases=biases,
+            biases=_biases(module, found),
             fingerprint=fingerprint,
             aliases=_aliases(config, model),
             heads=int(getattr(config, "num_attention_heads", 0) or 0),
@@ -179,83 +159,22 @@ def _device(device: str) -> str:
     return device
 
 
-def _use_row_invariant_experts(model: nn.Module) -> None:
-    """Routes fused mixture-of-experts layers through adaplex.model.experts."""
-    for module in model.modules():
-        if getattr(module, "has_gate", False) and not getattr(
-            module, "has_post_expert_norm", False
-        ):
-            config = module.config
-            config._experts_implementation = experts.IMPLEMENTATION  # type: ignore[union-attr]
+def _biases(model: nn.Module, found: Probe) -> dict[str, Tensor]:
+    """Site -> a copy of its bias, fp32 on the CPU, for the sites that have one."""
+    biases = {}
+    for site in found.sites:
+        module: Any = model.get_submodule(site.name)
+        bias = module.backend.bias if isinstance(module, AdaptedLinear) else module.norm.bias
+        if bias is not None:
+            biases[site.name] = bias.float().cpu().clone()
+    return biases
 
 
-def _adapt(
-    model: nn.Module,
-    sites: list[BaseModule],
-    step: StepContext,
-    backend_for: Callable[..., LinearBackend],
-) -> None:
-    """Replaces every linear, quantized but for the output layer, and every norm with a bias."""
-    head = output_layer(model)
-    names = {site.name for site in sites}
-    for name, module in list(model.named_modules()):
-        replacement: nn.Module
-        if is_linear(module):
-            backend = backend_for(
-                oriented_weight(module), base_bias(module), is_head=module is head
-            )
-            replacement = AdaptedLinear(name, backend, step, is_head=module is head)
-        elif name in names:
-            replacement = AdaptedNorm(name, module, step)
-        else:
-            continue
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, replacement)
-
-
-def _backend(
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    is_head: bool,
-    quantization: str,
-    kernels: NativeKernels | None,
-    device: torch.device,
-) -> LinearBackend:
-    """The backend of one linear; the output layer is kept as it is."""
-    weight, bias = weight.to(device), None if bias is None else bias.to(device)
-    kept = "" if is_head else quantization
-    if kernels is not None and kept != "int8":
-        native = native_linear(kernels, weight, bias, nf4=kept == "nf4")
-        if native is not None:
-            return native
-    return make_linear(weight, bias, kept)
-
-
-def _tell_of_fallbacks(
-    model: nn.Module, quantization: str, progress: Callable[[str], None]
-) -> None:
-    """One line when nf4 weights are kept dense, since that costs the memory nf4 should save."""
-    linears = [m for m in model.modules() if isinstance(m, AdaptedLinear) and not m.is_head]
-    dense = sum(_is_dense(m.backend) for m in linears)
-    if quantization == "nf4" and dense:
-        progress(
-            f"{dense} of {len(linears)} linears have no nf4 kernel for their shape on this device: "
-            "their nf4 values are kept dense"
-        )
-
-
-def _is_dense(backend: LinearBackend) -> bool:
-    return isinstance(backend, DenseLinear) or (
-        isinstance(backend, NativeLinear) and backend.scales is None
-    )
-
-
-def _fingerprint(directory: Path) -> str:
+def _fingerprint(directory: Path, hashes: FileHashes) -> str:
     """SHA-256 of config and weights: the base, however it is kept."""
     total = hashlib.sha256(b"adaplex-base-v1")
     for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
-        total.update(file_sha256(path).encode())
+        total.update(hashes.sha256(path).encode())
     return f"sha256:{total.hexdigest()}"
 
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from bitsandbytes import functional as bnb_functional
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 
 from adaplex.model.kernels.native import structs
 from adaplex.model.kernels.native.kernels import (
-    NF4_BLOCK,
+    LANES,
     NativeKernels,
     unpack_dense,
     unpack_nf4,
 )
-from adaplex.model.linear import DenseLinear, LinearBackend, nf4_roundtrip
+from adaplex.model.linear import DenseLinear, LinearBackend
+
+NF4_VALUES = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""What nf4's codes stand for, as bitsandbytes has it."""
 
 
 class NativeLinear(LinearBackend):
@@ -49,10 +59,27 @@ class NativeLinear(LinearBackend):
     def nf4(cls, kernels: NativeKernels, weight: Tensor, bias: Tensor | None) -> NativeLinear:
         """Quantizes a weight [out, in] by bitsandbytes."""
         shape = (weight.shape[0], weight.shape[1])
-        codes, state = bnb_functional.quantize_4bit(
-            weight.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False
-        )
+        from adaplex.model.quantized_linear import quantize_nf4  # slow to import
+
+        codes, state = quantize_nf4(weight)
         return cls(kernels, shape, *kernels.pack_nf4(codes, state.absmax, shape), bias)
+
+    @classmethod
+    def restored(
+        cls,
+        kernels: NativeKernels,
+        tensors: Mapping[str, Tensor],
+        shape: tuple[int, int],
+        bias: Tensor | None,
+    ) -> NativeLinear:
+        """What gave these tensors. Raises ValueError for panels of another shape."""
+        panels, scales = tensors["panels"], tensors.get("scales")
+        units = (shape[1] // kernels.per_unit, LANES, kernels.per_unit)
+        if scales is not None:
+            units = (shape[1] // 8, LANES, 2)
+        if tuple(panels.shape) != (-(-shape[0] // LANES), *units):
+            raise ValueError(f"panels {tuple(panels.shape)} do not hold a weight {shape}")
+        return cls(kernels, shape, _in_large_pages(kernels, panels), scales, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """See LinearBackend."""
@@ -62,13 +89,23 @@ class NativeLinear(LinearBackend):
         """See LinearBackend."""
         if self.scales is None:
             return unpack_dense(self.panels, self.out_features).float()
-        table = bnb_functional.get_4bit_type("nf4", device="cpu").bfloat16().float()
+        table = torch.tensor(NF4_VALUES).bfloat16().float()
         return unpack_nf4(self.panels, self.scales, self.out_features, table)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See LinearBackend."""
+        kept = {"panels": self.panels, "scales": self.scales}
+        return {name: tensor for name, tensor in kept.items() if tensor is not None}
 
     @property
     def nbytes(self) -> int:
         """See LinearBackend."""
         return int(self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes))
+
+
+def _in_large_pages(kernels: NativeKernels, panels: Tensor) -> Tensor:
+    """A copy of panels that lie in the pages of a file, which are small."""
+    return kernels.empty(*panels.shape, dtype=panels.dtype).copy_(panels)
 
 
 def dense_linear(
@@ -90,5 +127,7 @@ def native_linear(
     if not kernels.packs_dense(weight.shape[1]):
         return None
     if nf4:
+        from adaplex.model.quantized_linear import nf4_roundtrip  # slow to import
+
         weight = nf4_roundtrip(weight)
     return NativeLinear.dense(kernels, weight, bias)

@@ -24,6 +24,7 @@ from filelock import FileLock
 
 from adaplex.adapters.files import file_sha256
 from adaplex.model.errors import ModelSourceError
+from adaplex.model.file_hashes import HASHES, FileHashes
 
 Progress = Callable[[str], None]
 
@@ -90,7 +91,8 @@ def _gguf_model(file: Path, models: Path, progress: Progress) -> Path:
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise ModelSourceError(str(file), "not a GGUF file")
-    with _made_once(models, _key(file.stem, file_sha256(file))) as (target, staging):
+    hashes = FileHashes(models.parent / HASHES)
+    with _made_once(models, _key(file.stem, hashes.sha256(file))) as (target, staging):
         if staging is not None:
             _convert(str(file), file, staging, progress)
     return target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from prometheus_client import CollectorRegistry
@@ -17,6 +18,7 @@ from adaplex.model.decode_steps import decode_steps
 from adaplex.model.kernels.low_rank import low_rank_kernel
 from adaplex.model.loader import BaseModel, load_base
 from adaplex.model.runner import ModelRunner
+from adaplex.model.source import default_cache
 from adaplex.server.config import ConfigError, ServerConfig
 from adaplex.server.convert import ModelLimits
 from adaplex.server.metrics import Metrics
@@ -42,6 +44,7 @@ def build(config: ServerConfig, progress: Progress) -> Parts:
         dtype=config.dtype,
         device=config.device,
         cache=config.cache,
+        saved=_saved_bases(config),
         progress=progress,
     )
     spec = replace(base.spec, name=config.model_name or base.spec.name)
@@ -80,6 +83,13 @@ def build(config: ServerConfig, progress: Progress) -> Parts:
         metrics=metrics,
         prometheus=prometheus,
     )
+
+
+def _saved_bases(config: ServerConfig) -> Path | None:
+    """Where quantized bases are kept; dense ones would take more room than they save time."""
+    if not config.save_quantized or config.quantization not in ("nf4", "int8"):
+        return None
+    return (config.cache or default_cache()) / "quantized"
 
 
 def engine_limits(config: ServerConfig, base: BaseModel) -> EngineConfig:

@@ -94,6 +94,9 @@ class ServerConfig(BaseSettings):
     dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="Compute dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
     cache: Path | None = Field(None, description="Folder for fetched models; XDG cache if unset.")
+    save_quantized: bool = Field(
+        True, description="Keep nf4 and int8 weights in the cache folder for a faster next start."
+    )
     threads: Literal["auto"] | Count = Field(
         "auto",
         description="Compute threads; auto leaves one of three cores or more to the network.",
