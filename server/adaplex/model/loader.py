@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from adaplex.adapters.program import BaseSpec
+from adaplex.model import memory
 from adaplex.model.adapted import AdaptedLinear
 from adaplex.model.architecture import Probe, check_supported
 from adaplex.model.assembly import Assembly
@@ -111,7 +112,8 @@ def load_base(
     assembly = Assembly(quantization, compute, where, kernels, step)
     parts = {"fingerprint": fingerprint, **assembly.depends_on}
     kept = None if saved is None else SavedBase(saved, parts)
-    module, found = assembly.assemble(directory, config, kept, progress)
+    with memory.kept_together():
+        module, found = assembly.assemble(directory, config, kept, progress)
     return BaseModel(
         module=module,
         tokenizer=AutoTokenizer.from_pretrained(directory),

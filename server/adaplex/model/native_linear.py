@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from adaplex.model import memory
 from adaplex.model.kernels.native import structs
 from adaplex.model.kernels.native.kernels import (
     LANES,
@@ -79,7 +80,8 @@ class NativeLinear(LinearBackend):
             units = (shape[1] // 8, LANES, 2)
         if tuple(panels.shape) != (-(-shape[0] // LANES), *units):
             raise ValueError(f"panels {tuple(panels.shape)} do not hold a weight {shape}")
-        return cls(kernels, shape, _in_large_pages(kernels, panels), scales, bias)
+        scales = None if scales is None else _in_large_pages(scales)
+        return cls(kernels, shape, _in_large_pages(panels), scales, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """See LinearBackend."""
@@ -103,9 +105,9 @@ class NativeLinear(LinearBackend):
         return int(self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes))
 
 
-def _in_large_pages(kernels: NativeKernels, panels: Tensor) -> Tensor:
-    """A copy of panels that lie in the pages of a file, which are small."""
-    return kernels.empty(*panels.shape, dtype=panels.dtype).copy_(panels)
+def _in_large_pages(mapped: Tensor) -> Tensor:
+    """A copy of what lies in the pages of a file, which are small."""
+    return memory.empty(*mapped.shape, dtype=mapped.dtype).copy_(mapped)
 
 
 def dense_linear(

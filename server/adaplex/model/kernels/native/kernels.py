@@ -84,7 +84,7 @@ class NativeKernels:
         """
         rows, columns = shape
         panels = memory.empty(-(-rows // LANES), columns // 8, LANES, 2, dtype=torch.int16)
-        scales = torch.empty(panels.shape[0], columns // NF4_BLOCK, LANES)
+        scales = memory.empty(panels.shape[0], columns // NF4_BLOCK, LANES, dtype=torch.float32)
         codes, absmax = codes.contiguous(), absmax.float().contiguous()
         places = (codes.data_ptr(), absmax.data_ptr(), rows, columns)
         self._library.pack_nf4(*places, panels.data_ptr(), scales.data_ptr())
