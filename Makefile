@@ -9,8 +9,8 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos \
   --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
   --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
 
-.PHONY: help demo test check bench bench-engine bench-overhead bench-residency bench-gpu \
-  bench-peers bench-modes bench-start protos model format clean
+.PHONY: help demo test check bench bench-attainment bench-engine bench-overhead bench-long-prompt \
+  bench-residency bench-gpu bench-peers bench-modes bench-start protos model format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -44,6 +44,12 @@ bench-engine: model ## Measure the engine alone, without gRPC
 
 bench-overhead: model ## Measure what serving through gRPC leaves of the engine's speed
 	@cd tests && ../$(BIN)/python -m bench.overhead $(ARGS)
+
+bench-attainment: model ## Measure first tokens on S-LoRA's trace at a share of the peak rate
+	@cd tests && ../$(BIN)/python -m bench.attainment $(ARGS)
+
+bench-long-prompt: model ## Measure what a prompt of 4,000 tokens does to running streams
+	@cd tests && ../$(BIN)/python -m bench.long_prompt $(ARGS)
 
 bench-residency: $(INSTALLED) ## Measure what asking for more adapters than the arena holds costs
 	@$(BIN)/python tests/bench/residency.py $(ARGS)

@@ -31,7 +31,13 @@ from adaplex.client.bench.report import rounded
 from adaplex.client.bench.roofline import Roofline, StepBytes
 from adaplex.client.bench.workload import assigned
 from adaplex.engine.engine import Engine
-from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
+from adaplex.engine.request import (
+    AdapterMode,
+    AdapterRef,
+    Request,
+    SamplingParams,
+    StepOutput,
+)
 from adaplex.server.build import build
 from adaplex.server.config import load_config
 from adaplex.server.convert import adapter_ref
@@ -90,16 +96,21 @@ class Bench:
             self.engine.add(request)
         found = []
         while self.engine.has_work:
-            begun = time.perf_counter()
-            outputs = self.engine.step()
-            seconds = time.perf_counter() - begun
-            for output in outputs:
-                if output.error is not None:
-                    raise output.error
+            seconds, outputs = self.step()
             found.append((seconds, sum(len(output.tokens) for output in outputs)))
-            if self.engine.stalled:
-                time.sleep(LOADING_SECONDS)
         return found
+
+    def step(self) -> tuple[float, list[StepOutput]]:
+        """Runs one step: the seconds it took, and what it gave."""
+        begun = time.perf_counter()
+        outputs = self.engine.step()
+        seconds = time.perf_counter() - begun
+        for output in outputs:
+            if output.error is not None:
+                raise output.error
+        if self.engine.stalled:
+            time.sleep(LOADING_SECONDS)
+        return seconds, outputs
 
     def decode(self, rows: int, mix: str, options: argparse.Namespace, bandwidth: float) -> Decode:
         """Only steps in which all rows decode count."""
@@ -217,6 +228,7 @@ def parsed() -> argparse.Namespace:
         "--bandwidth", type=float, default=0.0, help="GB/s of the device; measured on a CPU"
     )
     add_common(parser)
+    parser.set_defaults(max_stretch="inf")  # all rows are to decode at once
     return parser.parse_args()
 
 
