@@ -57,6 +57,8 @@ class StepCosts:
     """The deltas of one adapter."""
     another_adapter: float
     """What each further adapter adds to the deltas of the same rows."""
+    base_takes_merged: bool = True
+    """Whether rows of merged adapters go through the base too, unless one of these has all rows."""
 
     def __post_init__(self) -> None:
         """Asserts that there is a figure for each number of rows."""
@@ -65,12 +67,15 @@ class StepCosts:
 
     def step_seconds(self, mix: Mix) -> float:
         """A merged adapter is a pass of its own over its weights; all others share one over the
-        base, which is spared only when a single merged adapter has all rows.
+        base.
         """
         unmerged, merged = sum(mix.unmerged.values()), sum(mix.merged.values())
         seconds = sum(self._at(self.merged, rows) for rows in mix.merged.values())
-        if mix.base or unmerged or len(mix.merged) > 1:
-            seconds += self._at(self.base, mix.base + unmerged + merged)
+        shared = mix.base + unmerged
+        if self.base_takes_merged and (shared or len(mix.merged) > 1):
+            shared += merged
+        if shared:
+            seconds += self._at(self.base, shared)
         if unmerged:
             seconds += self._at(self.low_rank, unmerged)
             seconds += self.another_adapter * (len(mix.unmerged) - 1)

@@ -5,8 +5,10 @@ Meant to give what `ModuleForward` gives within rounding; whether it does is tri
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -24,11 +26,20 @@ from adaplex.model.kernels.native.kernels import LANES, NativeKernels
 from adaplex.model.kv_cache import KVCache
 from adaplex.model.llama import Llama, LlamaLayer, NotLlama, llama_of
 from adaplex.model.loader import BaseModel
+from adaplex.model.native_linear import NativeLinear
 
 Array = NDArray[Any]
 TOLERANCE = 0.3
 """How far apart the logits of the two paths may be, as a share of their norm; rounding nf4 and bf16
 takes up to 0.17 of small trained models, a part that is missing or scaled takes more."""
+
+
+@dataclass(frozen=True)
+class NativeLayer:
+    """The linears of one layer, and the numbers of their modules."""
+
+    linears: tuple[NativeLinear, ...]
+    modules: tuple[int, ...]
 
 
 class NativeForward:
@@ -69,6 +80,12 @@ class NativeForward:
             scale=llama.scale,
         )
         self._logits = torch.empty(0, llama.head.out_features)
+        self.layers = tuple(
+            NativeLayer(each.linears, tuple(modules[name] for name in each.names))
+            for each in llama.layers
+        )
+        self.modules = len(modules)
+        """How many the base has."""
 
     def __call__(self, batch: Batch) -> tuple[Tensor, list[int]]:
         """See Forward; the logits are valid until the next step."""
@@ -108,6 +125,31 @@ class NativeForward:
         self._kernels.forward(self._model, step)
         del kept, head_kept
         return logits, likeliest.tolist()
+
+    def seconds(self, rows: int, tables: Seq[Array | None], layers: int) -> float:
+        """What the first `layers` take for so many tokens, each in the scratch block; an equal
+        part of the rows has each of `tables`, None for the base.
+        """
+        each = rows // len(tables)
+        addresses = [None if table is None else table.ctypes.data for table in tables]
+        run = (structs.Run * len(tables))(
+            *(structs.Run(i * each, (i + 1) * each, at) for i, at in enumerate(addresses))
+        )
+        zeros, first = np.zeros(rows, dtype=np.int32), np.arange(rows + 1, dtype=np.int32)
+        step = structs.Step(
+            **dict.fromkeys(("tokens", "position", "table"), zeros.ctypes.data),
+            first=first.ctypes.data,
+            run=_address(run),
+            rows=rows,
+            sequences=rows,
+            width=1,
+            runs=len(run),
+        )
+        part = structs.Model.from_buffer_copy(self._model)
+        part.layers = layers
+        begun = time.perf_counter()
+        self._kernels.forward(part, step)
+        return time.perf_counter() - begun
 
     def _runs(self, runs: Seq[tuple[Any, int, int]]) -> tuple[Any, list[Array]]:
         """The runs as structs, and the tables that they point to."""

@@ -15,7 +15,7 @@ from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.cost_model import StepCosts
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SampledToken, SamplingParams
 from adaplex.engine.sequence import Sequence
-from adaplex.model import costs
+from adaplex.model import costs, native_costs
 from adaplex.model.adapted import AdaptedLinear
 from adaplex.model.arena import Arena
 from adaplex.model.decode_steps import DecodeSteps
@@ -25,7 +25,7 @@ from adaplex.model.kv_cache import KVCache
 from adaplex.model.loader import BaseModel, silent
 from adaplex.model.merged import MergedWeights, merge, merged_bytes
 from adaplex.model.module_forward import ModuleForward
-from adaplex.model.native_forward import fastest
+from adaplex.model.native_forward import NativeForward, fastest
 from adaplex.model.sampler import sample
 
 
@@ -100,6 +100,8 @@ class ModelRunner:
     def step_costs(self) -> StepCosts:
         """See Runner."""
         base = self._base
+        if isinstance(self._forward, NativeForward) and base.kernels is not None:
+            return native_costs.measure(self._forward, base.kernels)
         linears = {
             module.name: module.backend
             for module in base.module.modules()
