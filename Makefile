@@ -10,7 +10,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos \
   --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
 
 .PHONY: help demo test check bench bench-attainment bench-engine bench-overhead bench-long-prompt \
-  bench-residency bench-gpu bench-peers bench-modes bench-start protos model format clean
+  bench-residency bench-gpu bench-peers bench-modes bench-start bench-switch protos model format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -37,34 +37,37 @@ check: $(INSTALLED) ## Lint, types, import rules, protocol rules, stub drift
 	@echo "all checks passed"
 
 bench: model ## Measure serving through gRPC, every workload; ARGS="--out FOLDER" keeps it
-	@$(BIN)/python tests/bench/serving.py $(ARGS)
+	@PYTHONPATH=tests $(BIN)/python -m bench.serving $(ARGS)
 
 bench-engine: model ## Measure the engine alone, without gRPC
-	@$(BIN)/python tests/bench/engine.py $(ARGS)
+	@PYTHONPATH=tests $(BIN)/python -m bench.engine $(ARGS)
 
 bench-overhead: model ## Measure what serving through gRPC leaves of the engine's speed
-	@cd tests && ../$(BIN)/python -m bench.overhead $(ARGS)
+	@PYTHONPATH=tests $(BIN)/python -m bench.overhead $(ARGS)
 
 bench-attainment: model ## Measure first tokens on S-LoRA's trace at a share of the peak rate
-	@cd tests && ../$(BIN)/python -m bench.attainment $(ARGS)
+	@PYTHONPATH=tests $(BIN)/python -m bench.attainment $(ARGS)
 
 bench-long-prompt: model ## Measure what a prompt of 4,000 tokens does to running streams
-	@cd tests && ../$(BIN)/python -m bench.long_prompt $(ARGS)
+	@PYTHONPATH=tests $(BIN)/python -m bench.long_prompt $(ARGS)
 
 bench-residency: $(INSTALLED) ## Measure what asking for more adapters than the arena holds costs
-	@$(BIN)/python tests/bench/residency.py $(ARGS)
+	@PYTHONPATH=tests $(BIN)/python -m bench.residency $(ARGS)
 
 bench-gpu: $(INSTALLED) ## Measure decoding and swaps on a GPU, as shares of what its memory allows
-	@$(BIN)/python tests/bench/gpu.py
+	@PYTHONPATH=tests $(BIN)/python -m bench.gpu $(ARGS)
 
 bench-peers: model ## Measure beside PEFT, vLLM and llama.cpp, which are installed once
-	@cd tests && ../$(BIN)/python -m bench.peers $(ARGS)
+	@PYTHONPATH=tests $(BIN)/python -m bench.peers $(ARGS)
 
 bench-start: model ## Measure seconds to serving, with and without saved quantized weights
-	@$(BIN)/python tests/bench/start.py $(ARGS)
+	@PYTHONPATH=tests $(BIN)/python -m bench.start $(ARGS)
+
+bench-switch: model ## Measure changing adapters, and bringing them from host memory
+	@PYTHONPATH=tests $(BIN)/python -m bench.switch $(ARGS)
 
 bench-modes: model ## Measure unmerged, merged and auto mode against each other
-	@$(BIN)/python tests/bench/modes.py
+	@PYTHONPATH=tests $(BIN)/python -m bench.modes $(ARGS)
 
 protos: $(INSTALLED) ## Regenerate the committed stubs
 	$(PROTOC) --python_out=protos --grpc_python_out=protos --mypy_out=quiet:protos \

@@ -17,12 +17,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from adaplex.adapters.entry import Origin
 from adaplex.client.bench.checkpoint import write_checkpoint
@@ -198,14 +199,7 @@ def main() -> None:
         for prefill in prefills:
             speed = f"{prefill.tokens_per_second:.0f} tok/s"
             print(f"prefill of {prefill.tokens} tokens, {prefill.mix}: {speed}")
-    if options.json:
-        report = {
-            "machine": asdict(Machine.here(bandwidth or None)),
-            "options": {name: str(value) for name, value in vars(options).items()},
-            "decode": [asdict(found) for found in decodes],
-            "prefill": [asdict(found) for found in prefills],
-        }
-        options.json.write_text(json.dumps(rounded(report), indent=1) + "\n")
+    keep(options, bandwidth, decode=decodes, prefill=prefills)
 
 
 def told(found: Decode) -> Decode:
@@ -230,6 +224,18 @@ def parsed() -> argparse.Namespace:
     add_common(parser)
     parser.set_defaults(max_stretch="inf")  # all rows are to decode at once
     return parser.parse_args()
+
+
+def keep(options: argparse.Namespace, bandwidth: float = 0.0, **found: Sequence[Any]) -> None:
+    """Writes what was found, by kind, into the file of `--json`, if there is one."""
+    if not options.json:
+        return
+    report = {
+        "machine": asdict(Machine.here(bandwidth or None)),
+        "options": {name: str(value) for name, value in vars(options).items()},
+        **{kind: [asdict(each) for each in cases] for kind, cases in found.items()},
+    }
+    options.json.write_text(json.dumps(rounded(report), indent=1) + "\n")
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """GPU: decoding steps and adapter swaps, as shares of what memory and bus allow.
 
     make bench-gpu
-    .venv/bin/python tests/bench/gpu.py --layers 8 --rows 1 8 --bandwidth 3350
+    make bench-gpu ARGS="--layers 8 --rows 1 8 --bandwidth 3350"
 
 A random llama of 8B shape in nf4, adapters of rank 16 on every linear of its layers. Rows decode
 with an adapter each (distinct), one adapter (identical) or none (base). The floor of a step is the

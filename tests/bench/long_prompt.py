@@ -10,13 +10,10 @@ gives each stream a token, so its seconds are the time between two of them.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from adaplex.client.bench.machine import Machine
-from adaplex.client.bench.report import rounded
-from bench.engine import Bench, add_common, counts, open_bench
+from bench.engine import Bench, add_common, counts, keep, open_bench
 
 SETTLED = 40
 """Steps by which the median is taken, before the prompt and after it."""
@@ -42,17 +39,11 @@ def main() -> None:
     options = parsed()
     with open_bench(options, adapters=max(options.streams)) as bench:
         found = [
-            told(beside(bench, streams, options))
+            shown(beside(bench, streams, options))
             for streams in options.streams
             for _ in range(options.repeats)
         ]
-    if options.json:
-        report = {
-            "machine": asdict(Machine.here(None)),
-            "options": {name: str(value) for name, value in vars(options).items()},
-            "beside": [asdict(each) for each in found],
-        }
-        options.json.write_text(json.dumps(rounded(report), indent=1) + "\n")
+    keep(options, beside=found)
 
 
 def beside(bench: Bench, streams: int, options: argparse.Namespace) -> Beside:
@@ -60,7 +51,7 @@ def beside(bench: Bench, streams: int, options: argparse.Namespace) -> Beside:
     running = [bench.request(i, options.prompt, OUTPUT) for i in range(streams)]
     for request in running:
         bench.engine.add(request)
-    while len(bench.step()[1]) < streams:
+    while sum(bool(output.tokens) for output in bench.step()[1]) < streams:
         pass
     alone = [bench.step()[0] for _ in range(SETTLED)]
     prompt = bench.request(None, options.tokens, 1)
@@ -70,8 +61,9 @@ def beside(bench: Bench, streams: int, options: argparse.Namespace) -> Beside:
     while not done:
         seconds, outputs = bench.step()
         steps.append(seconds)
-        done = any(output.request_id == prompt.request_id for output in outputs)
-        assert len(outputs) == streams + done, "a stream had no token"
+        told = {output.request_id for output in outputs if output.tokens}
+        done = prompt.request_id in told
+        assert len(told) == streams + done, "a stream had no token"
     alone += [bench.step()[0] for _ in range(SETTLED)]
     for request in running:
         bench.engine.abort(request.request_id)
@@ -88,7 +80,7 @@ def beside(bench: Bench, streams: int, options: argparse.Namespace) -> Beside:
     )
 
 
-def told(found: Beside) -> Beside:
+def shown(found: Beside) -> Beside:
     """Prints a line of the table."""
     print(
         f"{found.streams:>3} streams: {found.median:>5.1f} ms a token alone; beside the prompt "

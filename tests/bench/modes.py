@@ -1,7 +1,7 @@
 """Output tokens a second unmerged, merged and in auto mode, through the engine on this machine.
 
     make bench-modes                 # the default model, as bf16 and as nf4
-    .venv/bin/python tests/bench/modes.py --streams 8 --tokens 64 --threads 1
+    make bench-modes ARGS="--streams 8 --tokens 64 --threads 1"
 
 Streams run back to back with adapters of a mix; prompts are unique. A mode is measured after a
 warm-up in which auto learns, and makes the copies it wants. One line a base and mix; ratios hold

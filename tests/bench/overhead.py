@@ -15,25 +15,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from typing import Self
 
-from adaplex.client import AsyncClient
 from adaplex.client.bench.load import Load
-from adaplex.client.bench.machine import Machine
 from adaplex.client.bench.process import ProcessWatch
-from adaplex.client.bench.progress import Progress
-from adaplex.client.bench.report import rounded
-from adaplex.client.bench.session import Session, Setup, open_session
+from adaplex.client.bench.session import Session
 from adaplex.client.bench.workload import assigned
-from adaplex.client.local import LocalServer
-from bench.engine import ARENA, Bench, add_common, counts, open_bench
+from bench.engine import ARENA, Bench, add_common, counts, keep, open_bench
+from bench.served import served
 
 MIXES = ("base", "distinct")
 
@@ -131,35 +125,15 @@ class Duel:
 @asynccontextmanager
 async def open_duel(options: argparse.Namespace) -> AsyncIterator[Duel]:
     """Both with as many adapters in memory as there are streams."""
-    adapters, progress = max(options.streams), Progress()
-    with (
-        open_bench(options, adapters) as bench,
-        tempfile.TemporaryDirectory() as store,
-        LocalServer(
-            model=options.model,
-            quantization=options.quantization,
-            threads=options.threads,
-            max_stretch=options.max_stretch,
-            store_dir=store,
-            arena_bytes=ARENA,
-            log_level="warning",
-            on_log=lambda record: progress.say(f"server: {record['event']}"),
-        ) as server,
-    ):
-        await asyncio.to_thread(server.wait_ready)
-        setup = Setup(
-            target=server.target,
-            make_adapters=adapters,
-            ranks=(options.rank,),
-            keep_adapters=True,
-            bandwidth=0.0,
-        )
-        async with (
-            AsyncClient(server.target) as client,
-            open_session(client, setup, progress) as session,
-        ):
+    adapters, settings = max(options.streams), {"threads": options.threads}
+    settings["max_stretch"] = options.max_stretch
+    with open_bench(options, adapters) as bench:
+        async with served(
+            options, arena=ARENA, adapters=adapters, bandwidth=0.0, **settings
+        ) as session:
             await session.warm([None, *(member.name for member in session.adapters.members)])
-            yield Duel(bench, session, ProcessWatch(server.process.pid), options)
+            assert session.setup.pid is not None
+            yield Duel(bench, session, ProcessWatch(session.setup.pid), options)
 
 
 async def main() -> None:
@@ -173,13 +147,7 @@ async def main() -> None:
                 turns = [await duel.turn(streams, mix) for _ in range(options.rounds)]
                 found.append(Overhead.of(streams, mix, turns))
                 print(found[-1], flush=True)
-    if options.json:
-        report = {
-            "machine": asdict(Machine.here(None)),
-            "options": {name: str(value) for name, value in vars(options).items()},
-            "overhead": [asdict(case) for case in found],
-        }
-        options.json.write_text(json.dumps(rounded(report), indent=1) + "\n")
+    keep(options, overhead=found)
 
 
 def parsed() -> argparse.Namespace:

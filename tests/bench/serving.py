@@ -11,24 +11,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from adaplex.client import AsyncClient
 from adaplex.client.bench.churn import Churn, churn
 from adaplex.client.bench.cliff import Cliff, cliff
 from adaplex.client.bench.hot_tenant import HotTenant, hot_tenant
 from adaplex.client.bench.plot import draw
-from adaplex.client.bench.progress import Progress
 from adaplex.client.bench.punica import Punica, punica
 from adaplex.client.bench.report import Report
-from adaplex.client.bench.session import Run, Session, Setup, open_session
+from adaplex.client.bench.session import Run, Session
 from adaplex.client.bench.slora import SLora, slora
 from adaplex.client.bench.workload import Trace
 from adaplex.client.cli.bench import tell
-from adaplex.client.local import LocalServer
+from bench.served import served
 
 WORKLOADS = ("punica", "slora", "hot-tenant", "churn", "cliff")
 ARENA = 512 << 20
@@ -42,33 +39,9 @@ Work = Callable[[Session, argparse.Namespace], Awaitable[Sequence[Run]]]
 
 async def measured(options: argparse.Namespace, arena: int, adapters: int, work: Work) -> Report:
     """The report of one server with this arena and so many adapters."""
-    progress = Progress()
     given = {name: value for name, value in vars(options).items() if name != "out"}
-    with (
-        tempfile.TemporaryDirectory() as store,
-        LocalServer(
-            model=options.model,
-            quantization=options.quantization,
-            store_dir=store,
-            arena_bytes=arena,
-            log_level="warning",
-            on_log=lambda record: progress.say(f"server: {record['event']}"),
-        ) as server,
-    ):
-        await asyncio.to_thread(server.wait_ready)
-        setup = Setup(
-            target=server.target,
-            make_adapters=adapters,
-            ranks=(options.rank,),
-            keep_adapters=True,
-            metrics=f"http://127.0.0.1:{server.http_port}/metrics",
-            pid=server.process.pid,
-        )
-        async with (
-            AsyncClient(server.target) as client,
-            open_session(client, setup, progress) as session,
-        ):
-            return Report.of(session, given, await work(session, options))
+    async with served(options, arena=arena, adapters=adapters) as session:
+        return Report.of(session, given, await work(session, options))
 
 
 async def all_but_cliff(session: Session, options: argparse.Namespace) -> list[Run]:

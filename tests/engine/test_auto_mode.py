@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -279,3 +280,17 @@ def test_without_costs_merging_never_pays() -> None:
     popularity = Popularity(None)
     remember(popularity, "a", REMEMBERED)
     assert not popularity.pays(digest("a"))
+
+
+def test_rows_of_merged_adapters_may_be_spared_the_base() -> None:
+    rows, seconds = (1, 16), (1.0, 16.0)
+    flat = StepCosts(rows, seconds, (2.0, 2.0), (0.0, 0.0), 0.0)
+    spared = replace(flat, base_takes_merged=False)
+    mixed = Mix(base=4, merged={"a": 8})
+    assert flat.step_seconds(mixed) == pytest.approx(2.0 + 12.0)
+    assert spared.step_seconds(mixed) == pytest.approx(2.0 + 4.0)
+    two = Mix(merged={"a": 4, "b": 4})
+    assert flat.step_seconds(two) == pytest.approx(4.0 + 8.0)
+    assert spared.step_seconds(two) == pytest.approx(4.0)
+    alone = Mix(merged={"a": 8})
+    assert flat.step_seconds(alone) == spared.step_seconds(alone) == pytest.approx(2.0)

@@ -34,7 +34,7 @@ def programs(rig: Rig, tiny_model: Callable[[str], Path], tmp_path: Path) -> lis
 def test_a_packed_adapter_is_its_program_packed(rig: Rig, programs: list[AdapterProgram]) -> None:
     dtype = rig.base.dtype
     for program in programs:
-        packed = pack(program, dtype, pinned=False)
+        packed = pack(program, dtype, modules=rig.runner._modules, pinned=False)
         assert packed.flat.nbytes == program.packed_bytes(dtype.itemsize)
         tensors = [tensor for module in program.modules for _, tensor in module.tensors()]
         for place, tensor in zip(packed.layout, tensors, strict=True):
@@ -70,7 +70,9 @@ def test_a_fetch_that_fails_keeps_nothing(rig: Rig, programs: list[AdapterProgra
 
 
 def test_a_removed_copy_is_forgotten(programs: list[AdapterProgram]) -> None:
-    copies, packed = HostCopies(), pack(programs[0], torch.float32, pinned=False)
+    modules = {module.module: i for i, module in enumerate(programs[0].modules)}
+    copies = HostCopies()
+    packed = pack(programs[0], torch.float32, modules=modules, pinned=False)
     copies.keep(packed)
     assert copies.get(packed.digest) is packed
     copies.remove(packed.digest)

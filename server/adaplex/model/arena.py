@@ -6,11 +6,13 @@ Policy (which adapter, where) lives in `adaplex.engine.unmerged`; here are the b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from adaplex.adapters.program import PackedTensor
 from adaplex.model import memory
 from adaplex.model.host_copies import PackedAdapter
 from adaplex.model.kernels.low_rank import AdapterWeights, SiteWeights
@@ -19,17 +21,8 @@ from adaplex.model.kernels.low_rank import AdapterWeights, SiteWeights
 class Arena:
     """A flat tensor of the compute dtype; an adapter is one contiguous extent of it."""
 
-    def __init__(
-        self,
-        nbytes: int,
-        modules: Mapping[str, int],
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        """`modules` numbers every module of the base that adapters may touch."""
+    def __init__(self, nbytes: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self._flat = memory.empty(nbytes // dtype.itemsize, dtype=dtype, device=device)
-        self._modules = modules
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._freed = torch.cuda.Event() if self._stream else None
         """After the steps that may still read what was removed: a step that samples nothing is only
@@ -43,12 +36,11 @@ class Arena:
         assert packed.flat.nbytes <= nbytes
         extent = self._flat[offset // size : offset // size + packed.flat.numel()]
         self._copy(packed.flat, extent)
-        sites: dict[str, SiteWeights] = {}
-        for place in packed.layout:
-            end = place.offset + math.prod(place.shape)
-            view = extent[place.offset : end].view(place.shape)
-            setattr(sites.setdefault(place.module, SiteWeights()), place.role, view)
-        self._resident[packed.digest] = AdapterWeights.of(sites, self._modules)
+        self._resident[packed.digest] = AdapterWeights(
+            packed.table(extent.data_ptr()),
+            packed.has_bias,
+            partial(_sites, packed.layout, extent),
+        )
 
     def remove(self, digest: str) -> None:
         """Forgets a resident adapter; its extent may be overwritten from now on. On the thread that
@@ -73,3 +65,13 @@ class Arena:
         with torch.cuda.stream(self._stream):
             extent.copy_(source, non_blocking=True)
         self._stream.synchronize()
+
+
+def _sites(layout: Sequence[PackedTensor], extent: Tensor) -> dict[str, SiteWeights]:
+    """Views of a packed adapter in its extent."""
+    sites: dict[str, SiteWeights] = {}
+    for place in layout:
+        end = place.offset + math.prod(place.shape)
+        view = extent[place.offset : end].view(place.shape)
+        setattr(sites.setdefault(place.module, SiteWeights()), place.role, view)
+    return sites

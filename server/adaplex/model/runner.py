@@ -51,7 +51,7 @@ class ModelRunner:
         self._load_program = load_program
         self._block_tokens = block_tokens
         self._modules = {name: index for index, name in enumerate(base.spec.modules)}
-        self._arena = Arena(arena_bytes, self._modules, dtype=base.dtype, device=base.device)
+        self._arena = Arena(arena_bytes, dtype=base.dtype, device=base.device)
         self._host = HostCopies()
         self._merged: dict[str, MergedWeights] = {}
         self._merged_tables: dict[str, NDArray[np.int64]] = {}
@@ -155,6 +155,7 @@ class ModelRunner:
         return pack(
             self._load_program(digest),
             base.dtype,
+            modules=self._modules,
             pinned=base.device.type == "cuda",
             kernels=base.kernels,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -36,14 +37,19 @@ class SiteWeights:
     bias: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdapterWeights:
-    """A resident adapter: its sites by module, and the row of the table that kernels read."""
+    """A resident adapter: the row of the table that kernels read, and its sites by module."""
 
-    sites: Mapping[str, SiteWeights]
     table: NDArray[np.int64]
     """[modules, SITE_FIELDS]: addresses and rank, zero where there is nothing."""
     has_bias: bool
+    make_sites: Callable[[], Mapping[str, SiteWeights]]
+
+    @cached_property
+    def sites(self) -> Mapping[str, SiteWeights]:
+        """By module; made when first asked for, since kernels that read the table do not."""
+        return self.make_sites()
 
     @property
     def max_rank(self) -> int:
@@ -60,7 +66,8 @@ class AdapterWeights:
                 line[:3] = site.a.data_ptr(), site.b.data_ptr(), site.a.shape[0]
             if site.bias is not None:
                 line[SITE_FIELDS.index("bias")] = site.bias.data_ptr()
-        return cls(sites, table, any(site.bias is not None for site in sites.values()))
+        has_bias = any(site.bias is not None for site in sites.values())
+        return cls(table, has_bias, lambda: sites)
 
 
 @dataclass(frozen=True)

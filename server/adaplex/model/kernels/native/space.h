@@ -85,16 +85,20 @@ static const Site **spread_sites(const Run *runs, long count, const Site **sites
   return any ? sites : NULL;
 }
 
-static long cut_spans(const Step *step, Query_span *span) {
+// Spans of up to `tokens`; counts when there is no room to write to.
+static long cut_spans(const Step *step, long tokens, Query_span *span) {
   long spans = 0;
   for (long s = 0; s < step->sequences; s++)
-    for (long start = step->first[s]; start < step->first[s + 1]; start += QUERY_TOKENS, spans++) {
-      long end = step->first[s + 1];
-      if (span)
-        span[spans] =
-            (Query_span){s, start, start + QUERY_TOKENS < end ? start + QUERY_TOKENS : end};
-    }
+    for (long start = step->first[s]; start < step->first[s + 1]; start += tokens, spans++)
+      if (span) span[spans] = (Query_span){s, start, at_most(start + tokens, step->first[s + 1])};
   return spans;
+}
+
+// As many tokens as keep every thread busy: a long context makes a few long tickets.
+static long span_tokens(const Model *m, const Step *step) {
+  long tokens = QUERY_TOKENS;
+  while (tokens > 2 && cut_spans(step, tokens, NULL) * m->kv_heads < 4 * team.threads) tokens /= 2;
+  return tokens;
 }
 
 static long widest_rank(const Model *model, const Run *runs, long count) {
@@ -141,7 +145,8 @@ static void cut_up(Work_space *space, const Model *m, const Step *step, size_t e
 
 // Fills `space` for a step; the caller holds memory.in_use. Returns DONE or NO_MEMORY.
 static int lay_out(Work_space *space, const Model *m, const Step *step, size_t element) {
-  space->spans = cut_spans(step, NULL);
+  long tokens = span_tokens(m, step);
+  space->spans = cut_spans(step, tokens, NULL);
   space->score_stride = step->width * LANES;
   space->passes = 3 * (2 * at_least(step->runs, step->head_runs) + 1) + 1;
   space->rank_stride = at_least(widest_rank(m, step->run, step->runs),
@@ -162,7 +167,7 @@ static int lay_out(Work_space *space, const Model *m, const Step *step, size_t e
   cut_up(space, m, step, element, memory.start, &size);
   space->sites = spread_sites(step->run, step->runs, space->sites);
   space->head_sites = spread_sites(step->head_run, step->head_runs, space->head_sites);
-  cut_spans(step, space->span);
+  cut_spans(step, tokens, space->span);
   for (long s = 0; s < step->sequences; s++)
     for (long row = step->first[s]; row < step->first[s + 1]; row++)
       space->home[row] = step->table[s * step->width + step->position[row] / LANES];

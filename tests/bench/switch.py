@@ -1,0 +1,103 @@
+"""What changing adapters costs: between those in the arena, and bringing one there from the host.
+
+    make bench-switch                                 # the default model in nf4
+
+Switching: requests one after another, each with the next adapter, against the same with one
+adapter, in turns; a step of both decodes one row. Bringing: the copy from host memory into the
+arena, against a plain copy of as many bytes, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from adaplex.model import memory
+from bench.engine import Bench, add_common, keep, open_bench
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Milliseconds of a request, medians."""
+
+    one_adapter: float
+    next_adapter: float
+    noise: float
+    """Between the 25th and the 75th of a hundred of the former."""
+
+    def __str__(self) -> str:
+        return (
+            f"a request with the adapter of the last one {self.one_adapter:.2f} ms, with another "
+            f"{self.next_adapter:.2f} ms ({self.next_adapter - self.one_adapter:+.2f}; "
+            f"half of the former lie within {self.noise:.2f})"
+        )
+
+
+@dataclass(frozen=True)
+class Bring:
+    """Milliseconds, medians."""
+
+    nbytes: int
+    host_to_arena: float
+    plain_copy: float
+
+    def __str__(self) -> str:
+        return (
+            f"host to arena {self.host_to_arena:.2f} ms for {self.nbytes / 1e6:.1f} MB, a plain "
+            f"copy {self.plain_copy:.2f} ms: {self.host_to_arena / self.plain_copy:.2f} times"
+        )
+
+
+def switch(bench: Bench, repeats: int) -> Switch:
+    """Short requests by turns."""
+    same, other = [], []
+    for number in range(repeats * len(bench.refs)):
+        for adapter, times in ((0, same), (0, same), (number % len(bench.refs), other)):
+            steps = bench.steps([bench.request(adapter, 16, 8)])
+            times.append(1e3 * sum(seconds for seconds, _ in steps))
+    ordered = sorted(same[1::2])  # the first of each pair follows another adapter
+    noise = ordered[3 * len(ordered) // 4] - ordered[len(ordered) // 4]
+    return Switch(median(ordered), median(other), noise)
+
+
+def bring(bench: Bench, repeats: int) -> Bring:
+    """Of adapters of one size; the engine is not used afterwards."""
+    runner, refs = bench.engine._runner, bench.refs
+    size = refs[0].packed_bytes
+    for ref in refs:
+        runner.fetch_adapter(ref.digest)  # type: ignore[attr-defined]
+    sources = [torch.ones(size, dtype=torch.uint8) for _ in refs]
+    room = memory.empty(len(refs), size, dtype=torch.uint8).zero_()
+    brought, copied = [], []
+    for _ in range(repeats):
+        for place, ref in enumerate(refs):
+            begun = time.perf_counter()
+            runner.load_adapter(ref.digest, place * size, size)
+            brought.append(1e3 * (time.perf_counter() - begun))
+            begun = time.perf_counter()
+            room[place].copy_(sources[place])
+            copied.append(1e3 * (time.perf_counter() - begun))
+    return Bring(size, median(brought), median(copied))
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--adapters", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=6)
+    add_common(parser)
+    options = parser.parse_args()
+    with open_bench(options, options.adapters) as bench:
+        switched = switch(bench, options.repeats)
+        print(switched, flush=True)
+        brought = bring(bench, options.repeats)
+        print(brought)
+    keep(options, switch=[switched], bring=[brought])
+
+
+if __name__ == "__main__":
+    main()
