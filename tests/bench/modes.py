@@ -31,7 +31,6 @@ from adaplex.engine.config import EngineConfig
 from adaplex.engine.engine import Engine
 from adaplex.engine.popularity import ENOUGH, STRIDE
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
-from adaplex.model.kernels.low_rank import low_rank_kernel
 from adaplex.model.loader import BaseModel, load_base
 from adaplex.model.runner import ModelRunner
 
@@ -59,7 +58,6 @@ class Traffic:
             block_tokens=16,
             arena_bytes=256 << 20,
             load_program=programs.__getitem__,
-            low_rank=low_rank_kernel(base.kernels, base.device, modules=len(base.spec.modules)),
         )
         config = EngineConfig(
             num_blocks=BLOCKS,

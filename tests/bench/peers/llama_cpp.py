@@ -80,11 +80,7 @@ class LlamaCpp:
         if self._adapters:
             command += ["--lora", ",".join(map(str, self._adapters))]
         self._server = ServerProcess(command, port=port, log=inputs.logs / f"{self.name}.log")
-        try:
-            await self._server.wait_ready()
-        except BaseException:
-            self._server.stop()
-            raise
+        await self._server.wait_ready()
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -50,11 +50,7 @@ class Peft:
         log = inputs.logs / f"{self.name}.log"
         variables = {"HF_HUB_OFFLINE": "1"}
         self._server = ServerProcess(command, port=port, log=log, variables=variables)
-        try:
-            await self._server.wait_ready()
-        except BaseException:
-            self._server.stop()
-            raise
+        await self._server.wait_ready()
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -49,7 +49,16 @@ class ServerProcess:
             )
 
     async def wait_ready(self, path: str = "/health") -> None:
-        """Returns once GET `path` gives 200. PeerError with its last words if it ends before."""
+        """Returns once GET `path` gives 200; what does not come to that is stopped. PeerError with
+        its last words if it ends before.
+        """
+        try:
+            await self._look(path)
+        except BaseException:
+            self.stop()
+            raise
+
+    async def _look(self, path: str) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not await asyncio.to_thread(self._answers, path):
             if (code := self._process.poll()) is not None:

@@ -65,11 +65,7 @@ class Vllm:
         }
         log = inputs.logs / f"{self.name}.log"
         self._server = ServerProcess(command, port=port, log=log, variables=variables)
-        try:
-            await self._server.wait_ready()
-        except BaseException:
-            self._server.stop()
-            raise
+        await self._server.wait_ready()
         return self
 
     async def __aexit__(self, *_: object) -> None:
