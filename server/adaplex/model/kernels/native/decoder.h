@@ -32,7 +32,7 @@ static void NAME(shrink_all)(Member *me, const NAME(Products) * now, const Run *
     while (ticket >= pass[1].first_ticket) pass++;
     const NAME(Part) *part = now->part + pass->part;
     long start = pass->start + (ticket - pass->first_ticket) * SHRINK_ROWS;
-    long rows = pass->stop - start < SHRINK_ROWS ? pass->stop - start : SHRINK_ROWS;
+    long rows = at_most(pass->stop - start, SHRINK_ROWS);
     const Site *site = NAME(site)(part, start);
     NAME(shrink)(part->x + start * part->x_stride, part->x_stride, part->weight->in, site->a,
                  site->rank, rows, part->h + start * part->h_stride, part->h_stride);
@@ -72,7 +72,7 @@ static void NAME(project)(Member *me, const NAME(Products) * now, const Run *run
     const NAME(Part) *part = now->part + pass->part;
     long first = (ticket - pass->first_ticket) * PANEL_GROUP;
     long panels = (part->weight->out + LANES - 1) / LANES;
-    long last = first + PANEL_GROUP < panels ? first + PANEL_GROUP : panels;
+    long last = at_most(first + PANEL_GROUP, panels);
     NAME(panels)(part, pass->dense, pass->start, pass->stop, first, last);
   }
 }
@@ -238,7 +238,9 @@ static void NAME(decode)(void *context, int thread) {
   const NAME(Task) *task = context;
   const Model *m = task->model;
   const Step *step = task->step;
-  Member member = member_of(&task->space, m, sizeof(ELEMENT), thread), *me = &member;
+  size_t used = 0;
+  char *own = task->space.member + thread * task->space.member_size;
+  Member member = member_of(&task->space, m, sizeof(ELEMENT), own, &used), *me = &member;
   const Run *runs = step->run;
   long count = step->runs;
 

@@ -13,10 +13,9 @@ static void NAME(multiply)(void *context, int thread) {
   long base = 0, panels = (w->out + LANES - 1) / LANES;
   (void)thread;
   for (long group; (group = team_next(&base, panel_groups(w))) >= 0;) {
-    long first = group * PANEL_GROUP, last = first + PANEL_GROUP;
-    if (last > panels) last = panels;
+    long first = group * PANEL_GROUP, last = at_most(first + PANEL_GROUP, panels);
     NAME(panels)(&p->part, NULL, 0, p->rows, first, last);
-    long from = first * LANES, to = last * LANES < w->out ? last * LANES : w->out;
+    long from = first * LANES, to = at_most(last * LANES, w->out);
     for (long row = 0; row < p->rows; row++)
       NAME(narrow_row)(p->part.y + row * w->out + from, to - from, p->y + row * p->y_stride + from);
   }
@@ -41,7 +40,7 @@ static void NAME(add_delta)(const ELEMENT *h, const Site *site, long out, ELEMEN
   for (long n = 0; n < out; n += LANES) {
     vec acc[8][4];
     float wide[LANES];
-    long width = out - n < LANES ? out - n : LANES;
+    long width = at_most(out - n, LANES);
     NAME(widen_row)(y + n, width, wide);
     acc[0][0] = f32_load_part(wide, width);
     NAME(expand)(h, 0, &delta, out, n / LANES, 1, 1, acc);

@@ -109,18 +109,16 @@ static long widest_rank(const Model *model, const Run *runs, long count) {
   return widest;
 }
 
-static Member member_of(const Work_space *space, const Model *m, size_t element, int thread) {
-  char *own = space->member + thread * space->member_size;
+// Cuts up what one thread has, from `own` on; `used` counts the bytes.
+static Member member_of(const Work_space *space, const Model *m, size_t element, char *own,
+                        size_t *used) {
   long queries = QUERY_TOKENS * (m->heads / m->kv_heads), size = queries * m->head_dim;
-  size_t used = 0;
   Member me = {0};
-  me.passes = cut(own, &used, sizeof(Pass) * (size_t)space->passes);
-  me.scores = cut(own, &used, sizeof(float) * (size_t)(queries * space->score_stride));
-  me.mixed = cut(own, &used, sizeof(float) * (size_t)size);
-  me.weights = cut(own, &used, element * (size_t)(queries * space->score_stride));
-  me.query = cut(own, &used, element * (size_t)size);
-  me.base = (long)used;
-  if (own) me.base = 0;
+  me.passes = cut(own, used, sizeof(Pass) * (size_t)space->passes);
+  me.scores = cut(own, used, sizeof(float) * (size_t)(queries * space->score_stride));
+  me.mixed = cut(own, used, sizeof(float) * (size_t)size);
+  me.weights = cut(own, used, element * (size_t)(queries * space->score_stride));
+  me.query = cut(own, used, element * (size_t)size);
   return me;
 }
 
@@ -152,10 +150,10 @@ static int lay_out(Work_space *space, const Model *m, const Step *step, size_t e
   space->rank_stride = at_least(widest_rank(m, step->run, step->runs),
                                 widest_rank(m, step->head_run, step->head_runs));
   space->rank_stride += space->rank_stride % 2;  // whole units
-  space->member = NULL;
-  space->member_size = 0;
-  space->member_size = member_of(space, m, element, 0).base;
   size_t size = 0;
+  member_of(space, m, element, NULL, &size);
+  space->member_size = (long)size;
+  size = 0;
   cut_up(space, m, step, element, NULL, &size);
   if (size > memory.size) {
     free(memory.start);
