@@ -6,18 +6,28 @@ the primitives to apply there. Layers, kernels and the arena know only these.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor
 
 from adaplex.adapters.limits import ALIGNMENT
 
-ModuleKind = Literal["linear", "norm"]
-TensorRole = Literal["a", "b", "bias"]
+ModuleKind = Literal["linear", "norm", "embedding", "experts", "block"]
+"""A `block` is attention or MLP as a whole, whose output joins the residual stream; `experts` one
+weight of all experts of a layer."""
+TensorRole = Literal[
+    "a", "b", "inner", "bias", "output_scale", "input_scale", "weight", "rows", "virtual", "keys",
+    "values",
+]  # fmt: skip
 ELEMENT_BYTES = (2, 4)
 """Of the compute dtypes."""
+PANEL = 16
+"""Replaced weights of linears are packed as so many rows at a time, the last ones zero."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,16 @@ class BaseModule:
     """The output layer, which `all-linear` leaves out."""
     transposed: bool = False
     """Stored as [in, out] by the base (GPT-2's Conv1D)."""
+    layer: int = -1
+    """Of a block: which layer it is in."""
+    part: Literal["", "attention", "mlp"] = ""
+    """Of a block."""
+    experts: int = 0
+    """Of the kind `experts`: how many there are; the features are those of one."""
+
+
+def _unknown(name: str) -> Tensor:
+    raise KeyError(name)
 
 
 @dataclass(frozen=True)
@@ -52,6 +72,15 @@ class BaseSpec:
     heads: int = 0
     """Attention heads of the queries; 0 where the config does not say."""
     kv_heads: int = 0
+    kv_shapes: tuple[tuple[int, int, int], ...] = ()
+    """(heads, features of a key, features of a value) of each layer."""
+    tied: bool = False
+    """Whether the output layer uses the weight of the embedding."""
+    quantization: str = ""
+    """How the linears are kept; empty where it is not known."""
+    weight: Callable[[str], Tensor] = _unknown
+    """fp32 weight in effect of a module by name: linear and embedding [out, in] ([vocabulary,
+    hidden] for the embedding), norm [features]. KeyError for one that has none."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -61,10 +90,18 @@ class BaseSpec:
 
 @dataclass(frozen=True)
 class LowRank:
-    """y += b (a x). The adapter's scale is folded into b."""
+    """y += b (a x). The adapter's scale is folded into b.
+
+    On an embedding x is the one-hot token: in_features is the vocabulary. On experts the ranks of
+    all experts lie behind each other: a [experts * rank, in], b [out, experts * rank].
+    """
 
     a: Tensor  # [rank, in_features]
     b: Tensor  # [out_features, rank]
+    group: int = 1
+    """So many neighbouring columns of `a` are equal, always (QA-LoRA)."""
+    lookup: bool = False
+    """Of an embedding: a column of `a` is looked up, so they are packed one after the other."""
 
     @property
     def rank(self) -> int:
@@ -72,28 +109,145 @@ class LowRank:
         return self.a.shape[0]
 
 
+class Activation(StrEnum):
+    """What a bottleneck does to its narrow middle."""
+
+    IDENTITY = "identity"
+    RELU = "relu"
+    GELU = "gelu"
+    """By erf."""
+    GELU_TANH = "gelu_tanh"
+    SILU = "silu"
+    TANH = "tanh"
+    SIGMOID = "sigmoid"
+    LEAKY_RELU = "leaky_relu"
+    """Slope 0.01."""
+
+
+class Reads(StrEnum):
+    """What a bottleneck reads. The block's output y joins the residual stream r: r + y."""
+
+    OUTPUT = "output"
+    """y."""
+    SUM = "sum"
+    """r + y."""
+    INPUT = "input"
+    """What the block reads: r after its norm."""
+    RESIDUAL = "residual"
+    """r."""
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """y += up f(down x + down_bias) + up_bias, at a block. Its scale is folded into the two of up."""
+
+    down: Tensor  # [width, hidden]
+    up: Tensor  # [hidden, width]
+    down_bias: Tensor | None = None  # [width]
+    up_bias: Tensor | None = None  # [hidden]
+    activation: Activation = Activation.RELU
+    reads: Reads = Reads.OUTPUT
+
+
+@dataclass(frozen=True)
+class ReplacedRows:
+    """Some rows of an embedding's table, or of the output layer's weight, are others."""
+
+    ids: tuple[int, ...]
+    """Ascending."""
+    weight: Tensor  # [len(ids), features]
+
+
+@dataclass(frozen=True)
+class KVPrefix:
+    """Keys and values before the first token, of one attention block, as the cache keeps them."""
+
+    keys: Tensor  # [tokens, kv_heads, features]
+    values: Tensor  # [tokens, kv_heads, features]
+
+
+Transform = Callable[[Tensor], Tensor]
+"""The base's weight, fp32 [out, in] -> the one that stands in for it."""
+
+
 @dataclass(frozen=True)
 class ModuleProgram:
-    """The primitives applied at one module, in the order low rank, bias."""
+    """The primitives applied at one module: y = output_scale * (W (input_scale * x) + base bias)
+    + b (a (input_scale * x)) + bias, with `weight` for W where it is given.
+    """
 
     module: str
     low_rank: LowRank | None = None
     bias: Tensor | None = None  # [out_features], added to the output
     scale: float = 1.0
     """The scale folded into `low_rank.b`; kept for reports."""
+    output_scale: Tensor | None = None  # [out_features], of linears
+    input_scale: Tensor | None = None  # [in_features], of linears
+    weight: Tensor | None = None
+    """Replaces the base's: [out, in] of a linear, [features] of a norm, [vocabulary, hidden] of the
+    embedding."""
+    rows: ReplacedRows | None = None
+    """Of the embedding and of the output layer."""
+    bottleneck: Bottleneck | None = None
+    """Of a block."""
+    virtual: Tensor | None = None
+    """[tokens, hidden] of the embedding: tokens before the prompt."""
+    prefix: KVPrefix | None = None
+    """Of an attention block."""
+    transform: Transform | None = None
+    """Of a linear: it can only be merged."""
 
     def tensors(self) -> Iterator[tuple[TensorRole, Tensor]]:
-        """The tensors in canonical order, as they are packed: a [rank, in], b [rank, out]."""
+        """The tensors in canonical order, as they are packed: a [rank, in], b [rank, out]; of an
+        embedding a [vocabulary, rank]; of a bottleneck a is `down`, b `up`, bias `up_bias`.
+        """
         if self.low_rank is not None:
-            yield "a", self.low_rank.a
+            yield "a", self.low_rank.a.T if self.low_rank.lookup else self.low_rank.a
             yield "b", self.low_rank.b.T
-        if self.bias is not None:
-            yield "bias", self.bias
+        if self.bottleneck is not None:
+            yield "a", self.bottleneck.down
+            yield "b", self.bottleneck.up.T
+            if self.bottleneck.down_bias is not None:
+                yield "inner", self.bottleneck.down_bias
+            if self.bottleneck.up_bias is not None:
+                yield "bias", self.bottleneck.up_bias
+        if self.prefix is not None:
+            yield "keys", self.prefix.keys
+            yield "values", self.prefix.values
+        single: tuple[tuple[TensorRole, Tensor | None], ...] = (
+            ("bias", self.bias),
+            ("output_scale", self.output_scale),
+            ("input_scale", self.input_scale),
+            ("weight", self.weight),
+            ("rows", None if self.rows is None else self.rows.weight),
+            ("virtual", self.virtual),
+        )
+        yield from ((role, tensor) for role, tensor in single if tensor is not None)
+
+    @property
+    def primitives(self) -> tuple[str, ...]:
+        """Names of what is applied here, for reports."""
+        found = {
+            "low-rank": self.low_rank,
+            "bias": self.bias,
+            "output scale": self.output_scale,
+            "input scale": self.input_scale,
+            "replaced weight": self.weight,
+            "replaced rows": self.rows,
+            "bottleneck": self.bottleneck,
+            "virtual tokens": self.virtual,
+            "KV prefix": self.prefix,
+            "merged weight": self.transform,
+        }
+        return tuple(name for name, primitive in found.items() if primitive is not None)
 
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """Where one tensor lies in a packed adapter; `offset` in elements of the compute dtype."""
+    """Where one tensor lies in a packed adapter; `offset` in elements of the compute dtype.
+
+    The rows of a replaced weight [out, in] are rounded up to whole panels.
+    """
 
     module: str
     role: TensorRole
@@ -112,10 +266,33 @@ class AdapterProgram:
     warnings: tuple[str, ...] = ()
     """Why its answers may not be what its author meant."""
 
+    invocation: tuple[int, ...] = ()
+    """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
+
     @property
     def max_rank(self) -> int:
         """The largest rank of any module, 0 when there is no low-rank delta."""
         return max((m.low_rank.rank for m in self.modules if m.low_rank is not None), default=0)
+
+    @cached_property
+    def prefix_tokens(self) -> int:
+        """Positions before the prompt whose keys and values are given."""
+        return max((len(m.prefix.keys) for m in self.modules if m.prefix is not None), default=0)
+
+    @cached_property
+    def virtual_tokens(self) -> int:
+        """Positions before the prompt, behind the prefix, whose embeddings are given."""
+        return max((len(m.virtual) for m in self.modules if m.virtual is not None), default=0)
+
+    @property
+    def leading(self) -> int:
+        """Positions before the prompt."""
+        return self.prefix_tokens + self.virtual_tokens
+
+    @property
+    def merged_only(self) -> bool:
+        """Whether some module has nothing but a merged weight."""
+        return any(m.transform is not None for m in self.modules)
 
     def layout(self, element_bytes: int) -> tuple[PackedTensor, ...]:
         """Places every tensor, in canonical order, each aligned to ALIGNMENT bytes."""
@@ -123,25 +300,29 @@ class AdapterProgram:
         placed, offset = [], 0
         for module in self.modules:
             for role, tensor in module.tensors():
-                placed.append(PackedTensor(module.module, role, offset, tuple(tensor.shape)))
-                offset += -(-tensor.numel() // step) * step
+                shape = _packed_shape(role, tensor)
+                placed.append(PackedTensor(module.module, role, offset, shape))
+                offset += -(-math.prod(shape) // step) * step
         return tuple(placed)
 
     def packed_bytes(self, element_bytes: int) -> int:
         """Bytes of the packed adapter: the extent it needs in the arena."""
         step = ALIGNMENT // element_bytes
-        elements = sum(
-            -(-tensor.numel() // step) * step
-            for module in self.modules
-            for _, tensor in module.tensors()
-        )
-        return elements * element_bytes
+        shapes = (_packed_shape(*pair) for module in self.modules for pair in module.tensors())
+        return sum(-(-math.prod(shape) // step) * step for shape in shapes) * element_bytes
 
     def pack_into(self, extent: Tensor) -> None:
-        """Copies every tensor into `extent`, a flat tensor of the compute dtype.
+        """Copies every tensor into `extent`, a flat tensor of zeros in the compute dtype.
 
         `extent` holds at least packed_bytes() / element size elements.
         """
         tensors = (tensor for module in self.modules for _, tensor in module.tensors())
         for place, tensor in zip(self.layout(extent.element_size()), tensors, strict=True):
             extent[place.offset : place.offset + tensor.numel()].copy_(tensor.reshape(-1))
+
+
+def _packed_shape(role: TensorRole, tensor: Tensor) -> tuple[int, ...]:
+    shape = tuple(tensor.shape)
+    if role == "weight" and len(shape) == 2:
+        return -(-shape[0] // PANEL) * PANEL, shape[1]
+    return shape

@@ -78,6 +78,11 @@ class AdapterRef:
     modules: int
     mode: AdapterMode = AdapterMode.UNMERGED
     """Never AUTO once the engine has admitted the request."""
+    leading: int = 0
+    """Positions that it puts before the prompt."""
+    invocation: tuple[int, ...] = ()
+    """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
+    merged_only: bool = False
 
     @property
     def key(self) -> str:

@@ -8,6 +8,11 @@ from enum import Enum, auto
 from adaplex.engine.request import AdapterRef, Request, Timing
 
 
+VIRTUAL = 1 << 32
+"""VIRTUAL + i stands for position i of those that an adapter puts before the prompt; no token id of
+a vocabulary is so large."""
+
+
 class Status(Enum):
     """Where a sequence is in its life."""
 

@@ -13,13 +13,29 @@ typedef struct {
   int64_t in, out;
 } Weight;
 
-// What one adapter does at one module; zeros where it does nothing.
+// What one adapter does at one module; zeros where it does nothing. Elements but for row_ids.
+//
+// linear: y = output_scale * (W (input_scale * x) + base bias) + b (a (input_scale * x)) + bias
+// block:  y += b f(a x + inner) + bias, a bottleneck; `shape` says what x and f are
+// norm:   `dense` [features] is its weight, `bias` is added
+// embedding: `dense` [vocabulary, hidden] is its table; a [vocabulary, rank]; `virtual` are tokens
+//            -1, -2, ..
+// embedding and output layer: `rows` are those that row_ids name, instead of the base's
 typedef struct {
   const void *a;      // [rank, in]
-  const void *b;      // [rank, out]
+  const void *b;      // [rank, out] in panels; see low_rank.h
   int64_t rank;
   const void *bias;   // [out]
-  const void *dense;  // panels of base plus delta, instead of the base
+  const void *dense;  // instead of the base's weight; of a linear in panels
+  const void *output_scale;  // [out]
+  const void *input_scale;   // [in]
+  const void *inner;         // [rank]
+  int64_t shape;             // activation + 16 * reads; see structs.py
+  const void *rows;          // [row_count, features]
+  const int32_t *row_ids;    // ascending
+  int64_t row_count;
+  const void *virtual;       // [virtual_count, hidden]
+  int64_t virtual_count;
 } Site;
 
 // Neighbouring rows of one adapter; `sites` has one line a module, null for the base.
