@@ -10,7 +10,7 @@ from pathlib import Path
 
 from adaplex.adapters.base_match import BasePolicy, other_base
 from adaplex.adapters.catalog import AdapterRecord, Catalog
-from adaplex.adapters.combination import Combination, Component, module_ranks, packed_bytes
+from adaplex.adapters.combination import Combination, Component, check, module_ranks, packed_bytes
 from adaplex.adapters.errors import (
     AdapterNotFound,
     AdapterTooLarge,
@@ -121,9 +121,10 @@ class AdapterRegistry:
     def resolve_combination(
         self, selectors: Sequence[tuple[str, float]], *, routing_key: str = ""
     ) -> Lease:
-        """Binds several weighted selectors to one content, their rank concatenation.
+        """Binds several weighted selectors to one content, their sum.
 
-        Raises as `resolve`, AdapterInvalid for the weights, or AdapterTooLarge.
+        Raises as `resolve`, AdapterInvalid for the weights or for adapters that cannot be combined,
+        or AdapterTooLarge.
         """
         leases: list[Lease] = []
         try:
@@ -208,6 +209,7 @@ class AdapterRegistry:
             return next(p.record for p in parts if p.record.digest == combination.alone)
         digests = [component.digest for component in combination.components]
         reports = [self.programs.report(digest) for digest in digests]
+        check(combination, reports)
         size = packed_bytes(reports, self._room.element_bytes)
         most = self._room.max_packed_bytes
         if most is not None and size > most:
