@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.digest import content_digest
 from adaplex.adapters.errors import AdapterInvalid, Refusal
+from adaplex.adapters.formats.adapterhub import AdapterHub
+from adaplex.adapters.formats.hybrid import Hybrid
 from adaplex.adapters.formats.lora import Lora
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec
+
+
+ADAPTERHUB = "ADAPTERHUB"
+"""The kind of configs that have no `peft_type`, but the `config` of AdapterHub's library."""
 
 
 class Format(Protocol):
@@ -28,10 +34,16 @@ class Format(Protocol):
         ...
 
 
+def _lower_part(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:
+    return lower(checkpoint, base, limits)
+
+
 FORMATS: Mapping[str, Format] = {
+    ADAPTERHUB: AdapterHub(),
+    "HYBRID": Hybrid(_lower_part),
     "LORA": Lora(),
 }
-"""PEFT's `peft_type` -> format."""
+"""PEFT's `peft_type`, or one of ours -> format."""
 
 NEEDS: Mapping[str, str] = {
     "ADALORA": "the low-rank primitive with singular values folded in",
@@ -63,7 +75,7 @@ NEEDS: Mapping[str, str] = {
 
 def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:
     """Lowers a checkpoint to primitives. Raises AdapterInvalid with every refusal."""
-    kind = checkpoint.config.get("peft_type")
+    kind = _kind(checkpoint.config)
     found = FORMATS.get(kind) if isinstance(kind, str) else None
     if found is None:
         need = f"; it needs {NEEDS[kind]}" if isinstance(kind, str) and kind in NEEDS else ""
@@ -71,8 +83,12 @@ def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Adap
             "peft_type", f"{kind!r:.80} is not served; served are {', '.join(FORMATS)}{need}"
         )
     lowered = found.lower(checkpoint, base, limits)
+    fields: Mapping[str, Any] = checkpoint.config
+    semantic: Iterable[str] = found.semantic_fields
+    if lowered.semantics is not None:
+        fields = semantic = lowered.semantics
     program = AdapterProgram(
-        content_digest(checkpoint, found.semantic_fields),
+        content_digest(Checkpoint(fields, checkpoint.tensors), semantic),
         lowered.family or found.family,
         lowered.modules,
         lowered.notes,
@@ -82,6 +98,13 @@ def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Adap
     if refusals := list(_overflows(program)):
         raise AdapterInvalid(refusals)
     return program
+
+
+def _kind(config: Mapping[str, Any]) -> Any:
+    """A key of FORMATS, or what is none."""
+    if "peft_type" not in config and isinstance(config.get("config"), dict):
+        return ADAPTERHUB
+    return config.get("peft_type")
 
 
 def _overflows(program: AdapterProgram) -> Iterator[Refusal]:

@@ -59,7 +59,7 @@ class AdapterHub:
         places = _places(reading)
         reading.raise_refused()
         lowered = [_lower(reading, where, config, places) for where, config in configs]
-        for place in sorted(places):
+        for place in sorted(places if not reading.refusals else ()):
             reading.refuse(place, "has tensors, but the config does not name it")
         modules: dict[str, ModuleProgram] = {}
         for module in (module for part in lowered for module in part.modules):

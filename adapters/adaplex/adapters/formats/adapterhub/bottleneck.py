@@ -73,24 +73,27 @@ def lower_bottleneck(part: Part) -> LoweredPart:
     reads, activation, scaling = _reads(part), _activation(part), _scaling(part)
     _check_factors(part)
     layers = part.used_layers()
-    modules: list[ModuleProgram] = []
-    if reads and activation and not reading.refusals:
-        for field, (block, place) in BLOCKS.items():
-            for layer in layers if part.field(field, False) else ():
-                name = f"model.layers.{layer}.{block}"
-                made = _lower_block(part, layer, f"layers.{layer}.{place}", reads, activation)
-                if made is not None and part.module(name):
-                    modules.append(ModuleProgram(name, bottleneck=made))
+    if reads is None or activation is None or reading.refusals:
+        return LoweredPart("bottleneck", (), {})
+    made = [
+        _lower_block(part, layer, *BLOCKS[field], reads, activation)
+        for field in BLOCKS
+        for layer in (layers if part.field(field, False) else ())
+    ]
+    modules = tuple(module for module in made if module is not None)
     semantics = {"reads": reads, "activation": activation, "scaling": scaling}
-    return LoweredPart("bottleneck", tuple(modules), semantics)
+    return LoweredPart("bottleneck", modules, semantics)
 
 
 def _lower_block(
-    part: Part, layer: int, place: str, reads: Reads, activation: Activation
-) -> Bottleneck | None:
+    part: Part, layer: int, block: str, place: str, reads: Reads, activation: Activation
+) -> ModuleProgram | None:
     """One bottleneck; None, with refusals, when its tensors do not fit."""
-    hidden, width = part.hidden, _width(part, layer)
-    scaling = _scaling(part)
+    module = part.module(f"model.layers.{layer}.{block}")
+    if module is None:
+        return None
+    hidden, scaling = module.in_features, _scaling(part)
+    width = _width(part, layer, hidden)
     shapes: dict[str, tuple[int, ...]] = {
         "adapter_down.0.weight": (width, hidden),
         "adapter_down.0.bias": (width,),
@@ -99,11 +102,11 @@ def _lower_block(
     }
     if scaling in LEARNED:
         shapes["scaling"] = (1 if scaling == "learned" else hidden,)
-    found = part.take(place, shapes)
+    found = part.take(f"layers.{layer}.{place}", shapes)
     if found is None:
         return None
     scale = found["scaling"].float() if scaling in LEARNED else torch.tensor(float(scaling))
-    return Bottleneck(
+    bottleneck = Bottleneck(
         found["adapter_down.0.weight"],
         found["adapter_up.weight"].float() * scale.reshape(-1, 1),
         found["adapter_down.0.bias"],
@@ -111,6 +114,7 @@ def _lower_block(
         activation,
         reads,
     )
+    return ModuleProgram(module.name, bottleneck=bottleneck)
 
 
 def _reads(part: Part) -> Reads | None:
@@ -162,8 +166,8 @@ def _check_factors(part: Part) -> None:
                 part.reading.refuse("reduction_factor", f"says nothing of layer {layer}")
 
 
-def _width(part: Part, layer: int) -> int:
+def _width(part: Part, layer: int, hidden: int) -> int:
     """Of the bottleneck of a layer."""
     found = part.reading.config["reduction_factor"]
     factor = found.get(str(layer), found.get("default")) if isinstance(found, dict) else found
-    return max(int(part.hidden // factor), 1)
+    return max(int(hidden // factor), 1)

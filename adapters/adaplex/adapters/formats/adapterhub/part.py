@@ -43,11 +43,6 @@ class Part:
         found = self.reading.config.get(name)
         return default if found is None else found
 
-    @property
-    def hidden(self) -> int:
-        """Features of the residual stream."""
-        return next(m.in_features for m in self.reading.base.modules.values() if m.kind == "block")
-
     def module(self, name: str) -> BaseModule | None:
         """A module of the base; None, with a refusal, when it has none of the name."""
         found = self.reading.base.modules.get(name)
