@@ -7,7 +7,6 @@ from enum import Enum, auto
 
 from adaplex.engine.request import AdapterRef, Request, Timing
 
-
 VIRTUAL = 1 << 32
 """VIRTUAL + i stands for position i of those that an adapter puts before the prompt; no token id of
 a vocabulary is so large."""
@@ -29,7 +28,7 @@ class Sequence:
     number: int = 0
     """Order of arrival at the engine."""
     tokens: list[int] = field(init=False)
-    """Prompt, then output."""
+    """Leading positions, prompt, then output."""
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
     blocks: list[int] = field(default_factory=list)
@@ -48,8 +47,9 @@ class Sequence:
     first_token_at: float | None = None
 
     def __post_init__(self) -> None:
-        """Starts the token list from the prompt."""
-        self.tokens = list(self.request.prompt)
+        """Starts the token list from what the adapter leads with, and the prompt."""
+        leading = self.adapter.leading if self.adapter else 0
+        self.tokens = [*range(VIRTUAL, VIRTUAL + leading), *self.request.prompt]
 
     def __len__(self) -> int:
         return len(self.tokens)
