@@ -8,6 +8,7 @@ own under the XDG cache, and the fixtures are committed. Weights are rounded to 
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import subprocess
@@ -116,8 +117,7 @@ def _write(architecture: str, folder: Path) -> None:
         if parameter.dim() == 1:
             parameter.data += 0.7
         parameter.data = parameter.data.bfloat16().float()
-    model.bfloat16().save_pretrained(folder / "model")
-    model.float()
+    copy.deepcopy(model).bfloat16().save_pretrained(folder / "model")
     tokens = torch.randint(3, VOCAB, [TOKENS])
     said = {"tokens": tokens, "base": _logits(model, tokens)}
     adapters.init(model)

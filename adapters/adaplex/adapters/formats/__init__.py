@@ -10,10 +10,19 @@ import torch
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.digest import content_digest
 from adaplex.adapters.errors import AdapterInvalid, Refusal
+from adaplex.adapters.formats.adalora import AdaLora
 from adaplex.adapters.formats.adapterhub import AdapterHub
+from adaplex.adapters.formats.bitfit import Beft, BitFit
 from adaplex.adapters.formats.hybrid import Hybrid
+from adaplex.adapters.formats.ia3 import IA3
+from adaplex.adapters.formats.ln_tuning import LNTuning
+from adaplex.adapters.formats.loha import Loha
+from adaplex.adapters.formats.lokr import Lokr
 from adaplex.adapters.formats.lora import Lora
 from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.prefix import PrefixTuning
+from adaplex.adapters.formats.prompt import MultitaskPromptTuning, PromptTuning
+from adaplex.adapters.formats.vera import Vera
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec
 
@@ -39,35 +48,37 @@ def _lower_part(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -
 
 
 FORMATS: Mapping[str, Format] = {
-    ADAPTERHUB: AdapterHub(),
-    "HYBRID": Hybrid(_lower_part),
     "LORA": Lora(),
+    "ADALORA": AdaLora(),
+    ADAPTERHUB: AdapterHub(),
+    "BEFT": Beft(),
+    "BITFIT": BitFit(),
+    "CPT": PromptTuning("cpt"),
+    "HYBRID": Hybrid(_lower_part),
+    "IA3": IA3(),
+    "LN_TUNING": LNTuning(),
+    "LOHA": Loha(),
+    "LOKR": Lokr(),
+    "MULTITASK_PROMPT_TUNING": MultitaskPromptTuning(),
+    "PREFIX_TUNING": PrefixTuning(),
+    "PROMPT_TUNING": PromptTuning("prompt-tuning"),
+    "P_TUNING": PromptTuning("p-tuning"),
+    "VERA": Vera(),
 }
 """PEFT's `peft_type`, or one of ours -> format."""
 
 NEEDS: Mapping[str, str] = {
-    "ADALORA": "the low-rank primitive with singular values folded in",
     "ADAPTION_PROMPT": "gated attention over learned prompts",
     "BOFT": "merged weights computed by PEFT",
     "BONE": "merged weights computed by PEFT",
     "C3A": "merged weights computed by PEFT",
-    "CPT": "the virtual-token primitive",
     "FOURIERFT": "merged weights computed by PEFT",
     "HRA": "merged weights computed by PEFT",
-    "IA3": "the input and output scale primitives",
-    "LN_TUNING": "replaced norm weights",
-    "LOHA": "the low-rank primitive over a Khatri-Rao product",
-    "LOKR": "the low-rank primitive over an expanded Kronecker product",
-    "MULTITASK_PROMPT_TUNING": "the virtual-token primitive",
     "OFT": "merged weights computed by PEFT",
-    "P_TUNING": "the virtual-token primitive",
     "POLY": "a router between low-rank pairs",
-    "PREFIX_TUNING": "the KV prefix primitive",
-    "PROMPT_TUNING": "the virtual-token primitive",
     "RANDLORA": "merged weights computed by PEFT",
     "TRAINABLE_TOKENS": "replaced embedding rows",
     "VBLORA": "merged weights computed by PEFT",
-    "VERA": "the low-rank primitive with shared pairs",
     "XLORA": "a router between low-rank pairs",
 }
 """What a family that is not served yet would need."""
