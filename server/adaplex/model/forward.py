@@ -29,8 +29,8 @@ class Forward(Protocol):
 
 
 def runs_of(chunks: Seq[Chunk], counts: Seq[int]) -> list[tuple[AdapterRef | None, int, int]]:
-    """(adapter, first row, row after the last) of each run of rows with one adapter and mode, of the
-    last `counts` rows of each chunk.
+    """(adapter, first row, row after the last) of each run of rows with one adapter and mode; of
+    each chunk there are the last `counts` rows.
     """
     runs, row = [], 0
     parts = (part for pair in zip(chunks, counts, strict=True) for part in _parts(*pair))
