@@ -62,7 +62,7 @@ class Programs:
         if found and self._policy is BasePolicy.REFUSE:
             raise AdapterInvalid([Refusal(*pair) for pair in found])
         warnings = tuple(f"{where} {how}" for where, how in found)
-        return replace(program, warnings=warnings)
+        return replace(program, warnings=(*program.warnings, *warnings))
 
     def program(self, digest: str) -> AdapterProgram:
         """Reads and lowers stored content, whatever the limits for uploads are by now, or combines

@@ -19,7 +19,7 @@ from adaplex.model import costs, native_costs
 from adaplex.model.adapted import AdaptedLinear
 from adaplex.model.arena import Arena
 from adaplex.model.decode_steps import DecodeSteps
-from adaplex.model.host_copies import HostCopies, PackedAdapter, pack
+from adaplex.model.host_copies import HostCopies, PackedAdapter, Packer
 from adaplex.model.kernels.low_rank import LowRankKernel, low_rank_kernel
 from adaplex.model.kv_cache import KVCache
 from adaplex.model.loader import BaseModel, silent
@@ -74,6 +74,13 @@ class ModelRunner:
             merged=self._merged,
         )
         self._forward = fastest(base, cache, modules, self._modules, self._table, progress)
+        self._packer = Packer(
+            base.spec.modules,
+            base.dtype,
+            pinned=base.device.type == "cuda",
+            kernels=base.kernels,
+            decoder=isinstance(self._forward, NativeForward),
+        )
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Seq[SampledToken]:
@@ -137,7 +144,7 @@ class ModelRunner:
         """See Runner."""
         base, program = self._base, self._load_program(digest)
         self._merged[digest] = merge(
-            program, base.backends, dtype=base.dtype, device=base.device, kernels=base.kernels
+            program, base.backends, packer=self._packer, device=base.device
         )
         return merged_bytes(program, base.backends, base.dtype)
 
@@ -151,14 +158,7 @@ class ModelRunner:
         self._merged_tables.pop(digest, None)
 
     def _packed(self, digest: str) -> PackedAdapter:
-        base = self._base
-        return pack(
-            self._load_program(digest),
-            base.dtype,
-            modules=self._modules,
-            pinned=base.device.type == "cuda",
-            kernels=base.kernels,
-        )
+        return self._packer.pack(self._load_program(digest))
 
     def _table(self, adapter: AdapterRef) -> NDArray[np.int64]:
         """What an adapter in memory does, as kernels read it."""

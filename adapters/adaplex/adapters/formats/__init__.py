@@ -11,8 +11,9 @@ from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.digest import content_digest
 from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats.lora import Lora
+from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram, BaseSpec, ModuleProgram
+from adaplex.adapters.program import AdapterProgram, BaseSpec
 
 
 class Format(Protocol):
@@ -22,10 +23,8 @@ class Format(Protocol):
     semantic_fields: frozenset[str]
     """Config fields that change the answer; they enter the digest."""
 
-    def lower(
-        self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits
-    ) -> tuple[tuple[ModuleProgram, ...], tuple[str, ...]]:
-        """Primitives for each module, and notes. Raises AdapterInvalid with every refusal."""
+    def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
+        """Raises AdapterInvalid with every refusal, or AdapterTooLarge."""
         ...
 
 
@@ -71,9 +70,15 @@ def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Adap
         raise AdapterInvalid.because(
             "peft_type", f"{kind!r:.80} is not served; served are {', '.join(FORMATS)}{need}"
         )
-    modules, notes = found.lower(checkpoint, base, limits)
-    digest = content_digest(checkpoint, found.semantic_fields)
-    program = AdapterProgram(digest, found.family, modules, notes)
+    lowered = found.lower(checkpoint, base, limits)
+    program = AdapterProgram(
+        content_digest(checkpoint, found.semantic_fields),
+        lowered.family or found.family,
+        lowered.modules,
+        lowered.notes,
+        lowered.warnings,
+        lowered.invocation,
+    )
     if refusals := list(_overflows(program)):
         raise AdapterInvalid(refusals)
     return program
