@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from adaplex.adapters.errors import AdapterInvalid, Refusal
-from adaplex.adapters.program import AdapterProgram, BaseModule, BaseSpec, KVPrefix
+from adaplex.adapters.program import AdapterProgram, BaseSpec
 
 
 def check_leading(program: AdapterProgram, base: BaseSpec) -> None:
@@ -23,25 +23,16 @@ def check_leading(program: AdapterProgram, base: BaseSpec) -> None:
 
 
 def _incomplete(program: AdapterProgram, base: BaseSpec) -> Iterator[Refusal]:
-    prefixes = {module.module: module.prefix for module in program.modules}
-    for module in base.modules.values():
-        if module.kind == "block" and module.part == "attention":
-            found = prefixes.pop(module.name, None)
-            if reason := _difference(found, program.prefix_tokens, module, base):
-                yield Refusal(module.name, reason)
-    for name, prefix in prefixes.items():
-        if prefix is not None:
-            yield Refusal(name, "is no attention, and cannot have keys and values")
-
-
-def _difference(
-    prefix: KVPrefix | None, tokens: int, module: BaseModule, base: BaseSpec
-) -> str | None:
-    if prefix is None:
-        return "has no keys and values before the prompt, and other layers do"
-    heads, key, value = base.kv_shapes[module.layer]
-    found = tuple(prefix.keys.shape), tuple(prefix.values.shape)
-    wanted = (tokens, heads, key), (tokens, heads, value)
-    if found == wanted:
-        return None
-    return "its keys and values are {} and {}, the base has {} and {}".format(*found, *wanted)
+    given = {base.modules[m.module].layer: m for m in program.modules if m.prefix is not None}
+    for layer, (heads, key, value) in enumerate(base.kv_shapes):
+        module = given.pop(layer, None)
+        if module is None or module.prefix is None:
+            yield Refusal(f"layer {layer}", "has no keys and values before the prompt, others do")
+            continue
+        found = tuple(module.prefix.keys.shape), tuple(module.prefix.values.shape)
+        wanted = (program.prefix_tokens, heads, key), (program.prefix_tokens, heads, value)
+        if found != wanted:
+            reason = "its keys and values before the prompt are {} and {}, it takes {} and {}"
+            yield Refusal(module.module, reason.format(*found, *wanted))
+    for module in given.values():
+        yield Refusal(module.module, "is no attention, and takes no keys and values")
