@@ -104,10 +104,11 @@ def _configs(architecture: str) -> dict[str, Any]:
 
 def _write(architecture: str, folder: Path) -> None:
     """A random model, and what the library says with each adapter on it."""
-    import adapters
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    import adapters
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(architecture, **SIZES)

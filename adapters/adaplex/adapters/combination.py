@@ -6,7 +6,7 @@ import hashlib
 import math
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from adaplex.adapters.digest import PREFIX
@@ -81,25 +81,29 @@ def combine(
     return joined(parts, base, digest=combination.digest, family="combination")
 
 
-def check(combination: Combination, reports: Sequence[Report]) -> None:
+def check(combination: Combination, reports: Sequence[Report], names: Mapping[str, str]) -> None:
     """Whether the components that these reports describe can be combined; reads no tensor.
 
-    Raises AdapterInvalid naming `adapters`.
+    `names` are those of the adapters, by digest. Raises AdapterInvalid naming `adapters`.
     """
-    weights = [part.weight for part in combination.components]
     found: defaultdict[str, list[Effect]] = defaultdict(list)
-    for weight, report in zip(weights, reports, strict=True):
+    for part, report in zip(combination.components, reports, strict=True):
+        if report.merged_only:
+            reason = f"{names[part.digest]} can only be served merged, and by itself"
+            raise AdapterInvalid.because("adapters", reason)
         for module in report.modules:
-            effect = Effect(weight, module.primitives, module.bottleneck)
+            effect = Effect(part.weight, module.primitives, module.bottleneck)
             found[module.module].append(effect)
-    for name, effects in found.items():
-        # whose tokens come first would depend on digests
-        if sum("virtual tokens" in effect.primitives for effect in effects) > 1:
-            raise _impossible(name, "more than one adapter puts virtual tokens before the prompt")
-        if problem := conflict(effects):
-            raise _impossible(name, problem)
+    together = " and ".join(names[part.digest] for part in combination.components)
+    # whose tokens came first would depend on digests
+    if sum(report.virtual_tokens > 0 for report in reports) > 1:
+        raise AdapterInvalid.because("adapters", f"{together} all put tokens before the prompt")
     if len({report.invocation for report in reports}) > 1:
-        raise _impossible("alora_invocation_tokens", "differ between the adapters")
+        raise AdapterInvalid.because("adapters", f"{together} begin at different invocations")
+    for name, effects in found.items():
+        if problem := conflict(effects):
+            reason = f"{together} cannot be combined: {name}: {problem}"
+            raise AdapterInvalid.because("adapters", reason)
 
 
 def packed_bytes(reports: Sequence[Report], element_bytes: int) -> int:
@@ -133,10 +137,6 @@ def _elements(modules: Sequence[ModuleReport]) -> list[int]:
     if "inner" in total:  # the zeros of those without one, too
         total["inner"] = total["a"] // modules[0].in_features
     return list(total.values())
-
-
-def _impossible(where: str, reason: str) -> AdapterInvalid:
-    return AdapterInvalid.because("adapters", f"cannot be combined: {where}: {reason}")
 
 
 def _checked(weight: float) -> float:

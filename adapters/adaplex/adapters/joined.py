@@ -142,7 +142,9 @@ def _sum(
 ) -> Tensor | None:
     """neutral + sum of w (tensor - neutral); None where no part has one."""
     found = [(weight, of(module)) for weight, module in parts]
-    changes = [weight * (tensor.float() - neutral) for weight, tensor in found if tensor is not None]
+    changes = [
+        weight * (tensor.float() - neutral) for weight, tensor in found if tensor is not None
+    ]
     return sum(changes[1:], changes[0]) + neutral if changes else None
 
 

@@ -22,7 +22,7 @@ class ModuleReport:
     out_features: int
     bias: bool
     primitives: tuple[str, ...] = ()
-    """Names of what is applied, as `ModuleProgram.primitives` has them."""
+    """Names of what is applied there."""
     bottleneck: str = ""
     """What the bottleneck reads, and its activation; empty without one."""
     sizes: tuple[tuple[TensorRole, int], ...] = ()
@@ -41,8 +41,18 @@ class Report:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     """Why its answers may not be what its author meant."""
+    prefix_tokens: int = 0
+    """Positions before the prompt whose keys and values are given."""
+    virtual_tokens: int = 0
+    """Positions before the prompt, behind the prefix, whose embeddings are given."""
     invocation: tuple[int, ...] = ()
-    """As AdapterProgram.invocation."""
+    """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
+    merged_only: bool = False
+
+    @property
+    def leading(self) -> int:
+        """Positions before the prompt."""
+        return self.prefix_tokens + self.virtual_tokens
 
     @property
     def valid(self) -> bool:
@@ -77,7 +87,10 @@ def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Rep
         packed,
         notes=program.notes,
         warnings=program.warnings,
+        prefix_tokens=program.prefix_tokens,
+        virtual_tokens=program.virtual_tokens,
         invocation=program.invocation,
+        merged_only=program.merged_only,
     )
 
 

@@ -26,7 +26,6 @@ from adaplex.adapters.formats.vera import Vera
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec
 
-
 ADAPTERHUB = "ADAPTERHUB"
 """The kind of configs that have no `peft_type`, but the `config` of AdapterHub's library."""
 

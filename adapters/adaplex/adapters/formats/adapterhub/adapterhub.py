@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from adaplex.adapters.checkpoint import Checkpoint
-from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats.adapterhub.bottleneck import lower_bottleneck
 from adaplex.adapters.formats.adapterhub.lora import PROJECTIONS, lower_lora
 from adaplex.adapters.formats.adapterhub.part import LoweredPart, Part, Places
@@ -132,9 +131,7 @@ def _places(reading: Reading) -> Places:
     return places
 
 
-def _lower(
-    reading: Reading, where: str, config: Mapping[str, Any], places: Places
-) -> LoweredPart:
+def _lower(reading: Reading, where: str, config: Mapping[str, Any], places: Places) -> LoweredPart:
     """One method; its refusals name its own fields behind `where`."""
     base = reading.base
     inner = Reading(Checkpoint(config, {}), base, reading.limits)
