@@ -16,11 +16,18 @@ INLINE words NAME(int4_decode)(words packed, const int k) {
 #endif
 }
 
-// The sum of a group of inputs, in every lane; `count` is a multiple of LANES.
-INLINE vec NAME(group_sum)(const ELEMENT *x, long count) {
-  vec total = NAME(load)(x);
-  for (long i = LANES; i < count; i += LANES) total += NAME(load)(x + i);
-  return splat(sum_lanes(total));
+// Minus the sum of a group of inputs of R rows, that of row r in lane 2 r.
+INLINE vec NAME(minus_sums)(const ELEMENT *x, long x_stride, long group, const int R) {
+  const words minus_ones = (words){0} + (PER_UNIT == 2 ? 0xbf80bf80u : 0xbf800000u);
+  const long step = LANES * PER_UNIT;
+  vec sum[8];
+  UNROLL for (int r = 0; r < R; r++) sum[r] = (vec){0};
+  for (long i = 0; i < group; i += step) UNROLL for (int r = 0; r < R; r++) {
+    const ELEMENT *from = x + r * x_stride + i;
+    words line = group < step ? (words)NAME(load)(from) : load_words(from);
+    sum[r] = NAME(mac)(sum[r], minus_ones, line);
+  }
+  return sums_of_lanes(sum, R);
 }
 
 // R rows times P neighbouring panels, from `panel` on; `own_zeros` stands in for those in `scales`.
@@ -31,7 +38,9 @@ INLINE void NAME(int4_tile)(const ELEMENT *x, long x_stride, const Weight *weigh
   const char *pairs = (const char *)weight->scales + panel * groups * 64;
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) acc[r][p] = (vec){0};
   for (long group = 0; group < groups; group++) {
-    vec part[8][4], sum[8];
+    vec part[8][4];
+    float minus_sum[LANES];
+    f32_store(minus_sum, NAME(minus_sums)(x + group * weight->group, x_stride, weight->group, R));
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) part[r][p] = (vec){0};
     for (long line = lines * group; line < lines * (group + 1); line++) {
       words packed[4];
@@ -49,13 +58,11 @@ INLINE void NAME(int4_tile)(const ELEMENT *x, long x_stride, const Weight *weigh
         }
       }
     }
-    UNROLL for (int r = 0; r < R; r++)
-      sum[r] = NAME(group_sum)(x + r * x_stride + group * weight->group, weight->group);
     UNROLL for (int p = 0; p < P; p++) {
       words pair = load_words(pairs + (p * groups + group) * 64);
       vec scale = (vec)(pair << 16), zero = (vec)(pair & 0xffff0000u);
       if (own_zeros) zero = f32_load(own_zeros + ((panel + p) * groups + group) * LANES);
-      UNROLL for (int r = 0; r < R; r++) acc[r][p] += (part[r][p] - zero * sum[r]) * scale;
+      UNROLL for (int r = 0; r < R; r++) acc[r][p] += (part[r][p] + zero * minus_sum[2 * r]) * scale;
     }
   }
 }

@@ -53,6 +53,33 @@ INLINE float sum_lanes(vec v) {
   return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
+// Of the first and the second half of both, the sum: a's before b's. So on with quarters and pairs.
+INLINE vec fold_halves(vec a, vec b) {
+  return __builtin_shuffle(a, b, (ints){0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
+         __builtin_shuffle(a, b, (ints){8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+}
+
+INLINE vec fold_quarters(vec a, vec b) {
+  return __builtin_shuffle(a, b, (ints){0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27}) +
+         __builtin_shuffle(a, b, (ints){4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31});
+}
+
+INLINE vec fold_pairs(vec a, vec b) {
+  return __builtin_shuffle(a, b, (ints){0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29}) +
+         __builtin_shuffle(a, b, (ints){2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31});
+}
+
+// sum_lanes of each of R vectors, that of vector r in lane 2 r.
+INLINE vec sums_of_lanes(const vec *v, const int R) {
+  vec half[4], quarter[2];
+#define AT(i) ((i) < R ? (i) : R - 1)
+  UNROLL for (int i = 0; i < 4; i++) half[i] = fold_halves(v[AT(2 * i)], v[AT(2 * i + 1)]);
+#undef AT
+  UNROLL for (int i = 0; i < 2; i++) quarter[i] = fold_quarters(half[2 * i], half[2 * i + 1]);
+  vec pair = fold_pairs(quarter[0], quarter[1]);
+  return pair + __builtin_shuffle(pair, (ints){1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+}
+
 INLINE float max_lanes(vec v) {
   float m = v[0];
   for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
