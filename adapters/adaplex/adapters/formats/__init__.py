@@ -7,11 +7,13 @@ from typing import Protocol
 
 import torch
 
+from adaplex.adapters.base_match import recorded_quantization
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.digest import content_digest
 from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats.lora import Lora
 from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.trainable_tokens import TrainableTokens
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec
 
@@ -30,6 +32,7 @@ class Format(Protocol):
 
 FORMATS: Mapping[str, Format] = {
     "LORA": Lora(),
+    "TRAINABLE_TOKENS": TrainableTokens(),
 }
 """PEFT's `peft_type` -> format."""
 
@@ -53,7 +56,6 @@ NEEDS: Mapping[str, str] = {
     "PREFIX_TUNING": "the KV prefix primitive",
     "PROMPT_TUNING": "the virtual-token primitive",
     "RANDLORA": "merged weights computed by PEFT",
-    "TRAINABLE_TOKENS": "replaced embedding rows",
     "VBLORA": "merged weights computed by PEFT",
     "VERA": "the low-rank primitive with shared pairs",
     "XLORA": "a router between low-rank pairs",
@@ -75,7 +77,7 @@ def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Adap
         content_digest(checkpoint, found.semantic_fields),
         lowered.family or found.family,
         lowered.modules,
-        lowered.notes,
+        (*lowered.notes, *recorded_quantization(checkpoint.config)),
         lowered.warnings,
         lowered.invocation,
     )
