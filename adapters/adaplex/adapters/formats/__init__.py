@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from adaplex.adapters.base_match import recorded_quantization
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.digest import content_digest
 from adaplex.adapters.errors import AdapterInvalid, Refusal
@@ -20,6 +21,7 @@ from adaplex.adapters.formats.lora import Lora
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.prefix import PrefixTuning
 from adaplex.adapters.formats.prompt import MultitaskPromptTuning, PromptTuning
+from adaplex.adapters.formats.trainable_tokens import TrainableTokens
 from adaplex.adapters.formats.vera import Vera
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec
@@ -52,6 +54,7 @@ FORMATS: Mapping[str, Format] = {
     "PROMPT_TUNING": PromptTuning("prompt-tuning"),
     "P_TUNING": PromptTuning("p-tuning"),
     "VERA": Vera(),
+    "TRAINABLE_TOKENS": TrainableTokens(),
 }
 """PEFT's `peft_type` -> format."""
 
@@ -65,7 +68,6 @@ NEEDS: Mapping[str, str] = {
     "OFT": "merged weights computed by PEFT",
     "POLY": "a router between low-rank pairs",
     "RANDLORA": "merged weights computed by PEFT",
-    "TRAINABLE_TOKENS": "replaced embedding rows",
     "VBLORA": "merged weights computed by PEFT",
     "XLORA": "a router between low-rank pairs",
 }
@@ -86,7 +88,7 @@ def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Adap
         content_digest(checkpoint, found.semantic_fields),
         lowered.family or found.family,
         lowered.modules,
-        lowered.notes,
+        (*lowered.notes, *recorded_quantization(checkpoint.config)),
         lowered.warnings,
         lowered.invocation,
     )
