@@ -10,8 +10,10 @@ import torch
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.digest import content_digest
 from adaplex.adapters.errors import AdapterInvalid, Refusal
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lora import Lora
 from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.peft_fallback import FALLBACKS
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec
 
@@ -22,6 +24,8 @@ class Format(Protocol):
     family: str
     semantic_fields: frozenset[str]
     """Config fields that change the answer; they enter the digest."""
+    about: FormatRow
+    """Its line in the table of families."""
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """Raises AdapterInvalid with every refusal, or AdapterTooLarge."""
@@ -30,31 +34,31 @@ class Format(Protocol):
 
 FORMATS: Mapping[str, Format] = {
     "LORA": Lora(),
+    **FALLBACKS,
 }
 """PEFT's `peft_type` -> format."""
 
 NEEDS: Mapping[str, str] = {
     "ADALORA": "the low-rank primitive with singular values folded in",
+    "ADAMSS": "the clusters of the base's weights that it was trained on, which it does not save",
     "ADAPTION_PROMPT": "gated attention over learned prompts",
-    "BOFT": "merged weights computed by PEFT",
-    "BONE": "merged weights computed by PEFT",
-    "C3A": "merged weights computed by PEFT",
+    "BEFT": "the bias primitive",
+    "BONE": "to be saved again by PEFT 0.21, which calls it MISS",
+    "CARTRIDGE": "the KV prefix primitive",
     "CPT": "the virtual-token primitive",
-    "FOURIERFT": "merged weights computed by PEFT",
-    "HRA": "merged weights computed by PEFT",
+    "FROD": "a decomposition of the base's weights over all layers at once",
     "IA3": "the input and output scale primitives",
+    "LILY": "a router between low-rank pairs",
     "LN_TUNING": "replaced norm weights",
     "LOHA": "the low-rank primitive over a Khatri-Rao product",
     "LOKR": "the low-rank primitive over an expanded Kronecker product",
     "MULTITASK_PROMPT_TUNING": "the virtual-token primitive",
-    "OFT": "merged weights computed by PEFT",
     "P_TUNING": "the virtual-token primitive",
     "POLY": "a router between low-rank pairs",
     "PREFIX_TUNING": "the KV prefix primitive",
     "PROMPT_TUNING": "the virtual-token primitive",
-    "RANDLORA": "merged weights computed by PEFT",
+    "SHADOW": "a second, smaller network beside the base's layers",
     "TRAINABLE_TOKENS": "replaced embedding rows",
-    "VBLORA": "merged weights computed by PEFT",
     "VERA": "the low-rank primitive with shared pairs",
     "XLORA": "a router between low-rank pairs",
 }

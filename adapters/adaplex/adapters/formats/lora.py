@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import reading as shared
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import PREFIX, TARGETS, Reading, is_number, is_rank
 from adaplex.adapters.formats.targets import pattern_value
@@ -97,6 +98,7 @@ class Lora:
 
     family = "lora"
     semantic_fields = USED
+    about = FormatRow("LoRA, rsLoRA", "low-rank, bias", "DoRA, embeddings, modules_to_save")
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
