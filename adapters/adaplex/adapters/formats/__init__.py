@@ -13,7 +13,7 @@ from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lora import Lora
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.peft_fallback import FALLBACKS
+from adaplex.adapters.formats.peft_fallback import FALLBACKS, PeftFallback
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec
 
@@ -74,6 +74,8 @@ def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Adap
         raise AdapterInvalid.because(
             "peft_type", f"{kind!r:.80} is not served; served are {', '.join(FORMATS)}{need}"
         )
+    if refusals := list(_positions(checkpoint, found)):
+        raise AdapterInvalid(refusals)
     lowered = found.lower(checkpoint, base, limits)
     program = AdapterProgram(
         content_digest(checkpoint, found.semantic_fields),
@@ -86,6 +88,13 @@ def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Adap
     if refusals := list(_overflows(program)):
         raise AdapterInvalid(refusals)
     return program
+
+
+def _positions(checkpoint: Checkpoint, found: Format) -> Iterator[Refusal]:
+    """Tensors of whole numbers, where the format takes none."""
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        if not tensor.is_floating_point() and not isinstance(found, PeftFallback):
+            yield Refusal(name, f"has dtype {tensor.dtype}; weights of {found.family} are real")
 
 
 def _overflows(program: AdapterProgram) -> Iterator[Refusal]:
