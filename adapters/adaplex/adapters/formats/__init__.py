@@ -11,9 +11,18 @@ from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.digest import content_digest
 from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats.about import FormatRow
+from adaplex.adapters.formats.adalora import AdaLora
+from adaplex.adapters.formats.bitfit import Beft, BitFit
+from adaplex.adapters.formats.ia3 import IA3
+from adaplex.adapters.formats.ln_tuning import LNTuning
+from adaplex.adapters.formats.loha import Loha
+from adaplex.adapters.formats.lokr import Lokr
 from adaplex.adapters.formats.lora import Lora
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.peft_fallback import FALLBACKS, PeftFallback
+from adaplex.adapters.formats.prefix import PrefixTuning
+from adaplex.adapters.formats.prompt import MultitaskPromptTuning, PromptTuning
+from adaplex.adapters.formats.vera import Vera
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec
 
@@ -34,32 +43,33 @@ class Format(Protocol):
 
 FORMATS: Mapping[str, Format] = {
     "LORA": Lora(),
+    "ADALORA": AdaLora(),
+    "BEFT": Beft(),
+    "BITFIT": BitFit(),
+    "CPT": PromptTuning("cpt"),
+    "IA3": IA3(),
+    "LN_TUNING": LNTuning(),
+    "LOHA": Loha(),
+    "LOKR": Lokr(),
+    "MULTITASK_PROMPT_TUNING": MultitaskPromptTuning(),
+    "PREFIX_TUNING": PrefixTuning(),
+    "PROMPT_TUNING": PromptTuning("prompt-tuning"),
+    "P_TUNING": PromptTuning("p-tuning"),
+    "VERA": Vera(),
     **FALLBACKS,
 }
 """PEFT's `peft_type` -> format."""
 
 NEEDS: Mapping[str, str] = {
-    "ADALORA": "the low-rank primitive with singular values folded in",
     "ADAMSS": "the clusters of the base's weights that it was trained on, which it does not save",
     "ADAPTION_PROMPT": "gated attention over learned prompts",
-    "BEFT": "the bias primitive",
     "BONE": "to be saved again by PEFT 0.21, which calls it MISS",
     "CARTRIDGE": "the KV prefix primitive",
-    "CPT": "the virtual-token primitive",
     "FROD": "a decomposition of the base's weights over all layers at once",
-    "IA3": "the input and output scale primitives",
     "LILY": "a router between low-rank pairs",
-    "LN_TUNING": "replaced norm weights",
-    "LOHA": "the low-rank primitive over a Khatri-Rao product",
-    "LOKR": "the low-rank primitive over an expanded Kronecker product",
-    "MULTITASK_PROMPT_TUNING": "the virtual-token primitive",
-    "P_TUNING": "the virtual-token primitive",
     "POLY": "a router between low-rank pairs",
-    "PREFIX_TUNING": "the KV prefix primitive",
-    "PROMPT_TUNING": "the virtual-token primitive",
     "SHADOW": "a second, smaller network beside the base's layers",
     "TRAINABLE_TOKENS": "replaced embedding rows",
-    "VERA": "the low-rank primitive with shared pairs",
     "XLORA": "a router between low-rank pairs",
 }
 """What a family that is not served yet would need."""
