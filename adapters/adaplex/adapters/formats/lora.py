@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters.checkpoint import Checkpoint
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lora_config import HARMLESS, UNSUPPORTED, USED, check_config
 from adaplex.adapters.formats.lora_pairs import lower_pair, scale_of
 from adaplex.adapters.formats.lora_parameters import Place, pattern_names, targeted_parameters
@@ -40,6 +41,7 @@ class Lora:
 
     family = "lora"
     semantic_fields = USED
+    about = FormatRow("LoRA, rsLoRA", "low-rank, bias", "DoRA, embeddings, modules_to_save")
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
