@@ -149,17 +149,14 @@ def _sum(
 
 
 def _stacked(pairs: Sequence[tuple[float, LowRank]], experts: int) -> LowRank:
-    """a one below the other, weighted b side by side; expert by expert where there are several.
-
-    PEFT's order of experts: a is [experts * rank, in], b is [out, rank * experts].
-    """
+    """a one below the other, weighted b side by side; expert by expert where there are several."""
     first = pairs[0][1]
     each = experts or 1
     a = [pair.a.float().unflatten(0, (each, -1)) for _, pair in pairs]
-    b = [weight * pair.b.float().unflatten(1, (-1, each)) for weight, pair in pairs]
+    b = [weight * pair.b.float().unflatten(1, (each, -1)) for weight, pair in pairs]
     return LowRank(
         torch.cat(a, dim=1).flatten(0, 1),
-        torch.cat(b, dim=1).flatten(1, 2),
+        torch.cat(b, dim=2).flatten(1, 2),
         group=math.gcd(*(pair.group for _, pair in pairs)),
         lookup=first.lookup,
     )

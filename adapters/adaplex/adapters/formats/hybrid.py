@@ -16,6 +16,7 @@ from torch import Tensor
 from adaplex.adapters.base_match import FINGERPRINT, NAME
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid, Refusal
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import HARMLESS, Reading
 from adaplex.adapters.joined import joined
@@ -35,6 +36,12 @@ class Hybrid:
 
     family = "hybrid"
     semantic_fields = USED
+    about = FormatRow(
+        "Hybrids: any of these together in one adapter",
+        "the primitives of all parts, each adding its own change",
+        "parts whose changes cannot be added: two replaced weights, or an input scale beside another "
+        "part's pair",
+    )
 
     def __init__(self, lower: Lower) -> None:
         """`lower` lowers a part by its own format."""

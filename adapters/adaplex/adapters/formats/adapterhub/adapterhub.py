@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from adaplex.adapters.checkpoint import Checkpoint
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.adapterhub.bottleneck import lower_bottleneck
 from adaplex.adapters.formats.adapterhub.lora import PROJECTIONS, lower_lora
 from adaplex.adapters.formats.adapterhub.part import LoweredPart, Part, Places
@@ -48,6 +49,11 @@ class AdapterHub:
 
     family = "bottleneck"
     semantic_fields = USED
+    about = FormatRow(
+        "AdapterHub's bottlenecks (Houlsby, Pfeiffer, parallel), LoRA, DoRA, (IA)^3 and unions",
+        "bottleneck, low-rank, output scale, KV prefix",
+        "gates (UniPELT), Compacter, invertible adapters, layer norms in the bottleneck, VeRA, ReFT",
+    )
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
