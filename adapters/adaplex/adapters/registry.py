@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -212,7 +212,7 @@ class AdapterRegistry:
             return next(p.record for p in parts if p.record.digest == combination.alone)
         digests = [component.digest for component in combination.components]
         reports = [self.programs.report(digest) for digest in digests]
-        _check_together({part.record.digest: part.record.name for part in parts}, reports)
+        _check_together(parts, reports)
         size = packed_bytes(reports, self._room.element_bytes)
         most = self._room.max_packed_bytes
         if most is not None and size > most:
@@ -235,17 +235,19 @@ class AdapterRegistry:
         )
 
 
-def _check_together(names: Mapping[str, str], reports: Sequence[Report]) -> None:
-    """Raises AdapterInvalid for adapters, named by digest, that no combination can hold."""
-    for report in reports:
-        name = names[report.digest]
+def _check_together(parts: Sequence[Part], reports: Sequence[Report]) -> None:
+    """Raises AdapterInvalid when adapters, named by `parts`, do not combine."""
+    by_digest = {report.digest: report for report in reports}
+    found = {p.record.name: by_digest.get(p.record.digest, Report()) for p in parts}
+    for name, report in found.items():
         if report.merged_only:
             reason = f"{name} can only be served merged, and by itself"
             raise AdapterInvalid.because("adapters", reason)
         if report.invocation:
             reason = f"{name} applies only from its invocation on, and by itself"
             raise AdapterInvalid.because("adapters", reason)
-    leading = [names[report.digest] for report in reports if report.leading]
+    leading = [report for report in reports if report.leading]
     if len(leading) > 1:
-        reason = f"{' and '.join(leading)} all put positions before the prompt; only one can"
+        names = " and ".join(name for name, report in found.items() if report.leading)
+        reason = f"{names} all put positions before the prompt; only one can"
         raise AdapterInvalid.because("adapters", reason)
