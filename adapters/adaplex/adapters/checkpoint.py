@@ -28,7 +28,8 @@ FILES = (CONFIG, WEIGHTS)
 SIGNATURE = "model.sig"
 """OpenSSF model signature of the others; may be left out."""
 
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "U8": 1}
+"""Whole numbers are positions, which few formats take."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 LENGTH_BYTES = 8
