@@ -10,9 +10,8 @@ from pathlib import Path
 
 from adaplex.adapters.base_match import BasePolicy, other_base
 from adaplex.adapters.catalog import AdapterRecord, Catalog
-from adaplex.adapters.combination import Combination, Component, module_ranks, packed_bytes
+from adaplex.adapters.combination import Combination, Component, check, module_ranks, packed_bytes
 from adaplex.adapters.errors import (
-    AdapterInvalid,
     AdapterNotFound,
     AdapterTooLarge,
     BaseMismatch,
@@ -25,7 +24,6 @@ from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.names import Names
 from adaplex.adapters.program import BaseSpec
 from adaplex.adapters.programs import Programs
-from adaplex.adapters.report import Report
 from adaplex.adapters.signatures import SignaturePolicy, SignatureVerifier
 from adaplex.adapters.sqlite_catalog import SqliteCatalog
 from adaplex.adapters.store import AdapterStore, Contents
@@ -125,9 +123,10 @@ class AdapterRegistry:
     def resolve_combination(
         self, selectors: Sequence[tuple[str, float]], *, routing_key: str = ""
     ) -> Lease:
-        """Binds several weighted selectors to one content, their rank concatenation.
+        """Binds several weighted selectors to one content, their sum.
 
-        Raises as `resolve`, AdapterInvalid for the weights, or AdapterTooLarge.
+        Raises as `resolve`, AdapterInvalid for the weights or for adapters that cannot be combined,
+        or AdapterTooLarge.
         """
         leases: list[Lease] = []
         try:
@@ -212,7 +211,7 @@ class AdapterRegistry:
             return next(p.record for p in parts if p.record.digest == combination.alone)
         digests = [component.digest for component in combination.components]
         reports = [self.programs.report(digest) for digest in digests]
-        _check_together(parts, reports)
+        check(combination, reports, {part.record.digest: part.record.name for part in parts})
         size = packed_bytes(reports, self._room.element_bytes)
         most = self._room.max_packed_bytes
         if most is not None and size > most:
@@ -232,22 +231,5 @@ class AdapterRegistry:
             packed_bytes=size,
             created=datetime.now(UTC),
             leading=sum(report.leading for report in reports),
+            invocation=reports[0].invocation,
         )
-
-
-def _check_together(parts: Sequence[Part], reports: Sequence[Report]) -> None:
-    """Raises AdapterInvalid when adapters, named by `parts`, do not combine."""
-    by_digest = {report.digest: report for report in reports}
-    found = {p.record.name: by_digest.get(p.record.digest, Report()) for p in parts}
-    for name, report in found.items():
-        if report.merged_only:
-            reason = f"{name} can only be served merged, and by itself"
-            raise AdapterInvalid.because("adapters", reason)
-        if report.invocation:
-            reason = f"{name} applies only from its invocation on, and by itself"
-            raise AdapterInvalid.because("adapters", reason)
-    leading = [report for report in reports if report.leading]
-    if len(leading) > 1:
-        names = " and ".join(name for name, report in found.items() if report.leading)
-        reason = f"{names} all put positions before the prompt; only one can"
-        raise AdapterInvalid.because("adapters", reason)
