@@ -84,7 +84,12 @@ class Rig:
         else:
             self.runner.load_adapter(program.digest, self._offset, size)
             self._offset += size
-        return AdapterRef("a", 1, program.digest, size, len(program.modules), mode)
+        return AdapterRef(
+            *("a", 1, program.digest, size, len(program.modules), mode),
+            leading=program.leading,
+            invocation=program.invocation,
+            merged_only=program.merged_only,
+        )
 
     def sequence(
         self,

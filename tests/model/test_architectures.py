@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adaplex.model.adapted import AdaptedLinear
 from adaplex.model.errors import UnsupportedModel
 from adaplex.model.loader import load_base
+from adaplex.model.step import BaseRows
 from rig import Rig, prompt
 from tiny import ARCHITECTURES, byte_tokenizer, save_tiny
 
@@ -101,7 +101,37 @@ def test_spec_lists_sites_that_see_one_row_a_token(tiny_model: Callable[[str], P
     assert (c_attn.in_features, c_attn.out_features, c_attn.transposed) == (64, 192, True)
     assert gpt2.modules["transformer.h.0.ln_1"].kind == "norm"
     mixtral = load_base(str(tiny_model("mixtral")), quantization="fp32").spec
-    assert not any("experts" in name for name in mixtral.modules)
+    fused = mixtral.modules["model.layers.1.mlp.experts.down_proj"]
+    assert (fused.kind, fused.experts, fused.in_features) == ("experts", 4, 128)
+
+
+def test_spec_lists_what_other_families_touch(tiny_model: Callable[[str], Path]) -> None:
+    spec = load_base(str(tiny_model("qwen2")), quantization="fp32").spec
+    table = spec.modules["model.embed_tokens"]
+    assert (table.kind, table.in_features, table.out_features) == ("embedding", 320, 64)
+    assert spec.weight(table.name).shape == (320, 64)
+    norm = spec.modules["model.layers.2.input_layernorm"]
+    assert (norm.kind, norm.has_bias) == ("norm", False)
+    assert spec.weight(norm.name).shape == (64,)
+    with pytest.raises(KeyError):
+        spec.weight("model.layers.9.input_layernorm")
+    assert spec.kv_shapes == ((2, 16, 16),) * 3
+    assert (spec.tied, spec.quantization) == (False, "fp32")
+    blocks = [m for m in spec.modules.values() if m.kind == "block"]
+    assert [(m.name, m.layer, m.part, m.joins) for m in blocks if m.layer == 1] == [
+        ("model.layers.1.self_attn", 1, "attention", True),
+        ("model.layers.1.mlp", 1, "mlp", True),
+    ]
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt2"])
+def test_bottlenecks_fit_only_behind_blocks_that_join_the_stream(
+    architecture: str, tiny_model: Callable[[str], Path]
+) -> None:
+    spec = load_base(str(tiny_model(architecture)), quantization="fp32").spec
+    blocks = [m for m in spec.modules.values() if m.kind == "block"]
+    assert {m.layer for m in blocks if m.part == "attention"} == {0, 1, 2}
+    assert not any(m.joins for m in blocks)
 
 
 def test_nf4_without_kernels_is_told_in_one_line(
@@ -126,7 +156,8 @@ def test_a_base_only_step_runs_no_adapter_code(
     def touched(*_: object) -> None:
         raise AssertionError("adapter code ran")
 
-    monkeypatch.setattr(AdaptedLinear, "_adapted", touched)
+    for method in ("linear", "norm", "embedding", "block"):
+        monkeypatch.setattr(BaseRows, method, touched)
     assert torch.equal(rig.prefill(rig.sequence(prompt(9))), expected)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from adaplex.adapters.errors import AdapterNotFound
 from adaplex.adapters.program import AdapterProgram
-from adaplex.model.host_copies import HostCopies, pack
+from adaplex.model.host_copies import HostCopies, Packer
 from peft_adapters import load_plain, save_adapter, spread
 from rig import Rig, lowered, prompt
 
@@ -34,7 +34,7 @@ def programs(rig: Rig, tiny_model: Callable[[str], Path], tmp_path: Path) -> lis
 def test_a_packed_adapter_is_its_program_packed(rig: Rig, programs: list[AdapterProgram]) -> None:
     dtype = rig.base.dtype
     for program in programs:
-        packed = pack(program, dtype, modules=rig.runner._modules, pinned=False)
+        packed = Packer(rig.base.spec.modules, dtype).pack(program)
         assert packed.flat.nbytes == program.packed_bytes(dtype.itemsize)
         tensors = [tensor for module in program.modules for _, tensor in module.tensors()]
         for place, tensor in zip(packed.layout, tensors, strict=True):
@@ -69,10 +69,9 @@ def test_a_fetch_that_fails_keeps_nothing(rig: Rig, programs: list[AdapterProgra
     assert rig.runner._host.get(programs[0].digest) is None
 
 
-def test_a_removed_copy_is_forgotten(programs: list[AdapterProgram]) -> None:
-    modules = {module.module: i for i, module in enumerate(programs[0].modules)}
+def test_a_removed_copy_is_forgotten(rig: Rig, programs: list[AdapterProgram]) -> None:
     copies = HostCopies()
-    packed = pack(programs[0], torch.float32, modules=modules, pinned=False)
+    packed = Packer(rig.base.spec.modules, torch.float32).pack(programs[0])
     copies.keep(packed)
     assert copies.get(packed.digest) is packed
     copies.remove(packed.digest)

@@ -33,6 +33,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 LENGTH_BYTES = 8
 MAX_DIMENSIONS = 4
+MAX_ELEMENTS = 1 << 48
+"""Of a tensor, sizes of 0 left out: AdaLoRA saves what it has pruned as [0, in]."""
 MAX_DEPTH = 16
 """Of lists and objects within each other in a JSON file."""
 ENTRY = {"dtype", "shape", "data_offsets"}
@@ -148,8 +150,10 @@ def _entry_problem(entry: Any) -> str | None:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         return f"has dtype {dtype!r:.40}; accepted are {', '.join(DTYPE_BYTES)}"
-    if not _are_whole(shape, least=1) or len(shape) > MAX_DIMENSIONS:
-        return f"has shape {shape!r:.80}; accepted are up to {MAX_DIMENSIONS} sizes above 0"
+    if not _are_whole(shape, least=0) or len(shape) > MAX_DIMENSIONS:
+        return f"has shape {shape!r:.80}; accepted are up to {MAX_DIMENSIONS} sizes from 0"
+    if math.prod(size or 1 for size in shape) >= MAX_ELEMENTS:
+        return f"has shape {shape!r:.80}, which is too large"
     if not _are_whole(offsets, least=0) or len(offsets) != 2:
         return f"has data_offsets {offsets!r:.80}; expected where it begins and ends"
     begin, end = offsets

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge, Refusal
-from adaplex.adapters.formats.lora import PREFIX
+from adaplex.adapters.formats.reading import PREFIX
 from adaplex.adapters.gguf_file import GgufFile, GgufTensor, read_gguf
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import BaseModule, BaseSpec

@@ -47,6 +47,9 @@ class BaseModule:
     """Of a block: which layer it is in."""
     part: Literal["", "attention", "mlp"] = ""
     """Of a block."""
+    joins: bool = False
+    """Of a block: it follows a norm of the residual stream, and its output is added to that as it
+    is; bottlenecks need that."""
     experts: int = 0
     """Of the kind `experts`: how many there are; the features are those of one."""
 
@@ -139,7 +142,7 @@ class Reads(StrEnum):
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """y += up f(down x + down_bias) + up_bias, at a block. Its scale is folded into the two of up."""
+    """y += up f(down x + down_bias) + up_bias, at a block, its scale folded into both of up."""
 
     down: Tensor  # [width, hidden]
     up: Tensor  # [hidden, width]

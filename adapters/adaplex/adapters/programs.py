@@ -12,6 +12,7 @@ from adaplex.adapters.base_match import BasePolicy, mismatches
 from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint
 from adaplex.adapters.combination import Combination, combine
 from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound, Refusal, StoreCorrupt
+from adaplex.adapters.leading import check_leading
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec
 from adaplex.adapters.report import Report, ReportCache, describe
@@ -21,6 +22,7 @@ EVICTIONS = 64
 """Times that a cache may drop content between fetching and reading it."""
 MAX_REPORTS = 4096
 """Reports kept in memory."""
+UNSERVABLE = "it can only be served merged, and this server keeps no merged weights"
 
 
 class Programs:
@@ -34,11 +36,15 @@ class Programs:
         element_bytes: int,
         limits: AdapterLimits,
         base_policy: BasePolicy,
+        keeps_merged: bool,
         is_wanted: Callable[[str], bool],
     ) -> None:
-        """`is_wanted` tells whether content must be there, as a name or a lease holds it."""
+        """`is_wanted` tells whether content must be there, as a name or a lease holds it;
+        `keeps_merged` whether what can only be merged can be served.
+        """
         self._contents, self._base, self._element_bytes = contents, base, element_bytes
         self._limits, self._policy, self._is_wanted = limits, base_policy, is_wanted
+        self._keeps_merged = keeps_merged
         self._lock = threading.Lock()
         self._reports = ReportCache(MAX_REPORTS)
         self._combinations: dict[str, Combination] = {}
@@ -49,14 +55,14 @@ class Programs:
         Raises AdapterInvalid or AdapterTooLarge.
         """
         checkpoint = read_checkpoint(directory, self._limits)
-        program = formats.lower(checkpoint, self._base, self._limits)
+        program = self._lower(checkpoint, self._limits)
         if self._policy is BasePolicy.OFF:
             return program
         found = mismatches(checkpoint.config, self._base)
         if found and self._policy is BasePolicy.REFUSE:
             raise AdapterInvalid([Refusal(*pair) for pair in found])
         warnings = tuple(f"{where} {how}" for where, how in found)
-        return replace(program, warnings=warnings)
+        return replace(program, warnings=(*program.warnings, *warnings))
 
     def program(self, digest: str) -> AdapterProgram:
         """Reads and lowers stored content, whatever the limits for uploads are by now, or combines
@@ -69,7 +75,7 @@ class Programs:
             parts = [self.program(part.digest) for part in combination.components]
             return combine(combination, parts)
         try:
-            program = formats.lower(self.checkpoint(digest), self._base, self._limits.for_stored())
+            program = self._lower(self.checkpoint(digest), self._limits.for_stored())
             if program.digest != digest:
                 raise StoreCorrupt(f"{digest} holds the content of {program.digest}")
         except StoreCorrupt:
@@ -98,14 +104,17 @@ class Programs:
             kept = self._reports.get(digest)
         if kept is not None and self._contents.has(digest):
             return kept
-        made = describe(self.program(digest), self._base, self._element_bytes)
+        made = self.describe(self.program(digest))
         if self._is_wanted(digest):
             self.remember(made)
         return made
 
     def describe(self, program: AdapterProgram) -> Report:
         """The report of a lowered adapter."""
-        return describe(program, self._base, self._element_bytes)
+        report = describe(program, self._base, self._element_bytes)
+        if program.merged_only and not self._keeps_merged:
+            return replace(report, warnings=(*report.warnings, UNSERVABLE))
+        return report
 
     def remember(self, report: Report) -> None:
         """Keeps a report of content that is stored."""
@@ -124,6 +133,11 @@ class Programs:
     def uncombine(self, digest: str) -> None:
         """Forgets a combination that nobody leases."""
         self._combinations.pop(digest, None)
+
+    def _lower(self, checkpoint: Checkpoint, limits: AdapterLimits) -> AdapterProgram:
+        program = formats.lower(checkpoint, self._base, limits)
+        check_leading(program, self._base)
+        return program
 
     def _open(self, digest: str) -> Path:
         """The folder of intact content. Raises StoreCorrupt or AdapterNotFound."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +12,7 @@ from adaplex.adapters.base_match import BasePolicy, other_base
 from adaplex.adapters.catalog import AdapterRecord, Catalog
 from adaplex.adapters.combination import Combination, Component, module_ranks, packed_bytes
 from adaplex.adapters.errors import (
+    AdapterInvalid,
     AdapterNotFound,
     AdapterTooLarge,
     BaseMismatch,
@@ -24,6 +25,7 @@ from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.names import Names
 from adaplex.adapters.program import BaseSpec
 from adaplex.adapters.programs import Programs
+from adaplex.adapters.report import Report
 from adaplex.adapters.signatures import SignaturePolicy, SignatureVerifier
 from adaplex.adapters.sqlite_catalog import SqliteCatalog
 from adaplex.adapters.store import AdapterStore, Contents
@@ -57,6 +59,7 @@ class AdapterRegistry:
             element_bytes=room.element_bytes,
             limits=room.limits,
             base_policy=base_policy,
+            keeps_merged=room.keeps_merged,
             is_wanted=lambda digest: digest in self._leases or catalog.holds(digest),
         )
         self.garbage = GarbageCollector(
@@ -87,6 +90,7 @@ class AdapterRegistry:
         element_bytes: int,
         limits: AdapterLimits | None = None,
         max_packed_bytes: int | None = None,
+        keeps_merged: bool = True,
         base_policy: BasePolicy = BasePolicy.WARN,
         signatures: SignatureVerifier | None = None,
     ) -> AdapterRegistry:
@@ -99,7 +103,7 @@ class AdapterRegistry:
             AdapterStore(root),
             SqliteCatalog(root / "catalog.sqlite3"),
             base,
-            room=Room(element_bytes, limits or AdapterLimits(), max_packed_bytes),
+            room=Room(element_bytes, limits or AdapterLimits(), max_packed_bytes, keeps_merged),
             base_policy=base_policy,
             signatures=signatures,
         )
@@ -208,6 +212,7 @@ class AdapterRegistry:
             return next(p.record for p in parts if p.record.digest == combination.alone)
         digests = [component.digest for component in combination.components]
         reports = [self.programs.report(digest) for digest in digests]
+        _check_together({part.record.digest: part.record.name for part in parts}, reports)
         size = packed_bytes(reports, self._room.element_bytes)
         most = self._room.max_packed_bytes
         if most is not None and size > most:
@@ -226,4 +231,21 @@ class AdapterRegistry:
             stored_bytes=0,
             packed_bytes=size,
             created=datetime.now(UTC),
+            leading=sum(report.leading for report in reports),
         )
+
+
+def _check_together(names: Mapping[str, str], reports: Sequence[Report]) -> None:
+    """Raises AdapterInvalid for adapters, named by digest, that no combination can hold."""
+    for report in reports:
+        name = names[report.digest]
+        if report.merged_only:
+            reason = f"{name} can only be served merged, and by itself"
+            raise AdapterInvalid.because("adapters", reason)
+        if report.invocation:
+            reason = f"{name} applies only from its invocation on, and by itself"
+            raise AdapterInvalid.because("adapters", reason)
+    leading = [names[report.digest] for report in reports if report.leading]
+    if len(leading) > 1:
+        reason = f"{' and '.join(leading)} all put positions before the prompt; only one can"
+        raise AdapterInvalid.because("adapters", reason)

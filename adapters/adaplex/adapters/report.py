@@ -19,6 +19,8 @@ class ModuleReport:
     in_features: int
     out_features: int
     bias: bool
+    primitives: tuple[str, ...] = ()
+    """Names of what is applied there."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,18 @@ class Report:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     """Why its answers may not be what its author meant."""
+    prefix_tokens: int = 0
+    """Positions before the prompt whose keys and values are given."""
+    virtual_tokens: int = 0
+    """Positions before the prompt, behind the prefix, whose embeddings are given."""
+    invocation: tuple[int, ...] = ()
+    """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
+    merged_only: bool = False
+
+    @property
+    def leading(self) -> int:
+        """Positions before the prompt."""
+        return self.prefix_tokens + self.virtual_tokens
 
     @property
     def valid(self) -> bool:
@@ -50,6 +64,7 @@ def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Rep
             in_features=base.modules[module.module].in_features,
             out_features=base.modules[module.module].out_features,
             bias=module.bias is not None,
+            primitives=module.primitives,
         )
         for module in program.modules
     )
@@ -61,6 +76,10 @@ def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Rep
         packed,
         notes=program.notes,
         warnings=program.warnings,
+        prefix_tokens=program.prefix_tokens,
+        virtual_tokens=program.virtual_tokens,
+        invocation=program.invocation,
+        merged_only=program.merged_only,
     )
 
 

@@ -1,12 +1,17 @@
-"""Layers of the base that adapters can touch. They know primitives, not families."""
+"""Layers of the base that adapters can touch. What the adapters do there is the step's to say."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adaplex.adapters.program import BaseModule
+from adaplex.model import experts
 from adaplex.model.linear import LinearBackend
-from adaplex.model.step import AdapterRows, StepContext
+from adaplex.model.step import StepContext
 
 
 class AdaptedLinear(nn.Module):
@@ -30,43 +35,64 @@ class AdaptedLinear(nn.Module):
         """[..., in] -> [..., out]; rows are the leading dimensions, flattened."""
         adapters = self._step.head_rows if self.is_head else self._step.rows
         rows = x.reshape(-1, x.shape[-1])
-        y = self._adapted(rows, adapters) if adapters.any else self.backend(rows)
+        y = adapters.linear(self.name, self.backend, rows) if adapters.any else self.backend(rows)
         return y.view(*x.shape[:-1], self.backend.out_features)
 
-    def _adapted(self, x: Tensor, adapters: AdapterRows) -> Tensor:
-        """x [rows, in] -> [rows, out]. One merged adapter for all rows skips the base."""
-        if adapters.segments and adapters.segments[0].covers(x.shape[0]):
-            dense = adapters.segments[0].merged.get(self.name)
-            if dense is not None:
-                return dense(x)
-        y = self.backend(x)
-        adapters.add_low_rank(self.name, x, y)
-        for segment in adapters.segments:
-            rows = slice(segment.start, segment.stop)
-            if (dense := segment.merged.get(self.name)) is not None:
-                y[rows] = dense(x[rows])
-            elif (site := segment.sites.get(self.name)) is not None and site.bias is not None:
-                y[rows] += site.bias
-        return y
+
+def adapt(module: nn.Module, site: BaseModule, step: StepContext) -> None:
+    """Lets the adapters of a step change what a module of another kind than linear gives."""
+    match site.kind:
+        case "norm":
+            module.register_forward_hook(_norm_hook(site.name, step))
+        case "embedding":
+            module.register_forward_hook(_embedding_hook(site.name, step))
+        case "block" if site.joins:
+            module.register_forward_hook(_block_hook(site.name, step), with_kwargs=True)
+        case "experts":
+            owner, _, parameter = site.name.rpartition(".")
+            experts.adapt(module, owner, parameter, step)
+        case _:
+            pass
 
 
-class AdaptedNorm(nn.Module):
-    """A norm of the base whose bias adapters may shift."""
+def _norm_hook(name: str, step: StepContext) -> Any:
+    """Norms read the residual stream, which bottlenecks behind them may want."""
 
-    def __init__(self, name: str, norm: nn.Module, step: StepContext) -> None:
-        super().__init__()
-        self.name = name
-        self.norm = norm
-        self._step = step
+    def hook(norm: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        if step.rows.any:
+            step.residual = args[0]
+            step.rows.norm(name, norm, _rows(args[0]), _rows(y))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., features] -> [..., features]."""
-        y: Tensor = self.norm(x)
-        for segment in self._step.rows.segments:
-            site = segment.sites.get(self.name)
-            if site is not None and site.bias is not None:
-                y.view(-1, y.shape[-1])[segment.start : segment.stop] += site.bias
-        return y
+    return hook
+
+
+def _embedding_hook(name: str, step: StepContext) -> Any:
+    def hook(embedding: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        if step.rows.any:
+            step.rows.embedding(name, embedding, args[0].reshape(-1), _rows(y))
+
+    return hook
+
+
+def _block_hook(name: str, step: StepContext) -> Any:
+    """Attention gives a tuple of which the first is what joins the stream, and takes its input by
+    name.
+    """
+
+    def hook(
+        _block: nn.Module, args: tuple[Tensor, ...], named: Mapping[str, Tensor], output: Any
+    ) -> None:
+        if step.rows.any and step.residual is not None:
+            y = output[0] if isinstance(output, tuple) else output
+            x = args[0] if args else named["hidden_states"]
+            step.rows.block(name, _rows(x), _rows(step.residual), _rows(y))
+
+    return hook
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., features] -> [rows, features], of the same memory."""
+    return x.view(-1, x.shape[-1])
 
 
 def oriented_weight(module: nn.Module) -> Tensor:

@@ -1,13 +1,15 @@
 """Which architectures can be served, and what their layers look like: asked of the model itself.
 
 A probe run through the registered attention finds the shapes of keys and values, which linears
-and norms see one row a token (the sites that adapters may touch), and whether attention was
-called once a layer. What fails here would otherwise fail silently.
+and norms see one row a token (the sites that adapters may touch), which blocks add their output to
+the residual stream, and whether attention was called once a layer. What fails here would otherwise
+fail silently.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +21,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from adaplex.adapters.program import BaseModule
 from adaplex.model import attention
 from adaplex.model.adapted import oriented_weight
+from adaplex.model.blocks import BlockWatch
 from adaplex.model.errors import UnsupportedModel
 from adaplex.model.kv_cache import LayerShape
 
+FUSED = ("gate_up_proj", "down_proj")
+"""Parameters that hold the weights of all experts of a layer."""
 PROBE_TOKENS = 5
 """An unusual row count, so that no other dimension is mistaken for it."""
 
@@ -80,10 +85,12 @@ def probe(model: nn.Module) -> Probe:
     attention.install(model, attend)
     head = output_layer(model)
     handles = []
+    watch = BlockWatch(model)
     for name, module in model.named_modules():
         site = _describe(name, module, is_head=module is head)
         if site is not None:
             handles.append(module.register_forward_hook(_seen(site, found.sites)))
+    handles += watch.handles
     device = next(model.parameters()).device
     tokens = torch.arange(1, PROBE_TOKENS + 1, device=device)[None]
     try:
@@ -103,7 +110,8 @@ def probe(model: nn.Module) -> Probe:
             "some layers bypass it"
         )
     found.shapes = [by_layer[i] for i in range(layers)]
-    found.sites = list({site.name: site for site in found.sites}.values())
+    sites = [*_embedding(model), *found.sites, *_experts(model), *watch.blocks()]
+    found.sites = list({site.name: site for site in sites}.values())
     return found
 
 
@@ -126,9 +134,36 @@ def _describe(name: str, module: nn.Module, *, is_head: bool) -> BaseModule | No
         transposed = type(module).__name__ == "Conv1D"
         return BaseModule(name, "linear", in_features, out_features, bias, is_head, transposed)
     weight = getattr(module, "weight", None)
-    if bias and isinstance(weight, nn.Parameter) and weight.dim() == 1:
-        return BaseModule(name, "norm", weight.shape[0], weight.shape[0], True)
+    if isinstance(weight, nn.Parameter) and weight.dim() == 1:
+        return BaseModule(name, "norm", weight.shape[0], weight.shape[0], bias)
     return None
+
+
+def _embedding(model: nn.Module) -> Iterator[BaseModule]:
+    """The table that makes hidden states of tokens."""
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    name = next(name for name, module in model.named_modules() if module is table)
+    yield BaseModule(name, "embedding", *table.weight.shape)
+
+
+def _experts(model: nn.Module) -> Iterator[BaseModule]:
+    """The fused weights of experts."""
+    for name, module in model.named_modules():
+        for parameter in FUSED:
+            weight = getattr(module, parameter, None)
+            if isinstance(weight, nn.Parameter) and weight.dim() == 3:
+                count, out_features, in_features = weight.shape
+                transposed = bool(getattr(module, "is_transposed", False))
+                if transposed:
+                    out_features, in_features = in_features, out_features
+                yield BaseModule(
+                    f"{name}.{parameter}",
+                    "experts",
+                    in_features,
+                    out_features,
+                    transposed=transposed,
+                    experts=count,
+                )
 
 
 def _seen(site: BaseModule, sites: list[BaseModule]) -> Any:

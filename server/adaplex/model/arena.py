@@ -5,17 +5,12 @@ Policy (which adapter, where) lives in `adaplex.engine.unmerged`; here are the b
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from adaplex.adapters.program import PackedTensor
 from adaplex.model import memory
 from adaplex.model.host_copies import PackedAdapter
-from adaplex.model.kernels.low_rank import AdapterWeights, SiteWeights
+from adaplex.model.kernels.low_rank import AdapterWeights
 
 
 class Arena:
@@ -36,11 +31,7 @@ class Arena:
         assert packed.flat.nbytes <= nbytes
         extent = self._flat[offset // size : offset // size + packed.flat.numel()]
         self._copy(packed.flat, extent)
-        self._resident[packed.digest] = AdapterWeights(
-            packed.table(extent.data_ptr()),
-            packed.has_bias,
-            partial(_sites, packed.layout, extent),
-        )
+        self._resident[packed.digest] = packed.weights(extent)
 
     def remove(self, digest: str) -> None:
         """Forgets a resident adapter; its extent may be overwritten from now on. On the thread that
@@ -65,13 +56,3 @@ class Arena:
         with torch.cuda.stream(self._stream):
             extent.copy_(source, non_blocking=True)
         self._stream.synchronize()
-
-
-def _sites(layout: Sequence[PackedTensor], extent: Tensor) -> dict[str, SiteWeights]:
-    """Views of a packed adapter in its extent."""
-    sites: dict[str, SiteWeights] = {}
-    for place in layout:
-        end = place.offset + math.prod(place.shape)
-        view = extent[place.offset : end].view(place.shape)
-        setattr(sites.setdefault(place.module, SiteWeights()), place.role, view)
-    return sites

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from adaplex.adapters.program import BaseModule
 from adaplex.model import attention, experts
-from adaplex.model.adapted import AdaptedLinear, AdaptedNorm, base_bias, oriented_weight
+from adaplex.model.adapted import AdaptedLinear, adapt, base_bias, oriented_weight
 from adaplex.model.architecture import Probe, is_linear, output_layer, probe
 from adaplex.model.int4_group import INT4_GROUP, Int4GroupLinear
 from adaplex.model.kernels.native.kernels import NF4_BLOCK, NativeKernels
@@ -129,23 +129,20 @@ class Assembly:
         return model, saved.found
 
     def _adapt(self, model: nn.Module, sites: list[BaseModule], backend_for: BackendFor) -> None:
-        """Replaces attention, every linear, and every norm with a bias."""
+        """Replaces attention and every linear; lets adapters change what the other sites give."""
         kernel = attention.paged_kernel(self.device)
         attention.install(model, attention.PagedAttention(self.step, kernel))
         head = output_layer(model)
-        names = {site.name for site in sites}
         for name, module in list(model.named_modules()):
-            replacement: nn.Module
             if is_linear(module):
                 is_head = module is head
                 backend = backend_for(name, module, is_head)
                 replacement = AdaptedLinear(name, backend, self.step, is_head=is_head)
-            elif name in names:
-                replacement = AdaptedNorm(name, module, self.step)
-            else:
-                continue
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, replacement)
+                parent, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, replacement)
+        for site in sites:
+            owner = site.name.rpartition(".")[0] if site.kind == "experts" else site.name
+            adapt(model.get_submodule(owner), site, self.step)
 
     def _quantized(self, _name: str, linear: nn.Module, is_head: bool) -> LinearBackend:
         """The backend of one linear; the output layer is kept as it is."""

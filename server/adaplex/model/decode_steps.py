@@ -26,7 +26,8 @@ from adaplex.model.kernels.low_rank import (
 )
 from adaplex.model.kernels.reference import PARTITION
 from adaplex.model.loader import BaseModel
-from adaplex.model.step import AdapterRows, AttentionGroup
+from adaplex.model.segments import SegmentRows
+from adaplex.model.step import AdapterRows, AttentionGroup, BaseRows
 
 Replay = Callable[[], Tensor]
 """Runs one step on what its buffer holds; logits [rows, vocabulary], valid until the next run."""
@@ -136,10 +137,11 @@ class DecodeSteps:
 
     def _step(self, inputs: StepInputs, shape: Shape) -> Replay:
         """The step of a shape."""
-        base, step, adapters = self._base, self._base.step, AdapterRows()
+        base, step = self._base, self._base.step
+        adapters: AdapterRows = BaseRows()
         if shape.adapters:
             add = self._low_rank.adder(inputs.tiles, self._modules, max_rank=self._max_rank)
-            adapters = AdapterRows(any=True, add_low_rank=add)
+            adapters = SegmentRows((), add)
         group = AttentionGroup(0, inputs.tables, inputs.positions[:, None])
         every_row = torch.arange(shape.rows, device=base.device)
 
@@ -167,7 +169,7 @@ class DecodeSteps:
             if adapter.mode is AdapterMode.MERGED:
                 return None
             found = weights(adapter.digest)
-            if found.has_bias or found.max_rank > self._max_rank:
+            if not found.plain or found.max_rank > self._max_rank:
                 return None
             if spans and spans[-1].stop == row and spans[-1].weights is found:
                 spans[-1] = Span(spans[-1].start, row + 1, found)

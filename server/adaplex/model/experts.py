@@ -10,12 +10,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from adaplex.model.kernels.reference import linear_rows
+from adaplex.model.step import StepContext
 
 IMPLEMENTATION = "adaplex_rows"
+NAMES, STEP = "adaplex_names", "adaplex_step"
+"""Attributes of adapted experts: the full name of each parameter, and the step's context."""
+
+
+def adapt(module: nn.Module, name: str, parameter: str, step: StepContext) -> None:
+    """Lets adapters change what a fused parameter of the experts `name` gives."""
+    names = getattr(module, NAMES, {})
+    object.__setattr__(module, NAMES, {**names, parameter: f"{name}.{parameter}"})
+    object.__setattr__(module, STEP, step)
 
 
 def experts_forward(
@@ -29,19 +39,26 @@ def experts_forward(
     out = torch.zeros_like(hidden)
     for expert in top_k_index.unique().tolist():
         rows, place = torch.where(top_k_index == expert)
-        mid = _project(module, "gate_up_proj", expert, hidden[rows])
+        mid = _project(module, "gate_up_proj", expert, rows, hidden[rows])
         mid = module._apply_gate(mid)
-        mid = _project(module, "down_proj", expert, mid)
+        mid = _project(module, "down_proj", expert, rows, mid)
         out.index_add_(0, rows, (mid * top_k_weights[rows, place, None]).to(out.dtype))
     return out
 
 
-def _project(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
-    """x [rows, in] times the weight of one expert, plus its bias when there is one."""
+def _project(module: Any, name: str, expert: int, rows: Tensor, x: Tensor) -> Tensor:
+    """x [chosen, in] times the weight of one expert, plus its bias when there is one, and what
+    adapters add to these rows.
+    """
     weight = getattr(module, name)[expert]
     y = linear_rows(x, weight.T if getattr(module, "is_transposed", False) else weight)
     bias = getattr(module, f"{name}_bias", None)
-    return y if bias is None else y + bias[expert]
+    if bias is not None:
+        y = y + bias[expert]
+    step: StepContext | None = getattr(module, STEP, None)
+    if step is not None and step.rows.any:
+        step.rows.expert(getattr(module, NAMES)[name], expert, rows, x, y)
+    return y
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

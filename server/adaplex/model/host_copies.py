@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaplex.adapters.program import AdapterProgram, PackedTensor
+from adaplex.adapters.program import AdapterProgram, BaseModule, ModuleProgram, PackedTensor
+from adaplex.model.kernels.low_rank import AdapterWeights, SiteWeights
 from adaplex.model.kernels.native.kernels import NativeKernels
-from adaplex.model.kernels.native.structs import SITE_FIELDS
+from adaplex.model.kernels.native.structs import SITE_FIELDS, shape_code
+
+FIELDS = {role: role for role in SITE_FIELDS} | {"weight": "dense"}
+"""Role of a packed tensor -> where the table has its address."""
 
 
 @dataclass(frozen=True)
@@ -27,56 +32,135 @@ class PackedAdapter:
     flat: Tensor
     """[elements] of the compute dtype, in host memory."""
     layout: tuple[PackedTensor, ...]
+    traits: Mapping[str, SiteWeights]
+    """What is no tensor of the arena, by module."""
     offsets: NDArray[np.int64]
-    """[modules, SITE_FIELDS]: bytes from the start, -1 where there is nothing, and ranks: what the
-    table of the resident adapter differs from by its address."""
+    """[modules, SITE_FIELDS]: bytes from the start, -1 where there is nothing: the table of the
+    resident adapter differs by its address."""
+    numbers: NDArray[np.int64]
+    """[modules, SITE_FIELDS]: what is no place in the adapter, 0 elsewhere."""
+    row_ids: NDArray[np.int32]
+    """What `numbers` points to."""
 
     def table(self, address: int) -> NDArray[np.int64]:
         """As in AdapterWeights, of a copy that begins at this address."""
-        rank = SITE_FIELDS.index("rank")
-        table: NDArray[np.int64] = np.where(self.offsets < 0, 0, self.offsets + address)
-        table[:, rank] = np.maximum(self.offsets[:, rank], 0)
-        return table
+        places: NDArray[np.int64] = np.where(self.offsets < 0, 0, self.offsets + address)
+        return places + self.numbers
 
-    @property
-    def has_bias(self) -> bool:
-        """Whether any site has one."""
-        return any(place.role == "bias" for place in self.layout)
+    def weights(self, extent: Tensor) -> AdapterWeights:
+        """Of a copy in `extent`, which has at least as many elements as `flat`."""
+        make_sites = partial(_sites, self.layout, self.traits, extent)
+        return AdapterWeights(
+            self.table(extent.data_ptr()),
+            self.plain,
+            self.prefix_tokens,
+            make_sites,
+            row_ids=self.row_ids,
+        )
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether it only adds low-rank deltas to linears."""
+        return not self.traits and all(place.role in ("a", "b") for place in self.layout)
+
+    @cached_property
+    def prefix_tokens(self) -> int:
+        """Positions whose keys and values it gives."""
+        return max((place.shape[0] for place in self.layout if place.role == "keys"), default=0)
 
 
-def pack(
-    program: AdapterProgram,
-    dtype: torch.dtype,
-    *,
-    modules: Mapping[str, int],
-    pinned: bool,
-    kernels: NativeKernels | None = None,
-) -> PackedAdapter:
-    """Packs a program; `modules` numbers every module of the base; `pinned` makes copies to a CUDA
-    device run beside it. Where the C `kernels` will read it, every b lies in their panels.
-    """
-    size = dtype.itemsize
-    elements = program.packed_bytes(size) // size
-    flat = torch.zeros(elements, dtype=dtype, pin_memory=pinned)
-    program.pack_into(flat)
-    layout = program.layout(size)
+@dataclass(frozen=True)
+class Packer:
+    """Packs programs for one base."""
+
+    modules: Mapping[str, BaseModule]
+    """Every module of the base; their order numbers them."""
+    dtype: torch.dtype
+    pinned: bool = False
+    """Whether copies to a CUDA device run beside it."""
+    kernels: NativeKernels | None = None
+    """Those that read the b of linears in panels."""
+    decoder: bool = False
+    """Whether they run the whole model: then every b and replaced weight lies in panels."""
+
+    def pack(self, program: AdapterProgram) -> PackedAdapter:
+        """Packs a program."""
+        size = self.dtype.itemsize
+        elements = program.packed_bytes(size) // size
+        flat = torch.zeros(elements, dtype=self.dtype, pin_memory=self.pinned)
+        program.pack_into(flat)
+        layout = program.layout(size)
+        for place in layout:
+            self._into_panels(place, flat[place.offset : place.offset + math.prod(place.shape)])
+        traits = {m.module: t for m in program.modules if (t := self._traits(m)) is not None}
+        offsets, numbers, row_ids = self._lines(program, layout)
+        return PackedAdapter(
+            program.digest, flat, layout, traits, offsets, numbers=numbers, row_ids=row_ids
+        )
+
+    def _into_panels(self, place: PackedTensor, part: Tensor) -> None:
+        """Puts a tensor the way the C kernels read it."""
+        linear = self.modules[place.module].kind == "linear"
+        if self.kernels is None or not (linear or self.decoder):
+            return
+        view = part.view(place.shape)
+        if place.role == "b":
+            part.copy_(self.kernels.pack_low_rank(view))
+        elif place.role == "weight" and linear and self.decoder:
+            part.copy_(self.kernels.pack_dense(view).view(-1))
+
+    def _traits(self, program: ModuleProgram) -> SiteWeights | None:
+        """What a site has besides tensors; None for linears, mostly."""
+        module = self.modules[program.module]
+        if program.bottleneck is not None:
+            shape = program.bottleneck
+            return SiteWeights(activation=shape.activation, reads=shape.reads)
+        if program.rows is not None:
+            return SiteWeights(row_ids=torch.tensor(program.rows.ids))
+        if module.kind == "experts" and program.low_rank is not None:
+            return SiteWeights(expert_rank=program.low_rank.rank // module.experts)
+        return None if module.kind == "linear" else SiteWeights()
+
+    def _lines(
+        self, program: AdapterProgram, layout: Sequence[PackedTensor]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
+        """See PackedAdapter."""
+        number = {name: index for index, name in enumerate(self.modules)}
+        shape = (len(number), len(SITE_FIELDS))
+        offsets, numbers = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        field = {name: index for index, name in enumerate(SITE_FIELDS)}
+        for place in layout:
+            line = number[place.module]
+            if place.role in FIELDS:
+                offsets[line, field[FIELDS[place.role]]] = place.offset * self.dtype.itemsize
+            if place.role == "b":
+                numbers[line, field["rank"]] = place.shape[0]
+            if place.role == "virtual":
+                numbers[line, field["virtual_count"]] = place.shape[0]
+        replaced = [m for m in program.modules if m.rows is not None]
+        ids = [i for m in replaced if m.rows is not None for i in m.rows.ids]
+        row_ids, place_of = np.array(ids, dtype=np.int32), 0
+        for module in program.modules:
+            line = number[module.module]
+            if module.bottleneck is not None:
+                numbers[line, field["shape"]] = shape_code(module.bottleneck)
+            if module.rows is not None:
+                numbers[line, field["row_ids"]] = row_ids.ctypes.data + 4 * place_of
+                numbers[line, field["row_count"]] = len(module.rows.ids)
+                place_of += len(module.rows.ids)
+        return offsets, numbers, row_ids
+
+
+def _sites(
+    layout: Sequence[PackedTensor], traits: Mapping[str, SiteWeights], extent: Tensor
+) -> dict[str, SiteWeights]:
+    """Views of a packed adapter in its extent."""
+    sites = {name: replace(site) for name, site in traits.items()}
     for place in layout:
-        if kernels is not None and place.role == "b":
-            part = flat[place.offset : place.offset + math.prod(place.shape)]
-            part.copy_(kernels.pack_low_rank(part.view(place.shape)))
-    return PackedAdapter(program.digest, flat, layout, _offsets(layout, modules, size))
-
-
-def _offsets(
-    layout: Sequence[PackedTensor], modules: Mapping[str, int], size: int
-) -> NDArray[np.int64]:
-    offsets = np.full((len(modules), len(SITE_FIELDS)), -1, dtype=np.int64)
-    for place in layout:
-        line = offsets[modules[place.module]]
-        line[SITE_FIELDS.index(place.role)] = place.offset * size
-        if place.role == "a":
-            line[SITE_FIELDS.index("rank")] = place.shape[0]
-    return offsets
+        end = place.offset + math.prod(place.shape)
+        view = extent[place.offset : end].view(place.shape)
+        setattr(sites.setdefault(place.module, SiteWeights()), place.role, view)
+    return sites
 
 
 class HostCopies:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,10 @@ def load_base(
             aliases=_aliases(config, model),
             heads=int(getattr(config, "num_attention_heads", 0) or 0),
             kv_heads=int(getattr(config, "num_key_value_heads", 0) or 0),
+            kv_shapes=tuple((s.kv_heads, s.key_dim, s.value_dim) for s in found.shapes),
+            tied=bool(config.tie_word_embeddings),
+            quantization=quantization,
+            weight=partial(_weight, module),
         ),
         step=step,
         shapes=tuple(found.shapes),
@@ -171,11 +176,22 @@ def _biases(model: nn.Module, found: Probe) -> dict[str, Tensor]:
     """Site -> a copy of its bias, fp32 on the CPU, for the sites that have one."""
     biases = {}
     for site in found.sites:
+        if not site.has_bias:
+            continue
         module: Any = model.get_submodule(site.name)
-        bias = module.backend.bias if isinstance(module, AdaptedLinear) else module.norm.bias
-        if bias is not None:
-            biases[site.name] = bias.float().cpu().clone()
+        bias: Any = module.backend.bias if isinstance(module, AdaptedLinear) else module.bias
+        biases[site.name] = bias.float().cpu().clone()
     return biases
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    """See BaseSpec.weight."""
+    try:
+        module: Any = model.get_submodule(name)
+        weight: Tensor = module.weight
+    except AttributeError:
+        raise KeyError(name) from None
+    return weight.detach().float()
 
 
 def _fingerprint(directory: Path, hashes: FileHashes) -> str:

@@ -1,19 +1,19 @@
-"""MergedWeights: base plus delta, dense, in the compute dtype; never re-quantized, never in
+"""MergedWeights: base plus adapter, dense, in the compute dtype; never re-quantized, never in
 place. How many exist is the engine's policy; here they are made."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaplex.adapters.program import AdapterProgram
-from adaplex.model.kernels.low_rank import SiteWeights
-from adaplex.model.kernels.native.kernels import NativeKernels
+from adaplex.adapters.program import AdapterProgram, ModuleProgram
+from adaplex.model.host_copies import PackedAdapter, Packer
+from adaplex.model.kernels.low_rank import AdapterWeights
 from adaplex.model.kernels.native.structs import SITE_FIELDS
 from adaplex.model.linear import LinearBackend
 from adaplex.model.native_linear import NativeLinear, dense_linear
@@ -23,15 +23,17 @@ from adaplex.model.native_linear import NativeLinear, dense_linear
 class MergedWeights:
     """What merged rows of one adapter run instead of, and beside, the base."""
 
-    linears: dict[str, LinearBackend] = field(default_factory=dict)
-    sites: dict[str, SiteWeights] = field(default_factory=dict)
-    """Primitives that cannot be merged into a weight: biases of norms."""
-    shifts: dict[str, Tensor] = field(default_factory=dict)
-    """Biases [out] that the adapter adds at linears, beside that of the base."""
+    linears: dict[str, LinearBackend]
+    shifts: dict[str, Tensor]
+    """Biases [out] at linears, beside that of the base."""
+    rest: AdapterWeights
+    """What cannot be merged into the weight of a linear."""
+    packed: PackedAdapter
+    """What `rest` points to in part."""
 
     def table(self, modules: Mapping[str, int]) -> NDArray[np.int64]:
         """[modules, SITE_FIELDS] as in AdapterWeights, of weights in panels."""
-        table = np.zeros((len(modules), len(SITE_FIELDS)), dtype=np.int64)
+        table = self.rest.table.copy()
         dense, bias = SITE_FIELDS.index("dense"), SITE_FIELDS.index("bias")
         for name, linear in self.linears.items():
             assert isinstance(linear, NativeLinear)
@@ -45,30 +47,25 @@ def merge(
     program: AdapterProgram,
     backends: Mapping[str, LinearBackend],
     *,
-    dtype: torch.dtype,
+    packer: Packer,
     device: torch.device,
-    kernels: NativeKernels | None = None,
 ) -> MergedWeights:
     """Builds the merged weights from the base's effective (dequantized) weights, in fp32."""
-    merged = MergedWeights()
+    linears: dict[str, LinearBackend] = {}
+    shifts: dict[str, Tensor] = {}
     for module in program.modules:
         backend = backends.get(module.module)
         if backend is None:
-            assert module.low_rank is None
-            assert module.bias is not None
-            merged.sites[module.module] = SiteWeights(bias=module.bias.to(device, dtype))
             continue
-        weight = backend.dequantize()
-        if module.low_rank is not None:
-            pair = module.low_rank
-            weight = weight + pair.b.to(device).float() @ pair.a.to(device).float()
+        weight = _merged(module, backend.dequantize())
         bias = backend.bias
-        if module.bias is not None:
-            shift = module.bias.to(device).float()
-            bias = (shift if bias is None else bias.float() + shift).to(dtype)
-            merged.shifts[module.module] = module.bias.to(device, dtype).contiguous()
-        merged.linears[module.module] = dense_linear(kernels, weight.to(dtype), bias)
-    return merged
+        shift = _shift(module, bias, device)
+        if shift is not None:
+            bias = (shift if bias is None else bias.float() + shift).to(packer.dtype)
+            shifts[module.module] = shift.to(packer.dtype).contiguous()
+        linears[module.module] = dense_linear(packer.kernels, weight.to(packer.dtype), bias)
+    packed = packer.pack(_rest(program, backends))
+    return MergedWeights(linears, shifts, packed.weights(packed.flat.to(device)), packed)
 
 
 def merged_bytes(
@@ -76,4 +73,38 @@ def merged_bytes(
 ) -> int:
     """Bytes that `merge` would take."""
     shapes = (backends[m.module] for m in program.modules if m.module in backends)
-    return sum(b.out_features * b.in_features for b in shapes) * dtype.itemsize
+    dense = sum(b.out_features * b.in_features for b in shapes) * dtype.itemsize
+    return dense + _rest(program, backends).packed_bytes(dtype.itemsize)
+
+
+def _rest(program: AdapterProgram, backends: Mapping[str, LinearBackend]) -> AdapterProgram:
+    """What is not at a linear."""
+    modules = tuple(m for m in program.modules if m.module not in backends)
+    return replace(program, modules=modules)
+
+
+def _merged(module: ModuleProgram, weight: Tensor) -> Tensor:
+    """fp32 [out, in]: the weight that does what the primitives do to a linear's product."""
+    if module.transform is not None:
+        weight = module.transform(weight)
+    if module.weight is not None:
+        weight = module.weight.to(weight)
+    if module.rows is not None:
+        weight = weight.clone()
+        weight[list(module.rows.ids)] = module.rows.weight.to(weight)
+    if module.output_scale is not None:
+        weight = weight * module.output_scale.to(weight)[:, None]
+    if module.low_rank is not None:
+        weight = weight + module.low_rank.b.to(weight) @ module.low_rank.a.to(weight)
+    if module.input_scale is not None:
+        weight = weight * module.input_scale.to(weight)
+    return weight
+
+
+def _shift(module: ModuleProgram, base: Tensor | None, device: torch.device) -> Tensor | None:
+    """fp32 [out]: how the bias of the linear changes, None if it does not."""
+    shift = None if module.bias is None else module.bias.to(device).float()
+    if module.output_scale is not None and base is not None:
+        scaled = (module.output_scale.to(device).float() - 1) * base.float()
+        shift = scaled if shift is None else scaled + shift
+    return shift

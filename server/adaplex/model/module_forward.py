@@ -11,15 +11,18 @@ from torch import Tensor
 
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode
+from adaplex.engine.sequence import VIRTUAL
 from adaplex.model.decode_steps import DecodeSteps
 from adaplex.model.forward import runs_of
 from adaplex.model.kernels.low_rank import AdapterWeights, LowRankKernel, Span
 from adaplex.model.kernels.reference import padded_rows
 from adaplex.model.kv_cache import KVCache
+from adaplex.model.linear import LinearBackend
 from adaplex.model.loader import BaseModel
 from adaplex.model.merged import MergedWeights
 from adaplex.model.sampler import likeliest
-from adaplex.model.step import AdapterRows, AttentionGroup, Segment
+from adaplex.model.segments import Segment, SegmentRows
+from adaplex.model.step import AdapterRows, AttentionGroup, BaseRows
 
 
 class ModuleForward:
@@ -55,6 +58,9 @@ class ModuleForward:
     def _logits(self, batch: Batch) -> Tensor:
         chunks = batch.chunks
         tokens = [t for c in chunks for t in c.sequence.tokens[c.start : c.end]]
+        virtual = {row: t - VIRTUAL for row, t in enumerate(tokens) if t >= VIRTUAL}
+        for row in virtual:
+            tokens[row] = 0
         positions = [p for c in chunks for p in range(c.start, c.end)]
         slots = [slot for c in chunks for slot in self._slots(c)]
         ends = accumulate(chunk.count for chunk in chunks)
@@ -67,8 +73,10 @@ class ModuleForward:
         step, device = self._step, self._base.device
         step.slots = torch.tensor(slots, device=device)
         step.groups = tuple(self._groups(chunks))
-        step.rows = self._adapter_rows(chunks, [c.count for c in chunks], len(tokens))
-        step.head_rows = self._adapter_rows(batch.sampling, [1] * len(wanted), len(wanted_padded))
+        step.rows = self._adapter_rows(chunks, [c.count for c in chunks], len(tokens), virtual)
+        step.head_rows = self._adapter_rows(
+            batch.sampling, [1] * len(wanted), len(wanted_padded), {}
+        )
         out = self._base.module(
             input_ids=torch.tensor([tokens], device=device),
             position_ids=torch.tensor([positions], device=device),
@@ -105,10 +113,13 @@ class ModuleForward:
             row, torch.tensor(tables, device=device), torch.tensor(positions, device=device)
         )
 
-    def _adapter_rows(self, chunks: Seq[Chunk], counts: Seq[int], padded: int) -> AdapterRows:
+    def _adapter_rows(
+        self, chunks: Seq[Chunk], counts: Seq[int], padded: int, virtual: Mapping[int, int]
+    ) -> AdapterRows:
         """Which adapter changes which rows; neighbouring rows of one adapter go together.
 
-        One that has all rows gets the padding too, up to row `padded`.
+        One that has all rows gets the padding too, up to row `padded`. `virtual` has the rows of
+        positions before the prompt, and which they are.
         """
         spans: list[Span] = []
         segments: list[Segment] = []
@@ -117,15 +128,22 @@ class ModuleForward:
             if adapter is None:
                 continue
             stop = padded if (start, end) == (0, rows) else end
+            linears: Mapping[str, LinearBackend] = {}
             if adapter.mode is AdapterMode.MERGED:
                 merged = self._merged[adapter.digest]
-                segments.append(Segment(start, stop, merged.sites, merged.linears))
-                continue
-            weights = self._weights(adapter.digest)
-            spans.append(Span(start, stop, weights))
-            if weights.has_bias:
-                segments.append(Segment(start, stop, weights.sites))
+                weights, linears = merged.rest, merged.linears
+            else:
+                weights = self._weights(adapter.digest)
+                spans.append(Span(start, stop, weights))
+            if linears or not weights.plain:
+                leading = tuple(
+                    (row, virtual[row] - weights.prefix_tokens)
+                    for row in range(start, end)
+                    if row in virtual
+                )
+                segments.append(Segment(start, stop, weights.sites, linears, leading))
+        if not spans and not segments:
+            return BaseRows()
         if not spans:
-            return AdapterRows(any=bool(segments), segments=tuple(segments))
-        add = self._low_rank.plan(spans, self._modules)
-        return AdapterRows(any=True, add_low_rank=add, segments=tuple(segments))
+            return SegmentRows(segments)
+        return SegmentRows(segments, self._low_rank.plan(spans, self._modules))

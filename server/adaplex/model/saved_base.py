@@ -25,7 +25,7 @@ from adaplex.model.adapted import AdaptedLinear
 from adaplex.model.architecture import Probe
 from adaplex.model.kv_cache import LayerShape
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised when a backend keeps a weight in another way, in Python or in C, or this file does."""
 ALIGNMENT = 64
 """Bytes; where torch puts tensors. Products of fp32 may round in another way elsewhere."""

@@ -6,46 +6,67 @@ attention and its linears, and refilled before each step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from adaplex.model.kernels.low_rank import AddLowRank, SiteWeights
 from adaplex.model.kv_cache import KVCache
 from adaplex.model.linear import LinearBackend
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Rows [start, stop) whose adapter does more than add a low-rank delta.
-
-    `merged` maps a linear to the dense base plus delta that replaces it, `sites` a module to the
-    bias that is added there.
+class AdapterRows(Protocol):
+    """The adapters of a step, by row, and what they do at a module of each kind. What is called in
+    place changes `y`; all tensors have one line a row.
     """
 
-    start: int
-    stop: int
-    sites: Mapping[str, SiteWeights]
-    merged: Mapping[str, LinearBackend] = field(default_factory=dict)
+    @property
+    def any(self) -> bool:
+        """False for a base-only step: then nothing else is called."""
+        ...
 
-    def covers(self, rows: int) -> bool:
-        """Whether it has all rows of a step."""
-        return (self.start, self.stop) == (0, rows)
+    def linear(self, name: str, backend: LinearBackend, x: Tensor) -> Tensor:
+        """x [rows, in] -> [rows, out]: the base's product and what adapters do to it."""
+        ...
+
+    def norm(self, name: str, norm: nn.Module, x: Tensor, y: Tensor) -> None:
+        """`norm` made y [rows, features] of x; in place."""
+        ...
+
+    def embedding(self, name: str, embedding: nn.Module, ids: Tensor, y: Tensor) -> None:
+        """`embedding` made y [rows, hidden] of ids [rows]; in place."""
+        ...
+
+    def block(self, name: str, x: Tensor, residual: Tensor, y: Tensor) -> None:
+        """A block made y [rows, hidden] of x, the norm of `residual`; in place."""
+        ...
+
+    def expert(self, name: str, expert: int, rows: Tensor, x: Tensor, y: Tensor) -> None:
+        """An expert made y [chosen, out] of x [chosen, in], which are `rows` [chosen]; in place."""
+        ...
 
 
-def _nothing(_module: str, _x: Tensor, _y: Tensor) -> None:
-    """No row has a low-rank delta."""
+class BaseRows:
+    """No row has an adapter."""
 
+    any = False
 
-@dataclass(frozen=True)
-class AdapterRows:
-    """The adapters of a step, by row; `any` is false for a base-only step."""
+    def linear(self, name: str, backend: LinearBackend, x: Tensor) -> Tensor:
+        """See AdapterRows."""
+        return backend(x)
 
-    any: bool = False
-    add_low_rank: AddLowRank = _nothing
-    segments: tuple[Segment, ...] = ()
+    def norm(self, name: str, norm: nn.Module, x: Tensor, y: Tensor) -> None:
+        """See AdapterRows."""
+
+    def embedding(self, name: str, embedding: nn.Module, ids: Tensor, y: Tensor) -> None:
+        """See AdapterRows."""
+
+    def block(self, name: str, x: Tensor, residual: Tensor, y: Tensor) -> None:
+        """See AdapterRows."""
+
+    def expert(self, name: str, expert: int, rows: Tensor, x: Tensor, y: Tensor) -> None:
+        """See AdapterRows."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +101,9 @@ class StepContext:
         self.groups: tuple[AttentionGroup, ...] = ()
         self.windows: dict[int, int] = {}
         """Visible keys of each layer that ran, 0 for all."""
-        self.rows = AdapterRows()
+        self.residual: Tensor | None = None
+        """What the last norm read; kept in steps with adapters only."""
+        self.rows: AdapterRows = BaseRows()
         """By token row."""
-        self.head_rows = AdapterRows()
+        self.head_rows: AdapterRows = BaseRows()
         """By row of the output layer, which sees only the rows that are sampled."""

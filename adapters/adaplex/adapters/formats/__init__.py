@@ -10,9 +10,19 @@ import torch
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.digest import content_digest
 from adaplex.adapters.errors import AdapterInvalid, Refusal
+from adaplex.adapters.formats.adalora import AdaLora
+from adaplex.adapters.formats.bitfit import Beft, BitFit
+from adaplex.adapters.formats.ia3 import IA3
+from adaplex.adapters.formats.ln_tuning import LNTuning
+from adaplex.adapters.formats.loha import Loha
+from adaplex.adapters.formats.lokr import Lokr
 from adaplex.adapters.formats.lora import Lora
+from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.prefix import PrefixTuning
+from adaplex.adapters.formats.prompt import MultitaskPromptTuning, PromptTuning
+from adaplex.adapters.formats.vera import Vera
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram, BaseSpec, ModuleProgram
+from adaplex.adapters.program import AdapterProgram, BaseSpec
 
 
 class Format(Protocol):
@@ -22,41 +32,41 @@ class Format(Protocol):
     semantic_fields: frozenset[str]
     """Config fields that change the answer; they enter the digest."""
 
-    def lower(
-        self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits
-    ) -> tuple[tuple[ModuleProgram, ...], tuple[str, ...]]:
-        """Primitives for each module, and notes. Raises AdapterInvalid with every refusal."""
+    def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
+        """Raises AdapterInvalid with every refusal, or AdapterTooLarge."""
         ...
 
 
 FORMATS: Mapping[str, Format] = {
     "LORA": Lora(),
+    "ADALORA": AdaLora(),
+    "BEFT": Beft(),
+    "BITFIT": BitFit(),
+    "CPT": PromptTuning("cpt"),
+    "IA3": IA3(),
+    "LN_TUNING": LNTuning(),
+    "LOHA": Loha(),
+    "LOKR": Lokr(),
+    "MULTITASK_PROMPT_TUNING": MultitaskPromptTuning(),
+    "PREFIX_TUNING": PrefixTuning(),
+    "PROMPT_TUNING": PromptTuning("prompt-tuning"),
+    "P_TUNING": PromptTuning("p-tuning"),
+    "VERA": Vera(),
 }
 """PEFT's `peft_type` -> format."""
 
 NEEDS: Mapping[str, str] = {
-    "ADALORA": "the low-rank primitive with singular values folded in",
     "ADAPTION_PROMPT": "gated attention over learned prompts",
     "BOFT": "merged weights computed by PEFT",
     "BONE": "merged weights computed by PEFT",
     "C3A": "merged weights computed by PEFT",
-    "CPT": "the virtual-token primitive",
     "FOURIERFT": "merged weights computed by PEFT",
     "HRA": "merged weights computed by PEFT",
-    "IA3": "the input and output scale primitives",
-    "LN_TUNING": "replaced norm weights",
-    "LOHA": "the low-rank primitive over a Khatri-Rao product",
-    "LOKR": "the low-rank primitive over an expanded Kronecker product",
-    "MULTITASK_PROMPT_TUNING": "the virtual-token primitive",
     "OFT": "merged weights computed by PEFT",
-    "P_TUNING": "the virtual-token primitive",
     "POLY": "a router between low-rank pairs",
-    "PREFIX_TUNING": "the KV prefix primitive",
-    "PROMPT_TUNING": "the virtual-token primitive",
     "RANDLORA": "merged weights computed by PEFT",
     "TRAINABLE_TOKENS": "replaced embedding rows",
     "VBLORA": "merged weights computed by PEFT",
-    "VERA": "the low-rank primitive with shared pairs",
     "XLORA": "a router between low-rank pairs",
 }
 """What a family that is not served yet would need."""
@@ -71,9 +81,15 @@ def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Adap
         raise AdapterInvalid.because(
             "peft_type", f"{kind!r:.80} is not served; served are {', '.join(FORMATS)}{need}"
         )
-    modules, notes = found.lower(checkpoint, base, limits)
-    digest = content_digest(checkpoint, found.semantic_fields)
-    program = AdapterProgram(digest, found.family, modules, notes)
+    lowered = found.lower(checkpoint, base, limits)
+    program = AdapterProgram(
+        content_digest(checkpoint, found.semantic_fields),
+        lowered.family or found.family,
+        lowered.modules,
+        lowered.notes,
+        lowered.warnings,
+        lowered.invocation,
+    )
     if refusals := list(_overflows(program)):
         raise AdapterInvalid(refusals)
     return program

@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import regex
 
 from adaplex.adapters.errors import AdapterInvalid
-from adaplex.adapters.program import BaseModule
+from adaplex.adapters.program import BaseModule, ModuleKind
 
 ALL_LINEAR = "all-linear"
+LINEARS: tuple[ModuleKind, ...] = ("linear",)
 MAX_PATTERN = 2000
 """Characters of a pattern."""
 MAX_EXPANSION = 200_000
@@ -72,18 +73,21 @@ class Patterns:
 
 
 def targeted(
-    config: Mapping[str, Any], modules: Iterable[BaseModule], patterns: Patterns
+    config: Mapping[str, Any],
+    modules: Iterable[BaseModule],
+    patterns: Patterns,
+    kinds: Collection[ModuleKind] = LINEARS,
 ) -> frozenset[str]:
-    """Names of the linears that the config targets."""
-    linears = [module for module in modules if module.kind == "linear"]
+    """Names of the modules of these kinds that the config targets."""
+    possible = [module for module in modules if module.kind in kinds]
     target = config.get("target_modules") or ()
     if isinstance(target, str) and target.lower() == ALL_LINEAR:
-        chosen = [module.name for module in linears if not module.is_head]
+        chosen = [m.name for m in possible if m.kind == "linear" and not m.is_head]
     elif isinstance(target, str):
-        chosen = [m.name for m in linears if patterns.match(target, m.name, "target_modules")]
+        chosen = [m.name for m in possible if patterns.match(target, m.name, "target_modules")]
     else:
         names = frozenset(target)
-        chosen = [m.name for m in linears if _listed(names, m.name)]
+        chosen = [m.name for m in possible if _listed(names, m.name)]
         chosen = [n for n in chosen if n in names or _layer_wanted(config, n, patterns)]
     return frozenset(name for name in chosen if not _excluded(config, name, patterns))
 

@@ -15,7 +15,7 @@ from adaplex.adapters.base_match import FINGERPRINT, NAME
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats import lower
-from adaplex.adapters.formats.lora import PREFIX
+from adaplex.adapters.formats.reading import PREFIX
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.merging.arithmetic import Arithmetic, Factors, Pair
 from adaplex.adapters.merging.plan import MergePlan

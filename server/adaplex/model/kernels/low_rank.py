@@ -7,7 +7,7 @@ devices (`triton_low_rank`). All are row-invariant; they round differently from 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adaplex.adapters.program import Activation, Reads
 from adaplex.model.kernels import reference
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kernels.native.structs import SITE_FIELDS
@@ -26,15 +27,31 @@ AddLowRank = Callable[[str, Tensor, Tensor], None]
 
 @dataclass
 class SiteWeights:
-    """What one adapter does at one module, as views into packed memory.
+    """What one adapter does at one module, as views into packed memory; None where the adapter has
+    none. See ModuleProgram: a [rank, in], b [rank, out], of an embedding a [in, rank]; a replaced
+    weight of a linear has zero rows up to a whole panel.
 
-    a [rank, in], b [rank, out], bias [out]; None where the adapter has none. For the C kernels the
-    elements of b are those of `NativeKernels.pack_low_rank`, whatever its shape says.
+    For the C kernels the elements of b, and of a replaced weight, are those of their panels,
+    whatever the shape says.
     """
 
     a: Tensor | None = None
     b: Tensor | None = None
+    inner: Tensor | None = None
     bias: Tensor | None = None
+    output_scale: Tensor | None = None
+    input_scale: Tensor | None = None
+    weight: Tensor | None = None
+    rows: Tensor | None = None
+    virtual: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    row_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """Of `rows`, int64."""
+    activation: Activation = Activation.IDENTITY
+    reads: Reads = Reads.OUTPUT
+    expert_rank: int = 0
+    """Ranks of one expert."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +59,14 @@ class AdapterWeights:
     """A resident adapter: the row of the table that kernels read, and its sites by module."""
 
     table: NDArray[np.int64]
-    """[modules, SITE_FIELDS]: addresses and rank, zero where there is nothing."""
-    has_bias: bool
+    """[modules, SITE_FIELDS]: addresses and numbers, zero where there is nothing."""
+    plain: bool
+    """Whether it only adds low-rank deltas to linears."""
+    prefix_tokens: int
+    """Positions whose keys and values it gives."""
     make_sites: Callable[[], Mapping[str, SiteWeights]]
+    row_ids: NDArray[np.int32] | None = None
+    """What the table points to outside of the arena."""
 
     @cached_property
     def sites(self) -> Mapping[str, SiteWeights]:
@@ -58,7 +80,7 @@ class AdapterWeights:
 
     @classmethod
     def of(cls, sites: Mapping[str, SiteWeights], modules: Mapping[str, int]) -> AdapterWeights:
-        """`modules` numbers every module of the base."""
+        """Of low-rank deltas and biases at linears; `modules` numbers every module of the base."""
         table = np.zeros((len(modules), len(SITE_FIELDS)), dtype=np.int64)
         for name, site in sites.items():
             line = table[modules[name]]
@@ -66,8 +88,8 @@ class AdapterWeights:
                 line[:3] = site.a.data_ptr(), site.b.data_ptr(), site.a.shape[0]
             if site.bias is not None:
                 line[SITE_FIELDS.index("bias")] = site.bias.data_ptr()
-        has_bias = any(site.bias is not None for site in sites.values())
-        return cls(table, has_bias, lambda: sites)
+        plain = all(site.bias is None for site in sites.values())
+        return cls(table, plain, 0, lambda: sites)
 
 
 @dataclass(frozen=True)

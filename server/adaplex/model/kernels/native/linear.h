@@ -7,7 +7,7 @@
 //
 // A column of a row is one chain of operations, the same alone and beside any other rows.
 
-// One product of all rows: y = x W' + bias, and for rows of adapters also b h and their bias.
+// One product of all rows: y = x W' + bias; for rows of adapters output_scale * y + b h + their bias.
 typedef struct {
   const Weight *weight;
   const ELEMENT *x;
@@ -18,12 +18,8 @@ typedef struct {
   long module;               // which line
   ELEMENT *h;                // [rows, h_stride] a x, where the site has a rank
   long h_stride;
+  int new_rows;              // whether some site replaces rows of W
 } NAME(Part);
-
-INLINE const Site *NAME(site)(const NAME(Part) * part, long row) {
-  const Site *sites = part->sites ? part->sites[row] : NULL;
-  return sites ? sites + part->module : NULL;
-}
 
 static int NAME(share_site)(const NAME(Part) * part, long row, long rows) {
   const Site *const *sites = part->sites + row;
@@ -38,7 +34,7 @@ static __attribute__((noinline)) Asks NAME(asks_of)(const NAME(Part) * part, lon
   Asks asks;
   int shared = NAME(share_site)(part, row, rows);
   for (int i = 0; i < 8; i++) {
-    const Site *site = shared ? NULL : NAME(site)(part, row + i % rows);
+    const Site *site = shared ? NULL : site_of(part->sites, row + i % rows, part->module);
     const ELEMENT *b = site && site->rank ? site->b : NULL;
     asks.piece[i] = b ? (const char *)(b + panel * LANES * site->rank) + i / rows * PIECE * 64
                       : (const char *)(part->x + row * part->x_stride);
@@ -96,7 +92,30 @@ INLINE void NAME(nf4_tile)(const ELEMENT *x, long x_stride, const char *panel, c
 }
 #endif
 
-// y += b h and the adapter's bias for R rows of one adapter, P panels.
+INLINE float NAME(dot)(const ELEMENT *x, const ELEMENT *y, long n) {
+  const long step = LANES * PER_UNIT;
+  vec acc = {0};
+  for (long i = 0; i < n; i += step) {
+    long bytes = at_most(n - i, step) * (long)sizeof(ELEMENT);
+    acc = NAME(mac)(acc, load_part(x + i, bytes), load_part(y + i, bytes));
+  }
+  return sum_lanes(acc);
+}
+
+// Columns of `panels` whose row of W the adapter replaces: y anew, from its row.
+static void NAME(replace_columns)(const NAME(Part) * part, const Site *site, long row, long panel,
+                                  long panels) {
+  const Weight *w = part->weight;
+  float *y = part->y + row * part->y_stride;
+  for (long j = first_row(site, panel * LANES); j < site->row_count; j++) {
+    long column = site->row_ids[j];
+    if (column >= (panel + panels) * LANES) return;
+    y[column] = NAME(dot)(part->x + row * part->x_stride, (const ELEMENT *)site->rows + j * w->in, w->in);
+    if (w->bias) y[column] += w->bias[column];
+  }
+}
+
+// y = output_scale * y + b h + bias of the adapter, for R rows of one, P panels.
 INLINE void NAME(add_adapter)(const NAME(Part) * part, const Site *site, long row, long panel, const int R,
                               const int P) {
   long column = panel * LANES, out = part->weight->out;
@@ -104,7 +123,17 @@ INLINE void NAME(add_adapter)(const NAME(Part) * part, const Site *site, long ro
   vec acc[8][4];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++)
     acc[r][p] = f32_load_part(y + r * part->y_stride + p * LANES, out - column - p * LANES);
+  if (site->output_scale) UNROLL for (int p = 0; p < P; p++) {
+    const ELEMENT *from = (const ELEMENT *)site->output_scale + column + p * LANES;
+    vec scale = NAME(load_part)(from, out - column - p * LANES);
+    UNROLL for (int r = 0; r < R; r++) acc[r][p] *= scale;
+  }
   NAME(expand)(part->h + row * part->h_stride, part->h_stride, site, out, panel, R, P, acc);
+  if (site->bias) UNROLL for (int p = 0; p < P; p++) {
+    const ELEMENT *from = (const ELEMENT *)site->bias + column + p * LANES;
+    vec shift = NAME(load_part)(from, out - column - p * LANES);
+    UNROLL for (int r = 0; r < R; r++) acc[r][p] += shift;
+  }
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++)
     f32_store_part(y + r * part->y_stride + p * LANES, acc[r][p], out - column - p * LANES);
 }
@@ -112,13 +141,17 @@ INLINE void NAME(add_adapter)(const NAME(Part) * part, const Site *site, long ro
 // The same for the rows of a tile, whoever their adapters are. Not in line: the tile needs the registers.
 static __attribute__((noinline)) void NAME(add_adapters)(const NAME(Part) * part, long row, long rows,
                                                          long panel, long panels) {
+  for (long r = 0; part->new_rows && r < rows; r++) {
+    const Site *site = site_of(part->sites, row + r, part->module);
+    if (site) NAME(replace_columns)(part, site, row + r, panel, panels);
+  }
   if (rows == 8 && panels == 2 && NAME(share_site)(part, row, rows)) {
-    const Site *site = NAME(site)(part, row);
+    const Site *site = site_of(part->sites, row, part->module);
     if (site) NAME(add_adapter)(part, site, row, panel, 8, 2);
     return;
   }
   for (long last = row + rows; row < last; row++) {
-    const Site *site = NAME(site)(part, row);
+    const Site *site = site_of(part->sites, row, part->module);
     for (long p = 0; site && p < panels; p += 2)
       if (p + 2 <= panels)
         NAME(add_adapter)(part, site, row, panel + p, 1, 2);

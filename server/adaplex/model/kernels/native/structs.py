@@ -63,7 +63,7 @@ class Layer(ctypes.Structure):
         ("keys", Address),
         ("values", Address),
         ("window", Integer),
-        ("modules", Integer * 7),
+        ("modules", Integer * 11),
     ]
 
 
@@ -81,7 +81,8 @@ class Model(ctypes.Structure):
             (name, Integer)
             for name in (
                 *("layers", "hidden", "heads", "kv_heads", "head_dim", "middle", "vocabulary"),
-                *("positions", "blocks", "modules", "head_module"),
+                *("positions", "blocks", "modules"),
+                *("embedding_module", "final_norm_module", "head_module"),
             )
         ),
         ("epsilon", ctypes.c_double),

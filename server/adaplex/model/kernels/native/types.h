@@ -53,8 +53,10 @@ typedef struct {
   const float *q_norm, *k_norm;            // [head_dim] or null
   void *keys, *values;                     // [kv_heads, blocks, 16 * head_dim]; see attention.h
   int64_t window;                          // visible keys, 0 for all
-  int64_t modules[7];                      // q, k, v, o, gate, up, down in the lines of `sites`
+  int64_t modules[11];                     // lines of `sites`, as numbered below
 } Layer;
+
+enum { Q, K, V, O, GATE, UP, DOWN, ATTENTION_NORM, MLP_NORM, ATTENTION, MLP };
 
 typedef struct {
   const void *embedding;  // [vocabulary, hidden]
@@ -63,12 +65,12 @@ typedef struct {
   const Layer *layer;
   Weight head;
   int64_t layers, hidden, heads, kv_heads, head_dim, middle, vocabulary, positions, blocks, modules;
-  int64_t head_module;
+  int64_t embedding_module, final_norm_module, head_module;
   double epsilon, scale;
 } Model;
 
 typedef struct {
-  const int32_t *tokens, *position;  // [rows]
+  const int32_t *tokens, *position;  // [rows] -1 - i for virtual token i of the row's adapter
   const int32_t *first;              // [sequences + 1] rows of each sequence, neighbours in time
   const int32_t *table;              // [sequences, width] blocks
   const int32_t *wanted;             // [wanted_rows] rows whose logits are asked for

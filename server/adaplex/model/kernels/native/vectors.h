@@ -183,6 +183,12 @@ INLINE void bf16_store(uint16_t *p, vec v) {
   memcpy(p, &h, sizeof h);
 }
 
+INLINE void bf16_store_part(uint16_t *p, vec v, long left) {
+  uint16_t line[LANES];
+  bf16_store(left < LANES ? line : p, v);
+  if (left < LANES && left > 0) memcpy(p, line, (size_t)left * sizeof(uint16_t));
+}
+
 INLINE words bf16_unit(const uint16_t *row, long u) {
   uint32_t w;
   memcpy(&w, row + 2 * u, sizeof w);
