@@ -246,9 +246,7 @@ FAMILIES: Mapping[str, Family] = {
     "ln-tuning": family(lambda a: peft.LNTuningConfig(target_modules=_norms(a)), around()),
     "beft": family(lambda a: peft.BeftConfig(target_modules=_all(a)), normal(0.2)),
     "bitfit": Family(_bitfit, lambda model, adapter: BiasOracle(load_plain(model), adapter)),
-    "prompt-tuning": family(
-        _prompt(peft.PromptTuningConfig), normal(0.5), oracle=SlowOracle
-    ),
+    "prompt-tuning": family(_prompt(peft.PromptTuningConfig), normal(0.5), oracle=SlowOracle),
     "p-tuning": family(
         _prompt(peft.PromptEncoderConfig, encoder_hidden_size=32), normal(0.3), oracle=SlowOracle
     ),

@@ -56,7 +56,9 @@ class Vera:
         _check_used(reading)
         reading.raise_refused()
         found = by_module(reading, "VeRA", (*ROLES, *BIASES), shared=SHARED)
-        adapted = [base.modules[n] for n in found if n in base.modules and found[n].keys() & {*ROLES}]
+        adapted = [
+            base.modules[n] for n in found if n in base.modules and found[n].keys() & {*ROLES}
+        ]
         projections = _projections(reading, adapted)
         lower_one = partial(_lower, reading, projections, WrittenOut(limits))
         return Lowered(lower_modules(reading, found, lower_one, only=ONLY), tuple(reading.notes))
@@ -90,9 +92,7 @@ def _check_used(reading: Reading) -> None:
     check_has_targets(reading)
 
 
-def _projections(
-    reading: Reading, modules: Iterable[BaseModule]
-) -> tuple[Tensor, Tensor] | None:
+def _projections(reading: Reading, modules: Iterable[BaseModule]) -> tuple[Tensor, Tensor] | None:
     """A and B for these modules; None, with refusals, when they are not there or do not fit."""
     sizes = [(module.in_features, module.out_features) for module in modules]
     if not sizes:
