@@ -158,9 +158,12 @@ def test_a_merged_adapter_keeps_its_prefix(native: bool, tiny_model: Callable[[s
     assert (apart - prefix_alone).abs().max() > 1e-2
 
 
-def test_virtual_tokens_come_behind_the_prefix(tiny_model: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_virtual_tokens_come_behind_the_prefix(
+    native: bool, tiny_model: Callable[[str], Path]
+) -> None:
     model = tiny_model("llama")
-    rig = make_rig(model, native=False)
+    rig = make_rig(model, native)
     made = program(rig, ModuleProgram("model.embed_tokens", virtual=rand(6, 64, seed=92)))
     tokens, ref = prompt(13), rig.add(made)
     assert ref.leading == TOKENS + 6

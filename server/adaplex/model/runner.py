@@ -74,7 +74,10 @@ class ModelRunner:
             weights=self._arena.weights,
             merged=self._merged,
         )
-        self._forward = fastest(base, cache, modules, self._modules, self._table, progress)
+        self._forward = fastest(
+            *(base, cache, modules, self._modules, self._table, progress),
+            lambda adapter: self._weights(adapter).prefix_tokens,
+        )
         write: Write = cache.write
         if isinstance(self._forward, NativeForward) and base.kernels is not None:
             write = panel_writer(cache, base.kernels.per_unit)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from adaplex.adapters.base_match import recorded_quantization
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.digest import content_digest
 from adaplex.adapters.errors import AdapterInvalid, Refusal
@@ -22,6 +23,7 @@ from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.peft_fallback import FALLBACKS, PeftFallback
 from adaplex.adapters.formats.prefix import PrefixTuning
 from adaplex.adapters.formats.prompt import MultitaskPromptTuning, PromptTuning
+from adaplex.adapters.formats.trainable_tokens import TrainableTokens
 from adaplex.adapters.formats.vera import Vera
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec
@@ -56,6 +58,7 @@ FORMATS: Mapping[str, Format] = {
     "PROMPT_TUNING": PromptTuning("prompt-tuning"),
     "P_TUNING": PromptTuning("p-tuning"),
     "VERA": Vera(),
+    "TRAINABLE_TOKENS": TrainableTokens(),
     **FALLBACKS,
 }
 """PEFT's `peft_type` -> format."""
@@ -69,7 +72,6 @@ NEEDS: Mapping[str, str] = {
     "LILY": "a router between low-rank pairs",
     "POLY": "a router between low-rank pairs",
     "SHADOW": "a second, smaller network beside the base's layers",
-    "TRAINABLE_TOKENS": "replaced embedding rows",
     "XLORA": "a router between low-rank pairs",
 }
 """What a family that is not served yet would need."""
@@ -91,7 +93,7 @@ def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Adap
         content_digest(checkpoint, found.semantic_fields),
         lowered.family or found.family,
         lowered.modules,
-        lowered.notes,
+        (*lowered.notes, *recorded_quantization(checkpoint.config)),
         lowered.warnings,
         lowered.invocation,
     )
