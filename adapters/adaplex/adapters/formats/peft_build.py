@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -58,8 +59,7 @@ class Recipe:
         """A PeftModel over the modules, with `weights` [out, in] or else zeros. `meta` takes no
         memory. Raises AdapterInvalid with what PEFT says against the config.
         """
-        import peft
-
+        peft = _peft()
         known = list(modules)
         place: AbstractContextManager[object] = torch.device("meta") if meta else nullcontext()
         with _told_by(self.kind.name), place:
@@ -74,7 +74,7 @@ class Recipe:
 
     def _config(self, modules: list[BaseModule]) -> Any:
         """PEFT's own config: modules by their whole names, and nothing but plain values."""
-        import peft
+        peft = _peft()
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(self.kind.name)]
@@ -84,6 +84,16 @@ class Recipe:
         if "fan_in_fan_out" in config.__dataclass_fields__:
             fields["fan_in_fan_out"] = any(module.transposed for module in modules)
         return config(target_modules=[module.name for module in modules], **fields)
+
+
+@cache
+def _peft() -> Any:
+    """PEFT, told that BOFT's CUDA extension is not to be had: it would be compiled at an upload."""
+    import peft
+    from peft.tuners.boft import layer
+
+    layer.get_fbd_cuda = lambda: None
+    return peft
 
 
 def saved(model: Any) -> dict[str, Saved]:
