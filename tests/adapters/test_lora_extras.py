@@ -228,8 +228,8 @@ def test_qalora_by_its_authors_averages_only(
             torch.testing.assert_close(other.low_rank.b, own.low_rank.b * 4)
     with pytest.raises(AdapterInvalid, match=r"expected \[4, 64\]"):
         formats.lower(Checkpoint(config, written.tensors), spec, LIMITS)
+    unused = config | {"use_qalora": False, "qalora_group_size": 16}
     with pytest.raises(AdapterInvalid, match=r"expected \[4, 64\]"):
-        unused = config | {"use_qalora": False, "qalora_group_size": 16}
         formats.lower(Checkpoint(unused, written.tensors), spec, LIMITS)
 
 
@@ -240,6 +240,8 @@ def test_qalora_by_its_authors_averages_only(
 def test_trainable_tokens_are_pefts(
     targets: list[str] | None, tied: bool, model: Callable[..., Path], tmp_path: Path
 ) -> None:
+    if tied and targets is not None and len(targets) == 2:
+        pytest.skip("PEFT wraps the output layer twice, and cannot run it")
     tiny = model("llama", tied=tied)
     config = TrainableTokensConfig(
         task_type="CAUSAL_LM", token_indices=[40, 7, 21], target_modules=targets

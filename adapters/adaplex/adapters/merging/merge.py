@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adaplex.adapters.base_match import FINGERPRINT, NAME
+from adaplex.adapters.base_match import FINGERPRINT, NAME, QUANTIZATION
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats import lower
@@ -19,7 +19,7 @@ from adaplex.adapters.formats.reading import PREFIX
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.merging.arithmetic import Arithmetic, Factors, Pair
 from adaplex.adapters.merging.plan import MergePlan
-from adaplex.adapters.program import AdapterProgram, BaseSpec, ModuleProgram
+from adaplex.adapters.program import AdapterProgram, BaseModule, BaseSpec, ModuleProgram
 
 
 def merge_checkpoints(
@@ -37,16 +37,16 @@ def merge_checkpoints(
 
 
 def merge_adapters(
-    plan: MergePlan, programs: Sequence[AdapterProgram], order: Iterable[str]
+    plan: MergePlan, programs: Sequence[AdapterProgram], modules: Mapping[str, BaseModule]
 ) -> Checkpoint:
-    """As `merge_checkpoints`, of adapters that are lowered already. `order` names the modules as
-    the base has them: it decides which values chance drops.
+    """As `merge_checkpoints`, of adapters that are lowered already. The order in which the base has
+    its modules decides which values chance drops.
     """
     plan.check(len(programs))
-    parts = _parts(plan, programs)
+    parts = _parts(plan, programs, modules)
     largest = max(program.max_rank for program in programs)
     arithmetic = Arithmetic(plan, plan.rank or largest)
-    pairs = {name: _merged(arithmetic, name, parts[name]) for name in order if name in parts}
+    pairs = {name: _merged(arithmetic, name, parts[name]) for name in modules if name in parts}
     assert pairs.keys() == parts.keys()
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in pairs.items():
@@ -71,15 +71,19 @@ def _lowered(
         ) from None
 
 
-def _parts(plan: MergePlan, programs: Sequence[AdapterProgram]) -> dict[str, list[Factors]]:
+def _parts(
+    plan: MergePlan, programs: Sequence[AdapterProgram], modules: Mapping[str, BaseModule]
+) -> dict[str, list[Factors]]:
     """The factors of each module, in the order of the sources. Raises AdapterInvalid."""
     parts: dict[str, list[Factors]] = {}
     refusals = []
     for i, (weight, program) in enumerate(zip(plan.weights, programs, strict=True)):
+        if program.invocation:
+            refusals.append(Refusal(f"sources[{i}]", "activated LoRA cannot be merged"))
         for module in program.modules:
-            if module.bias is not None or module.low_rank is None:
-                where = f"sources[{i}].{module.module}.bias"
-                refusals.append(Refusal(where, "a bias cannot be merged"))
+            problem = _unmerged(module, modules[module.module])
+            if problem:
+                refusals.append(Refusal(f"sources[{i}].{module.module}", problem))
             else:
                 parts.setdefault(module.module, []).append(_factors(module, weight))
     if not plan.method.any_ranks:
@@ -91,6 +95,14 @@ def _parts(plan: MergePlan, programs: Sequence[AdapterProgram]) -> dict[str, lis
     if refusals:
         raise AdapterInvalid(refusals)
     return parts
+
+
+def _unmerged(program: ModuleProgram, module: BaseModule) -> str:
+    """Why a module cannot be merged, as only pairs of linears can; empty where it can."""
+    others = [name for name in program.primitives if name != "low-rank"]
+    if others:
+        return f"its {' and '.join(others)} cannot be merged"
+    return "" if module.kind == "linear" else f"a pair of kind {module.kind} cannot be merged"
 
 
 def _factors(module: ModuleProgram, weight: float) -> Factors:
@@ -112,7 +124,7 @@ def _base_names(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
     first, *others = (checkpoint.config for checkpoint in checkpoints)
     return {
         field: first[field]
-        for field in (NAME, FINGERPRINT)
+        for field in (NAME, FINGERPRINT, QUANTIZATION)
         if first.get(field) and all(other.get(field) == first[field] for other in others)
     }
 
