@@ -74,6 +74,29 @@ EXPERTS: dict[str, dict[str, Any]] = {
     },
 }
 """Of the fused parameters of experts."""
+ELSEWHERE: dict[str, dict[str, dict[str, Any]]] = {
+    "gpt2": {
+        "dora": {"target_modules": ["c_attn", "mlp.c_proj"], "use_dora": True},
+        "dora-bias": {"target_modules": ["c_attn"], "use_dora": True, "bias": "all"},
+        "lora-bias": {"target_modules": ["c_fc"], "lora_bias": True},
+        "table": {"target_modules": ["wte", "c_fc"]},
+        "saved": {"target_modules": ["c_fc"], "modules_to_save": ["h.1.attn.c_attn", "ln_f"]},
+        "saved-bias": {"target_modules": ["c_fc"], "modules_to_save": ["ln_1"], "bias": "all"},
+        "tokens": {"target_modules": ["c_fc"], "trainable_token_indices": [7, 4]},
+    },
+    "gemma2": {
+        "table": {"target_modules": ["embed_tokens", "q_proj"]},
+        "dora-table": {"target_modules": ["embed_tokens"], "use_dora": True},
+        "norms": {"target_modules": ["q_proj"], "modules_to_save": ["layernorm"]},
+        "saved-table": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [7, 4]},
+    },
+    "gpt_oss": {
+        "experts": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        "down": {"target_parameters": ["experts.down_proj"], "target_modules": ["q_proj"]},
+    },
+}
+"""Of architectures whose modules are kept, scaled or transposed in another way."""
 
 
 def attention(architecture: str) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from adaplex.adapters.program import AdapterProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode
-from peft_adapters import EXPERTS, EXTRAS, Oracle, load_plain, save_adapter
+from peft_adapters import ELSEWHERE, EXPERTS, EXTRAS, Oracle, load_plain, save_adapter
 from rig import Rig, lowered, prompt
 from tiny import save_tiny
 
@@ -87,3 +87,24 @@ def test_experts_equal_peft(
 ) -> None:
     model = tiny_model("mixtral")
     check(model, Rig(model, native=native), EXPERTS, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ELSEWHERE)
+def test_extras_of_other_architectures_equal_peft(
+    architecture: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = tiny_model(architecture)
+    check(model, Rig(model), ELSEWHERE[architecture], tmp_path)
+
+
+def test_extras_on_nf4_equal_peft_on_the_dequantized_base(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rig = Rig(tiny_model("llama"), "nf4", "fp32")
+    dequantized = load_plain(tiny_model("llama"))
+    for name, backend in rig.base.backends.items():
+        dequantized.get_submodule(name).weight.data = backend.dequantize().clone()
+    dequantized.save_pretrained(tmp_path / "dequantized")
+    for case in cases(tmp_path / "dequantized", rig, EXTRAS, tmp_path):
+        (found,) = rig.prefill(rig.sequence(case.tokens, rig.add(case.program)))
+        assert (found - case.logits).abs().max() < 1e-4, case.name
