@@ -281,6 +281,6 @@ FAMILIES: Mapping[str, Family] = {
 """Every family but LoRA's, and variants that differ in what PEFT writes."""
 NOT_GPT2 = (
     *("prefix-tuning", "prefix-projection"),  # the tiny config has heads that GPT-2 does not know
-    *"loha", "lokr", "lokr-both", "lokr-whole", "beft"),
+    *("loha", "lokr", "lokr-both", "lokr-whole", "beft"),  # PEFT has no Conv1D of these
 )
-"""The latter are those that PEFT does not have for GPT-2's Conv1D."""
+"""Those that PEFT cannot make, or not ask, of the tiny GPT-2."""

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -58,8 +59,7 @@ class Recipe:
         """A PeftModel over the modules, with `weights` [out, in] or else zeros. `meta` takes no
         memory. Raises AdapterInvalid with what PEFT says against the config.
         """
-        import peft
-
+        peft = _peft()
         known = list(modules)
         place: AbstractContextManager[object] = torch.device("meta") if meta else nullcontext()
         with _told_by(self.kind.name), place:
@@ -74,15 +74,26 @@ class Recipe:
 
     def _config(self, modules: list[BaseModule]) -> Any:
         """PEFT's own config: modules by their whole names, and nothing but plain values."""
+        peft = _peft()
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-        config = PEFT_TYPE_TO_CONFIG_MAPPING[self.kind.name]
+        config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(self.kind.name)]
         fields = dict(self.fields)
         for name, values in self.patterns.items():
             fields[name] = {m.name: values[m.name] for m in modules if m.name in values}
         if "fan_in_fan_out" in config.__dataclass_fields__:
             fields["fan_in_fan_out"] = any(module.transposed for module in modules)
         return config(target_modules=[module.name for module in modules], **fields)
+
+
+@cache
+def _peft() -> Any:
+    """PEFT, told that BOFT's CUDA extension is not to be had: it would be compiled at an upload."""
+    import peft
+    from peft.tuners.boft import layer
+
+    layer.get_fbd_cuda = lambda: None
+    return peft
 
 
 def saved(model: Any) -> dict[str, Saved]:
@@ -101,14 +112,14 @@ def load(model: Any, tensors: Mapping[str, Tensor], *, assign: bool = False) -> 
 
     state = {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
     with _told_by(model.peft_config[ADAPTER].peft_type.value):
-        result = set_peft_model_state_dict(model, state, ADAPTER, low_cpu_mem_usage=assign)
+        result: Any = set_peft_model_state_dict(model, state, ADAPTER, low_cpu_mem_usage=assign)
     for key in result.unexpected_keys:
         raise AdapterInvalid.because(key, "is not a tensor that PEFT takes for this config")
 
 
 def merge_alone(
     recipe: Recipe, module: BaseModule, weight: Tensor, tensors: Mapping[str, Tensor]
-) -> nn.Module:
+) -> Any:
     """A linear of this weight with the adapter merged in, from a tree of its own."""
     model = recipe.build([module], {module.name: weight})
     load(model, tensors)
@@ -130,7 +141,7 @@ class SharedTree:
         self._lock = threading.Lock()
         self._model: Any = None
 
-    def merge(self, module: BaseModule, weight: Tensor) -> nn.Module:
+    def merge(self, module: BaseModule, weight: Tensor) -> Any:
         """A linear of this weight with the adapter merged in."""
         with self._lock:
             if self._model is None:
@@ -181,13 +192,13 @@ def _tree(
     return root
 
 
-def _linear(module: BaseModule, weight: Tensor | None, bias: Tensor | None) -> nn.Module:
+def _linear(module: BaseModule, weight: Tensor | None, bias: Tensor | None) -> Any:
     """A linear as the base has it, so GPT-2's Conv1D where it is one; zeros take no memory."""
     if weight is None:
         weight = torch.zeros(()).expand(module.out_features, module.in_features)
     else:
         weight = weight.detach().float().cpu().clone()
-    linear: nn.Module
+    linear: Any
     if module.transposed:
         from transformers.pytorch_utils import Conv1D
 

@@ -40,6 +40,8 @@ UNSUPPORTED = {
     "modules_to_save": "needs replaced weights beside merged ones",
     "trainable_token_indices": "needs replaced embedding rows beside merged weights",
 }
+POSITIONS = ".shira_indices"
+"""Tensors that hold rows and columns of a weight."""
 DENSE = ("", "bf16", "fp32")
 """Quantizations that leave the weights as they were trained on."""
 SEEDS = ("seed", "prng_key")
@@ -193,6 +195,17 @@ def _check_tensors(reading: Reading, expected: Mapping[str, Saved]) -> None:
         reading.fits(key, tensors[key], *expected[key].shape)
         if expected[key].is_real and not tensors[key].is_floating_point():
             reading.refuse(key, f"has dtype {tensors[key].dtype}, expected real numbers")
+        if key.endswith(POSITIONS):
+            _check_positions(reading, key)
+
+
+def _check_positions(reading: Reading, key: str) -> None:
+    """PEFT writes to the rows and columns [2, count] that the checkpoint names without looking."""
+    module = reading.base.modules[key.removeprefix(PREFIX).removesuffix(POSITIONS)]
+    sides = torch.tensor([[module.out_features], [module.in_features]])
+    positions = reading.tensors[key]
+    if positions.shape[:1] == (2,) and not bool(((positions >= 0) & (positions < sides)).all()):
+        reading.refuse(key, f"names an element outside of {sides.flatten().tolist()}")
 
 
 class _Merger:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftType, get_peft_model
+from peft import PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -37,22 +37,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "WAVEFT": {"n_frequency": 64, "proportional_parameters": True},
 }
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+TOKENS = list(range(3, 40))
 
 
 def save_kind(
-    base: PreTrainedModel, directory: Path, kind: str, *, size: float = 0.05, **fields: Any
-) -> tuple[PeftConfig, Tensor]:
-    """Saves a random adapter of the type; its config, and PEFT's logits [vocabulary] after tokens
-    3 to 22 with the adapter beside the base, not merged. The base is used up.
+    base: PreTrainedModel, directory: Path, kind: str, *, size: float = 0.3, **fields: Any
+) -> Tensor:
+    """Saves a random adapter of the type; PEFT's logits [vocabulary] after TOKENS with the adapter
+    beside the base, not merged. The base is used up.
     """
     torch.manual_seed(3)
     fields = {"target_modules": TARGETS, **CONFIGS[kind], **fields}
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)](task_type="CAUSAL_LM", **fields)
-    tuned = get_peft_model(base, config).eval()
+    tuned: Any = get_peft_model(base, config).eval()
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data += torch.randn_like(parameter) * size
     tuned.save_pretrained(directory)
     with torch.no_grad():
-        logits: Tensor = tuned(torch.arange(3, 23)[None]).logits[0, -1]
-    return config, logits.float()
+        logits: Tensor = tuned(torch.tensor([TOKENS])).logits[0, -1]
+    return logits.float()
