@@ -9,6 +9,7 @@ from functools import partial
 
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import reading as shared
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.injected import (
     BIASES,
     Roles,
@@ -58,6 +59,7 @@ class AdaLora:
 
     family = "adalora"
     semantic_fields = USED
+    about = FormatRow("AdaLoRA", ("low-rank", "bias"))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

@@ -11,6 +11,7 @@ from functools import partial
 
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import reading as shared
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.injected import (
     Roles,
     by_module,
@@ -31,6 +32,7 @@ class BitFit:
 
     family = "bitfit"
     semantic_fields = frozenset(["peft_type"])
+    about = FormatRow("BitFit", ("bias",), checkpoint="a PEFT directory of type BITFIT")
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
@@ -47,6 +49,7 @@ class Beft:
 
     family = "beft"
     semantic_fields = frozenset(["peft_type", "target_modules"])
+    about = FormatRow("BEFT", ("bias",))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

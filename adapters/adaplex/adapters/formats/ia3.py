@@ -8,6 +8,7 @@ from functools import partial
 
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import reading as shared
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.injected import Roles, by_module, check_has_targets, lower_modules
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import PREFIX, Reading, is_names
@@ -23,6 +24,7 @@ class IA3:
 
     family = "ia3"
     semantic_fields = USED
+    about = FormatRow("IA3", ("input scale", "output scale"))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

@@ -41,7 +41,12 @@ class Lora:
 
     family = "lora"
     semantic_fields = USED
-    about = FormatRow("LoRA, rsLoRA", "low-rank, bias", "DoRA, embeddings, modules_to_save")
+    about = FormatRow(
+        "LoRA, rsLoRA, DoRA, QA-LoRA, aLoRA",
+        ("low-rank", "output scale", "bias", "replaced weight", "replaced rows"),
+        "Arrow, BD-LoRA, KaSA, MonteCLoRA, VeLoRA, Megatron, replicated layers; PiSSA, OLoRA, CorDA "
+        "and LoftQ that were not converted",
+    )
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

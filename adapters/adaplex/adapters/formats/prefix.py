@@ -8,6 +8,7 @@ trained, has been applied before saving.
 from __future__ import annotations
 
 from adaplex.adapters.checkpoint import Checkpoint
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.prompt import (
     HARMLESS,
@@ -27,6 +28,7 @@ class PrefixTuning:
 
     family = "prefix-tuning"
     semantic_fields = frozenset(["peft_type"])
+    about = FormatRow("prefix tuning", ("KV prefix",))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterTooLarge
 from adaplex.adapters.formats import reading as shared
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import Reading, is_rank
 from adaplex.adapters.limits import AdapterLimits
@@ -54,8 +55,9 @@ HARMLESS = shared.HARMLESS | frozenset(
 class PromptTuning:
     """Prompt tuning, P-tuning and CPT: the virtual tokens as they are."""
 
-    def __init__(self, family: str) -> None:
+    def __init__(self, family: str, title: str) -> None:
         self.family = family
+        self.about = FormatRow(title, ("virtual tokens",))
         self.semantic_fields = frozenset(["peft_type"])
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
@@ -76,6 +78,7 @@ class MultitaskPromptTuning:
 
     family = "multitask-prompt-tuning"
     semantic_fields = frozenset(["peft_type", "task_id"])
+    about = FormatRow("multitask prompt tuning", ("virtual tokens",), "all tasks but `task_id`")
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

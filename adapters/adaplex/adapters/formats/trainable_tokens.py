@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters.checkpoint import Checkpoint
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import HARMLESS, PREFIX, Reading
 from adaplex.adapters.formats.replaced import check_copy
@@ -40,6 +41,7 @@ class TrainableTokens:
 
     family = "trainable-tokens"
     semantic_fields = frozenset(["peft_type", "target_modules", "token_indices"])
+    about = FormatRow("trainable tokens", ("replaced rows",))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

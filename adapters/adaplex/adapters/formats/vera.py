@@ -16,6 +16,7 @@ from torch import Tensor
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterTooLarge
 from adaplex.adapters.formats import reading as shared
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.injected import (
     BIASES,
     Roles,
@@ -48,6 +49,7 @@ class Vera:
 
     family = "vera"
     semantic_fields = USED
+    about = FormatRow("VeRA", ("low-rank", "bias"))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
