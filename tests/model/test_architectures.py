@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adaplex.model.adapted import AdaptedLinear
 from adaplex.model.errors import UnsupportedModel
 from adaplex.model.loader import load_base
+from adaplex.model.step import BaseRows
 from rig import Rig, prompt
 from tiny import ARCHITECTURES, byte_tokenizer, save_tiny
 
@@ -156,7 +156,8 @@ def test_a_base_only_step_runs_no_adapter_code(
     def touched(*_: object) -> None:
         raise AssertionError("adapter code ran")
 
-    monkeypatch.setattr(AdaptedLinear, "_adapted", touched)
+    for method in ("linear", "norm", "embedding", "block"):
+        monkeypatch.setattr(BaseRows, method, touched)
     assert torch.equal(rig.prefill(rig.sequence(prompt(9))), expected)
 
 

@@ -196,7 +196,7 @@ def expected(model: PreTrainedModel, program: AdapterProgram | None, tokens: lis
     return logits
 
 
-@pytest.mark.parametrize("native", [False], ids=["reference"])
+@pytest.mark.parametrize("native", [False, True], ids=["reference", "native"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_a_batch_of_all_primitives_equals_a_changed_model(
     architecture: str, native: bool, tiny_model: Callable[[str], Path]
@@ -225,7 +225,7 @@ def test_a_batch_of_all_primitives_equals_a_changed_model(
             assert (expected(plain, None, tokens) - logits).abs().max() > 1e-2, program.digest
 
 
-@pytest.mark.parametrize("native", [False], ids=["reference"])
+@pytest.mark.parametrize("native", [False, True], ids=["reference", "native"])
 def test_merged_rows_equal_a_changed_model(native: bool, tiny_model: Callable[[str], Path]) -> None:
     model = tiny_model("qwen2")
     rig, plain = Rig(model, native=native), load_plain(model)

@@ -51,7 +51,11 @@ class PackedAdapter:
         """Of a copy in `extent`, which has at least as many elements as `flat`."""
         make_sites = partial(_sites, self.layout, self.traits, extent)
         return AdapterWeights(
-            self.table(extent.data_ptr()), self.plain, self.prefix_tokens, make_sites
+            self.table(extent.data_ptr()),
+            self.plain,
+            self.prefix_tokens,
+            make_sites,
+            row_ids=self.row_ids,
         )
 
     @cached_property

@@ -23,6 +23,8 @@ LINEARS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
+NAMED = (*LINEARS, "input_layernorm", "post_attention_layernorm", "self_attn", "mlp")
+"""What adapters may touch of a layer, in the order of the C decoder."""
 PARTS = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
 ATTENTION_PARTS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"})
 
@@ -55,6 +57,7 @@ class LlamaLayer:
     linears: tuple[NativeLinear, ...]
     """q, k, v, o, gate, up, down."""
     names: tuple[str, ...]
+    """Of what is NAMED."""
     attention_norm: Tensor
     mlp_norm: Tensor
     q_norm: Tensor | None
@@ -72,6 +75,8 @@ class Llama:
     layers: tuple[LlamaLayer, ...]
     final_norm: Tensor
     head: NativeLinear
+    embedding_name: str
+    final_norm_name: str
     head_name: str
     cosines: Tensor
     """fp32 [positions, head_dim / 2]."""
@@ -122,6 +127,8 @@ def _read(model: Any, positions: int, windows: Mapping[int, int]) -> Llama:
         layers=layers,
         final_norm=_norm(inner.norm),
         head=_native(model.lm_head),
+        embedding_name="model.embed_tokens",
+        final_norm_name="model.norm",
         head_name=model.lm_head.name,
         cosines=cosines[0, :, : head_dim // 2].float().contiguous(),
         sines=sines[0, :, : head_dim // 2].float().contiguous(),
@@ -151,7 +158,7 @@ def _layer(name: str, layer: Any, window: int) -> LlamaLayer:
     ]
     return LlamaLayer(
         linears=tuple(_native(layer.get_submodule(part)) for part in LINEARS),
-        names=tuple(f"{name}.{part}" for part in LINEARS),
+        names=tuple(f"{name}.{part}" for part in NAMED),
         attention_norm=_norm(layer.input_layernorm),
         mlp_norm=_norm(layer.post_attention_layernorm),
         q_norm=head_norms[0],

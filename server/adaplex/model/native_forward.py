@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adaplex.engine.batch import Batch, Chunk
-from adaplex.engine.request import Request, SamplingParams
-from adaplex.engine.sequence import Sequence
+from adaplex.engine.request import AdapterRef, Request, SamplingParams
+from adaplex.engine.sequence import VIRTUAL, Sequence
 from adaplex.model.forward import Forward, Tables, runs_of
 from adaplex.model.kernels.native import structs
 from adaplex.model.kernels.native.kernels import LANES, NativeKernels
 from adaplex.model.kv_cache import KVCache
-from adaplex.model.llama import Llama, LlamaLayer, NotLlama, llama_of
+from adaplex.model.llama import LINEARS, Llama, LlamaLayer, NotLlama, llama_of
 from adaplex.model.loader import BaseModel
 from adaplex.model.native_linear import NativeLinear
 
@@ -32,6 +32,13 @@ Array = NDArray[Any]
 TOLERANCE = 0.3
 """How far apart the logits of the two paths may be, as a share of their norm; rounding nf4 and bf16
 takes up to 0.17 of small trained models, a part that is missing or scaled takes more."""
+Prefixes = Callable[[AdapterRef], int]
+"""How many of the positions that an adapter puts before the prompt have keys and values given."""
+
+
+def no_prefix(_: AdapterRef) -> int:
+    """Of adapters that only give embeddings."""
+    return 0
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,11 @@ class NativeForward:
         cache: KVCache,
         modules: Mapping[str, int],
         tables: Tables,
+        prefixes: Prefixes = no_prefix,
     ) -> None:
         """`modules` numbers every module of the base, `tables` finds what adapters do to them."""
-        self._llama, self._kernels, self._cache, self._tables = llama, kernels, cache, tables
+        self._llama, self._kernels, self._cache = llama, kernels, cache
+        self._tables, self._prefixes = tables, prefixes
         self._layers = (structs.Layer * len(llama.layers))(
             *(_layer(each, cache, i, modules) for i, each in enumerate(llama.layers))
         )
@@ -75,13 +84,15 @@ class NativeForward:
             positions=llama.cosines.shape[0],
             blocks=cache.keys[0].shape[1],
             modules=len(modules),
+            embedding_module=modules[llama.embedding_name],
+            final_norm_module=modules[llama.final_norm_name],
             head_module=modules[llama.head_name],
             epsilon=llama.epsilon,
             scale=llama.scale,
         )
         self._logits = torch.empty(0, llama.head.out_features)
         self.layers = tuple(
-            NativeLayer(each.linears, tuple(modules[name] for name in each.names))
+            NativeLayer(each.linears, tuple(modules[name] for name in each.names[: len(LINEARS)]))
             for each in llama.layers
         )
         self.modules = len(modules)
@@ -90,7 +101,7 @@ class NativeForward:
     def __call__(self, batch: Batch) -> tuple[Tensor, list[int]]:
         """See Forward; the logits are valid until the next step."""
         chunks, sampling = batch.chunks, batch.sampling
-        tokens = [t for c in chunks for t in c.sequence.tokens[c.start : c.end]]
+        tokens = [t for c in chunks for t in self._tokens(c)]
         ends = list(accumulate(c.count for c in chunks))
         width = max(-(-c.end // self._cache.block_tokens) for c in chunks)
         tables = np.zeros((len(chunks), width), dtype=np.int32)
@@ -151,6 +162,14 @@ class NativeForward:
         self._kernels.forward(part, step)
         return time.perf_counter() - begun
 
+    def _tokens(self, chunk: Chunk) -> list[int]:
+        """Token ids of a chunk; -1 - i stands for virtual token i of its adapter."""
+        tokens, adapter = chunk.sequence.tokens[chunk.start : chunk.end], chunk.sequence.adapter
+        if adapter is None or chunk.start >= adapter.leading:
+            return tokens
+        behind = VIRTUAL + self._prefixes(adapter) - 1
+        return [token if token < VIRTUAL else behind - token for token in tokens]
+
     def _runs(self, runs: Seq[tuple[Any, int, int]]) -> tuple[Any, list[Array]]:
         """The runs as structs, and the tables that they point to."""
         tables = [None if adapter is None else self._tables(adapter) for adapter, _, _ in runs]
@@ -177,6 +196,7 @@ def fastest(
     numbers: Mapping[str, int],
     tables: Tables,
     progress: Callable[[str], None],
+    prefixes: Prefixes = no_prefix,
 ) -> Forward:
     """The C decoder where the base has its shape and it agrees with `modules` on a prompt that is
     run through both, in the scratch block; else `modules`, and a line says why. `numbers` counts
@@ -184,7 +204,9 @@ def fastest(
     """
     if base.kernels is None or cache.block_tokens != LANES:
         return modules
-    sequence = Sequence(Request("trial", tuple(range(1, LANES + 1)), SamplingParams()))
+    # Words: the first tokens of a vocabulary say nothing, and answers to them hang on rounding.
+    tokens = tuple((base.vocab_size // 2 + i) % base.vocab_size for i in range(LANES))
+    sequence = Sequence(Request("trial", tokens, SamplingParams()))
     sequence.blocks = [0]
     trial = Batch((Chunk(sequence, 0, LANES),))
     expected = modules(trial)[0]
@@ -194,7 +216,7 @@ def fastest(
     except NotLlama as other:
         progress(f"layers run one by one, since the base is not llama-shaped: {other}")
         return modules
-    native = NativeForward(llama, base.kernels, cache, numbers, tables)
+    native = NativeForward(llama, base.kernels, cache, numbers, tables, prefixes)
     found = native(trial)[0]
     for each in (*cache.keys, *cache.values):
         each[:, 0].zero_()
@@ -225,5 +247,5 @@ def _layer(
         keys=cache.keys[index].data_ptr(),
         values=cache.values[index].data_ptr(),
         window=layer.window,
-        modules=(structs.Integer * 7)(*(modules[name] for name in layer.names)),
+        modules=(structs.Integer * 11)(*(modules[name] for name in layer.names)),
     )

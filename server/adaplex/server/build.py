@@ -41,6 +41,7 @@ def build(config: ServerConfig, progress: Progress) -> Parts:
     base = load_base(
         config.model,
         quantization=config.quantization,
+        group_size=config.group_size,
         dtype=config.dtype,
         device=config.device,
         cache=config.cache,
@@ -87,7 +88,7 @@ def build(config: ServerConfig, progress: Progress) -> Parts:
 
 def _saved_bases(config: ServerConfig) -> Path | None:
     """Where quantized bases are kept; dense ones would take more room than they save time."""
-    if not config.save_quantized or config.quantization not in ("nf4", "int8"):
+    if not config.save_quantized or config.quantization in ("bf16", "fp32"):
         return None
     return (config.cache or default_cache()) / "quantized"
 

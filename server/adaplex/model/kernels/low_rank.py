@@ -77,6 +77,8 @@ class AdapterWeights:
     prefix_tokens: int
     """Positions whose keys and values it gives."""
     make_sites: Callable[[], Mapping[str, SiteWeights]]
+    row_ids: NDArray[np.int32] | None = None
+    """What the table points to outside of the arena."""
 
     @cached_property
     def sites(self) -> Mapping[str, SiteWeights]:

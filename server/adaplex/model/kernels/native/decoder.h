@@ -2,81 +2,6 @@
 //
 // Every thread of the team runs `decode`; each phase hands out tickets and ends when all are done.
 
-typedef struct {
-  const Model *model;
-  const Step *step;
-  Work_space space;
-} NAME(Task);
-
-// The products of a phase.
-typedef struct {
-  NAME(Part) part[3];
-  long parts;
-} NAME(Products);
-
-// h = a x for all rows of adapters that touch a product.
-static void NAME(shrink_all)(Member *me, const NAME(Products) * now, const Run *runs, long run_count) {
-  Pass *pass = me->passes;
-  long tickets = 0;
-  for (long r = 0; r < run_count; r++)
-    for (int i = 0; i < now->parts && runs[r].sites; i++) {
-      if (!runs[r].sites[now->part[i].module].rank) continue;
-      *pass++ = (Pass){i, runs[r].start, runs[r].stop, NULL, tickets};
-      tickets += (runs[r].stop - runs[r].start + SHRINK_ROWS - 1) / SHRINK_ROWS;
-    }
-  if (!tickets) return;
-  *pass = (Pass){.first_ticket = tickets};
-
-  pass = me->passes;
-  for (long ticket; (ticket = team_next(&me->base, tickets)) >= 0;) {
-    while (ticket >= pass[1].first_ticket) pass++;
-    const NAME(Part) *part = now->part + pass->part;
-    long start = pass->start + (ticket - pass->first_ticket) * SHRINK_ROWS;
-    long rows = at_most(pass->stop - start, SHRINK_ROWS);
-    const Site *site = NAME(site)(part, start);
-    NAME(shrink)(part->x + start * part->x_stride, part->x_stride, part->weight->in, site->a,
-                 site->rank, rows, part->h + start * part->h_stride, part->h_stride);
-  }
-}
-
-// All products of a phase, whole. A run of rows that has a dense weight of its own is multiplied by that;
-// the others share passes over the base.
-static void NAME(project)(Member *me, const NAME(Products) * now, const Run *runs, long run_count) {
-  if (now->part[0].sites) NAME(shrink_all)(me, now, runs, run_count);
-  Pass *pass = me->passes;
-  long tickets = 0;
-  for (int i = 0; i < now->parts; i++) {
-    long groups = panel_groups(now->part[i].weight), base = -1;
-    for (long r = 0; r <= run_count; r++) {
-      const Site *sites = r < run_count ? runs[r].sites : NULL;
-      const void *dense = sites ? sites[now->part[i].module].dense : NULL;
-      if (base >= 0 && (r == run_count || dense)) {
-        *pass++ = (Pass){i, runs[base].start, runs[r - 1].stop, NULL, tickets};
-        tickets += groups;
-        base = -1;
-      }
-      if (r == run_count) break;
-      if (dense) {
-        *pass++ = (Pass){i, runs[r].start, runs[r].stop, dense, tickets};
-        tickets += groups;
-      } else if (base < 0) {
-        base = r;
-      }
-    }
-  }
-  *pass = (Pass){.first_ticket = tickets};
-
-  pass = me->passes;
-  for (long ticket; (ticket = team_next(&me->base, tickets)) >= 0;) {
-    while (ticket >= pass[1].first_ticket) pass++;
-    const NAME(Part) *part = now->part + pass->part;
-    long first = (ticket - pass->first_ticket) * PANEL_GROUP;
-    long panels = (part->weight->out + LANES - 1) / LANES;
-    long last = at_most(first + PANEL_GROUP, panels);
-    NAME(panels)(part, pass->dense, pass->start, pass->stop, first, last);
-  }
-}
-
 // Queries, keys and values to where attention reads them: head norms, rotation, and keys and values into
 // the cache. A ticket is a few rows, or one head of them when there are few.
 static void NAME(place)(Member *me, const NAME(Task) * task, const Layer *layer,
@@ -141,21 +66,6 @@ static void NAME(mix)(Member *me, const NAME(Task) * task, const Layer *layer) {
   }
 }
 
-// Adds a product to the residual stream, and norms the sum for what comes next.
-static void NAME(settle)(Member *me, const NAME(Task) * task, const NAME(Part) * part,
-                         const float *norm) {
-  const Work_space *space = &task->space;
-  long hidden = task->model->hidden;
-  for (long row; (row = team_next(&me->base, task->step->rows)) >= 0;) {
-    float *residual = space->residual + row * hidden;
-    const float *y = part->y + row * part->y_stride;
-    for (long i = 0; i < hidden; i++) residual[i] += y[i];
-    if (norm)
-      NAME(norm_row)(residual, norm, hidden, task->model->epsilon,
-                     (ELEMENT *)space->normed + row * hidden);
-  }
-}
-
 // act = silu(gate) * up. A ticket is a few rows, or a part of their columns when there are few.
 static void NAME(gate)(Member *me, const NAME(Task) * task, const NAME(Part) * parts) {
   const Work_space *space = &task->space;
@@ -175,18 +85,6 @@ static void NAME(gate)(Member *me, const NAME(Task) * task, const NAME(Part) * p
   }
 }
 
-static void NAME(embed)(Member *me, const NAME(Task) * task) {
-  const Model *m = task->model;
-  const Work_space *space = &task->space;
-  for (long row; (row = team_next(&me->base, task->step->rows)) >= 0;) {
-    float *residual = space->residual + row * m->hidden;
-    const ELEMENT *from = (const ELEMENT *)m->embedding + task->step->tokens[row] * m->hidden;
-    NAME(widen_row)(from, m->hidden, residual);
-    NAME(norm_row)(residual, m->layer[0].attention_norm, m->hidden, m->epsilon,
-                   (ELEMENT *)space->normed + row * m->hidden);
-  }
-}
-
 // Logits of the wanted rows, and the likeliest token of each.
 static void NAME(predict)(Member *me, const NAME(Task) * task) {
   const Model *m = task->model;
@@ -194,72 +92,48 @@ static void NAME(predict)(Member *me, const NAME(Task) * task) {
   const Work_space *space = &task->space;
   ELEMENT *normed = space->normed;
   for (long i; (i = team_next(&me->base, step->wanted_rows)) >= 0;)
-    NAME(norm_row)(space->residual + step->wanted[i] * m->hidden, m->final_norm, m->hidden,
-                   m->epsilon, normed + i * m->hidden);
+    NAME(norm_row)(space->residual + step->wanted[i] * m->hidden, m->final_norm,
+                   site_of(space->head_sites, i, m->final_norm_module), m->hidden, m->epsilon,
+                   normed + i * m->hidden);
   const NAME(Products) head = {{{&m->head, normed, m->hidden, step->logits, m->vocabulary,
-                                 space->head_sites, m->head_module, space->low, space->rank_stride}},
+                                 space->head_sites, m->head_module, space->low, space->rank_stride,
+                                 space->needs.head_rows}},
                                1};
-  NAME(project)(me, &head, step->head_run, step->head_runs);
+  NAME(project)(me, space, &head, step->head_run, step->head_runs);
   for (long i; (i = team_next(&me->base, step->wanted_rows)) >= 0;)
     step->likeliest[i] = likeliest(step->logits + i * m->vocabulary, m->vocabulary);
-}
-
-// A product of rows [.., in] of `x` into columns from `column` on of rows of `width`; `slot` of `low`.
-static NAME(Part) NAME(part_of)(const NAME(Task) * task, const Weight *weight, long module, const void *x,
-                                long column, long width, long slot) {
-  const Work_space *space = &task->space;
-  return (NAME(Part)){weight, x, weight->in, space->wide + column, width, space->sites, module,
-                      (ELEMENT *)space->low + slot * task->step->rows * space->rank_stride, space->rank_stride};
-}
-
-static NAME(Products) NAME(heads_of)(const NAME(Task) * task, const Layer *l) {
-  const void *x = task->space.normed;
-  long q = l->q.out, kv = l->k.out, width = q + 2 * kv;
-  return (NAME(Products)){{NAME(part_of)(task, &l->q, l->modules[0], x, 0, width, 0),
-                           NAME(part_of)(task, &l->k, l->modules[1], x, q, width, 1),
-                           NAME(part_of)(task, &l->v, l->modules[2], x, q + kv, width, 2)},
-                          3};
-}
-
-static NAME(Products) NAME(gates_of)(const NAME(Task) * task, const Layer *l) {
-  const void *x = task->space.normed;
-  long middle = l->gate.out;
-  return (NAME(Products)){{NAME(part_of)(task, &l->gate, l->modules[4], x, 0, 2 * middle, 0),
-                           NAME(part_of)(task, &l->up, l->modules[5], x, middle, 2 * middle, 1)},
-                          2};
-}
-
-static NAME(Products) NAME(product_of)(const NAME(Task) * task, const Weight *weight, long module,
-                                       const void *x) {
-  return (NAME(Products)){{NAME(part_of)(task, weight, module, x, 0, weight->out, 0)}, 1};
 }
 
 static void NAME(decode)(void *context, int thread) {
   const NAME(Task) *task = context;
   const Model *m = task->model;
   const Step *step = task->step;
+  const Work_space *space = &task->space;
   size_t used = 0;
-  char *own = task->space.member + thread * task->space.member_size;
-  Member member = member_of(&task->space, m, sizeof(ELEMENT), own, &used), *me = &member;
+  char *own = space->member + thread * space->member_size;
+  Member member = member_of(space, m, sizeof(ELEMENT), own, &used), *me = &member;
   const Run *runs = step->run;
   long count = step->runs;
 
   NAME(embed)(me, task);
   for (long i = 0; i < m->layers; i++) {
-    const Layer *l = m->layer + i;
+    const Layer *l = m->layer + i, *next = i + 1 < m->layers ? l + 1 : NULL;
     const NAME(Products) heads = NAME(heads_of)(task, l);
-    const NAME(Products) out = NAME(product_of)(task, &l->o, l->modules[3], task->space.attended);
+    const NAME(Products) out = NAME(product_of)(task, &l->o, l->modules[O], space->attended);
     const NAME(Products) gates = NAME(gates_of)(task, l);
-    const NAME(Products) down = NAME(product_of)(task, &l->down, l->modules[6], task->space.act);
-    NAME(project)(me, &heads, runs, count);
+    const NAME(Products) down = NAME(product_of)(task, &l->down, l->modules[DOWN], space->act);
+    NAME(project)(me, space, &heads, runs, count);
     NAME(place)(me, task, l, heads.part);
     NAME(mix)(me, task, l);
-    NAME(project)(me, &out, runs, count);
-    NAME(settle)(me, task, out.part, l->mlp_norm);
-    NAME(project)(me, &gates, runs, count);
+    NAME(project)(me, space, &out, runs, count);
+    if (space->needs.bottlenecks) NAME(bottlenecks)(me, task, out.part, l->modules[ATTENTION]);
+    NAME(settle)(me, task, out.part, l->mlp_norm, l->modules[MLP_NORM]);
+    NAME(project)(me, space, &gates, runs, count);
     NAME(gate)(me, task, gates.part);
-    NAME(project)(me, &down, runs, count);
-    NAME(settle)(me, task, down.part, i + 1 < m->layers ? l[1].attention_norm : NULL);
+    NAME(project)(me, space, &down, runs, count);
+    if (space->needs.bottlenecks) NAME(bottlenecks)(me, task, down.part, l->modules[MLP]);
+    NAME(settle)(me, task, down.part, next ? next->attention_norm : NULL,
+                 next ? next->modules[ATTENTION_NORM] : 0);
   }
   if (step->wanted_rows) NAME(predict)(me, task);
 }

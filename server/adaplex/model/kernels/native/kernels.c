@@ -4,7 +4,10 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include "activations.h"
+#include "checks.h"
 #include "pack.h"
+#include "sites.h"
 #include "space.h"
 #include "team.h"
 #include "types.h"

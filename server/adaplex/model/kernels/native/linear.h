@@ -2,11 +2,12 @@
 //
 // W lies in panels of 16 output columns. Dense: [panels, in / PER_UNIT, 16] units of four bytes, each
 // PER_UNIT neighbouring inputs of one column. nf4: [panels, in / 8, 32] halves, half (n, p) of line v
-// holding, in nibble j, the weight of column n at input 8 v + 2 j + p; scales as in types.h.
+// holding, in nibble j, the weight of column n at input 8 v + 2 j + p; scales as in types.h. int4: the
+// same with other codes and scales; see int4.h.
 //
 // A column of a row is one chain of operations, the same alone and beside any other rows.
 
-// One product of all rows: y = x W' + bias, and for rows of adapters also b h and their bias.
+// One product of all rows: y = x W' + bias; for rows of adapters output_scale * y + b h + their bias.
 typedef struct {
   const Weight *weight;
   const ELEMENT *x;
@@ -17,12 +18,8 @@ typedef struct {
   long module;               // which line
   ELEMENT *h;                // [rows, h_stride] a x, where the site has a rank
   long h_stride;
+  int new_rows;              // whether some site replaces rows of W
 } NAME(Part);
-
-INLINE const Site *NAME(site)(const NAME(Part) * part, long row) {
-  const Site *sites = part->sites ? part->sites[row] : NULL;
-  return sites ? sites + part->module : NULL;
-}
 
 static int NAME(share_site)(const NAME(Part) * part, long row, long rows) {
   const Site *const *sites = part->sites + row;
@@ -37,19 +34,12 @@ static __attribute__((noinline)) Asks NAME(asks_of)(const NAME(Part) * part, lon
   Asks asks;
   int shared = NAME(share_site)(part, row, rows);
   for (int i = 0; i < 8; i++) {
-    const Site *site = shared ? NULL : NAME(site)(part, row + i % rows);
+    const Site *site = shared ? NULL : site_of(part->sites, row + i % rows, part->module);
     const ELEMENT *b = site && site->rank ? site->b : NULL;
     asks.piece[i] = b ? (const char *)(b + panel * LANES * site->rank) + i / rows * PIECE * 64
                       : (const char *)(part->x + row * part->x_stride);
   }
   return asks;
-}
-
-// A share of it, for each eight inputs.
-INLINE void NAME(ask)(const Asks *asks, long line) {
-  const char *at = asks->piece[line / 8 % 8] + line % 8 * 128;
-  expect(at);
-  expect(at + 64);
 }
 
 // R rows times P neighbouring panels.
@@ -58,7 +48,7 @@ INLINE void NAME(dense_tile)(const ELEMENT *x, long x_stride, const char *panel,
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) acc[r][p] = (vec){0};
   for (long u = 0; u < units; u++) {
     words w[4];
-    if (asks && u % (8 / PER_UNIT) == 0) NAME(ask)(asks, u / (8 / PER_UNIT));
+    if (asks && u % (8 / PER_UNIT) == 0) ask(asks, u / (8 / PER_UNIT));
     UNROLL for (int p = 0; p < P; p++) {
       w[p] = load_words(panel + (p * units + u) * 64);
       expect(panel + ((p + P) * units + u) * 64);
@@ -80,14 +70,14 @@ INLINE void NAME(nf4_tile)(const ELEMENT *x, long x_stride, const char *panel, c
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) part[r][p] = (vec){0};
     for (long line = 8 * block; line < 8 * block + 8; line++) {
       halves packed[4];
-      if (asks) NAME(ask)(asks, line);
+      if (asks) ask(asks, line);
       UNROLL for (int p = 0; p < P; p++) {
         packed[p] = (halves)load_words(panel + (p * 8 * blocks + line) * 64);
         expect(panel + ((p + P) * 8 * blocks + line) * 64);
       }
       UNROLL for (int j = 0; j < 4; j++) {
         words w[4];
-        UNROLL for (int p = 0; p < P; p++) w[p] = nf4_decode(packed[p], j);
+        UNROLL for (int p = 0; p < P; p++) w[p] = look_up(&NF4, packed[p], j);
         UNROLL for (int r = 0; r < R; r++) {
           words unit = NAME(unit)(x + r * x_stride, 4 * line + j);
           UNROLL for (int p = 0; p < P; p++) part[r][p] = NAME(mac)(part[r][p], w[p], unit);
@@ -102,7 +92,30 @@ INLINE void NAME(nf4_tile)(const ELEMENT *x, long x_stride, const char *panel, c
 }
 #endif
 
-// y += b h and the adapter's bias for R rows of one adapter, P panels.
+INLINE float NAME(dot)(const ELEMENT *x, const ELEMENT *y, long n) {
+  const long step = LANES * PER_UNIT;
+  vec acc = {0};
+  for (long i = 0; i < n; i += step) {
+    long bytes = at_most(n - i, step) * (long)sizeof(ELEMENT);
+    acc = NAME(mac)(acc, load_part(x + i, bytes), load_part(y + i, bytes));
+  }
+  return sum_lanes(acc);
+}
+
+// Columns of `panels` whose row of W the adapter replaces: y anew, from its row.
+static void NAME(replace_columns)(const NAME(Part) * part, const Site *site, long row, long panel,
+                                  long panels) {
+  const Weight *w = part->weight;
+  float *y = part->y + row * part->y_stride;
+  for (long j = first_row(site, panel * LANES); j < site->row_count; j++) {
+    long column = site->row_ids[j];
+    if (column >= (panel + panels) * LANES) return;
+    y[column] = NAME(dot)(part->x + row * part->x_stride, (const ELEMENT *)site->rows + j * w->in, w->in);
+    if (w->bias) y[column] += w->bias[column];
+  }
+}
+
+// y = output_scale * y + b h + bias of the adapter, for R rows of one, P panels.
 INLINE void NAME(add_adapter)(const NAME(Part) * part, const Site *site, long row, long panel, const int R,
                               const int P) {
   long column = panel * LANES, out = part->weight->out;
@@ -110,7 +123,17 @@ INLINE void NAME(add_adapter)(const NAME(Part) * part, const Site *site, long ro
   vec acc[8][4];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++)
     acc[r][p] = f32_load_part(y + r * part->y_stride + p * LANES, out - column - p * LANES);
+  if (site->output_scale) UNROLL for (int p = 0; p < P; p++) {
+    const ELEMENT *from = (const ELEMENT *)site->output_scale + column + p * LANES;
+    vec scale = NAME(load_part)(from, out - column - p * LANES);
+    UNROLL for (int r = 0; r < R; r++) acc[r][p] *= scale;
+  }
   NAME(expand)(part->h + row * part->h_stride, part->h_stride, site, out, panel, R, P, acc);
+  if (site->bias) UNROLL for (int p = 0; p < P; p++) {
+    const ELEMENT *from = (const ELEMENT *)site->bias + column + p * LANES;
+    vec shift = NAME(load_part)(from, out - column - p * LANES);
+    UNROLL for (int r = 0; r < R; r++) acc[r][p] += shift;
+  }
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++)
     f32_store_part(y + r * part->y_stride + p * LANES, acc[r][p], out - column - p * LANES);
 }
@@ -118,13 +141,17 @@ INLINE void NAME(add_adapter)(const NAME(Part) * part, const Site *site, long ro
 // The same for the rows of a tile, whoever their adapters are. Not in line: the tile needs the registers.
 static __attribute__((noinline)) void NAME(add_adapters)(const NAME(Part) * part, long row, long rows,
                                                          long panel, long panels) {
+  for (long r = 0; part->new_rows && r < rows; r++) {
+    const Site *site = site_of(part->sites, row + r, part->module);
+    if (site) NAME(replace_columns)(part, site, row + r, panel, panels);
+  }
   if (rows == 8 && panels == 2 && NAME(share_site)(part, row, rows)) {
-    const Site *site = NAME(site)(part, row);
+    const Site *site = site_of(part->sites, row, part->module);
     if (site) NAME(add_adapter)(part, site, row, panel, 8, 2);
     return;
   }
   for (long last = row + rows; row < last; row++) {
-    const Site *site = NAME(site)(part, row);
+    const Site *site = site_of(part->sites, row, part->module);
     for (long p = 0; site && p < panels; p += 2)
       if (p + 2 <= panels)
         NAME(add_adapter)(part, site, row, panel + p, 1, 2);
@@ -133,8 +160,8 @@ static __attribute__((noinline)) void NAME(add_adapters)(const NAME(Part) * part
   }
 }
 
-// `dense` stands in for the weight's own panels; null takes those.
-INLINE void NAME(tile)(const NAME(Part) * part, const void *dense, long row, long panel, const int R,
+// What `own` has stands in for the weight's own panels or zeros; null takes those.
+INLINE void NAME(tile)(const NAME(Part) * part, const Site *own, long row, long panel, const int R,
                        const int P) {
   const Weight *w = part->weight;
   const ELEMENT *x = part->x + row * part->x_stride;
@@ -145,6 +172,11 @@ INLINE void NAME(tile)(const NAME(Part) * part, const void *dense, long row, lon
     asks = &wanted;
   }
   vec acc[8][4];
+  const void *dense = own ? own->dense : NULL;
+  if (w->group && !dense) {
+    const float *zeros = own ? own->zeros : w->zeros;
+    NAME(int4_tile)(x, part->x_stride, w, zeros, panel, asks, R, P, acc);
+  } else
 #if PER_UNIT == 2
   if (w->scales && !dense) {
     long blocks = w->in / 64;
@@ -172,16 +204,16 @@ INLINE void NAME(tile)(const NAME(Part) * part, const void *dense, long row, lon
 #define TILES(R, P, from, to)                    \
   for (long panel = from; panel < to;) {         \
     if (panel + P <= to) {                       \
-      NAME(tile)(part, dense, row, panel, R, P); \
+      NAME(tile)(part, own, row, panel, R, P); \
       panel += P;                                \
     } else {                                     \
-      NAME(tile)(part, dense, row, panel, R, 1); \
+      NAME(tile)(part, own, row, panel, R, 1); \
       panel++;                                   \
     }                                            \
   }
 
 // Rows [row, stop) of the columns of panels [first, last). Two panels stay in the cache for all rows.
-static void NAME(panels)(const NAME(Part) * part, const void *dense, long row, long stop, long first,
+static void NAME(panels)(const NAME(Part) * part, const Site *own, long row, long stop, long first,
                          long last) {
   long start = row, eights = row + (stop - row) / 8 * 8;
   for (long pair = first; pair < last; pair += 2) {

@@ -51,7 +51,7 @@ static void NAME(shrink)(const ELEMENT *x, long x_stride, long in, const ELEMENT
     NAME(shrink_rows)(x + row * x_stride, x_stride, in, a, rank, 1, h + row * h_stride, h_stride);
 }
 
-// acc[r][p] += h[r] b, and the adapter's bias, for R rows of one adapter and P panels of `out` columns.
+// acc[r][p] += h[r] b, for R rows of one adapter and P panels of `out` columns.
 INLINE void NAME(expand)(const ELEMENT *h, long h_stride, const Site *site, long out, long panel,
                          const int R, const int P, vec acc[8][4]) {
   const long units = site->rank / PER_UNIT, size = LANES * site->rank;
@@ -79,9 +79,4 @@ INLINE void NAME(expand)(const ELEMENT *h, long h_stride, const Site *site, long
       acc[r][p] = NAME(mac)(acc[r][p], line, NAME(unit)(h + r * h_stride, units));
   }
 #endif
-  if (site->bias) UNROLL for (int p = 0; p < P; p++) {
-    const ELEMENT *bias = (const ELEMENT *)site->bias + (panel + p) * LANES;
-    vec shift = NAME(load_part)(bias, width[p]);
-    UNROLL for (int r = 0; r < R; r++) acc[r][p] += shift;
-  }
 }

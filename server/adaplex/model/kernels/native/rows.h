@@ -1,7 +1,9 @@
 // Included once for each element type: what happens to single rows between the products.
 
-// RMSNorm: to[i] = weight[i] * x[i] / rms(x).
-static void NAME(norm_row)(const float *x, const float *weight, long n, double epsilon, ELEMENT *to) {
+// RMSNorm: to[i] = weight[i] * x[i] / rms(x). `site` may put another weight in its place, and add a bias.
+static void NAME(norm_row)(const float *x, const float *weight, const Site *site, long n, double epsilon,
+                           ELEMENT *to) {
+  const ELEMENT *dense = site ? site->dense : NULL, *bias = site ? site->bias : NULL;
   vec sums = {0};
   long i = 0;
   for (; i + LANES <= n; i += LANES) {
@@ -11,9 +13,12 @@ static void NAME(norm_row)(const float *x, const float *weight, long n, double e
   float total = sum_lanes(sums);
   for (; i < n; i++) total += x[i] * x[i];
   float inverse = 1.0f / sqrtf(total / (float)n + (float)epsilon);
-  for (i = 0; i + LANES <= n; i += LANES)
-    NAME(store)(to + i, f32_load(x + i) * inverse * f32_load(weight + i));
-  for (; i < n; i++) to[i] = NAME(narrow)(x[i] * inverse * weight[i]);
+  for (i = 0; i < n; i += LANES) {
+    vec scale = dense ? NAME(load_part)(dense + i, n - i) : f32_load_part(weight + i, n - i);
+    vec y = f32_load_part(x + i, n - i) * inverse * scale;
+    if (bias) y += NAME(load_part)(bias + i, n - i);
+    NAME(store_part)(to + i, y, n - i);
+  }
 }
 
 // The same within one head, in place: Qwen3 norms queries and keys.

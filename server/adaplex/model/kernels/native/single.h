@@ -35,15 +35,13 @@ int NAME(linear)(const Weight *weight, const ELEMENT *x, int64_t x_stride, int64
 
 // y += b h, of one row.
 static void NAME(add_delta)(const ELEMENT *h, const Site *site, long out, ELEMENT *y) {
-  Site delta = *site;
-  delta.bias = NULL;
   for (long n = 0; n < out; n += LANES) {
     vec acc[8][4];
     float wide[LANES];
     long width = at_most(out - n, LANES);
     NAME(widen_row)(y + n, width, wide);
     acc[0][0] = f32_load_part(wide, width);
-    NAME(expand)(h, 0, &delta, out, n / LANES, 1, 1, acc);
+    NAME(expand)(h, 0, site, out, n / LANES, 1, 1, acc);
     f32_store(wide, acc[0][0]);
     NAME(narrow_row)(wide, width, y + n);
   }

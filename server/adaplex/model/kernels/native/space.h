@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "sites.h"
 #include "team.h"
 #include "types.h"
 #include "vectors.h"
@@ -10,6 +11,7 @@
 #define ROW_GROUP 4     // rows in one ticket of what is done row by row
 #define SHRINK_ROWS 16  // rows in one ticket of a shrink
 #define PANEL_GROUP 4   // panels in one ticket of a product
+#define READ_ROWS 8     // rows in one ticket of bottlenecks
 #define QUERY_TOKENS 8  // neighbouring tokens of one sequence that share what they read of the cache
 
 // At most QUERY_TOKENS neighbouring rows of one sequence.
@@ -17,11 +19,11 @@ typedef struct {
   long sequence, start, stop;
 } Query_span;
 
-// Tickets from `first_ticket` on: rows [start, stop) of a part, by a dense weight of their own or not.
+// Tickets from `first_ticket` on: rows [start, stop) of a part, by a weight of their own or not.
 typedef struct {
   int part;
   long start, stop;
-  const void *dense;
+  const Site *own;
   long first_ticket;
 } Pass;
 
@@ -30,9 +32,11 @@ typedef struct {
   void *normed, *query, *attended, *act;  // elements
   float *wide;                            // [rows, widest product]
   void *low;                              // elements [3, rows, rank_stride]: what shrinks give
+  void *scaled;                           // elements: scaled copies of what a phase reads, if any are
   int32_t *home;                          // [rows] block of each row's key and value
   const Site **sites, **head_sites;       // of each row and wanted row; null when all are of the base
   Query_span *span;
+  Needs needs;
   char *member;  // [threads, member_size]
   long spans, rank_stride, score_stride, member_size, passes;
 } Work_space;
@@ -45,12 +49,19 @@ typedef struct {
   const char *piece[8];
 } Asks;
 
+// A share of it, for each eight inputs.
+INLINE void ask(const Asks *asks, long line) {
+  const char *at = asks->piece[line / 8 % 8] + line % 8 * 128;
+  expect(at);
+  expect(at + 64);
+}
+
 // What each thread has for itself.
 typedef struct {
   long base;  // of team_next
   Pass *passes;
   float *scores, *mixed;
-  void *weights, *query;
+  void *weights, *query, *read;
 } Member;
 
 static struct {
@@ -73,6 +84,11 @@ static inline long row_groups(long rows) { return (rows + ROW_GROUP - 1) / ROW_G
 static inline long panel_groups(const Weight *w) {
   long panels = (w->out + LANES - 1) / LANES;
   return (panels + PANEL_GROUP - 1) / PANEL_GROUP;
+}
+
+// Whether the rows of a site are multiplied by another weight than the base's.
+static inline int has_own(const Site *site, const Weight *weight) {
+  return site->dense || (site->zeros && weight->group);
 }
 
 // The lines of each row's adapter; null when no row has any.
@@ -101,12 +117,15 @@ static long span_tokens(const Model *m, const Step *step) {
   return tokens;
 }
 
-static long widest_rank(const Model *model, const Run *runs, long count) {
-  long widest = 0;
-  for (long r = 0; r < count; r++)
-    for (long i = 0; i < model->modules && runs[r].sites; i++)
-      widest = at_least(widest, runs[r].sites[i].rank);
-  return widest;
+// Appends a pass for each run with a rank at a module, `rows` of it a ticket; counts the tickets.
+static Pass *ranked(Pass *pass, int part, long module, const Run *runs, long count, long rows,
+                    long *tickets) {
+  for (long r = 0; r < count; r++) {
+    if (!runs[r].sites || !runs[r].sites[module].rank) continue;
+    *pass++ = (Pass){part, runs[r].start, runs[r].stop, NULL, *tickets};
+    *tickets += (runs[r].stop - runs[r].start + rows - 1) / rows;
+  }
+  return pass;
 }
 
 // Cuts up what one thread has, from `own` on; `used` counts the bytes.
@@ -119,6 +138,7 @@ static Member member_of(const Work_space *space, const Model *m, size_t element,
   me.mixed = cut(own, used, sizeof(float) * (size_t)size);
   me.weights = cut(own, used, element * (size_t)(queries * space->score_stride));
   me.query = cut(own, used, element * (size_t)size);
+  if (space->needs.bottlenecks) me.read = cut(own, used, element * (size_t)(READ_ROWS * m->hidden));
   return me;
 }
 
@@ -127,6 +147,7 @@ static void cut_up(Work_space *space, const Model *m, const Step *step, size_t e
   size_t rows = (size_t)at_least(step->rows, step->wanted_rows), wide = sizeof(float);
   size_t heads = (size_t)(m->heads * m->head_dim), both = (size_t)(m->kv_heads * m->head_dim * 2);
   size_t widest = (size_t)at_least(at_least(m->hidden, 2 * m->middle), (long)(heads + both));
+  size_t inputs = (size_t)at_least(3 * m->hidden, at_least(m->middle, (long)heads));
   space->residual = cut(from, used, wide * rows * (size_t)m->hidden);
   space->normed = cut(from, used, element * rows * (size_t)m->hidden);
   space->query = cut(from, used, element * rows * heads);
@@ -134,6 +155,7 @@ static void cut_up(Work_space *space, const Model *m, const Step *step, size_t e
   space->act = cut(from, used, element * rows * (size_t)m->middle);
   space->wide = cut(from, used, wide * rows * widest);
   space->low = cut(from, used, element * 3 * rows * (size_t)space->rank_stride);
+  if (space->needs.input_scales) space->scaled = cut(from, used, element * rows * inputs);
   space->home = cut(from, used, sizeof(int32_t) * rows);
   space->sites = cut(from, used, sizeof(Site *) * rows);
   space->head_sites = cut(from, used, sizeof(Site *) * rows);
@@ -147,9 +169,9 @@ static int lay_out(Work_space *space, const Model *m, const Step *step, size_t e
   space->spans = cut_spans(step, tokens, NULL);
   space->score_stride = step->width * LANES;
   space->passes = 3 * (2 * at_least(step->runs, step->head_runs) + 1) + 1;
-  space->rank_stride = at_least(widest_rank(m, step->run, step->runs),
-                                widest_rank(m, step->head_run, step->head_runs));
-  space->rank_stride += space->rank_stride % 2;  // whole units
+  survey(m, step->run, step->runs, &space->needs);
+  survey(m, step->head_run, step->head_runs, &space->needs);
+  space->rank_stride = space->needs.rank + space->needs.rank % 2;  // whole units
   size_t size = 0;
   member_of(space, m, element, NULL, &size);
   space->member_size = (long)size;
@@ -169,41 +191,6 @@ static int lay_out(Work_space *space, const Model *m, const Step *step, size_t e
   for (long s = 0; s < step->sequences; s++)
     for (long row = step->first[s]; row < step->first[s + 1]; row++)
       space->home[row] = step->table[s * step->width + step->position[row] / LANES];
-  return DONE;
-}
-
-// Runs must cover [0, rows) in order.
-static int covers(const Run *runs, long count, long rows) {
-  long at = 0;
-  for (long r = 0; r < count; r++) {
-    if (runs[r].start != at || runs[r].stop <= at) return 0;
-    at = runs[r].stop;
-  }
-  return at == rows;
-}
-
-// What is wrong with a step, DONE if nothing: no index of it may lead out of an array.
-static int check_step(const Model *m, const Step *step) {
-  if (step->rows < 1 || step->sequences < 1 || step->wanted_rows < 0) return BAD_ROWS;
-  if (step->first[0] != 0 || step->first[step->sequences] != step->rows) return BAD_ROWS;
-  if (!covers(step->run, step->runs, step->rows)) return BAD_ROWS;
-  if (!covers(step->head_run, step->head_runs, step->wanted_rows)) return BAD_ROWS;
-  for (long i = 0; i < step->wanted_rows; i++)
-    if (step->wanted[i] < 0 || step->wanted[i] >= step->rows) return BAD_ROWS;
-  for (long s = 0; s < step->sequences; s++) {
-    long start = step->first[s], stop = step->first[s + 1];
-    if (start >= stop || stop > step->rows) return BAD_ROWS;
-    for (long row = start; row < stop; row++) {
-      long at = step->position[row];
-      if (step->tokens[row] < 0 || step->tokens[row] >= m->vocabulary) return BAD_TOKEN;
-      if (at < 0 || at >= m->positions || at >= step->width * LANES) return BAD_POSITION;
-      if (row > start && at != step->position[row - 1] + 1) return BAD_POSITION;
-    }
-    for (long b = 0; b <= step->position[stop - 1] / LANES; b++) {
-      long block = step->table[s * step->width + b];
-      if (block < 0 || block >= m->blocks) return BAD_BLOCK;
-    }
-  }
   return DONE;
 }
 

@@ -12,7 +12,7 @@ Integer = ctypes.c_int64
 
 SITE_FIELDS = (
     *("a", "b", "rank", "bias", "dense", "output_scale", "input_scale"),
-    *("inner", "shape", "rows", "row_ids", "row_count", "virtual", "virtual_count"),
+    *("inner", "shape", "rows", "row_ids", "row_count", "virtual", "virtual_count", "zeros"),
 )
 """A `Site`, which numpy holds as int64 [modules, len(SITE_FIELDS)]."""
 
@@ -40,6 +40,8 @@ class Weight(ctypes.Structure):
         ("bias", Address),
         ("in_features", Integer),
         ("out_features", Integer),
+        ("group", Integer),
+        ("zeros", Address),
     ]
 
 
@@ -61,7 +63,7 @@ class Layer(ctypes.Structure):
         ("keys", Address),
         ("values", Address),
         ("window", Integer),
-        ("modules", Integer * 7),
+        ("modules", Integer * 11),
     ]
 
 
@@ -79,7 +81,8 @@ class Model(ctypes.Structure):
             (name, Integer)
             for name in (
                 *("layers", "hidden", "heads", "kv_heads", "head_dim", "middle", "vocabulary"),
-                *("positions", "blocks", "modules", "head_module"),
+                *("positions", "blocks", "modules"),
+                *("embedding_module", "final_norm_module", "head_module"),
             )
         ),
         ("epsilon", ctypes.c_double),

@@ -2,8 +2,12 @@
 // largest finite value) and NAME(x) defined.
 
 #include "low_rank.h"
+#include "int4.h"
 #include "linear.h"
 #include "rows.h"
+#include "products.h"
 #include "attention.h"
+#include "bottleneck.h"
+#include "residual.h"
 #include "decoder.h"
 #include "single.h"

@@ -8,9 +8,11 @@
 // A frozen weight [out, in] in panels of 16 output columns; see linear.h.
 typedef struct {
   const void *panels;
-  const float *scales;  // nf4: [panels, in / 64, 16]; null when dense
+  const float *scales;  // nf4: [panels, in / 64, 16]; int4: see int4.h; null when dense
   const float *bias;    // [out] or null
   int64_t in, out;
+  int64_t group;        // int4: inputs that share a scale; 0 when it is none
+  const float *zeros;   // int4: instead of those in scales; or null
 } Weight;
 
 // What one adapter does at one module; zeros where it does nothing. Elements but for row_ids.
@@ -36,6 +38,7 @@ typedef struct {
   int64_t row_count;
   const void *virtual;       // [virtual_count, hidden]
   int64_t virtual_count;
+  const float *zeros;        // of a linear in int4: instead of the base's
 } Site;
 
 // Neighbouring rows of one adapter; `sites` has one line a module, null for the base.
@@ -50,8 +53,10 @@ typedef struct {
   const float *q_norm, *k_norm;            // [head_dim] or null
   void *keys, *values;                     // [kv_heads, blocks, 16 * head_dim]; see attention.h
   int64_t window;                          // visible keys, 0 for all
-  int64_t modules[7];                      // q, k, v, o, gate, up, down in the lines of `sites`
+  int64_t modules[11];                     // lines of `sites`, as numbered below
 } Layer;
+
+enum { Q, K, V, O, GATE, UP, DOWN, ATTENTION_NORM, MLP_NORM, ATTENTION, MLP };
 
 typedef struct {
   const void *embedding;  // [vocabulary, hidden]
@@ -60,12 +65,12 @@ typedef struct {
   const Layer *layer;
   Weight head;
   int64_t layers, hidden, heads, kv_heads, head_dim, middle, vocabulary, positions, blocks, modules;
-  int64_t head_module;
+  int64_t embedding_module, final_norm_module, head_module;
   double epsilon, scale;
 } Model;
 
 typedef struct {
-  const int32_t *tokens, *position;  // [rows]
+  const int32_t *tokens, *position;  // [rows] -1 - i for virtual token i of the row's adapter
   const int32_t *first;              // [sequences + 1] rows of each sequence, neighbours in time
   const int32_t *table;              // [sequences, width] blocks
   const int32_t *wanted;             // [wanted_rows] rows whose logits are asked for

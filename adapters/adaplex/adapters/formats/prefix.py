@@ -1,0 +1,75 @@
+"""Prefix tuning as HF PEFT 0.21 writes it: keys and values before the first token, of every layer.
+
+A row of the saved tensor holds one virtual token's, layer by layer, the keys of all heads before
+the values. They are put into the cache as they are, without positions. A projection, if one was
+trained, has been applied before saving.
+"""
+
+from __future__ import annotations
+
+from adaplex.adapters.checkpoint import Checkpoint
+from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.prompt import (
+    HARMLESS,
+    LEARNED,
+    TOKENS,
+    check_keys,
+    check_size,
+    check_tokens,
+)
+from adaplex.adapters.formats.reading import Reading
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program import BaseSpec, KVPrefix, ModuleProgram
+
+
+class PrefixTuning:
+    """The format; see the module's docstring."""
+
+    family = "prefix-tuning"
+    semantic_fields = frozenset(["peft_type"])
+
+    def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
+        """See Format."""
+        reading = Reading(checkpoint, base, limits)
+        harmless = HARMLESS | {"prefix_projection", "init_weights"}
+        reading.check_known(self.family, {"peft_type", *LEARNED}, harmless)
+        count = check_tokens(reading)
+        check_keys(reading, self.family, [TOKENS])
+        blocks = _attention(reading)
+        heads, features = _shape(reading)
+        reading.raise_refused()
+        check_size(reading, "num_layers", len(blocks))
+        check_size(reading, "num_attention_heads", heads)
+        check_size(reading, "token_dim", heads * features)
+        saved = reading.tensors[TOKENS]
+        reading.fits(TOKENS, saved, count, len(blocks) * 2 * heads * features)
+        reading.raise_refused()
+        states = saved.float().view(count, len(blocks), 2, heads, features)
+        programs = (
+            ModuleProgram(name, prefix=KVPrefix(states[:, layer, 0], states[:, layer, 1]))
+            for layer, name in enumerate(blocks)
+        )
+        return Lowered(tuple(sorted(programs, key=lambda program: program.module)))
+
+
+def _attention(reading: Reading) -> list[str]:
+    """Names of the attention blocks, layer by layer; refuses a base that lacks one."""
+    modules = reading.base.modules.values()
+    blocks = {m.layer: m.name for m in modules if m.kind == "block" and m.part == "attention"}
+    layers = range(len(reading.base.kv_shapes))
+    if not blocks or sorted(blocks) != list(layers):
+        name = reading.base.name
+        reading.refuse("peft_type", f"needs the attention of every layer of {name}, not all known")
+    return [blocks[layer] for layer in sorted(blocks)]
+
+
+def _shape(reading: Reading) -> tuple[int, int]:
+    """Heads and features of a key; refuses a base whose layers or values differ in them."""
+    shapes = set(reading.base.kv_shapes)
+    if len(shapes) == 1:
+        heads, keys, values = shapes.pop()
+        if keys == values:
+            return heads, keys
+    if reading.base.kv_shapes:
+        reading.refuse("peft_type", "needs layers whose keys and values are all of one shape")
+    return 0, 0

@@ -1,0 +1,48 @@
+// What bottlenecks read, and what they do to their middle, lane by lane.
+
+#pragma once
+
+#include "vectors.h"
+
+// As structs.py numbers them.
+enum { IDENTITY, RELU, GELU, GELU_TANH, SILU, TANH, SIGMOID, LEAKY_RELU };
+enum { READ_OUTPUT, READ_SUM, READ_INPUT, READ_RESIDUAL };
+
+INLINE vec sigmoid_lanes(vec x) { return 1.0f / (exp_lanes(-x) + 1.0f); }
+
+// Within 2e-7 of erf(x): Abramowitz and Stegun, 7.1.26.
+INLINE vec erf_lanes(vec x) {
+  ints negative = x < (vec){0};
+  vec size = select_lanes(negative, -x, x), t = 1.0f / (size * 0.3275911f + 1.0f);
+  vec p = splat(1.061405429f);
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  vec y = 1.0f - p * t * exp_lanes(-size * size);
+  return select_lanes(negative, -y, y);
+}
+
+// tanh(x): Cephes' polynomial near zero, where the quotient would lose digits.
+INLINE vec tanh_lanes(vec x) {
+  vec z = x * x, p = splat(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  vec far = 1.0f - 2.0f / (exp_lanes(x + x) + 1.0f);
+  return select_lanes(z < 0.390625f, x + x * z * p, far);
+}
+
+INLINE vec activate(vec x, int activation) {
+  switch (activation) {
+    case RELU: return select_lanes(x < (vec){0}, (vec){0}, x);
+    case GELU: return x * 0.5f * (erf_lanes(x * 0.70710678f) + 1.0f);
+    case GELU_TANH: return x * 0.5f * (tanh_lanes((x + x * x * x * 0.044715f) * 0.79788456f) + 1.0f);
+    case SILU: return x * sigmoid_lanes(x);
+    case TANH: return tanh_lanes(x);
+    case SIGMOID: return sigmoid_lanes(x);
+    case LEAKY_RELU: return select_lanes(x < (vec){0}, x * 0.01f, x);
+    default: return x;
+  }
+}
