@@ -1,4 +1,4 @@
-"""A lowered adapter applied to a plain transformers model, as its primitives say: slow and right."""
+"""A lowered adapter applied to a plain transformers model, as its primitives say."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from adaplex.adapters.program import AdapterProgram, BaseModule, BaseSpec, ModuleProgram
-from transformers.pytorch_utils import Conv1D
 
 
 def describe(model: PreTrainedModel, name: str) -> BaseSpec:

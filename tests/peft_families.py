@@ -129,10 +129,6 @@ def _prune(tuned: Any) -> None:
     }
 
 
-def _unpruned(tuned: Any) -> None:
-    pass
-
-
 def _singular(name: str, parameter: Tensor) -> None:
     parameter.normal_(0, 1.0 if "lora_E" in name else 0.3)
 
@@ -161,7 +157,7 @@ def _bitfit(model: Path, directory: Path, seed: int) -> Path:
     biases = {
         f"base_model.model.{name}.bias": torch.randn(_width(module)) * 0.1
         for name, module in load_plain(model).named_modules()
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+        if isinstance(getattr(module, "weight", None), nn.Parameter)
         and not isinstance(module, nn.Embedding)
     }
     directory.mkdir(parents=True)
@@ -246,9 +242,7 @@ FAMILIES: Mapping[str, Family] = {
     "ln-tuning": family(lambda a: peft.LNTuningConfig(target_modules=_norms(a)), around()),
     "beft": family(lambda a: peft.BeftConfig(target_modules=_all(a)), normal(0.2)),
     "bitfit": Family(_bitfit, lambda model, adapter: BiasOracle(load_plain(model), adapter)),
-    "prompt-tuning": family(
-        _prompt(peft.PromptTuningConfig), normal(0.5), oracle=SlowOracle
-    ),
+    "prompt-tuning": family(_prompt(peft.PromptTuningConfig), normal(0.5), oracle=SlowOracle),
     "p-tuning": family(
         _prompt(peft.PromptEncoderConfig, encoder_hidden_size=32), normal(0.3), oracle=SlowOracle
     ),

@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 from adaplex.engine.batch import Chunk
 from peft_adapters import Oracle, load_plain

@@ -17,6 +17,7 @@ from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec
 from adaplex.adapters.report import Report, ReportCache, describe
 from adaplex.adapters.store import Contents
+from adaplex.adapters.trial import try_merging
 
 EVICTIONS = 64
 """Times that a cache may drop content between fetching and reading it."""
@@ -56,6 +57,7 @@ class Programs:
         """
         checkpoint = read_checkpoint(directory, self._limits)
         program = self._lower(checkpoint, self._limits)
+        try_merging(program, self._base)
         if self._policy is BasePolicy.OFF:
             return program
         found = mismatches(checkpoint.config, self._base)
@@ -73,7 +75,7 @@ class Programs:
         """
         if (combination := self._combinations.get(digest)) is not None:
             parts = [self.program(part.digest) for part in combination.components]
-            return combine(combination, parts)
+            return combine(combination, parts, self._base)
         try:
             program = self._lower(self.checkpoint(digest), self._limits.for_stored())
             if program.digest != digest:

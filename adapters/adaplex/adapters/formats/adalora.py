@@ -77,7 +77,7 @@ class AdaLora:
 def _check_used(reading: Reading) -> None:
     """Refuses fields of the wrong kind."""
     config = reading.config
-    alpha, ranks = config.get("lora_alpha"), config.get("rank_pattern") or {}
+    alpha, ranks = config.get("lora_alpha", ""), config.get("rank_pattern") or {}
     reading.check_kind("init_r", is_rank(config.get("init_r")), "a positive integer")
     fits = type(alpha) in (int, float) and abs(alpha) < MAX_NUMBER
     reading.check_kind("lora_alpha", fits, "a number")

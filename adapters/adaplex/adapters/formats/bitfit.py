@@ -71,6 +71,8 @@ def _trained(reading: Reading, name: str, roles: Roles) -> ModuleProgram | None:
 
 def _added(reading: Reading, module: BaseModule, roles: Roles) -> ModuleProgram | None:
     bias, key = roles["beft_bias"], f"{PREFIX}{module.name}.beft_bias"
-    if not is_linear(reading, module, "BEFT") or not reading.fits(key, bias, 1, module.out_features):
+    if not is_linear(reading, module, "BEFT") or not reading.fits(
+        key, bias, 1, module.out_features
+    ):
         return None
     return ModuleProgram(module.name, bias=bias.float().flatten())

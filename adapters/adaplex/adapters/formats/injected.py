@@ -38,11 +38,15 @@ def by_module(
     """Module name -> its tensors. Refuses tensors that have no place; the `shared` keys have one of
     their own. `unsupported` tells for parts of keys what serving them would need.
     """
+    met: set[str] = set()
     pattern = re.compile(rf"(?P<module>.+?)\.(?P<role>{'|'.join(map(re.escape, roles))})")
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in reading.tensors.items():
         name = ADAPTER_NAME.sub("", key)
         if name in shared:
+            if name in met:
+                reading.refuse(key, "is given twice")
+            met.add(name)
             continue
         need = next((why for part, why in (unsupported or {}).items() if part in name), None)
         if not name.startswith(PREFIX):

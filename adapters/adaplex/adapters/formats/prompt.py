@@ -24,8 +24,13 @@ from adaplex.adapters.program import BaseModule, BaseSpec, ModuleProgram
 TOKENS = "prompt_embeddings"
 COLS, ROWS = "prefix_task_cols", "prefix_task_rows"
 LEARNED = frozenset(
-    ["num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads"]
-    + ["num_layers"]
+    [
+        "num_virtual_tokens",
+        "token_dim",
+        "num_transformer_submodules",
+        "num_attention_heads",
+        "num_layers",
+    ]
 )
 """Fields of every config of prompt learning; sizes, which are checked against the base."""
 HARMLESS = shared.HARMLESS | frozenset(

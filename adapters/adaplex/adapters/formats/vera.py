@@ -56,7 +56,9 @@ class Vera:
         _check_used(reading)
         reading.raise_refused()
         found = by_module(reading, "VeRA", (*ROLES, *BIASES), shared=SHARED)
-        adapted = [base.modules[n] for n in found if n in base.modules and found[n].keys() & {*ROLES}]
+        adapted = [
+            base.modules[n] for n in found if n in base.modules and found[n].keys() & {*ROLES}
+        ]
         projections = _projections(reading, adapted)
         lower_one = partial(_lower, reading, projections, WrittenOut(limits))
         return Lowered(lower_modules(reading, found, lower_one, only=ONLY), tuple(reading.notes))
@@ -76,12 +78,12 @@ def random_projections(key: int, rank: int, wide: int, tall: int) -> tuple[Tenso
 def _check_used(reading: Reading) -> None:
     """Refuses fields of the wrong kind, and a rank above the limit."""
     config = reading.config
-    rank, key = config.get("r"), config.get("projection_prng_key", 0)
-    if reading.check_kind("r", is_rank(rank), "a positive integer"):
-        if rank > reading.limits.max_rank:
-            raise AdapterTooLarge(
-                f"the rank is {rank}, the limit is {reading.limits.max_rank}", field="r"
-            )
+    rank, key = config.get("r", 0), config.get("projection_prng_key", 0)
+    fits = reading.check_kind("r", is_rank(rank), "a positive integer")
+    if fits and rank > reading.limits.max_rank:
+        raise AdapterTooLarge(
+            f"the rank is {rank}, the limit is {reading.limits.max_rank}", field="r"
+        )
     fits = type(key) is int and -(1 << 63) <= key < 1 << 63
     reading.check_kind("projection_prng_key", fits, "an integer of 64 bits")
     fits = isinstance(config.get("save_projection", True), bool)
@@ -90,9 +92,7 @@ def _check_used(reading: Reading) -> None:
     check_has_targets(reading)
 
 
-def _projections(
-    reading: Reading, modules: Iterable[BaseModule]
-) -> tuple[Tensor, Tensor] | None:
+def _projections(reading: Reading, modules: Iterable[BaseModule]) -> tuple[Tensor, Tensor] | None:
     """A and B for these modules; None, with refusals, when they are not there or do not fit."""
     sizes = [(module.in_features, module.out_features) for module in modules]
     if not sizes:
