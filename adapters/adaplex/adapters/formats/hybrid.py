@@ -39,7 +39,7 @@ class Hybrid:
     about = FormatRow(
         "Hybrids: any of these together in one adapter",
         ("the primitives of all parts",),
-        "parts whose changes cannot be added: two replaced weights, or an input scale beside another "
+        "parts whose changes cannot be added: two replaced weights, an input scale beside another "
         "part's pair",
         checkpoint="a directory of type HYBRID, made by `adaplex adapters join`",
     )

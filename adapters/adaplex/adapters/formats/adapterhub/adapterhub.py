@@ -52,7 +52,7 @@ class AdapterHub:
     about = FormatRow(
         "AdapterHub's bottlenecks (Houlsby, Pfeiffer, parallel), LoRA, DoRA, (IA)^3 and unions",
         ("bottleneck", "low-rank", "output scale", "input scale"),
-        "gates (UniPELT), Compacter, invertible adapters, layer norms in the bottleneck, VeRA, ReFT",
+        "gates (UniPELT), Compacter, invertible adapters, norms in the bottleneck, VeRA, ReFT",
         checkpoint="an AdapterHub directory",
     )
 
