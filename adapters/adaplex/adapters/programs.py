@@ -75,7 +75,7 @@ class Programs:
         """
         if (combination := self._combinations.get(digest)) is not None:
             parts = [self.program(part.digest) for part in combination.components]
-            return combine(combination, parts)
+            return combine(combination, parts, self._base)
         try:
             program = self._lower(self.checkpoint(digest), self._limits.for_stored())
             if program.digest != digest:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from adaplex.adapters.base_match import BasePolicy, other_base
 from adaplex.adapters.catalog import AdapterRecord, Catalog
-from adaplex.adapters.combination import Combination, Component, module_ranks, packed_bytes
+from adaplex.adapters.combination import Combination, Component, check, module_ranks, packed_bytes
 from adaplex.adapters.errors import (
-    AdapterInvalid,
     AdapterNotFound,
     AdapterTooLarge,
     BaseMismatch,
@@ -25,7 +24,6 @@ from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.names import Names
 from adaplex.adapters.program import BaseSpec
 from adaplex.adapters.programs import Programs
-from adaplex.adapters.report import Report
 from adaplex.adapters.signatures import SignaturePolicy, SignatureVerifier
 from adaplex.adapters.sqlite_catalog import SqliteCatalog
 from adaplex.adapters.store import AdapterStore, Contents
@@ -125,9 +123,10 @@ class AdapterRegistry:
     def resolve_combination(
         self, selectors: Sequence[tuple[str, float]], *, routing_key: str = ""
     ) -> Lease:
-        """Binds several weighted selectors to one content, their rank concatenation.
+        """Binds several weighted selectors to one content, their sum.
 
-        Raises as `resolve`, AdapterInvalid for the weights, or AdapterTooLarge.
+        Raises as `resolve`, AdapterInvalid for the weights or for adapters that cannot be combined,
+        or AdapterTooLarge.
         """
         leases: list[Lease] = []
         try:
@@ -212,7 +211,7 @@ class AdapterRegistry:
             return next(p.record for p in parts if p.record.digest == combination.alone)
         digests = [component.digest for component in combination.components]
         reports = [self.programs.report(digest) for digest in digests]
-        _check_together({part.record.digest: part.record.name for part in parts}, reports)
+        check(combination, reports, {part.record.digest: part.record.name for part in parts})
         size = packed_bytes(reports, self._room.element_bytes)
         most = self._room.max_packed_bytes
         if most is not None and size > most:
@@ -232,20 +231,5 @@ class AdapterRegistry:
             packed_bytes=size,
             created=datetime.now(UTC),
             leading=sum(report.leading for report in reports),
+            invocation=reports[0].invocation,
         )
-
-
-def _check_together(names: Mapping[str, str], reports: Sequence[Report]) -> None:
-    """Raises AdapterInvalid for adapters, named by digest, that no combination can hold."""
-    for report in reports:
-        name = names[report.digest]
-        if report.merged_only:
-            reason = f"{name} can only be served merged, and by itself"
-            raise AdapterInvalid.because("adapters", reason)
-        if report.invocation:
-            reason = f"{name} applies only from its invocation on, and by itself"
-            raise AdapterInvalid.because("adapters", reason)
-    leading = [names[report.digest] for report in reports if report.leading]
-    if len(leading) > 1:
-        reason = f"{' and '.join(leading)} all put positions before the prompt; only one can"
-        raise AdapterInvalid.because("adapters", reason)

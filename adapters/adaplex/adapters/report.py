@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 
 from adaplex.adapters.errors import Refusal
-from adaplex.adapters.program import AdapterProgram, BaseSpec
+from adaplex.adapters.joined import kind
+from adaplex.adapters.program import AdapterProgram, BaseSpec, TensorRole
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,10 @@ class ModuleReport:
     bias: bool
     primitives: tuple[str, ...] = ()
     """Names of what is applied there."""
+    bottleneck: str = ""
+    """What the bottleneck reads, and its activation; empty without one."""
+    sizes: tuple[tuple[TensorRole, int], ...] = ()
+    """Elements of each packed tensor."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,9 @@ class Report:
 
 def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Report:
     """The report of an adapter that can be served."""
+    sizes: defaultdict[str, list[tuple[TensorRole, int]]] = defaultdict(list)
+    for place in program.layout(element_bytes):
+        sizes[place.module].append((place.role, math.prod(place.shape)))
     modules = tuple(
         ModuleReport(
             module=module.module,
@@ -65,6 +74,8 @@ def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Rep
             out_features=base.modules[module.module].out_features,
             bias=module.bias is not None,
             primitives=module.primitives,
+            bottleneck=kind(module.bottleneck),
+            sizes=tuple(sizes[module.module]),
         )
         for module in program.modules
     )

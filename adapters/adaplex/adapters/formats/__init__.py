@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 
@@ -13,7 +13,9 @@ from adaplex.adapters.digest import content_digest
 from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.adalora import AdaLora
+from adaplex.adapters.formats.adapterhub import AdapterHub
 from adaplex.adapters.formats.bitfit import Beft, BitFit
+from adaplex.adapters.formats.hybrid import Hybrid
 from adaplex.adapters.formats.ia3 import IA3
 from adaplex.adapters.formats.ln_tuning import LNTuning
 from adaplex.adapters.formats.loha import Loha
@@ -27,6 +29,9 @@ from adaplex.adapters.formats.trainable_tokens import TrainableTokens
 from adaplex.adapters.formats.vera import Vera
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec
+
+ADAPTERHUB = "ADAPTERHUB"
+"""The kind of configs that have no `peft_type`, but the `config` of AdapterHub's library."""
 
 
 class Format(Protocol):
@@ -43,12 +48,18 @@ class Format(Protocol):
         ...
 
 
+def _lower_part(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:
+    return lower(checkpoint, base, limits)
+
+
 FORMATS: Mapping[str, Format] = {
     "LORA": Lora(),
     "ADALORA": AdaLora(),
+    ADAPTERHUB: AdapterHub(),
     "BEFT": Beft(),
     "BITFIT": BitFit(),
     "CPT": PromptTuning("cpt", "CPT"),
+    "HYBRID": Hybrid(_lower_part),
     "IA3": IA3(),
     "LN_TUNING": LNTuning(),
     "LOHA": Loha(),
@@ -61,7 +72,7 @@ FORMATS: Mapping[str, Format] = {
     "TRAINABLE_TOKENS": TrainableTokens(),
     **FALLBACKS,
 }
-"""PEFT's `peft_type` -> format."""
+"""PEFT's `peft_type`, or one of ours -> format."""
 
 NEEDS: Mapping[str, str] = {
     "ADAMSS": "the clusters of the base's weights that it was trained on, which it does not save",
@@ -79,7 +90,7 @@ NEEDS: Mapping[str, str] = {
 
 def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:
     """Lowers a checkpoint to primitives. Raises AdapterInvalid with every refusal."""
-    kind = checkpoint.config.get("peft_type")
+    kind = _kind(checkpoint.config)
     found = FORMATS.get(kind) if isinstance(kind, str) else None
     if found is None:
         need = f"; it needs {NEEDS[kind]}" if isinstance(kind, str) and kind in NEEDS else ""
@@ -89,8 +100,12 @@ def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Adap
     if refusals := list(_positions(checkpoint, found)):
         raise AdapterInvalid(refusals)
     lowered = found.lower(checkpoint, base, limits)
+    fields: Mapping[str, Any] = checkpoint.config
+    semantic: Iterable[str] = found.semantic_fields
+    if lowered.semantics is not None:
+        fields = semantic = lowered.semantics
     program = AdapterProgram(
-        content_digest(checkpoint, found.semantic_fields),
+        content_digest(Checkpoint(fields, checkpoint.tensors), semantic),
         lowered.family or found.family,
         lowered.modules,
         (*lowered.notes, *recorded_quantization(checkpoint.config)),
@@ -102,10 +117,17 @@ def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Adap
     return program
 
 
+def _kind(config: Mapping[str, Any]) -> Any:
+    """A key of FORMATS, or what is none."""
+    if "peft_type" not in config and isinstance(config.get("config"), dict):
+        return ADAPTERHUB
+    return config.get("peft_type")
+
+
 def _positions(checkpoint: Checkpoint, found: Format) -> Iterator[Refusal]:
     """Tensors of whole numbers, where the format takes none."""
     for name, tensor in sorted(checkpoint.tensors.items()):
-        if not tensor.is_floating_point() and not isinstance(found, PeftFallback):
+        if not tensor.is_floating_point() and not isinstance(found, PeftFallback | Hybrid):
             yield Refusal(name, f"has dtype {tensor.dtype}; weights of {found.family} are real")
 
 

@@ -15,7 +15,9 @@ from adaplex.adapters.formats.reading import PREFIX, Reading, is_names
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import BaseModule, BaseSpec, ModuleProgram
 
-USED = frozenset(["peft_type", "target_modules", "exclude_modules", "feedforward_modules"])
+USED = frozenset(
+    ["peft_type", "target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"]
+)
 HARMLESS = shared.HARMLESS | frozenset(["fan_in_fan_out", "init_ia3_weights"])
 
 
@@ -24,7 +26,7 @@ class IA3:
 
     family = "ia3"
     semantic_fields = USED
-    about = FormatRow("IA3", ("input scale", "output scale"))
+    about = FormatRow("IA3", ("input scale", "output scale", "replaced weight"))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

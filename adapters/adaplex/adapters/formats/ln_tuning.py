@@ -18,7 +18,7 @@ from adaplex.adapters.program import BaseModule, BaseSpec, ModuleKind, ModulePro
 
 WEIGHT, BIAS = "ln_tuning_layers.weight", "ln_tuning_layers.bias"
 KINDS: tuple[ModuleKind, ...] = ("norm", "linear", "embedding")
-USED = frozenset(["peft_type", "target_modules", "exclude_modules"])
+USED = frozenset(["peft_type", "target_modules", "exclude_modules", "modules_to_save"])
 
 
 class LNTuning:

@@ -1,4 +1,4 @@
-"""LoKr as HF PEFT 0.21 writes it: y += kron(w1, w2) x * alpha / r, either of them decomposed or not.
+"""LoKr as HF PEFT 0.21 writes it: y += kron(w1, w2) x * alpha / r, each decomposed or not.
 
 kron(b1 a1, b2 a2) = kron(b1, b2) kron(a1, a2), so the pair's rank is the product of the two ranks;
 a factor that is not decomposed has that of its smaller side.
@@ -43,7 +43,7 @@ class Lokr:
 
     family = "lokr"
     semantic_fields = USED
-    about = FormatRow("LoKr", ("low-rank",), "convolutions")
+    about = FormatRow("LoKr", ("low-rank", "replaced weight"), "convolutions")
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
@@ -62,10 +62,10 @@ def _lower(
     if not is_linear(reading, module, "LoKr"):
         return None
     rank, scale = rank_and_scale(reading, module.name)
-    pairs = [_factor(reading, module, roles, factor, rank) for factor in FACTORS]
-    if pairs[0] is None or pairs[1] is None:
+    first, second = (_factor(reading, module, roles, factor, rank) for factor in FACTORS)
+    if first is None or second is None:
         return None
-    (b1, a1), (b2, a2) = pairs
+    (b1, a1), (b2, a2) = first, second
     out, inputs = b1.shape[0] * b2.shape[0], a1.shape[1] * a2.shape[1]
     if (out, inputs) != (module.out_features, module.in_features):
         reading.refuse(
@@ -89,14 +89,14 @@ def _factor(
         reading.refuse(key, "is given whole and decomposed")
     elif whole is None and (a is None or b is None):
         reading.refuse(key, "is missing, and so is a half of its decomposition")
-    elif any(tensor is not None and tensor.dim() != 2 for tensor in (whole, a, b)):
-        reading.refuse(key, CONVOLUTION)
     elif whole is not None:
-        return thin(whole.float())
+        if whole.dim() == 2:
+            return thin(whole.float())
+        reading.refuse(key, CONVOLUTION)
     elif a is not None and b is not None:
         fits = (
-            reading.fits(f"{key}_a", a, a.shape[0], rank),
-            reading.fits(f"{key}_b", b, rank, b.shape[1]),
+            reading.fits(f"{key}_a", a, *a.shape[:1], rank),
+            reading.fits(f"{key}_b", b, rank, *b.shape[1:2]),
         )
         if all(fits):
             decomposed = a.float(), b.float()

@@ -41,7 +41,7 @@ class TrainableTokens:
 
     family = "trainable-tokens"
     semantic_fields = frozenset(["peft_type", "target_modules", "token_indices"])
-    about = FormatRow("trainable tokens", ("replaced rows",))
+    about = FormatRow("Trainable tokens", ("replaced rows",))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
@@ -83,7 +83,7 @@ def token_rows(reading: Reading, wanted: Mapping[str, list[int]]) -> dict[str, T
 def lower_rows(
     reading: Reading, rows: Mapping[str, TokenRows], tensors: Mapping[str, tuple[str, Tensor]]
 ) -> dict[str, ModuleProgram | None]:
-    """Programs that replace rows, by name of the module. `tensors` has key and tensor by name of a module."""
+    """Programs that replace rows, by name of the module; `tensors` has key and tensor by it."""
     sources = {row.source for row in rows.values()}
     for name in sorted(sources - tensors.keys()):
         reading.refuse(name, "its trained tokens are missing")

@@ -18,7 +18,6 @@ from adaplex.adapters.errors import AdapterTooLarge
 from adaplex.adapters.formats import reading as shared
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.injected import (
-    BIASES,
     Roles,
     WrittenOut,
     all_there,
@@ -37,7 +36,7 @@ SHARED = ("base_model.vera_A", "base_model.vera_B")
 ROLES = ("vera_lambda_b", "vera_lambda_d")
 ONLY = "vera_only"
 USED = (TARGETS - {"exclude_modules"}) | frozenset(
-    ["peft_type", "r", "projection_prng_key", "save_projection", "bias"]
+    ["peft_type", "r", "projection_prng_key", "save_projection", "bias", "modules_to_save"]
 )
 HARMLESS = shared.HARMLESS | frozenset(
     ["vera_dropout", "d_initial", "fan_in_fan_out", "init_weights"]
@@ -49,7 +48,7 @@ class Vera:
 
     family = "vera"
     semantic_fields = USED
-    about = FormatRow("VeRA", ("low-rank", "bias"))
+    about = FormatRow("VeRA", ("low-rank", "bias", "replaced weight"))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
@@ -57,7 +56,7 @@ class Vera:
         reading.check_known("VeRA", USED, HARMLESS)
         _check_used(reading)
         reading.raise_refused()
-        found = by_module(reading, "VeRA", (*ROLES, *BIASES), shared=SHARED)
+        found = by_module(reading, "VeRA", ROLES, shared=SHARED)
         adapted = [
             base.modules[n] for n in found if n in base.modules and found[n].keys() & {*ROLES}
         ]
@@ -80,12 +79,12 @@ def random_projections(key: int, rank: int, wide: int, tall: int) -> tuple[Tenso
 def _check_used(reading: Reading) -> None:
     """Refuses fields of the wrong kind, and a rank above the limit."""
     config = reading.config
-    rank, key = config.get("r"), config.get("projection_prng_key", 0)
-    if reading.check_kind("r", is_rank(rank), "a positive integer"):
-        if rank > reading.limits.max_rank:
-            raise AdapterTooLarge(
-                f"the rank is {rank}, the limit is {reading.limits.max_rank}", field="r"
-            )
+    rank, key = config.get("r", 0), config.get("projection_prng_key", 0)
+    fits = reading.check_kind("r", is_rank(rank), "a positive integer")
+    if fits and rank > reading.limits.max_rank:
+        raise AdapterTooLarge(
+            f"the rank is {rank}, the limit is {reading.limits.max_rank}", field="r"
+        )
     fits = type(key) is int and -(1 << 63) <= key < 1 << 63
     reading.check_kind("projection_prng_key", fits, "an integer of 64 bits")
     fits = isinstance(config.get("save_projection", True), bool)
