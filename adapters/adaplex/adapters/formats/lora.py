@@ -63,7 +63,7 @@ class Lora:
             tuple(reading.notes),
             tuple(reading.warnings),
             invocation,
-            _family(reading, programs),
+            family=_family(reading, programs),
         )
 
 
