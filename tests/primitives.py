@@ -1,7 +1,7 @@
 """What an AdapterProgram does, said once more in plain torch: by hooks on a transformers model.
 
-Slow, without batches of several adapters, and without any code of the server: what the formats lower
-to is tested with it against PEFT, module by module and by whole logits.
+Slow, without batches of several adapters, and without any code of the server: what the formats
+lower to is tested with it against PEFT, module by module and by whole logits.
 """
 
 from __future__ import annotations
