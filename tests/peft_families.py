@@ -239,6 +239,14 @@ FAMILIES: Mapping[str, Family] = {
         ),
         normal(0.4, 1.0),
     ),
+    "ia3-whole": family(
+        lambda a: peft.IA3Config(
+            target_modules=[*_feedforward(a), "lm_head"],
+            feedforward_modules=r".*down_proj|.*mlp.c_proj",
+            modules_to_save=_norms(a),
+        ),
+        around(),
+    ),
     "ln-tuning": family(lambda a: peft.LNTuningConfig(target_modules=_norms(a)), around()),
     "beft": family(lambda a: peft.BeftConfig(target_modules=_all(a)), normal(0.2)),
     "bitfit": Family(_bitfit, lambda model, adapter: BiasOracle(load_plain(model), adapter)),
@@ -257,6 +265,13 @@ FAMILIES: Mapping[str, Family] = {
         oracle=SlowOracle,
     ),
     "prefix-tuning": family(_prompt(peft.PrefixTuningConfig), normal(0.7), oracle=SlowOracle),
+    "prompt-whole": family(
+        lambda a: peft.PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=2, modules_to_save=["lm_head", *_norms(a)]
+        ),
+        around(),
+        oracle=SlowOracle,
+    ),
     "prefix-projection": family(
         _prompt(peft.PrefixTuningConfig, prefix_projection=True, encoder_hidden_size=32),
         normal(0.4),
@@ -264,5 +279,8 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 """Every family but LoRA's, and variants that differ in what PEFT writes."""
-TORCH_LINEARS = ("loha", "lokr", "lokr-both", "lokr-whole", "beft")
-"""Those that PEFT does not have for GPT-2's Conv1D."""
+NOT_GPT2 = (
+    *("prefix-tuning", "prefix-projection"),  # the tiny config has heads that GPT-2 does not know
+    *("loha", "lokr", "lokr-both", "lokr-whole", "beft"),  # PEFT has no Conv1D of these
+)
+"""Those that PEFT cannot make, or not ask, of the tiny GPT-2."""
