@@ -95,7 +95,8 @@ def load_base(
     """Loads a base model and quantizes it.
 
     `model` is a hub id, a directory of safetensors, a GGUF file or the default's name;
-    `quantization` is one of QUANTIZATIONS, `group_size` one of GROUP_SIZES, for int4-group; `dtype` is auto, bf16 or fp32 (the compute dtype);
+    `quantization` is one of QUANTIZATIONS, `group_size`, for int4-group, one of GROUP_SIZES;
+    `dtype` is auto, bf16 or fp32 (the compute dtype);
     `device` is auto, cpu or cuda; without `native` a CPU computes by torch alone.
     `saved` is a folder in which the quantized base is kept for the next start.
     Raises ModelSourceError or UnsupportedModel.

@@ -54,8 +54,9 @@ class AdapterHub:
     semantic_fields = USED
     about = FormatRow(
         "AdapterHub's bottlenecks (Houlsby, Pfeiffer, parallel), LoRA, DoRA, (IA)^3 and unions",
-        "bottleneck, low-rank, output scale, KV prefix",
-        "gates (UniPELT), Compacter, invertible adapters, layer norms in the bottleneck, VeRA, ReFT",
+        ("bottleneck", "low-rank", "output scale", "input scale"),
+        "gates (UniPELT), Compacter, invertible adapters, norms in the bottleneck, VeRA, ReFT",
+        checkpoint="an AdapterHub directory",
     )
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
