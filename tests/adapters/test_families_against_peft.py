@@ -16,6 +16,8 @@ from primitives import describe, logits, with_blocks
 from rig import prompt
 
 LIMITS = AdapterLimits()
+LENGTH = 17
+"""Tokens of the prompt."""
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
@@ -30,9 +32,10 @@ def test_logits_are_pefts(
     base = load_plain(model)
     spec = with_blocks(base, describe(base))
     program = formats.lower(read_checkpoint(directory, LIMITS), spec, LIMITS)
-    tokens = prompt(17)
+    tokens = [*family.prompt(prompt(LENGTH)), 9, 7]
     idle = Oracle(base, None).logits(tokens)
     expected = family.oracle(model, directory).logits(tokens)
-    got = logits(base, program, tokens)
+    start = LENGTH // 2 if program.invocation else 0
+    got = logits(base, program, tokens, start)
     assert (idle - expected).abs().max() > 1e-2, "the adapter does nothing"
     assert (got - expected).abs().max() < 1e-4
