@@ -31,6 +31,7 @@ from adaplex.model.loader import load_base
 from adapters.handmade import (
     BASE,
     DOWN,
+    HEAD,
     HIDDEN,
     QUERY,
     UPLOAD,
@@ -135,17 +136,24 @@ def test_ranks_that_never_meet_may_differ(method: MergeMethod) -> None:
 @pytest.mark.parametrize(
     ("where", "bad"),
     [
-        ("use_dora", checkpoint(use_dora=True)),
-        ("modules_to_save", checkpoint(modules_to_save=["lm_head"])),
+        ("use_bdlora", checkpoint(use_bdlora=True)),
+        ("alora_invocation_tokens", checkpoint(alora_invocation_tokens=[3])),
+        (
+            HEAD,
+            checkpoint(
+                tensors() | {f"base_model.model.{HEAD}.weight": torch.ones(24, HIDDEN)},
+                modules_to_save=["lm_head"],
+            ),
+        ),
         (
             "lora_magnitude_vector",
             checkpoint(
                 tensors() | {f"base_model.model.{QUERY}.lora_magnitude_vector": torch.ones(HIDDEN)}
             ),
         ),
-        ("peft_type", checkpoint(peft_type="IA3")),
+        ("peft_type", checkpoint(peft_type="POLY")),
         (
-            "bias",
+            QUERY,
             checkpoint(
                 tensors("q_proj")
                 | {

@@ -79,7 +79,8 @@ def _parts(
     refusals = []
     for i, (weight, program) in enumerate(zip(plan.weights, programs, strict=True)):
         if program.invocation:
-            refusals.append(Refusal(f"sources[{i}]", "activated LoRA cannot be merged"))
+            where = f"sources[{i}].alora_invocation_tokens"
+            refusals.append(Refusal(where, "activated LoRA cannot be merged"))
         for module in program.modules:
             problem = _unmerged(module, modules[module.module])
             if problem:
