@@ -14,7 +14,6 @@ from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
 from adaplex.adapters.formats.lora_config import CONFLICTS, EVERYWHERE
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.merging import MergeMethod, MergePlan, merge_checkpoints
 from adaplex.adapters.program import AdapterProgram, BaseModule, BaseSpec
 from adapters.handmade import PREFIX, config
 
@@ -364,43 +363,6 @@ def test_parameters() -> None:
     with pytest.raises(AdapterTooLarge, match="has rank 2, the limit is 1"):
         lower(inner | outer, limits=AdapterLimits(max_rank=1), **fields)
     assert lower(inner | outer, limits=AdapterLimits(max_rank=2), **fields)
-
-
-@pytest.mark.parametrize(
-    ("weights", "fields", "where", "reason"),
-    [
-        (table(), {"target_modules": [TABLE]}, TABLE, "a pair of kind embedding"),
-        (
-            pair("layers.0.experts", rank=6, into=6, out=8),
-            {"target_modules": [], "target_parameters": [DOWN]},
-            DOWN,
-            "a pair of kind experts",
-        ),
-        (
-            pair(QUERY) | {f"{PREFIX}{QUERY}.lora_magnitude_vector": torch.ones(6)},
-            {"use_dora": True},
-            QUERY,
-            "its bias and output scale",
-        ),
-        (
-            pair(QUERY) | rows(TABLE),
-            {"trainable_token_indices": [1, 2]},
-            TABLE,
-            "its replaced rows",
-        ),
-    ],
-)
-def test_only_pairs_of_linears_are_merged(
-    weights: dict[str, Tensor], fields: dict[str, Any], where: str, reason: str
-) -> None:
-    plan = MergePlan(MergeMethod.CAT, (1.0, 1.0))
-    settings = config(**{"target_modules": ["q_proj"]} | fields)
-    sources = [Checkpoint(config(target_modules=["q_proj"]), pair(QUERY))]
-    sources.append(Checkpoint(settings, weights))
-    with pytest.raises(AdapterInvalid) as caught:
-        merge_checkpoints(plan, sources, base())
-    found = {refusal.where: refusal.reason for refusal in caught.value.refusals}
-    assert found == {f"sources[1].{where}": f"{reason} cannot be merged"}
 
 
 def trained(weights: Mapping[str, Tensor], /, **fields: Any) -> AdapterProgram:

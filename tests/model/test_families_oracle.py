@@ -34,7 +34,7 @@ def test_a_family_equals_peft(
     directory = family.save(model, tmp_path / name, 2)
     oracle = family.oracle(model, directory)
     ref = rig.add(lowered(directory, rig.base.spec))
-    tokens = prompt(37)
+    tokens = [*family.prompt(prompt(37)), 9, 7]
     expected, idle = oracle.logits(tokens), Oracle(load_plain(model), None).logits(tokens)
     assert (idle - expected).abs().max() > 1e-2, "the adapter does nothing"
 

@@ -56,7 +56,7 @@ def build(config: ServerConfig, progress: Progress) -> Parts:
     if base.kernels is not None:
         base.kernels.use_threads(config.compute_threads)
         torch.set_num_threads(1)  # two teams of threads would take the cores from each other
-    low_rank = low_rank_kernel(base.kernels, base.device, modules=len(spec.modules))
+    low_rank = low_rank_kernel(base.kernels, base.device, spec.modules)
     runner = ModelRunner(
         base,
         num_blocks=engine_config.num_blocks,

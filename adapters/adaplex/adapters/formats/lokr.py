@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import lycoris
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.injected import (
     Roles,
     WrittenOut,
@@ -42,6 +43,7 @@ class Lokr:
 
     family = "lokr"
     semantic_fields = USED
+    about = FormatRow("LoKr", ("low-rank", "replaced weight"), "convolutions")
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from adaplex.adapters.base_match import FINGERPRINT, NAME, QUANTIZATION
-from adaplex.adapters.checkpoint import CONFIG, WEIGHTS, Checkpoint
+from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats import lower
 from adaplex.adapters.formats.reading import PREFIX
@@ -39,8 +36,8 @@ def merge_checkpoints(
 def merge_adapters(
     plan: MergePlan, programs: Sequence[AdapterProgram], modules: Mapping[str, BaseModule]
 ) -> Checkpoint:
-    """As `merge_checkpoints`, of adapters that are lowered already. The order in which the base has
-    its modules decides which values chance drops.
+    """As `merge_checkpoints`, of adapters that are lowered already. `modules` are those of the
+    base, whose order decides which values chance drops.
     """
     plan.check(len(programs))
     parts = _parts(plan, programs, modules)
@@ -52,12 +49,6 @@ def merge_adapters(
     for name, (a, b) in pairs.items():
         tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
     return Checkpoint(_config({name: len(a) for name, (a, _) in pairs.items()}), tensors)
-
-
-def write_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
-    """Writes the two files of an adapter directory."""
-    (directory / CONFIG).write_text(json.dumps(dict(checkpoint.config), indent=1))
-    save_file(dict(checkpoint.tensors), directory / WEIGHTS)
 
 
 def _lowered(
@@ -80,11 +71,10 @@ def _parts(
     for i, (weight, program) in enumerate(zip(plan.weights, programs, strict=True)):
         if program.invocation:
             where = f"sources[{i}].alora_invocation_tokens"
-            refusals.append(Refusal(where, "activated LoRA cannot be merged"))
+            refusals.append(Refusal(where, "an invocation cannot be merged"))
         for module in program.modules:
-            problem = _unmerged(module, modules[module.module])
-            if problem:
-                refusals.append(Refusal(f"sources[{i}].{module.module}", problem))
+            if reasons := list(_unmergeable(module, modules[module.module])):
+                refusals += [Refusal(f"sources[{i}].{module.module}", r) for r in reasons]
             else:
                 parts.setdefault(module.module, []).append(_factors(module, weight))
     if not plan.method.any_ranks:
@@ -98,12 +88,13 @@ def _parts(
     return parts
 
 
-def _unmerged(program: ModuleProgram, module: BaseModule) -> str:
-    """Why a module cannot be merged, as only pairs of linears can; empty where it can."""
-    others = [name for name in program.primitives if name != "low-rank"]
-    if others:
-        return f"its {' and '.join(others)} cannot be merged"
-    return "" if module.kind == "linear" else f"a pair of kind {module.kind} cannot be merged"
+def _unmergeable(module: ModuleProgram, base: BaseModule) -> Iterator[str]:
+    """Why a source's part at a module is no plain LoRA."""
+    for name in module.primitives:
+        if name != "low-rank":
+            yield f"{'an' if name[0] in 'io' else 'a'} {name} cannot be merged"
+    if base.kind != "linear":
+        yield f"of the kind {base.kind}; only linears can be merged"
 
 
 def _factors(module: ModuleProgram, weight: float) -> Factors:
