@@ -233,7 +233,7 @@ def _pooled(made: Family) -> Family:
     return replace(made, save=patched(made.save), oracle=patched(made.oracle))
 
 
-FAMILIES: Mapping[str, Family] = {
+LORAS: Mapping[str, Family] = {
     "lora": lora(),
     "lora-rs-bias": lora(use_rslora=True, bias="lora_only", lora_bias=True),
     "lora-embedding": lora(target_modules=["embed_tokens", "q_proj", "wte"]),
@@ -251,6 +251,9 @@ FAMILIES: Mapping[str, Family] = {
         ),
         around(),
     ),
+}
+"""LoRA and what goes by its name."""
+FAMILIES: Mapping[str, Family] = {
     "adalora": family(
         lambda a: peft.AdaLoraConfig(
             init_r=6, lora_alpha=4, total_step=10, target_modules=_all(a), bias="lora_only"
@@ -338,7 +341,7 @@ FAMILIES: Mapping[str, Family] = {
         oracle=SlowOracle,
     ),
 }
-"""Every family, and variants that differ in what PEFT writes."""
+"""Every family but LoRA's, and variants that differ in what PEFT writes."""
 NOT_GPT2 = (
     *("prefix-tuning", "prefix-projection"),  # the tiny config has heads that GPT-2 does not know
     *("loha", "lokr", "lokr-both", "lokr-whole", "beft"),  # PEFT has no Conv1D of these
