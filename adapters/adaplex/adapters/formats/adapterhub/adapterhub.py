@@ -100,7 +100,7 @@ def _check_model(reading: Reading) -> None:
     """Refuses adapters of models whose layers the library takes apart in another way."""
     config, base = reading.config, reading.base
     kind = config.get("model_type")
-    if kind not in PROJECTIONS:
+    if not isinstance(kind, str) or kind not in PROJECTIONS:
         served = ", ".join(PROJECTIONS)
         reading.refuse("model_type", f"{kind!r:.40} is not served; served are {served}")
     elif kind != base.model_type:
@@ -130,7 +130,7 @@ def _configs(reading: Reading) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if (method is None or isinstance(method, str)) and method in METHODS:
             yield where, part
         else:
-            need = f"; it needs {NEEDS[method]}" if method in NEEDS else ""
+            need = f"; it needs {NEEDS[str(method)]}" if str(method) in NEEDS else ""
             reading.refuse(f"{where}.architecture", f"{method!r:.40} is not served{need}")
 
 
