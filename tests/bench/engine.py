@@ -154,7 +154,7 @@ class Bench:
         self.parts.importer.load(str(directory), directory.name, replace=False, origin=origin)
         lease = self.parts.registry.resolve(directory.name)
         try:
-            return adapter_ref(lease.record, AdapterMode.UNMERGED)
+            return adapter_ref(lease.record, None, AdapterMode.UNMERGED)
         finally:
             lease.release()
 

@@ -25,9 +25,10 @@ from adaplex.client.bench.session import Run, Session
 from adaplex.client.bench.slora import SLora, slora
 from adaplex.client.bench.workload import Trace
 from adaplex.client.cli.bench import tell
+from bench.families import Families, families
 from bench.served import served
 
-WORKLOADS = ("punica", "slora", "hot-tenant", "churn", "cliff")
+WORKLOADS = ("punica", "slora", "hot-tenant", "churn", "families", "cliff")
 ARENA = 512 << 20
 """Bytes; holds an adapter of rank 16 for each of 32 streams."""
 SMALL_ARENA = 48 << 20
@@ -57,6 +58,8 @@ async def all_but_cliff(session: Session, options: argparse.Namespace) -> list[R
         runs += await hot_tenant(session, HotTenant(rate=1.0, flood=8, seconds=seconds))
     if "churn" in options.only:
         runs += await churn(session, Churn(rank=rank, seconds=seconds, pause=0.5))
+    if "families" in options.only:
+        runs += await families(session, Families(), options.model)
     return runs
 
 

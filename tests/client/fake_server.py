@@ -100,6 +100,9 @@ def adapter(name: str, version: int = 1) -> adapters_pb2.Adapter:
         base_fingerprint=DIGEST,
         update_time=Timestamp(seconds=1_700_000_001),
         tier=adapters_pb2.RESIDENCY_TIER_ARENA,
+        leading_tokens=12,
+        invocation_tokens=[7, 8],
+        merged_only=True,
     )
 
 
@@ -140,12 +143,17 @@ def report(*refusals: tuple[str, str]) -> adapters_pb2.AdapterReport:
                 scale=2.0,
                 in_features=64,
                 out_features=32,
+                primitives=["low-rank", "bias"],
             )
             for layer in range(2)
         ],
         packed_bytes=1 << 20,
         refusals=[adapters_pb2.Refusal(where=where, reason=why) for where, why in refusals],
         notes=["task_type has no effect"],
+        prefix_tokens=8,
+        virtual_tokens=4,
+        invocation_tokens=[7, 8],
+        merged_only=True,
     )
 
 

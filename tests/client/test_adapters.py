@@ -45,6 +45,9 @@ TONE = Adapter(
     signer="",
     update_time=datetime(2023, 11, 14, 22, 13, 21, tzinfo=UTC),
     tier=ResidencyTier.ARENA,
+    leading_tokens=12,
+    invocation_tokens=(7, 8),
+    merged_only=True,
 )
 
 

@@ -188,7 +188,7 @@ class LifecycleMachine(RuleBasedStateMachine):
             return
         assert lease.record.digest in possible
         self.count += 1
-        adapter = adapter_ref(lease.record, AdapterMode.UNMERGED)
+        adapter = adapter_ref(lease.record, None, AdapterMode.UNMERGED)
         request = make_request(f"r{self.count}", range(length), adapter, max_tokens)
         try:
             self.engine.add(request)

@@ -24,6 +24,7 @@ from adaplex.engine.request import (
     SamplingParams,
     StepOutput,
 )
+from adaplex.engine.sequence import VIRTUAL
 
 BLOCK = 4
 """Tokens a block."""
@@ -38,10 +39,11 @@ def next_token(digest: str, tokens: Sequence[int]) -> int:
 def expected(request: Request) -> list[int]:
     """What the request yields when it runs alone and to its length."""
     digest = request.adapter.digest if request.adapter else ""
-    tokens = list(request.prompt)
+    tokens = [*range(VIRTUAL, VIRTUAL + request.leading), *request.prompt]
+    known = len(tokens)
     for _ in range(request.sampling.max_tokens):
         tokens.append(next_token(digest, tokens))
-    return tokens[len(request.prompt) :]
+    return tokens[known:]
 
 
 class Row(NamedTuple):
@@ -161,7 +163,8 @@ class FakeRunner:
         salt = sequence.request.cache_salt
         for position in range(chunk.end):
             cell = (sequence.blocks[position // BLOCK], position % BLOCK)
-            right = (sequence.adapter_key, salt, position, sequence.tokens[position])
+            key = sequence.adapter_key if position >= sequence.adapter_from else ""
+            right = (key, salt, position, sequence.tokens[position])
             if position >= chunk.start:
                 self.cells[cell] = right
             assert self.cells[cell] == right, "stale KV"
@@ -258,9 +261,9 @@ def make_engine(
 
 
 def make_adapter(
-    name: str = "a", nbytes: int = UNIT, mode: AdapterMode = AdapterMode.UNMERGED
+    name: str = "a", nbytes: int = UNIT, mode: AdapterMode = AdapterMode.UNMERGED, **facts: Any
 ) -> AdapterRef:
-    return AdapterRef(name, 1, digest(name), nbytes, 1, mode)
+    return AdapterRef(name, 1, digest(name), nbytes, 1, mode, **facts)
 
 
 def make_request(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -27,7 +28,24 @@ from engine.fakes import (
     make_request,
 )
 
-SIZES = {"a": UNIT, "b": UNIT, "c": 2 * UNIT, "d": 3 * UNIT, "e": 100}
+SIZES = {
+    "a": UNIT,
+    "b": UNIT,
+    "c": 2 * UNIT,
+    "d": 3 * UNIT,
+    "e": 100,
+    "l": UNIT,
+    "v": 80,
+    "i": 70,
+    "m": 60,
+}
+FACTS: dict[str, dict[str, Any]] = {
+    "l": {"leading": 7},
+    "v": {"leading": 12},
+    "i": {"invocation": (3, 4)},
+    "m": {"merged_only": True},
+}
+"""What some of the adapters ask for beside room."""
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -78,13 +96,24 @@ class EngineMachine(RuleBasedStateMachine):
         request = make_request(
             f"r{len(self.requests)}",
             range(first, first + length),
-            make_adapter(adapter, SIZES[adapter], mode) if adapter else None,
+            make_adapter(adapter, SIZES[adapter], mode, **FACTS.get(adapter, {}))
+            if adapter
+            else None,
             max_tokens,
             cache_salt=salt,
             priority=priority,
         )
         try:
             self.engine.add(request)
+        except RequestInvalid as refusal:
+            assert request.adapter is not None
+            if refusal.field == "mode":
+                assert request.adapter.merged_only
+                assert mode is not AdapterMode.MERGED
+            else:
+                assert request.adapter.invocation
+                assert not {3, 4} <= set(request.prompt)
+            return
         except NoRoomBesidePins:
             assert request.adapter is not None
             assert self.engine.stats().pinned
@@ -174,7 +203,8 @@ class EngineMachine(RuleBasedStateMachine):
             )
         elif request_id not in self.aborted:
             assert outputs[-1].finish is not None
-            full = min(request.sampling.max_tokens, 64 - len(request.prompt))
+            room = 64 - len(request.prompt) - request.leading
+            full = min(request.sampling.max_tokens, room)
             assert len(tokens) == full
 
 

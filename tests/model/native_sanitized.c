@@ -11,13 +11,15 @@ enum { ADAPTERS = 5, EACH = 11, LEAD = 2, SEQUENCES = 4, BLOCKS = 17, WIDTH = 4,
 typedef struct {
   size_t element;  // 4 or 2 bytes
   long layers, hidden, heads, kv_heads, head_dim, middle, vocabulary, window;
-  int nf4, head_norms, biased;
+  int group, head_norms, biased;  // group: 0 for dense weights, 1 for nf4, else of int4
 } Shape;
 
 static const Shape SHAPES[] = {
     {4, 1, 37, 2, 1, 16, 23, 41, 0, 0, 0, 1},    {4, 2, 48, 6, 2, 32, 259, 70, 5, 0, 1, 0},
     {2, 2, 38, 3, 1, 16, 258, 51, 19, 0, 1, 1},  {2, 1, 64, 4, 2, 16, 1090, 333, 0, 0, 0, 0},
     {2, 2, 64, 4, 4, 16, 128, 130, 16, 1, 0, 1}, {2, 1, 128, 8, 2, 64, 192, 35, 0, 1, 1, 0},
+    {2, 2, 96, 6, 3, 16, 160, 51, 0, 32, 0, 1},  {2, 1, 48, 3, 1, 16, 80, 70, 0, 16, 0, 0},
+    {4, 2, 64, 4, 2, 16, 136, 41, 0, 64, 0, 1},
 };
 
 // Tokens of each sequence in each step.
@@ -61,9 +63,16 @@ static void *dense_panels(const Shape *s, long in, long out) {
   return panels;
 }
 
-static Weight weight(const Shape *s, long in, long out, int nf4) {
+static float *groups(size_t size, long count, long out) {
+  float *packed = keep(sizeof(float) * (size_t)((out + LANES - 1) / LANES * count * LANES));
+  pack_groups(elements(size, out * count * (4 / (long)size)), out, count, (uint32_t *)packed);
+  return packed;
+}
+
+static Weight weight(const Shape *s, long in, long out, int group) {
   Weight w = {.in = in, .out = out, .bias = s->biased ? elements(4, out) : NULL};
-  if (!nf4 || in % 64) {
+  long each = group == 1 ? 64 : group;
+  if (!group || in % each) {
     w.panels = dense_panels(s, in, out);
     return w;
   }
@@ -71,10 +80,10 @@ static Weight weight(const Shape *s, long in, long out, int nf4) {
   uint8_t *codes = keep((size_t)(out * in / 2));
   for (long i = 0; i < out * in / 2; i++) codes[i] = (uint8_t)draw(256);
   void *packed = keep((size_t)(panels * in / 8 * 64));
-  float *scales = keep(sizeof(float) * (size_t)(panels * in / 64 * LANES));
-  pack_nf4(codes, elements(4, out * in / 64), out, in, packed, scales);
+  pack_codes(codes, out, in, packed);
   w.panels = packed;
-  w.scales = scales;
+  w.scales = groups(group == 1 ? 4 : 2, in / each, out);
+  if (group > 1) w.group = group;
   return w;
 }
 
@@ -84,13 +93,13 @@ static Model model_of(const Shape *s) {
   for (long i = 0; i < s->layers; i++) {
     size_t cache = s->element * (size_t)(kv * BLOCKS * LANES);
     layers[i] = (Layer){
-        .q = weight(s, h, q, s->nf4),
-        .k = weight(s, h, kv, s->nf4),
-        .v = weight(s, h, kv, s->nf4),
-        .o = weight(s, q, h, s->nf4),
-        .gate = weight(s, h, mid, s->nf4),
-        .up = weight(s, h, mid, s->nf4),
-        .down = weight(s, mid, h, s->nf4),
+        .q = weight(s, h, q, s->group),
+        .k = weight(s, h, kv, s->group),
+        .v = weight(s, h, kv, s->group),
+        .o = weight(s, q, h, s->group),
+        .gate = weight(s, h, mid, s->group),
+        .up = weight(s, h, mid, s->group),
+        .down = weight(s, mid, h, s->group),
         .attention_norm = elements(4, h),
         .mlp_norm = elements(4, h),
         .q_norm = s->head_norms ? elements(4, s->head_dim) : NULL,
@@ -147,7 +156,8 @@ static void replace_some(const Shape *s, Site *site, long rows, long features) {
 }
 
 static void at_linear(const Shape *s, Site *site, const Weight *w, int merged) {
-  if (merged && draw(2)) site->dense = dense_panels(s, w->in, w->out);
+  if (merged && w->group && draw(2)) site->zeros = groups(4, w->in / w->group, w->out);
+  else if (merged && draw(2)) site->dense = dense_panels(s, w->in, w->out);
   if (!merged) low_rank(s, site, w->in, w->out);
   site->output_scale = maybe(s, w->out);
   site->input_scale = maybe(s, w->in);
@@ -301,7 +311,7 @@ static int refuses(const Shape *s, const Model *m, const Site *const *adapters) 
 
 // The products by themselves, with rows apart.
 static int multiplies(const Shape *s, long in, long out, long rank, long rows) {
-  Weight w = weight(s, in, out, s->nf4);
+  Weight w = weight(s, in, out, s->group);
   long x_stride = in + 2, y_stride = out + 1;
   void *x = elements(s->element, (rows - 1) * x_stride + in);
   void *y = elements(s->element, (rows - 1) * y_stride + out);

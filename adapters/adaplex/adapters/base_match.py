@@ -1,7 +1,8 @@
 """Whether an adapter was trained on the base that is served, as far as it says so itself.
 
 PEFT writes `base_model_name_or_path`. A trainer may also write `base_model_fingerprint`, the value
-that GetServerInfo gives for a base: SHA-256 of its config and weights before any quantization.
+that GetServerInfo gives for a base: SHA-256 of its config and weights before any quantization; and
+`base_model_quantization`, how the base's linears were kept while the adapter was trained (QLoRA).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from adaplex.adapters.program import BaseSpec
 
 FINGERPRINT = "base_model_fingerprint"
 NAME = "base_model_name_or_path"
+QUANTIZATION = "base_model_quantization"
 
 
 class BasePolicy(StrEnum):
@@ -26,6 +28,16 @@ class BasePolicy(StrEnum):
 
 def mismatches(config: Mapping[str, Any], base: BaseSpec) -> tuple[tuple[str, str], ...]:
     """(config field, how it differs from the base that is served). A fingerprint beats a name."""
+    return (*_other_weights(config, base), *_other_quantization(config, base))
+
+
+def recorded_quantization(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """A note of how the base was kept in training, where the config says it."""
+    kept = config.get(QUANTIZATION)
+    return (f"trained on a base kept as {kept:.40}",) if isinstance(kept, str) and kept else ()
+
+
+def _other_weights(config: Mapping[str, Any], base: BaseSpec) -> tuple[tuple[str, str], ...]:
     declared, name = config.get(FINGERPRINT), config.get(NAME)
     if isinstance(declared, str) and declared and base.fingerprint:
         if declared == base.fingerprint:
@@ -36,6 +48,15 @@ def mismatches(config: Mapping[str, Any], base: BaseSpec) -> tuple[tuple[str, st
     if isinstance(name, str) and name and _plain(name) not in map(_plain, base.names):
         return ((NAME, f"is {name!r:.200}, the base that is served is {base.name!r}"),)
     return ()
+
+
+def _other_quantization(config: Mapping[str, Any], base: BaseSpec) -> tuple[tuple[str, str], ...]:
+    kept = config.get(QUANTIZATION)
+    if not isinstance(kept, str) or not kept or not base.quantization:
+        return ()
+    if kept.casefold() == base.quantization.casefold():
+        return ()
+    return ((QUANTIZATION, f"is {kept!r:.40}, the base that is served is {base.quantization!r}"),)
 
 
 def other_base(recorded: str, base: BaseSpec) -> str:

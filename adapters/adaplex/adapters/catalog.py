@@ -34,6 +34,11 @@ class AdapterRecord:
     signer: str = ""
     warnings: tuple[str, ...] = ()
     """What was doubtful about it when it came in."""
+    leading: int = 0
+    """Positions that it puts before the prompt."""
+    invocation: tuple[int, ...] = ()
+    """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
+    merged_only: bool = False
     alias: str = field(default="", compare=False)
     """The alias that led here, if one did."""
 
@@ -55,6 +60,9 @@ class AdapterRecord:
             base=version.base,
             signer=version.signer,
             warnings=version.warnings,
+            leading=version.leading,
+            invocation=version.invocation,
+            merged_only=version.merged_only,
             alias=alias,
         )
 

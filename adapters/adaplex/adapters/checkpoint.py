@@ -1,14 +1,15 @@
-"""Checkpoint: a PEFT adapter directory, read with every size checked before memory is taken.
+"""Checkpoint: an adapter directory, read with every size checked before memory is taken.
 
-Two files count, adapter_config.json and adapter_model.safetensors. Pickles are refused: loading
-one runs code that its author chose. Format of safetensors:
-https://huggingface.co/docs/safetensors.
+Two files count, adapter_config.json and adapter_model.safetensors, which AdapterHub calls
+adapter.safetensors. Pickles are refused: loading one runs code that its author chose. Format of
+safetensors: https://huggingface.co/docs/safetensors.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +26,19 @@ from adaplex.adapters.limits import AdapterLimits
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
+ADAPTERHUB_WEIGHTS = "adapter.safetensors"
+"""AdapterHub's name of the weights. Sources and clients bring them in as WEIGHTS."""
 SIGNATURE = "model.sig"
 """OpenSSF model signature of the others; may be left out."""
 
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "U8": 1}
+"""Whole numbers are positions, which few formats take."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 LENGTH_BYTES = 8
 MAX_DIMENSIONS = 4
+MAX_ELEMENTS = 1 << 48
+"""Of a tensor, sizes of 0 left out: AdaLoRA saves what it has pruned as [0, in]."""
 MAX_DEPTH = 16
 """Of lists and objects within each other in a JSON file."""
 ENTRY = {"dtype", "shape", "data_offsets"}
@@ -51,9 +57,10 @@ def read_checkpoint(directory: Path, limits: AdapterLimits) -> Checkpoint:
     """Reads an adapter directory. Raises AdapterInvalid or AdapterTooLarge."""
     check_files_there(directory)
     config = read_config(directory / CONFIG, limits)
-    check_weights(directory / WEIGHTS, limits)
+    weights = weights_in(directory)
+    check_weights(weights, limits)
     try:
-        tensors = load_file(directory / WEIGHTS)
+        tensors = load_file(weights)
     except SafetensorError as error:
         raise AdapterInvalid.because(WEIGHTS, f"is no safetensors file: {error}") from None
     refusals = [
@@ -66,10 +73,18 @@ def read_checkpoint(directory: Path, limits: AdapterLimits) -> Checkpoint:
     return Checkpoint(config, tensors)
 
 
+def weights_in(directory: Path) -> Path:
+    """The weights, by AdapterHub's name only where PEFT's is not there."""
+    other = directory / ADAPTERHUB_WEIGHTS
+    peft = directory / WEIGHTS
+    return other if other.is_file() and not os.path.lexists(peft) else peft
+
+
 def check_files_there(directory: Path) -> None:
     """Raises AdapterInvalid when a file is missing; a pickle in its place is named."""
     for name in FILES:
-        if not (directory / name).is_file():
+        path = weights_in(directory) if name == WEIGHTS else directory / name
+        if not path.is_file():
             pickles = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLE_SUFFIXES)
             if name == WEIGHTS and pickles:
                 raise AdapterInvalid.because(pickles[0], NO_PICKLES)
@@ -148,8 +163,10 @@ def _entry_problem(entry: Any) -> str | None:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         return f"has dtype {dtype!r:.40}; accepted are {', '.join(DTYPE_BYTES)}"
-    if not _are_whole(shape, least=1) or len(shape) > MAX_DIMENSIONS:
-        return f"has shape {shape!r:.80}; accepted are up to {MAX_DIMENSIONS} sizes above 0"
+    if not _are_whole(shape, least=0) or len(shape) > MAX_DIMENSIONS:
+        return f"has shape {shape!r:.80}; accepted are up to {MAX_DIMENSIONS} sizes from 0"
+    if math.prod(size or 1 for size in shape) >= MAX_ELEMENTS:
+        return f"has shape {shape!r:.80}, which is too large"
     if not _are_whole(offsets, least=0) or len(offsets) != 2:
         return f"has data_offsets {offsets!r:.80}; expected where it begins and ends"
     begin, end = offsets

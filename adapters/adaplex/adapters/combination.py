@@ -1,8 +1,4 @@
-"""Combination: several adapters at once, weighted: exact, by rank concatenation.
-
-y += sum over i of w_i B_i A_i x is one low-rank delta with the A stacked and the weighted B side by
-side, so a combination is lowered, packed and batched like any adapter.
-"""
+"""Combination: several adapters of any families at once, weighted: exact, see joined.py."""
 
 from __future__ import annotations
 
@@ -10,20 +6,21 @@ import hashlib
 import math
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from adaplex.adapters.digest import PREFIX
-from adaplex.adapters.errors import AdapterInvalid, Refusal
+from adaplex.adapters.errors import AdapterInvalid
+from adaplex.adapters.joined import Effect, conflict, joined
 from adaplex.adapters.limits import ALIGNMENT
-from adaplex.adapters.program import AdapterProgram, LowRank, ModuleProgram
+from adaplex.adapters.program import AdapterProgram, BaseSpec, TensorRole
 from adaplex.adapters.report import ModuleReport, Report
 
 MAX_COMPONENTS = 8
 MAX_WEIGHT = 10.0
 """Of one adapter, either way."""
+GROWING: frozenset[TensorRole] = frozenset(["a", "b"])
+"""Tensors that stand beside each other; of the other roles a module has one."""
 
 
 @dataclass(frozen=True)
@@ -71,28 +68,42 @@ class Combination:
         return first.digest if not others and first.weight == 1.0 else None
 
 
-def combine(combination: Combination, programs: Sequence[AdapterProgram]) -> AdapterProgram:
+def combine(
+    combination: Combination, programs: Sequence[AdapterProgram], base: BaseSpec
+) -> AdapterProgram:
     """One program out of those of the components, given in their order; in fp32.
 
-    Raises AdapterInvalid when a weighted tensor overflows bf16.
+    Raises AdapterInvalid when they cannot be combined, or a weighted tensor overflows bf16.
     """
-    weighted: defaultdict[str, list[tuple[float, ModuleProgram]]] = defaultdict(list)
-    for part, program in zip(combination.components, programs, strict=True):
-        assert part.digest == program.digest
-        for module in program.modules:
-            weighted[module.module].append((part.weight, module))
-    modules = tuple(_combined(name, weighted[name]) for name in sorted(weighted))
-    refusals = [
-        Refusal(module.module, f"its {role}, weighted, overflows")
-        for module in modules
-        for role, tensor in module.tensors()
-        if not bool(torch.isfinite(tensor.to(torch.bfloat16)).all())
-    ]
-    if refusals:
-        raise AdapterInvalid(refusals)
-    notes = dict.fromkeys(note for program in programs for note in program.notes)
-    warnings = dict.fromkeys(w for program in programs for w in program.warnings)
-    return AdapterProgram(combination.digest, "combination", modules, tuple(notes), tuple(warnings))
+    pairs = list(zip(combination.components, programs, strict=True))
+    assert all(part.digest == program.digest for part, program in pairs)
+    parts = [(part.weight, program) for part, program in pairs]
+    return joined(parts, base, digest=combination.digest, family="combination")
+
+
+def check(combination: Combination, reports: Sequence[Report], names: Mapping[str, str]) -> None:
+    """Whether the components that these reports describe can be combined; reads no tensor.
+
+    `names` are those of the adapters, by digest. Raises AdapterInvalid naming `adapters`.
+    """
+    found: defaultdict[str, list[Effect]] = defaultdict(list)
+    for part, report in zip(combination.components, reports, strict=True):
+        if report.merged_only:
+            reason = f"{names[part.digest]} can only be served merged, and by itself"
+            raise AdapterInvalid.because("adapters", reason)
+        for module in report.modules:
+            effect = Effect(part.weight, module.primitives, module.bottleneck)
+            found[module.module].append(effect)
+    together = " and ".join(names[part.digest] for part in combination.components)
+    # whose tokens came first would depend on digests
+    if sum(report.virtual_tokens > 0 for report in reports) > 1:
+        raise AdapterInvalid.because("adapters", f"{together} all put tokens before the prompt")
+    if len({report.invocation for report in reports}) > 1:
+        raise AdapterInvalid.because("adapters", f"{together} begin at different invocations")
+    for name, effects in found.items():
+        if problem := conflict(effects):
+            reason = f"{together} cannot be combined: {name}: {problem}"
+            raise AdapterInvalid.because("adapters", reason)
 
 
 def packed_bytes(reports: Sequence[Report], element_bytes: int) -> int:
@@ -119,22 +130,13 @@ def _modules(reports: Sequence[Report]) -> dict[str, list[ModuleReport]]:
 
 def _elements(modules: Sequence[ModuleReport]) -> list[int]:
     """Elements of each tensor that the combination has at one module."""
-    rank, first = sum(module.rank for module in modules), modules[0]
-    pair = [rank * first.in_features, rank * first.out_features] if rank else []
-    return pair + ([first.out_features] if any(module.bias for module in modules) else [])
-
-
-def _combined(name: str, parts: Sequence[tuple[float, ModuleProgram]]) -> ModuleProgram:
-    """The primitives of one module: pairs stacked, biases added."""
-    pairs = [(weight, m.low_rank) for weight, m in parts if m.low_rank is not None]
-    biases = [weight * m.bias.float() for weight, m in parts if m.bias is not None]
-    low_rank = None
-    if pairs:
-        low_rank = LowRank(
-            a=torch.cat([pair.a.float() for _, pair in pairs]),
-            b=torch.cat([weight * pair.b.float() for weight, pair in pairs], dim=1),
-        )
-    return ModuleProgram(name, low_rank, sum(biases[1:], biases[0]) if biases else None)
+    sizes = [dict(module.sizes) for module in modules]
+    total = {role: max(found.get(role, 0) for found in sizes) for role in set().union(*sizes)}
+    for role in GROWING & total.keys():
+        total[role] = sum(found.get(role, 0) for found in sizes)
+    if "inner" in total:  # the zeros of those without one, too
+        total["inner"] = total["a"] // modules[0].in_features
+    return list(total.values())
 
 
 def _checked(weight: float) -> float:

@@ -13,6 +13,8 @@ from adaplex.adapters.checkpoint import Checkpoint
 
 PREFIX = "sha256:"
 PATTERN = re.compile(r"sha256:[0-9a-f]{64}")
+ORDERED = frozenset(["alora_invocation_tokens", "token_indices", "trainable_token_indices"])
+"""Fields whose lists are no sets."""
 
 
 def content_digest(checkpoint: Checkpoint, semantic_fields: Iterable[str]) -> str:
@@ -30,7 +32,7 @@ def content_digest(checkpoint: Checkpoint, semantic_fields: Iterable[str]) -> st
     for field in sorted(semantic_fields):
         value = checkpoint.config.get(field)
         if value is not False and value not in (None, [], {}, "none"):  # 0 is a layer
-            if isinstance(value, list):
+            if isinstance(value, list) and field not in ORDERED:
                 value = sorted(value, key=str)
             elif isinstance(value, float) and value.is_integer():
                 value = int(value)

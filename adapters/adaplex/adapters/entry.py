@@ -56,6 +56,11 @@ class Version:
     signer: str = ""
     warnings: tuple[str, ...] = ()
     """What was doubtful about it when it came in."""
+    leading: int = 0
+    """Positions that it puts before the prompt."""
+    invocation: tuple[int, ...] = ()
+    """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
+    merged_only: bool = False
 
 
 @dataclass(frozen=True)

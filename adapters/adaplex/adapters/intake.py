@@ -45,6 +45,8 @@ class Room:
     limits: AdapterLimits
     max_packed_bytes: int | None = None
     """Bytes of the arena."""
+    keeps_merged: bool = True
+    """Whether there is room for merged weights."""
 
 
 class Intake:
@@ -162,7 +164,7 @@ class Intake:
         program = self._programs.read(directory)
         packed = program.packed_bytes(self._room.element_bytes)
         most = self._room.max_packed_bytes
-        if most is not None and packed > most:
+        if most is not None and packed > most and not program.merged_only:
             raise AdapterTooLarge(
                 f"the adapter takes {packed} bytes in memory, the arena has {most}",
                 field="arena_bytes",
@@ -187,6 +189,9 @@ class Intake:
             base=self._base.fingerprint,
             signer=signer,
             warnings=program.warnings,
+            leading=program.leading,
+            invocation=program.invocation,
+            merged_only=program.merged_only,
         )
 
     def _keep(self, staging: Staging, digest: str, *, damaged: bool) -> bool:

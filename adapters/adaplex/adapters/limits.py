@@ -18,6 +18,8 @@ class AdapterLimits:
     max_adapter_bytes: int = 512 * MIB
     """Of all files of one adapter."""
     max_rank: int = 256
+    max_virtual_tokens: int = 2048
+    """Positions that an adapter puts before the prompt."""
     max_config_bytes: int = MIB
     max_header_bytes: int = 8 * MIB
     max_tensors: int = 100_000
@@ -32,4 +34,9 @@ class AdapterLimits:
         """The limits that hold for stored content: those of an upload may have been lowered since,
         and must not make it unreadable.
         """
-        return replace(self, max_adapter_bytes=sys.maxsize, max_rank=sys.maxsize)
+        return replace(
+            self,
+            max_adapter_bytes=sys.maxsize,
+            max_rank=sys.maxsize,
+            max_virtual_tokens=sys.maxsize,
+        )

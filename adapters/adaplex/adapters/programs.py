@@ -12,15 +12,18 @@ from adaplex.adapters.base_match import BasePolicy, mismatches
 from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint
 from adaplex.adapters.combination import Combination, combine
 from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound, Refusal, StoreCorrupt
+from adaplex.adapters.leading import check_leading
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec
 from adaplex.adapters.report import Report, ReportCache, describe
 from adaplex.adapters.store import Contents
+from adaplex.adapters.trial import try_merging
 
 EVICTIONS = 64
 """Times that a cache may drop content between fetching and reading it."""
 MAX_REPORTS = 4096
 """Reports kept in memory."""
+UNSERVABLE = "it can only be served merged, and this server keeps no merged weights"
 
 
 class Programs:
@@ -34,11 +37,15 @@ class Programs:
         element_bytes: int,
         limits: AdapterLimits,
         base_policy: BasePolicy,
+        keeps_merged: bool,
         is_wanted: Callable[[str], bool],
     ) -> None:
-        """`is_wanted` tells whether content must be there, as a name or a lease holds it."""
+        """`is_wanted` tells whether content must be there, as a name or a lease holds it;
+        `keeps_merged` whether what can only be merged can be served.
+        """
         self._contents, self._base, self._element_bytes = contents, base, element_bytes
         self._limits, self._policy, self._is_wanted = limits, base_policy, is_wanted
+        self._keeps_merged = keeps_merged
         self._lock = threading.Lock()
         self._reports = ReportCache(MAX_REPORTS)
         self._combinations: dict[str, Combination] = {}
@@ -49,7 +56,8 @@ class Programs:
         Raises AdapterInvalid or AdapterTooLarge.
         """
         checkpoint = read_checkpoint(directory, self._limits)
-        program = formats.lower(checkpoint, self._base, self._limits)
+        program = self._lower(checkpoint, self._limits)
+        try_merging(program, self._base)
         if self._policy is BasePolicy.OFF:
             return program
         found = mismatches(checkpoint.config, self._base)
@@ -67,9 +75,9 @@ class Programs:
         """
         if (combination := self._combinations.get(digest)) is not None:
             parts = [self.program(part.digest) for part in combination.components]
-            return combine(combination, parts)
+            return combine(combination, parts, self._base)
         try:
-            program = formats.lower(self.checkpoint(digest), self._base, self._limits.for_stored())
+            program = self._lower(self.checkpoint(digest), self._limits.for_stored())
             if program.digest != digest:
                 raise StoreCorrupt(f"{digest} holds the content of {program.digest}")
         except StoreCorrupt:
@@ -98,14 +106,17 @@ class Programs:
             kept = self._reports.get(digest)
         if kept is not None and self._contents.has(digest):
             return kept
-        made = describe(self.program(digest), self._base, self._element_bytes)
+        made = self.describe(self.program(digest))
         if self._is_wanted(digest):
             self.remember(made)
         return made
 
     def describe(self, program: AdapterProgram) -> Report:
         """The report of a lowered adapter."""
-        return describe(program, self._base, self._element_bytes)
+        report = describe(program, self._base, self._element_bytes)
+        if program.merged_only and not self._keeps_merged:
+            return replace(report, warnings=(*report.warnings, UNSERVABLE))
+        return report
 
     def remember(self, report: Report) -> None:
         """Keeps a report of content that is stored."""
@@ -124,6 +135,11 @@ class Programs:
     def uncombine(self, digest: str) -> None:
         """Forgets a combination that nobody leases."""
         self._combinations.pop(digest, None)
+
+    def _lower(self, checkpoint: Checkpoint, limits: AdapterLimits) -> AdapterProgram:
+        program = formats.lower(checkpoint, self._base, limits)
+        check_leading(program, self._base)
+        return program
 
     def _open(self, digest: str) -> Path:
         """The folder of intact content. Raises StoreCorrupt or AdapterNotFound."""

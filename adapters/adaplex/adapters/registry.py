@@ -10,7 +10,7 @@ from pathlib import Path
 
 from adaplex.adapters.base_match import BasePolicy, other_base
 from adaplex.adapters.catalog import AdapterRecord, Catalog
-from adaplex.adapters.combination import Combination, Component, module_ranks, packed_bytes
+from adaplex.adapters.combination import Combination, Component, check, module_ranks, packed_bytes
 from adaplex.adapters.errors import (
     AdapterNotFound,
     AdapterTooLarge,
@@ -57,6 +57,7 @@ class AdapterRegistry:
             element_bytes=room.element_bytes,
             limits=room.limits,
             base_policy=base_policy,
+            keeps_merged=room.keeps_merged,
             is_wanted=lambda digest: digest in self._leases or catalog.holds(digest),
         )
         self.garbage = GarbageCollector(
@@ -87,6 +88,7 @@ class AdapterRegistry:
         element_bytes: int,
         limits: AdapterLimits | None = None,
         max_packed_bytes: int | None = None,
+        keeps_merged: bool = True,
         base_policy: BasePolicy = BasePolicy.WARN,
         signatures: SignatureVerifier | None = None,
     ) -> AdapterRegistry:
@@ -99,7 +101,7 @@ class AdapterRegistry:
             AdapterStore(root),
             SqliteCatalog(root / "catalog.sqlite3"),
             base,
-            room=Room(element_bytes, limits or AdapterLimits(), max_packed_bytes),
+            room=Room(element_bytes, limits or AdapterLimits(), max_packed_bytes, keeps_merged),
             base_policy=base_policy,
             signatures=signatures,
         )
@@ -121,9 +123,10 @@ class AdapterRegistry:
     def resolve_combination(
         self, selectors: Sequence[tuple[str, float]], *, routing_key: str = ""
     ) -> Lease:
-        """Binds several weighted selectors to one content, their rank concatenation.
+        """Binds several weighted selectors to one content, their sum.
 
-        Raises as `resolve`, AdapterInvalid for the weights, or AdapterTooLarge.
+        Raises as `resolve`, AdapterInvalid for the weights or for adapters that cannot be combined,
+        or AdapterTooLarge.
         """
         leases: list[Lease] = []
         try:
@@ -208,6 +211,7 @@ class AdapterRegistry:
             return next(p.record for p in parts if p.record.digest == combination.alone)
         digests = [component.digest for component in combination.components]
         reports = [self.programs.report(digest) for digest in digests]
+        check(combination, reports, {part.record.digest: part.record.name for part in parts})
         size = packed_bytes(reports, self._room.element_bytes)
         most = self._room.max_packed_bytes
         if most is not None and size > most:
@@ -226,4 +230,6 @@ class AdapterRegistry:
             stored_bytes=0,
             packed_bytes=size,
             created=datetime.now(UTC),
+            leading=sum(report.leading for report in reports),
+            invocation=reports[0].invocation,
         )

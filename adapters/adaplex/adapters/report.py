@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 
 from adaplex.adapters.errors import Refusal
-from adaplex.adapters.program import AdapterProgram, BaseSpec
+from adaplex.adapters.joined import kind
+from adaplex.adapters.program import AdapterProgram, BaseSpec, TensorRole
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,12 @@ class ModuleReport:
     in_features: int
     out_features: int
     bias: bool
+    primitives: tuple[str, ...] = ()
+    """Names of what is applied there."""
+    bottleneck: str = ""
+    """What the bottleneck reads, and its activation; empty without one."""
+    sizes: tuple[tuple[TensorRole, int], ...] = ()
+    """Elements of each packed tensor."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,18 @@ class Report:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     """Why its answers may not be what its author meant."""
+    prefix_tokens: int = 0
+    """Positions before the prompt whose keys and values are given."""
+    virtual_tokens: int = 0
+    """Positions before the prompt, behind the prefix, whose embeddings are given."""
+    invocation: tuple[int, ...] = ()
+    """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
+    merged_only: bool = False
+
+    @property
+    def leading(self) -> int:
+        """Positions before the prompt."""
+        return self.prefix_tokens + self.virtual_tokens
 
     @property
     def valid(self) -> bool:
@@ -42,6 +62,9 @@ class Report:
 
 def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Report:
     """The report of an adapter that can be served."""
+    sizes: defaultdict[str, list[tuple[TensorRole, int]]] = defaultdict(list)
+    for place in program.layout(element_bytes):
+        sizes[place.module].append((place.role, math.prod(place.shape)))
     modules = tuple(
         ModuleReport(
             module=module.module,
@@ -50,6 +73,9 @@ def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Rep
             in_features=base.modules[module.module].in_features,
             out_features=base.modules[module.module].out_features,
             bias=module.bias is not None,
+            primitives=module.primitives,
+            bottleneck=kind(module.bottleneck),
+            sizes=tuple(sizes[module.module]),
         )
         for module in program.modules
     )
@@ -61,6 +87,10 @@ def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Rep
         packed,
         notes=program.notes,
         warnings=program.warnings,
+        prefix_tokens=program.prefix_tokens,
+        virtual_tokens=program.virtual_tokens,
+        invocation=program.invocation,
+        merged_only=program.merged_only,
     )
 
 

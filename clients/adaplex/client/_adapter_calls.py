@@ -199,6 +199,7 @@ def _adapter(message: adapters_pb2.Adapter) -> Adapter:
         labels=dict(message.labels),
         aliases={alias.alias: _targets(alias.targets) for alias in message.aliases},
         tier=_TIERS.get(message.tier),
+        invocation_tokens=tuple(message.invocation_tokens),
     )
 
 
@@ -206,10 +207,14 @@ def _report(message: adapters_pb2.AdapterReport) -> AdapterReport:
     return flat(
         AdapterReport,
         message,
-        modules=tuple(flat(ModuleReport, module) for module in message.modules),
+        modules=tuple(
+            flat(ModuleReport, module, primitives=tuple(module.primitives))
+            for module in message.modules
+        ),
         refusals=tuple(flat(Refusal, refusal) for refusal in message.refusals),
         notes=tuple(message.notes),
         warnings=tuple(message.warnings),
+        invocation_tokens=tuple(message.invocation_tokens),
     )
 
 

@@ -50,7 +50,8 @@ class Adapter:
     """One version of a stored adapter, and what is known of its name.
 
     `resident`: in the device's memory now. `base_fingerprint` is that of the base it was checked
-    against, `signer` the key that signed it.
+    against, `signer` the key that signed it. `leading_tokens` are positions that it puts before the
+    prompt; where `invocation_tokens` are, it applies from where they last begin in the prompt.
     """
 
     name: str
@@ -73,6 +74,9 @@ class Adapter:
     signer: str
     update_time: datetime
     tier: ResidencyTier | None
+    leading_tokens: int = 0
+    invocation_tokens: tuple[int, ...] = ()
+    merged_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class AdapterEvent:
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """How one module of the base is changed."""
+    """How one module of the base is changed; `primitives` names all that is applied to it."""
 
     module: str
     rank: int
@@ -116,6 +120,7 @@ class ModuleReport:
     in_features: int
     out_features: int
     bias: bool
+    primitives: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,11 @@ class Refusal:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What a checkpoint says and how the base takes it. `notes` had no effect on the answer."""
+    """What a checkpoint says and how the base takes it. `notes` had no effect on the answer.
+
+    `prefix_tokens` and `virtual_tokens` are positions before the prompt, with keys and values of
+    their own and with embeddings of their own.
+    """
 
     family: str
     digest: str
@@ -140,6 +149,10 @@ class AdapterReport:
     refusals: tuple[Refusal, ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    prefix_tokens: int = 0
+    virtual_tokens: int = 0
+    invocation_tokens: tuple[int, ...] = ()
+    merged_only: bool = False
 
 
 @dataclass(frozen=True)

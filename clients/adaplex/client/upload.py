@@ -15,6 +15,8 @@ from adaplex.client.errors import AdaplexClientError, InvalidArgument
 from adaplex.v1 import adapters_pb2
 
 FILE_NAMES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTERHUB_WEIGHTS = "adapter.safetensors"
+"""AdapterHub's name of the second; it is sent under PEFT's."""
 SIGNATURE = "model.sig"
 """OpenSSF model signature of the others; sent when it is there."""
 CHUNK_BYTES = 1 << 20
@@ -30,9 +32,10 @@ UploadMessage = TypeVar(
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file to send. `size` is in bytes, `sha256` is 64 hex digits."""
+    """A file to send, and as what. `size` is in bytes, `sha256` is 64 hex digits."""
 
     path: Path
+    name: str
     size: int
     sha256: str
 
@@ -49,11 +52,12 @@ class AdapterFiles:
         folder = Path(directory)
         if not folder.is_dir():
             raise InvalidArgument.because("directory", f"{folder} is not a directory")
-        for name in FILE_NAMES:
-            if not (folder / name).is_file():
+        names = [*FILE_NAMES, *([SIGNATURE] if (folder / SIGNATURE).is_file() else [])]
+        paths = {name: _path(folder, name) for name in names}
+        for name, path in paths.items():
+            if not path.is_file():
                 raise InvalidArgument.because(name, _why_missing(folder, name))
-        signed = (SIGNATURE,) if (folder / SIGNATURE).is_file() else ()
-        return cls(tuple(_hashed(folder / name) for name in (*FILE_NAMES, *signed)))
+        return cls(tuple(_hashed(path, name) for name, path in paths.items()))
 
     @property
     def total_bytes(self) -> int:
@@ -96,7 +100,7 @@ class AdapterFiles:
             name=name,
             files=[
                 adapters_pb2.AdapterFile(
-                    name=file.path.name, size_bytes=file.size, sha256=file.sha256
+                    name=file.name, size_bytes=file.size, sha256=file.sha256
                 )
                 for file in self.files
             ],
@@ -142,17 +146,29 @@ class Messages(Generic[T]):
             raise
 
 
-def _hashed(path: Path) -> LocalFile:
+def _path(folder: Path, name: str) -> Path:
+    """Where a file lies: the weights by AdapterHub's name only where PEFT's is not there."""
+    other = folder / ADAPTERHUB_WEIGHTS
+    weights = name == FILE_NAMES[1]
+    return other if weights and other.is_file() and not (folder / name).exists() else folder / name
+
+
+def _hashed(path: Path, name: str) -> LocalFile:
     try:
         with path.open("rb") as source:
             digest = hashlib.file_digest(source, "sha256").hexdigest()
-            return LocalFile(path, source.tell(), digest)
+            return LocalFile(path, name, source.tell(), digest)
     except OSError as error:
         raise InvalidArgument.because(path.name, f"cannot be read: {error}") from error
 
 
 def _why_missing(folder: Path, name: str) -> str:
-    pickled = sorted(path.name for path in folder.glob("adapter_model.*") if path.suffix != ".json")
+    pickled = sorted(
+        path.name
+        for pattern in ("adapter_model.*", "pytorch_adapter.*")
+        for path in folder.glob(pattern)
+        if path.suffix != ".json"
+    )
     if name.endswith(".safetensors") and pickled:
         return f"only {pickled[0]} is in {folder}; convert it to safetensors first"
     return f"missing in {folder}"

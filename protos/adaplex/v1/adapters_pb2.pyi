@@ -1094,6 +1094,9 @@ class Adapter(_message.Message):
     SIGNER_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
+    LEADING_TOKENS_FIELD_NUMBER: _builtins.int
+    INVOCATION_TOKENS_FIELD_NUMBER: _builtins.int
+    MERGED_ONLY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.int
     digest: _builtins.str
@@ -1118,6 +1121,10 @@ class Adapter(_message.Message):
     """Fingerprint of the key that signed it; empty when it was not checked."""
     tier: Global___ResidencyTier.ValueType
     """The fastest memory that holds it now."""
+    leading_tokens: _builtins.int
+    """Positions that it puts before the prompt; they count towards the context, and as no usage."""
+    merged_only: _builtins.bool
+    """Whether it can only be served merged."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -1129,6 +1136,10 @@ class Adapter(_message.Message):
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When the name last changed."""
+
+    @_builtins.property
+    def invocation_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """It applies from where these tokens last begin in the prompt; empty: from the start."""
 
     def __init__(
         self,
@@ -1153,10 +1164,13 @@ class Adapter(_message.Message):
         signer: _builtins.str = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         tier: Global___ResidencyTier.ValueType = ...,
+        leading_tokens: _builtins.int = ...,
+        invocation_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        merged_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "aliases", b"aliases", "base_fingerprint", b"base_fingerprint", "create_time", b"create_time", "description", b"description", "digest", b"digest", "family", b"family", "labels", b"labels", "max_rank", b"max_rank", "modules", b"modules", "name", b"name", "packed_bytes", b"packed_bytes", "pinned", b"pinned", "resident", b"resident", "signer", b"signer", "source", b"source", "stored_bytes", b"stored_bytes", "tier", b"tier", "update_time", b"update_time", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "aliases", b"aliases", "base_fingerprint", b"base_fingerprint", "create_time", b"create_time", "description", b"description", "digest", b"digest", "family", b"family", "invocation_tokens", b"invocation_tokens", "labels", b"labels", "leading_tokens", b"leading_tokens", "max_rank", b"max_rank", "merged_only", b"merged_only", "modules", b"modules", "name", b"name", "packed_bytes", b"packed_bytes", "pinned", b"pinned", "resident", b"resident", "signer", b"signer", "source", b"source", "stored_bytes", b"stored_bytes", "tier", b"tier", "update_time", b"update_time", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1210,9 +1224,19 @@ class AdapterReport(_message.Message):
     REFUSALS_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    PREFIX_TOKENS_FIELD_NUMBER: _builtins.int
+    VIRTUAL_TOKENS_FIELD_NUMBER: _builtins.int
+    INVOCATION_TOKENS_FIELD_NUMBER: _builtins.int
+    MERGED_ONLY_FIELD_NUMBER: _builtins.int
     family: _builtins.str
     digest: _builtins.str
     packed_bytes: _builtins.int
+    prefix_tokens: _builtins.int
+    """Positions before the prompt whose keys and values the adapter has."""
+    virtual_tokens: _builtins.int
+    """Positions before the prompt, behind the prefix, whose embeddings the adapter has."""
+    merged_only: _builtins.bool
+    """Whether it can only be served merged."""
     @_builtins.property
     def modules(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModuleReport]: ...
     @_builtins.property
@@ -1227,6 +1251,10 @@ class AdapterReport(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Why the answers may not be what the adapter's author meant, such as another base model."""
 
+    @_builtins.property
+    def invocation_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """It applies from where these tokens last begin in the prompt; empty: from the start."""
+
     def __init__(
         self,
         *,
@@ -1237,10 +1265,14 @@ class AdapterReport(_message.Message):
         refusals: _abc.Iterable[Global___Refusal] | None = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        prefix_tokens: _builtins.int = ...,
+        virtual_tokens: _builtins.int = ...,
+        invocation_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        merged_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "family", b"family", "modules", b"modules", "notes", b"notes", "packed_bytes", b"packed_bytes", "refusals", b"refusals", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "family", b"family", "invocation_tokens", b"invocation_tokens", "merged_only", b"merged_only", "modules", b"modules", "notes", b"notes", "packed_bytes", b"packed_bytes", "prefix_tokens", b"prefix_tokens", "refusals", b"refusals", "virtual_tokens", b"virtual_tokens", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1256,12 +1288,17 @@ class ModuleReport(_message.Message):
     IN_FEATURES_FIELD_NUMBER: _builtins.int
     OUT_FEATURES_FIELD_NUMBER: _builtins.int
     BIAS_FIELD_NUMBER: _builtins.int
+    PRIMITIVES_FIELD_NUMBER: _builtins.int
     module: _builtins.str
     rank: _builtins.int
     scale: _builtins.float
     in_features: _builtins.int
     out_features: _builtins.int
     bias: _builtins.bool
+    @_builtins.property
+    def primitives(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is applied to it, such as `low-rank`, `output scale` or `bottleneck`."""
+
     def __init__(
         self,
         *,
@@ -1271,10 +1308,11 @@ class ModuleReport(_message.Message):
         in_features: _builtins.int = ...,
         out_features: _builtins.int = ...,
         bias: _builtins.bool = ...,
+        primitives: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "in_features", b"in_features", "module", b"module", "out_features", b"out_features", "rank", b"rank", "scale", b"scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "in_features", b"in_features", "module", b"module", "out_features", b"out_features", "primitives", b"primitives", "rank", b"rank", "scale", b"scale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -87,7 +87,7 @@ class BaseModelInfo(_message.Message):
     name: _builtins.str
     architecture: _builtins.str
     quantization: _builtins.str
-    """`nf4`, `int8`, `bf16` or `fp32`."""
+    """`nf4`, `int8`, `int4-group`, `bf16` or `fp32`."""
     compute_dtype: _builtins.str
     device: _builtins.str
     digest: _builtins.str

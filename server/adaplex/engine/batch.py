@@ -21,6 +21,11 @@ class Chunk:
         return self.start + self.count
 
     @property
+    def base(self) -> int:
+        """How many of its tokens, the first ones, come before the adapter applies."""
+        return min(max(self.sequence.adapter_from - self.start, 0), self.count)
+
+    @property
     def samples(self) -> bool:
         """Whether the chunk reaches the last known token, so that a new one is sampled."""
         return self.end == len(self.sequence)

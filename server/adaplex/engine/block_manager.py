@@ -157,13 +157,15 @@ class BlockManager:
     def _root(self, sequence: Sequence) -> bytes:
         return digest_fields(
             (b"base", self._base),
-            (b"adapter", sequence.adapter_key.encode()),
             (b"salt", sequence.request.cache_salt.encode()),
         )
 
     def _hash(self, sequence: Sequence, index: int, parent: bytes) -> bytes:
-        start = index * self._block_tokens
-        tokens = sequence.tokens[start : start + self._block_tokens]
+        start, end = index * self._block_tokens, (index + 1) * self._block_tokens
+        tokens = sequence.tokens[start:end]
+        adapter = sequence.adapter_key if end > sequence.adapter_from else ""
         return digest_fields(
-            (b"parent", parent), (b"tokens", struct.pack(f"<{len(tokens)}Q", *tokens))
+            (b"parent", parent),
+            (b"adapter", adapter.encode()),
+            (b"tokens", struct.pack(f"<{len(tokens)}Q", *tokens)),
         )

@@ -24,10 +24,11 @@ class Mix:
         """That of a batch."""
         base, rows = 0, {mode: Counter[str]() for mode in AdapterMode}
         for chunk in batch.chunks:
-            if (adapter := chunk.sequence.adapter) is None:
-                base += chunk.count
-            else:
-                rows[adapter.mode][adapter.digest] += chunk.count
+            adapter = chunk.sequence.adapter
+            own = chunk.count - chunk.base if adapter else 0
+            base += chunk.count - own
+            if adapter and own:
+                rows[adapter.mode][adapter.digest] += own
         return cls(base, rows[AdapterMode.UNMERGED], rows[AdapterMode.MERGED])
 
     def rows(self, digest: str) -> int:

@@ -36,6 +36,8 @@ from adaplex.engine.sequence import Sequence
 
 RETRY_SECONDS = (0.5, 30.0)
 """Bounds of what QueueFull advises."""
+SHOWN_TOKENS = 16
+"""Of an invocation, in an error."""
 
 
 def _nothing() -> None:
@@ -164,16 +166,30 @@ class Engine:
     def _check(self, request: Request) -> None:
         if request.request_id in self._sequences:
             raise RequestInvalid("request_id", f"{request.request_id} is in use")
-        if not request.prompt:
-            raise RequestInvalid("prompt", "is empty")
-        if len(request.prompt) >= self.config.max_model_len:
-            raise RequestInvalid(
-                "prompt",
-                f"has {len(request.prompt)} tokens; with one to generate, "
-                f"the limit is {self.config.max_model_len}",
-            )
+        self._check_prompt(request)
         if request.sampling.max_tokens < 1:
             raise RequestInvalid("max_tokens", "must be at least 1")
+
+    def _check_prompt(self, request: Request) -> None:
+        tokens, leading, adapter = len(request.prompt), request.leading, request.adapter
+        if not tokens:
+            raise RequestInvalid("prompt", "is empty")
+        if leading + tokens >= self.config.max_model_len:
+            before = (
+                f" behind the {leading} of adapter {adapter.name}" if adapter and leading else ""
+            )
+            raise RequestInvalid(
+                "prompt",
+                f"has {tokens} tokens{before}; with one to generate, "
+                f"the limit is {self.config.max_model_len}",
+            )
+        if adapter and request.invoked_at is None:
+            asked = ", ".join(map(str, adapter.invocation[:SHOWN_TOKENS]))
+            more = ", ..." if len(adapter.invocation) > SHOWN_TOKENS else ""
+            raise RequestInvalid(
+                "prompt",
+                f"does not have the tokens {asked}{more}, which adapter {adapter.name} begins at",
+            )
 
     def _places(self) -> int:
         """Requests that may still come: those that the next step could start, and the queue."""

@@ -12,6 +12,7 @@ from adaplex.engine.eviction import LoadCosts
 from adaplex.engine.loader import Completion, Job, Loader
 from adaplex.engine.observer import Observer
 from adaplex.engine.popularity import Popularity
+from adaplex.engine.request import AdapterRef
 from adaplex.engine.runner import Runner
 from adaplex.engine.sequence import Sequence
 from adaplex.engine.tier import Tier
@@ -41,11 +42,12 @@ class MergedAdapters:
         self._sizes: dict[str, int | None] = {}
         """Bytes of merged weights; None while they are being asked for."""
 
-    def check(self, digest: str) -> None:
+    def check(self, adapter: AdapterRef) -> None:
         """Raises RequestInvalid when the adapter can never be served merged."""
         if not self._config.merged_bytes:
-            raise RequestInvalid("mode", "this server keeps no merged weights")
-        if refusal := self._too_large(digest):
+            how = f"; adapter {adapter.name} can only be served so" if adapter.merged_only else ""
+            raise RequestInvalid("mode", f"this server keeps no merged weights{how}")
+        if refusal := self._too_large(adapter.digest):
             raise refusal
 
     def note(self, digest: str) -> None:

@@ -84,6 +84,10 @@ class AdapterRef:
     """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
     merged_only: bool = False
 
+    def __post_init__(self) -> None:
+        """Asserts that nothing that is invoked has positions of its own before the prompt."""
+        assert not (self.leading and self.invocation)
+
     @property
     def key(self) -> str:
         """What distinguishes its KV: merged and unmerged weights round differently."""
@@ -102,6 +106,21 @@ class Request:
     priority: int = 0
     arrival: float = 0.0
     deadline: float | None = None
+
+    @property
+    def leading(self) -> int:
+        """Positions that the adapter puts before the prompt; they count towards the context."""
+        return self.adapter.leading if self.adapter else 0
+
+    @property
+    def invoked_at(self) -> int | None:
+        """The position from which on the adapter is applied: 0, or where its invocation last begins
+        in the prompt; None when it does not.
+        """
+        tokens = self.adapter.invocation if self.adapter else ()
+        last = len(self.prompt) - len(tokens)
+        starts = range(last, -1, -1) if tokens else (0,)
+        return next((i for i in starts if self.prompt[i : i + len(tokens)] == tokens), None)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from adaplex.adapters.errors import AdaplexError
 from adaplex.engine.batch import Batch
 from adaplex.engine.config import EngineConfig
-from adaplex.engine.errors import AdapterLoadFailed
+from adaplex.engine.errors import AdapterLoadFailed, RequestInvalid
 from adaplex.engine.eviction import LoadCosts
 from adaplex.engine.loader import Completion, Job, Loader
 from adaplex.engine.merged import MergedAdapters
@@ -84,7 +84,9 @@ class Residency:
         served so.
         """
         if adapter.mode is AdapterMode.MERGED:
-            self.merged.check(adapter.digest)
+            self.merged.check(adapter)
+        elif adapter.merged_only:
+            raise RequestInvalid("mode", f"adapter {adapter.name} can only be served merged")
         else:
             self.unmerged.check(adapter)
 

@@ -181,9 +181,9 @@ class Scheduler:
         sequence.status = Status.RUNNING
         insort(self.running, sequence, key=_rank)
         if sequence.admitted_at is None:
-            sequence.cached_tokens = sequence.computed
-            self._observer.prefix_looked_up(tokens=sequence.prompt_len, hits=sequence.computed)
-            fresh = sequence.prompt_len - sequence.computed
+            cached = sequence.cached_tokens = max(0, sequence.computed - sequence.leading)
+            self._observer.prefix_looked_up(tokens=sequence.prompt_len, hits=cached)
+            fresh = sequence.prompt_len - cached
             self.waiting.fairness.served(sequence.fair_key, prompt=fresh)
         return True
 

@@ -28,7 +28,9 @@ class Sequence:
     number: int = 0
     """Order of arrival at the engine."""
     tokens: list[int] = field(init=False)
-    """Leading positions, prompt, then output."""
+    """Leading positions of the adapter, then prompt, then output."""
+    adapter_from: int = field(init=False)
+    """The first position that the adapter changes; rows before it are those of the base."""
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
     blocks: list[int] = field(default_factory=list)
@@ -37,6 +39,7 @@ class Sequence:
     """Hash of each full block published to the prefix cache."""
     status: Status = Status.WAITING
     cached_tokens: int = 0
+    """Of the prompt, found in the cache when it first started."""
     bypassed: int = 0
     """Later sequences that leased an adapter while there was no room for the one of this."""
     last_turn: int = 0
@@ -47,9 +50,11 @@ class Sequence:
     first_token_at: float | None = None
 
     def __post_init__(self) -> None:
-        """Starts the token list from what the adapter leads with, and the prompt."""
-        leading = self.adapter.leading if self.adapter else 0
-        self.tokens = [*range(VIRTUAL, VIRTUAL + leading), *self.request.prompt]
+        """Starts the token list; the prompt has the adapter's invocation."""
+        self.tokens = [*range(VIRTUAL, VIRTUAL + self.leading), *self.request.prompt]
+        invoked = self.request.invoked_at
+        assert invoked is not None
+        self.adapter_from = invoked
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -80,6 +85,11 @@ class Sequence:
         return self.request.adapter.name if self.request.adapter else ""
 
     @property
+    def leading(self) -> int:
+        """Positions that the adapter puts before the prompt."""
+        return self.request.leading
+
+    @property
     def prompt_len(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.prompt)
@@ -87,12 +97,12 @@ class Sequence:
     @property
     def output_len(self) -> int:
         """Tokens generated so far."""
-        return len(self.tokens) - self.prompt_len
+        return len(self.tokens) - self.leading - self.prompt_len
 
     @property
     def output(self) -> list[int]:
         """Tokens generated so far."""
-        return self.tokens[self.prompt_len :]
+        return self.tokens[self.leading + self.prompt_len :]
 
     def timing(self, now: float) -> Timing:
         """Seconds from arrival to each event, 0 for one that never came."""

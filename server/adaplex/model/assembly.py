@@ -15,8 +15,10 @@ from adaplex.adapters.program import BaseModule
 from adaplex.model import attention, experts
 from adaplex.model.adapted import AdaptedLinear, adapt, base_bias, oriented_weight
 from adaplex.model.architecture import Probe, is_linear, output_layer, probe
+from adaplex.model.int4_group import INT4_GROUP, Int4GroupLinear
 from adaplex.model.kernels.native.kernels import NF4_BLOCK, NativeKernels
 from adaplex.model.linear import DenseLinear, LinearBackend
+from adaplex.model.native_int4 import NativeInt4Linear, int4_linear
 from adaplex.model.native_linear import NativeLinear, native_linear
 from adaplex.model.saved_base import Contents, SavedBase
 from adaplex.model.step import StepContext
@@ -37,6 +39,8 @@ class Assembly:
     device: torch.device
     kernels: NativeKernels | None
     step: StepContext
+    group_size: int = 0
+    """Of int4-group."""
 
     @property
     def depends_on(self) -> dict[str, object]:
@@ -48,6 +52,7 @@ class Assembly:
             "native": self.kernels is not None,
             "fused_nf4": self.kernels is None and self._fuses_nf4(),
             "versions": {name: version(name) for name in LIBRARIES},
+            **({"group_size": self.group_size} if self.quantization == INT4_GROUP else {}),
         }
 
     def assemble(
@@ -144,6 +149,8 @@ class Assembly:
         weight, bias = oriented_weight(linear).to(self.device), base_bias(linear)
         bias = None if bias is None else bias.to(self.device)
         kept = "" if is_head else self.quantization
+        if kept == INT4_GROUP:
+            return int4_linear(self.kernels, weight, bias, self.group_size)
         if self.kernels is not None and kept != "int8":
             native = native_linear(self.kernels, weight, bias, nf4=kept == "nf4")
             if native is not None:
@@ -156,10 +163,12 @@ class Assembly:
         self, kind: str, tensors: dict[str, Tensor], shape: tuple[int, int], bias: Tensor | None
     ) -> LinearBackend:
         """The backend, of a class named `kind`, that gave these tensors."""
-        if self.kernels is not None and kind == NativeLinear.__name__:
-            return NativeLinear.restored(self.kernels, tensors, shape, bias)
-        if kind == DenseLinear.__name__:
-            return DenseLinear.restored(tensors, bias)
+        for native in (NativeLinear, NativeInt4Linear):
+            if self.kernels is not None and kind == native.__name__:
+                return native.restored(self.kernels, tensors, shape, bias)
+        for plain in (DenseLinear, Int4GroupLinear):
+            if kind == plain.__name__:
+                return plain.restored(tensors, bias)
         from adaplex.model.quantized_linear import restored_linear  # slow to import
 
         return restored_linear(kind, tensors, bias)
@@ -190,13 +199,18 @@ def _save(saved: SavedBase, model: nn.Module, found: Probe, progress: Progress) 
 
 
 def _tell_of_fallbacks(model: nn.Module, quantization: str, progress: Progress) -> None:
-    """One line when nf4 weights are kept dense, since that costs the memory nf4 should save."""
+    """One line when 4-bit weights are kept dense, since that costs the memory they should save."""
     linears = [m for m in model.modules() if isinstance(m, AdaptedLinear) and not m.is_head]
     dense = sum(_is_dense(m.backend) for m in linears)
     if quantization == "nf4" and dense:
         progress(
             f"{dense} of {len(linears)} linears have no nf4 kernel for their shape on this device: "
             "their nf4 values are kept dense"
+        )
+    if quantization == INT4_GROUP and dense:
+        progress(
+            f"{dense} of {len(linears)} linears have a width that the group size does not divide: "
+            "their int4 values are kept dense"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from itertools import groupby
 from typing import Protocol
@@ -29,12 +29,23 @@ class Forward(Protocol):
 
 
 def runs_of(chunks: Seq[Chunk], counts: Seq[int]) -> list[tuple[AdapterRef | None, int, int]]:
-    """(adapter, first row, row after the last) of each run of rows with one adapter and mode."""
+    """(adapter, first row, row after the last) of each run of rows with one adapter and mode; of
+    each chunk there are the last `counts` rows.
+    """
     runs, row = [], 0
-    pairs = zip(chunks, counts, strict=True)
-    for _, run in groupby(pairs, key=lambda pair: pair[0].sequence.adapter_key):
+    parts = (part for pair in zip(chunks, counts, strict=True) for part in _parts(*pair))
+    for _, run in groupby(parts, key=lambda part: part[0].key if part[0] else ""):
         members = list(run)
         rows = sum(count for _, count in members)
-        runs.append((members[0][0].sequence.adapter, row, row + rows))
+        runs.append((members[0][0], row, row + rows))
         row += rows
     return runs
+
+
+def _parts(chunk: Chunk, count: int) -> Iterator[tuple[AdapterRef | None, int]]:
+    """The last `count` rows of a chunk: those before its adapter applies, and the others."""
+    base = max(0, chunk.base - (chunk.count - count))
+    if base:
+        yield None, base
+    if count > base:
+        yield chunk.sequence.adapter, count - base

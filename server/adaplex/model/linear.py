@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from adaplex.adapters.program import LowRank
 from adaplex.model.kernels.reference import ROW_TILE, linear_rows, whole_tiles
 
 
@@ -38,6 +39,16 @@ class LinearBackend(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of the weight."""
+
+    def merged(self, _low_rank: LowRank, _bias: Tensor | None) -> LinearBackend | None:
+        """Weight and delta in one, without loss, kept as the weight is and sharing what it can;
+        None where a dense weight has to hold both. `_bias` is the whole one.
+        """
+        return None
+
+    def merged_bytes(self, _low_rank: LowRank) -> int | None:
+        """Bytes of what `merged` gives; None where it gives none."""
+        return None
 
 
 class DenseLinear(LinearBackend):

@@ -28,6 +28,7 @@ from adaplex.model.architecture import Probe, check_supported
 from adaplex.model.assembly import Assembly
 from adaplex.model.errors import UnsupportedModel
 from adaplex.model.file_hashes import HASHES, FileHashes
+from adaplex.model.int4_group import GROUP_SIZES, INT4_GROUP
 from adaplex.model.kernels.native.kernels import NativeKernels, native_kernels
 from adaplex.model.kv_cache import LayerShape
 from adaplex.model.linear import LinearBackend
@@ -35,7 +36,7 @@ from adaplex.model.saved_base import SavedBase
 from adaplex.model.source import default_cache, resolve_model
 from adaplex.model.step import StepContext
 
-QUANTIZATIONS = ("nf4", "int8", "bf16", "fp32")
+QUANTIZATIONS = ("nf4", "int8", INT4_GROUP, "bf16", "fp32")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -81,6 +82,7 @@ def load_base(
     model: str,
     *,
     quantization: str = "nf4",
+    group_size: int = 32,
     dtype: str = "auto",
     device: str = "auto",
     cache: Path | None = None,
@@ -91,7 +93,8 @@ def load_base(
     """Loads a base model and quantizes it.
 
     `model` is a hub id, a directory of safetensors, a GGUF file or the default's name;
-    `quantization` is one of QUANTIZATIONS; `dtype` is auto, bf16 or fp32 (the compute dtype);
+    `quantization` is one of QUANTIZATIONS, `group_size`, for int4-group, one of GROUP_SIZES;
+    `dtype` is auto, bf16 or fp32 (the compute dtype);
     `device` is auto, cpu or cuda; without `native` a CPU computes by torch alone.
     `saved` is a folder in which the quantized base is kept for the next start.
     Raises ModelSourceError or UnsupportedModel.
@@ -99,6 +102,10 @@ def load_base(
     if quantization not in QUANTIZATIONS:
         raise UnsupportedModel(
             f"quantization: {quantization!r} is not one of {', '.join(QUANTIZATIONS)}"
+        )
+    if group_size not in GROUP_SIZES:
+        raise UnsupportedModel(
+            f"group_size: {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}"
         )
     cache = cache or default_cache()
     directory = resolve_model(model, cache=cache, progress=progress)
@@ -110,7 +117,7 @@ def load_base(
     fingerprint = _fingerprint(directory, FileHashes(cache / HASHES))
     kernels = native_kernels(compute, where, cache=cache, progress=progress) if native else None
     step = StepContext()
-    assembly = Assembly(quantization, compute, where, kernels, step)
+    assembly = Assembly(quantization, compute, where, kernels, step, group_size)
     parts = {"fingerprint": fingerprint, **assembly.depends_on}
     kept = None if saved is None else SavedBase(saved, parts)
     with memory.kept_together():
@@ -120,7 +127,7 @@ def load_base(
         tokenizer=AutoTokenizer.from_pretrained(directory),
         spec=BaseSpec(
             name=Path(model).name if Path(model).exists() else model,
-            digest=_digest(fingerprint, quantization, compute),
+            digest=_digest(fingerprint, _grid(quantization, group_size), compute),
             model_type=str(config.model_type),
             modules={site.name: site for site in found.sites},
             biases=_biases(module, found),
@@ -194,6 +201,11 @@ def _fingerprint(directory: Path, hashes: FileHashes) -> str:
     for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
         total.update(hashes.sha256(path).encode())
     return f"sha256:{total.hexdigest()}"
+
+
+def _grid(quantization: str, group_size: int) -> str:
+    """How the linears are kept, with all that their values depend on."""
+    return f"{quantization}:{group_size}" if quantization == INT4_GROUP else quantization
 
 
 def _digest(fingerprint: str, quantization: str, dtype: torch.dtype) -> str:

@@ -20,12 +20,13 @@ from adaplex.model.adapted import AdaptedLinear
 from adaplex.model.arena import Arena
 from adaplex.model.decode_steps import DecodeSteps
 from adaplex.model.host_copies import HostCopies, PackedAdapter, Packer
-from adaplex.model.kernels.low_rank import LowRankKernel, low_rank_kernel
+from adaplex.model.kernels.low_rank import AdapterWeights, LowRankKernel, low_rank_kernel
 from adaplex.model.kv_cache import KVCache
 from adaplex.model.loader import BaseModel, silent
 from adaplex.model.merged import MergedWeights, merge, merged_bytes
 from adaplex.model.module_forward import ModuleForward
 from adaplex.model.native_forward import NativeForward, fastest
+from adaplex.model.prefix import Prefixes, Write, panel_writer
 from adaplex.model.sampler import sample
 
 
@@ -62,9 +63,7 @@ class ModelRunner:
             dtype=base.dtype,
             device=base.device,
         )
-        self._low_rank = low_rank or low_rank_kernel(
-            base.kernels, base.device, modules=len(self._modules)
-        )
+        self._low_rank = low_rank or low_rank_kernel(base.kernels, base.device, base.spec.modules)
         modules = ModuleForward(
             base,
             cache,
@@ -73,7 +72,14 @@ class ModelRunner:
             weights=self._arena.weights,
             merged=self._merged,
         )
-        self._forward = fastest(base, cache, modules, self._modules, self._table, progress)
+        self._forward = fastest(
+            *(base, cache, modules, self._modules, self._table, progress),
+            lambda adapter: self._weights(adapter).prefix_tokens,
+        )
+        write: Write = cache.write
+        if isinstance(self._forward, NativeForward) and base.kernels is not None:
+            write = panel_writer(cache, base.kernels.per_unit)
+        self._prefixes = Prefixes(cache, base.spec.modules, self._weights, write)
         self._packer = Packer(
             base.spec.modules,
             base.dtype,
@@ -85,13 +91,18 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Seq[SampledToken]:
         """One step; see Runner."""
-        logits, tops = self._forward(batch)
+        logits, tops = self._logits(batch)
         return sample(logits, [chunk.sequence for chunk in batch.sampling], tops)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Runs the chunks of a batch; fp32 logits [len(batch.sampling), vocabulary]."""
-        return self._forward(batch)[0].clone()
+        return self._logits(batch)[0].clone()
+
+    def _logits(self, batch: Batch) -> tuple[Tensor, list[int]]:
+        """As Forward; of a batch that may have nothing to compute."""
+        left = self._prefixes.plant(batch)
+        return self._forward(left) if left.chunks else (torch.empty(0, 0), [])
 
     def warm_up(self) -> None:
         """Runs a prompt and one decoding row once, in the scratch block, so that the first request
@@ -159,6 +170,12 @@ class ModelRunner:
 
     def _packed(self, digest: str) -> PackedAdapter:
         return self._packer.pack(self._load_program(digest))
+
+    def _weights(self, adapter: AdapterRef) -> AdapterWeights:
+        """What an adapter in memory does beside dense weights."""
+        if adapter.mode is AdapterMode.MERGED:
+            return self._merged[adapter.digest].rest
+        return self._arena.weights(adapter.digest)
 
     def _table(self, adapter: AdapterRef) -> NDArray[np.int64]:
         """What an adapter in memory does, as kernels read it."""

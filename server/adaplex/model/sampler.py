@@ -45,11 +45,12 @@ def _sample_row(rows: Tensor, index: int, sequence: Sequence, top: int) -> Sampl
     if params.plain:
         return SampledToken(top)
     logits = rows[index]
-    produced = len(sequence) - sequence.prompt_len
+    produced = sequence.output_len
     held_back = produced < params.min_tokens and bool(params.stop_token_ids)
     changed = logits
     if params.penalized:
-        changed = penalize(changed, sequence.tokens, sequence.prompt_len, params)
+        tokens = sequence.tokens[sequence.leading :]
+        changed = penalize(changed, tokens, sequence.prompt_len, params)
     if held_back:
         changed = changed.clone() if changed is logits else changed
         changed[list(params.stop_token_ids)] = -torch.inf

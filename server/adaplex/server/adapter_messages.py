@@ -140,6 +140,9 @@ def adapter(
         labels=dict(entry.labels),
         pinned=entry.pinned,
         aliases=_aliases(entry.aliases),
+        leading_tokens=record.leading,
+        invocation_tokens=record.invocation,
+        merged_only=record.merged_only,
     )
     message.create_time.FromDatetime(record.created)
     message.update_time.FromDatetime(entry.updated)
@@ -196,9 +199,14 @@ def report(found: Report) -> adapters_pb2.AdapterReport:
                 in_features=m.in_features,
                 out_features=m.out_features,
                 bias=m.bias,
+                primitives=m.primitives,
             )
             for m in found.modules
         ],
+        prefix_tokens=found.prefix_tokens,
+        virtual_tokens=found.virtual_tokens,
+        invocation_tokens=found.invocation,
+        merged_only=found.merged_only,
     )
 
 

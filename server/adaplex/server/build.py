@@ -41,6 +41,7 @@ def build(config: ServerConfig, progress: Progress) -> Parts:
     base = load_base(
         config.model,
         quantization=config.quantization,
+        group_size=config.group_size,
         dtype=config.dtype,
         device=config.device,
         cache=config.cache,
@@ -55,7 +56,7 @@ def build(config: ServerConfig, progress: Progress) -> Parts:
     if base.kernels is not None:
         base.kernels.use_threads(config.compute_threads)
         torch.set_num_threads(1)  # two teams of threads would take the cores from each other
-    low_rank = low_rank_kernel(base.kernels, base.device, modules=len(spec.modules))
+    low_rank = low_rank_kernel(base.kernels, base.device, spec.modules)
     runner = ModelRunner(
         base,
         num_blocks=engine_config.num_blocks,
@@ -87,7 +88,7 @@ def build(config: ServerConfig, progress: Progress) -> Parts:
 
 def _saved_bases(config: ServerConfig) -> Path | None:
     """Where quantized bases are kept; dense ones would take more room than they save time."""
-    if not config.save_quantized or config.quantization not in ("nf4", "int8"):
+    if not config.save_quantized or config.quantization in ("bf16", "fp32"):
         return None
     return (config.cache or default_cache()) / "quantized"
 

@@ -111,7 +111,7 @@ def _metavar(field: FieldInfo) -> str:
     if get_origin(field.annotation) is dict:
         return "NAME=PATH"
     leaves = list(_leaves(field.annotation))
-    choices = [leaf for leaf in leaves if isinstance(leaf, str)]
+    choices = [str(leaf) for leaf in leaves if isinstance(leaf, str | int)]
     return "|".join([*choices, *(word for kind, word in METAVARS.items() if kind in leaves)])
 
 

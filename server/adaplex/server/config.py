@@ -53,6 +53,11 @@ def split_list(value: object) -> object:
     return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 
+def whole(value: object) -> object:
+    """The text of a number as the number; anything else as it is."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 def split_pairs(value: object) -> object:
     """`name=path` strings as a mapping; a mapping as it is."""
     pairs = split_list(value)
@@ -67,6 +72,7 @@ def split_pairs(value: object) -> object:
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(split_list)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_list)]
 NamedPaths = Annotated[dict[str, Path], NoDecode, BeforeValidator(split_pairs)]
+GroupSize = Annotated[Literal[16, 32, 64, 128], BeforeValidator(whole)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -88,14 +94,15 @@ class ServerConfig(BaseSettings):
         description="Base model: hub id, directory of safetensors, or GGUF file.",
     )
     model_name: str | None = Field(None, description="Name to show for it instead of its own.")
-    quantization: Literal["nf4", "int8", "bf16", "fp32"] = Field(
+    quantization: Literal["nf4", "int8", "int4-group", "bf16", "fp32"] = Field(
         "nf4", description="How the base is kept."
     )
+    group_size: GroupSize = Field(32, description="Inputs that share a scale in int4-group.")
     dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="Compute dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
     cache: Path | None = Field(None, description="Folder for fetched models; XDG cache if unset.")
     save_quantized: bool = Field(
-        True, description="Keep nf4 and int8 weights in the cache folder for a faster next start."
+        True, description="Keep weights of 4 and 8 bits in the cache for a faster next start."
     )
     threads: Literal["auto"] | Count = Field(
         "auto",

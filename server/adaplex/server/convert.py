@@ -161,10 +161,10 @@ def chat_messages(spec: generation_pb2.GenerationSpec) -> list[dict[str, str]]:
     return [{"role": m.role, "content": m.content} for m in spec.chat.messages]
 
 
-def adapter_mode(spec: generation_pb2.GenerationSpec, default: AdapterMode) -> AdapterMode:
-    """`spec.mode`, or the server's default."""
+def adapter_mode(spec: generation_pb2.GenerationSpec) -> AdapterMode | None:
+    """`spec.mode`, None where the request leaves it to the server."""
     if spec.mode == generation_pb2.ADAPTER_MODE_UNSPECIFIED:
-        return default
+        return None
     check("spec.mode", spec.mode in MODES, "must be a value of AdapterMode")
     return MODES[spec.mode]
 
@@ -202,15 +202,24 @@ def routing_key(spec: generation_pb2.GenerationSpec) -> str:
     return spec.routing_key
 
 
-def adapter_ref(record: AdapterRecord, mode: AdapterMode) -> AdapterRef:
-    """What a request is bound to."""
+def adapter_ref(
+    record: AdapterRecord, mode: AdapterMode | None, default: AdapterMode
+) -> AdapterRef:
+    """What a request is bound to. What can only be merged is, unless `mode` asks for another."""
+    if record.merged_only:
+        reason = f"adapter {record.name} can only be served merged"
+        check("spec.mode", mode is not AdapterMode.UNMERGED, reason)
+        mode = AdapterMode.MERGED
     return AdapterRef(
         name=record.name,
         version=record.version,
         digest=record.digest,
         packed_bytes=record.packed_bytes,
         modules=record.modules,
-        mode=mode,
+        mode=mode or default,
+        leading=record.leading,
+        invocation=record.invocation,
+        merged_only=record.merged_only,
     )
 
 

@@ -83,7 +83,7 @@ class Generator:
         Closing it aborts the request and releases the adapter.
         """
         sampling = convert.sampling_params(spec, self._limits)
-        mode = convert.adapter_mode(spec, self._mode)
+        mode = convert.adapter_mode(spec)
         salt, priority = convert.cache_salt(spec), convert.priority(spec)
         wanted, key = convert.wanted_adapters(spec), convert.routing_key(spec)
         self._prompts.check(spec)
@@ -91,14 +91,17 @@ class Generator:
             begun = time.monotonic()
             async with self._leased(wanted, key) as lease:
                 fetched = time.monotonic() - begun
-                adapter = convert.adapter_ref(lease.record, mode) if lease else None
+                adapter = convert.adapter_ref(lease.record, mode, self._mode) if lease else None
                 call.log |= _bound(adapter)
                 prompt = await self._prompts.ids(spec)
+                room = (
+                    self._limits.max_model_len - len(prompt) - (adapter.leading if adapter else 0)
+                )
                 request = Request(
                     # Client ids may repeat; the engine's may not.
                     request_id=f"{call.request_id}#{next(self._numbers)}",
                     prompt=prompt,
-                    sampling=_fitted(sampling, self._limits.max_model_len - len(prompt)),
+                    sampling=_fitted(sampling, room),
                     adapter=adapter,
                     cache_salt=salt,
                     priority=priority,

@@ -9,7 +9,7 @@ import structlog
 from adaplex.adapters.catalog import AdapterRecord
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.engine.async_engine import AsyncEngine
-from adaplex.engine.errors import NoRoomBesidePins, PinsFull
+from adaplex.engine.errors import NoRoomBesidePins, PinsFull, RequestInvalid
 from adaplex.server.blocking import in_thread
 
 log = structlog.get_logger("adaplex.pins")
@@ -58,8 +58,9 @@ class Pins:
                     await self._try(record)
 
     async def add(self, name: str) -> None:
-        """Pins what a name can lead to, all of it or none. Raises PinsFull,
-        NoRoomBesidePins or AdapterNotFound."""
+        """Pins what a name can lead to, all of it or none. Raises PinsFull, NoRoomBesidePins,
+        AdapterNotFound, or RequestInvalid for what has nothing in the arena.
+        """
         records = await in_thread(self._registry.names.reachable, name)
         async with self._lock:
             added: list[str] = []
@@ -77,12 +78,15 @@ class Pins:
         try:
             await self._pin(record)
             self._refused.discard(record.digest)
-        except (PinsFull, NoRoomBesidePins) as error:
+        except (PinsFull, NoRoomBesidePins, RequestInvalid) as error:
             if record.digest not in self._refused:
                 log.warning("adapter not pinned", adapter=record.name, error=str(error))
             self._refused.add(record.digest)
 
     async def _pin(self, record: AdapterRecord) -> None:
+        if record.merged_only:
+            reason = f"{record.name}@{record.version} can only be served merged; the arena has none"
+            raise RequestInvalid("pinned", reason)
         await self._engine.pin(record.digest, record.packed_bytes, record.name)
         self._pinned[record.digest] = record
 

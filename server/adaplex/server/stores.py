@@ -50,7 +50,7 @@ def open_store(config: ServerConfig, spec: BaseSpec, *, element_bytes: int) -> S
         contents,
         catalog,
         spec,
-        room=Room(element_bytes, limits, config.arena_bytes),
+        room=Room(element_bytes, limits, config.arena_bytes, config.merged_bytes > 0),
         base_policy=BasePolicy(config.base_policy),
         signatures=_signatures(config),
     )

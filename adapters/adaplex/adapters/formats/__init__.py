@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 
+from adaplex.adapters.base_match import recorded_quantization
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.digest import content_digest
 from adaplex.adapters.errors import AdapterInvalid, Refusal
+from adaplex.adapters.formats.about import FormatRow
+from adaplex.adapters.formats.adalora import AdaLora
+from adaplex.adapters.formats.adapterhub import AdapterHub
+from adaplex.adapters.formats.bitfit import Beft, BitFit
+from adaplex.adapters.formats.hybrid import Hybrid
+from adaplex.adapters.formats.ia3 import IA3
+from adaplex.adapters.formats.ln_tuning import LNTuning
+from adaplex.adapters.formats.loha import Loha
+from adaplex.adapters.formats.lokr import Lokr
 from adaplex.adapters.formats.lora import Lora
 from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.peft_fallback import FALLBACKS, PeftFallback
+from adaplex.adapters.formats.prefix import PrefixTuning
+from adaplex.adapters.formats.prompt import MultitaskPromptTuning, PromptTuning
+from adaplex.adapters.formats.trainable_tokens import TrainableTokens
+from adaplex.adapters.formats.vera import Vera
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram, BaseSpec
+
+ADAPTERHUB = "ADAPTERHUB"
+"""The kind of configs that have no `peft_type`, but the `config` of AdapterHub's library."""
 
 
 class Format(Protocol):
@@ -22,40 +40,49 @@ class Format(Protocol):
     family: str
     semantic_fields: frozenset[str]
     """Config fields that change the answer; they enter the digest."""
+    about: FormatRow
+    """Its line in the table of families."""
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """Raises AdapterInvalid with every refusal, or AdapterTooLarge."""
         ...
 
 
+def _lower_part(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:
+    return lower(checkpoint, base, limits)
+
+
 FORMATS: Mapping[str, Format] = {
     "LORA": Lora(),
+    "ADALORA": AdaLora(),
+    ADAPTERHUB: AdapterHub(),
+    "BEFT": Beft(),
+    "BITFIT": BitFit(),
+    "CPT": PromptTuning("cpt", "CPT"),
+    "HYBRID": Hybrid(_lower_part),
+    "IA3": IA3(),
+    "LN_TUNING": LNTuning(),
+    "LOHA": Loha(),
+    "LOKR": Lokr(),
+    "MULTITASK_PROMPT_TUNING": MultitaskPromptTuning(),
+    "PREFIX_TUNING": PrefixTuning(),
+    "PROMPT_TUNING": PromptTuning("prompt-tuning", "prompt tuning"),
+    "P_TUNING": PromptTuning("p-tuning", "P-tuning"),
+    "VERA": Vera(),
+    "TRAINABLE_TOKENS": TrainableTokens(),
+    **FALLBACKS,
 }
-"""PEFT's `peft_type` -> format."""
+"""PEFT's `peft_type`, or one of ours -> format."""
 
 NEEDS: Mapping[str, str] = {
-    "ADALORA": "the low-rank primitive with singular values folded in",
+    "ADAMSS": "the clusters of the base's weights that it was trained on, which it does not save",
     "ADAPTION_PROMPT": "gated attention over learned prompts",
-    "BOFT": "merged weights computed by PEFT",
-    "BONE": "merged weights computed by PEFT",
-    "C3A": "merged weights computed by PEFT",
-    "CPT": "the virtual-token primitive",
-    "FOURIERFT": "merged weights computed by PEFT",
-    "HRA": "merged weights computed by PEFT",
-    "IA3": "the input and output scale primitives",
-    "LN_TUNING": "replaced norm weights",
-    "LOHA": "the low-rank primitive over a Khatri-Rao product",
-    "LOKR": "the low-rank primitive over an expanded Kronecker product",
-    "MULTITASK_PROMPT_TUNING": "the virtual-token primitive",
-    "OFT": "merged weights computed by PEFT",
-    "P_TUNING": "the virtual-token primitive",
+    "BONE": "to be saved again by PEFT 0.21, which calls it MISS",
+    "CARTRIDGE": "the KV prefix primitive",
+    "FROD": "a decomposition of the base's weights over all layers at once",
+    "LILY": "a router between low-rank pairs",
     "POLY": "a router between low-rank pairs",
-    "PREFIX_TUNING": "the KV prefix primitive",
-    "PROMPT_TUNING": "the virtual-token primitive",
-    "RANDLORA": "merged weights computed by PEFT",
-    "TRAINABLE_TOKENS": "replaced embedding rows",
-    "VBLORA": "merged weights computed by PEFT",
-    "VERA": "the low-rank primitive with shared pairs",
+    "SHADOW": "a second, smaller network beside the base's layers",
     "XLORA": "a router between low-rank pairs",
 }
 """What a family that is not served yet would need."""
@@ -63,25 +90,45 @@ NEEDS: Mapping[str, str] = {
 
 def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:
     """Lowers a checkpoint to primitives. Raises AdapterInvalid with every refusal."""
-    kind = checkpoint.config.get("peft_type")
+    kind = _kind(checkpoint.config)
     found = FORMATS.get(kind) if isinstance(kind, str) else None
     if found is None:
         need = f"; it needs {NEEDS[kind]}" if isinstance(kind, str) and kind in NEEDS else ""
         raise AdapterInvalid.because(
             "peft_type", f"{kind!r:.80} is not served; served are {', '.join(FORMATS)}{need}"
         )
+    if refusals := list(_positions(checkpoint, found)):
+        raise AdapterInvalid(refusals)
     lowered = found.lower(checkpoint, base, limits)
+    fields: Mapping[str, Any] = checkpoint.config
+    semantic: Iterable[str] = found.semantic_fields
+    if lowered.semantics is not None:
+        fields = semantic = lowered.semantics
     program = AdapterProgram(
-        content_digest(checkpoint, found.semantic_fields),
+        content_digest(Checkpoint(fields, checkpoint.tensors), semantic),
         lowered.family or found.family,
         lowered.modules,
-        lowered.notes,
+        (*lowered.notes, *recorded_quantization(checkpoint.config)),
         lowered.warnings,
         lowered.invocation,
     )
     if refusals := list(_overflows(program)):
         raise AdapterInvalid(refusals)
     return program
+
+
+def _kind(config: Mapping[str, Any]) -> Any:
+    """A key of FORMATS, or what is none."""
+    if "peft_type" not in config and isinstance(config.get("config"), dict):
+        return ADAPTERHUB
+    return config.get("peft_type")
+
+
+def _positions(checkpoint: Checkpoint, found: Format) -> Iterator[Refusal]:
+    """Tensors of whole numbers, where the format takes none."""
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        if not tensor.is_floating_point() and not isinstance(found, PeftFallback | Hybrid):
+            yield Refusal(name, f"has dtype {tensor.dtype}; weights of {found.family} are real")
 
 
 def _overflows(program: AdapterProgram) -> Iterator[Refusal]:

@@ -1,95 +1,39 @@
-"""LoRA as HF PEFT 0.21 writes it: y += B(Ax) * scale, any rank a module, optional biases.
+"""LoRA as HF PEFT 0.21 writes it, with what it may hold besides low-rank pairs of linears.
 
-The tensor keys are the truth. Every tensor and every config field is accounted for, or the
-adapter is refused with all the reasons at once.
+Pairs of linears, of the embedding and of experts; DoRA, QA-LoRA and activated LoRA; biases,
+replaced weights and trained tokens. The tensor keys are the truth. Every tensor and every config
+field is accounted for, or the adapter is refused with all the reasons at once.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from adaplex.adapters.checkpoint import Checkpoint
-from adaplex.adapters.formats import reading as shared
+from adaplex.adapters.formats.about import FormatRow
+from adaplex.adapters.formats.lora_config import HARMLESS, UNSUPPORTED, USED, check_config
+from adaplex.adapters.formats.lora_pairs import lower_pair, scale_of
+from adaplex.adapters.formats.lora_parameters import Place, pattern_names, targeted_parameters
+from adaplex.adapters.formats.lora_tensors import LoraTensors, sort_tensors
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.reading import PREFIX, TARGETS, Reading, is_number, is_rank
-from adaplex.adapters.formats.targets import pattern_value
+from adaplex.adapters.formats.reading import Reading
+from adaplex.adapters.formats.replaced import (
+    check_copy,
+    is_close,
+    replacement,
+    saved_modules,
+    without_saved,
+)
+from adaplex.adapters.formats.trainable_tokens import lower_rows, token_rows
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseSpec, LowRank, ModuleProgram
+from adaplex.adapters.program import BaseModule, BaseSpec, LowRank, ModuleProgram
 
-PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight")
-BIAS = re.compile(r"(?P<module>.+?)(\.base_layer)?\.bias")
-
-USED = TARGETS | frozenset(
-    [
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "bias",
-    ]
-)
-HARMLESS = shared.HARMLESS | frozenset(
-    [
-        "lora_dropout",
-        "fan_in_fan_out",
-        "init_lora_weights",
-        "megatron_core",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "runtime_config",
-        "qalora_group_size",
-        "ensure_weight_tying",
-    ]
-)
-"""Known fields that change training, or how PEFT stores weights, but not the answer."""
-UNSUPPORTED = {
-    "alora_invocation_tokens": "activated LoRA needs adapters that start in mid-prompt",
-    "arrow_config": "Arrow routes between adapters at run time",
-    "kasa_config": "KaSA changes the base weights",
-    "layer_replication": "replicated layers need a deeper base",
-    "lora_bias": "biases of lora_B are not served",
-    "megatron_config": "Megatron's parallel layers are not served",
-    "modules_to_save": "needs replaced weights",
-    "monteclora_config": "MonteCLoRA samples its weights",
-    "target_parameters": "needs low-rank deltas on expert parameters",
-    "trainable_token_indices": "needs replaced embedding rows",
-    "use_bdlora": "needs block-diagonal pairs",
-    "use_dora": "DoRA needs the output-scale primitive",
-    "use_qalora": "QA-LoRA needs its pooled input",
-    "velora_config": "VeLoRA is not served",
-}
-"""Known fields that change the answer, and what serving them would need."""
-UNSUPPORTED_TENSORS = {
-    "lora_embedding_": "LoRA on embeddings is not served",
-    "lora_magnitude_vector": "DoRA needs the output-scale primitive",
-    "lora_B.bias": "biases of lora_B are not served",
-    "lora_B.default.bias": "biases of lora_B are not served",
-    "base_layer.weight": "copies a weight of the base, which PEFT would load over the base's own; "
-    "save with save_embedding_layers=False",
-    "modules_to_save": "needs replaced weights",
-    "token_adapter": "needs replaced embedding rows",
-}
-PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")
-"""Initialisers that leave the base as it is."""
-BIASES = ("none", "all", "lora_only")
-
-
-@dataclass
-class _Module:
-    """The tensors found for one module."""
-
-    a: Tensor | None = None
-    b: Tensor | None = None
-    bias: Tensor | None = None
+__all__ = ["HARMLESS", "UNSUPPORTED", "USED", "Lora"]
 
 
 class Lora:
@@ -97,141 +41,204 @@ class Lora:
 
     family = "lora"
     semantic_fields = USED
+    about = FormatRow(
+        "LoRA, rsLoRA, QLoRA, DoRA, QA-LoRA, activated LoRA; on linears, embeddings, output layers "
+        "and experts; modules_to_save, trainable tokens",
+        ("low-rank", "output scale", "bias", "replaced weight", "replaced rows"),
+        "initialisers that change the base, replicated layers, Arrow, KaSA, MonteCLoRA, VeLoRA, "
+        "BD-LoRA, Megatron",
+    )
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
         reading = Reading(checkpoint, base, limits)
-        reading.check_known("LoRA", USED, HARMLESS, UNSUPPORTED)
-        _check_init(reading)
-        if not _check_used(reading):
+        if not check_config(reading):
             reading.raise_refused()
-        found = _sort_tensors(reading)
-        lowered: list[ModuleProgram | None] = []
+        places = targeted_parameters(reading)
+        found = sort_tensors(reading, places)
+        programs: list[ModuleProgram] = []
         with reading.collecting():
-            _check_targets(reading, found)
-            lowered = [_lower_module(reading, name, found[name]) for name in sorted(found)]
+            programs = _Modules(reading, places, found).lower()
         reading.raise_refused()
-        programs = tuple(program for program in lowered if program is not None)
         reading.check_ranks(programs)
-        return Lowered(programs, tuple(_notes(reading)))
-
-
-def _check_init(reading: Reading) -> None:
-    """Refuses initialisers that change the base."""
-    init = reading.config.get("init_lora_weights")
-    if init not in (None, False, True, *PLAIN_INITS):
-        reading.refuse(
-            "init_lora_weights",
-            f"{init!r:.40} changes the base weights; convert the adapter to plain LoRA first",
+        if reading.config.get("fan_in_fan_out"):
+            reading.note("fan_in_fan_out: weights are kept as [out, in] here, nothing to transpose")
+        invocation = tuple(reading.config.get("alora_invocation_tokens") or ())
+        return Lowered(
+            tuple(programs),
+            notes=tuple(reading.notes),
+            warnings=tuple(reading.warnings),
+            invocation=invocation,
+            family=_family(reading, programs),
         )
 
 
-def _check_used(reading: Reading) -> bool:
-    """Refuses fields of the wrong kind. Whether the fields can be used."""
-    config, before = reading.config, len(reading.refusals)
-    if not is_rank(config.get("r")):
-        reading.refuse("r", "must be a positive integer")
-    if not is_number(config.get("lora_alpha")):
-        reading.refuse("lora_alpha", "must be a positive number")
-    if not isinstance(config.get("use_rslora") or False, bool):
-        reading.refuse("use_rslora", "must be true or false")
-    for name, fits in (("rank_pattern", is_rank), ("alpha_pattern", is_number)):
-        patterns = config.get(name) or {}
-        if not isinstance(patterns, dict) or not all(map(fits, patterns.values())):
-            kind = "integers" if fits is is_rank else "numbers"
-            reading.refuse(name, f"must map patterns to positive {kind}")
-    reading.check_target_fields()
-    if not config.get("target_modules"):
-        reading.refuse("target_modules", "is missing")
-    if config.get("bias", "none") not in BIASES:
-        reading.refuse("bias", f"must be one of {', '.join(BIASES)}")
-    return len(reading.refusals) == before
+def _family(reading: Reading, programs: Sequence[ModuleProgram]) -> str:
+    """What kind of LoRA it is."""
+    if reading.config.get("use_dora"):
+        return "dora"
+    if reading.config.get("alora_invocation_tokens"):
+        return "alora"
+    pairs = (program.low_rank for program in programs)
+    return "qalora" if any(pair is not None and pair.group > 1 for pair in pairs) else "lora"
 
 
-def _sort_tensors(reading: Reading) -> dict[str, _Module]:
-    """Module name -> its tensors; refuses tensors that fit no place."""
-    found: dict[str, _Module] = {}
-    for key, tensor in reading.checkpoint.tensors.items():
-        name = key.removeprefix(PREFIX)
-        unsupported = next((w for part, w in UNSUPPORTED_TENSORS.items() if part in name), None)
-        if name == key:
-            reading.refuse(key, f"does not begin with {PREFIX}")
-        elif unsupported is not None:
-            reading.refuse(key, unsupported)
-        elif pair := PAIR.fullmatch(name):
-            module = found.setdefault(pair["module"], _Module())
-            attribute = pair["half"].lower()
-            if getattr(module, attribute) is not None:
-                reading.refuse(key, "is given twice")
-            setattr(module, attribute, tensor)
-        elif bias := BIAS.fullmatch(name):
-            module = found.setdefault(bias["module"], _Module())
-            if module.bias is not None:
-                reading.refuse(key, "is given twice")
-            module.bias = tensor
+@dataclass(frozen=True)
+class _Modules:
+    """What the config asks of the base's modules, and the tensors found for them."""
+
+    reading: Reading
+    places: Mapping[tuple[str, int], Place]
+    found: Mapping[str, LoraTensors]
+
+    def lower(self) -> list[ModuleProgram]:
+        """Programs by name, and refusals where tensors do not fit. Raises AdapterInvalid for a bad
+        pattern.
+        """
+        reading, known = self.reading, self.reading.base.modules
+        pairs = {name for name, tensors in self.found.items() if tensors.is_pair}
+        reading.check_targets(pairs - self._twins, self._targets)
+        for name in sorted(self.found.keys() - known.keys() - pairs):
+            reading.refuse(name, f"the base {reading.base.name} has no such module")
+        rows = self._rows()
+        for name in sorted(rows.keys() & (pairs | self._saved)):
+            reading.refuse(name, "has trained tokens, and is adapted or replaced as well")
+        names = (self.found.keys() | self._saved | self._twins) & known.keys() - rows.keys()
+        made = [*(self._module(known[name]) for name in sorted(names)), *rows.values()]
+        return sorted(filter(None, made), key=lambda program: program.module)
+
+    @cached_property
+    def _tied(self) -> tuple[str, str] | None:
+        """Embedding and output layer, where they are to stay tied."""
+        reading = self.reading
+        embedding, head = reading.embedding, reading.head
+        if not (reading.base.tied and reading.config.get("ensure_weight_tying")):
+            return None
+        return None if embedding is None or head is None else (embedding.name, head.name)
+
+    @cached_property
+    def _saved(self) -> frozenset[str]:
+        """Modules that are replaced."""
+        saved = saved_modules(self.reading)
+        return saved.union(self._tied) if self._tied and saved.intersection(self._tied) else saved
+
+    @cached_property
+    def _named(self) -> frozenset[str]:
+        """Modules that target_modules names."""
+        return without_saved(self.reading, self.reading.targets(("linear", "embedding")))
+
+    @cached_property
+    def _twins(self) -> frozenset[str]:
+        """The output layer, where its pair is that of the embedding, transposed."""
+        is_twin = self._tied is not None and not self._named.isdisjoint(self._tied)
+        return frozenset(self._tied[1:] if self._tied is not None and is_twin else ())
+
+    @cached_property
+    def _targets(self) -> frozenset[str]:
+        """Modules that have a pair of their own."""
+        named = self._named
+        if self._tied is not None and self._twins:
+            named = named - self._twins | {self._tied[0]}
+        return named | {place.module for place in self.places.values()}
+
+    def _module(self, module: BaseModule) -> ModuleProgram | None:
+        """The program of a module whose rows stay; None where it does nothing, or is refused."""
+        tensors = self.found.get(module.name) or LoraTensors(module.name)
+        if module.name in self._saved:
+            return self._replaced(module, tensors)
+        self._check_copies(module, tensors)
+        bias = self._bias(module, tensors)
+        if module.name in self._twins:
+            program = self._twin(module, tensors)
+        elif tensors.is_pair:
+            program = lower_pair(self.reading, tensors, pattern_names(self.places))
         else:
-            reading.refuse(key, "is not a tensor of LoRA that this server knows")
-    return found
+            program = ModuleProgram(module.name)
+        if program is None or bias is None:
+            return program if program is not None and program.primitives else None
+        return replace(program, bias=bias if program.bias is None else bias + program.bias)
+
+    def _replaced(self, module: BaseModule, tensors: LoraTensors) -> ModuleProgram | None:
+        """A module that was trained as a whole."""
+        reading = self.reading
+        if tensors.is_pair:
+            reading.refuse(module.name, "is named by modules_to_save, and is adapted as well")
+        weight, key = tensors.get("weight"), tensors.keys.get("weight", module.name)
+        if self._tied is not None and module.name == self._tied[1]:
+            source = self.found.get(self._tied[0]) or LoraTensors(self._tied[0])
+            if weight is not None and not _equal(weight, source.get("weight")):
+                reading.refuse(key, "is not the embedding's, as ensure_weight_tying asks for")
+            weight = source.get("weight")
+        biases = [tensors.found[kind] for kind in ("bias", "saved_bias") if tensors.has(kind)]
+        if len(biases) == 2 and not torch.equal(*biases):
+            reading.refuse(tensors.keys["bias"], "is given twice")
+        return replacement(reading, module, key, weight, biases[0] if biases else None)
+
+    def _twin(self, module: BaseModule, tensors: LoraTensors) -> ModuleProgram | None:
+        """The output layer, tied to an embedding that has a pair."""
+        assert self._tied is not None
+        reading, source = self.reading, self.found.get(self._tied[0])
+        a, b = (None if source is None else source.get(f"table_{half}") for half in "ba")
+        if reading.config.get("use_dora"):
+            reading.refuse("use_dora", "does not go with ensure_weight_tying")
+        if a is None or b is None or a.dim() != 2:
+            return None  # the embedding's own refusal says so
+        a, b = a.T, b.T
+        for kind, half in (("a", a), ("b", b)):
+            if tensors.has(kind) and not _equal(tensors.found[kind], half):
+                where = tensors.keys[kind]
+                reading.refuse(where, "is not the embedding's, as ensure_weight_tying asks for")
+        scale = scale_of(reading, module.name, a.shape[0])
+        return ModuleProgram(module.name, LowRank(a.contiguous(), b.float() * scale), scale=scale)
+
+    def _bias(self, module: BaseModule, tensors: LoraTensors) -> Tensor | None:
+        """What a trained bias adds; the config says which modules may carry one."""
+        bias, kind = tensors.get("bias"), self.reading.config.get("bias", "none")
+        if bias is None:
+            return None
+        if kind == "none" or (kind == "lora_only" and module.name not in self._targets):
+            self.reading.refuse(f"{module.name}.bias", f"is there, but bias is {kind!r}")
+        return self.reading.bias_difference(module, f"{module.name}.bias", bias)
+
+    def _check_copies(self, module: BaseModule, tensors: LoraTensors) -> None:
+        """Weights and biases that may only be there if they are the base's own."""
+        for kind in ("copy", "weight"):
+            if (copy := tensors.get(kind)) is not None:
+                check_copy(self.reading, module, tensors.keys[kind], copy)
+        own = self.reading.base.biases.get(module.name)
+        for kind in ("copied_bias", "saved_bias"):
+            copy = tensors.get(kind)
+            if copy is not None and (
+                own is None or copy.shape != own.shape or not is_close(copy, own)
+            ):
+                self.reading.refuse(tensors.keys[kind], "is not the base's own bias")
+
+    def _rows(self) -> dict[str, ModuleProgram | None]:
+        """Programs that replace rows, by name of the module."""
+        found = {
+            name: (tensors.keys["rows"], tensors.found["rows"])
+            for name, tensors in self.found.items()
+            if tensors.has("rows")
+        }
+        return lower_rows(self.reading, token_rows(self.reading, self._tokens()), found)
+
+    def _tokens(self) -> dict[str, list[int]]:
+        """Name of a module -> the ids of its trained tokens."""
+        reading, wanted = self.reading, self.reading.config.get("trainable_token_indices") or {}
+        embedding = reading.embedding
+        if not isinstance(wanted, dict):
+            wanted = {"embed_tokens" if embedding is None else embedding.name: wanted}
+        tokens: dict[str, list[int]] = {}
+        for end, ids in wanted.items():
+            where = f"trainable_token_indices {end}"
+            names = [name for name in reading.base.modules if name.endswith(end)]
+            if not names:
+                reading.refuse(where, f"the base {reading.base.name} has no such module")
+            if reading.check_tokens(where, ids):
+                tokens |= dict.fromkeys(names, ids)
+        return tokens
 
 
-def _check_targets(reading: Reading, found: Mapping[str, _Module]) -> None:
-    """The config's targets and the tensors must name the same modules of the base."""
-    modules, targets = reading.base.modules, reading.targets()
-    pairs = {name for name, module in found.items() if module.a is not None or module.b is not None}
-    for name in sorted(found.keys() - modules.keys() - pairs):
-        reading.refuse(name, f"the base {reading.base.name} has no such module")
-    reading.check_targets(pairs, targets)
-    for name in sorted(found.keys() & modules.keys()):
-        if found[name].bias is not None:
-            _check_bias(reading, name, name in targets)
-
-
-def _check_bias(reading: Reading, name: str, is_target: bool) -> None:
-    """The config says which modules may carry a bias."""
-    kind = reading.config.get("bias", "none")
-    if kind == "none" or (kind == "lora_only" and not is_target):
-        reading.refuse(f"{name}.bias", f"is there, but bias is {kind!r}")
-
-
-def _lower_module(reading: Reading, name: str, tensors: _Module) -> ModuleProgram | None:
-    """The primitives of one module; None, with refusals, when its tensors do not fit."""
-    module = reading.base.modules.get(name)
-    if module is None:
-        return None
-    bias = (
-        None
-        if tensors.bias is None
-        else reading.bias_difference(module, f"{name}.bias", tensors.bias)
-    )
-    if tensors.a is None and tensors.b is None:
-        return None if bias is None else ModuleProgram(name, bias=bias)
-    if tensors.a is None or tensors.b is None:
-        missing = "A" if tensors.a is None else "B"
-        reading.refuse(f"{PREFIX}{name}.lora_{missing}.weight", "half of a pair is missing")
-        return None
-    config, patterns = reading.config, reading.patterns
-    rank = pattern_value(config, "rank_pattern", name, config["r"], patterns)
-    key = f"{PREFIX}{name}.lora_"
-    fits = (
-        reading.fits(f"{key}A.weight", tensors.a, rank, module.in_features),
-        reading.fits(f"{key}B.weight", tensors.b, module.out_features, rank),
-    )
-    if not all(fits):
-        return None
-    scale = _scale(reading, name, rank)
-    return ModuleProgram(name, LowRank(tensors.a, tensors.b.float() * scale), bias, scale)
-
-
-def _scale(reading: Reading, name: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA; alpha may differ by module."""
-    config = reading.config
-    alpha = pattern_value(config, "alpha_pattern", name, config["lora_alpha"], reading.patterns)
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _notes(reading: Reading) -> list[str]:
-    """What a user may want to know and nobody needs to mend."""
-    notes = []
-    if reading.config.get("fan_in_fan_out"):
-        notes.append("fan_in_fan_out: weights are kept as [out, in] here, nothing to transpose")
-    return notes
+def _equal(one: Tensor, other: Tensor | None) -> bool:
+    """Whether both are there, and the same."""
+    return other is not None and torch.equal(one, other)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from adaplex.adapters.program import ModuleProgram
 
@@ -20,3 +22,5 @@ class Lowered:
     """Tokens from whose last occurrence in the prompt on the adapter is applied."""
     family: str = ""
     """Instead of the format's own, where one format reads several."""
+    semantics: Mapping[str, Any] | None = None
+    """What decides the answer beside the tensors; None: the format's `semantic_fields`."""

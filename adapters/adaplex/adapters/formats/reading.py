@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from adaplex.adapters.base_match import FINGERPRINT, NAME
+from adaplex.adapters.base_match import FINGERPRINT, NAME, QUANTIZATION
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge, Refusal
 from adaplex.adapters.formats.targets import LINEARS, Patterns, targeted
@@ -31,7 +32,7 @@ HARMLESS = frozenset(
         "peft_version",
         NAME,
         FINGERPRINT,
-        "base_model_quantization",
+        QUANTIZATION,
         "revision",
         "inference_mode",
     ]
@@ -68,6 +69,11 @@ class Reading:
     def refuse(self, where: str, reason: str) -> None:
         """Adds a reason not to serve the adapter."""
         self.refusals.append(Refusal(where, reason))
+
+    def note(self, text: str) -> None:
+        """Adds what a user may want to know, once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -119,6 +125,53 @@ class Reading:
         elif layers not in (None, []) and isinstance(self.config.get("target_modules"), str):
             self.refuse("layers_to_transform", "needs target_modules to be a list")
 
+    def check_modules_to_save(self) -> None:
+        """Refuses the field when it is of the wrong kind."""
+        saved = self.config.get("modules_to_save")
+        fits = not isinstance(saved, str) and is_names(saved)
+        self.check_kind("modules_to_save", fits, "a list of strings")
+
+    def check_tokens(self, where: str, tokens: Any) -> bool:
+        """Refuses what is no list of tokens of the base; tells whether it is one."""
+        fits = isinstance(tokens, list) and all(type(t) is int and t >= 0 for t in tokens)
+        if not fits or not tokens:
+            self.refuse(where, "must be a list of token ids")
+            return False
+        if self.embedding is not None and max(tokens) >= self.embedding.in_features:
+            count = self.embedding.in_features
+            self.refuse(where, f"has token {max(tokens)}, the base has {count} tokens")
+            return False
+        return True
+
+    @cached_property
+    def embedding(self) -> BaseModule | None:
+        """The base's input embedding."""
+        return next((m for m in self.base.modules.values() if m.kind == "embedding"), None)
+
+    @cached_property
+    def head(self) -> BaseModule | None:
+        """The base's output layer."""
+        return next((m for m in self.base.modules.values() if m.is_head), None)
+
+    def weight(self, module: BaseModule, what: str) -> Tensor | None:
+        """The base's weight at a module, fp32, in main memory; None, with a refusal saying what
+        needs it, where it is not known.
+        """
+        try:
+            return self.base.weight(module.name).cpu()
+        except KeyError:
+            self.refuse(module.name, f"{what} needs the base's weight, which is not known here")
+            return None
+
+    def check_bytes(self, where: str, size: int) -> None:
+        """Raises AdapterTooLarge for tensors made larger here than an adapter may be."""
+        if size > self.limits.max_adapter_bytes:
+            raise AdapterTooLarge(
+                f"{where} takes {size} bytes once it is read, the limit is "
+                f"{self.limits.max_adapter_bytes}",
+                field=where,
+            )
+
     def targets(self, kinds: Collection[ModuleKind] = LINEARS) -> frozenset[str]:
         """Names of the modules that the config targets. Raises AdapterInvalid for a bad pattern."""
         return targeted(self.config, self.base.modules.values(), self.patterns, kinds)
@@ -152,12 +205,13 @@ class Reading:
         return bias.float() - base if self.fits(key, bias, *base.shape) else None
 
     def check_ranks(self, programs: Iterable[ModuleProgram], where: str = "r") -> None:
-        """Raises AdapterTooLarge for the first rank beyond the limit."""
+        """Raises AdapterTooLarge for the first rank beyond the limit; of experts, that of one."""
         for program in programs:
-            if program.low_rank is not None and program.low_rank.rank > self.limits.max_rank:
+            rank = 0 if program.low_rank is None else program.low_rank.rank
+            rank //= self.base.modules[program.module].experts or 1
+            if rank > self.limits.max_rank:
                 raise AdapterTooLarge(
-                    f"{program.module} has rank {program.low_rank.rank}, the limit is "
-                    f"{self.limits.max_rank}",
+                    f"{program.module} has rank {rank}, the limit is {self.limits.max_rank}",
                     field=where,
                 )
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from adaplex.adapters.checkpoint import FILES, SIGNATURE, check_files_there
+from adaplex.adapters.checkpoint import CONFIG, SIGNATURE, check_files_there, weights_in
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
 from adaplex.adapters.limits import MIB, AdapterLimits
 from adaplex.adapters.sources.transfer import GGUF
@@ -40,7 +40,8 @@ class DirectorySource:
         return str(real)
 
     def _copy_files(self, directory: Path, into: Path) -> None:
-        names = [*FILES, *([SIGNATURE] if (directory / SIGNATURE).exists() else [])]
+        weights = weights_in(directory).name
+        names = [CONFIG, weights, *([SIGNATURE] if (directory / SIGNATURE).exists() else [])]
         sources = []
         for name in names:
             with suppress(OSError, RuntimeError):  # a loop of links, found missing below

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from adaplex.adapters.checkpoint import WEIGHTS, weights_in
 from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.selector import NAME
@@ -111,6 +112,8 @@ class Sources:
                 raise AdapterInvalid.because("uri", "is a GGUF file, which is not served here")
             self._convert(file, into)
             file.unlink()
+        if (weights := weights_in(into)).exists():
+            weights.rename(into / WEIGHTS)
         return Fetched(into, fetched)
 
     def _remember(self, name: str) -> None:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from adaplex.adapters.checkpoint import FILES, NO_PICKLES, PICKLE_SUFFIXES, SIGNATURE, WEIGHTS
+from adaplex.adapters.checkpoint import (
+    ADAPTERHUB_WEIGHTS,
+    CONFIG,
+    FILES,
+    NO_PICKLES,
+    PICKLE_SUFFIXES,
+    SIGNATURE,
+    WEIGHTS,
+)
 from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound, AdapterTooLarge
 from adaplex.adapters.limits import AdapterLimits
 
@@ -14,11 +22,12 @@ GGUF = ".gguf"
 def choose_files(sizes: Mapping[str, int], limits: AdapterLimits) -> list[str]:
     """The files to fetch, given the name and bytes of each that is there.
 
-    The two of PEFT, and a signature if there is one; else the only GGUF file. Raises
-    AdapterInvalid, AdapterNotFound or AdapterTooLarge.
+    The two of PEFT or of AdapterHub, and a signature if there is one; else the only GGUF file.
+    Raises AdapterInvalid, AdapterNotFound or AdapterTooLarge.
     """
-    if all(name in sizes for name in FILES):
-        chosen = [*FILES, *([SIGNATURE] if SIGNATURE in sizes else [])]
+    weights = next((name for name in (WEIGHTS, ADAPTERHUB_WEIGHTS) if name in sizes), None)
+    if weights is not None and CONFIG in sizes:
+        chosen = [CONFIG, weights, *([SIGNATURE] if SIGNATURE in sizes else [])]
     else:
         chosen = [name for name in sizes if name.endswith(GGUF)]
         if len(chosen) != 1:

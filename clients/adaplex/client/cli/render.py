@@ -245,13 +245,17 @@ def report(checked: AdapterReport) -> None:
             ("digest", checked.digest),
             ("modules", len(checked.modules)),
             ("packed", size(checked.packed_bytes)),
+            *_asked(checked),
         ]
     )
     if checked.modules:
         table(
-            ("MODULE", "RANK", "SCALE", "IN", "OUT", "BIAS"),
+            ("MODULE", "RANK", "SCALE", "IN", "OUT", "APPLIED"),
             [
-                (m.module, m.rank, f"{m.scale:g}", m.in_features, m.out_features, m.bias)
+                (
+                    *(m.module, m.rank, f"{m.scale:g}", m.in_features, m.out_features),
+                    ", ".join(m.primitives),
+                )
                 for m in checked.modules
             ],
         )
@@ -261,6 +265,26 @@ def report(checked: AdapterReport) -> None:
         typer.echo(f"note: {line(note)}")
     for refusal in checked.refusals:
         typer.echo(f"refused: {line(refusal)}")
+
+
+def _asked(checked: AdapterReport) -> list[tuple[str, object]]:
+    """What an adapter asks of its requests, where it does."""
+    leading = [
+        f"{count} {kind}"
+        for count, kind in (
+            (checked.prefix_tokens, "with keys and values of its own"),
+            (checked.virtual_tokens, "virtual tokens"),
+        )
+        if count
+    ]
+    rows: list[tuple[str, object]] = []
+    if leading:
+        rows.append(("before the prompt", ", ".join(leading)))
+    if checked.invocation_tokens:
+        rows.append(("invoked by tokens", " ".join(map(str, checked.invocation_tokens))))
+    if checked.merged_only:
+        rows.append(("mode", "merged only"))
+    return rows
 
 
 def _console() -> Console:

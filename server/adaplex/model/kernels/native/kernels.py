@@ -83,12 +83,29 @@ class NativeKernels:
         four codes each, and scales [out / LANES, in / NF4_BLOCK, LANES]; rounded up.
         """
         rows, columns = shape
+        scales = absmax.float().view(rows, columns // NF4_BLOCK)
+        return self.pack_codes(codes.view(rows, columns // 2)), self.pack_groups(scales)
+
+    def pack_codes(self, codes: Tensor) -> Tensor:
+        """codes [out, in / 2], the first of two in the high half of a byte -> panels
+        [out / LANES, in / 8, LANES, 2] of four codes each, rounded up.
+        """
+        rows, columns = codes.shape[0], codes.shape[1] * 2
         panels = memory.empty(-(-rows // LANES), columns // 8, LANES, 2, dtype=torch.int16)
-        scales = memory.empty(panels.shape[0], columns // NF4_BLOCK, LANES, dtype=torch.float32)
-        codes, absmax = codes.contiguous(), absmax.float().contiguous()
-        places = (codes.data_ptr(), absmax.data_ptr(), rows, columns)
-        self._library.pack_nf4(*places, panels.data_ptr(), scales.data_ptr())
-        return panels, scales
+        codes = codes.contiguous()
+        self._library.pack_codes(codes.data_ptr(), rows, columns, panels.data_ptr())
+        return panels
+
+    def pack_groups(self, values: Tensor) -> Tensor:
+        """values [out, groups, ..] of four bytes a group -> [out / LANES, groups, LANES, ..],
+        rounded up.
+        """
+        rows, groups, *rest = values.shape
+        packed = memory.empty(-(-rows // LANES), groups, LANES, *rest, dtype=values.dtype)
+        values = values.contiguous()
+        assert values.nbytes == 4 * rows * groups
+        self._library.pack_groups(values.data_ptr(), rows, groups, packed.data_ptr())
+        return packed
 
     def pack_low_rank(self, b: Tensor) -> Tensor:
         """The b [rank, out] of a delta in the panels that the kernels read: as many elements."""
@@ -119,12 +136,22 @@ def unpack_dense(panels: Tensor, rows: int) -> Tensor:
 
 def unpack_nf4(panels: Tensor, scales: Tensor, rows: int, table: Tensor) -> Tensor:
     """The weight in effect, fp32 [rows, in]; `table` [16] maps a code to its value."""
+    values = table[unpack_codes(panels, rows)]
+    weight = values.view(rows, -1, NF4_BLOCK) * unpack_groups(scales, rows)[..., None]
+    return weight.view(rows, -1)
+
+
+def unpack_codes(panels: Tensor, rows: int) -> Tensor:
+    """Codes of 0 to 15, int32 [rows, in]."""
     shifts = torch.arange(0, 16, 4, dtype=torch.int32)
     codes = (panels.to(torch.int32)[..., None] >> shifts) & 15
     # [panels, lines, LANES, parity, nibble] -> input 8 line + 2 nibble + parity.
-    values = table[codes].permute(0, 2, 1, 4, 3).reshape(panels.shape[0], LANES, -1, NF4_BLOCK)
-    weight = values * scales.permute(0, 2, 1)[..., None]
-    return weight.reshape(panels.shape[0] * LANES, -1)[:rows]
+    return codes.permute(0, 2, 1, 4, 3).reshape(panels.shape[0] * LANES, -1)[:rows]
+
+
+def unpack_groups(packed: Tensor, rows: int) -> Tensor:
+    """What `pack_groups` packed, [rows, groups, ..]."""
+    return packed.transpose(1, 2).flatten(0, 1)[:rows]
 
 
 def _check(code: int) -> None:

@@ -110,7 +110,8 @@ def _declare(library: ctypes.CDLL) -> None:
             function.argtypes, function.restype = arguments, ctypes.c_int
     for name, arguments, result in (
         ("pack_dense", [address, integer, integer, integer, address], None),
-        ("pack_nf4", [address, address, integer, integer, address, address], None),
+        ("pack_codes", [address, integer, integer, address], None),
+        ("pack_groups", [address, integer, integer, address], None),
         ("pack_low_rank", [address, integer, integer, integer, address], None),
         ("team_resize", [ctypes.c_int], ctypes.c_int),
     ):

@@ -2,7 +2,8 @@
 //
 // W lies in panels of 16 output columns. Dense: [panels, in / PER_UNIT, 16] units of four bytes, each
 // PER_UNIT neighbouring inputs of one column. nf4: [panels, in / 8, 32] halves, half (n, p) of line v
-// holding, in nibble j, the weight of column n at input 8 v + 2 j + p; scales as in types.h.
+// holding, in nibble j, the weight of column n at input 8 v + 2 j + p; scales as in types.h. int4: the
+// same with other codes and scales; see int4.h.
 //
 // A column of a row is one chain of operations, the same alone and beside any other rows.
 
@@ -41,20 +42,13 @@ static __attribute__((noinline)) Asks NAME(asks_of)(const NAME(Part) * part, lon
   return asks;
 }
 
-// A share of it, for each eight inputs.
-INLINE void NAME(ask)(const Asks *asks, long line) {
-  const char *at = asks->piece[line / 8 % 8] + line % 8 * 128;
-  expect(at);
-  expect(at + 64);
-}
-
 // R rows times P neighbouring panels.
 INLINE void NAME(dense_tile)(const ELEMENT *x, long x_stride, const char *panel, long units,
                              const Asks *asks, const int R, const int P, vec acc[8][4]) {
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) acc[r][p] = (vec){0};
   for (long u = 0; u < units; u++) {
     words w[4];
-    if (asks && u % (8 / PER_UNIT) == 0) NAME(ask)(asks, u / (8 / PER_UNIT));
+    if (asks && u % (8 / PER_UNIT) == 0) ask(asks, u / (8 / PER_UNIT));
     UNROLL for (int p = 0; p < P; p++) {
       w[p] = load_words(panel + (p * units + u) * 64);
       expect(panel + ((p + P) * units + u) * 64);
@@ -76,14 +70,14 @@ INLINE void NAME(nf4_tile)(const ELEMENT *x, long x_stride, const char *panel, c
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) part[r][p] = (vec){0};
     for (long line = 8 * block; line < 8 * block + 8; line++) {
       halves packed[4];
-      if (asks) NAME(ask)(asks, line);
+      if (asks) ask(asks, line);
       UNROLL for (int p = 0; p < P; p++) {
         packed[p] = (halves)load_words(panel + (p * 8 * blocks + line) * 64);
         expect(panel + ((p + P) * 8 * blocks + line) * 64);
       }
       UNROLL for (int j = 0; j < 4; j++) {
         words w[4];
-        UNROLL for (int p = 0; p < P; p++) w[p] = nf4_decode(packed[p], j);
+        UNROLL for (int p = 0; p < P; p++) w[p] = look_up(&NF4, packed[p], j);
         UNROLL for (int r = 0; r < R; r++) {
           words unit = NAME(unit)(x + r * x_stride, 4 * line + j);
           UNROLL for (int p = 0; p < P; p++) part[r][p] = NAME(mac)(part[r][p], w[p], unit);
@@ -166,8 +160,8 @@ static __attribute__((noinline)) void NAME(add_adapters)(const NAME(Part) * part
   }
 }
 
-// `dense` stands in for the weight's own panels; null takes those.
-INLINE void NAME(tile)(const NAME(Part) * part, const void *dense, long row, long panel, const int R,
+// What `own` has stands in for the weight's own panels or zeros; null takes those.
+INLINE void NAME(tile)(const NAME(Part) * part, const Site *own, long row, long panel, const int R,
                        const int P) {
   const Weight *w = part->weight;
   const ELEMENT *x = part->x + row * part->x_stride;
@@ -178,6 +172,11 @@ INLINE void NAME(tile)(const NAME(Part) * part, const void *dense, long row, lon
     asks = &wanted;
   }
   vec acc[8][4];
+  const void *dense = own ? own->dense : NULL;
+  if (w->group && !dense) {
+    const float *zeros = own ? own->zeros : w->zeros;
+    NAME(int4_tile)(x, part->x_stride, w, zeros, panel, asks, R, P, acc);
+  } else
 #if PER_UNIT == 2
   if (w->scales && !dense) {
     long blocks = w->in / 64;
@@ -205,16 +204,16 @@ INLINE void NAME(tile)(const NAME(Part) * part, const void *dense, long row, lon
 #define TILES(R, P, from, to)                    \
   for (long panel = from; panel < to;) {         \
     if (panel + P <= to) {                       \
-      NAME(tile)(part, dense, row, panel, R, P); \
+      NAME(tile)(part, own, row, panel, R, P); \
       panel += P;                                \
     } else {                                     \
-      NAME(tile)(part, dense, row, panel, R, 1); \
+      NAME(tile)(part, own, row, panel, R, 1); \
       panel++;                                   \
     }                                            \
   }
 
 // Rows [row, stop) of the columns of panels [first, last). Two panels stay in the cache for all rows.
-static void NAME(panels)(const NAME(Part) * part, const void *dense, long row, long stop, long first,
+static void NAME(panels)(const NAME(Part) * part, const Site *own, long row, long stop, long first,
                          long last) {
   long start = row, eights = row + (stop - row) / 8 * 8;
   for (long pair = first; pair < last; pair += 2) {

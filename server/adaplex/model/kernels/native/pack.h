@@ -17,15 +17,11 @@ void pack_dense(const char *weight, int64_t out, int64_t in, int64_t per_unit, c
              4);
 }
 
-// nf4: `codes` [out, in / 2] as bitsandbytes quantizes, the first weight of a byte in its high half;
-// `absmax` [out, in / 64].
-void pack_nf4(const uint8_t *codes, const float *absmax, int64_t out, int64_t in, uint16_t *panels,
-              float *scales) {
-  int64_t lines = in / 8, blocks = in / 64, count = (out + LANES - 1) / LANES;
-  memset(panels, 0, (size_t)(count * lines * 64));
-  memset(scales, 0, (size_t)(count * blocks * LANES) * sizeof(float));
-  for (int64_t n = 0; n < out; n++) {
-    int64_t panel = n / LANES, column = n % LANES;
+// Four bits a weight: `codes` [out, in / 2], the first weight of a byte in its high half.
+void pack_codes(const uint8_t *codes, int64_t out, int64_t in, uint16_t *panels) {
+  int64_t lines = in / 8;
+  memset(panels, 0, (size_t)((out + LANES - 1) / LANES * lines * 64));
+  for (int64_t n = 0; n < out; n++)
     for (int64_t v = 0; v < lines; v++) {
       const uint8_t *four = codes + n * in / 2 + v * 4;  // inputs 8 v .. 8 v + 7
       uint32_t even = 0, odd = 0;
@@ -33,13 +29,18 @@ void pack_nf4(const uint8_t *codes, const float *absmax, int64_t out, int64_t in
         even |= (uint32_t)(four[j] >> 4) << (4 * j);
         odd |= (uint32_t)(four[j] & 15) << (4 * j);
       }
-      uint16_t *pair = panels + (panel * lines + v) * 32 + column * 2;
+      uint16_t *pair = panels + (n / LANES * lines + v) * 32 + n % LANES * 2;
       pair[0] = (uint16_t)even;
       pair[1] = (uint16_t)odd;
     }
-    for (int64_t b = 0; b < blocks; b++)
-      scales[(panel * blocks + b) * LANES + column] = absmax[n * blocks + b];
-  }
+}
+
+// What belongs to a group of inputs of a column: `values` [out, groups] of four bytes.
+void pack_groups(const uint32_t *values, int64_t out, int64_t groups, uint32_t *packed) {
+  memset(packed, 0, (size_t)((out + LANES - 1) / LANES * groups * 64));
+  for (int64_t n = 0; n < out; n++)
+    for (int64_t g = 0; g < groups; g++)
+      packed[(n / LANES * groups + g) * LANES + n % LANES] = values[n * groups + g];
 }
 
 // The b of a low-rank delta, [rank, out] elements of 4 / per_unit bytes, as low_rank.h reads it.

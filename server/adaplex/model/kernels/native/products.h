@@ -94,8 +94,8 @@ static void NAME(shrink_all)(Member *me, const NAME(Products) * now, const Run *
   }
 }
 
-// All products of a phase, whole. A run of rows that has a dense weight of its own is multiplied by that;
-// the others share passes over the base.
+// All products of a phase, whole. A run of rows that has a weight of its own is multiplied by that; the
+// others share passes over the base.
 static void NAME(project)(Member *me, const Work_space *space, const NAME(Products) * now, const Run *runs,
                           long run_count) {
   NAME(Products) scaled;
@@ -109,16 +109,17 @@ static void NAME(project)(Member *me, const Work_space *space, const NAME(Produc
   for (int i = 0; i < now->parts; i++) {
     long groups = panel_groups(now->part[i].weight), base = -1;
     for (long r = 0; r <= run_count; r++) {
-      const Site *sites = r < run_count ? runs[r].sites : NULL;
-      const void *dense = sites ? sites[now->part[i].module].dense : NULL;
-      if (base >= 0 && (r == run_count || dense)) {
+      const Site *own = r < run_count ? runs[r].sites : NULL;
+      if (own) own += now->part[i].module;
+      if (own && !has_own(own, now->part[i].weight)) own = NULL;
+      if (base >= 0 && (r == run_count || own)) {
         *pass++ = (Pass){i, runs[base].start, runs[r - 1].stop, NULL, tickets};
         tickets += groups;
         base = -1;
       }
       if (r == run_count) break;
-      if (dense) {
-        *pass++ = (Pass){i, runs[r].start, runs[r].stop, dense, tickets};
+      if (own) {
+        *pass++ = (Pass){i, runs[r].start, runs[r].stop, own, tickets};
         tickets += groups;
       } else if (base < 0) {
         base = r;
@@ -134,6 +135,6 @@ static void NAME(project)(Member *me, const Work_space *space, const NAME(Produc
     long first = (ticket - pass->first_ticket) * PANEL_GROUP;
     long panels = (part->weight->out + LANES - 1) / LANES;
     long last = at_most(first + PANEL_GROUP, panels);
-    NAME(panels)(part, pass->dense, pass->start, pass->stop, first, last);
+    NAME(panels)(part, pass->own, pass->start, pass->stop, first, last);
   }
 }

@@ -19,11 +19,11 @@ typedef struct {
   long sequence, start, stop;
 } Query_span;
 
-// Tickets from `first_ticket` on: rows [start, stop) of a part, by a dense weight of their own or not.
+// Tickets from `first_ticket` on: rows [start, stop) of a part, by a weight of their own or not.
 typedef struct {
   int part;
   long start, stop;
-  const void *dense;
+  const Site *own;
   long first_ticket;
 } Pass;
 
@@ -48,6 +48,13 @@ typedef struct {
 typedef struct {
   const char *piece[8];
 } Asks;
+
+// A share of it, for each eight inputs.
+INLINE void ask(const Asks *asks, long line) {
+  const char *at = asks->piece[line / 8 % 8] + line % 8 * 128;
+  expect(at);
+  expect(at + 64);
+}
 
 // What each thread has for itself.
 typedef struct {
@@ -77,6 +84,11 @@ static inline long row_groups(long rows) { return (rows + ROW_GROUP - 1) / ROW_G
 static inline long panel_groups(const Weight *w) {
   long panels = (w->out + LANES - 1) / LANES;
   return (panels + PANEL_GROUP - 1) / PANEL_GROUP;
+}
+
+// Whether the rows of a site are multiplied by another weight than the base's.
+static inline int has_own(const Site *site, const Weight *weight) {
+  return site->dense || (site->zeros && weight->group);
 }
 
 // The lines of each row's adapter; null when no row has any.

@@ -12,7 +12,7 @@ Integer = ctypes.c_int64
 
 SITE_FIELDS = (
     *("a", "b", "rank", "bias", "dense", "output_scale", "input_scale"),
-    *("inner", "shape", "rows", "row_ids", "row_count", "virtual", "virtual_count"),
+    *("inner", "shape", "rows", "row_ids", "row_count", "virtual", "virtual_count", "zeros"),
 )
 """A `Site`, which numpy holds as int64 [modules, len(SITE_FIELDS)]."""
 
@@ -40,6 +40,8 @@ class Weight(ctypes.Structure):
         ("bias", Address),
         ("in_features", Integer),
         ("out_features", Integer),
+        ("group", Integer),
+        ("zeros", Address),
     ]
 
 

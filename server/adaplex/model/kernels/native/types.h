@@ -8,9 +8,11 @@
 // A frozen weight [out, in] in panels of 16 output columns; see linear.h.
 typedef struct {
   const void *panels;
-  const float *scales;  // nf4: [panels, in / 64, 16]; null when dense
+  const float *scales;  // nf4: [panels, in / 64, 16]; int4: see int4.h; null when dense
   const float *bias;    // [out] or null
   int64_t in, out;
+  int64_t group;        // int4: inputs that share a scale; 0 when it is none
+  const float *zeros;   // int4: instead of those in scales; or null
 } Weight;
 
 // What one adapter does at one module; zeros where it does nothing. Elements but for row_ids.
@@ -36,6 +38,7 @@ typedef struct {
   int64_t row_count;
   const void *virtual;       // [virtual_count, hidden]
   int64_t virtual_count;
+  const float *zeros;        // of a linear in int4: instead of the base's
 } Site;
 
 // Neighbouring rows of one adapter; `sites` has one line a module, null for the base.

@@ -53,6 +53,33 @@ INLINE float sum_lanes(vec v) {
   return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
+// Of the first and the second half of both, the sum: a's before b's. So on with quarters and pairs.
+INLINE vec fold_halves(vec a, vec b) {
+  return __builtin_shuffle(a, b, (ints){0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
+         __builtin_shuffle(a, b, (ints){8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+}
+
+INLINE vec fold_quarters(vec a, vec b) {
+  return __builtin_shuffle(a, b, (ints){0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27}) +
+         __builtin_shuffle(a, b, (ints){4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31});
+}
+
+INLINE vec fold_pairs(vec a, vec b) {
+  return __builtin_shuffle(a, b, (ints){0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29}) +
+         __builtin_shuffle(a, b, (ints){2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31});
+}
+
+// sum_lanes of each of R vectors, that of vector r in lane 2 r.
+INLINE vec sums_of_lanes(const vec *v, const int R) {
+  vec half[4], quarter[2];
+#define AT(i) ((i) < R ? (i) : R - 1)
+  UNROLL for (int i = 0; i < 4; i++) half[i] = fold_halves(v[AT(2 * i)], v[AT(2 * i + 1)]);
+#undef AT
+  UNROLL for (int i = 0; i < 2; i++) quarter[i] = fold_quarters(half[2 * i], half[2 * i + 1]);
+  vec pair = fold_pairs(quarter[0], quarter[1]);
+  return pair + __builtin_shuffle(pair, (ints){1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+}
+
 INLINE float max_lanes(vec v) {
   float m = v[0];
   for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
@@ -177,45 +204,58 @@ INLINE vec bf16_mac(vec acc, words w, words x) {
 #endif
 }
 
-// nf4: four bits a weight, looked up among sixteen values; bitsandbytes' table in bf16, given twice
-// so that only the low four bits of an index of five count.
+// Four bits a weight, looked up among sixteen bf16 values: given twice, so that only the low four bits
+// of an index of five count, and by their bytes.
 
-static const halves NF4 = {
-    0xbf80, 0xbf32, 0xbf06, 0xbeca, 0xbe92, 0xbe3d, 0xbdba, 0x0000,
-    0x3da3, 0x3e25, 0x3e7c, 0x3ead, 0x3ee2, 0x3f10, 0x3f39, 0x3f80,
-    0xbf80, 0xbf32, 0xbf06, 0xbeca, 0xbe92, 0xbe3d, 0xbdba, 0x0000,
-    0x3da3, 0x3e25, 0x3e7c, 0x3ead, 0x3ee2, 0x3f10, 0x3f39, 0x3f80};
+typedef struct {
+  halves value;
+  uint8_t low[16], high[16];
+} Values;
 
-#if defined(__AVX2__) && !defined(NATIVE_BF16)
-static const uint8_t NF4_LOW[16] __attribute__((aligned(16))) = {
-    0x80, 0x32, 0x06, 0xca, 0x92, 0x3d, 0xba, 0x00, 0xa3, 0x25, 0x7c, 0xad, 0xe2, 0x10, 0x39, 0x80};
-static const uint8_t NF4_HIGH[16] __attribute__((aligned(16))) = {
-    0xbf, 0xbf, 0xbf, 0xbe, 0xbe, 0xbe, 0xbd, 0x00, 0x3d, 0x3e, 0x3e, 0x3e, 0x3e, 0x3f, 0x3f, 0x3f};
-#endif
+// nf4: bitsandbytes' table.
+static const Values NF4 = {
+    {0xbf80, 0xbf32, 0xbf06, 0xbeca, 0xbe92, 0xbe3d, 0xbdba, 0x0000,
+     0x3da3, 0x3e25, 0x3e7c, 0x3ead, 0x3ee2, 0x3f10, 0x3f39, 0x3f80,
+     0xbf80, 0xbf32, 0xbf06, 0xbeca, 0xbe92, 0xbe3d, 0xbdba, 0x0000,
+     0x3da3, 0x3e25, 0x3e7c, 0x3ead, 0x3ee2, 0x3f10, 0x3f39, 0x3f80},
+    {0x80, 0x32, 0x06, 0xca, 0x92, 0x3d, 0xba, 0x00, 0xa3, 0x25, 0x7c, 0xad, 0xe2, 0x10, 0x39, 0x80},
+    {0xbf, 0xbf, 0xbf, 0xbe, 0xbe, 0xbe, 0xbd, 0x00, 0x3d, 0x3e, 0x3e, 0x3e, 0x3e, 0x3f, 0x3f, 0x3f}};
+
+// int4: -8 .. 7.
+static const Values INT4 = {
+    {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+     0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+     0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+     0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0},
+    {0x00, 0xe0, 0xc0, 0xa0, 0x80, 0x40, 0x00, 0x80, 0x00, 0x80, 0x00, 0x40, 0x80, 0xa0, 0xc0, 0xe0},
+    {0xc1, 0xc0, 0xc0, 0xc0, 0xc0, 0xc0, 0xc0, 0xbf, 0x00, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x40, 0x40}};
 
 // Nibble j of each of 32 halves as a bf16 value.
-INLINE words nf4_decode(halves packed, int j) {
+INLINE words look_up(const Values *values, halves packed, int j) {
   halves index = packed >> (uint16_t)(4 * j);
 #ifdef NATIVE_BF16
-  return (words)_mm512_permutexvar_epi16((__m512i)index, (__m512i)NF4);
+  return (words)_mm512_permutexvar_epi16((__m512i)index, (__m512i)values->value);
 #elif defined(__AVX2__)
   // Looked up by bytes: the nibble stands in both bytes of its half.
   index &= 15;
   index |= index << 8;
   __m256i parts[2];
+  __m128i lows, highs;
   memcpy(parts, &index, sizeof parts);
+  memcpy(&lows, values->low, sizeof lows);
+  memcpy(&highs, values->high, sizeof highs);
   for (int i = 0; i < 2; i++) {
-    __m256i low = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(*(const __m128i *)NF4_LOW), parts[i]);
-    __m256i high = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(*(const __m128i *)NF4_HIGH), parts[i]);
+    __m256i low = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(lows), parts[i]);
+    __m256i high = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(highs), parts[i]);
     parts[i] = _mm256_blendv_epi8(low, high, _mm256_set1_epi16((short)0xff00));
   }
-  words value;
-  memcpy(&value, parts, sizeof value);
-  return value;
+  words found;
+  memcpy(&found, parts, sizeof found);
+  return found;
 #else
   index &= 15;
-  halves value;
-  for (int i = 0; i < 32; i++) value[i] = NF4[index[i]];
-  return (words)value;
+  halves found;
+  for (int i = 0; i < 32; i++) found[i] = values->value[index[i]];
+  return (words)found;
 #endif
 }

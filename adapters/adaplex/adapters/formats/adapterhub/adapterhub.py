@@ -1,0 +1,153 @@
+"""AdapterHub: bottlenecks, LoRA, DoRA and (IA)^3 as its library `adapters` 1.3 writes them with
+use_safetensors=True, alone or united (`ConfigUnion`), for llama-shaped models.
+
+https://docs.adapterhub.ml/overview.html. Every tensor and every config field is accounted for, or
+the adapter is refused with all the reasons at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from adaplex.adapters.checkpoint import Checkpoint
+from adaplex.adapters.formats.about import FormatRow
+from adaplex.adapters.formats.adapterhub.bottleneck import lower_bottleneck
+from adaplex.adapters.formats.adapterhub.lora import PROJECTIONS, lower_lora
+from adaplex.adapters.formats.adapterhub.part import LoweredPart, Part, Places
+from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.reading import HARMLESS, Reading
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program import BaseSpec, ModuleProgram
+
+USED = frozenset(["config", "hidden_size", "model_type", "name", "version"])
+DESCRIPTIVE = HARMLESS | {"config_id", "label2id", "model_class", "model_name", "type"}
+UNITED = "union"
+METHODS: Mapping[str | None, Callable[[Part], LoweredPart]] = {
+    None: lower_bottleneck,
+    "bottleneck": lower_bottleneck,
+    "lora": lower_lora,
+}
+"""`architecture` -> method."""
+NEEDS = {
+    "mtl_lora": "a task for each row",
+    "prefix_tuning": "prefixes whose keys are turned to their positions",
+    "prompt_tuning": "a layout that the library has for no model served here",
+    "reft": "interventions at chosen positions of the prompt",
+}
+"""What a method that is not served would need."""
+KEY = re.compile(
+    r"(model\.)?(?P<place>layers\.\d+\.[\w.]+?)\.(adapters|loras)\.(?P<name>[^.]+)\.(?P<tensor>.+)"
+)
+LAYER = re.compile(r"model\.layers\.(\d+)\..*")
+VERSION = re.compile(r"adapters\.(\d+)\.(\d+)\..*")
+
+
+class AdapterHub:
+    """The format; see the module's docstring."""
+
+    family = "bottleneck"
+    semantic_fields = USED
+    about = FormatRow(
+        "AdapterHub's bottlenecks (Houlsby, Pfeiffer, parallel), LoRA, DoRA, (IA)^3 and unions",
+        ("bottleneck", "low-rank", "output scale", "input scale"),
+        "gates (UniPELT), Compacter, invertible adapters, layer norms in the bottleneck, VeRA, ReFT",
+        checkpoint="an AdapterHub directory",
+    )
+
+    def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
+        """See Format."""
+        reading = Reading(checkpoint, base, limits)
+        reading.check_known("AdapterHub", USED, DESCRIPTIVE)
+        _check_model(reading)
+        configs = list(_configs(reading))
+        places = _places(reading)
+        reading.raise_refused()
+        lowered = [_lower(reading, where, config, places) for where, config in configs]
+        for place in sorted(places if not reading.refusals else ()):
+            reading.refuse(place, "has tensors, but the config does not name it")
+        modules: dict[str, ModuleProgram] = {}
+        for module in (module for part in lowered for module in part.modules):
+            modules[module.module] = module
+        if not modules and not reading.refusals:
+            reading.refuse("config", f"adapts no module of the base {base.name}")
+        reading.raise_refused()
+        return Lowered(
+            tuple(modules[name] for name in sorted(modules)),
+            family=lowered[0].family if len(lowered) == 1 else "hybrid",
+            semantics={
+                f"{i}.{name}": value
+                for i, part in enumerate(lowered)
+                for name, value in part.semantics.items()
+            },
+        )
+
+
+def _check_model(reading: Reading) -> None:
+    """Refuses adapters of models whose layers the library takes apart in another way."""
+    config, base = reading.config, reading.base
+    kind = config.get("model_type")
+    if kind not in PROJECTIONS:
+        served = ", ".join(PROJECTIONS)
+        reading.refuse("model_type", f"{kind!r:.40} is not served; served are {served}")
+    elif kind != base.model_type:
+        reading.refuse("model_type", f"is {kind}, the base {base.name} is {base.model_type}")
+    if not isinstance(config.get("name"), str):
+        reading.refuse("name", "must be the name that the tensors are kept under")
+    version = config.get("version")
+    if not isinstance(version, str) or not VERSION.fullmatch(version):
+        reading.refuse("version", "must name the library that wrote it, such as adapters.1.3.0")
+
+
+def _configs(reading: Reading) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(where, method's config) of each method."""
+    config = reading.config.get("config")
+    found = [("config", config)]
+    if isinstance(config, dict) and config.get("architecture") == UNITED:
+        united = config.get("configs")
+        found = [(f"config.configs[{i}]", part) for i, part in enumerate(united or ())]
+        if not isinstance(united, list) or not united:
+            reading.refuse("config.configs", "must be a list of objects")
+            return
+    for where, part in found:
+        if not isinstance(part, dict):
+            reading.refuse(where, "must be an object")
+            continue
+        method = part.get("architecture")
+        if (method is None or isinstance(method, str)) and method in METHODS:
+            yield where, part
+        else:
+            need = f"; it needs {NEEDS[method]}" if method in NEEDS else ""
+            reading.refuse(f"{where}.architecture", f"{method!r:.40} is not served{need}")
+
+
+def _places(reading: Reading) -> Places:
+    """The tensors by place and name; refuses those that have none."""
+    places: Places = {}
+    for key, tensor in reading.tensors.items():
+        match = KEY.fullmatch(key)
+        if match is None:
+            reading.refuse(key, "is not a tensor of AdapterHub that this server knows")
+        elif match["name"] != reading.config.get("name"):
+            reading.refuse(key, f"is not of the adapter {reading.config.get('name')!r:.80}")
+        elif match["tensor"] in places.setdefault(match["place"], {}):
+            reading.refuse(key, "is given twice")
+        else:
+            places[match["place"]][match["tensor"]] = tensor
+    return places
+
+
+def _lower(reading: Reading, where: str, config: Mapping[str, Any], places: Places) -> LoweredPart:
+    """One method; its refusals name its own fields behind `where`."""
+    base = reading.base
+    inner = Reading(Checkpoint(config, {}), base, reading.limits)
+    version = VERSION.fullmatch(reading.config["version"])
+    assert version is not None
+    layers = sorted({int(m[1]) for name in base.modules if (m := LAYER.fullmatch(name))})
+    part = Part(inner, places, tuple(layers), base.model_type, (int(version[1]), int(version[2])))
+    lowered = METHODS[config.get("architecture")](part)
+    for refusal in inner.refusals:
+        known = refusal.where in config or refusal.where == "reduction_factor"
+        reading.refuse(f"{where}.{refusal.where}" if known else refusal.where, refusal.reason)
+    return lowered

@@ -1,0 +1,113 @@
+"""LoRA, DoRA and (IA)^3 of AdapterHub (`LoRAConfig`).
+
+In the library's own llama and mistral, `intermediate_lora` is the down projection and `output_lora`
+the up projection; in models that it adapts by an interface, such as qwen2, it is the other way
+round. Source: `adapters.methods.lora` and `adapters.models`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from adaplex.adapters.errors import AdapterTooLarge
+from adaplex.adapters.formats.adapterhub.part import LoweredPart, Part
+from adaplex.adapters.formats.reading import is_number, is_rank
+from adaplex.adapters.program import LowRank, ModuleProgram
+
+USED = (
+    *("selfattn_lora", "intermediate_lora", "output_lora", "attn_matrices", "leave_out"),
+    *("r", "alpha", "composition_mode", "use_dora"),
+)
+HARMLESS = ("architecture", "dropout", "init_weights", "init_weights_seed", "dtype")
+UNSUPPORTED = {
+    "use_gating": "gates average over the whole prompt, which a stream does not have",
+    "vera_b": "VeRA is served in PEFT's format",
+    "vera_d": "VeRA is served in PEFT's format",
+}
+OWN = {"intermediate_lora": "mlp.down_proj", "output_lora": "mlp.up_proj"}
+INTERFACE = {"intermediate_lora": "mlp.up_proj", "output_lora": "mlp.down_proj"}
+PROJECTIONS = {"llama": OWN, "mistral": OWN, "qwen2": INTERFACE, "qwen3": INTERFACE}
+"""Model type -> field -> projection."""
+RIGHT_SCALE = (1, 1)
+"""Version since when alpha / r is applied; before, an adapter was trained with 1."""
+
+
+def lower_lora(part: Part) -> LoweredPart:
+    """What a `LoRAConfig` comes to; refusals go to the part's reading."""
+    reading = part.reading
+    reading.check_known("AdapterHub's LoRA", USED, HARMLESS, UNSUPPORTED)
+    part.check_flags("selfattn_lora", "intermediate_lora", "output_lora", "use_dora")
+    mode = part.field("composition_mode", "add")
+    reading.check_kind("composition_mode", mode in ("add", "scale"), "add or scale")
+    rank, alpha = part.field("r", 8), part.field("alpha", 8)
+    dora = part.field("use_dora", False)
+    reading.check_kind("alpha", is_number(alpha), "a positive number")
+    if reading.check_kind("r", is_rank(rank), "a positive integer") and mode == "scale":
+        reading.check_kind("r", rank == 1 and not dora, "1, without use_dora, to scale")
+    projections = list(_projections(part))
+    layers = part.used_layers()
+    if reading.refusals:
+        return LoweredPart("lora", (), {})
+    if rank > reading.limits.max_rank:
+        raise AdapterTooLarge(
+            f"r is {rank}, the limit is {reading.limits.max_rank}", field="config.r"
+        )
+    scale = 1.0 if part.version < RIGHT_SCALE else alpha / rank
+    lower = _scaled if mode == "scale" else _added
+    made = [lower(part, f"layers.{i}.{name}", scale) for i in layers for name in projections]
+    family = "ia3" if mode == "scale" else "dora" if dora else "lora"
+    modules = tuple(module for module in made if module is not None)
+    return LoweredPart(family, modules, {"method": family, "scale": scale})
+
+
+def _projections(part: Part) -> Iterator[str]:
+    """The linears of a layer that the config names."""
+    matrices = part.field("attn_matrices", ["q", "v"])
+    fits = isinstance(matrices, list) and all(name in ("q", "k", "v") for name in matrices)
+    if part.reading.check_kind("attn_matrices", fits, "a list of q, k and v") and part.field(
+        "selfattn_lora", True
+    ):
+        yield from (f"self_attn.{name}_proj" for name in dict.fromkeys(matrices))
+    for field, name in PROJECTIONS[part.model_type].items():
+        if part.field(field, False):
+            yield name
+
+
+def _added(part: Part, place: str, scale: float) -> ModuleProgram | None:
+    """A low-rank delta; with DoRA, it and the base's output are scaled to the learned magnitude.
+
+    The library takes the norm of W + B A without the scale, and scales the bias too.
+    """
+    name, rank = f"model.{place}", part.field("r", 8)
+    module = part.module(name)
+    if module is None:
+        return None
+    shapes: dict[str, tuple[int, ...]] = {
+        "lora_A": (rank, module.in_features),
+        "lora_B": (module.out_features, rank),
+    }
+    if part.field("use_dora", False):
+        shapes["m.weight"] = (module.out_features, 1)
+    found = part.take(place, shapes)
+    if found is None:
+        return None
+    a, b = found["lora_A"], found["lora_B"].float()
+    if "m.weight" not in found:
+        return ModuleProgram(name, LowRank(a, b * scale), scale=scale)
+    norm = torch.linalg.norm(part.reading.base.weight(name) + b @ a.float(), dim=1)
+    gain: Tensor = found["m.weight"].float().flatten() / norm
+    pair = LowRank(a, b * scale * gain[:, None])
+    return ModuleProgram(name, pair, scale=scale, output_scale=gain)
+
+
+def _scaled(part: Part, place: str, scale: float) -> ModuleProgram | None:
+    """An output scale."""
+    name = f"model.{place}"
+    module = part.module(name)
+    found = module and part.take(place, {"lora_B": (module.out_features, 1)})
+    if not found:
+        return None
+    return ModuleProgram(name, output_scale=found["lora_B"].float().flatten() * scale)

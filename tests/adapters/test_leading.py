@@ -1,0 +1,222 @@
+"""What is known of an adapter beside its weights: on its way to requests, and in old catalogs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adaplex.adapters import formats
+from adaplex.adapters.entry import from_json, to_json
+from adaplex.adapters.errors import AdapterInvalid
+from adaplex.adapters.leading import check_leading
+from adaplex.adapters.program import (
+    AdapterProgram,
+    BaseModule,
+    BaseSpec,
+    KVPrefix,
+    ModuleProgram,
+)
+from adaplex.adapters.registry import AdapterRegistry
+from adapters.entries import entry
+from adapters.handmade import BASE, make_registry, push, stage, tensors
+from adapters.handmade import files as made_files
+
+HEADS, KEY, VALUE = 2, 4, 3
+BLOCKS = [
+    BaseModule(f"model.layers.{i}.self_attn", "block", 8, 8, layer=i, part="attention")
+    for i in range(2)
+]
+TUNABLE = BaseSpec(
+    "org/tiny-base",
+    "base",
+    "llama",
+    {m.name: m for m in [*BASE.modules.values(), *BLOCKS]},
+    kv_shapes=((HEADS, KEY, VALUE),) * 2,
+)
+QUERY = "model.layers.0.self_attn.q_proj"
+
+
+def prefix(tokens: int = 5, heads: int = HEADS, key: int = KEY, value: int = VALUE) -> KVPrefix:
+    return KVPrefix(torch.ones(tokens, heads, key), torch.ones(tokens, heads, value))
+
+
+def program(*prefixes: KVPrefix | None, **fields: Any) -> AdapterProgram:
+    modules = [
+        ModuleProgram(block.name, prefix=each)
+        for block, each in zip(BLOCKS, prefixes, strict=False)
+        if each is not None
+    ]
+    return AdapterProgram("sha256:p", "prefix", tuple(modules), **fields)
+
+
+def refusals(made: AdapterProgram) -> list[str]:
+    with pytest.raises(AdapterInvalid) as caught:
+        check_leading(made, TUNABLE)
+    return [f"{r.where}: {r.reason}" for r in caught.value.refusals]
+
+
+def test_a_whole_prefix_passes() -> None:
+    check_leading(program(prefix(), prefix()), TUNABLE)
+    check_leading(program(), TUNABLE)
+
+
+def test_a_prefix_that_leaves_out_a_layer_is_refused() -> None:
+    """The cache would keep there what another request left."""
+    assert refusals(program(prefix(), None)) == [
+        "layer 1: has no keys and values before the prompt, others do"
+    ]
+
+
+@pytest.mark.parametrize("other", [prefix(4), prefix(heads=1), prefix(key=8), prefix(value=4)])
+def test_a_prefix_of_another_shape_is_refused(other: KVPrefix) -> None:
+    [refusal] = refusals(program(prefix(), other))
+    assert refusal.startswith("model.layers.1.self_attn: its keys and values before the prompt are")
+    assert refusal.endswith("it takes (5, 2, 4) and (5, 2, 3)")
+
+
+def test_a_prefix_at_no_attention_is_refused() -> None:
+    stray = ModuleProgram("model.layers.0.mlp.down_proj", prefix=prefix())
+    made = program(prefix(), prefix())
+    [refusal] = refusals(replace(made, modules=(*made.modules, stray)))
+    assert refusal == "model.layers.0.mlp.down_proj: is no attention, and takes no keys and values"
+
+
+def test_what_is_invoked_has_nothing_before_the_prompt() -> None:
+    [refusal] = refusals(program(prefix(), prefix(), invocation=(7,)))
+    assert refusal.startswith("alora_invocation_tokens: cannot stand beside positions")
+
+
+def lowered_with(monkeypatch: pytest.MonkeyPatch, **facts: Any) -> None:
+    """From now on every checkpoint is lowered to a program that also has these."""
+    lower = formats.lower
+
+    def changed(*args: Any) -> AdapterProgram:
+        made = lower(*args)
+        modules = {module.module: module for module in made.modules}
+        if facts.get("prefix_tokens"):
+            given = prefix(facts["prefix_tokens"])
+            modules |= {block.name: ModuleProgram(block.name, prefix=given) for block in BLOCKS}
+        if facts.get("merged_only"):
+            modules[QUERY] = ModuleProgram(QUERY, transform=lambda weight: weight)
+        ordered = tuple(modules[name] for name in sorted(modules))
+        return replace(made, modules=ordered, invocation=facts.get("invocation", ()))
+
+    monkeypatch.setattr(formats, "lower", changed)
+
+
+def registry_with(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any], **options: Any
+) -> AdapterRegistry:
+    lowered_with(monkeypatch, **facts)
+    return make_registry(folder, TUNABLE, **options)
+
+
+FACTS = [{"prefix_tokens": 5}, {"invocation": (7, 8)}, {"merged_only": True}]
+
+
+@pytest.mark.parametrize("facts", FACTS)
+def test_facts_reach_records_and_reports(
+    facts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = registry_with(tmp_path, monkeypatch, facts)
+    done = push(registry, "tone")
+    wanted = (
+        facts.get("prefix_tokens", 0),
+        facts.get("invocation", ()),
+        facts.get("merged_only", False),
+    )
+    report = done.report
+    assert (report.leading, report.invocation, report.merged_only) == wanted
+    assert (report.prefix_tokens, report.virtual_tokens) == (wanted[0], 0)
+    registry.close()
+    registry = make_registry(tmp_path, TUNABLE)
+    for record in (done.record, registry.names.get("tone")):
+        assert (record.leading, record.invocation, record.merged_only) == wanted
+    registry.close()
+
+
+def test_reports_name_what_is_applied_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = registry_with(tmp_path, monkeypatch, {"prefix_tokens": 5, "merged_only": True})
+    applied = {m.module: m.primitives for m in push(registry, "tone").report.modules}
+    assert applied[QUERY] == ("merged weight",)
+    assert applied[BLOCKS[0].name] == ("KV prefix",)
+    assert applied["model.layers.1.self_attn.v_proj"] == ("low-rank",)
+    registry.close()
+
+
+def test_entries_from_before_there_were_facts_can_be_read() -> None:
+    document = json.loads(to_json(entry(versions=2)))
+    for version in document["versions"]:
+        for field in ("leading", "invocation", "merged_only"):
+            del version[field]
+    found = from_json(json.dumps(document))
+    assert found == entry(versions=2)
+    assert [(v.leading, v.invocation, v.merged_only) for v in found.versions] == [
+        (0, (), False)
+    ] * 2
+
+
+def test_what_is_only_merged_needs_no_arena(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = registry_with(tmp_path, monkeypatch, {"merged_only": True}, max_packed_bytes=10)
+    done = push(registry, "tone")
+    assert not done.report.warnings
+    registry.close()
+
+
+def test_a_server_without_merged_weights_says_what_it_cannot_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = registry_with(tmp_path, monkeypatch, {"merged_only": True}, keeps_merged=False)
+    with stage(registry, made_files()) as staging:
+        checked = registry.intake.check(staging)
+    assert checked.valid
+    assert checked.warnings == (
+        "it can only be served merged, and this server keeps no merged weights",
+    )
+    done = push(registry, "tone")
+    assert registry.programs.report(done.record.digest) == done.report == checked
+    assert not done.record.warnings, "another server may keep them"
+    registry.close()
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"invocation": (7,)}, "a applies only from its invocation on, and by itself"),
+        ({"merged_only": True}, "a can only be served merged, and by itself"),
+        ({"prefix_tokens": 5}, "a and b all put positions before the prompt; only one can"),
+    ],
+)
+def test_combinations_that_cannot_be(
+    facts: dict[str, Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = registry_with(tmp_path, monkeypatch, facts)
+    for seed, name in enumerate("ab"):
+        push(registry, name, made_files(weights=tensors(seed=seed)))
+    with pytest.raises(AdapterInvalid) as caught:
+        registry.resolve_combination([("a", 1.0), ("b", 0.5)])
+    assert [(r.where, r.reason) for r in caught.value.refusals] == [("adapters", reason)]
+    assert registry.leased == 0
+    registry.close()
+
+
+def test_a_combination_leads_with_what_one_of_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = make_registry(tmp_path, TUNABLE)
+    push(registry, "plain")
+    with monkeypatch.context() as patch:
+        lowered_with(patch, prefix_tokens=5)
+        push(registry, "tuned", made_files(weights=tensors(seed=1)))
+    with registry.resolve_combination([("plain", 0.5), ("tuned", 1.0)]) as lease:
+        assert lease.record.leading == 5
+    registry.close()

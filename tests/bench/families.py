@@ -1,0 +1,101 @@
+"""Families: streams with an adapter of another kind each, beside as many LoRAs of as many bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from adaplex.client.bench.checkpoint import write_checkpoint
+from adaplex.client.bench.load import Load
+from adaplex.client.bench.session import Case, Run, Session
+from adaplex.model.source import resolve_model
+from bench.mixture import save_mixture
+
+
+@dataclass(frozen=True)
+class Families:
+    """Lengths in tokens; `rounds` of each mix, in turns."""
+
+    streams: Sequence[int] = (8, 16)
+    prompt: int = 64
+    output: int = 64
+    rounds: int = 3
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter on the server."""
+
+    name: str
+    packed_bytes: int
+
+
+async def families(session: Session, plan: Families, model: str) -> list[Run]:
+    """One run for each number of streams, round and mix; the last of a number of streams says
+    what share of the tokens a second of LoRAs the mixed families reach, the median of the rounds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mixed = await _mixed(session, Path(folder), model, max(plan.streams))
+    runs: list[Run] = []
+    for streams in plan.streams:
+        loras = await _loras(session, mixed[:streams])
+        mixes = {"families": mixed[:streams], "LoRAs": loras}
+        for members in mixes.values():
+            await session.warm(member.name for member in members)
+        rates: dict[str, list[float]] = {mix: [] for mix in mixes}
+        for _ in range(plan.rounds):
+            for mix, members in mixes.items():
+                runs.append(await _run(session, plan, mix, members))
+                rates[mix].append(runs[-1].measure.tokens_per_second)
+        shares = [a / b for a, b in zip(rates["families"], rates["LoRAs"], strict=True)]
+        nbytes = {mix: sum(m.packed_bytes for m in members) for mix, members in mixes.items()}
+        session.progress.say(
+            f"{streams} streams: families at {median(shares):.2f} of LoRAs "
+            f"({min(shares):.2f} to {max(shares):.2f}), "
+            f"{nbytes['families'] / 2**20:.1f} and {nbytes['LoRAs'] / 2**20:.1f} MiB"
+        )
+    return runs
+
+
+async def _run(session: Session, plan: Families, mix: str, members: Sequence[Member]) -> Run:
+    async def drive(load: Load) -> None:
+        await load.closed(
+            [next(session.prompts.asks(member.name, plan.prompt, plan.output))]
+            for member in members
+        )
+
+    case: Case = {"streams": len(members), "mix": mix}
+    return await session.observe("families", case, drive, total=len(members))
+
+
+async def _mixed(session: Session, folder: Path, model: str, count: int) -> list[Member]:
+    saved = await asyncio.to_thread(save_mixture, resolve_model(model), folder, count)
+    return [
+        await _upload(session, f"{family}-{number}", directory)
+        for number, (family, directory) in enumerate(saved)
+    ]
+
+
+async def _loras(session: Session, mixed: Sequence[Member]) -> list[Member]:
+    """As many, of one rank, whose bytes come nearest to theirs."""
+    modules = session.info.model.modules
+    with tempfile.TemporaryDirectory() as folder:
+        one = await asyncio.to_thread(write_checkpoint, Path(folder), modules, 1, 0)
+        probe = await _upload(session, f"rank-1-{len(mixed)}", one)
+        rank = max(1, round(sum(m.packed_bytes for m in mixed) / len(mixed) / probe.packed_bytes))
+        members = []
+        for number in range(len(mixed)):
+            made = await asyncio.to_thread(
+                write_checkpoint, Path(folder), modules, rank, number + 1
+            )
+            members.append(await _upload(session, f"rank-{rank}-{len(mixed)}-{number}", made))
+    return members
+
+
+async def _upload(session: Session, name: str, directory: Path) -> Member:
+    sent = await session.client.adapters.upload(name, directory)
+    return Member(sent.adapter.name, sent.adapter.packed_bytes)

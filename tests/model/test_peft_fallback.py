@@ -1,0 +1,101 @@
+"""Types that PEFT merges: through the runner, against PEFT with the adapter beside the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from adaplex.engine.request import AdapterMode
+from peft_adapters import Oracle, load_plain
+from peft_kinds import CONFIGS, TOKENS, save_kind
+from rig import Rig, lowered
+
+GPT2 = [
+    "DEFT",
+    "FOURIERFT",
+    "GRALORA",
+    "HIRA",
+    "PVERA",
+    "RANDLORA",
+    "TINYLORA",
+    "UNILORA",
+    "VBLORA",
+]
+"""PEFT adapts GPT-2's transposed linears by these."""
+
+
+@pytest.fixture(scope="module")
+def rigs(tiny_model: Callable[[str], Path]) -> Callable[[str], Rig]:
+    return cache(lambda architecture: Rig(tiny_model(architecture), native=False))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_merged_type_equals_peft(
+    kind: str,
+    architecture: str,
+    rigs: Callable[[str], Rig],
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    check(kind, rigs(architecture), tiny_model(architecture), tmp_path)
+
+
+@pytest.mark.parametrize("kind", GPT2)
+def test_transposed_linears_are_merged_too(
+    kind: str, rigs: Callable[[str], Rig], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    targets = ["c_attn", "c_proj", "c_fc"]
+    check(kind, rigs("gpt2"), tiny_model("gpt2"), tmp_path, target_modules=targets)
+
+
+@pytest.mark.parametrize("init", ["bat", "mini", True])
+def test_the_variants_of_miss_are_merged_each_its_way(
+    init: str | bool, rigs: Callable[[str], Rig], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    fields = {"init_weights": init, "mini_r": 4}
+    check("MISS", rigs("llama"), tiny_model("llama"), tmp_path, **fields)
+
+
+@pytest.mark.parametrize("kind", ["OFT", "UNILORA"])
+def test_modules_are_replaced_beside_merged_ones(
+    kind: str, rigs: Callable[[str], Rig], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    fields = {"modules_to_save": ["input_layernorm", "1.mlp.up_proj", "1.mlp.down_proj"]}
+    check(kind, rigs("llama"), tiny_model("llama"), tmp_path, **fields)
+
+
+def check(kind: str, rig: Rig, model: Path, folder: Path, **fields: object) -> None:
+    """The logits with the adapter are PEFT's, and not the base's; base rows beside it stay."""
+    expected = save_kind(load_plain(model), folder, kind, **fields)
+    idle = Oracle(load_plain(model), None).logits(TOKENS)
+    program = lowered(folder, rig.base.spec)
+    assert program.merged_only
+    ref = rig.add(program, AdapterMode.MERGED)
+    found, plain = rig.prefill(rig.sequence(TOKENS, ref), rig.sequence(TOKENS))
+    assert (idle - expected).abs().max() > 1e-2, "the adapter does nothing"
+    assert (found - expected).abs().max() < 1e-4
+    assert (plain - idle).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["OFT", "VBLORA", "WAVEFT"])
+def test_threads_may_merge_at_once(
+    kind: str, rigs: Callable[[str], Rig], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    save_kind(load_plain(tiny_model("llama")), tmp_path, kind)
+    spec = rigs("llama").base.spec
+    program = lowered(tmp_path, spec)
+
+    def merge_all(_: int) -> list[torch.Tensor]:
+        return [m.transform(spec.weight(m.module)) for m in program.modules if m.transform]
+
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(merge_all, range(8))
+    assert len(first) == 9
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

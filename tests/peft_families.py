@@ -1,0 +1,286 @@
+"""One adapter of every family that HF PEFT knows, random but not idle, and PEFT as their oracle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
+from peft_adapters import Oracle, attention, everything, load_plain
+
+Randomize = Callable[[str, Tensor], None]
+"""Fills a parameter, by name, so that the adapter does something."""
+TASK = 1
+"""The one that is served of a multitask adapter."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How an adapter of one family is made, and asked."""
+
+    save: Callable[[Path, Path, int], Path]
+    """Of the model in a directory, into a directory, with a seed."""
+    oracle: Callable[[Path, Path], Oracle]
+    """The model, and the saved adapter."""
+
+
+class SlowOracle(Oracle):
+    """Decodes without a cache, which PEFT's virtual tokens and prefixes need no trust in."""
+
+    task: int | None = None
+
+    @torch.no_grad()
+    def logits(self, tokens: list[int]) -> Tensor:
+        """[vocabulary] after the last token."""
+        more = {} if self.task is None else {"task_ids": torch.tensor([self.task])}
+        out: Tensor = self.model(torch.tensor([tokens]), **more).logits[0, -1]
+        return out.float()
+
+    def greedy(self, tokens: list[int], count: int) -> list[int]:
+        """The next `count` tokens."""
+        grown = list(tokens)
+        for _ in range(count):
+            grown.append(int(self.logits(grown).argmax()))
+        return grown[len(tokens) :]
+
+
+class TaskOracle(SlowOracle):
+    """Asks for one task."""
+
+    task = TASK
+
+
+class BiasOracle(Oracle):
+    """BitFit, of which PEFT has none: the base with the biases put in."""
+
+    def __init__(self, base: PreTrainedModel, adapter: Path) -> None:
+        super().__init__(base, None)
+        for key, bias in load_file(adapter / WEIGHTS).items():
+            module: Any = base.get_submodule(key.removeprefix("base_model.model.")[: -len(".bias")])
+            if isinstance(getattr(module, "bias", None), nn.Parameter):
+                module.bias.data = bias
+            elif isinstance(module, nn.Linear):
+                module.bias = nn.Parameter(bias)
+            else:
+                module.register_forward_hook(lambda _, inputs, y, bias=bias: y + bias)
+
+
+def normal(size: float = 0.1, mean: float = 0.0) -> Randomize:
+    """Every trained parameter from a normal distribution."""
+    return lambda name, parameter: parameter.normal_(mean, size)  # type: ignore[return-value]
+
+
+def around(size: float = 0.2) -> Randomize:
+    """Every trained parameter moved from where it is."""
+    return lambda name, parameter: parameter.add_(torch.randn_like(parameter) * size)  # type: ignore[return-value]
+
+
+def _saved(
+    config: Callable[[str], peft.PeftConfig],
+    randomize: Randomize,
+    finish: Callable[[Any], None] = lambda tuned: None,
+) -> Callable[[Path, Path, int], Path]:
+    """Saves what `config` makes for an architecture, its parameters randomized."""
+
+    def save(model: Path, directory: Path, seed: int) -> Path:
+        torch.manual_seed(seed)
+        base = load_plain(model)
+        tuned: Any = peft.get_peft_model(base, config(base.config.model_type))
+        with torch.no_grad():
+            for name, parameter in tuned.named_parameters():
+                if parameter.requires_grad:
+                    randomize(name, parameter)
+        finish(tuned)
+        tuned.save_pretrained(directory)
+        return directory
+
+    return save
+
+
+def family(
+    config: Callable[[str], peft.PeftConfig],
+    randomize: Randomize,
+    finish: Callable[[Any], None] = lambda tuned: None,
+    oracle: type[Oracle] = Oracle,
+) -> Family:
+    """A family that PEFT saves and loads."""
+    return Family(
+        _saved(config, randomize, finish),
+        lambda model, adapter: oracle(load_plain(model), adapter),
+    )
+
+
+def _prune(tuned: Any) -> None:
+    """Prunes ranks as AdaLoRA's allocator does: all of the first module, every third elsewhere."""
+    names = [n for n, _ in tuned.base_model.model.named_parameters() if ".lora_E." in n]
+    config = tuned.peft_config["default"]
+    config.rank_pattern = {
+        name: [i > 0 and j % 3 != i % 3 for j in range(config.init_r)]
+        for i, name in enumerate(names)
+    }
+
+
+def _singular(name: str, parameter: Tensor) -> None:
+    parameter.normal_(0, 1.0 if "lora_E" in name else 0.3)
+
+
+def _scales(name: str, parameter: Tensor) -> None:
+    parameter.normal_(0, 0.5)
+
+
+def _add_task(model: Path, directory: Path, seed: int) -> Path:
+    """A multitask adapter whose config says which task to serve."""
+    make = _saved(
+        lambda a: peft.MultitaskPromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=5, num_tasks=3, num_ranks=2
+        ),
+        normal(0.7),
+    )
+    make(model, directory, seed)
+    config = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps(config | {"task_id": TASK}))
+    return directory
+
+
+def _bitfit(model: Path, directory: Path, seed: int) -> Path:
+    """Biases of every linear and norm, also of those that have none."""
+    torch.manual_seed(seed)
+    biases = {
+        f"base_model.model.{name}.bias": torch.randn(_width(module)) * 0.1
+        for name, module in load_plain(model).named_modules()
+        if isinstance(getattr(module, "weight", None), nn.Parameter)
+        and not isinstance(module, nn.Embedding)
+    }
+    directory.mkdir(parents=True)
+    (directory / CONFIG).write_text(json.dumps({"peft_type": "BITFIT"}))
+    save_file(biases, directory / WEIGHTS)
+    return directory
+
+
+def _width(module: Any) -> int:
+    return int(getattr(module, "nf", 0) or module.weight.shape[0])
+
+
+NORMS = {"gpt2": ["ln_1", "ln_2", "ln_f"]}
+FEEDFORWARD = {"gpt2": ["mlp.c_proj"]}
+
+
+def _all(architecture: str) -> list[str]:
+    return everything(architecture)
+
+
+def _norms(architecture: str) -> list[str]:
+    return NORMS.get(architecture, ["input_layernorm", "post_attention_layernorm", "norm"])
+
+
+def _feedforward(architecture: str) -> list[str]:
+    return FEEDFORWARD.get(architecture, ["up_proj", "down_proj"])
+
+
+def _prompt(kind: type, **fields: Any) -> Callable[[str], peft.PeftConfig]:
+    return lambda a: kind(task_type="CAUSAL_LM", num_virtual_tokens=5, **fields)
+
+
+FAMILIES: Mapping[str, Family] = {
+    "adalora": family(
+        lambda a: peft.AdaLoraConfig(
+            init_r=6, lora_alpha=4, total_step=10, target_modules=_all(a), bias="lora_only"
+        ),
+        _singular,
+        _prune,
+    ),
+    "adalora-whole": family(
+        lambda a: peft.AdaLoraConfig(
+            init_r=4, lora_alpha=0, total_step=10, target_modules=attention(a)
+        ),
+        _singular,
+    ),
+    "vera": family(lambda a: peft.VeraConfig(r=24, target_modules=_all(a)), _scales),
+    "vera-key": family(
+        lambda a: peft.VeraConfig(
+            r=16, target_modules=_all(a), save_projection=False, projection_prng_key=7, bias="all"
+        ),
+        _scales,
+    ),
+    "loha": family(
+        lambda a: peft.LoHaConfig(
+            r=3, alpha=6, target_modules=_all(a), rank_pattern={"down_proj": 9}, init_weights=False
+        ),
+        normal(0.4),
+    ),
+    "lokr": family(
+        lambda a: peft.LoKrConfig(
+            r=2, alpha=3, target_modules=_all(a), alpha_pattern={"q_proj": 5}, init_weights=False
+        ),
+        normal(0.2),
+    ),
+    "lokr-both": family(
+        lambda a: peft.LoKrConfig(
+            r=2, alpha=4, target_modules=_all(a), decompose_both=True, decompose_factor=8
+        ),
+        normal(0.3),
+    ),
+    "lokr-whole": family(
+        lambda a: peft.LoKrConfig(r=64, alpha=64, target_modules=attention(a)), normal(0.2)
+    ),
+    "ia3": family(
+        lambda a: peft.IA3Config(
+            target_modules=[*attention(a), *_feedforward(a)],
+            feedforward_modules=_feedforward(a),
+        ),
+        normal(0.4, 1.0),
+    ),
+    "ia3-whole": family(
+        lambda a: peft.IA3Config(
+            target_modules=[*_feedforward(a), "lm_head"],
+            feedforward_modules=r".*down_proj|.*mlp.c_proj",
+            modules_to_save=_norms(a),
+        ),
+        around(),
+    ),
+    "ln-tuning": family(lambda a: peft.LNTuningConfig(target_modules=_norms(a)), around()),
+    "beft": family(lambda a: peft.BeftConfig(target_modules=_all(a)), normal(0.2)),
+    "bitfit": Family(_bitfit, lambda model, adapter: BiasOracle(load_plain(model), adapter)),
+    "prompt-tuning": family(_prompt(peft.PromptTuningConfig), normal(0.5), oracle=SlowOracle),
+    "p-tuning": family(
+        _prompt(peft.PromptEncoderConfig, encoder_hidden_size=32), normal(0.3), oracle=SlowOracle
+    ),
+    "multitask-prompt-tuning": Family(
+        _add_task, lambda model, adapter: TaskOracle(load_plain(model), adapter)
+    ),
+    "cpt": family(
+        lambda a: peft.CPTConfig(
+            task_type="CAUSAL_LM", cpt_token_ids=[9, 30, 44], cpt_tokens_type_mask=[1, 2, 3]
+        ),
+        normal(0.5),
+        oracle=SlowOracle,
+    ),
+    "prefix-tuning": family(_prompt(peft.PrefixTuningConfig), normal(0.7), oracle=SlowOracle),
+    "prompt-whole": family(
+        lambda a: peft.PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=2, modules_to_save=["lm_head", *_norms(a)]
+        ),
+        around(),
+        oracle=SlowOracle,
+    ),
+    "prefix-projection": family(
+        _prompt(peft.PrefixTuningConfig, prefix_projection=True, encoder_hidden_size=32),
+        normal(0.4),
+        oracle=SlowOracle,
+    ),
+}
+"""Every family but LoRA's, and variants that differ in what PEFT writes."""
+NOT_GPT2 = (
+    *("prefix-tuning", "prefix-projection"),  # the tiny config has heads that GPT-2 does not know
+    *("loha", "lokr", "lokr-both", "lokr-whole", "beft"),  # PEFT has no Conv1D of these
+)
+"""Those that PEFT cannot make, or not ask, of the tiny GPT-2."""

@@ -1,0 +1,252 @@
+"""Adapters that ask something of requests, over the wire."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from safetensors.torch import save
+
+from adaplex.adapters import formats
+from adaplex.adapters.program import AdapterProgram, BaseModule, ModuleProgram
+from adaplex.engine.sequence import VIRTUAL
+from adaplex.v1 import adapters_pb2 as pb
+from adaplex.v1.generation_pb2 import (
+    ADAPTER_MODE_AUTO,
+    ADAPTER_MODE_MERGED,
+    ADAPTER_MODE_UNMERGED,
+    GenerateRequest,
+    GenerationSpec,
+    WeightedAdapter,
+)
+from server import toy as toys
+from server.calls import status
+from server.toy import BASE, FEATURES, VOCAB, FakeRunner, Rig, adapter_files, rig, upload_messages
+
+EMBEDDING = BaseModule("model.embed_tokens", "embedding", VOCAB, FEATURES)
+ATTENTION = BaseModule("model.layers.0.self_attn", "block", FEATURES, FEATURES)
+TOKENS = 20
+BLOCKS = {"block_tokens": 16, "num_blocks": 129}
+
+
+@pytest.fixture
+def tunable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy's base with an embedding and an attention block."""
+    attention = replace(ATTENTION, layer=0, part="attention")
+    modules = BASE.modules | {m.name: m for m in (EMBEDDING, attention)}
+    changed = replace(BASE, modules=modules, kv_shapes=((2, 4, 4),))
+    monkeypatch.setattr(toys, "BASE", changed)
+
+
+class Recorder(FakeRunner):
+    """Keeps the tokens of every sequence, and where its first chunk began."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[tuple[list[int], int]] = []
+        self._known: set[Any] = set()
+
+    def run(self, batch: Any) -> Any:
+        for chunk in batch.chunks:
+            if chunk.sequence not in self._known:
+                self._known.add(chunk.sequence)
+                self.started.append((list(chunk.sequence.tokens), chunk.start))
+        return super().run(batch)
+
+
+def learned(kind: str, width: int, tokens: int = TOKENS) -> dict[str, bytes]:
+    """A checkpoint of prompt learning, as PEFT writes it."""
+    config = {"peft_type": kind, "task_type": "CAUSAL_LM", "num_virtual_tokens": tokens}
+    return {
+        "adapter_config.json": json.dumps(config).encode(),
+        "adapter_model.safetensors": save({"prompt_embeddings": torch.ones(tokens, width)}),
+    }
+
+
+PREFIX = ("PREFIX_TUNING", 2 * FEATURES)
+PROMPT = ("PROMPT_TUNING", FEATURES)
+
+
+async def push(toy: Rig, name: str, files: dict[str, bytes]) -> Any:
+    return await toy.send("UploadAdapter", upload_messages(files, name=name))
+
+
+async def answer(toy: Rig, text: str = "hello", **fields: Any) -> Any:
+    spec = GenerationSpec(text=text, **fields)
+    return await toy.generation.Generate(GenerateRequest(spec=spec))
+
+
+@pytest.mark.usefixtures("tunable")
+@pytest.mark.parametrize(("kind", "width"), [PREFIX, PROMPT])
+async def test_positions_before_the_prompt_are_no_usage(
+    kind: str, width: int, tmp_path: Path
+) -> None:
+    runner = Recorder()
+    async with rig(tmp_path, runner=runner, engine=BLOCKS) as toy:
+        done = await push(toy, "tuned", learned(kind, width))
+        first, second = [await answer(toy, adapter="tuned") for _ in range(2)]
+        other = await answer(toy, adapter="tuned", cache_salt="other")
+    assert done.adapter.leading_tokens == TOKENS
+    sizes = (done.report.prefix_tokens, done.report.virtual_tokens)
+    assert sizes == ((TOKENS, 0) if kind == "PREFIX_TUNING" else (0, TOKENS))
+    expected = {"PREFIX_TUNING": ["KV prefix"], "PROMPT_TUNING": ["virtual tokens"]}[kind]
+    assert [list(m.primitives) for m in done.report.modules] == [expected]
+    for each in (first, second, other):
+        assert (each.started.prompt_tokens, each.finished.prompt_tokens) == (5, 5)
+        assert each.finished.cached_tokens == 0
+        assert each.text.endswith("hello")
+    tokens = [*range(VIRTUAL, VIRTUAL + TOKENS), *b"hello"]
+    assert runner.started == [(tokens, 0), (tokens, 16), (tokens, 0)]
+
+
+@pytest.mark.usefixtures("tunable")
+async def test_positions_before_the_prompt_take_of_the_context(tmp_path: Path) -> None:
+    async with rig(tmp_path, engine={"max_model_len": 30}) as toy:
+        await push(toy, "tuned", learned(*PROMPT))
+        fits = await answer(toy, "x" * 6, adapter="tuned")
+        assert fits.finished.completion_tokens == 4
+        code, details = await status(
+            toy.generation.Generate(
+                GenerateRequest(spec=GenerationSpec(text="x" * 10, adapter="tuned"))
+            )
+        )
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        [violation] = details["BadRequest"].field_violations
+        assert violation.field == "prompt"
+        assert "10 tokens behind the 20 of adapter tuned" in violation.description
+        longer = await answer(toy, "x" * 10)
+        assert longer.finished.completion_tokens > 1
+
+
+@pytest.mark.usefixtures("tunable")
+async def test_two_of_a_combination_cannot_both_lead(tmp_path: Path) -> None:
+    runner = Recorder()
+    async with rig(tmp_path, runner=runner) as toy:
+        await push(toy, "tuned", learned(*PROMPT))
+        await push(toy, "also", learned(*PREFIX))
+        both = [WeightedAdapter(adapter="tuned"), WeightedAdapter(adapter="also")]
+        code, details = await status(
+            toy.generation.Generate(GenerateRequest(spec=GenerationSpec(text="x", adapters=both)))
+        )
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    [violation] = details["BadRequest"].field_violations
+    assert violation.field == "adapters"
+    assert "tuned and also all put positions before the prompt" in violation.description
+    assert not runner.started
+
+
+Lower = Callable[..., AdapterProgram]
+
+
+def lowered_by(monkeypatch: pytest.MonkeyPatch, change: Callable[[AdapterProgram], Any]) -> None:
+    """From now on every checkpoint is lowered to what `change` makes of it."""
+    lower: Lower = formats.lower
+    monkeypatch.setattr(formats, "lower", lambda *args: change(lower(*args)))
+
+
+async def test_an_invoked_adapter_needs_its_invocation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks before it are those of the base."""
+    lowered_by(monkeypatch, lambda made: replace(made, invocation=tuple(b"!!")))
+    runner = Recorder()
+    async with rig(tmp_path, runner=runner, engine=BLOCKS) as toy:
+        done = await push(toy, "invoked", adapter_files())
+        assert bytes(done.adapter.invocation_tokens) == b"!!"
+        assert bytes(done.report.invocation_tokens) == b"!!"
+        code, details = await status(
+            toy.generation.Generate(
+                GenerateRequest(spec=GenerationSpec(text="! hello !", adapter="invoked"))
+            )
+        )
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        [violation] = details["BadRequest"].field_violations
+        assert violation.field == "prompt"
+        assert "33, 33, which adapter invoked begins at" in violation.description
+        assert not runner.started
+        question = "a question of more than two blocks of tokens"
+        base = await answer(toy, question)
+        invoked = await answer(toy, f"{question}!!", adapter="invoked")
+    assert base.finished.cached_tokens == 0
+    assert invoked.finished.cached_tokens == 32
+    assert invoked.text[0] == done.adapter.digest[7], "the adapter answers"
+
+
+def only_merged(made: AdapterProgram) -> AdapterProgram:
+    first, *others = made.modules
+    transformed = ModuleProgram(first.module, transform=lambda weight: weight)
+    return replace(made, modules=(transformed, *others))
+
+
+@pytest.mark.parametrize("mode", [0, ADAPTER_MODE_AUTO, ADAPTER_MODE_MERGED])
+async def test_what_can_only_be_merged_is(
+    mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered_by(monkeypatch, only_merged)
+    async with rig(tmp_path) as toy:
+        done = await push(toy, "only", adapter_files())
+        assert done.adapter.merged_only
+        assert done.report.merged_only
+        assert not done.report.warnings
+        answered = await answer(toy, adapter="only", mode=mode)
+        assert answered.started.adapter.mode == ADAPTER_MODE_MERGED
+        assert not toy.engine.stats().resident
+
+
+async def test_what_can_only_be_merged_is_refused_otherwise_and_no_pin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered_by(monkeypatch, only_merged)
+    async with rig(tmp_path) as toy:
+        await push(toy, "only", adapter_files())
+        unmerged = GenerationSpec(text="x", adapter="only", mode=ADAPTER_MODE_UNMERGED)
+        calls = [
+            toy.generation.Generate(GenerateRequest(spec=unmerged)),
+            toy.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="only", pinned=True)),
+        ]
+        for call, field in zip(calls, ("spec.mode", "pinned"), strict=True):
+            code, details = await status(call)
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            [violation] = details["BadRequest"].field_violations
+            assert violation.field == field
+            assert "can only be served merged" in violation.description
+        found = await toy.adapters.GetAdapter(pb.GetAdapterRequest(name="only"))
+        assert not found.adapter.pinned
+
+
+async def test_a_server_without_merged_weights_says_so_at_once_and_at_the_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered_by(monkeypatch, only_merged)
+    async with rig(tmp_path, engine={"merged_bytes": 0}, merged_bytes=0) as toy:
+        done = await push(toy, "only", adapter_files())
+        [warning] = done.report.warnings
+        assert "this server keeps no merged weights" in warning
+        code, details = await status(
+            toy.generation.Generate(GenerateRequest(spec=GenerationSpec(text="x", adapter="only")))
+        )
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        [violation] = details["BadRequest"].field_violations
+        assert violation.field == "mode"
+        assert "keeps no merged weights; adapter only" in violation.description
+
+
+async def test_a_pinned_name_that_comes_to_be_merged_only_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig(tmp_path) as toy:
+        await toy.upload("a")
+        await toy.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="a", pinned=True))
+        assert toy.engine.stats().pinned
+        lowered_by(monkeypatch, only_merged)
+        await toy.upload("a", 1, replace=True)
+        await toy.server._pins.follow()
+        assert not toy.engine.stats().pinned
+        answered = await answer(toy, adapter="a")
+        assert answered.started.adapter.mode == ADAPTER_MODE_MERGED
