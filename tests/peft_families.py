@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import peft
 import torch
+from peft.tuners.lora import layer as peft_layer
+from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
-from peft_adapters import Oracle, attention, everything, load_plain
+from peft_adapters import Oracle, attention, everything, load_plain, save_adapter
 
 Randomize = Callable[[str, Tensor], None]
 """Fills a parameter, by name, so that the adapter does something."""
@@ -31,6 +34,13 @@ class Family:
     """Of the model in a directory, into a directory, with a seed."""
     oracle: Callable[[Path, Path], Oracle]
     """The model, and the saved adapter."""
+    invocation: tuple[int, ...] = ()
+    """What must stand in a prompt for the adapter to be applied."""
+
+    def prompt(self, tokens: list[int]) -> list[int]:
+        """The prompt with the invocation in its middle."""
+        middle = len(tokens) // 2
+        return [*tokens[:middle], *self.invocation, *tokens[middle:]]
 
 
 class SlowOracle(Oracle):
@@ -190,6 +200,59 @@ def _prompt(kind: type, **fields: Any) -> Callable[[str], peft.PeftConfig]:
     return lambda a: kind(task_type="CAUSAL_LM", num_virtual_tokens=5, **fields)
 
 
+def lora(oracle: type[Oracle] = Oracle, **fields: Any) -> Family:
+    """LoRA with the fields; on q and v if they name no targets."""
+
+    def save(model: Path, directory: Path, seed: int) -> Path:
+        base = load_plain(model)
+        targets = {"target_modules": attention(base.config.model_type)}
+        more = {"r": 4, "lora_alpha": 6, **targets, **fields}
+        return save_adapter(base, directory, seed=seed, size=0.2, **more)
+
+    return Family(
+        save,
+        lambda model, adapter: oracle(load_plain(model), adapter),
+        tuple(fields.get("alora_invocation_tokens") or ()),
+    )
+
+
+def _pooled(made: Family) -> Family:
+    """QA-LoRA, which PEFT has for GPTQ's linears alone; this gives it to all."""
+    plain = peft_layer.Linear.resolve_lora_variant
+
+    def resolve(layer: Any, *, config: Any, **more: Any) -> Any:
+        return QALoraLinearVariant() if config.use_qalora else plain(layer, config=config, **more)
+
+    def patched(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with patch.object(peft_layer.Linear, "resolve_lora_variant", resolve):
+                return call(*args)
+
+        return run
+
+    return replace(made, save=patched(made.save), oracle=patched(made.oracle))
+
+
+LORAS: Mapping[str, Family] = {
+    "lora": lora(),
+    "lora-rs-bias": lora(use_rslora=True, bias="lora_only", lora_bias=True),
+    "lora-embedding": lora(target_modules=["embed_tokens", "q_proj", "wte"]),
+    "lora-head": lora(target_modules=["lm_head"]),
+    "lora-whole": lora(modules_to_save=["norm", "lm_head"]),
+    "lora-tokens": lora(trainable_token_indices=[7, 250, 3]),
+    "dora": lora(use_dora=True, target_modules=r".*(q_proj|down_proj|c_attn)"),
+    "alora": lora(SlowOracle, alora_invocation_tokens=[301, 302]),
+    "qalora": _pooled(
+        lora(use_qalora=True, qalora_group_size=16, target_modules=["q_proj", "down_proj"])
+    ),
+    "trainable-tokens": family(
+        lambda a: peft.TrainableTokensConfig(
+            token_indices=[9, 40], target_modules=["wte" if a == "gpt2" else "embed_tokens"]
+        ),
+        around(),
+    ),
+}
+"""LoRA and what goes by its name."""
 FAMILIES: Mapping[str, Family] = {
     "adalora": family(
         lambda a: peft.AdaLoraConfig(
@@ -282,5 +345,6 @@ FAMILIES: Mapping[str, Family] = {
 NOT_GPT2 = (
     *("prefix-tuning", "prefix-projection"),  # the tiny config has heads that GPT-2 does not know
     *("loha", "lokr", "lokr-both", "lokr-whole", "beft"),  # PEFT has no Conv1D of these
+    *("lora-whole", "qalora"),
 )
 """Those that PEFT cannot make, or not ask, of the tiny GPT-2."""
