@@ -20,7 +20,7 @@ from adaplex.model import attention
 from adaplex.model.decode_steps import decode_steps
 from adaplex.model.kernels import reference
 from adaplex.model.kernels.low_rank import LowRankKernel, NativeLowRank, ReferenceLowRank
-from adaplex.model.kernels.triton_low_rank import TritonLowRank
+from adaplex.model.kernels.triton_rows import TritonLowRank
 from adaplex.model.loader import load_base
 from adaplex.model.runner import ModelRunner
 
@@ -40,6 +40,7 @@ class Rig:
         native: bool = True,
         saved: Path | None = None,
         triton: bool = False,
+        group_size: int = 32,
         num_blocks: int = 2048,
         arena_bytes: int = ARENA,
     ) -> None:
@@ -47,6 +48,7 @@ class Rig:
         self.base = load_base(
             str(model),
             quantization=quantization,
+            group_size=group_size,
             dtype=dtype,
             native=native and not triton,
             saved=saved,
@@ -70,7 +72,7 @@ class Rig:
     def _low_rank(self, *, triton: bool) -> LowRankKernel:
         """Triton's kernel, the one in C, or the reference."""
         if triton:
-            return TritonLowRank(len(self.base.spec.modules), self.base.device)
+            return TritonLowRank(self.base.spec.modules, self.base.device)
         if self.base.kernels is not None:
             return NativeLowRank(self.base.kernels)
         return ReferenceLowRank()

@@ -148,7 +148,7 @@ def test_a_machine_without_a_compiler_gets_the_reference(
     cpu = torch.device("cpu")
     kernels = native_kernels(torch.float32, cpu, cache=tmp_path, progress=told.append)
     assert kernels is None
-    assert isinstance(low_rank_kernel(kernels, cpu, modules=1), ReferenceLowRank)
+    assert isinstance(low_rank_kernel(kernels, cpu, {}), ReferenceLowRank)
     assert len(told) == 1
     assert "C compiler" in told[0]
 

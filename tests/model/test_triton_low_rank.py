@@ -3,13 +3,14 @@ interpreted on a CPU."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
+from adaplex.adapters.program import BaseModule
+from adaplex.model.kernels.launches import Launches
 from adaplex.model.kernels.low_rank import (
     AdapterWeights,
     ReferenceLowRank,
@@ -19,16 +20,20 @@ from adaplex.model.kernels.low_rank import (
     TiledLowRank,
     low_rank_kernel,
 )
-from adaplex.model.kernels.triton_low_rank import TritonLowRank
+from adaplex.model.kernels.triton_rows import TritonLowRank
+from adaplex.model.linear import DenseLinear
+from mixes import MIXES, ROWS, spans_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {"up": (576, 1536), "down": (1536, 576), "key": (576, 192), "odd": (37, 21), "no": (8, 8)}
 """Module -> (in, out)."""
 MODULES = {name: index for index, name in enumerate(SHAPES)}
+LINEARS = {name: BaseModule(name, "linear", *shape) for name, shape in SHAPES.items()}
 RANKS = (1, 3, 8, 16, 64, 17)
-ROWS = 25
 ALIGNED = 32
 """Elements between the starts of tensors."""
+BACKEND = DenseLinear(torch.zeros(8, 8), None)
+"""Of which nothing is asked here."""
 
 
 class Adapters:
@@ -63,31 +68,9 @@ class Adapters:
         return view.copy_(tensor)
 
 
-def mixes() -> dict[str, list[int | None]]:
-    """Name -> adapter of each row, None for base rows; one adapter's rows are neighbours."""
-    chance = random.Random(3)
-    zipf = sorted(min(int(1 / (1 - chance.random())) - 1, 5) for _ in range(ROWS - 1))
-    return {
-        "distinct": [None, *range(6)],
-        "identical": [None, *[4] * (ROWS - 1)],
-        "uniform": [*sorted(i % 5 for i in range(ROWS - 1)), None],
-        "skewed": [4] * 18 + [None] * 2 + [0, 1, 1, 2, 5],
-        "zipf": [*zipf, None],
-    }
-
-
 def spans(mix: Sequence[int | None], adapters: Adapters) -> list[Span]:
     """The spans of a mix, in the order of their rows."""
-    made: list[Span] = []
-    for row, used in enumerate(mix):
-        if used is None:
-            continue
-        weights = adapters.weights[used]
-        if made and made[-1].stop == row and made[-1].weights is weights:
-            made[-1] = Span(made[-1].start, row + 1, weights)
-        else:
-            made.append(Span(row, row + 1, weights))
-    return made
+    return spans_of(mix, adapters.weights)
 
 
 def rows(module: str, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -98,11 +81,11 @@ def rows(module: str, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mix", sorted(mixes()))
+@pytest.mark.parametrize("mix", sorted(MIXES))
 def test_equals_the_reference_and_leaves_base_rows_alone(mix: str, dtype: torch.dtype) -> None:
-    adapters, chosen = Adapters(dtype), mixes()[mix]
+    adapters, chosen = Adapters(dtype), MIXES[mix]
     used = spans(chosen, adapters)
-    fast = TritonLowRank(len(MODULES), DEVICE).plan(used, MODULES)
+    fast = TritonLowRank(LINEARS, DEVICE).plan(used, MODULES)
     slow = ReferenceLowRank().plan(used, MODULES)
     for module in SHAPES:
         x, start = rows(module, len(chosen), dtype)
@@ -131,7 +114,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(module: str, dtype: torc
         if before:
             used.insert(0, Span(0, before, adapters.weights[4]))
         inputs = torch.cat([x[:before], x[start:stop]])
-        TritonLowRank(len(MODULES), DEVICE).plan(used, MODULES)(module, inputs, got)
+        TritonLowRank(LINEARS, DEVICE).plan(used, MODULES)(module, inputs, got)
         return got[before:]
 
     whole = run(0, ROWS)
@@ -146,7 +129,7 @@ def test_one_adapters_nan_stays_in_its_rows() -> None:
     poisoned.fill_(torch.nan)
     x, y = rows("up", 6, torch.bfloat16)
     used = [Span(0, 2, adapters.weights[2]), Span(2, 4, adapters.weights[1])]
-    TritonLowRank(len(MODULES), DEVICE).plan(used, MODULES)("up", x, y)
+    TritonLowRank(LINEARS, DEVICE).plan(used, MODULES)("up", x, y)
     assert bool(torch.isnan(y[2:4]).all())
     assert bool(torch.isfinite(y[[0, 1, 4, 5]]).all())
 
@@ -158,14 +141,16 @@ def test_rows_may_have_gaps_between_them() -> None:
     expected = y.clone()
     used = [Span(2, 9, adapters.weights[1])]
     ReferenceLowRank().plan(used, MODULES)("key", x, expected)
-    TritonLowRank(len(MODULES), DEVICE).plan(used, MODULES)("key", x, y)
+    # Of a base with a module more than the adapters know, as when costs are measured.
+    modules = {**LINEARS, "another": BaseModule("another", "linear", 8, 8)}
+    TritonLowRank(modules, DEVICE).plan(used, MODULES)("key", x, y)
     assert (y - expected).abs().max() < 1e-5
 
 
 def test_adapters_share_few_table_rows_in_turn() -> None:
     """Six adapters over a table of two, in an order that evicts what comes back."""
     adapters = Adapters(torch.float32)
-    kernel = TritonLowRank(len(MODULES), DEVICE, slots=2)
+    kernel = TritonLowRank(LINEARS, DEVICE, slots=2)
     for pair in [(0, 1), (2, 1), (0, 3), (3, 4), (5, 3), (1, 0)]:
         used = [Span(i, i + 1, adapters.weights[which]) for i, which in enumerate(pair)]
         x, y = rows("odd", 2, torch.float32)
@@ -175,21 +160,25 @@ def test_adapters_share_few_table_rows_in_turn() -> None:
         assert (y - expected).abs().max() < 1e-5
 
 
-def test_one_adder_serves_whatever_its_tiles_say() -> None:
+def test_one_step_serves_whatever_its_tiles_say() -> None:
     """The same call after the tiles, the table and the arena's bytes were changed in place."""
     adapters = Adapters(torch.float32)
-    kernel = TritonLowRank(len(MODULES), DEVICE, slots=3)
+    kernel = TritonLowRank(LINEARS, DEVICE, slots=3)
     tiles = torch.zeros(3, 8, dtype=torch.int64, device=DEVICE)
-    adder = kernel.adder(tiles, MODULES, max_rank=64)
+    launches = Launches.of(adapters.weights[0].table)
+    y = torch.zeros(8, SHAPES["down"][1], device=DEVICE)
+    made = kernel.rows(tiles, launches, max_rank=64, product=lambda *_: y)
 
     def check(mix: list[int | None]) -> None:
         used = spans(mix, adapters)
-        made = kernel.tiles(used)
-        tiles.copy_(torch.tensor([*made, *[Tile.none()] * (8 - len(made))]).T)
-        x, y = rows("down", 8, torch.float32)
-        expected = y.clone()
+        found = kernel.tiles(used)
+        assert kernel.launches(used) in launches
+        tiles.copy_(torch.tensor([*found, *[Tile.none()] * (8 - len(found))]).T)
+        x, start = rows("down", 8, torch.float32)
+        expected = start.clone()
         ReferenceLowRank().plan(used, MODULES)("down", x, expected)
-        adder("down", x, y)
+        y.copy_(start)
+        assert made.linear("down", BACKEND, x) is y
         assert (y - expected).abs().max() < 1e-4
 
     check([0, None, 1, 1, 1, 2, None, None])
@@ -201,6 +190,6 @@ def test_one_adder_serves_whatever_its_tiles_say() -> None:
 
 
 def test_cuda_devices_get_triton() -> None:
-    made = low_rank_kernel(None, DEVICE, modules=2)
+    made = low_rank_kernel(None, DEVICE, LINEARS)
     assert isinstance(made, TritonLowRank) == isinstance(made, TiledLowRank)
     assert isinstance(made, TritonLowRank) == (DEVICE.type == "cuda")

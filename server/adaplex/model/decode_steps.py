@@ -3,13 +3,15 @@
 A step of a shape is a function of nothing but the shape's buffer, the KV cache, the arena and the
 table of the low-rank kernel, all of which keep their addresses. Rows and block tables are rounded
 up to powers of two, so there are few shapes. Which adapter a row has is a number in the buffer:
-adapters may change between replays.
+adapters may change between replays. Kernels are launched where any adapter so far had something, so
+that a replay is made anew only when one comes that touches another module, or in another way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from torch import Tensor
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode
+from adaplex.model.forward import runs_of
+from adaplex.model.kernels.launches import Launches
 from adaplex.model.kernels.low_rank import (
     AdapterWeights,
     LowRankKernel,
@@ -26,7 +30,6 @@ from adaplex.model.kernels.low_rank import (
 )
 from adaplex.model.kernels.reference import PARTITION
 from adaplex.model.loader import BaseModel
-from adaplex.model.segments import SegmentRows
 from adaplex.model.step import AdapterRows, AttentionGroup, BaseRows
 
 Replay = Callable[[], Tensor]
@@ -42,13 +45,22 @@ def eager(step: Replay) -> Replay:
     return step
 
 
+class Adapters(Enum):
+    """What the adapters of a batch do."""
+
+    NOTHING = auto()
+    PLAIN = auto()
+    """Low-rank deltas at linears."""
+    ANYTHING = auto()
+
+
 @dataclass(frozen=True)
 class Shape:
-    """What a replay fixes: rows, blocks in a row's table, and whether any row has an adapter."""
+    """What a replay fixes: rows, blocks in a row's table, and what adapters may do."""
 
     rows: int
     blocks: int
-    adapters: bool
+    adapters: Adapters
 
 
 class StepInputs:
@@ -104,15 +116,16 @@ class DecodeSteps:
         """`max_rank` bounds the adapters that are served; those above it take the other path."""
         self._base = base
         self._low_rank = low_rank
-        self._modules = {name: index for index, name in enumerate(base.spec.modules)}
         self._block_tokens = block_tokens
         self._max_rank = max_rank
         self._capture = capture
-        self._replays: dict[Shape, tuple[StepInputs, Replay]] = {}
+        self._launches = {adapters: Launches() for adapters in Adapters}
+        """Where adapters of batches so far had something."""
+        self._replays: dict[Shape, _Step] = {}
 
     def forward(self, batch: Batch, weights: Weights) -> Tensor | None:
         """fp32 logits [rows, vocabulary]; None for a batch that needs the runner's other path:
-        prompts, merged adapters, biases, ranks above the limit.
+        prompts, merged adapters, ranks above the limit.
         """
         chunks = batch.chunks
         if not chunks or not all(c.count == 1 and c.samples for c in chunks):
@@ -124,24 +137,30 @@ class DecodeSteps:
         shape = Shape(
             rows=_power_of_two(len(chunks)),
             blocks=_power_of_two(-(-max(tokens, PARTITION) // self._block_tokens)),
-            adapters=bool(spans),
+            adapters=_do(spans),
         )
         tiles = self._low_rank.tiles(spans)
-        found = self._replays.get(shape)
-        if found is None:
-            inputs = StepInputs(shape, self._base.device)
-            found = self._replays[shape] = inputs, self._capture(self._step(inputs, shape))
-        inputs, replay = found
-        inputs.fill(chunks, tiles, self._block_tokens)
-        return replay()[: len(chunks)].float()
+        made = self._made(shape, self._low_rank.launches(spans))
+        made.inputs.fill(chunks, tiles, self._block_tokens)
+        return made.replay()[: len(chunks)].float()
 
-    def _step(self, inputs: StepInputs, shape: Shape) -> Replay:
+    def _made(self, shape: Shape, needed: Launches) -> _Step:
+        """The step of a shape that launches what is needed, if not more."""
+        made = self._replays.get(shape)
+        if made is None or needed not in made.launches:
+            launches = self._launches[shape.adapters] | needed
+            self._launches[shape.adapters] = launches
+            inputs = StepInputs(shape, self._base.device) if made is None else made.inputs
+            replay = self._capture(self._step(inputs, shape, launches))
+            made = self._replays[shape] = _Step(inputs, launches, replay)
+        return made
+
+    def _step(self, inputs: StepInputs, shape: Shape, launches: Launches) -> Replay:
         """The step of a shape."""
         base, step = self._base, self._base.step
         adapters: AdapterRows = BaseRows()
-        if shape.adapters:
-            add = self._low_rank.adder(inputs.tiles, self._modules, max_rank=self._max_rank)
-            adapters = SegmentRows((), add)
+        if shape.adapters is not Adapters.NOTHING:
+            adapters = self._low_rank.rows(inputs.tiles, launches, max_rank=self._max_rank)
         group = AttentionGroup(0, inputs.tables, inputs.positions[:, None])
         every_row = torch.arange(shape.rows, device=base.device)
 
@@ -160,22 +179,35 @@ class DecodeSteps:
         return run
 
     def _spans(self, chunks: Sequence[Chunk], weights: Weights) -> list[Span] | None:
-        """Rows by adapter; None when an adapter is no plain low-rank delta within the limit."""
+        """Rows by adapter; None when an adapter is merged or has a rank above the limit."""
         spans: list[Span] = []
-        for row, chunk in enumerate(chunks):
-            adapter = chunk.sequence.adapter
+        for adapter, start, stop in runs_of(chunks, [1] * len(chunks)):
             if adapter is None:
                 continue
             if adapter.mode is AdapterMode.MERGED:
                 return None
             found = weights(adapter.digest)
-            if not found.plain or found.max_rank > self._max_rank:
+            if found.max_rank > self._max_rank:
                 return None
-            if spans and spans[-1].stop == row and spans[-1].weights is found:
-                spans[-1] = Span(spans[-1].start, row + 1, found)
-            else:
-                spans.append(Span(row, row + 1, found))
+            spans.append(Span(start, stop, found))
         return spans
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is kept of a shape."""
+
+    inputs: StepInputs
+    launches: Launches
+    replay: Replay
+
+
+def _do(spans: Sequence[Span]) -> Adapters:
+    """What the adapters of these spans do."""
+    if not spans:
+        return Adapters.NOTHING
+    plain = all(span.weights.plain for span in spans)
+    return Adapters.PLAIN if plain else Adapters.ANYTHING
 
 
 def decode_steps(

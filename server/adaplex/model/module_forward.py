@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -14,7 +15,7 @@ from adaplex.engine.request import AdapterMode
 from adaplex.engine.sequence import VIRTUAL
 from adaplex.model.decode_steps import DecodeSteps
 from adaplex.model.forward import runs_of
-from adaplex.model.kernels.low_rank import AdapterWeights, LowRankKernel, Span
+from adaplex.model.kernels.low_rank import AdapterWeights, LowRankKernel, Span, TiledLowRank
 from adaplex.model.kernels.reference import padded_rows
 from adaplex.model.kv_cache import KVCache
 from adaplex.model.linear import LinearBackend
@@ -121,8 +122,7 @@ class ModuleForward:
         One that has all rows gets the padding too, up to row `padded`. `virtual` has the rows of
         positions before the prompt, and which they are.
         """
-        spans: list[Span] = []
-        segments: list[Segment] = []
+        changes: list[_Change] = []
         rows = sum(counts)
         for adapter, start, end in runs_of(chunks, counts):
             if adapter is None:
@@ -134,16 +134,48 @@ class ModuleForward:
                 weights, linears = merged.rest, merged.linears
             else:
                 weights = self._weights(adapter.digest)
-                spans.append(Span(start, stop, weights))
-            if linears or not weights.plain:
-                leading = tuple(
-                    (row, virtual[row] - weights.prefix_tokens)
-                    for row in range(start, end)
-                    if row in virtual
-                )
-                segments.append(Segment(start, stop, weights.sites, linears, leading))
-        if not spans and not segments:
+            leading = tuple(
+                (row, virtual[row] - weights.prefix_tokens)
+                for row in range(start, end)
+                if row in virtual
+            )
+            changes.append(_Change(Span(start, stop, weights), linears, leading))
+        if not changes:
             return BaseRows()
+        if isinstance(self._low_rank, TiledLowRank):
+            return self._tiled_rows(self._low_rank, changes, padded)
+        segments = [c.segment for c in changes if c.linears or not c.span.weights.plain]
+        spans = [c.span for c in changes if not c.linears]
         if not spans:
             return SegmentRows(segments)
         return SegmentRows(segments, self._low_rank.plan(spans, self._modules))
+
+    def _tiled_rows(self, kernels: TiledLowRank, changes: Seq[_Change], padded: int) -> AdapterRows:
+        """By kernels alone but for the products of merged weights."""
+        device, spans = self._base.device, [c.span for c in changes]
+        tiles = torch.tensor(kernels.tiles(spans), device=device).T.contiguous()
+        leading = dict(pair for c in changes for pair in c.leading)
+        virtual = [leading.get(row, -1) for row in range(padded)]
+        merged = SegmentRows([c.segment for c in changes if c.linears])
+        return kernels.rows(
+            tiles,
+            kernels.launches(spans),
+            max_rank=max(span.weights.max_rank for span in spans),
+            virtual=torch.tensor(virtual, device=device) if leading else None,
+            product=merged.product,
+        )
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What an adapter does to its rows, as in Segment."""
+
+    span: Span
+    linears: Mapping[str, LinearBackend]
+    leading: tuple[tuple[int, int], ...]
+
+    @property
+    def segment(self) -> Segment:
+        """For torch."""
+        span = self.span
+        return Segment(span.start, span.stop, span.weights.sites, self.linears, self.leading)

@@ -63,9 +63,7 @@ class ModelRunner:
             dtype=base.dtype,
             device=base.device,
         )
-        self._low_rank = low_rank or low_rank_kernel(
-            base.kernels, base.device, modules=len(self._modules)
-        )
+        self._low_rank = low_rank or low_rank_kernel(base.kernels, base.device, base.spec.modules)
         modules = ModuleForward(
             base,
             cache,

@@ -75,14 +75,10 @@ class SegmentRows:
     any: bool = True
 
     def linear(self, name: str, backend: LinearBackend, x: Tensor) -> Tensor:
-        """See AdapterRows. One merged adapter for all rows skips the base."""
-        if self.segments and self.segments[0].covers(x.shape[0]):
-            dense = self.segments[0].merged.get(name)
-            if dense is not None:
-                return dense(x)
+        """See AdapterRows."""
         here = [(s.rows, s.sites[name]) for s in self.segments if name in s.sites]
         x = _scaled(x, here)
-        y = backend(x)
+        y = self.product(name, backend, x)
         for rows, site in here:
             if site.weight is not None:
                 y[rows] = linear_rows(x[rows], site.weight[: backend.out_features])
@@ -99,6 +95,17 @@ class SegmentRows:
         for rows, site in here:
             if site.bias is not None:
                 y[rows] += site.bias
+        return y
+
+    def product(self, name: str, backend: LinearBackend, x: Tensor) -> Tensor:
+        """See Product: of merged weights in the rows that have some. One merged adapter for all
+        rows skips the base.
+        """
+        if self.segments and self.segments[0].covers(x.shape[0]):
+            dense = self.segments[0].merged.get(name)
+            if dense is not None:
+                return dense(x)
+        y = backend(x)
         for segment in self.segments:
             if (dense := segment.merged.get(name)) is not None:
                 y[segment.rows] = dense(x[segment.rows])

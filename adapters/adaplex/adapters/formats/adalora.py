@@ -59,7 +59,7 @@ class AdaLora:
 
     family = "adalora"
     semantic_fields = USED
-    about = FormatRow("AdaLoRA", "low-rank, bias, replaced weights")
+    about = FormatRow("AdaLoRA", ("low-rank", "bias", "replaced weight"))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

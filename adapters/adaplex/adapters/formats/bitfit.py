@@ -32,7 +32,7 @@ class BitFit:
 
     family = "bitfit"
     semantic_fields = frozenset(["peft_type"])
-    about = FormatRow("BitFit", "bias")
+    about = FormatRow("BitFit", ("bias",))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
@@ -49,7 +49,7 @@ class Beft:
 
     family = "beft"
     semantic_fields = frozenset(["peft_type", "target_modules", "modules_to_save"])
-    about = FormatRow("BEFT", "bias, replaced weights")
+    about = FormatRow("BEFT", ("bias", "replaced weight"))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

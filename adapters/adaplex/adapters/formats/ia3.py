@@ -26,7 +26,7 @@ class IA3:
 
     family = "ia3"
     semantic_fields = USED
-    about = FormatRow("IA3", "input scale, output scale, replaced weights")
+    about = FormatRow("IA3", ("input scale", "output scale", "replaced weight"))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

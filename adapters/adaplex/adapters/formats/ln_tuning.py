@@ -26,7 +26,7 @@ class LNTuning:
 
     family = "ln-tuning"
     semantic_fields = USED
-    about = FormatRow("LN tuning", "replaced weights, bias")
+    about = FormatRow("LN tuning", ("replaced weight", "bias"))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

@@ -42,7 +42,7 @@ class Loha:
 
     family = "loha"
     semantic_fields = USED
-    about = FormatRow("LoHa", "low-rank, replaced weights", "convolutions")
+    about = FormatRow("LoHa", ("low-rank", "replaced weight"), "convolutions")
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

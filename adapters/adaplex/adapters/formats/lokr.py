@@ -43,7 +43,7 @@ class Lokr:
 
     family = "lokr"
     semantic_fields = USED
-    about = FormatRow("LoKr", "low-rank, replaced weights", "convolutions")
+    about = FormatRow("LoKr", ("low-rank", "replaced weight"), "convolutions")
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

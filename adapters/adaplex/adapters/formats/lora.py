@@ -44,7 +44,7 @@ class Lora:
     about = FormatRow(
         "LoRA, rsLoRA, QLoRA, DoRA, QA-LoRA, activated LoRA; on linears, embeddings, output layers "
         "and experts; modules_to_save, trainable tokens",
-        "low-rank, output scale, bias, replaced weights, replaced rows",
+        ("low-rank", "output scale", "bias", "replaced weight", "replaced rows"),
         "initialisers that change the base, replicated layers, Arrow, KaSA, MonteCLoRA, VeLoRA, "
         "BD-LoRA, Megatron",
     )

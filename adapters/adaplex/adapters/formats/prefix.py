@@ -30,7 +30,9 @@ class PrefixTuning:
 
     family = "prefix-tuning"
     semantic_fields = USED
-    about = FormatRow("prefix tuning", "KV prefix, replaced weights", "layers of different shapes")
+    about = FormatRow(
+        "prefix tuning", ("KV prefix", "replaced weight"), "layers of different shapes"
+    )
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

@@ -27,7 +27,7 @@ TOKENS = "prompt_embeddings"
 MODULES = "base_model."
 """Prefix of a module's keys: prompt learning wraps no model."""
 USED = frozenset(["peft_type", "modules_to_save"])
-SERVED = "virtual tokens, replaced weights"
+SERVED = ("virtual tokens", "replaced weight")
 EMBEDDING = "an embedding trained as a whole, which PEFT does not use beside virtual tokens"
 COLS, ROWS = "prefix_task_cols", "prefix_task_rows"
 LEARNED = frozenset(

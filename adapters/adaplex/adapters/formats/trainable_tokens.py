@@ -41,7 +41,7 @@ class TrainableTokens:
 
     family = "trainable-tokens"
     semantic_fields = frozenset(["peft_type", "target_modules", "token_indices"])
-    about = FormatRow("Trainable tokens", "replaced rows")
+    about = FormatRow("Trainable tokens", ("replaced rows",))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

@@ -48,7 +48,7 @@ class Vera:
 
     family = "vera"
     semantic_fields = USED
-    about = FormatRow("VeRA", "low-rank, bias, replaced weights")
+    about = FormatRow("VeRA", ("low-rank", "bias", "replaced weight"))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

@@ -16,13 +16,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaplex.adapters.program import Activation, Reads
+from adaplex.adapters.program import Activation, BaseModule, Reads
 from adaplex.model.kernels import reference
+from adaplex.model.kernels.launches import Launches
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kernels.native.structs import SITE_FIELDS
+from adaplex.model.linear import LinearBackend
+from adaplex.model.step import AdapterRows
 
 AddLowRank = Callable[[str, Tensor, Tensor], None]
 """(module, x [rows, in], y [rows, out]): adds every span's delta to y, in place."""
+
+
+Product = Callable[[str, LinearBackend, Tensor], Tensor]
+"""(module, the base's linear, x [rows, in]) -> [rows, out] to which adapters do the rest."""
+
+
+def base_product(_module: str, backend: LinearBackend, x: Tensor) -> Tensor:
+    """The base's own product."""
+    return backend(x)
 
 
 @dataclass
@@ -124,17 +136,32 @@ class Tile(NamedTuple):
 
 @runtime_checkable
 class TiledLowRank(LowRankKernel, Protocol):
-    """A kernel that reads on the device which rows have which adapter, so that one launch can be
-    replayed for others."""
+    """Kernels for everything that adapters do, which read on the device which rows have which, so
+    that one launch can be replayed for others."""
 
     def tiles(self, spans: Sequence[Span]) -> list[Tile]:
         """The tiles of a step, at most one a row; their adapters are in the table from now on."""
         ...
 
-    def adder(self, tiles: Tensor, modules: Mapping[str, int], *, max_rank: int) -> AddLowRank:
-        """Adds by what `tiles` [3, tiles] int64 says when it runs; each column is a Tile.
+    def launches(self, spans: Sequence[Span]) -> Launches:
+        """What a step needs whose tiles were made."""
+        ...
 
-        No adapter in it may have a rank above `max_rank`.
+    def rows(
+        self,
+        tiles: Tensor,
+        launches: Launches,
+        *,
+        max_rank: int,
+        virtual: Tensor | None = None,
+        product: Product = base_product,
+    ) -> AdapterRows:
+        """What adapters do by what `tiles` [3, tiles] int64 says when it runs; each column is a
+        Tile.
+
+        No adapter in it may need more than `launches`, or have a rank above `max_rank`. `virtual`
+        [rows] int64 tells which virtual token a row is, -1 for none. `product` does what the base
+        does at a linear.
         """
         ...
 
@@ -193,12 +220,12 @@ class NativeLowRank:
 
 
 def low_rank_kernel(
-    kernels: NativeKernels | None, device: torch.device, *, modules: int
+    kernels: NativeKernels | None, device: torch.device, modules: Mapping[str, BaseModule]
 ) -> LowRankKernel:
-    """The fastest kernel that works here. `modules` counts those of the base."""
+    """The fastest kernel that works here. `modules` are those of the base."""
     if device.type == "cuda":
         # Imported here, since only torch for CUDA brings Triton along.
-        from adaplex.model.kernels.triton_low_rank import TritonLowRank
+        from adaplex.model.kernels.triton_rows import TritonLowRank
 
         return TritonLowRank(modules, device)
     return ReferenceLowRank() if kernels is None else NativeLowRank(kernels)

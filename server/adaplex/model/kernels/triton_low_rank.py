@@ -1,30 +1,31 @@
-"""Grouped low-rank deltas in Triton, over the places and ranks of what lies in the arena.
+"""Grouped low-rank deltas and bottlenecks in Triton, over the places and ranks of what lies in the
+arena; with them go the scales and biases of outputs.
 
-A step's rows are cut into tiles of up to TILE rows of one adapter, whether they decode or belong to
-a prompt. The input is cut into splits of a fixed size: `_shrink` writes the partial a x of each,
-`_expand` adds them in order and multiplies by b. No atomics, and a row's arithmetic depends on the
-row and its adapter alone.
-
-What differs between steps lies in tensors on the device: the table of resident adapters, which
-keeps its place while they come and go, and the tiles. So a captured launch can be replayed with
-other adapters.
+The input is cut into splits of a fixed size: `_shrink` writes the partial a x of each, `_expand`
+adds them in order and multiplies by b. No atomics, and a row's arithmetic depends on the row and
+its adapter alone. See triton_table for rows and tiles.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaplex.adapters.limits import ALIGNMENT
-from adaplex.model.kernels.low_rank import AdapterWeights, AddLowRank, Span, Tile
-from adaplex.model.kernels.triton_dot import LEAST, dot_type
+from adaplex.adapters.program import Activation, Reads
+from adaplex.model.kernels.native.structs import ACTIVATIONS, READS, SITE_FIELDS
+from adaplex.model.kernels.triton_dot import dot_type
+from adaplex.model.kernels.triton_table import (
+    FIELDS,
+    RANKS,
+    TILE,
+    Shared,
+    elements,
+    tile_rows,
+    vector,
+)
 
-TILE = LEAST
-"""Rows of one adapter in one product."""
 SPLIT = 1024
 """Inputs that one program of `_shrink` sums, at most."""
 BLOCK_IN = 128
@@ -32,107 +33,110 @@ BLOCK_IN = 128
 BLOCK_OUT = 128
 """Outputs of one program of `_expand`."""
 
-
-class TritonLowRank:
-    """The kernel of CUDA devices; runs on the CPU under TRITON_INTERPRET=1."""
-
-    def __init__(self, modules: int, device: torch.device, *, slots: int = 1024) -> None:
-        """`modules` counts those of the base; `slots` bounds the different adapters of a step."""
-        self._table = torch.zeros(slots, modules, 3, dtype=torch.int64, device=device)
-        """[slots, modules, 3]: a, b and rank of AdapterWeights.table, of the adapters used last."""
-        self._slots: dict[int, tuple[int, AdapterWeights]] = {}
-        """Table rows by identity, least recently used first. Holding the weights keeps an identity
-        from being given to others."""
-
-    def plan(self, spans: Sequence[Span], modules: Mapping[str, int]) -> AddLowRank:
-        """See LowRankKernel."""
-        used = {i for span in spans for i in span.weights.table[:, 2].nonzero()[0].tolist()}
-        tiles = torch.tensor(self.tiles(spans), device=self._table.device).T.contiguous()
-        add_all = self.adder(tiles, modules, max_rank=max(span.weights.max_rank for span in spans))
-
-        def add(module: str, x: Tensor, y: Tensor) -> None:
-            if modules[module] in used:
-                add_all(module, x, y)
-
-        return add
-
-    def tiles(self, spans: Sequence[Span]) -> list[Tile]:
-        """See TiledLowRank."""
-        found = self._rows_of({id(span.weights): span.weights for span in spans})
-        return [
-            Tile(found[id(span.weights)], start, min(TILE, span.stop - start))
-            for span in spans
-            for start in range(span.start, span.stop, TILE)
-        ]
-
-    def adder(self, tiles: Tensor, modules: Mapping[str, int], *, max_rank: int) -> AddLowRank:
-        """See TiledLowRank."""
-
-        def add(module: str, x: Tensor, y: Tensor) -> None:
-            assert x.stride(1) == y.stride(1) == 1
-            assert x.dtype == y.dtype
-            rows, width, count = x.shape[0], x.shape[1], tiles.shape[1]
-            splits = triton.cdiv(width, SPLIT)
-            split = min(SPLIT, triton.cdiv(width, BLOCK_IN) * BLOCK_IN)
-            parts = x.new_empty(splits, rows, max_rank, dtype=torch.float32)
-            shared = (self._table, self._table.stride(0), modules[module], tiles)
-            types = {"TILE": TILE, "RANKS": LEAST, "ALIGNMENT": ALIGNMENT, "DOT": dot_type(x)}
-            _shrink[(count, splits)](
-                *(*shared, x, x.stride(0), width, parts, rows, max_rank),
-                *(split, BLOCK_IN),
-                **types,
-            )
-            _expand[(count, triton.cdiv(y.shape[1], BLOCK_OUT))](
-                *(*shared, y, y.stride(0), y.shape[1], parts, rows, max_rank),
-                *(splits, BLOCK_OUT),
-                **types,
-            )
-
-        return add
-
-    def _rows_of(self, wanted: Mapping[int, AdapterWeights]) -> dict[int, int]:
-        """Identity -> table row; adapters that no longer are wanted make room for new ones."""
-        slots, table = self._slots, self._table
-        assert len(wanted) <= len(table)
-        for key in wanted.keys() & slots.keys():
-            slots[key] = slots.pop(key)
-        for key in wanted.keys() - slots.keys():
-            # Kernels read vectors of this alignment.
-            assert not (wanted[key].table[:, :2] % ALIGNMENT).any()
-            row = len(slots) if len(slots) < len(table) else slots.pop(next(iter(slots)))[0]
-            table[row].copy_(torch.from_numpy(wanted[key].table[:, :3]))
-            slots[key] = row, wanted[key]
-        return {key: slots[key][0] for key in wanted}
+A, B, RANK, BIAS, OUTPUT_SCALE, INNER, SHAPE = (
+    tl.constexpr(SITE_FIELDS.index(name))
+    for name in ("a", "b", "rank", "bias", "output_scale", "inner", "shape")
+)
+SUM, INPUT, RESIDUAL = (
+    tl.constexpr(READS.index(reads)) for reads in (Reads.SUM, Reads.INPUT, Reads.RESIDUAL)
+)
+RELU, GELU, GELU_TANH, SILU, TANH, SIGMOID, LEAKY_RELU = (
+    tl.constexpr(ACTIVATIONS.index(activation))
+    for activation in Activation
+    if activation is not Activation.IDENTITY
+)
 
 
-@triton.jit(do_not_specialize=["module", "rows", "max_rank"])
+def shrink(
+    shared: Shared,
+    x: Tensor,
+    *,
+    max_rank: int,
+    around: tuple[Tensor, Tensor] | None = None,
+    share: int = 0,
+    shares: int = 1,
+) -> Tensor:
+    """a x for every tile, as fp32 parts [splits, rows, max_rank] to be added up.
+
+    x [rows, in]. `around` has the input of a block and the residual stream, which a bottleneck may
+    read instead of the output x. Of `shares` that divide every rank, only `share` is used.
+    """
+    rows, width = x.shape
+    entered, residual = (x, x) if around is None else around
+    assert x.stride(1) == 1
+    assert around is None or x.is_contiguous()
+    assert entered.stride() == residual.stride() == x.stride()
+    split = min(SPLIT, triton.cdiv(width, BLOCK_IN) * BLOCK_IN)
+    splits = triton.cdiv(width, SPLIT)
+    parts = x.new_empty(splits, rows, max_rank, dtype=torch.float32)
+    _shrink[(shared[3].shape[1], splits)](
+        *(*shared, x, entered, residual, x.stride(0), width, parts, rows, max_rank, share),
+        *(shares, around is not None, split, BLOCK_IN, dot_type(x)),
+    )
+    return parts
+
+
+def expand(
+    shared: Shared,
+    parts: Tensor,
+    y: Tensor,
+    *,
+    block: bool = False,
+    share: int = 0,
+    shares: int = 1,
+) -> None:
+    """y = output_scale * y + b (sum of parts) + bias for every tile, in place; y [rows, out].
+
+    At a `block` the sum goes through the bottleneck's inner bias and activation first.
+    """
+    assert y.stride(1) == 1
+    splits, rows, max_rank = parts.shape
+    _expand[(shared[3].shape[1], triton.cdiv(y.shape[1], BLOCK_OUT))](
+        *(*shared, y, y.stride(0), y.shape[1], parts, rows, max_rank, share),
+        *(shares, block, splits, BLOCK_OUT, dot_type(y)),
+    )
+
+
+def no_parts(x: Tensor) -> Tensor:
+    """What `expand` takes where no tile has a low-rank delta."""
+    return x.new_empty(1, len(x), 0, dtype=torch.float32)
+
+
+@triton.jit(do_not_specialize=["module", "rows", "max_rank", "share"])
 def _shrink(
     table,
     table_row,
     module,
     tiles,
     x,
+    entered,
+    residual,
     x_row,
     width,
     parts,
     rows,
     max_rank,
+    share,
+    SHARES: tl.constexpr,
+    BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
-    TILE: tl.constexpr,
-    RANKS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """parts [splits, rows, max_rank] = a x over one split of the inputs, for one tile."""
-    tile, count = tl.program_id(0), tl.num_programs(0)
-    slot = tl.load(tiles + tile)
+    slot = tl.load(tiles + tl.program_id(0))
     if slot >= 0:
-        site = table + slot * table_row + module * 3
-        a = tl.load(site).to(tl.pointer_type(x.dtype.element_ty))
-        a, rank = tl.multiple_of(a, ALIGNMENT), tl.load(site + 2)
-        row = tl.load(tiles + count + tile) + tl.arange(0, TILE)
-        live = tl.arange(0, TILE) < tl.load(tiles + 2 * count + tile)
+        site = table + slot * table_row + module * FIELDS
+        rank = tl.load(site + RANK) // SHARES
+        a = elements(site, A, x) + share * rank * width
+        row, live = tile_rows(tiles)
+        reads = tl.load(site + SHAPE) // 16
+        source = x
+        if BLOCK:
+            if reads == INPUT:
+                source = entered
+            if reads == RESIDUAL:
+                source = residual
         split = tl.program_id(1)
         first = 0
         while first < rank:
@@ -141,9 +145,13 @@ def _shrink(
             for offset in range(0, SPLIT, BLOCK_IN):
                 i = split * SPLIT + offset + tl.arange(0, BLOCK_IN)
                 inside = i < width
-                xs = x + row[:, None] * x_row + i[None, :]
+                at = row[:, None] * x_row + i[None, :]
+                wanted = live[:, None] & inside[None, :]
+                xs = tl.load(source + at, mask=wanted, other=0.0)
+                if BLOCK:
+                    added = tl.load(residual + at, mask=wanted & (reads == SUM), other=0.0)
+                    xs = (xs.to(tl.float32) + added.to(tl.float32)).to(x.dtype.element_ty)
                 a_s = a + r[None, :] * width + i[:, None]
-                xs = tl.load(xs, mask=live[:, None] & inside[None, :], other=0.0)
                 a_s = tl.load(a_s, mask=inside[:, None] & (r < rank)[None, :], other=0.0)
                 sums = tl.dot(xs.to(DOT), a_s.to(DOT), sums, input_precision="ieee")
             to = parts + (split * rows + row[:, None]) * max_rank + r[None, :]
@@ -151,7 +159,7 @@ def _shrink(
             first += RANKS
 
 
-@triton.jit(do_not_specialize=["module", "rows", "max_rank"])
+@triton.jit(do_not_specialize=["module", "rows", "max_rank", "share"])
 def _expand(
     table,
     table_row,
@@ -163,28 +171,26 @@ def _expand(
     parts,
     rows,
     max_rank,
+    share,
+    SHARES: tl.constexpr,
+    BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
-    TILE: tl.constexpr,
-    RANKS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """y += b (sum of parts), for one tile and BLOCK_OUT outputs.
+    """y = output_scale * y + b (sum of parts) + bias, for one tile and BLOCK_OUT outputs.
 
-    The sum is rounded to y's type before the product, as in the reference.
+    What b is multiplied by is rounded to y's type first, as in the reference.
     """
-    tile, count = tl.program_id(0), tl.num_programs(0)
-    slot = tl.load(tiles + tile)
+    slot = tl.load(tiles + tl.program_id(0))
     if slot >= 0:
-        site = table + slot * table_row + module * 3
-        b = tl.load(site + 1).to(tl.pointer_type(y.dtype.element_ty))
-        b, rank = tl.multiple_of(b, ALIGNMENT), tl.load(site + 2)
-        row = tl.load(tiles + count + tile) + tl.arange(0, TILE)
-        live = tl.arange(0, TILE) < tl.load(tiles + 2 * count + tile)
-        o = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-        if rank > 0:
+        site = table + slot * table_row + module * FIELDS
+        rank = tl.load(site + RANK) // SHARES
+        if (rank > 0) | (tl.load(site + BIAS) != 0) | (tl.load(site + OUTPUT_SCALE) != 0):
+            row, live = tile_rows(tiles)
+            o = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
             delta = tl.zeros((TILE, BLOCK_OUT), tl.float32)
+            b = elements(site, B, y) + share * rank * width
             first = 0
             while first < rank:
                 r = first + tl.arange(0, RANKS)
@@ -193,6 +199,9 @@ def _expand(
                 for split in range(0, SPLITS):
                     part = parts + (split * rows + row[:, None]) * max_rank + r[None, :]
                     h += tl.load(part, mask=wanted, other=0.0)
+                if BLOCK:
+                    h += vector(site, INNER, y, r, rank, 0.0)[None, :]
+                    h = _activated(h, tl.load(site + SHAPE) % 16)
                 inside = (r < rank)[:, None] & (o < width)[None, :]
                 bs = tl.load(b + r[:, None] * width + o[None, :], mask=inside, other=0.0)
                 h = h.to(y.dtype.element_ty).to(DOT)
@@ -200,5 +209,28 @@ def _expand(
                 first += RANKS
             ys = y + row[:, None] * y_row + o[None, :]
             inside = live[:, None] & (o < width)[None, :]
-            old = tl.load(ys, mask=inside, other=0.0).to(tl.float32)
-            tl.store(ys, (old + delta).to(y.dtype.element_ty), mask=inside)
+            new = tl.load(ys, mask=inside, other=0.0).to(tl.float32)
+            new = new * vector(site, OUTPUT_SCALE, y, o, width, 1.0)[None, :] + delta
+            new += vector(site, BIAS, y, o, width, 0.0)[None, :]
+            tl.store(ys, new.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _activated(h, activation):
+    """An activation by its number. tanh(x) = 2 sigmoid(2 x) - 1, which is right at both ends."""
+    if activation == RELU:
+        h = tl.maximum(h, 0.0)
+    elif activation == GELU:
+        h = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
+    elif activation == GELU_TANH:
+        # 0.5 (1 + tanh(z)) = sigmoid(2 z)
+        h = h * tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
+    elif activation == SILU:
+        h = h * tl.sigmoid(h)
+    elif activation == TANH:
+        h = 2.0 * tl.sigmoid(2.0 * h) - 1.0
+    elif activation == SIGMOID:
+        h = tl.sigmoid(h)
+    elif activation == LEAKY_RELU:
+        h = tl.where(h < 0.0, 0.01 * h, h)
+    return h

@@ -1,0 +1,165 @@
+"""TritonLowRank: what adapters do to their rows, in Triton, for all rows at once.
+
+A launch happens only at modules where some adapter of the step has something; what it has is read
+on the device.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adaplex.adapters.program import BaseModule
+from adaplex.model.kernels import triton_embedding, triton_linear, triton_low_rank
+from adaplex.model.kernels.launches import Launch, Launches
+from adaplex.model.kernels.low_rank import AddLowRank, Product, Span, Tile, base_product
+from adaplex.model.kernels.triton_table import ResidentTable
+from adaplex.model.linear import LinearBackend
+
+
+class TritonLowRank:
+    """The kernels of CUDA devices; they run on the CPU under TRITON_INTERPRET=1."""
+
+    def __init__(
+        self, modules: Mapping[str, BaseModule], device: torch.device, *, slots: int = 1024
+    ) -> None:
+        """`modules` are those of the base; `slots` bounds the different adapters of a step."""
+        self._modules = modules
+        self._table = ResidentTable(modules, device, slots=slots)
+
+    def plan(self, spans: Sequence[Span], modules: Mapping[str, int]) -> AddLowRank:
+        """See LowRankKernel. Only for adapters that do nothing else."""
+        assert all(span.weights.plain for span in spans)
+        tiles = torch.tensor(self.tiles(spans), device=self._table.device).T.contiguous()
+        launches = self.launches(spans)
+        max_rank = max((span.weights.max_rank for span in spans), default=0)
+
+        def add(module: str, x: Tensor, y: Tensor) -> None:
+            if Launch.NARROW in launches.at(modules[module]):
+                shared = self._table.shared(modules[module], tiles)
+                parts = triton_low_rank.shrink(shared, x, max_rank=max_rank)
+                triton_low_rank.expand(shared, parts, y)
+
+        return add
+
+    def tiles(self, spans: Sequence[Span]) -> list[Tile]:
+        """See TiledLowRank."""
+        return self._table.tiles(spans)
+
+    def launches(self, spans: Sequence[Span]) -> Launches:
+        """See TiledLowRank."""
+        return self._table.launches(spans)
+
+    def rows(
+        self,
+        tiles: Tensor,
+        launches: Launches,
+        *,
+        max_rank: int,
+        virtual: Tensor | None = None,
+        product: Product = base_product,
+    ) -> TritonRows:
+        """See TiledLowRank."""
+        return TritonRows(self._modules, self._table, tiles, launches, max_rank, virtual, product)
+
+
+class TritonRows:
+    """See AdapterRows and TiledLowRank.rows."""
+
+    any = True
+
+    def __init__(
+        self,
+        modules: Mapping[str, BaseModule],
+        table: ResidentTable,
+        tiles: Tensor,
+        launches: Launches,
+        max_rank: int,
+        virtual: Tensor | None,
+        product: Product,
+    ) -> None:
+        self._modules, self._table, self._product = modules, table, product
+        self._tiles, self._max_rank, self._virtual = tiles, max_rank, virtual
+        numbers = table.numbers
+        self._launches = {name: launches.at(number) for name, number in numbers.items()}
+        self._shared = {name: table.shared(number, tiles) for name, number in numbers.items()}
+
+    def linear(self, name: str, backend: LinearBackend, x: Tensor) -> Tensor:
+        """See AdapterRows."""
+        launches, shared = self._launches[name], self._shared[name]
+        if Launch.INPUT in launches:
+            x = triton_linear.scaled(shared, x)
+        y = self._product(name, backend, x)
+        if Launch.WEIGHT in launches:
+            triton_linear.replace_product(shared, x, backend.bias, y)
+        if Launch.ROWS in launches:
+            triton_linear.replace_rows(shared, x, backend.bias, y)
+        if Launch.OUTPUT in launches:
+            parts = triton_low_rank.no_parts(y)
+            if Launch.NARROW in launches:
+                parts = triton_low_rank.shrink(shared, x, max_rank=self._max_rank)
+            triton_low_rank.expand(shared, parts, y)
+        return y
+
+    def norm(self, name: str, norm: nn.Module, x: Tensor, y: Tensor) -> None:
+        """See AdapterRows."""
+        launches, shared = self._launches[name], self._shared[name]
+        if Launch.WEIGHT in launches:
+            own = norm.get_parameter("weight")
+            weights, replaced = triton_embedding.row_weights(shared, own, len(x))
+            y.copy_(torch.where(replaced, normed(norm, weights, x), y))
+        if Launch.OUTPUT in launches:
+            triton_low_rank.expand(shared, triton_low_rank.no_parts(y), y)
+
+    def embedding(self, name: str, embedding: nn.Module, ids: Tensor, y: Tensor) -> None:
+        """See AdapterRows."""
+        if not self._launches[name]:
+            return
+        if self._virtual is not None:
+            ids = torch.where(self._virtual < 0, ids, -1 - self._virtual)
+        factor = getattr(embedding, "embed_scale", None)
+        if factor is not None and not isinstance(factor, Tensor):
+            factor = torch.full((), factor, device=y.device)
+        triton_embedding.embed(self._shared[name], ids, y, factor)
+
+    def block(self, name: str, x: Tensor, residual: Tensor, y: Tensor) -> None:
+        """See AdapterRows."""
+        if Launch.NARROW in self._launches[name]:
+            parts = triton_low_rank.shrink(
+                self._shared[name], y, max_rank=self._max_rank, around=(x, residual)
+            )
+            triton_low_rank.expand(self._shared[name], parts, y, block=True)
+
+    def expert(self, name: str, expert: int, rows: Tensor, x: Tensor, y: Tensor) -> None:
+        """See AdapterRows. Neighbours among the chosen rows may have any adapter, so each is a
+        tile.
+        """
+        if Launch.NARROW in self._launches[name]:
+            slots, starts, counts = self._tiles
+            mine = (rows[:, None] >= starts) & (rows[:, None] < starts + counts)
+            slot = torch.where(mine, slots, -1).amax(1)
+            tiles = torch.stack([slot, torch.arange(len(rows)).to(slot), torch.ones_like(slot)])
+            shared = self._table.shared(self._table.numbers[name], tiles)
+            shares = self._modules[name].experts
+            parts = triton_low_rank.shrink(
+                shared, x, max_rank=self._max_rank, share=expert, shares=shares
+            )
+            triton_low_rank.expand(shared, parts, y, share=expert, shares=shares)
+
+
+def normed(norm: nn.Module, weights: Tensor, x: Tensor) -> Tensor:
+    """x [rows, features] by a norm of any kind that has another weight in each row."""
+
+    def row(weight: Tensor, x: Tensor) -> Tensor:
+        # By `forward`, since a copy has the hooks too.
+        other = copy.copy(norm)
+        other._parameters = {n: p for n, p in norm._parameters.items() if n != "weight"}
+        object.__setattr__(other, "weight", weight)
+        y: Tensor = other.forward(x)
+        return y
+
+    made: Tensor = torch.vmap(row)(weights, x)
+    return made

@@ -1,0 +1,36 @@
+"""Which rows of a step have which of six adapters: what grouped kernels are tested over."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from adaplex.model.kernels.low_rank import AdapterWeights, Span
+
+ROWS = 25
+"""Rows of a mix, but for the distinct one."""
+_chance = random.Random(3)
+MIXES: dict[str, list[int | None]] = {
+    "distinct": [None, *range(6)],
+    "identical": [None, *[4] * (ROWS - 1)],
+    "uniform": [*sorted(i % 5 for i in range(ROWS - 1)), None],
+    "skewed": [4] * 18 + [None] * 2 + [0, 1, 1, 2, 5],
+    "zipf": [
+        *sorted(min(int(1 / (1 - _chance.random())) - 1, 5) for _ in range(ROWS - 1)),
+        None,
+    ],
+}
+"""Name -> adapter of each row, None for base rows; one adapter's rows are neighbours."""
+
+
+def spans_of(mix: Sequence[int | None], adapters: Sequence[AdapterWeights]) -> list[Span]:
+    """The spans of a mix, in the order of their rows."""
+    made: list[Span] = []
+    for row, used in enumerate(mix):
+        if used is None:
+            continue
+        if made and made[-1].stop == row and made[-1].weights is adapters[used]:
+            made[-1] = Span(made[-1].start, row + 1, adapters[used])
+        else:
+            made.append(Span(row, row + 1, adapters[used]))
+    return made
