@@ -31,6 +31,7 @@ from adaplex.model.loader import load_base
 from adapters.handmade import (
     BASE,
     DOWN,
+    HEAD,
     HIDDEN,
     QUERY,
     UPLOAD,
@@ -137,6 +138,14 @@ def test_ranks_that_never_meet_may_differ(method: MergeMethod) -> None:
     [
         ("lora_magnitude_vector", checkpoint(use_dora=True)),
         ("lm_head", checkpoint(modules_to_save=["lm_head"])),
+        ("alora_invocation_tokens", checkpoint(alora_invocation_tokens=[3])),
+        (
+            HEAD,
+            checkpoint(
+                tensors() | {f"base_model.model.{HEAD}.weight": torch.ones(24, HIDDEN)},
+                modules_to_save=["lm_head"],
+            ),
+        ),
         (
             "lora_magnitude_vector",
             checkpoint(

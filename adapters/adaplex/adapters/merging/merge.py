@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaplex.adapters.base_match import FINGERPRINT, NAME
+from adaplex.adapters.base_match import FINGERPRINT, NAME, QUANTIZATION
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats import lower
@@ -116,7 +116,7 @@ def _base_names(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
     first, *others = (checkpoint.config for checkpoint in checkpoints)
     return {
         field: first[field]
-        for field in (NAME, FINGERPRINT)
+        for field in (NAME, FINGERPRINT, QUANTIZATION)
         if first.get(field) and all(other.get(field) == first[field] for other in others)
     }
 
