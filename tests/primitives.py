@@ -126,8 +126,12 @@ def with_blocks(model: PreTrainedModel, base: BaseSpec) -> BaseSpec:
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, program: AdapterProgram, tokens: list[int]) -> Tensor:
-    """fp32 [vocabulary] after the last token, with what the program puts before the first."""
+def logits(
+    model: PreTrainedModel, program: AdapterProgram, tokens: list[int], start: int = 0
+) -> Tensor:
+    """fp32 [vocabulary] after the last token, with what the program puts before the first; it is
+    applied from position `start` on.
+    """
     modules = program.modules
     virtual = [m.virtual[None] for m in modules if m.virtual is not None]
     prefix = [
@@ -136,7 +140,7 @@ def logits(model: PreTrainedModel, program: AdapterProgram, tokens: list[int]) -
         if m.prefix is not None
     ]
     bare = replace(program, modules=tuple(m for m in modules if m.prefix is None))
-    with applied(model, bare):
+    with applied(model, bare, start):
         embedded = model.get_input_embeddings()(torch.tensor([tokens]))
         out = model(
             inputs_embeds=torch.cat([*virtual, embedded], dim=1),

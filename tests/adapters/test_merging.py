@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from adaplex.adapters import formats
-from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint
+from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.merging import (
@@ -24,7 +24,6 @@ from adaplex.adapters.merging import (
     MergePlan,
     merge_adapters,
     merge_checkpoints,
-    write_checkpoint,
 )
 from adaplex.adapters.program import AdapterProgram, BaseModule, BaseSpec
 from adaplex.adapters.registry import AdapterRegistry
@@ -32,6 +31,7 @@ from adaplex.model.loader import load_base
 from adapters.handmade import (
     BASE,
     DOWN,
+    HEAD,
     HIDDEN,
     QUERY,
     UPLOAD,
@@ -136,15 +136,23 @@ def test_ranks_that_never_meet_may_differ(method: MergeMethod) -> None:
 @pytest.mark.parametrize(
     ("where", "bad"),
     [
-        ("use_dora", checkpoint(use_dora=True)),
-        ("modules_to_save", checkpoint(modules_to_save=["lm_head"])),
+        ("lora_magnitude_vector", checkpoint(use_dora=True)),
+        ("lm_head", checkpoint(modules_to_save=["lm_head"])),
+        ("alora_invocation_tokens", checkpoint(alora_invocation_tokens=[3])),
+        (
+            HEAD,
+            checkpoint(
+                tensors() | {f"base_model.model.{HEAD}.weight": torch.ones(24, HIDDEN)},
+                modules_to_save=["lm_head"],
+            ),
+        ),
         (
             "lora_magnitude_vector",
             checkpoint(
                 tensors() | {f"base_model.model.{QUERY}.lora_magnitude_vector": torch.ones(HIDDEN)}
             ),
         ),
-        ("peft_type", checkpoint(peft_type="IA3")),
+        ("peft_type", checkpoint(peft_type="XLORA")),
         (
             "q_proj",
             checkpoint(

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.adapters.program import AdapterProgram, LowRank, ModuleProgram
+from adaplex.adapters.program import (
+    AdapterProgram,
+    Bottleneck,
+    LowRank,
+    ModuleProgram,
+    Reads,
+    ReplacedRows,
+)
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.engine.sequence import Sequence
@@ -39,7 +46,7 @@ class Recorded:
         return run
 
 
-def made(rig: Rig, rank: int, seed: int, *, bias: bool = False) -> AdapterProgram:
+def made(rig: Rig, rank: int, seed: int) -> AdapterProgram:
     """A random adapter on every linear of the decoder layers."""
     random = torch.Generator().manual_seed(seed)
     modules = []
@@ -47,9 +54,50 @@ def made(rig: Rig, rank: int, seed: int, *, bias: bool = False) -> AdapterProgra
         if module.kind == "linear" and "layers" in name:
             a = torch.randn(rank, module.in_features, generator=random) * 0.2
             b = torch.randn(module.out_features, rank, generator=random) * 0.2
-            shift = torch.randn(module.out_features, generator=random) if bias else None
-            modules.append(ModuleProgram(name, LowRank(a, b), shift))
-    return AdapterProgram(f"sha256:{rank}-{seed}-{bias}", "lora", tuple(modules))
+            modules.append(ModuleProgram(name, LowRank(a, b)))
+    return AdapterProgram(f"sha256:{rank}-{seed}", "lora", tuple(modules))
+
+
+def anything(rig: Rig, seed: int) -> AdapterProgram:
+    """A random adapter of every primitive that a module of the base takes."""
+    random = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int, size: float = 0.2, middle: float = 0.0) -> Tensor:
+        return torch.randn(shape, generator=random) * size + middle
+
+    modules = []
+    for i, (name, module) in enumerate(sorted(rig.base.spec.modules.items())):
+        width, out = module.in_features, module.out_features
+        rows = ReplacedRows((3 + seed, 30, 200), rand(3, width))
+        scale = rand(out, middle=1.0)
+        match module.kind, (i + seed) % 3:
+            case "linear", _ if module.is_head:
+                change = ModuleProgram(name, rows=rows, output_scale=scale)
+            case "linear", 0:
+                pair = LowRank(rand(seed + 2, width), rand(out, seed + 2))
+                change = ModuleProgram(name, pair, rand(out), output_scale=scale)
+            case "linear", 1:
+                change = ModuleProgram(name, input_scale=rand(width, middle=1.0))
+            case "linear", 2:
+                change = ModuleProgram(name, bias=rand(out), weight=rand(out, width, size=0.1))
+            case "norm", 0:
+                change = ModuleProgram(name, weight=rand(out, middle=0.7))
+            case "norm", _:
+                change = ModuleProgram(name, bias=rand(out))
+            case "embedding", _:
+                rows = ReplacedRows((3 + seed, 30, 200), rand(3, out))
+                pair = LowRank(rand(4, width), rand(out, 4), lookup=True)
+                change = ModuleProgram(name, pair, rows=rows)
+            case "experts", _:
+                rank = 2 * module.experts
+                change = ModuleProgram(name, LowRank(rand(rank, width), rand(out, rank)))
+            case "block", _ if module.joins:
+                shape = Bottleneck(rand(9, width), rand(out, 9), rand(9), reads=[*Reads][seed % 4])
+                change = ModuleProgram(name, bottleneck=shape)
+            case _:
+                continue
+        modules.append(change)
+    return AdapterProgram(f"sha256:anything-{seed}", "x", tuple(modules))
 
 
 def recorded(rig: Rig, *, max_rank: int = 64) -> Recorded:
@@ -146,6 +194,83 @@ def test_replays_are_exact_while_adapters_come_and_go(rigs: tuple[Rig, Rig]) -> 
     assert capture.runs == 8
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "gemma2", "mixtral"])
+def test_a_batch_of_everything_equals_the_reference(
+    architecture: str, tiny_model: Callable[[str], Path]
+) -> None:
+    logits, rows, adapters = [], [], []
+    model = tiny_model(architecture)
+    rigs = Rig(model, triton=True), Rig(model, native=False)
+    capture = recorded(rigs[0])
+    for rig in rigs:
+        adapters = [rig.add(anything(rig, 0)), rig.add(anything(rig, 1)), rig.add(made(rig, 3, 2))]
+        chosen = [None, adapters[0], adapters[1], adapters[1], adapters[2]]
+        rows = [rig.sequence(prompt(3 + 2 * i, seed=i), a) for i, a in enumerate(chosen)]
+        logits.append(rig.prefill(*rows))
+        for sequence in rows:
+            sequence.tokens.append(30)
+        logits.append(decode(rig, rows))
+        logits.append(decode(rig, rows[:1]))
+    for got, expected in zip(logits[:3], logits[3:], strict=True):
+        assert (got - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
+    assert torch.equal(logits[1][0], logits[2][0]), "a base row does not notice the others"
+    assert capture.captured == 2
+
+
+def test_replays_of_everything_are_exact_while_adapters_come_and_go(rigs: tuple[Rig, Rig]) -> None:
+    """Modules that only later adapters touch make a replay anew, once."""
+    fast, _ = rigs
+    capture = recorded(fast)
+    programs = [made(fast, 3, 9), *(anything(fast, seed) for seed in range(4))]
+    extent = max(p.packed_bytes(4) for p in programs)
+    for program in programs:
+        fast.programs[program.digest] = program
+    lone: dict[tuple[int, int], Tensor] = {}
+
+    def run(places: list[int], chosen: list[int | None]) -> None:
+        """Loads programs into extents, decodes rows of the chosen, unloads them."""
+        for place, which in enumerate(places):
+            fast.runner.load_adapter(programs[which].digest, place * extent, extent)
+        rows = []
+        for i, which in enumerate(chosen):
+            digest = None if which is None else programs[which].digest
+            adapter = digest and AdapterRef("a", 1, digest, extent, 1, AdapterMode.UNMERGED)
+            rows.append(fast.sequence(prompt(3, seed=i), adapter or None))
+            rows[-1].tokens.append(30 if i % 2 else 5)
+        fast.forward(*(Chunk(row, 0, 3) for row in rows))
+        for i, (which, got) in enumerate(zip(chosen, decode(fast, rows), strict=True)):
+            if which is not None:
+                assert torch.equal(got, lone.setdefault((i, which), got))
+        for which in places:
+            fast.runner.remove_adapter(programs[which].digest)
+
+    run([0], [0, None, 0, None])
+    assert capture.captured == 1
+    run([1, 2], [1, None, 2, 2])
+    run([3, 4, 0], [3, 3, 4, 0])
+    seen = capture.captured
+    assert 2 <= seen <= 3
+    run([2, 1], [1, 1, 2, None])
+    run([0, 3, 4], [3, 0, 4, 0])
+    run([1, 4], [None, 4, 4, 1])
+    run([0], [0, None, 0, None])
+    assert (capture.captured, capture.runs) == (seen, 7)
+    assert len(lone) > 8
+
+
+def test_merged_rows_join_those_of_kernels(rigs: tuple[Rig, Rig]) -> None:
+    logits = []
+    for rig in rigs:
+        merged = rig.add(anything(rig, 0), AdapterMode.MERGED)
+        unmerged = rig.add(anything(rig, 1))
+        rows = [rig.sequence(prompt(5, seed=i), a) for i, a in enumerate([merged, unmerged, None])]
+        logits.append(rig.prefill(*rows))
+        logits.append(torch.cat([rig.prefill(row) for row in rows]))
+    assert (logits[0] - logits[2]).abs().max() < 1e-4 * max(1.0, float(logits[2].abs().max()))
+    assert torch.equal(logits[0][1:], logits[1][1:])
+    assert torch.equal(logits[2], logits[3])
+
+
 def test_rows_are_padded_to_powers_of_two_without_harm(rigs: tuple[Rig, Rig]) -> None:
     fast, _ = rigs
     adapter = fast.add(made(fast, 8, 0))
@@ -180,13 +305,13 @@ def test_long_contexts_have_wider_tables(rigs: tuple[Rig, Rig]) -> None:
     assert capture.captured == 2
 
 
-@pytest.mark.parametrize("kind", ["merged", "bias", "rank", "prompt"])
+@pytest.mark.parametrize("kind", ["merged", "rank", "prompt"])
 def test_what_cannot_be_replayed_takes_the_other_path(kind: str, rigs: tuple[Rig, Rig]) -> None:
     capture = recorded(rigs[0], max_rank=8)
     logits = []
     for rig in rigs:
         mode = AdapterMode.MERGED if kind == "merged" else AdapterMode.UNMERGED
-        adapter = rig.add(made(rig, 9 if kind == "rank" else 2, 4, bias=kind == "bias"), mode)
+        adapter = rig.add(made(rig, 9 if kind == "rank" else 2, 4), mode)
         rows = [rig.sequence(prompt(6), adapter), rig.sequence(prompt(6))]
         rig.prefill(*rows)
         for sequence in rows:

@@ -204,6 +204,7 @@ PACKED = {
     "fp32": "aab5855bfc2baed4be0493a3a9da70f8d7af0ba14f1430a80a3d57ac93044b6b",
     "bf16": "44f16acf78164e89c2b63202441bb7ec5476590278b9488ccf47a67ac51702e4",
     "nf4": "395c0c68e429ebf042962f4f43c6d1a15d5e9cbbb30808baf0883fcbd8820875",
+    **dict.fromkeys(INT4, "c9acfbaeafce87facc43ccfd5d32e48a341565a947f31fda169b8066dbb02c0f"),
 }
 """SHA-256 of what a small weight is packed to."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode
+from adaplex.model.forward import runs_of
 from adaplex.model.kernels.launches import Launches
 from adaplex.model.kernels.low_rank import (
     AdapterWeights,
@@ -180,8 +181,7 @@ class DecodeSteps:
     def _spans(self, chunks: Sequence[Chunk], weights: Weights) -> list[Span] | None:
         """Rows by adapter; None when an adapter is merged or has a rank above the limit."""
         spans: list[Span] = []
-        for row, chunk in enumerate(chunks):
-            adapter = chunk.sequence.adapter
+        for adapter, start, stop in runs_of(chunks, [1] * len(chunks)):
             if adapter is None:
                 continue
             if adapter.mode is AdapterMode.MERGED:
@@ -189,10 +189,7 @@ class DecodeSteps:
             found = weights(adapter.digest)
             if found.max_rank > self._max_rank:
                 return None
-            if spans and spans[-1].stop == row and spans[-1].weights is found:
-                spans[-1] = Span(spans[-1].start, row + 1, found)
-            else:
-                spans.append(Span(row, row + 1, found))
+            spans.append(Span(start, stop, found))
         return spans
 
 

@@ -1,4 +1,5 @@
-"""Prefix tuning as HF PEFT 0.21 writes it: keys and values before the first token, of every layer.
+"""Prefix tuning and cartridges as HF PEFT 0.21 writes them: keys and values before the first token,
+of every layer.
 
 A row of the saved tensor holds one virtual token's, layer by layer, the keys of all heads before
 the values. They are put into the cache as they are, without positions. A projection, if one was
@@ -6,6 +7,8 @@ trained, has been applied before saving.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats.about import FormatRow
@@ -26,19 +29,21 @@ from adaplex.adapters.program import BaseSpec, KVPrefix, ModuleProgram
 
 
 class PrefixTuning:
-    """The format; see the module's docstring."""
+    """The format; see the module's docstring. `trained_by` are fields that only training reads."""
 
-    family = "prefix-tuning"
     semantic_fields = USED
-    about = FormatRow(
-        "prefix tuning", ("KV prefix", "replaced weight"), "layers of different shapes"
-    )
+
+    def __init__(self, family: str, title: str, trained_by: Iterable[str]) -> None:
+        self.family = family
+        self.about = FormatRow(
+            title, ("KV prefix", "replaced weight"), "layers of different shapes"
+        )
+        self._harmless = HARMLESS | {"init_weights", *trained_by}
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
         reading = Reading(checkpoint, base, limits)
-        harmless = HARMLESS | {"prefix_projection", "init_weights"}
-        reading.check_known(self.family, USED | LEARNED, harmless)
+        reading.check_known(self.family, USED | LEARNED, self._harmless)
         count = check_tokens(reading)
         blocks = _attention(reading)
         heads, features = _shape(reading)

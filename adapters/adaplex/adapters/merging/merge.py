@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from adaplex.adapters.base_match import FINGERPRINT, NAME
-from adaplex.adapters.checkpoint import CONFIG, WEIGHTS, Checkpoint
+from adaplex.adapters.base_match import FINGERPRINT, NAME, QUANTIZATION
+from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats import lower
 from adaplex.adapters.formats.reading import PREFIX
@@ -52,12 +49,6 @@ def merge_adapters(
     for name, (a, b) in pairs.items():
         tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
     return Checkpoint(_config({name: len(a) for name, (a, _) in pairs.items()}), tensors)
-
-
-def write_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
-    """Writes the two files of an adapter directory."""
-    (directory / CONFIG).write_text(json.dumps(dict(checkpoint.config), indent=1))
-    save_file(dict(checkpoint.tensors), directory / WEIGHTS)
 
 
 def _lowered(
@@ -125,7 +116,7 @@ def _base_names(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
     first, *others = (checkpoint.config for checkpoint in checkpoints)
     return {
         field: first[field]
-        for field in (NAME, FINGERPRINT)
+        for field in (NAME, FINGERPRINT, QUANTIZATION)
         if first.get(field) and all(other.get(field) == first[field] for other in others)
     }
 

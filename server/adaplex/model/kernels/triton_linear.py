@@ -27,7 +27,7 @@ BLOCK_IN = 128
 """Inputs in one product."""
 BLOCK_OUT = 64
 """Outputs of one program."""
-SEARCHERS = 64
+SEARCHERS = 16
 """Programs that share the replaced rows of a tile."""
 
 DENSE, INPUT_SCALE, ROWS, ROW_IDS, ROW_COUNT = (
