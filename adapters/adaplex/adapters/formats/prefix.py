@@ -1,4 +1,5 @@
-"""Prefix tuning as HF PEFT 0.21 writes it: keys and values before the first token, of every layer.
+"""Prefix tuning and cartridges as HF PEFT 0.21 writes them: keys and values before the first token,
+of every layer.
 
 A row of the saved tensor holds one virtual token's, layer by layer, the keys of all heads before
 the values. They are put into the cache as they are, without positions. A projection, if one was
@@ -24,21 +25,24 @@ from adaplex.adapters.formats.reading import Reading
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import BaseSpec, KVPrefix, ModuleProgram
 
+TRAINED = frozenset(["prefix_projection", "init_weights", "num_frozen_tokens"])
+"""Fields that say how the prefix was trained."""
+UNLIKE = "layers of different shapes"
+
 
 class PrefixTuning:
-    """The format; see the module's docstring."""
+    """The format of both; see the module's docstring."""
 
-    family = "prefix-tuning"
     semantic_fields = USED
-    about = FormatRow(
-        "prefix tuning", ("KV prefix", "replaced weight"), "layers of different shapes"
-    )
+
+    def __init__(self, family: str, title: str) -> None:
+        self.family = family
+        self.about = FormatRow(title, ("KV prefix", "replaced weight"), UNLIKE)
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
         reading = Reading(checkpoint, base, limits)
-        harmless = HARMLESS | {"prefix_projection", "init_weights"}
-        reading.check_known(self.family, USED | LEARNED, harmless)
+        reading.check_known(self.family, USED | LEARNED, HARMLESS | TRAINED)
         count = check_tokens(reading)
         blocks = _attention(reading)
         heads, features = _shape(reading)
