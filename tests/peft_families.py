@@ -322,7 +322,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         around(),
     ),
-    "cartridge": family(_prompt(peft.CartridgeConfig), normal(0.7)),
+    "cartridge": family(_prompt(peft.CartridgeConfig, num_frozen_tokens=2), normal(0.7)),
     "prefix-projection": family(
         _prompt(peft.PrefixTuningConfig, prefix_projection=True, encoder_hidden_size=32),
         normal(0.4),

@@ -35,8 +35,8 @@ class Window:
 
 
 def windows(count: int, length: int, stride: int) -> Iterator[Window]:
-    """Windows of up to `length` tokens, each `stride` after the one before. A token is scored in the
-    first window that it is in, unless it is the first there: then nothing is before it.
+    """Windows of up to `length` tokens, each `stride` after the one before. A token is scored in
+    the first window that it is in, unless it is the first there: then nothing is before it.
     """
     first = 1
     for start in range(0, count - 1, stride):

@@ -8,6 +8,8 @@ trained, has been applied before saving.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
@@ -25,24 +27,23 @@ from adaplex.adapters.formats.reading import Reading
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import BaseSpec, KVPrefix, ModuleProgram
 
-TRAINED = frozenset(["prefix_projection", "init_weights", "num_frozen_tokens"])
-"""Fields that say how the prefix was trained."""
-UNLIKE = "layers of different shapes"
-
 
 class PrefixTuning:
-    """The format of both; see the module's docstring."""
+    """The format; see the module's docstring. `trained_by` are fields that only training reads."""
 
     semantic_fields = USED
 
-    def __init__(self, family: str, title: str) -> None:
+    def __init__(self, family: str, title: str, trained_by: Iterable[str]) -> None:
         self.family = family
-        self.about = FormatRow(title, ("KV prefix", "replaced weight"), UNLIKE)
+        self.about = FormatRow(
+            title, ("KV prefix", "replaced weight"), "layers of different shapes"
+        )
+        self._harmless = HARMLESS | {"init_weights", *trained_by}
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
         reading = Reading(checkpoint, base, limits)
-        reading.check_known(self.family, USED | LEARNED, HARMLESS | TRAINED)
+        reading.check_known(self.family, USED | LEARNED, self._harmless)
         count = check_tokens(reading)
         blocks = _attention(reading)
         heads, features = _shape(reading)
