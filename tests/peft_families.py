@@ -328,6 +328,7 @@ FAMILIES: Mapping[str, Family] = {
         oracle=SlowOracle,
     ),
     "prefix-tuning": family(_prompt(peft.PrefixTuningConfig), normal(0.7), oracle=SlowOracle),
+    "cartridge": family(_prompt(peft.CartridgeConfig), normal(0.7), oracle=SlowOracle),
     "prompt-whole": family(
         lambda a: peft.PromptTuningConfig(
             task_type="CAUSAL_LM", num_virtual_tokens=2, modules_to_save=["lm_head", *_norms(a)]
@@ -343,7 +344,11 @@ FAMILIES: Mapping[str, Family] = {
 }
 """Every family but LoRA's, and variants that differ in what PEFT writes."""
 NOT_GPT2 = (
-    *("prefix-tuning", "prefix-projection"),  # the tiny config has heads that GPT-2 does not know
+    *(
+        "prefix-tuning",
+        "cartridge",
+        "prefix-projection",
+    ),  # the tiny config has heads that GPT-2 does not know
     *("loha", "lokr", "lokr-both", "lokr-whole", "beft"),  # PEFT has no Conv1D of these
     *("lora-whole", "qalora"),
 )

@@ -1,4 +1,5 @@
-"""Prefix tuning as HF PEFT 0.21 writes it: keys and values before the first token, of every layer.
+"""Prefix tuning and cartridges as HF PEFT 0.21 writes them: keys and values before the first token,
+of every layer.
 
 A row of the saved tensor holds one virtual token's, layer by layer, the keys of all heads before
 the values. They are put into the cache as they are, without positions. A projection, if one was
@@ -28,16 +29,18 @@ from adaplex.adapters.program import BaseSpec, KVPrefix, ModuleProgram
 class PrefixTuning:
     """The format; see the module's docstring."""
 
-    family = "prefix-tuning"
     semantic_fields = USED
-    about = FormatRow(
-        "prefix tuning", ("KV prefix", "replaced weight"), "layers of different shapes"
-    )
+
+    def __init__(self, family: str, title: str) -> None:
+        self.family = family
+        self.about = FormatRow(
+            title, ("KV prefix", "replaced weight"), "layers of different shapes"
+        )
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
         reading = Reading(checkpoint, base, limits)
-        harmless = HARMLESS | {"prefix_projection", "init_weights"}
+        harmless = HARMLESS | {"prefix_projection", "init_weights", "num_frozen_tokens"}
         reading.check_known(self.family, USED | LEARNED, harmless)
         count = check_tokens(reading)
         blocks = _attention(reading)
