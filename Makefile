@@ -10,7 +10,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos \
   --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
 
 .PHONY: help demo test check bench bench-attainment bench-engine bench-overhead bench-long-prompt \
-  bench-residency bench-gpu bench-peers bench-modes bench-start bench-switch protos model format clean
+  bench-residency bench-gpu bench-peers bench-modes bench-start bench-switch protos formats model format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -72,6 +72,9 @@ bench-modes: model ## Measure unmerged, merged and auto mode against each other
 protos: $(INSTALLED) ## Regenerate the committed stubs
 	$(PROTOC) --python_out=protos --grpc_python_out=protos --mypy_out=quiet:protos \
 	  --mypy_grpc_out=quiet:protos $(PROTOS)
+
+formats: $(INSTALLED) ## Rewrite the README's table of families from the formats
+	@$(BIN)/python -m adaplex.adapters.formats.table README.md
 
 model: $(INSTALLED) ## Fetch and convert the default model, once
 	@$(BIN)/python -m adaplex.model.source >/dev/null

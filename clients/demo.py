@@ -58,18 +58,18 @@ async def upload(client: AsyncClient, names: list[str]) -> None:
             )
             progress.update(
                 bar,
-                description=f"{name}: rank {result.adapter.max_rank}, "
+                description=f"{name}: {result.adapter.family}, "
                 f"{result.adapter.modules} modules, {result.adapter.stored_bytes // 1024} KiB",
             )
 
 
-def side_by_side(prompt: str, answers: dict[str, str]) -> Panel:
-    """One column an adapter, as far as the answers have come."""
+def answered(prompt: str, answers: dict[str, str]) -> Panel:
+    """One row an adapter, as far as the answers have come."""
     table = Table.grid(padding=(0, 2), expand=True)
-    for _ in answers:
-        table.add_column(ratio=1, overflow="fold")
-    table.add_row(*(f"[bold cyan]{name}[/]" for name in answers))
-    table.add_row(*(text.strip().replace("[", "\\[") for text in answers.values()))
+    table.add_column()
+    table.add_column(ratio=1, overflow="fold")
+    for name, text in answers.items():
+        table.add_row(f"[bold cyan]{name}[/]", text.strip().replace("[", "\\["))
     return Panel(table, title=f"[bold]{prompt}[/]")
 
 
@@ -86,13 +86,13 @@ async def ask(client: AsyncClient, prompt: str, names: list[str]) -> list[Genera
                 if isinstance(event, Delta):
                     answers[name] += event.text
                     if isinstance(live, Live):
-                        live.update(side_by_side(prompt, answers))
+                        live.update(answered(prompt, answers))
             return stream.generation
 
     with live:
         done = await asyncio.gather(*map(answer, answers))
     if not console.is_terminal:
-        console.print(side_by_side(prompt, answers))
+        console.print(answered(prompt, answers))
     return list(done)
 
 

@@ -18,6 +18,86 @@ EVERYTHING = {
     "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
 
+EXTRAS: dict[str, dict[str, Any]] = {
+    "lora-bias": {"target_modules": ["q_proj", "down_proj"], "lora_bias": True},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"], "use_rslora": True},
+    "head": {"target_modules": ["lm_head", "v_proj"]},
+    "both-ends": {"target_modules": ["embed_tokens", "lm_head"]},
+    "both-ends-tied": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+    "norms": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    "one-norm": {"target_modules": ["q_proj"], "modules_to_save": ["layers.1.input_layernorm"]},
+    "saved-head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "saved-table": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved-ends": {"target_modules": "all-linear", "modules_to_save": ["embed_tokens", "lm_head"]},
+    "saved-ends-tied": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
+    "saved-linear": {
+        "target_modules": ["q_proj", "v_proj"],
+        "modules_to_save": ["1.mlp", "k_proj"],
+    },
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [7, 250, 3]},
+    "tokens-by-layer": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [9, 4], "lm_head": [9, 5, 11]},
+    },
+    "same-tokens-by-layer": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [9, 4], "lm_head": [9, 4]},
+    },
+    "head-tokens": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"lm_head": [9, 5, 11]},
+    },
+    "parameter-of-a-linear": {
+        "target_modules": [],
+        "target_parameters": ["q_proj.weight", "mlp.up_proj.weight"],
+        "rank_pattern": {"q_proj.weight": 3},
+    },
+    "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
+    "dora-table": {"target_modules": ["embed_tokens", "up_proj"], "use_dora": True},
+    "dora-bias": {"target_modules": ["q_proj", "o_proj"], "use_dora": True, "bias": "lora_only"},
+}
+"""What LoRA holds besides pairs of linears, for llama-shaped models."""
+EXPERTS: dict[str, dict[str, Any]] = {
+    "both": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    "down": {"target_parameters": ["mlp.experts.down_proj"]},
+    "up-of-one-layer": {"target_parameters": ["layers.1.mlp.experts.gate_up_proj"]},
+    "both-and-attention": {
+        "target_modules": ["q_proj", "embed_tokens"],
+        "target_parameters": ["down_proj", "gate_up_proj"],
+        "rank_pattern": {"experts.down_proj": 2},
+        "alpha_pattern": {"gate_up_proj": 3},
+        "use_rslora": True,
+    },
+}
+"""Of the fused parameters of experts."""
+ELSEWHERE: dict[str, dict[str, dict[str, Any]]] = {
+    "gpt2": {
+        "dora": {"target_modules": ["c_attn", "mlp.c_proj"], "use_dora": True},
+        "dora-bias": {"target_modules": ["c_attn"], "use_dora": True, "bias": "all"},
+        "lora-bias": {"target_modules": ["c_fc"], "lora_bias": True},
+        "table": {"target_modules": ["wte", "c_fc"]},
+        "saved": {"target_modules": ["c_fc"], "modules_to_save": ["h.1.attn.c_attn", "ln_f"]},
+        "saved-bias": {"target_modules": ["c_fc"], "modules_to_save": ["ln_1"], "bias": "all"},
+        "tokens": {"target_modules": ["c_fc"], "trainable_token_indices": [7, 4]},
+    },
+    "gemma2": {
+        "table": {"target_modules": ["embed_tokens", "q_proj"]},
+        "dora-table": {"target_modules": ["embed_tokens"], "use_dora": True},
+        "norms": {"target_modules": ["q_proj"], "modules_to_save": ["layernorm"]},
+        "saved-table": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [7, 4]},
+    },
+    "gpt_oss": {
+        "experts": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        "down": {"target_parameters": ["experts.down_proj"], "target_modules": ["q_proj"]},
+    },
+}
+"""Of architectures whose modules are kept, scaled or transposed in another way."""
+
 
 def attention(architecture: str) -> list[str]:
     """Names of the attention projections."""

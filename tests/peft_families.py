@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import peft
 import torch
+from peft.tuners.lora import layer as peft_layer
+from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
-from peft_adapters import Oracle, attention, everything, load_plain
+from peft_adapters import Oracle, attention, everything, load_plain, save_adapter
 
 Randomize = Callable[[str, Tensor], None]
 """Fills a parameter, by name, so that the adapter does something."""
@@ -31,18 +34,23 @@ class Family:
     """Of the model in a directory, into a directory, with a seed."""
     oracle: Callable[[Path, Path], Oracle]
     """The model, and the saved adapter."""
+    invocation: tuple[int, ...] = ()
+    """What must stand in a prompt for the adapter to be applied."""
+
+    def prompt(self, tokens: list[int]) -> list[int]:
+        """The prompt with the invocation in its middle."""
+        middle = len(tokens) // 2
+        return [*tokens[:middle], *self.invocation, *tokens[middle:]]
 
 
-class SlowOracle(Oracle):
-    """Decodes without a cache, which PEFT's virtual tokens and prefixes need no trust in."""
-
-    task: int | None = None
+class TaskOracle(Oracle):
+    """Asks for one task, without a cache."""
 
     @torch.no_grad()
     def logits(self, tokens: list[int]) -> Tensor:
         """[vocabulary] after the last token."""
-        more = {} if self.task is None else {"task_ids": torch.tensor([self.task])}
-        out: Tensor = self.model(torch.tensor([tokens]), **more).logits[0, -1]
+        task = torch.tensor([TASK])
+        out: Tensor = self.model(torch.tensor([tokens]), task_ids=task).logits[0, -1]
         return out.float()
 
     def greedy(self, tokens: list[int], count: int) -> list[int]:
@@ -51,12 +59,6 @@ class SlowOracle(Oracle):
         for _ in range(count):
             grown.append(int(self.logits(grown).argmax()))
         return grown[len(tokens) :]
-
-
-class TaskOracle(SlowOracle):
-    """Asks for one task."""
-
-    task = TASK
 
 
 class BiasOracle(Oracle):
@@ -110,12 +112,11 @@ def family(
     config: Callable[[str], peft.PeftConfig],
     randomize: Randomize,
     finish: Callable[[Any], None] = lambda tuned: None,
-    oracle: type[Oracle] = Oracle,
 ) -> Family:
     """A family that PEFT saves and loads."""
     return Family(
         _saved(config, randomize, finish),
-        lambda model, adapter: oracle(load_plain(model), adapter),
+        lambda model, adapter: Oracle(load_plain(model), adapter),
     )
 
 
@@ -190,6 +191,59 @@ def _prompt(kind: type, **fields: Any) -> Callable[[str], peft.PeftConfig]:
     return lambda a: kind(task_type="CAUSAL_LM", num_virtual_tokens=5, **fields)
 
 
+def lora(**fields: Any) -> Family:
+    """LoRA with the fields; on q and v if they name no targets."""
+
+    def save(model: Path, directory: Path, seed: int) -> Path:
+        base = load_plain(model)
+        targets = {"target_modules": attention(base.config.model_type)}
+        more = {"r": 4, "lora_alpha": 6, **targets, **fields}
+        return save_adapter(base, directory, seed=seed, size=0.2, **more)
+
+    return Family(
+        save,
+        lambda model, adapter: Oracle(load_plain(model), adapter),
+        tuple(fields.get("alora_invocation_tokens") or ()),
+    )
+
+
+def _pooled(made: Family) -> Family:
+    """QA-LoRA, which PEFT has for GPTQ's linears alone; this gives it to all."""
+    plain = peft_layer.Linear.resolve_lora_variant
+
+    def resolve(layer: Any, *, config: Any, **more: Any) -> Any:
+        return QALoraLinearVariant() if config.use_qalora else plain(layer, config=config, **more)
+
+    def patched(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with patch.object(peft_layer.Linear, "resolve_lora_variant", resolve):
+                return call(*args)
+
+        return run
+
+    return replace(made, save=patched(made.save), oracle=patched(made.oracle))
+
+
+LORAS: Mapping[str, Family] = {
+    "lora": lora(),
+    "lora-rs-bias": lora(use_rslora=True, bias="lora_only", lora_bias=True),
+    "lora-embedding": lora(target_modules=["embed_tokens", "q_proj", "wte"]),
+    "lora-head": lora(target_modules=["lm_head"]),
+    "lora-whole": lora(modules_to_save=["norm", "lm_head"]),
+    "lora-tokens": lora(trainable_token_indices=[7, 250, 3]),
+    "dora": lora(use_dora=True, target_modules=r".*(q_proj|down_proj|c_attn)"),
+    "alora": lora(alora_invocation_tokens=[301, 302]),
+    "qalora": _pooled(
+        lora(use_qalora=True, qalora_group_size=16, target_modules=["q_proj", "down_proj"])
+    ),
+    "trainable-tokens": family(
+        lambda a: peft.TrainableTokensConfig(
+            token_indices=[9, 40], target_modules=["wte" if a == "gpt2" else "embed_tokens"]
+        ),
+        around(),
+    ),
+}
+"""LoRA and what goes by its name."""
 FAMILIES: Mapping[str, Family] = {
     "adalora": family(
         lambda a: peft.AdaLoraConfig(
@@ -239,13 +293,19 @@ FAMILIES: Mapping[str, Family] = {
         ),
         normal(0.4, 1.0),
     ),
+    "ia3-whole": family(
+        lambda a: peft.IA3Config(
+            target_modules=[*_feedforward(a), "lm_head"],
+            feedforward_modules=r".*down_proj|.*mlp.c_proj",
+            modules_to_save=_norms(a),
+        ),
+        around(),
+    ),
     "ln-tuning": family(lambda a: peft.LNTuningConfig(target_modules=_norms(a)), around()),
     "beft": family(lambda a: peft.BeftConfig(target_modules=_all(a)), normal(0.2)),
     "bitfit": Family(_bitfit, lambda model, adapter: BiasOracle(load_plain(model), adapter)),
-    "prompt-tuning": family(_prompt(peft.PromptTuningConfig), normal(0.5), oracle=SlowOracle),
-    "p-tuning": family(
-        _prompt(peft.PromptEncoderConfig, encoder_hidden_size=32), normal(0.3), oracle=SlowOracle
-    ),
+    "prompt-tuning": family(_prompt(peft.PromptTuningConfig), normal(0.5)),
+    "p-tuning": family(_prompt(peft.PromptEncoderConfig, encoder_hidden_size=32), normal(0.3)),
     "multitask-prompt-tuning": Family(
         _add_task, lambda model, adapter: TaskOracle(load_plain(model), adapter)
     ),
@@ -254,15 +314,30 @@ FAMILIES: Mapping[str, Family] = {
             task_type="CAUSAL_LM", cpt_token_ids=[9, 30, 44], cpt_tokens_type_mask=[1, 2, 3]
         ),
         normal(0.5),
-        oracle=SlowOracle,
     ),
-    "prefix-tuning": family(_prompt(peft.PrefixTuningConfig), normal(0.7), oracle=SlowOracle),
+    "prefix-tuning": family(_prompt(peft.PrefixTuningConfig), normal(0.7)),
+    "prompt-whole": family(
+        lambda a: peft.PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=2, modules_to_save=["lm_head", *_norms(a)]
+        ),
+        around(),
+    ),
+    "cartridge": family(
+        _prompt(peft.CartridgeConfig, num_frozen_tokens=2), normal(0.7), oracle=SlowOracle
+    ),
     "prefix-projection": family(
         _prompt(peft.PrefixTuningConfig, prefix_projection=True, encoder_hidden_size=32),
         normal(0.4),
-        oracle=SlowOracle,
     ),
 }
 """Every family but LoRA's, and variants that differ in what PEFT writes."""
-TORCH_LINEARS = ("loha", "lokr", "lokr-both", "lokr-whole", "beft")
-"""Those that PEFT does not have for GPT-2's Conv1D."""
+NOT_GPT2 = (
+    *(
+        "prefix-tuning",
+        "prefix-projection",
+        "cartridge",
+    ),  # the tiny config has heads that GPT-2 does not know
+    *("loha", "lokr", "lokr-both", "lokr-whole", "beft"),  # PEFT has no Conv1D of these
+    *("lora-whole", "qalora"),
+)
+"""Those that PEFT cannot make, or not ask, of the tiny GPT-2."""

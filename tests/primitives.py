@@ -1,25 +1,32 @@
 """What an AdapterProgram does, said once more in plain torch: by hooks on a transformers model.
 
-Slow, without batches of several adapters, and without any code of the server: what the formats lower
-to is tested with it against PEFT, module by module and by whole logits.
+Slow, without batches of several adapters, and without any code of the server: what the formats
+lower to is tested with it against PEFT, module by module and by whole logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adaplex.adapters.program import AdapterProgram, BaseModule, BaseSpec, ModuleProgram
 
 FUSED = ("gate_up_proj", "down_proj")
+PARTS: dict[str, Literal["attention", "mlp"]] = {
+    "self_attn": "attention",
+    "attn": "attention",
+    "mlp": "mlp",
+}
+"""Last words of the names of blocks."""
 
 
 def linear(
@@ -100,6 +107,47 @@ def describe(model: PreTrainedModel, name: str = "org/tiny", **changes: Any) -> 
             biases[path] = module.bias.detach().float().clone()
     fields = {"tied": bool(model.config.tie_word_embeddings), "weight": weights.__getitem__}
     return BaseSpec(name, "base", model.config.model_type, modules, biases, **(fields | changes))
+
+
+def with_blocks(model: PreTrainedModel, base: BaseSpec) -> BaseSpec:
+    """The spec with attention and MLP as a whole, and what a layer keeps of a token."""
+    hidden = model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr,index]
+    blocks: dict[str, BaseModule] = {}
+    for name, _ in model.named_modules():
+        words = name.split(".")
+        if (part := PARTS.get(words[-1])) is not None:
+            layer = next(int(word) for word in words if word.isdigit())
+            blocks[name] = BaseModule(name, "block", hidden, hidden, layer=layer, part=part)
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    shapes = ((heads, size, size),) * config.num_hidden_layers
+    return replace(base, modules={**base.modules, **blocks}, kv_shapes=shapes)
+
+
+@torch.no_grad()
+def logits(
+    model: PreTrainedModel, program: AdapterProgram, tokens: list[int], start: int = 0
+) -> Tensor:
+    """fp32 [vocabulary] after the last token, with what the program puts before the first; it is
+    applied from position `start` on.
+    """
+    modules = program.modules
+    virtual = [m.virtual[None] for m in modules if m.virtual is not None]
+    prefix = [
+        (m.prefix.keys.transpose(0, 1)[None], m.prefix.values.transpose(0, 1)[None])
+        for m in modules
+        if m.prefix is not None
+    ]
+    bare = replace(program, modules=tuple(m for m in modules if m.prefix is None))
+    with applied(model, bare, start):
+        embedded = model.get_input_embeddings()(torch.tensor([tokens]))
+        out = model(
+            inputs_embeds=torch.cat([*virtual, embedded], dim=1),
+            past_key_values=DynamicCache(prefix) if prefix else None,
+        )
+    last: Tensor = out.logits[0, -1]
+    return last.float()
 
 
 @contextmanager

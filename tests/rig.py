@@ -40,6 +40,7 @@ class Rig:
         native: bool = True,
         saved: Path | None = None,
         triton: bool = False,
+        group_size: int = 32,
         num_blocks: int = 2048,
         arena_bytes: int = ARENA,
     ) -> None:
@@ -47,6 +48,7 @@ class Rig:
         self.base = load_base(
             str(model),
             quantization=quantization,
+            group_size=group_size,
             dtype=dtype,
             native=native and not triton,
             saved=saved,

@@ -75,6 +75,11 @@ def test_list_order_does_not_change_it(field: str, values: list[Any]) -> None:
     assert digest(**{field: values}) == digest(**{field: values[::-1]})
 
 
+@pytest.mark.parametrize("field", ["alora_invocation_tokens", "trainable_token_indices"])
+def test_the_order_of_tokens_changes_it(field: str) -> None:
+    assert digest(**{field: [1, 2]}) != digest(**{field: [2, 1]})
+
+
 def test_the_layout_of_the_files_does_not_change_it(tmp_path: Path) -> None:
     """Tensors in another order in the file and its header, metadata, other white space."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -116,6 +121,14 @@ def test_memory_layout_does_not_change_it() -> None:
         ("layers_to_transform", 0),
         ("layers_pattern", "layers"),
         ("bias", "all"),
+        ("lora_bias", True),
+        ("use_dora", True),
+        ("use_qalora", True),
+        ("alora_invocation_tokens", [1]),
+        ("modules_to_save", ["norm"]),
+        ("trainable_token_indices", [1]),
+        ("target_parameters", ["experts.down_proj"]),
+        ("ensure_weight_tying", True),
     ],
 )
 def test_every_semantic_field_changes_it(field: str, value: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,22 @@ def test_another_base_by_fingerprint(tmp_path: Path) -> None:
     with pytest.raises(AdapterInvalid) as caught:
         push(registry, "b", files(wrong, tensors(seed=1)))
     assert caught.value.field == "base_model_fingerprint"
+    registry.close()
+
+
+def test_another_quantization(tmp_path: Path) -> None:
+    base = replace(make_base(), quantization="nf4")
+    registry = make_registry(tmp_path / "warn", base, base_policy=BasePolicy.WARN)
+    for name, kept, warned in (("a", "int8", True), ("b", "NF4", False), ("c", None, False)):
+        report = push(registry, name, files(config(base_model_quantization=kept))).report
+        assert report.notes == ((f"trained on a base kept as {kept}",) if kept else ())
+        expected = "base_model_quantization is 'int8', the base that is served is 'nf4'"
+        assert report.warnings == ((expected,) if warned else ())
+    registry.close()
+    registry = make_registry(tmp_path / "refuse", base, base_policy=BasePolicy.REFUSE)
+    with pytest.raises(AdapterInvalid) as caught:
+        push(registry, "a", files(config(base_model_quantization="int8")))
+    assert caught.value.field == "base_model_quantization"
     registry.close()
 
 

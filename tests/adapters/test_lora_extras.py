@@ -19,54 +19,12 @@ from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram
-from peft_adapters import Oracle, load_plain, save_adapter
+from peft_adapters import EXPERTS, EXTRAS, Oracle, load_plain, save_adapter
 from primitives import applied, describe
 from rig import prompt
 from tiny import save_tiny
 
 LIMITS = AdapterLimits()
-EXTRAS: dict[str, dict[str, Any]] = {
-    "lora-bias": {"target_modules": ["q_proj", "down_proj"], "lora_bias": True},
-    "embedding": {"target_modules": ["embed_tokens", "q_proj"], "use_rslora": True},
-    "head": {"target_modules": ["lm_head", "v_proj"]},
-    "both-ends": {"target_modules": ["embed_tokens", "lm_head"]},
-    "both-ends-tied": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
-    "norms": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
-    "one-norm": {"target_modules": ["q_proj"], "modules_to_save": ["layers.1.input_layernorm"]},
-    "saved-head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    "saved-table": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-    "saved-ends": {"target_modules": "all-linear", "modules_to_save": ["embed_tokens", "lm_head"]},
-    "saved-ends-tied": {
-        "target_modules": ["q_proj"],
-        "modules_to_save": ["embed_tokens"],
-        "ensure_weight_tying": True,
-    },
-    "saved-linear": {
-        "target_modules": ["q_proj", "v_proj"],
-        "modules_to_save": ["1.mlp", "k_proj"],
-    },
-    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [7, 250, 3]},
-    "tokens-by-layer": {
-        "target_modules": ["q_proj"],
-        "trainable_token_indices": {"embed_tokens": [9, 4], "lm_head": [9, 5, 11]},
-    },
-    "same-tokens-by-layer": {
-        "target_modules": ["q_proj"],
-        "trainable_token_indices": {"embed_tokens": [9, 4], "lm_head": [9, 4]},
-    },
-    "head-tokens": {
-        "target_modules": ["q_proj"],
-        "trainable_token_indices": {"lm_head": [9, 5, 11]},
-    },
-    "parameter-of-a-linear": {
-        "target_modules": [],
-        "target_parameters": ["q_proj.weight", "mlp.up_proj.weight"],
-        "rank_pattern": {"q_proj.weight": 3},
-    },
-    "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
-    "dora-table": {"target_modules": ["embed_tokens", "up_proj"], "use_dora": True},
-    "dora-bias": {"target_modules": ["q_proj", "o_proj"], "use_dora": True, "bias": "lora_only"},
-}
 
 
 @pytest.fixture(scope="module")
@@ -110,20 +68,6 @@ def test_logits_are_pefts(
     assert (expected - plain).abs().max() > 1e-2, "does nothing"
     assert (logits(base, program, tokens) - expected).abs().max() < 1e-4
     assert torch.equal(base(torch.tensor([tokens])).logits[0, -1], plain)
-
-
-EXPERTS: dict[str, dict[str, Any]] = {
-    "both": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
-    "down": {"target_parameters": ["mlp.experts.down_proj"]},
-    "up-of-one-layer": {"target_parameters": ["layers.1.mlp.experts.gate_up_proj"]},
-    "both-and-attention": {
-        "target_modules": ["q_proj", "embed_tokens"],
-        "target_parameters": ["down_proj", "gate_up_proj"],
-        "rank_pattern": {"experts.down_proj": 2},
-        "alpha_pattern": {"gate_up_proj": 3},
-        "use_rslora": True,
-    },
-}
 
 
 @pytest.mark.parametrize("case", EXPERTS)
@@ -228,8 +172,8 @@ def test_qalora_by_its_authors_averages_only(
             torch.testing.assert_close(other.low_rank.b, own.low_rank.b * 4)
     with pytest.raises(AdapterInvalid, match=r"expected \[4, 64\]"):
         formats.lower(Checkpoint(config, written.tensors), spec, LIMITS)
+    unused = config | {"use_qalora": False, "qalora_group_size": 16}
     with pytest.raises(AdapterInvalid, match=r"expected \[4, 64\]"):
-        unused = config | {"use_qalora": False, "qalora_group_size": 16}
         formats.lower(Checkpoint(unused, written.tensors), spec, LIMITS)
 
 
@@ -240,6 +184,8 @@ def test_qalora_by_its_authors_averages_only(
 def test_trainable_tokens_are_pefts(
     targets: list[str] | None, tied: bool, model: Callable[..., Path], tmp_path: Path
 ) -> None:
+    if tied and targets is not None and len(targets) == 2:
+        pytest.skip("PEFT wraps the output layer twice, and cannot run it")
     tiny = model("llama", tied=tied)
     config = TrainableTokensConfig(
         task_type="CAUSAL_LM", token_indices=[40, 7, 21], target_modules=targets

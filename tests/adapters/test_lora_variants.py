@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from adaplex.adapters import formats
 from adaplex.adapters.checkpoint import read_checkpoint
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram, BaseModule, BaseSpec
+from adaplex.adapters.program import AdapterProgram, BaseSpec
+from primitives import describe
 
 
 def tiny_llama(*, tied: bool = False) -> PreTrainedModel:
@@ -37,22 +38,10 @@ def tiny_llama(*, tied: bool = False) -> PreTrainedModel:
     return model
 
 
-def spec_of(model: PreTrainedModel) -> BaseSpec:
-    modules, biases = {}, {}
-    for name, linear in model.named_modules():
-        if isinstance(linear, nn.Linear):
-            out, into = linear.weight.shape
-            has_bias = linear.bias is not None
-            modules[name] = BaseModule(name, "linear", into, out, has_bias, name == "lm_head")
-            if has_bias:
-                biases[name] = linear.bias.detach().clone()
-    return BaseSpec("tiny", "sha256:" + "0" * 64, "llama", modules, biases)
-
-
 def save(directory: Path, **fields: Any) -> tuple[PeftModel, BaseSpec]:
     """Saves a random adapter; the model that still carries it, and the base as it was."""
     base = tiny_llama()
-    spec = spec_of(base)
+    spec = describe(base)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **fields))
     for name, parameter in model.named_parameters():
         if "lora_" in name or (parameter.requires_grad and name.endswith("bias")):
@@ -94,13 +83,16 @@ def test_half_precision_checkpoints_are_scaled_in_fp32(dtype: torch.dtype, tmp_p
         assert torch.equal(module.low_rank.b, exact)
 
 
-def test_the_output_layer_without_a_copy_of_its_weights(tmp_path: Path) -> None:
-    model, spec = save(tmp_path / "copied", r=2, target_modules=["q_proj", "lm_head"])
-    with pytest.raises(AdapterInvalid, match="save_embedding_layers=False"):
-        lower(tmp_path / "copied", spec)
-    model.save_pretrained(tmp_path / "plain", save_embedding_layers=False)
-    (head,) = (m for m in lower(tmp_path / "plain", spec).modules if m.module == "lm_head")
+@pytest.mark.parametrize("copied", [True, False])
+def test_the_output_layer_with_and_without_a_copy_of_its_weights(
+    copied: bool, tmp_path: Path
+) -> None:
+    model, spec = save(tmp_path, r=2, target_modules=["q_proj", "lm_head"])
+    if not copied:
+        model.save_pretrained(tmp_path, save_embedding_layers=False)
+    (head,) = (m for m in lower(tmp_path, spec).modules if m.module == "lm_head")
     assert head.low_rank is not None
+    assert head.weight is None
     expected = model.get_submodule("base_model.model.lm_head").get_delta_weight("default")
     torch.testing.assert_close(head.low_rank.b @ head.low_rank.a, expected)
 
@@ -108,15 +100,13 @@ def test_the_output_layer_without_a_copy_of_its_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "where"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"target_modules": ["embed_tokens"]}, "lora_embedding_A"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+        ({"kasa_config": KasaConfig()}, "kasa_config"),
+        ({"monteclora_config": MontecloraConfig()}, "monteclora_config"),
+        ({"velora_config": VeloraConfig()}, "velora_config"),
+        ({"use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2)}, "use_bdlora"),
     ],
 )
 def test_variants_that_change_more_are_refused(

@@ -15,15 +15,15 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from adaplex.adapters import formats
-from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint
+from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.merging import (
     MAX_SOURCES,
     MergeMethod,
     MergePlan,
+    merge_adapters,
     merge_checkpoints,
-    write_checkpoint,
 )
 from adaplex.adapters.program import AdapterProgram, BaseModule, BaseSpec
 from adaplex.adapters.registry import AdapterRegistry
@@ -31,6 +31,7 @@ from adaplex.model.loader import load_base
 from adapters.handmade import (
     BASE,
     DOWN,
+    HEAD,
     HIDDEN,
     QUERY,
     UPLOAD,
@@ -135,17 +136,25 @@ def test_ranks_that_never_meet_may_differ(method: MergeMethod) -> None:
 @pytest.mark.parametrize(
     ("where", "bad"),
     [
-        ("use_dora", checkpoint(use_dora=True)),
-        ("modules_to_save", checkpoint(modules_to_save=["lm_head"])),
+        ("lora_magnitude_vector", checkpoint(use_dora=True)),
+        ("lm_head", checkpoint(modules_to_save=["lm_head"])),
+        ("alora_invocation_tokens", checkpoint(alora_invocation_tokens=[3])),
+        (
+            HEAD,
+            checkpoint(
+                tensors() | {f"base_model.model.{HEAD}.weight": torch.ones(24, HIDDEN)},
+                modules_to_save=["lm_head"],
+            ),
+        ),
         (
             "lora_magnitude_vector",
             checkpoint(
                 tensors() | {f"base_model.model.{QUERY}.lora_magnitude_vector": torch.ones(HIDDEN)}
             ),
         ),
-        ("peft_type", checkpoint(peft_type="IA3")),
+        ("peft_type", checkpoint(peft_type="XLORA")),
         (
-            "bias",
+            "q_proj",
             checkpoint(
                 tensors("q_proj")
                 | {
@@ -164,6 +173,38 @@ def test_what_cannot_be_merged_is_refused_by_source_and_name(where: str, bad: Ch
     error = refusal(plan(MergeMethod.CAT), source(0), bad)
     assert all(r.where.startswith("sources[1].") for r in error.refusals)
     assert where in error.field
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"bias": torch.ones(HIDDEN)}, "a bias cannot be merged"),
+        ({"output_scale": torch.ones(HIDDEN)}, "an output scale cannot be merged"),
+        ({"input_scale": torch.ones(HIDDEN)}, "an input scale cannot be merged"),
+        ({"weight": torch.ones(HIDDEN, HIDDEN)}, "a replaced weight cannot be merged"),
+        ({"transform": torch.abs}, "a merged weight cannot be merged"),
+    ],
+)
+def test_other_primitives_than_pairs_are_refused_by_name(
+    fields: dict[str, Any], reason: str
+) -> None:
+    made = lower(source(0))
+    other = replace(made, modules=(replace(made.modules[0], **fields),))
+    with pytest.raises(AdapterInvalid) as caught:
+        merge_adapters(plan(MergeMethod.CAT), [made, other], BASE.modules)
+    (found,) = caught.value.refusals
+    assert found.where == f"sources[1].{other.modules[0].module}"
+    assert found.reason == reason
+
+
+def test_pairs_of_other_modules_and_invocations_are_refused_by_name() -> None:
+    made = lower(source(0))
+    name = made.modules[0].module
+    modules = {**BASE.modules, name: replace(BASE.modules[name], kind="experts", experts=2)}
+    with pytest.raises(AdapterInvalid, match=f"{name}: of the kind experts"):
+        merge_adapters(plan(MergeMethod.CAT, 1.0), [made], modules)
+    with pytest.raises(AdapterInvalid, match="an invocation cannot be merged"):
+        merge_adapters(plan(MergeMethod.CAT, 1.0), [replace(made, invocation=(7,))], BASE.modules)
 
 
 @pytest.mark.parametrize("method", MergeMethod)

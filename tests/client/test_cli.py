@@ -14,6 +14,7 @@ import typer
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from typer.testing import CliRunner
 
+from adaplex.client.adapter_types import AdapterReport, ModuleReport, Validation
 from adaplex.client.cli import app, plugins, render
 from adaplex.v1 import generation_pb2
 from client.fake_server import DIGEST, FakeServer, event, finished, started
@@ -338,6 +339,38 @@ def test_commands_of_other_packages_for_adapters(run: Any) -> None:
     assert "fsck" in run("adapters", "--help").stdout
     assert run("fsck", "store").exit_code == 2
     assert run("adapters", "greet", "you").exit_code == 2
+
+
+def test_verify_without_a_server_is_done_by_what_is_installed(
+    run: Any, adapter_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Point:
+        name = "verify"
+
+        def load(self) -> Any:
+            def verify(directory: Path, model: str, quantization: str | None) -> Validation:
+                asked.append((directory, model, quantization))
+                module = ModuleReport("q", 4, 2.0, 8, 8, True, ("low-rank", "bias"))
+                report = AdapterReport("lora", "sha256:1", (module,), 256, (), ())
+                return Validation(True, report)
+
+            return verify
+
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [Point()])
+    result = run("adapters", "verify", adapter_directory, "--model", "m", "--quantization", "bf16")
+    assert result.exit_code == 0
+    assert asked == [(adapter_directory, "m", "bf16")]
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert "served as low-rank at 1, bias at 1" in lines
+    assert "greatest rank 4" in lines
+
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [])
+    result = run("adapters", "verify", adapter_directory, "--model", "m")
+    assert result.exit_code == 1
+    assert 'pip install "adaplex[server]"' in result.stderr
+    assert run("adapters", "verify", adapter_directory, "--quantization", "nf4").exit_code == 2
 
 
 @pytest.mark.usefixtures("plugin")

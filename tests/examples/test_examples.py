@@ -41,7 +41,7 @@ def model(request: pytest.FixtureRequest, train: ModuleType, directory: Path) ->
     """The default model with every example loaded, on the base as stored and as served."""
     base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
     if request.param == "nf4":
-        train.round_to_nf4(base)
+        train.TwoBases(base).use(nf4=True)
     model = PeftModel.from_pretrained(base, EXAMPLES / NAMES[0], adapter_name=NAMES[0])
     for name in NAMES[1:]:
         model.load_adapter(EXAMPLES / name, name)

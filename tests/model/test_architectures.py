@@ -147,6 +147,15 @@ def test_nf4_without_kernels_is_told_in_one_line(
     assert "21 linears" in line
 
 
+def test_int4_of_another_width_is_told_in_one_line(tmp_path: Path) -> None:
+    told: list[str] = []
+    odd = save_tiny("llama", tmp_path, intermediate_size=80)
+    base = load_base(str(odd), quantization="int4-group", progress=told.append)
+    (line,) = [line for line in told if "group size" in line]
+    assert line.startswith("3 of 21 linears")
+    assert len(base.backends["model.layers.0.mlp.down_proj"].dequantize().unique()) < 64 * 3 * 16
+
+
 def test_a_base_only_step_runs_no_adapter_code(
     tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,31 +10,34 @@ import pytest
 
 from adaplex.engine.batch import Chunk
 from peft_adapters import Oracle, load_plain
-from peft_families import FAMILIES
+from peft_families import FAMILIES, LORAS
 from rig import Rig, lowered, prompt
 
+ALL = {**LORAS, **FAMILIES}
 STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def rigs(tiny_model: Callable[[str], Path]) -> Callable[[str], Rig]:
-    return cache(lambda architecture: Rig(tiny_model(architecture), native=False))
+def rigs(tiny_model: Callable[[str], Path]) -> Callable[[str, bool], Rig]:
+    return cache(lambda architecture, native: Rig(tiny_model(architecture), native=native))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
+@pytest.mark.parametrize("name", ALL)
 def test_a_family_equals_peft(
     name: str,
+    native: bool,
     architecture: str,
-    rigs: Callable[[str], Rig],
+    rigs: Callable[[str, bool], Rig],
     tiny_model: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    model, rig, family = tiny_model(architecture), rigs(architecture), FAMILIES[name]
+    model, rig, family = tiny_model(architecture), rigs(architecture, native), ALL[name]
     directory = family.save(model, tmp_path / name, 2)
     oracle = family.oracle(model, directory)
     ref = rig.add(lowered(directory, rig.base.spec))
-    tokens = prompt(37)
+    tokens = [*family.prompt(prompt(37)), 9, 7]
     expected, idle = oracle.logits(tokens), Oracle(load_plain(model), None).logits(tokens)
     assert (idle - expected).abs().max() > 1e-2, "the adapter does nothing"
 

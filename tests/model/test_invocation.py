@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.adapters.checkpoint import CONFIG
-from adaplex.adapters.program import AdapterProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode
 from adaplex.model.forward import runs_of
@@ -39,17 +36,6 @@ def saved(model: Path, directory: Path, seed: int = 0) -> Path:
     )
 
 
-def program(rig: Rig, directory: Path) -> AdapterProgram:
-    """The saved adapter, with what its config says of the invocation."""
-    file = directory / CONFIG
-    config = json.loads(file.read_text())
-    tokens = config.pop("alora_invocation_tokens")
-    file.write_text(json.dumps(config))
-    made = lowered(directory, rig.base.spec)
-    file.write_text(json.dumps(config | {"alora_invocation_tokens": tokens}))
-    return replace(made, invocation=tuple(tokens))
-
-
 def peft_logits(model: Path, directory: Path, tokens: list[int]) -> Tensor:
     """After the last token, as `generate` asks for them, which finds the invocation."""
     oracle = Oracle(load_plain(model), directory)
@@ -74,7 +60,7 @@ def test_answers_are_those_of_peft(
     directory = saved(model, tmp_path / "a")
     wanted = peft_logits(model, directory, PROMPT)
     rig = Rig(model, native=native)
-    made = program(rig, directory)
+    made = lowered(directory, rig.base.spec)
     for mode in MODES:
         sequence = rig.sequence(PROMPT, rig.add(made, mode))
         assert sequence.adapter_from == INVOKED_AT
@@ -92,7 +78,9 @@ def test_any_chunks_in_any_batch_give_the_same_bits(
 ) -> None:
     model = tiny_model("llama")
     rig = Rig(model, native=native)
-    refs = [rig.add(program(rig, saved(model, tmp_path / str(i), i)), mode) for i in range(2)]
+    refs = [
+        rig.add(lowered(saved(model, tmp_path / str(i), i), rig.base.spec), mode) for i in range(2)
+    ]
     alone = [rig.prefill(rig.sequence(PROMPT, ref))[0] for ref in (*refs, None)]
     together = rig.prefill(*(rig.sequence(PROMPT, ref) for ref in (*refs, None)))
     assert torch.equal(torch.stack(alone), together)
@@ -114,7 +102,7 @@ def test_a_block_of_the_base_serves_what_comes_before_the_invocation(
     """And the other way round: both leave the same bits in it."""
     model = tiny_model("llama")
     rig = Rig(model, native=native)
-    ref = rig.add(program(rig, saved(model, tmp_path / "a")), mode)
+    ref = rig.add(lowered(saved(model, tmp_path / "a"), rig.base.spec), mode)
     base, invoked = rig.sequence(PROMPT), rig.sequence(PROMPT, ref)
     wanted = [rig.prefill(sequence)[0] for sequence in (base, invoked)]
     for first, second in ((base, invoked), (invoked, base)):
@@ -129,7 +117,7 @@ def test_runs_are_cut_where_an_adapter_sets_in(
 ) -> None:
     model = tiny_model("llama")
     rig = Rig(model, native=False)
-    ref = rig.add(program(rig, saved(model, tmp_path / "a")))
+    ref = rig.add(lowered(saved(model, tmp_path / "a"), rig.base.spec))
     invoked, base = rig.sequence(PROMPT, ref), rig.sequence(PROMPT)
     chunks = (Chunk(base, 0, 3), Chunk(invoked, 10, 12), Chunk(invoked, 22, 4))
     assert runs_of(chunks, [3, 12, 4]) == [(None, 0, 12), (ref, 12, 19)]

@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from bitsandbytes import functional as bnb_functional
 
 from adaplex.model import quantized_linear
+from adaplex.model.int4_group import Int4GroupLinear
 from adaplex.model.linear import DenseLinear, LinearBackend
+from adaplex.model.native_int4 import int4_linear
 from adaplex.model.native_linear import NF4_VALUES
 from adaplex.model.quantized_linear import Int8Linear, Nf4Linear, make_linear, quantize_nf4
 
+KINDS = ["nf4", "int8", "int4-group", "bf16", "fp32"]
 SHAPES = [(64, 64), (96, 128), (48, 80), (320, 64)]
 
 
@@ -20,12 +23,14 @@ def backend(shape: tuple[int, int], quantization: str, *, biased: bool) -> Linea
     dtype = torch.float32 if quantization == "fp32" else torch.bfloat16
     weight = torch.randn(shape, generator=generator).mul(0.1).to(dtype)
     bias = torch.randn(shape[0], generator=generator).to(dtype) if biased else None
+    if quantization == "int4-group":
+        return int4_linear(None, weight, bias, 32)
     return make_linear(weight, bias, quantization)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "bf16", "fp32"])
+@pytest.mark.parametrize("quantization", KINDS)
 def test_multiplies_by_the_weight_it_reports(
     shape: tuple[int, int], quantization: str, biased: bool
 ) -> None:
@@ -38,7 +43,7 @@ def test_multiplies_by_the_weight_it_reports(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "bf16", "fp32"])
+@pytest.mark.parametrize("quantization", KINDS)
 def test_every_row_has_the_same_bits_in_any_batch(
     shape: tuple[int, int], quantization: str
 ) -> None:
@@ -90,12 +95,12 @@ def test_int8_rows_ignore_outliers_of_their_batch_mates() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "bf16", "fp32"])
+@pytest.mark.parametrize("quantization", KINDS)
 def test_is_restored_from_its_tensors_bit_for_bit(
     shape: tuple[int, int], quantization: str, biased: bool
 ) -> None:
     layer = backend(shape, quantization, biased=biased)
-    assert isinstance(layer, DenseLinear | Nf4Linear | Int8Linear)
+    assert isinstance(layer, DenseLinear | Nf4Linear | Int8Linear | Int4GroupLinear)
     again = layer.restored(layer.tensors(), layer.bias)
     x = torch.randn(9, shape[1]).to(torch.float32 if quantization == "fp32" else torch.bfloat16)
     assert torch.equal(again(x), layer(x))

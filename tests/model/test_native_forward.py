@@ -26,7 +26,7 @@ from rig import Rig, lowered, prompt
 from tiny import ARCHITECTURES, save_tiny
 
 LLAMAS = ["llama", "mistral", "qwen2", "qwen3"]
-BOUNDS = {"fp32": 1e-4, "bf16": 5e-2, "nf4": 5e-2}
+BOUNDS = {"fp32": 1e-4, "bf16": 5e-2, "nf4": 5e-2, "int4-group": 5e-2}
 """Largest difference; of the largest logit, but for fp32."""
 ROWS = 12
 STEPS = 3
@@ -140,7 +140,7 @@ def test_odd_sizes_equal_the_modules(quantization: str, tmp_path: Path) -> None:
             assert close(one, other, quantization)
 
 
-@pytest.mark.parametrize("quantization", ["fp32", "bf16", "nf4"])
+@pytest.mark.parametrize("quantization", ["fp32", "bf16", "nf4", "int4-group"])
 @pytest.mark.parametrize("instructions", USABLE, ids=[each.name for each in USABLE])
 def test_every_instruction_set_equals_the_modules(
     instructions: InstructionSet,

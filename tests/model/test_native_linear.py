@@ -14,16 +14,23 @@ from torch import Tensor
 
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kernels.native.library import INSTRUCTION_SETS, InstructionSet
+from adaplex.model.native_int4 import NativeInt4Linear
 from adaplex.model.native_linear import NativeLinear, native_linear
 from adaplex.model.saved_base import LAYOUT
 from adaplex.model.source import default_cache
 
 USABLE = [each for each in INSTRUCTION_SETS if each.usable]
-KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
+KINDS = {
+    **{"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16},
+    **{"int4": torch.bfloat16, "int4-fp32": torch.float32},
+}
+INT4 = {"int4", "int4-fp32"}
 SHAPES = {
     "fp32": [(64, 64), (1, 1), (70, 37), (321, 131)],
     "bf16": [(64, 64), (3, 2), (70, 38), (321, 130)],
     "nf4": [(64, 64), (3, 64), (70, 192), (321, 128)],
+    "int4": [(64, 64), (3, 32), (70, 96), (321, 128)],
+    "int4-fp32": [(64, 64), (3, 32), (70, 96), (321, 128)],
 }
 """Kind -> [out, in] with panels and groups of panels that are not full."""
 
@@ -47,8 +54,16 @@ def layer_of(
     kind: str, shape: tuple[int, int], instructions: InstructionSet, *, biased: bool = True
 ) -> NativeLinear:
     bias = torch.linspace(-1, 1, shape[0]).to(KINDS[kind]) if biased else None
-    weight = weight_of(kind, shape)
-    layer = native_linear(kernels(KINDS[kind], instructions), weight, bias, nf4=kind == "nf4")
+    return made(kind, weight_of(kind, shape), bias, instructions)
+
+
+def made(
+    kind: str, weight: Tensor, bias: Tensor | None, instructions: InstructionSet
+) -> NativeLinear:
+    own = kernels(KINDS[kind], instructions)
+    if kind in INT4:
+        return NativeInt4Linear.quantized(own, weight, bias, 32)
+    layer = native_linear(own, weight, bias, nf4=kind == "nf4")
     assert layer is not None
     assert (layer.scales is not None) == (kind == "nf4")
     return layer
@@ -72,7 +87,7 @@ def test_multiplies_by_the_weight_it_reports(
         got = layer(x)
         assert got.dtype == x.dtype
         # bf16 answers have eight bits: half of the last one is 1/256 of the value
-        bound = 1e-5 if kind == "fp32" else 5e-3
+        bound = 1e-5 if x.dtype == torch.float32 else 5e-3
         assert (got.float() - expected).abs().max() <= bound * max(1, float(expected.abs().max()))
 
 
@@ -145,8 +160,9 @@ def test_dense_gives_its_weight_back() -> None:
             assert torch.equal(layer.dequantize(), weight_of(kind, shape).float())
 
 
-def test_nf4_takes_a_third_of_bf16() -> None:
-    dense, packed = (layer_of(kind, (256, 256), USABLE[0]) for kind in ("bf16", "nf4"))
+@pytest.mark.parametrize("kind", ["nf4", "int4"])
+def test_four_bits_take_a_third_of_bf16(kind: str) -> None:
+    dense, packed = (layer_of(each, (256, 256), USABLE[0]) for each in ("bf16", kind))
     assert packed.nbytes < 0.33 * dense.nbytes
 
 
@@ -177,7 +193,7 @@ def test_is_restored_from_its_tensors_bit_for_bit(
 ) -> None:
     layer = layer_of(kind, shape, USABLE[0], biased=biased)
     own = kernels(KINDS[kind], USABLE[0])
-    again = NativeLinear.restored(own, layer.tensors(), shape, layer.bias)
+    again = type(layer).restored(own, layer.tensors(), shape, layer.bias)
     x = rows_of(layer, 9, KINDS[kind])
     assert torch.equal(again(x), layer(x))
     assert torch.equal(again.dequantize(), layer.dequantize())
@@ -188,6 +204,7 @@ PACKED = {
     "fp32": "aab5855bfc2baed4be0493a3a9da70f8d7af0ba14f1430a80a3d57ac93044b6b",
     "bf16": "44f16acf78164e89c2b63202441bb7ec5476590278b9488ccf47a67ac51702e4",
     "nf4": "395c0c68e429ebf042962f4f43c6d1a15d5e9cbbb30808baf0883fcbd8820875",
+    **dict.fromkeys(INT4, "c9acfbaeafce87facc43ccfd5d32e48a341565a947f31fda169b8066dbb02c0f"),
 }
 """SHA-256 of what a small weight is packed to."""
 
@@ -197,9 +214,7 @@ PACKED = {
 def test_saved_panels_stay_readable(kind: str, instructions: InstructionSet) -> None:
     """Panels that differ from these are another layout: raise `saved_base.LAYOUT` with them."""
     ramp = torch.arange(35 * 128).reshape(35, 128).remainder(251).sub(125) / 8
-    own = kernels(KINDS[kind], instructions)
-    layer = native_linear(own, ramp.to(KINDS[kind]), None, nf4=kind == "nf4")
-    assert layer is not None
+    layer = made(kind, ramp.to(KINDS[kind]), None, instructions)
     total = hashlib.sha256()
     for tensor in layer.tensors().values():
         total.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())

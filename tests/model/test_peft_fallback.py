@@ -62,6 +62,14 @@ def test_the_variants_of_miss_are_merged_each_its_way(
     check("MISS", rigs("llama"), tiny_model("llama"), tmp_path, **fields)
 
 
+@pytest.mark.parametrize("kind", ["OFT", "UNILORA"])
+def test_modules_are_replaced_beside_merged_ones(
+    kind: str, rigs: Callable[[str], Rig], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    fields = {"modules_to_save": ["input_layernorm", "1.mlp.up_proj", "1.mlp.down_proj"]}
+    check(kind, rigs("llama"), tiny_model("llama"), tmp_path, **fields)
+
+
 def check(kind: str, rig: Rig, model: Path, folder: Path, **fields: object) -> None:
     """The logits with the adapter are PEFT's, and not the base's; base rows beside it stay."""
     expected = save_kind(load_plain(model), folder, kind, **fields)

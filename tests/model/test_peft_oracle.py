@@ -155,7 +155,7 @@ def test_a_step_of_one_merged_adapter_skips_the_base(
     assert used == ["lm_head"]
 
 
-@pytest.mark.parametrize("quantization", ["fp32", "bf16", "nf4", "int8"])
+@pytest.mark.parametrize("quantization", ["fp32", "bf16", "nf4", "int8", "int4-group"])
 @pytest.mark.parametrize(
     ("mode", "native"),
     [(AdapterMode.UNMERGED, True), (AdapterMode.UNMERGED, False), (AdapterMode.MERGED, True)],
@@ -198,12 +198,13 @@ def test_adapted_rows_are_bit_equal_alone_in_any_mix_and_after_reload(
         assert torch.equal(rig.prefill(rig.sequence(prompt(9 + i), ref))[0], alone[ref][i])
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int4-group"])
 @pytest.mark.parametrize("dtype", ["fp32", "auto"])
-def test_nf4_equals_peft_on_the_dequantized_base(
-    dtype: str, tiny_model: Callable[[str], Path], tmp_path: Path
+def test_four_bits_equal_peft_on_the_dequantized_base(
+    quantization: str, dtype: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
-    rig = Rig(model, "nf4", dtype)
+    rig = Rig(model, quantization, dtype)
     dequantized = load_plain(model)
     for name, backend in rig.base.backends.items():
         dequantized.get_submodule(name).weight.data = backend.dequantize().clone()

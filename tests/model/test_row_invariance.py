@@ -25,7 +25,7 @@ def three_threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("quantization", ["fp32", "bf16", "nf4", "int8"])
+@pytest.mark.parametrize("quantization", ["fp32", "bf16", "nf4", "int8", "int4-group"])
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_logits_are_bit_equal_however_computed(
     architecture: str, quantization: str, tiny_model: Callable[[str], Path]

@@ -29,7 +29,7 @@ from tiny import ARCHITECTURES, save_tiny
 KEPT = [
     *(
         (quantization, native)
-        for quantization in ("nf4", "bf16", "fp32")
+        for quantization in ("nf4", "int4-group", "bf16", "fp32")
         for native in (True, False)
     ),
     ("int8", True),
@@ -347,13 +347,17 @@ def test_a_mapped_file_may_be_replaced(starts: Starts) -> None:
 def test_what_a_base_is_made_of_names_its_file(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     names = []
-    for options in ({}, {"quantization": "int8"}, {"native": False}, {"dtype": "fp32"}):
+    int4 = {"quantization": "int4-group"}
+    for options in (
+        *({}, {"quantization": "int8"}, {"native": False}, {"dtype": "fp32"}),
+        *(int4, int4 | {"group_size": 16}),
+    ):
         directory = save_tiny("llama", tmp_path / "tiny")
         load_base(str(directory), saved=saved, **options)  # type: ignore[arg-type]
         names.append(len(list(saved.glob("*.safetensors"))))
     load_base(str(save_tiny("llama", tmp_path / "tiny", seed=1)), saved=saved)
     names.append(len(list(saved.glob("*.safetensors"))))
-    assert names == [1, 2, 3, 4, 5]
+    assert names == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_nothing_is_saved_unless_asked(

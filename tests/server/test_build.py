@@ -71,6 +71,7 @@ async def test_a_server_is_built_from_its_settings_alone(model: Path, tmp_path: 
     [
         ({"quantization": "nf4"}, True),
         ({"quantization": "int8"}, True),
+        ({"quantization": "int4-group", "group_size": 16}, True),
         ({"quantization": "nf4", "save_quantized": False}, False),
         ({"quantization": "bf16"}, False),
     ],

@@ -55,7 +55,11 @@ def test_byte_sizes_take_units() -> None:
     ("flags", "message"),
     [
         ({"port": "70000"}, "port: Input should be less than or equal to 65535"),
-        ({"quantization": "fp8"}, "quantization: Input should be 'nf4', 'int8', 'bf16' or 'fp32'"),
+        (
+            {"quantization": "fp8"},
+            "quantization: Input should be 'nf4', 'int8', 'int4-group', 'bf16' or 'fp32'",
+        ),
+        ({"group_size": "8"}, "group_size: Input should be 16, 32, 64 or 128"),
         ({"arena_bytes": "0"}, "arena_bytes: Input should be greater than 0"),
         ({"arena_bytes": "big"}, "arena_bytes: could not parse value"),
         ({"max_running": "0"}, "max_running: Input should be greater than or equal to 1"),
@@ -144,7 +148,7 @@ def test_help_shows_every_flag_with_its_meaning(command: typer.Typer) -> None:
     for name, field in ServerConfig.model_fields.items():
         assert f"--{name.replace('_', '-')} " in shown
         assert field.description
-    assert "nf4|int8|bf16|fp32" in shown
+    assert "nf4|int8|int4-group|bf16|fp32" in shown
     assert "256MiB" in shown
 
 

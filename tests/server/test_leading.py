@@ -125,11 +125,23 @@ async def test_positions_before_the_prompt_take_of_the_context(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("tunable")
+async def test_a_prefix_and_virtual_tokens_lead_together(tmp_path: Path) -> None:
+    runner = Recorder()
+    async with rig(tmp_path, runner=runner) as toy:
+        await push(toy, "prefix", learned(*PREFIX, tokens=4))
+        await push(toy, "tokens", learned(*PROMPT, tokens=3))
+        both = [WeightedAdapter(adapter="prefix"), WeightedAdapter(adapter="tokens")]
+        answered = await answer(toy, adapters=both)
+    assert answered.finished.prompt_tokens == 5
+    assert runner.started == [([*range(VIRTUAL, VIRTUAL + 7), *b"hello"], 0)]
+
+
+@pytest.mark.usefixtures("tunable")
 async def test_two_of_a_combination_cannot_both_lead(tmp_path: Path) -> None:
     runner = Recorder()
     async with rig(tmp_path, runner=runner) as toy:
         await push(toy, "tuned", learned(*PROMPT))
-        await push(toy, "also", learned(*PREFIX))
+        await push(toy, "also", learned(*PROMPT, tokens=3))
         both = [WeightedAdapter(adapter="tuned"), WeightedAdapter(adapter="also")]
         code, details = await status(
             toy.generation.Generate(GenerateRequest(spec=GenerationSpec(text="x", adapters=both)))
@@ -137,7 +149,7 @@ async def test_two_of_a_combination_cannot_both_lead(tmp_path: Path) -> None:
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     [violation] = details["BadRequest"].field_violations
     assert violation.field == "adapters"
-    assert "tuned and also all put positions before the prompt" in violation.description
+    assert "all put tokens before the prompt" in violation.description
     assert not runner.started
 
 
@@ -150,14 +162,12 @@ def lowered_by(monkeypatch: pytest.MonkeyPatch, change: Callable[[AdapterProgram
     monkeypatch.setattr(formats, "lower", lambda *args: change(lower(*args)))
 
 
-async def test_an_invoked_adapter_needs_its_invocation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_invoked_adapter_needs_its_invocation(tmp_path: Path) -> None:
     """The blocks before it are those of the base."""
-    lowered_by(monkeypatch, lambda made: replace(made, invocation=tuple(b"!!")))
     runner = Recorder()
     async with rig(tmp_path, runner=runner, engine=BLOCKS) as toy:
-        done = await push(toy, "invoked", adapter_files())
+        files = adapter_files(alora_invocation_tokens=list(b"!!"))
+        done = await push(toy, "invoked", files)
         assert bytes(done.adapter.invocation_tokens) == b"!!"
         assert bytes(done.report.invocation_tokens) == b"!!"
         code, details = await status(

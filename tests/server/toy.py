@@ -49,6 +49,7 @@ BASE = BaseSpec(
         name: BaseModule(name, "linear", FEATURES, FEATURES)
         for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj")
     },
+    weight=lambda _: torch.zeros(FEATURES, FEATURES),
 )
 
 

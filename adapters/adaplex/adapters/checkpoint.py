@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge, Refusal
@@ -71,6 +71,12 @@ def read_checkpoint(directory: Path, limits: AdapterLimits) -> Checkpoint:
     if refusals:
         raise AdapterInvalid(refusals)
     return Checkpoint(config, tensors)
+
+
+def write_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
+    """Writes the two files of an adapter directory: the same bytes for the same content."""
+    (directory / CONFIG).write_text(json.dumps(dict(checkpoint.config), indent=1))
+    save_file(dict(checkpoint.tensors), directory / WEIGHTS)
 
 
 def weights_in(directory: Path) -> Path:

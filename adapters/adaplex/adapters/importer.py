@@ -10,12 +10,13 @@ from dataclasses import replace as changed
 from datetime import UTC, datetime
 from pathlib import Path
 
+from adaplex.adapters.checkpoint import write_checkpoint
 from adaplex.adapters.entry import Origin
 from adaplex.adapters.errors import AdapterExists
 from adaplex.adapters.files import full_disk_is_store_full
 from adaplex.adapters.intake import Committed
 from adaplex.adapters.lease import Lease
-from adaplex.adapters.merging import MergePlan, merge_checkpoints, write_checkpoint
+from adaplex.adapters.merging import MergePlan, merge_checkpoints
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.adapters.selector import DEFAULT, LATEST, Selector
 from adaplex.adapters.sources import Fetched, Sources

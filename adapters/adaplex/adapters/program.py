@@ -77,6 +77,9 @@ class BaseSpec:
     kv_heads: int = 0
     kv_shapes: tuple[tuple[int, int, int], ...] = ()
     """(heads, features of a key, features of a value) of each layer."""
+    rotary: Tensor | None = None
+    """fp32 [features of a key / 2]: radians a position by which a key's features i and i + half are
+    turned; None where there is no such table, or it changes with the length."""
     tied: bool = False
     """Whether the output layer uses the weight of the embedding."""
     quantization: str = ""

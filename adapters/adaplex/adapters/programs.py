@@ -55,16 +55,7 @@ class Programs:
 
         Raises AdapterInvalid or AdapterTooLarge.
         """
-        checkpoint = read_checkpoint(directory, self._limits)
-        program = self._lower(checkpoint, self._limits)
-        try_merging(program, self._base)
-        if self._policy is BasePolicy.OFF:
-            return program
-        found = mismatches(checkpoint.config, self._base)
-        if found and self._policy is BasePolicy.REFUSE:
-            raise AdapterInvalid([Refusal(*pair) for pair in found])
-        warnings = tuple(f"{where} {how}" for where, how in found)
-        return replace(program, warnings=(*program.warnings, *warnings))
+        return read_adapter(directory, self._base, self._limits, self._policy)
 
     def program(self, digest: str) -> AdapterProgram:
         """Reads and lowers stored content, whatever the limits for uploads are by now, or combines
@@ -77,7 +68,7 @@ class Programs:
             parts = [self.program(part.digest) for part in combination.components]
             return combine(combination, parts, self._base)
         try:
-            program = self._lower(self.checkpoint(digest), self._limits.for_stored())
+            program = _lowered(self.checkpoint(digest), self._base, self._limits.for_stored())
             if program.digest != digest:
                 raise StoreCorrupt(f"{digest} holds the content of {program.digest}")
         except StoreCorrupt:
@@ -136,11 +127,6 @@ class Programs:
         """Forgets a combination that nobody leases."""
         self._combinations.pop(digest, None)
 
-    def _lower(self, checkpoint: Checkpoint, limits: AdapterLimits) -> AdapterProgram:
-        program = formats.lower(checkpoint, self._base, limits)
-        check_leading(program, self._base)
-        return program
-
     def _open(self, digest: str) -> Path:
         """The folder of intact content. Raises StoreCorrupt or AdapterNotFound."""
         for _ in range(
@@ -152,3 +138,28 @@ class Programs:
                 if not self._is_wanted(digest):
                     raise
         raise StoreCorrupt(f"{digest} is gone from the disk")
+
+
+def read_adapter(
+    directory: Path, base: BaseSpec, limits: AdapterLimits, policy: BasePolicy
+) -> AdapterProgram:
+    """Lowers an adapter directory, and tries what can only be merged.
+
+    Raises AdapterInvalid or AdapterTooLarge.
+    """
+    checkpoint = read_checkpoint(directory, limits)
+    program = _lowered(checkpoint, base, limits)
+    try_merging(program, base)
+    if policy is BasePolicy.OFF:
+        return program
+    found = mismatches(checkpoint.config, base)
+    if found and policy is BasePolicy.REFUSE:
+        raise AdapterInvalid([Refusal(*pair) for pair in found])
+    warnings = tuple(f"{where} {how}" for where, how in found)
+    return replace(program, warnings=(*program.warnings, *warnings))
+
+
+def _lowered(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:
+    program = formats.lower(checkpoint, base, limits)
+    check_leading(program, base)
+    return program

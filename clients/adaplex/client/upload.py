@@ -99,9 +99,7 @@ class AdapterFiles:
             adapters_pb2.AdapterUpload,
             name=name,
             files=[
-                adapters_pb2.AdapterFile(
-                    name=file.name, size_bytes=file.size, sha256=file.sha256
-                )
+                adapters_pb2.AdapterFile(name=file.name, size_bytes=file.size, sha256=file.sha256)
                 for file in self.files
             ],
             policy=_adapter_calls.upload_policy(replace),

@@ -12,6 +12,7 @@ from itertools import count
 from adaplex.engine.batch import Batch
 from adaplex.engine.block_manager import BlockManager
 from adaplex.engine.census import count_engine
+from adaplex.engine.checks import check_request
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.errors import (
     DeadlineExpired,
@@ -36,8 +37,6 @@ from adaplex.engine.sequence import Sequence
 
 RETRY_SECONDS = (0.5, 30.0)
 """Bounds of what QueueFull advises."""
-SHOWN_TOKENS = 16
-"""Of an invocation, in an error."""
 
 
 def _nothing() -> None:
@@ -101,7 +100,9 @@ class Engine:
         """Takes a request in. Raises RequestInvalid, AdapterTooLarge, NoRoomBesidePins or
         QueueFull.
         """
-        self._check(request)
+        if request.request_id in self._sequences:
+            raise RequestInvalid("request_id", f"{request.request_id} is in use")
+        check_request(request, self.config)
         if request.adapter is not None:
             self._residency.check(request.adapter)
         if self._places() <= 0:
@@ -162,34 +163,6 @@ class Engine:
         assert not any(sequence.blocks for sequence in waiting)
         self._blocks.check_integrity(running)
         self._residency.check_integrity(running)
-
-    def _check(self, request: Request) -> None:
-        if request.request_id in self._sequences:
-            raise RequestInvalid("request_id", f"{request.request_id} is in use")
-        self._check_prompt(request)
-        if request.sampling.max_tokens < 1:
-            raise RequestInvalid("max_tokens", "must be at least 1")
-
-    def _check_prompt(self, request: Request) -> None:
-        tokens, leading, adapter = len(request.prompt), request.leading, request.adapter
-        if not tokens:
-            raise RequestInvalid("prompt", "is empty")
-        if leading + tokens >= self.config.max_model_len:
-            before = (
-                f" behind the {leading} of adapter {adapter.name}" if adapter and leading else ""
-            )
-            raise RequestInvalid(
-                "prompt",
-                f"has {tokens} tokens{before}; with one to generate, "
-                f"the limit is {self.config.max_model_len}",
-            )
-        if adapter and request.invoked_at is None:
-            asked = ", ".join(map(str, adapter.invocation[:SHOWN_TOKENS]))
-            more = ", ..." if len(adapter.invocation) > SHOWN_TOKENS else ""
-            raise RequestInvalid(
-                "prompt",
-                f"does not have the tokens {asked}{more}, which adapter {adapter.name} begins at",
-            )
 
     def _places(self) -> int:
         """Requests that may still come: those that the next step could start, and the queue."""

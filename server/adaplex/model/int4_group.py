@@ -1,9 +1,10 @@
 """int4-group: weights in 4 bits with a scale and a zero for each group of inputs, as GPTQ has them.
 
-W[o, i] = scale[o, g] * (code[o, i] - zero[o, g]) with g = i // group and codes of -8 to 7. A group's grid
-goes from min(0, its least weight) to max(0, its largest) in 15 steps, and its zero is one of the codes;
-the scale is rounded to bf16 before weights are rounded to the nearest step. A delta that is the same
-for all inputs of a group (QA-LoRA's) is another zero: W + d = scale * (code - (zero - d / scale)).
+W[o, i] = scale[o, g] * (code[o, i] - zero[o, g]) with g = i // group and codes of -8 to 7. The grid
+of a group goes from min(0, its least weight) to max(0, its largest) in 15 steps, and its zero is
+one of the codes; the scale is rounded to bf16, then weights to the nearest step. A delta that is
+the same for all inputs of a group (QA-LoRA's) is another zero:
+W + delta = scale * (code - (zero - delta / scale)).
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def grouped_weight(nibbles: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 
 def int4_roundtrip(weight: Tensor, group: int) -> Tensor:
-    """What int4-group makes of a weight [out, in], in its own dtype; the last group may be short."""
+    """What int4-group makes of a weight [out, in], in its dtype; the last group may be short."""
     columns = weight.shape[1]
     whole = F.pad(weight, (0, -columns % group))
     return Int4Weight.quantized(whole, group).dequantized()[:, :columns].to(weight.dtype)

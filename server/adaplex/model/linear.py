@@ -41,8 +41,8 @@ class LinearBackend(ABC):
         """Bytes of the weight."""
 
     def merged(self, _low_rank: LowRank, _bias: Tensor | None) -> LinearBackend | None:
-        """Weight and delta in one, without loss, kept as the weight is and sharing what it can; None
-        where a dense weight has to hold both. `_bias` is the whole one.
+        """Weight and delta in one, without loss, kept as the weight is and sharing what it can;
+        None where a dense weight has to hold both. `_bias` is the whole one.
         """
         return None
 

@@ -38,6 +38,8 @@ from adaplex.model.step import StepContext
 
 QUANTIZATIONS = ("nf4", "int8", INT4_GROUP, "bf16", "fp32")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+STEADY_ROTARY = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embeddings whose frequencies do not depend on the length."""
 
 
 def silent(_message: str) -> None:
@@ -93,7 +95,8 @@ def load_base(
     """Loads a base model and quantizes it.
 
     `model` is a hub id, a directory of safetensors, a GGUF file or the default's name;
-    `quantization` is one of QUANTIZATIONS, `group_size` one of GROUP_SIZES, for int4-group; `dtype` is auto, bf16 or fp32 (the compute dtype);
+    `quantization` is one of QUANTIZATIONS, `group_size`, for int4-group, one of GROUP_SIZES;
+    `dtype` is auto, bf16 or fp32 (the compute dtype);
     `device` is auto, cpu or cuda; without `native` a CPU computes by torch alone.
     `saved` is a folder in which the quantized base is kept for the next start.
     Raises ModelSourceError or UnsupportedModel.
@@ -135,6 +138,7 @@ def load_base(
             heads=int(getattr(config, "num_attention_heads", 0) or 0),
             kv_heads=int(getattr(config, "num_key_value_heads", 0) or 0),
             kv_shapes=tuple((s.kv_heads, s.key_dim, s.value_dim) for s in found.shapes),
+            rotary=_rotary(module),
             tied=bool(config.tie_word_embeddings),
             quantization=quantization,
             weight=partial(_weight, module),
@@ -150,6 +154,14 @@ def load_base(
         weight_bytes=_weight_bytes(module),
         kernels=kernels,
     )
+
+
+def _rotary(module: Any) -> torch.Tensor | None:
+    """See BaseSpec.rotary."""
+    embedding = getattr(module.base_model, "rotary_emb", None)
+    if getattr(embedding, "rope_type", None) not in STEADY_ROTARY:
+        return None
+    return embedding.inv_freq.detach().float().cpu().clone()  # type: ignore[union-attr, no-any-return]
 
 
 def _compute_dtype(quantization: str, dtype: str) -> torch.dtype:

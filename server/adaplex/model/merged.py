@@ -1,5 +1,6 @@
-"""MergedWeights: base plus adapter, dense, in the compute dtype; never re-quantized, never in
-place. How many exist is the engine's policy; here they are made."""
+"""MergedWeights: base plus adapter, dense in the compute dtype unless the base's own form takes the
+delta without loss; never re-quantized, never in place. How many exist is the engine's policy; here
+they are made."""
 
 from __future__ import annotations
 
@@ -11,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaplex.adapters.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.program import AdapterProgram, LowRank, ModuleProgram
 from adaplex.model.host_copies import PackedAdapter, Packer
 from adaplex.model.kernels.low_rank import AdapterWeights
 from adaplex.model.kernels.native.structs import SITE_FIELDS
 from adaplex.model.linear import LinearBackend
+from adaplex.model.native_int4 import NativeInt4Linear
 from adaplex.model.native_linear import NativeLinear, dense_linear
 
 
@@ -32,12 +34,17 @@ class MergedWeights:
     """What `rest` points to in part."""
 
     def table(self, modules: Mapping[str, int]) -> NDArray[np.int64]:
-        """[modules, SITE_FIELDS] as in AdapterWeights, of weights in panels."""
+        """[modules, SITE_FIELDS] as in AdapterWeights, of weights in panels, or of zeros for those
+        of the base.
+        """
         table = self.rest.table.copy()
-        dense, bias = SITE_FIELDS.index("dense"), SITE_FIELDS.index("bias")
+        dense, zeros, bias = (SITE_FIELDS.index(field) for field in ("dense", "zeros", "bias"))
         for name, linear in self.linears.items():
             assert isinstance(linear, NativeLinear)
-            table[modules[name], dense] = linear.panels.data_ptr()
+            if isinstance(linear, NativeInt4Linear) and linear.zeros is not None:
+                table[modules[name], zeros] = linear.zeros.data_ptr()
+            else:
+                table[modules[name], dense] = linear.panels.data_ptr()
         for name, shift in self.shifts.items():
             table[modules[name], bias] = shift.data_ptr()
         return table
@@ -57,13 +64,17 @@ def merge(
         backend = backends.get(module.module)
         if backend is None:
             continue
-        weight = _merged(module, backend.dequantize())
         bias = backend.bias
         shift = _shift(module, bias, device)
         if shift is not None:
             bias = (shift if bias is None else bias.float() + shift).to(packer.dtype)
             shifts[module.module] = shift.to(packer.dtype).contiguous()
-        linears[module.module] = dense_linear(packer.kernels, weight.to(packer.dtype), bias)
+        delta = _delta(module)
+        merged = None if delta is None else backend.merged(delta, bias)
+        if merged is None:
+            weight = _merged(module, backend.dequantize()).to(packer.dtype)
+            merged = dense_linear(packer.kernels, weight, bias)
+        linears[module.module] = merged
     packed = packer.pack(_rest(program, backends))
     return MergedWeights(linears, shifts, packed.weights(packed.flat.to(device)), packed)
 
@@ -72,9 +83,24 @@ def merged_bytes(
     program: AdapterProgram, backends: Mapping[str, LinearBackend], dtype: torch.dtype
 ) -> int:
     """Bytes that `merge` would take."""
-    shapes = (backends[m.module] for m in program.modules if m.module in backends)
-    dense = sum(b.out_features * b.in_features for b in shapes) * dtype.itemsize
-    return dense + _rest(program, backends).packed_bytes(dtype.itemsize)
+    sizes = (_size(m, backends[m.module], dtype) for m in program.modules if m.module in backends)
+    return sum(sizes) + _rest(program, backends).packed_bytes(dtype.itemsize)
+
+
+def _size(module: ModuleProgram, backend: LinearBackend, dtype: torch.dtype) -> int:
+    """Bytes of one merged linear."""
+    delta = _delta(module)
+    kept = None if delta is None else backend.merged_bytes(delta)
+    return backend.out_features * backend.in_features * dtype.itemsize if kept is None else kept
+
+
+def _delta(module: ModuleProgram) -> LowRank | None:
+    """The delta of a linear whose weight nothing else changes."""
+    others = (
+        *(module.transform, module.weight, module.rows),
+        *(module.output_scale, module.input_scale),
+    )
+    return module.low_rank if all(other is None for other in others) else None
 
 
 def _rest(program: AdapterProgram, backends: Mapping[str, LinearBackend]) -> AdapterProgram:

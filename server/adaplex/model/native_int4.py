@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 from adaplex.adapters.program import LowRank
 from adaplex.model.int4_group import (
@@ -85,8 +85,8 @@ class NativeInt4Linear(NativeLinear):
 def int4_linear(
     kernels: NativeKernels | None, weight: Tensor, bias: Tensor | None, group: int
 ) -> LinearBackend:
-    """The backend for a weight [out, in] in the compute dtype. A width that `group` does not divide is
-    quantized, dequantized once and kept dense: the same values, more bytes.
+    """The backend for a weight [out, in] in the compute dtype. One of a width that `group` does not
+    divide is quantized, dequantized once and kept dense: the same values, more bytes.
     """
     if weight.shape[1] % group:
         return dense_linear(kernels, int4_roundtrip(weight, group), bias)

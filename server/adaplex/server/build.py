@@ -37,25 +37,13 @@ def build(config: ServerConfig, progress: Progress) -> Parts:
     Raises ConfigError for settings that do not fit the model, and AdaplexErrors of the model
     and of the adapters to import.
     """
-    torch.set_num_threads(config.compute_threads)
-    base = load_base(
-        config.model,
-        quantization=config.quantization,
-        group_size=config.group_size,
-        dtype=config.dtype,
-        device=config.device,
-        cache=config.cache,
-        saved=_saved_bases(config),
-        progress=progress,
-    )
+    base = load(config, progress)
     spec = replace(base.spec, name=config.model_name or base.spec.name)
     engine_config = engine_limits(config, base)
     progress(f"sizing the KV cache: {engine_config.num_blocks} blocks of {BLOCK_TOKENS} tokens")
     store = open_store(config, spec, element_bytes=base.dtype.itemsize)
     import_adapters(config, store, progress)
-    if base.kernels is not None:
-        base.kernels.use_threads(config.compute_threads)
-        torch.set_num_threads(1)  # two teams of threads would take the cores from each other
+    use_threads(config, base)
     low_rank = low_rank_kernel(base.kernels, base.device, spec.modules)
     runner = ModelRunner(
         base,
@@ -84,6 +72,28 @@ def build(config: ServerConfig, progress: Progress) -> Parts:
         metrics=metrics,
         prometheus=prometheus,
     )
+
+
+def load(config: ServerConfig, progress: Progress) -> BaseModel:
+    """Loads the base. Raises AdaplexErrors of the model."""
+    torch.set_num_threads(config.compute_threads)
+    return load_base(
+        config.model,
+        quantization=config.quantization,
+        group_size=config.group_size,
+        dtype=config.dtype,
+        device=config.device,
+        cache=config.cache,
+        saved=_saved_bases(config),
+        progress=progress,
+    )
+
+
+def use_threads(config: ServerConfig, base: BaseModel) -> None:
+    """Gives the kernels the compute threads."""
+    if base.kernels is not None:
+        base.kernels.use_threads(config.compute_threads)
+        torch.set_num_threads(1)  # two teams of threads would take the cores from each other
 
 
 def _saved_bases(config: ServerConfig) -> Path | None:

@@ -10,8 +10,12 @@ class FormatRow:
     """One line of the table of families."""
 
     title: str
-    """The method, as its authors call it, and its variants that are served."""
-    served: str
-    """The primitives it becomes."""
+    """The methods, as their authors call them."""
+    primitives: tuple[str, ...]
+    """What it is served as: names that ModuleProgram.primitives gives."""
     refused: str = ""
     """What of it is refused."""
+    extra: str = ""
+    """What must be installed for it."""
+    checkpoint: str = ""
+    """Where it is not a PEFT directory: what it is."""

@@ -9,8 +9,8 @@ from functools import partial
 
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import reading as shared
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.injected import (
-    BIASES,
     Roles,
     all_there,
     by_module,
@@ -25,7 +25,9 @@ from adaplex.adapters.program import BaseModule, BaseSpec, LowRank, ModuleProgra
 
 ROLES = ("lora_A", "lora_B", "lora_E")
 ONLY = "lora_only"
-USED = TARGETS | frozenset(["peft_type", "init_r", "lora_alpha", "rank_pattern", "bias"])
+USED = TARGETS | frozenset(
+    ["peft_type", "init_r", "lora_alpha", "rank_pattern", "bias", "modules_to_save"]
+)
 HARMLESS = shared.HARMLESS | frozenset(
     [
         "target_r",
@@ -45,7 +47,6 @@ HARMLESS = shared.HARMLESS | frozenset(
         "megatron_core",
         "runtime_config",
         "qalora_group_size",
-        "ensure_weight_tying",
     ]
 )
 """Of training, or LoRA's, which AdaLoRA does not read."""
@@ -58,6 +59,7 @@ class AdaLora:
 
     family = "adalora"
     semantic_fields = USED
+    about = FormatRow("AdaLoRA", ("low-rank", "bias", "replaced weight"))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
@@ -65,7 +67,7 @@ class AdaLora:
         reading.check_known("AdaLoRA", USED, HARMLESS)
         _check_used(reading)
         reading.raise_refused()
-        found = by_module(reading, "AdaLoRA", (*ROLES, *BIASES))
+        found = by_module(reading, "AdaLoRA", ROLES)
         programs = lower_modules(reading, found, partial(_lower, reading), only=ONLY)
         if not programs:
             reading.refuse("rank_pattern", "leaves no rank of any module: nothing would change")

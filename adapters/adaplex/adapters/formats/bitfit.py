@@ -11,6 +11,7 @@ from functools import partial
 
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import reading as shared
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.injected import (
     Roles,
     by_module,
@@ -31,12 +32,13 @@ class BitFit:
 
     family = "bitfit"
     semantic_fields = frozenset(["peft_type"])
+    about = FormatRow("BitFit", ("bias",))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
         reading = Reading(checkpoint, base, limits)
         reading.check_known("BitFit", self.semantic_fields)
-        found = by_module(reading, "BitFit", ("bias",))
+        found = by_module(reading, "BitFit", ("bias",), more={})
         programs = [_trained(reading, name, found[name]) for name in sorted(found)]
         reading.raise_refused()
         return Lowered(tuple(program for program in programs if program is not None))
@@ -46,7 +48,8 @@ class Beft:
     """The format of added biases; see the module's docstring."""
 
     family = "beft"
-    semantic_fields = frozenset(["peft_type", "target_modules"])
+    semantic_fields = frozenset(["peft_type", "target_modules", "modules_to_save"])
+    about = FormatRow("BEFT", ("bias", "replaced weight"))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

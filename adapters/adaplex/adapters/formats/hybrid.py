@@ -38,9 +38,13 @@ class Hybrid:
     semantic_fields = USED
     about = FormatRow(
         "Hybrids: any of these together in one adapter",
-        "the primitives of all parts, each adding its own change",
-        "parts whose changes cannot be added: two replaced weights, or an input scale beside another "
+        (
+            *("low-rank", "bias", "output scale", "input scale", "replaced weight"),
+            *("replaced rows", "bottleneck", "virtual tokens", "KV prefix"),
+        ),
+        "parts whose changes cannot be added: two replaced weights, an input scale beside another "
         "part's pair",
+        checkpoint="a directory of type HYBRID, made by `adaplex adapters join`",
     )
 
     def __init__(self, lower: Lower) -> None:

@@ -8,13 +8,16 @@ from functools import partial
 
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import reading as shared
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.injected import Roles, by_module, check_has_targets, lower_modules
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import PREFIX, Reading, is_names
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import BaseModule, BaseSpec, ModuleProgram
 
-USED = frozenset(["peft_type", "target_modules", "exclude_modules", "feedforward_modules"])
+USED = frozenset(
+    ["peft_type", "target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"]
+)
 HARMLESS = shared.HARMLESS | frozenset(["fan_in_fan_out", "init_ia3_weights"])
 
 
@@ -23,6 +26,7 @@ class IA3:
 
     family = "ia3"
     semantic_fields = USED
+    about = FormatRow("IA3", ("input scale", "output scale", "replaced weight"))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

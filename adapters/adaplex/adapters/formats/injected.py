@@ -1,4 +1,8 @@
-"""What PEFT injects into layers: the tensors of each module, lowered one module at a time."""
+"""What PEFT injects into layers: the tensors of each module, lowered one module at a time.
+
+Besides its own parameters a family may have modules that were trained as a whole, which
+`modules_to_save` names, trained biases, and copies of the base that PEFT saves along.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,12 @@ from torch import Tensor
 
 from adaplex.adapters.errors import AdapterTooLarge
 from adaplex.adapters.formats.reading import PREFIX, Reading
+from adaplex.adapters.formats.replaced import (
+    check_copy,
+    replacement,
+    saved_modules,
+    without_saved,
+)
 from adaplex.adapters.formats.targets import LINEARS
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import BaseModule, ModuleKind, ModuleProgram
@@ -19,8 +29,16 @@ Roles = Mapping[str, Tensor]
 LowerOne = Callable[[BaseModule, Roles], ModuleProgram | None]
 """Lowers one module; None, with refusals, when its tensors do not fit."""
 
-BIASES = ("bias", "base_layer.bias")
-"""Keys of trained biases; both are the role `bias`."""
+SAVED: Mapping[str, str] = {
+    "weight": "weight",
+    "bias": "bias",
+    "modules_to_save.weight": "weight",
+    "modules_to_save.bias": "bias",
+    "base_layer.weight": "copy",
+    "base_layer.bias": "bias",
+}
+"""Ends of keys that any family may have -> role."""
+SAVED_ROLES = frozenset(SAVED.values())
 ADAPTER_NAME = re.compile(r"\.default(?=(\.weight|\.bias)?$)")
 """Left in the keys of a training checkpoint."""
 PACKED_BYTES = 2
@@ -34,28 +52,30 @@ def by_module(
     *,
     shared: Collection[str] = (),
     unsupported: Mapping[str, str] | None = None,
+    more: Mapping[str, str] = SAVED,
+    prefix: str = PREFIX,
 ) -> dict[str, dict[str, Tensor]]:
-    """Module name -> its tensors. Refuses tensors that have no place; the `shared` keys have one of
-    their own. `unsupported` tells for parts of keys what serving them would need.
+    """Module name -> its tensors, by role: the family's own, or one `more`. Refuses tensors that
+    have no place; the `shared` keys have one of their own. `unsupported` tells for parts of keys
+    what serving them would need.
     """
     met: set[str] = set()
-    pattern = re.compile(rf"(?P<module>.+?)\.(?P<role>{'|'.join(map(re.escape, roles))})")
+    known = {role: role for role in roles} | {k: v for k, v in more.items() if k not in roles}
+    pattern = re.compile(rf"(?P<module>.+?)\.(?P<role>{'|'.join(map(re.escape, known))})")
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in reading.tensors.items():
         name = ADAPTER_NAME.sub("", key)
+        need = next((why for part, why in (unsupported or {}).items() if part in name), None)
         if name in shared:
             if name in met:
                 reading.refuse(key, "is given twice")
             met.add(name)
-            continue
-        need = next((why for part, why in (unsupported or {}).items() if part in name), None)
-        if not name.startswith(PREFIX):
-            reading.refuse(key, f"does not begin with {PREFIX}")
+        elif not name.startswith(prefix):
+            reading.refuse(key, f"does not begin with {prefix}")
         elif need is not None:
             reading.refuse(key, need)
-        elif place := pattern.fullmatch(name.removeprefix(PREFIX)):
-            role = place["role"].removeprefix("base_layer.")
-            module = found.setdefault(place["module"], {})
+        elif place := pattern.fullmatch(name.removeprefix(prefix)):
+            module, role = found.setdefault(place["module"], {}), known[place["role"]]
             if role in module:
                 reading.refuse(key, "is given twice")
             module[role] = tensor
@@ -79,27 +99,50 @@ def lower_modules(
     only: str = "",
 ) -> tuple[ModuleProgram, ...]:
     """Lowers every module, by name. `only` is what the config calls it when just the targets'
-    biases are trained, for families that can train biases.
+    biases are trained; empty for families that train none.
 
     Raises AdapterInvalid with every refusal.
     """
     lowered: list[ModuleProgram | None] = []
     with reading.collecting():
-        targets = reading.targets(kinds)
-        adapted = {name for name, roles in found.items() if roles.keys() - {"bias"} or not only}
+        targets = without_saved(reading, reading.targets(kinds))
+        adapted = {name for name, roles in found.items() if roles.keys() - SAVED_ROLES}
         reading.check_targets(adapted, targets)
-        for name in sorted(found):
+        lowered += saved_programs(reading, found, adapted)
+        for name in sorted(found.keys() - saved_modules(reading)):
             if (module := reading.base.modules.get(name)) is not None:
-                program = lower_one(module, found[name]) if name in adapted else ModuleProgram(name)
-                if only and "bias" in found[name]:
-                    _check_bias(reading, name, name in targets, only)
-                    bias = reading.bias_difference(module, f"{name}.bias", found[name]["bias"])
+                program = lower_one(module, found[name]) if name in adapted else None
+                bias = _trained_bias(reading, module, found[name], name in targets, only)
+                if bias is not None:
                     program = replace(program or ModuleProgram(name), bias=bias)
                 lowered.append(program)
             elif name not in adapted:
                 reading.refuse(name, f"the base {reading.base.name} has no such module")
     reading.raise_refused()
-    return tuple(program for program in lowered if program is not None)
+    programs = (program for program in lowered if program is not None)
+    return tuple(sorted(programs, key=lambda program: program.module))
+
+
+def saved_programs(
+    reading: Reading, found: Mapping[str, Roles], adapted: Collection[str] = ()
+) -> list[ModuleProgram | None]:
+    """Programs of the modules that `modules_to_save` names, and refusals of weights of others."""
+    saved = saved_modules(reading)
+    for name, roles in found.items():
+        module = reading.base.modules.get(name)
+        if "weight" in roles and name not in saved:
+            reading.refuse(f"{name}.weight", "is there, but modules_to_save does not name it")
+        if "copy" in roles and module is not None:
+            check_copy(reading, module, f"{PREFIX}{name}.base_layer.weight", roles["copy"])
+    for name in sorted(saved.intersection(adapted)):
+        reading.refuse(name, "is named by modules_to_save, and is adapted as well")
+    roles_of = {name: found.get(name, {}) for name in sorted(saved)}
+    return [
+        replacement(
+            reading, reading.base.modules[name], name, roles.get("weight"), roles.get("bias")
+        )
+        for name, roles in roles_of.items()
+    ]
 
 
 def all_there(reading: Reading, module: BaseModule, roles: Roles, *wanted: str) -> bool:
@@ -135,13 +178,6 @@ class WrittenOut:
             )
 
 
-def _check_bias(reading: Reading, name: str, is_target: bool, only: str) -> None:
-    """The config says which modules may carry a trained bias."""
-    kind = reading.config.get("bias", "none")
-    if kind == "none" or (kind == only and not is_target):
-        reading.refuse(f"{name}.bias", f"is there, but bias is {kind!r}")
-
-
 def check_bias_field(reading: Reading, only: str) -> None:
     """Refuses a `bias` that PEFT does not know."""
     kinds = ("none", "all", only)
@@ -150,7 +186,22 @@ def check_bias_field(reading: Reading, only: str) -> None:
 
 
 def check_has_targets(reading: Reading) -> None:
-    """Refuses fields about targets that are of the wrong kind, or name none."""
+    """Refuses fields about modules that are of the wrong kind, or targets that name none."""
     reading.check_target_fields()
+    reading.check_modules_to_save()
     if not reading.config.get("target_modules"):
         reading.refuse("target_modules", "is missing; PEFT writes it when it saves")
+
+
+def _trained_bias(
+    reading: Reading, module: BaseModule, roles: Roles, is_target: bool, only: str
+) -> Tensor | None:
+    """What a trained bias adds; the config says which modules may carry one."""
+    if "bias" not in roles:
+        return None
+    kind = reading.config.get("bias", "none")
+    if not only:
+        reading.refuse(f"{module.name}.bias", "is there, but this family trains no biases")
+    elif kind == "none" or (kind == only and not is_target):
+        reading.refuse(f"{module.name}.bias", f"is there, but bias is {kind!r}")
+    return reading.bias_difference(module, f"{module.name}.bias", roles["bias"])

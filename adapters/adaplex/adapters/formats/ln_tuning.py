@@ -9,6 +9,7 @@ from functools import partial
 
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import reading as shared
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.injected import Roles, by_module, check_has_targets, lower_modules
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import PREFIX, Reading
@@ -17,7 +18,7 @@ from adaplex.adapters.program import BaseModule, BaseSpec, ModuleKind, ModulePro
 
 WEIGHT, BIAS = "ln_tuning_layers.weight", "ln_tuning_layers.bias"
 KINDS: tuple[ModuleKind, ...] = ("norm", "linear", "embedding")
-USED = frozenset(["peft_type", "target_modules", "exclude_modules"])
+USED = frozenset(["peft_type", "target_modules", "exclude_modules", "modules_to_save"])
 
 
 class LNTuning:
@@ -25,6 +26,7 @@ class LNTuning:
 
     family = "ln-tuning"
     semantic_fields = USED
+    about = FormatRow("LN tuning", ("replaced weight", "bias"))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

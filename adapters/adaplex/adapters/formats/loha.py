@@ -12,6 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from adaplex.adapters.checkpoint import Checkpoint
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.injected import (
     Roles,
     WrittenOut,
@@ -41,6 +42,7 @@ class Loha:
 
     family = "loha"
     semantic_fields = USED
+    about = FormatRow("LoHa", ("low-rank", "replaced weight"), "convolutions")
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""

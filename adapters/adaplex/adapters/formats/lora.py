@@ -41,7 +41,13 @@ class Lora:
 
     family = "lora"
     semantic_fields = USED
-    about = FormatRow("LoRA, rsLoRA", "low-rank, bias", "DoRA, embeddings, modules_to_save")
+    about = FormatRow(
+        "LoRA, rsLoRA, QLoRA, DoRA, QA-LoRA, activated LoRA; on linears, embeddings, output layers "
+        "and experts; modules_to_save, trainable tokens",
+        ("low-rank", "output scale", "bias", "replaced weight", "replaced rows"),
+        "initialisers that change the base, replicated layers, Arrow, KaSA, MonteCLoRA, VeLoRA, "
+        "BD-LoRA, Megatron",
+    )
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
@@ -60,9 +66,9 @@ class Lora:
         invocation = tuple(reading.config.get("alora_invocation_tokens") or ())
         return Lowered(
             tuple(programs),
-            tuple(reading.notes),
-            tuple(reading.warnings),
-            invocation,
+            notes=tuple(reading.notes),
+            warnings=tuple(reading.warnings),
+            invocation=invocation,
             family=_family(reading, programs),
         )
 

@@ -20,7 +20,7 @@ class Lowered:
     """Why its answers may not be what its author meant."""
     invocation: tuple[int, ...] = ()
     """Tokens from whose last occurrence in the prompt on the adapter is applied."""
-    semantics: Mapping[str, Any] | None = None
-    """What decides the answer beside the tensors; None: the format's `semantic_fields`."""
     family: str = ""
     """Instead of the format's own, where one format reads several."""
+    semantics: Mapping[str, Any] | None = None
+    """What decides the answer beside the tensors; None: the format's `semantic_fields`."""

@@ -11,7 +11,9 @@ from adaplex.adapters.formats.injected import check_has_targets
 from adaplex.adapters.formats.reading import TARGETS, Reading, is_number, is_rank
 from adaplex.adapters.formats.targets import pattern_value
 
-USED = TARGETS | frozenset(["peft_type", "r", "alpha", "rank_pattern", "alpha_pattern"])
+USED = TARGETS | frozenset(
+    ["peft_type", "r", "alpha", "rank_pattern", "alpha_pattern", "modules_to_save"]
+)
 HARMLESS = shared.HARMLESS | frozenset(
     ["rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"]
 )

@@ -27,7 +27,8 @@ from adaplex.adapters.formats.peft_build import (
     saved,
 )
 from adaplex.adapters.formats.peft_kinds import KINDS, PeftKind
-from adaplex.adapters.formats.reading import HARMLESS, PREFIX, TARGETS, Reading
+from adaplex.adapters.formats.reading import HARMLESS, PREFIX, TARGETS, Reading, is_names
+from adaplex.adapters.formats.replaced import replacement, saved_modules, without_saved
 from adaplex.adapters.formats.targets import pattern_value
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import BaseModule, BaseSpec, ModuleProgram
@@ -37,7 +38,6 @@ PATTERN = "_pattern"
 IDLE = frozenset(["fan_in_fan_out", "init_weights", "bias"])
 """Fields of most types: how training began, how the base stores weights, and what is checked."""
 UNSUPPORTED = {
-    "modules_to_save": "needs replaced weights beside merged ones",
     "trainable_token_indices": "needs replaced embedding rows beside merged weights",
 }
 POSITIONS = ".shira_indices"
@@ -59,12 +59,12 @@ class PeftFallback:
 
     def __init__(self, kind: PeftKind) -> None:
         self._kind, self.family = kind, kind.name.lower()
-        self.semantic_fields = kind.fields | TARGETS | {"peft_type"}
-        refused = ["trained biases", "modules_to_save"]
+        self.semantic_fields = kind.fields | TARGETS | {"peft_type", "modules_to_save"}
+        refused = ["trained biases"]
         refused += [f"{name} other than {str(value).lower()}" for name, value in kind.required]
         refused += ["quantized bases"] * kind.exact_base
-        served = "merged weight, by `adaplex[peft]`"
-        self.about = FormatRow(kind.title, served, ", ".join(refused))
+        primitives = ("merged weight", *(("bias",) * kind.moves_bias), "replaced weight")
+        self.about = FormatRow(kind.title, primitives, ", ".join(refused), extra="adaplex[peft]")
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format. What the tensors' values lead to shows when a weight is merged."""
@@ -78,11 +78,13 @@ class PeftFallback:
         _check_config(reading, self._kind)
         reading.raise_refused()
         modules = _targets(reading)
+        replaced, keys = _replaced(reading)
         recipe = _recipe(reading, self._kind, modules)
-        _check_tensors(reading, _expected(recipe, modules))
+        tensors = {key: t for key, t in checkpoint.tensors.items() if key not in keys}
+        _check_tensors(reading, tensors, _expected(recipe, modules))
         reading.raise_refused()
-        merger = _Merger(recipe, modules, checkpoint.tensors)
-        programs = [merger.program(module, base) for module in modules]
+        merger = _Merger(recipe, modules, tensors)
+        programs = [*replaced, *(merger.program(module, base) for module in modules)]
         programs.sort(key=lambda program: program.module)
         return Lowered(tuple(programs), warnings=(SIGNS,) if self._kind.exact_base else ())
 
@@ -95,7 +97,10 @@ def _check_config(reading: Reading, kind: PeftKind) -> None:
     """Refuses fields that are unknown, of the wrong kind, or beyond what memory and time allow."""
     config = reading.config
     harmless = HARMLESS | kind.harmless | IDLE
-    reading.check_known(kind.title, kind.fields | TARGETS | {"peft_type"}, harmless, UNSUPPORTED)
+    used = kind.fields | TARGETS | {"peft_type", "modules_to_save"}
+    reading.check_known(kind.title, used, harmless, UNSUPPORTED)
+    saved_too = config.get("modules_to_save")
+    reading.check_kind("modules_to_save", is_names(saved_too), "a list of strings")
     if config.get("bias", "none") not in (None, "none"):
         reading.refuse("bias", "trained biases beside merged weights are not served")
     reading.check_target_fields()
@@ -143,12 +148,24 @@ def _problem(value: object, bound: int) -> str:
 
 def _targets(reading: Reading) -> tuple[BaseModule, ...]:
     """The linears that the config targets, in the base's order. Raises AdapterInvalid."""
-    names = reading.targets()
+    names = without_saved(reading, reading.targets())
     if not names:
         raise AdapterInvalid.because(
             "target_modules", f"matches no linear of the base {reading.base.name}"
         )
     return tuple(module for name, module in reading.base.modules.items() if name in names)
+
+
+def _replaced(reading: Reading) -> tuple[list[ModuleProgram], set[str]]:
+    """The programs of modules that `modules_to_save` names, and the keys of their tensors."""
+    programs, keys = [], set[str]()
+    for name in sorted(saved_modules(reading)):
+        weight, bias = f"{PREFIX}{name}.weight", f"{PREFIX}{name}.bias"
+        get = reading.tensors.get
+        made = replacement(reading, reading.base.modules[name], weight, get(weight), get(bias))
+        programs += [made] if made is not None else []
+        keys |= {weight, bias}
+    return programs, keys
 
 
 def _recipe(reading: Reading, kind: PeftKind, modules: Sequence[BaseModule]) -> Recipe:
@@ -184,9 +201,10 @@ def _expected(recipe: Recipe, modules: Sequence[BaseModule]) -> dict[str, Saved]
     return found
 
 
-def _check_tensors(reading: Reading, expected: Mapping[str, Saved]) -> None:
+def _check_tensors(
+    reading: Reading, tensors: Mapping[str, Tensor], expected: Mapping[str, Saved]
+) -> None:
     """The checkpoint must hold just the tensors that PEFT would save."""
-    tensors = reading.tensors
     for key in sorted(expected.keys() - tensors.keys()):
         reading.refuse(key, "is missing")
     for key in sorted(tensors.keys() - expected.keys()):

@@ -40,7 +40,7 @@ CAYLEY = ("num_cayley_neumann_terms", 64)
 KINDS = (
     PeftKind(
         "BOFT",
-        "BOFT (butterfly orthogonal)",
+        "BOFT",
         _words("boft_block_size boft_block_num boft_n_butterfly_factor"),
         _words("boft_dropout"),
         shapeless=False,
@@ -48,78 +48,78 @@ KINDS = (
     ),
     PeftKind(
         "C3A",
-        "C3A (block circulant)",
+        "C3A",
         _words("block_size block_size_pattern"),
     ),
     PeftKind(
         "DEFT",
-        "DEFT (projected factors)",
+        "DEFT",
         _words("r decomposition_method alpha para"),
         _words("init_scale deft_dropout"),
     ),
     PeftKind(
         "DELORA",
-        "DeLoRA (normalized low rank)",
+        "DeLoRA",
         _words("r rank_pattern"),
         _words("delora_lambda lambda_pattern module_dropout"),
     ),
     PeftKind(
         "FOURIERFT",
-        "FourierFT (sparse spectrum)",
+        "FourierFT",
         _words("n_frequency scaling random_loc_seed n_frequency_pattern"),
     ),
     PeftKind(
         "GLORA",
-        "GLoRA (generalized low rank)",
+        "GLoRA",
         _words("r config_A_B config_C config_D_E"),
         moves_bias=True,
     ),
     PeftKind(
         "GRALORA",
-        "GraLoRA (granular blocks)",
+        "GraLoRA",
         _words("r hybrid_r alpha gralora_k"),
         _words("gralora_dropout"),
     ),
     PeftKind(
         "HIRA",
-        "HiRA (Hadamard with the base)",
+        "HiRA",
         _words("r rank_pattern"),
         _words("hira_dropout"),
     ),
     PeftKind(
         "HRA",
-        "HRA (Householder reflections)",
+        "HRA",
         _words("r apply_GS"),
     ),
     PeftKind(
         "MISS",
-        "MiSS and Bone (shard sharing)",
+        "MiSS and Bone",
         _words("r mini_r init_weights"),
         _words("miss_dropout"),
     ),
     PeftKind(
         "OFT",
-        "OFT (orthogonal blocks)",
+        "OFT",
         _words("r oft_block_size coft eps block_share use_cayley_neumann num_cayley_neumann_terms"),
         _words("module_dropout"),
         loops=(CAYLEY,),
     ),
     PeftKind(
         "OSF",
-        "OSF (low singular subspace)",
+        "OSF",
         _words("effective_rank rank_pattern"),
         _words("target_svd_config"),
         exact_base=True,
     ),
     PeftKind(
         "PEANUT",
-        "PEANuT (network over the base's weights)",
+        "PEANuT",
         _words("r depth act_fn scaling"),
         loops=(("depth", 64),),
     ),
     PeftKind(
         "PSOFT",
-        "PSOFT (orthogonal in the principal subspace)",
+        "PSOFT",
         _words(
             "r psoft_alpha ab_svd_init psoft_svd psoft_svd_lowrank_niter "
             "random_seed psoft_orth psoft_mag_a psoft_mag_b use_cayley_neumann "
@@ -131,7 +131,7 @@ KINDS = (
     ),
     PeftKind(
         "PVERA",
-        "PVeRA (probabilistic VeRA, at its mean)",
+        "PVeRA",
         _words("r projection_prng_key save_projection sample_at_inference"),
         _words("pvera_dropout d_initial generator_seed"),
         shared=True,
@@ -139,33 +139,33 @@ KINDS = (
     ),
     PeftKind(
         "RANDLORA",
-        "RandLoRA (random bases)",
+        "RandLoRA",
         _words("r randlora_alpha projection_prng_key save_projection sparse very_sparse"),
         _words("randlora_dropout"),
         shared=True,
     ),
     PeftKind(
         "ROAD",
-        "RoAd (rotated outputs)",
+        "RoAd",
         _words("variant group_size"),
         moves_bias=True,
     ),
     PeftKind(
         "SHIRA",
-        "SHiRA (sparse)",
+        "SHiRA",
         _words("r mask_type random_seed"),
         shapeless=False,
     ),
     PeftKind(
         "SUPERTUNING",
-        "Super and Supra (sparse, with low rank)",
+        "Super and Supra",
         _words("r lora_alpha sparsity select_top save_precomputed_indices"),
         _words("lora_dropout"),
         required=(("save_precomputed_indices", True),),
     ),
     PeftKind(
         "TINYLORA",
-        "TinyLoRA (projected singular pairs)",
+        "TinyLoRA",
         _words("r u weight_tying projection_seed save_projection"),
         _words("init_v_bound tinylora_dropout"),
         shared=True,
@@ -174,7 +174,7 @@ KINDS = (
     ),
     PeftKind(
         "UNILORA",
-        "Uni-LoRA (one shared vector)",
+        "Uni-LoRA",
         _words("r proj_seed theta_d_length save_indices"),
         _words("unilora_dropout init_theta_d_bound"),
         shared=True,
@@ -182,14 +182,14 @@ KINDS = (
     ),
     PeftKind(
         "VBLORA",
-        "VB-LoRA (vector bank)",
+        "VB-LoRA",
         _words("r num_vectors vector_length topk save_only_topk_weights"),
         _words("vblora_dropout init_vector_bank_bound init_logits_std"),
         shared=True,
     ),
     PeftKind(
         "WAVEFT",
-        "WaveFT (sparse wavelets)",
+        "WaveFT",
         _words(
             "n_frequency scaling wavelet_family use_idwt random_loc_seed "
             "n_frequency_pattern proportional_parameters"

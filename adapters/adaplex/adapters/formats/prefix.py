@@ -1,4 +1,5 @@
-"""Prefix tuning as HF PEFT 0.21 writes it: keys and values before the first token, of every layer.
+"""Prefix tuning and cartridges as HF PEFT 0.21 writes them: keys and values before the first token,
+of every layer.
 
 A row of the saved tensor holds one virtual token's, layer by layer, the keys of all heads before
 the values. They are put into the cache as they are, without positions. A projection, if one was
@@ -7,15 +8,20 @@ trained, has been applied before saving.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from adaplex.adapters.checkpoint import Checkpoint
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.prompt import (
     HARMLESS,
     LEARNED,
     TOKENS,
-    check_keys,
+    USED,
     check_size,
     check_tokens,
+    in_order,
+    saved_beside,
 )
 from adaplex.adapters.formats.reading import Reading
 from adaplex.adapters.limits import AdapterLimits
@@ -23,21 +29,25 @@ from adaplex.adapters.program import BaseSpec, KVPrefix, ModuleProgram
 
 
 class PrefixTuning:
-    """The format; see the module's docstring."""
+    """The format; see the module's docstring. `trained_by` are fields that only training reads."""
 
-    family = "prefix-tuning"
-    semantic_fields = frozenset(["peft_type"])
+    semantic_fields = USED
+
+    def __init__(self, family: str, title: str, trained_by: Iterable[str]) -> None:
+        self.family = family
+        self.about = FormatRow(
+            title, ("KV prefix", "replaced weight"), "layers of different shapes"
+        )
+        self._harmless = HARMLESS | {"init_weights", *trained_by}
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
         reading = Reading(checkpoint, base, limits)
-        harmless = HARMLESS | {"prefix_projection", "init_weights"}
-        reading.check_known(self.family, {"peft_type", *LEARNED}, harmless)
+        reading.check_known(self.family, USED | LEARNED, self._harmless)
         count = check_tokens(reading)
-        check_keys(reading, self.family, [TOKENS])
         blocks = _attention(reading)
         heads, features = _shape(reading)
-        reading.raise_refused()
+        whole = saved_beside(reading, self.family, [TOKENS])
         check_size(reading, "num_layers", len(blocks))
         check_size(reading, "num_attention_heads", heads)
         check_size(reading, "token_dim", heads * features)
@@ -45,11 +55,11 @@ class PrefixTuning:
         reading.fits(TOKENS, saved, count, len(blocks) * 2 * heads * features)
         reading.raise_refused()
         states = saved.float().view(count, len(blocks), 2, heads, features)
-        programs = (
+        prefixes = (
             ModuleProgram(name, prefix=KVPrefix(states[:, layer, 0], states[:, layer, 1]))
             for layer, name in enumerate(blocks)
         )
-        return Lowered(tuple(sorted(programs, key=lambda program: program.module)))
+        return Lowered(in_order([*prefixes, *whole]))
 
 
 def _attention(reading: Reading) -> list[str]:

@@ -8,7 +8,7 @@ Which task is told by `task_id`, a config field of ours.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -16,12 +16,19 @@ from torch import Tensor
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterTooLarge
 from adaplex.adapters.formats import reading as shared
+from adaplex.adapters.formats.about import FormatRow
+from adaplex.adapters.formats.injected import by_module, saved_programs
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import Reading, is_rank
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import BaseModule, BaseSpec, ModuleProgram
 
 TOKENS = "prompt_embeddings"
+MODULES = "base_model."
+"""Prefix of a module's keys: prompt learning wraps no model."""
+USED = frozenset(["peft_type", "modules_to_save"])
+SERVED = ("virtual tokens", "replaced weight")
+EMBEDDING = "an embedding trained as a whole, which PEFT does not use beside virtual tokens"
 COLS, ROWS = "prefix_task_cols", "prefix_task_rows"
 LEARNED = frozenset(
     [
@@ -59,41 +66,39 @@ HARMLESS = shared.HARMLESS | frozenset(
 class PromptTuning:
     """Prompt tuning, P-tuning and CPT: the virtual tokens as they are."""
 
-    def __init__(self, family: str) -> None:
-        self.family = family
-        self.semantic_fields = frozenset(["peft_type"])
+    def __init__(self, family: str, title: str) -> None:
+        self.family, self.about = family, FormatRow(title, SERVED, EMBEDDING)
+        self.semantic_fields = USED
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
         reading = Reading(checkpoint, base, limits)
-        reading.check_known(self.family, {"peft_type", *LEARNED}, HARMLESS)
-        count = check_tokens(reading)
-        check_keys(reading, self.family, [TOKENS])
-        embedding = _embedding(reading)
-        reading.raise_refused()
+        reading.check_known(self.family, USED | LEARNED, HARMLESS)
+        count, embedding = check_tokens(reading), _embedding(reading)
+        saved = saved_beside(reading, self.family, [TOKENS])
         tokens = reading.tensors[TOKENS]
         reading.fits(TOKENS, tokens, count, embedding.out_features)
-        return _lowered(reading, embedding, tokens.float())
+        return _lowered(reading, embedding, tokens.float(), saved)
 
 
 class MultitaskPromptTuning:
     """The virtual tokens times those of one task."""
 
     family = "multitask-prompt-tuning"
-    semantic_fields = frozenset(["peft_type", "task_id"])
+    semantic_fields = USED | {"task_id"}
+    about = FormatRow("multitask prompt tuning", SERVED, EMBEDDING)
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
         reading = Reading(checkpoint, base, limits)
-        used = {"peft_type", "num_tasks", "num_ranks", "task_id", *LEARNED}
+        used = self.semantic_fields | LEARNED | {"num_tasks", "num_ranks"}
         reading.check_known(self.family, used, HARMLESS)
         count, tasks = check_tokens(reading), reading.config.get("num_tasks", 1)
         ranks = reading.config.get("num_ranks", 1)
         reading.check_kind("num_tasks", is_rank(tasks), "a positive integer")
         reading.check_kind("num_ranks", is_rank(ranks), "a positive integer")
-        check_keys(reading, self.family, [TOKENS, COLS, ROWS])
         embedding = _embedding(reading)
-        reading.raise_refused()
+        saved = saved_beside(reading, self.family, [TOKENS, COLS, ROWS])
         task, hidden = _task(reading, tasks), embedding.out_features
         tokens, cols, rows = (reading.tensors[key] for key in (TOKENS, COLS, ROWS))
         reading.fits(TOKENS, tokens, count, hidden)
@@ -101,7 +106,7 @@ class MultitaskPromptTuning:
         reading.fits(ROWS, rows, tasks, ranks, hidden)
         reading.raise_refused()
         factor = cols[task].float() @ rows[task].float()
-        return _lowered(reading, embedding, tokens.float() * factor)
+        return _lowered(reading, embedding, tokens.float() * factor, saved)
 
 
 def check_tokens(reading: Reading) -> int:
@@ -123,12 +128,20 @@ def check_tokens(reading: Reading) -> int:
     return count
 
 
-def check_keys(reading: Reading, family: str, keys: Collection[str]) -> None:
-    """The checkpoint must hold just these tensors."""
-    for key in sorted(reading.tensors.keys() - set(keys)):
-        reading.refuse(key, f"is not a tensor of {family} that this server knows")
+def saved_beside(reading: Reading, family: str, keys: Collection[str]) -> list[ModuleProgram]:
+    """Programs of the modules that were trained as a whole, the only ones that may have tensors
+    beside those of `keys`. Raises AdapterInvalid with all that was refused so far.
+    """
     for key in sorted(set(keys) - reading.tensors.keys()):
         reading.refuse(key, "is missing")
+    reading.check_modules_to_save()
+    reading.raise_refused()
+    found = by_module(reading, family, (), shared=keys, prefix=MODULES)
+    saved = saved_programs(reading, found)
+    for name in sorted(found.keys() - reading.base.modules.keys()):
+        reading.refuse(name, f"the base {reading.base.name} has no such module")
+    reading.raise_refused()
+    return [program for program in saved if program is not None]
 
 
 def check_size(reading: Reading, name: str, expected: int) -> None:
@@ -158,6 +171,15 @@ def _task(reading: Reading, tasks: int) -> int:
     return int(task)
 
 
-def _lowered(reading: Reading, embedding: BaseModule, tokens: Tensor) -> Lowered:
+def in_order(programs: Iterable[ModuleProgram]) -> tuple[ModuleProgram, ...]:
+    """By name."""
+    return tuple(sorted(programs, key=lambda program: program.module))
+
+
+def _lowered(
+    reading: Reading, embedding: BaseModule, tokens: Tensor, saved: list[ModuleProgram]
+) -> Lowered:
+    if embedding.name in {program.module for program in saved}:
+        reading.refuse("modules_to_save", f"names {embedding.name}: {EMBEDDING}")
     reading.raise_refused()
-    return Lowered((ModuleProgram(embedding.name, virtual=tokens),))
+    return Lowered(in_order([ModuleProgram(embedding.name, virtual=tokens), *saved]))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters.checkpoint import Checkpoint
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import HARMLESS, PREFIX, Reading
 from adaplex.adapters.formats.replaced import check_copy
@@ -40,6 +41,7 @@ class TrainableTokens:
 
     family = "trainable-tokens"
     semantic_fields = frozenset(["peft_type", "target_modules", "token_indices"])
+    about = FormatRow("Trainable tokens", ("replaced rows",))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
@@ -81,7 +83,7 @@ def token_rows(reading: Reading, wanted: Mapping[str, list[int]]) -> dict[str, T
 def lower_rows(
     reading: Reading, rows: Mapping[str, TokenRows], tensors: Mapping[str, tuple[str, Tensor]]
 ) -> dict[str, ModuleProgram | None]:
-    """Programs that replace rows, by name of the module. `tensors` has key and tensor by name of a module."""
+    """Programs that replace rows, by name of the module; `tensors` has key and tensor by it."""
     sources = {row.source for row in rows.values()}
     for name in sorted(sources - tensors.keys()):
         reading.refuse(name, "its trained tokens are missing")

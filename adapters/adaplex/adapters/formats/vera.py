@@ -16,8 +16,8 @@ from torch import Tensor
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterTooLarge
 from adaplex.adapters.formats import reading as shared
+from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.injected import (
-    BIASES,
     Roles,
     WrittenOut,
     all_there,
@@ -36,7 +36,7 @@ SHARED = ("base_model.vera_A", "base_model.vera_B")
 ROLES = ("vera_lambda_b", "vera_lambda_d")
 ONLY = "vera_only"
 USED = (TARGETS - {"exclude_modules"}) | frozenset(
-    ["peft_type", "r", "projection_prng_key", "save_projection", "bias"]
+    ["peft_type", "r", "projection_prng_key", "save_projection", "bias", "modules_to_save"]
 )
 HARMLESS = shared.HARMLESS | frozenset(
     ["vera_dropout", "d_initial", "fan_in_fan_out", "init_weights"]
@@ -48,6 +48,7 @@ class Vera:
 
     family = "vera"
     semantic_fields = USED
+    about = FormatRow("VeRA", ("low-rank", "bias", "replaced weight"))
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
@@ -55,7 +56,7 @@ class Vera:
         reading.check_known("VeRA", USED, HARMLESS)
         _check_used(reading)
         reading.raise_refused()
-        found = by_module(reading, "VeRA", (*ROLES, *BIASES), shared=SHARED)
+        found = by_module(reading, "VeRA", ROLES, shared=SHARED)
         adapted = [
             base.modules[n] for n in found if n in base.modules and found[n].keys() & {*ROLES}
         ]

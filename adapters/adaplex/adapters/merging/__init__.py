@@ -3,7 +3,7 @@
 A weighted combination per request needs none of this: see combination.py.
 """
 
-from adaplex.adapters.merging.merge import merge_adapters, merge_checkpoints, write_checkpoint
+from adaplex.adapters.merging.merge import merge_adapters, merge_checkpoints
 from adaplex.adapters.merging.plan import MAX_SOURCES, MergeMethod, MergePlan
 
 __all__ = [
@@ -12,5 +12,4 @@ __all__ = [
     "MergePlan",
     "merge_adapters",
     "merge_checkpoints",
-    "write_checkpoint",
 ]

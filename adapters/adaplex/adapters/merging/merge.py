@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from adaplex.adapters.base_match import FINGERPRINT, NAME
-from adaplex.adapters.checkpoint import CONFIG, WEIGHTS, Checkpoint
+from adaplex.adapters.base_match import FINGERPRINT, NAME, QUANTIZATION
+from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats import lower
 from adaplex.adapters.formats.reading import PREFIX
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.merging.arithmetic import Arithmetic, Factors, Pair
 from adaplex.adapters.merging.plan import MergePlan
-from adaplex.adapters.program import AdapterProgram, BaseSpec, ModuleProgram
+from adaplex.adapters.program import AdapterProgram, BaseModule, BaseSpec, ModuleProgram
 
 
 def merge_checkpoints(
@@ -37,27 +34,21 @@ def merge_checkpoints(
 
 
 def merge_adapters(
-    plan: MergePlan, programs: Sequence[AdapterProgram], order: Iterable[str]
+    plan: MergePlan, programs: Sequence[AdapterProgram], modules: Mapping[str, BaseModule]
 ) -> Checkpoint:
-    """As `merge_checkpoints`, of adapters that are lowered already. `order` names the modules as
-    the base has them: it decides which values chance drops.
+    """As `merge_checkpoints`, of adapters that are lowered already. `modules` are those of the
+    base, whose order decides which values chance drops.
     """
     plan.check(len(programs))
-    parts = _parts(plan, programs)
+    parts = _parts(plan, programs, modules)
     largest = max(program.max_rank for program in programs)
     arithmetic = Arithmetic(plan, plan.rank or largest)
-    pairs = {name: _merged(arithmetic, name, parts[name]) for name in order if name in parts}
+    pairs = {name: _merged(arithmetic, name, parts[name]) for name in modules if name in parts}
     assert pairs.keys() == parts.keys()
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in pairs.items():
         tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
     return Checkpoint(_config({name: len(a) for name, (a, _) in pairs.items()}), tensors)
-
-
-def write_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
-    """Writes the two files of an adapter directory."""
-    (directory / CONFIG).write_text(json.dumps(dict(checkpoint.config), indent=1))
-    save_file(dict(checkpoint.tensors), directory / WEIGHTS)
 
 
 def _lowered(
@@ -71,15 +62,19 @@ def _lowered(
         ) from None
 
 
-def _parts(plan: MergePlan, programs: Sequence[AdapterProgram]) -> dict[str, list[Factors]]:
+def _parts(
+    plan: MergePlan, programs: Sequence[AdapterProgram], modules: Mapping[str, BaseModule]
+) -> dict[str, list[Factors]]:
     """The factors of each module, in the order of the sources. Raises AdapterInvalid."""
     parts: dict[str, list[Factors]] = {}
     refusals = []
     for i, (weight, program) in enumerate(zip(plan.weights, programs, strict=True)):
+        if program.invocation:
+            where = f"sources[{i}].alora_invocation_tokens"
+            refusals.append(Refusal(where, "an invocation cannot be merged"))
         for module in program.modules:
-            if module.bias is not None or module.low_rank is None:
-                where = f"sources[{i}].{module.module}.bias"
-                refusals.append(Refusal(where, "a bias cannot be merged"))
+            if reasons := list(_unmergeable(module, modules[module.module])):
+                refusals += [Refusal(f"sources[{i}].{module.module}", r) for r in reasons]
             else:
                 parts.setdefault(module.module, []).append(_factors(module, weight))
     if not plan.method.any_ranks:
@@ -91,6 +86,15 @@ def _parts(plan: MergePlan, programs: Sequence[AdapterProgram]) -> dict[str, lis
     if refusals:
         raise AdapterInvalid(refusals)
     return parts
+
+
+def _unmergeable(module: ModuleProgram, base: BaseModule) -> Iterator[str]:
+    """Why a source's part at a module is no plain LoRA."""
+    for name in module.primitives:
+        if name != "low-rank":
+            yield f"{'an' if name[0] in 'io' else 'a'} {name} cannot be merged"
+    if base.kind != "linear":
+        yield f"of the kind {base.kind}; only linears can be merged"
 
 
 def _factors(module: ModuleProgram, weight: float) -> Factors:
@@ -112,7 +116,7 @@ def _base_names(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
     first, *others = (checkpoint.config for checkpoint in checkpoints)
     return {
         field: first[field]
-        for field in (NAME, FINGERPRINT)
+        for field in (NAME, FINGERPRINT, QUANTIZATION)
         if first.get(field) and all(other.get(field) == first[field] for other in others)
     }
 

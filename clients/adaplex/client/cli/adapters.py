@@ -15,7 +15,7 @@ from adaplex.client import upload
 from adaplex.client.cli import names, render
 from adaplex.client.cli.app import connect
 from adaplex.client.cli.arguments import AsJson, Name, Replace
-from adaplex.client.cli.plugins import AdapterCommands
+from adaplex.client.cli.plugins import AdapterCommands, offline
 from adaplex.client.cli.values import labels
 
 app = typer.Typer(
@@ -118,10 +118,29 @@ def show(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def verify(context: typer.Context, directory: Directory, as_json: AsJson = False) -> None:
-    """Have the server check a directory, storing nothing. Exit code 1 when it would refuse it."""
-    with connect(context) as client, _progress(directory.name) as progress:
-        checked = client.adapters.validate(directory, progress=progress)
+def verify(
+    context: typer.Context,
+    directory: Directory,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Check here, for this base model as `adaplex serve` takes it."),
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="How that base is kept; nf4 if unset.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Explain an adapter directory: what the server would apply, or why it would refuse it.
+
+    Nothing is stored. Exit code 1 when it would be refused. With --model no server is asked.
+    """
+    if model is not None:
+        checked = offline("verify")(directory, model, quantization)
+    elif quantization is not None:
+        raise typer.BadParameter("--quantization goes with --model")
+    else:
+        with connect(context) as client, _progress(directory.name) as progress:
+            checked = client.adapters.validate(directory, progress=progress)
     if as_json:
         typer.echo(render.json_text(checked))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -13,6 +14,10 @@ from adaplex.client.errors import AdaplexClientError
 
 GROUP = "adaplex.commands"
 """Entry points of this group: a command's name -> a typer command function, or a Typer app."""
+
+
+OFFLINE = "adaplex.offline"
+"""Entry points of this group do without a server what a command of ours asks it for."""
 
 
 class CommandGroup(TyperGroup):
@@ -52,6 +57,17 @@ class AdapterCommands(CommandGroup):
     """`adaplex adapters`, with what the server package adds to it."""
 
     entry_points = "adaplex.adapters_commands"
+
+
+def offline(name: str) -> Callable[..., Any]:
+    """What does a command's work here. Raises Exit where it is not installed."""
+    try:
+        points = {point.name: point for point in entry_points(group=OFFLINE)}
+        found: Callable[..., Any] = points[name].load()
+    except (ImportError, KeyError) as error:
+        typer.echo(f'error: {name} without a server: pip install "adaplex[server]"', err=True)
+        raise typer.Exit(1) from error
+    return found
 
 
 def _command(point: EntryPoint) -> Any:

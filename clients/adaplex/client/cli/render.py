@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
@@ -244,6 +245,8 @@ def report(checked: AdapterReport) -> None:
             ("family", checked.family),
             ("digest", checked.digest),
             ("modules", len(checked.modules)),
+            ("served as", _served(checked)),
+            ("greatest rank", max((m.rank for m in checked.modules), default=0)),
             ("packed", size(checked.packed_bytes)),
             *_asked(checked),
         ]
@@ -265,6 +268,12 @@ def report(checked: AdapterReport) -> None:
         typer.echo(f"note: {line(note)}")
     for refusal in checked.refusals:
         typer.echo(f"refused: {line(refusal)}")
+
+
+def _served(checked: AdapterReport) -> str:
+    """Primitives, and at how many modules: `low-rank at 210, bias at 30`."""
+    counts = Counter(name for module in checked.modules for name in module.primitives)
+    return ", ".join(f"{name} at {count}" for name, count in counts.items())
 
 
 def _asked(checked: AdapterReport) -> list[tuple[str, object]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from adaplex.adapters.checkpoint import Checkpoint
@@ -16,6 +17,7 @@ from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.adapterhub.bottleneck import lower_bottleneck
 from adaplex.adapters.formats.adapterhub.lora import PROJECTIONS, lower_lora
 from adaplex.adapters.formats.adapterhub.part import LoweredPart, Part, Places
+from adaplex.adapters.formats.adapterhub.prefix import lower_prefix
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import HARMLESS, Reading
 from adaplex.adapters.limits import AdapterLimits
@@ -28,17 +30,18 @@ METHODS: Mapping[str | None, Callable[[Part], LoweredPart]] = {
     None: lower_bottleneck,
     "bottleneck": lower_bottleneck,
     "lora": lower_lora,
+    "prefix_tuning": lower_prefix,
 }
 """`architecture` -> method."""
 NEEDS = {
     "mtl_lora": "a task for each row",
-    "prefix_tuning": "prefixes whose keys are turned to their positions",
     "prompt_tuning": "a layout that the library has for no model served here",
     "reft": "interventions at chosen positions of the prompt",
 }
 """What a method that is not served would need."""
 KEY = re.compile(
-    r"(model\.)?(?P<place>layers\.\d+\.[\w.]+?)\.(adapters|loras)\.(?P<name>[^.]+)\.(?P<tensor>.+)"
+    r"(model\.)?(?P<place>prefix_tuning|layers\.\d+\.[\w.]+?)"
+    r"\.(adapters|loras|prefix_tunings)\.(?P<name>[^.]+)\.(?P<tensor>.+)"
 )
 LAYER = re.compile(r"model\.layers\.(\d+)\..*")
 VERSION = re.compile(r"adapters\.(\d+)\.(\d+)\..*")
@@ -51,8 +54,9 @@ class AdapterHub:
     semantic_fields = USED
     about = FormatRow(
         "AdapterHub's bottlenecks (Houlsby, Pfeiffer, parallel), LoRA, DoRA, (IA)^3 and unions",
-        "bottleneck, low-rank, output scale, KV prefix",
-        "gates (UniPELT), Compacter, invertible adapters, layer norms in the bottleneck, VeRA, ReFT",
+        ("bottleneck", "low-rank", "output scale", "input scale"),
+        "gates (UniPELT), Compacter, invertible adapters, norms in the bottleneck, VeRA, ReFT",
+        checkpoint="an AdapterHub directory",
     )
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
@@ -65,10 +69,11 @@ class AdapterHub:
         reading.raise_refused()
         lowered = [_lower(reading, where, config, places) for where, config in configs]
         for place in sorted(places if not reading.refusals else ()):
-            reading.refuse(place, "has tensors, but the config does not name it")
+            reading.refuse(place, "is there, but the config names nothing that has it")
         modules: dict[str, ModuleProgram] = {}
         for module in (module for part in lowered for module in part.modules):
-            modules[module.module] = module
+            other = modules.get(module.module)
+            modules[module.module] = module if other is None else _united(other, module)
         if not modules and not reading.refusals:
             reading.refuse("config", f"adapts no module of the base {base.name}")
         reading.raise_refused()
@@ -83,11 +88,19 @@ class AdapterHub:
         )
 
 
+def _united(one: ModuleProgram, other: ModuleProgram) -> ModuleProgram:
+    """A prefix and a bottleneck of one block; nothing else meets, as each takes its tensors."""
+    assert {*one.primitives, *other.primitives} == {"bottleneck", "KV prefix"}
+    return replace(
+        one, bottleneck=one.bottleneck or other.bottleneck, prefix=one.prefix or other.prefix
+    )
+
+
 def _check_model(reading: Reading) -> None:
     """Refuses adapters of models whose layers the library takes apart in another way."""
     config, base = reading.config, reading.base
     kind = config.get("model_type")
-    if kind not in PROJECTIONS:
+    if not isinstance(kind, str) or kind not in PROJECTIONS:
         served = ", ".join(PROJECTIONS)
         reading.refuse("model_type", f"{kind!r:.40} is not served; served are {served}")
     elif kind != base.model_type:
@@ -117,7 +130,7 @@ def _configs(reading: Reading) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if (method is None or isinstance(method, str)) and method in METHODS:
             yield where, part
         else:
-            need = f"; it needs {NEEDS[method]}" if method in NEEDS else ""
+            need = f"; it needs {NEEDS[str(method)]}" if str(method) in NEEDS else ""
             reading.refuse(f"{where}.architecture", f"{method!r:.40} is not served{need}")
 
 
@@ -127,7 +140,7 @@ def _places(reading: Reading) -> Places:
     for key, tensor in reading.tensors.items():
         match = KEY.fullmatch(key)
         if match is None:
-            reading.refuse(key, "is not a tensor of AdapterHub that this server knows")
+            places[key] = {}  # left over, where no method says more of it
         elif match["name"] != reading.config.get("name"):
             reading.refuse(key, f"is not of the adapter {reading.config.get('name')!r:.80}")
         elif match["tensor"] in places.setdefault(match["place"], {}):

@@ -1,6 +1,14 @@
 // Included once for each element type: what happens to single rows between the products.
 
-// RMSNorm: to[i] = weight[i] * x[i] / rms(x). `site` may put another weight in its place, and add a bias.
+// The first `left` lanes of weight * x * inverse, by the adapter's weight and with its bias where it has them.
+INLINE vec NAME(normed)(const float *x, float inverse, const float *weight, const ELEMENT *dense,
+                        const ELEMENT *bias, long left) {
+  vec scale = dense ? NAME(load_part)(dense, left) : f32_load_part(weight, left);
+  vec y = f32_load_part(x, left) * inverse * scale;
+  return bias ? y + NAME(load_part)(bias, left) : y;
+}
+
+// RMSNorm: to[i] = weight[i] * x[i] / rms(x), and what the adapter does there; `site` is null for the base.
 static void NAME(norm_row)(const float *x, const float *weight, const Site *site, long n, double epsilon,
                            ELEMENT *to) {
   const ELEMENT *dense = site ? site->dense : NULL, *bias = site ? site->bias : NULL;
@@ -13,12 +21,11 @@ static void NAME(norm_row)(const float *x, const float *weight, const Site *site
   float total = sum_lanes(sums);
   for (; i < n; i++) total += x[i] * x[i];
   float inverse = 1.0f / sqrtf(total / (float)n + (float)epsilon);
-  for (i = 0; i < n; i += LANES) {
-    vec scale = dense ? NAME(load_part)(dense + i, n - i) : f32_load_part(weight + i, n - i);
-    vec y = f32_load_part(x + i, n - i) * inverse * scale;
-    if (bias) y += NAME(load_part)(bias + i, n - i);
-    NAME(store_part)(to + i, y, n - i);
-  }
+#define NORMED(left) \
+  NAME(normed)(x + i, inverse, weight + i, dense ? dense + i : NULL, bias ? bias + i : NULL, left)
+  for (i = 0; i + LANES <= n; i += LANES) NAME(store)(to + i, NORMED(LANES));
+  if (i < n) NAME(store_part)(to + i, NORMED(n - i), n - i);
+#undef NORMED
 }
 
 // The same within one head, in place: Qwen3 norms queries and keys.

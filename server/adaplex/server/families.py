@@ -1,0 +1,70 @@
+"""What commands about adapters do without a server: list families, check a directory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from adaplex.client.adapter_types import AdapterReport, ModuleReport, Refusal, Validation
+from adaplex.client.cli import render
+
+if TYPE_CHECKING:
+    from adaplex.adapters.report import Report
+
+
+def formats(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the adapter families that are served, as what, and what of them is refused."""
+    from adaplex.adapters.formats import table  # brings torch, which --help does without
+
+    rows = table.rows()
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    render.table(
+        ("FAMILY", "CHECKPOINT", "SERVED AS", "REFUSED"),
+        [(row.title, row.checkpoint, row.served.replace("`", ""), row.refused) for row in rows],
+    )
+
+
+def verify(directory: Path, model: str, quantization: str | None) -> Validation:
+    """What a server of this base would say of an adapter directory."""
+    from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge  # brings torch
+    from adaplex.adapters.report import Report, describe
+    from adaplex.server.workbench import Workbench, told
+
+    with told():
+        bench = Workbench.of({"model": model, "quantization": quantization})
+    try:
+        program = bench.read(directory)
+    except AdapterInvalid as error:
+        return _validation(Report(), [Refusal(r.where, r.reason) for r in error.refusals])
+    except AdapterTooLarge as error:
+        return _validation(Report(), [Refusal(error.field, str(error))])
+    return _validation(describe(program, bench.base.spec, bench.base.dtype.itemsize), [])
+
+
+def _validation(report: Report, refusals: list[Refusal]) -> Validation:
+    """A report in the client's words."""
+    shown = AdapterReport(
+        family=report.family,
+        digest=report.digest,
+        modules=tuple(
+            ModuleReport(**{f.name: getattr(m, f.name) for f in fields(ModuleReport)})
+            for m in report.modules
+        ),
+        packed_bytes=report.packed_bytes,
+        refusals=tuple(refusals),
+        notes=report.notes,
+        warnings=report.warnings,
+        prefix_tokens=report.prefix_tokens,
+        virtual_tokens=report.virtual_tokens,
+        invocation_tokens=report.invocation,
+        merged_only=report.merged_only,
+    )
+    return Validation(not refusals, shown)
