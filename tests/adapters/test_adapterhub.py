@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters import formats
+from adaplex.adapters.base_match import mismatches
 from adaplex.adapters.checkpoint import (
     ADAPTERHUB_WEIGHTS,
     CONFIG,
@@ -22,6 +23,7 @@ from adaplex.adapters.checkpoint import (
     read_checkpoint,
 )
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
+from adaplex.adapters.formats.hybrid import join
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import (
     Activation,
@@ -367,6 +369,15 @@ def test_a_directory_of_the_library_comes_in_by_the_importer(tmp_path: Path) -> 
     assert stored.tensors.keys() == read("houlsby").tensors.keys()
     registry.check_integrity()
     registry.close()
+
+
+def test_the_base_that_it_names_is_compared() -> None:
+    assert mismatches(read("houlsby").config, BASE) == ()
+    assert mismatches(outer("houlsby", model_name="any/tiny").config, BASE) == ()
+    (found,) = mismatches(outer("houlsby", model_name="org/other").config, BASE)
+    assert found[0] == "model_name"
+    hybrid = join([read("lora"), outer("houlsby", model_name="org/other")])
+    assert [field for field, _ in mismatches(hybrid.config, BASE)] == ["parts[1].model_name"]
 
 
 def test_the_client_sends_the_weights_under_the_common_name(tmp_path: Path) -> None:
