@@ -43,16 +43,14 @@ class Family:
         return [*tokens[:middle], *self.invocation, *tokens[middle:]]
 
 
-class SlowOracle(Oracle):
-    """Decodes without a cache, which PEFT's virtual tokens and prefixes need no trust in."""
-
-    task: int | None = None
+class TaskOracle(Oracle):
+    """Asks for one task, without a cache."""
 
     @torch.no_grad()
     def logits(self, tokens: list[int]) -> Tensor:
         """[vocabulary] after the last token."""
-        more = {} if self.task is None else {"task_ids": torch.tensor([self.task])}
-        out: Tensor = self.model(torch.tensor([tokens]), **more).logits[0, -1]
+        task = torch.tensor([TASK])
+        out: Tensor = self.model(torch.tensor([tokens]), task_ids=task).logits[0, -1]
         return out.float()
 
     def greedy(self, tokens: list[int], count: int) -> list[int]:
@@ -61,12 +59,6 @@ class SlowOracle(Oracle):
         for _ in range(count):
             grown.append(int(self.logits(grown).argmax()))
         return grown[len(tokens) :]
-
-
-class TaskOracle(SlowOracle):
-    """Asks for one task."""
-
-    task = TASK
 
 
 class BiasOracle(Oracle):
@@ -120,12 +112,11 @@ def family(
     config: Callable[[str], peft.PeftConfig],
     randomize: Randomize,
     finish: Callable[[Any], None] = lambda tuned: None,
-    oracle: type[Oracle] = Oracle,
 ) -> Family:
     """A family that PEFT saves and loads."""
     return Family(
         _saved(config, randomize, finish),
-        lambda model, adapter: oracle(load_plain(model), adapter),
+        lambda model, adapter: Oracle(load_plain(model), adapter),
     )
 
 
@@ -200,7 +191,7 @@ def _prompt(kind: type, **fields: Any) -> Callable[[str], peft.PeftConfig]:
     return lambda a: kind(task_type="CAUSAL_LM", num_virtual_tokens=5, **fields)
 
 
-def lora(oracle: type[Oracle] = Oracle, **fields: Any) -> Family:
+def lora(**fields: Any) -> Family:
     """LoRA with the fields; on q and v if they name no targets."""
 
     def save(model: Path, directory: Path, seed: int) -> Path:
@@ -211,7 +202,7 @@ def lora(oracle: type[Oracle] = Oracle, **fields: Any) -> Family:
 
     return Family(
         save,
-        lambda model, adapter: oracle(load_plain(model), adapter),
+        lambda model, adapter: Oracle(load_plain(model), adapter),
         tuple(fields.get("alora_invocation_tokens") or ()),
     )
 
@@ -241,7 +232,7 @@ LORAS: Mapping[str, Family] = {
     "lora-whole": lora(modules_to_save=["norm", "lm_head"]),
     "lora-tokens": lora(trainable_token_indices=[7, 250, 3]),
     "dora": lora(use_dora=True, target_modules=r".*(q_proj|down_proj|c_attn)"),
-    "alora": lora(SlowOracle, alora_invocation_tokens=[301, 302]),
+    "alora": lora(alora_invocation_tokens=[301, 302]),
     "qalora": _pooled(
         lora(use_qalora=True, qalora_group_size=16, target_modules=["q_proj", "down_proj"])
     ),
@@ -313,10 +304,8 @@ FAMILIES: Mapping[str, Family] = {
     "ln-tuning": family(lambda a: peft.LNTuningConfig(target_modules=_norms(a)), around()),
     "beft": family(lambda a: peft.BeftConfig(target_modules=_all(a)), normal(0.2)),
     "bitfit": Family(_bitfit, lambda model, adapter: BiasOracle(load_plain(model), adapter)),
-    "prompt-tuning": family(_prompt(peft.PromptTuningConfig), normal(0.5), oracle=SlowOracle),
-    "p-tuning": family(
-        _prompt(peft.PromptEncoderConfig, encoder_hidden_size=32), normal(0.3), oracle=SlowOracle
-    ),
+    "prompt-tuning": family(_prompt(peft.PromptTuningConfig), normal(0.5)),
+    "p-tuning": family(_prompt(peft.PromptEncoderConfig, encoder_hidden_size=32), normal(0.3)),
     "multitask-prompt-tuning": Family(
         _add_task, lambda model, adapter: TaskOracle(load_plain(model), adapter)
     ),
@@ -325,30 +314,24 @@ FAMILIES: Mapping[str, Family] = {
             task_type="CAUSAL_LM", cpt_token_ids=[9, 30, 44], cpt_tokens_type_mask=[1, 2, 3]
         ),
         normal(0.5),
-        oracle=SlowOracle,
     ),
-    "prefix-tuning": family(_prompt(peft.PrefixTuningConfig), normal(0.7), oracle=SlowOracle),
-    "cartridge": family(_prompt(peft.CartridgeConfig), normal(0.7), oracle=SlowOracle),
+    "prefix-tuning": family(_prompt(peft.PrefixTuningConfig), normal(0.7)),
     "prompt-whole": family(
         lambda a: peft.PromptTuningConfig(
             task_type="CAUSAL_LM", num_virtual_tokens=2, modules_to_save=["lm_head", *_norms(a)]
         ),
         around(),
-        oracle=SlowOracle,
     ),
+    "cartridge": family(_prompt(peft.CartridgeConfig, num_frozen_tokens=2), normal(0.7)),
     "prefix-projection": family(
         _prompt(peft.PrefixTuningConfig, prefix_projection=True, encoder_hidden_size=32),
         normal(0.4),
-        oracle=SlowOracle,
     ),
 }
 """Every family but LoRA's, and variants that differ in what PEFT writes."""
 NOT_GPT2 = (
-    *(
-        "prefix-tuning",
-        "cartridge",
-        "prefix-projection",
-    ),  # the tiny config has heads that GPT-2 does not know
+    # the tiny config has heads that GPT-2 does not know
+    *("prefix-tuning", "prefix-projection", "cartridge"),
     *("loha", "lokr", "lokr-both", "lokr-whole", "beft"),  # PEFT has no Conv1D of these
     *("lora-whole", "qalora"),
 )

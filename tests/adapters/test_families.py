@@ -102,6 +102,10 @@ MADE: Mapping[str, tuple[dict[str, Any], Weights]] = {
             "prefix_task_rows": torch.tensor([2.0, 3.0])[:, None, None].expand(2, 1, HIDDEN),
         },
     ),
+    "CARTRIDGE": (
+        VIRTUAL | {"num_frozen_tokens": 1},
+        {"prompt_embeddings": ones(3, 2 * HEADS * FEATURES)},
+    ),
     "PREFIX_TUNING": (VIRTUAL, {"prompt_embeddings": ones(3, 2 * HEADS * FEATURES)}),
 }
 
@@ -377,3 +381,26 @@ def test_keys_of_a_training_checkpoint_are_accepted(kind: str) -> None:
     changed = lower(kind, {**dict.fromkeys(weights), **renamed})
     assert [m.module for m in changed.modules] == [m.module for m in lower(kind).modules]
     assert set(refusals(kind, renamed).values()) == {"is given twice"}
+
+
+NASTY: list[Any] = [
+    None, True, False, 0, -1, 3, 1.5, 1e30, "", "x", "(", [], [1], ["x"], [[True]], [None], {},
+    {"q_proj": 1}, {"x": [True]}, {"(": 2}, {"x": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_no_config_and_no_shape_makes_anything_but_refusals(kind: str) -> None:
+    config, weights = MADE[kind]
+    fields = {*config, *formats.FORMATS[kind].semantic_fields, "modules_to_save", "bias"}
+    changes: list[tuple[dict[str, Tensor | None], dict[str, Any]]] = [
+        ({}, {name: value}) for name in fields - {"peft_type"} for value in NASTY
+    ]
+    shapes = [(), (0,), (1,), (0, 0), (0, HIDDEN), (HIDDEN, 0), (1, 1), (2, 2, 2), (1, 1, 1, 1)]
+    changes += [({key: torch.ones(shape)}, {}) for key in weights for shape in shapes]
+    for tensors, changed in changes:
+        try:
+            program = lower(kind, tensors, **changed)
+        except (AdapterInvalid, AdapterTooLarge):
+            continue
+        assert program.modules

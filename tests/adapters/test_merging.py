@@ -31,6 +31,7 @@ from adaplex.model.loader import load_base
 from adapters.handmade import (
     BASE,
     DOWN,
+    HEAD,
     HIDDEN,
     QUERY,
     UPLOAD,

@@ -90,16 +90,26 @@ def _factor(
     elif whole is None and (a is None or b is None):
         reading.refuse(key, "is missing, and so is a half of its decomposition")
     elif whole is not None:
-        if whole.dim() == 2:
+        if _is_matrix(reading, key, whole):
             return thin(whole.float())
-        reading.refuse(key, CONVOLUTION)
     elif a is not None and b is not None:
-        fits = (
-            reading.fits(f"{key}_a", a, *a.shape[:1], rank),
-            reading.fits(f"{key}_b", b, rank, *b.shape[1:2]),
-        )
-        if all(fits):
-            decomposed = a.float(), b.float()
-            is_thin = rank < min(a.shape[0], b.shape[1])
-            return decomposed if is_thin else thin(decomposed[0] @ decomposed[1])
+        matrices = _is_matrix(reading, f"{key}_a", a), _is_matrix(reading, f"{key}_b", b)
+        if all(matrices) and _has_rank(reading, key, a, b, rank):
+            a, b = a.float(), b.float()
+            return (a, b) if rank < min(a.shape[0], b.shape[1]) else thin(a @ b)
     return None
+
+
+def _is_matrix(reading: Reading, key: str, tensor: Tensor) -> bool:
+    if tensor.dim() != 2:
+        reading.refuse(key, f"has shape {list(tensor.shape)}, expected a matrix")
+    return tensor.dim() == 2
+
+
+def _has_rank(reading: Reading, key: str, a: Tensor, b: Tensor, rank: int) -> bool:
+    """Whether a decomposition is of the config's rank."""
+    fits = (
+        reading.fits(f"{key}_a", a, a.shape[0], rank),
+        reading.fits(f"{key}_b", b, rank, b.shape[1]),
+    )
+    return all(fits)

@@ -8,6 +8,8 @@ trained, has been applied before saving.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
@@ -27,21 +29,21 @@ from adaplex.adapters.program import BaseSpec, KVPrefix, ModuleProgram
 
 
 class PrefixTuning:
-    """The format; see the module's docstring."""
+    """The format; see the module's docstring. `trained_by` are fields that only training reads."""
 
     semantic_fields = USED
 
-    def __init__(self, family: str, title: str) -> None:
+    def __init__(self, family: str, title: str, trained_by: Iterable[str]) -> None:
         self.family = family
         self.about = FormatRow(
             title, ("KV prefix", "replaced weight"), "layers of different shapes"
         )
+        self._harmless = HARMLESS | {"init_weights", *trained_by}
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
         reading = Reading(checkpoint, base, limits)
-        harmless = HARMLESS | {"prefix_projection", "init_weights", "num_frozen_tokens"}
-        reading.check_known(self.family, USED | LEARNED, harmless)
+        reading.check_known(self.family, USED | LEARNED, self._harmless)
         count = check_tokens(reading)
         blocks = _attention(reading)
         heads, features = _shape(reading)
