@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from adaplex.engine.request import AdapterMode
 from adaplex.model.source import resolve_model
 from peft_adapters import Oracle, load_plain
 from peft_families import FAMILIES, LORAS
+from peft_kinds import TOKENS, save_kind
 from rig import Rig, lowered, prompt
 
 STEPS = 4
+MERGED = ("OFT", "HRA", "FOURIERFT", "VBLORA", "RANDLORA", "C3A")
 ALL = {**LORAS, **FAMILIES}
 
 
@@ -46,3 +49,17 @@ def test_prefill_and_decode_equal_peft(name: str, model: Path, tmp_path: Path) -
     assert (base - expected).abs().max() > 1e-2 * base.abs().max(), "the adapter does nothing"
     assert served.generate([served.sequence(tokens, ref)], STEPS) == [greedy]
     served.runner.remove_adapter(ref.digest)
+
+
+@pytest.mark.parametrize("kind", MERGED)
+def test_what_peft_merges_equals_peft_beside_the_base(
+    kind: str, model: Path, tmp_path: Path
+) -> None:
+    served = rig(model)
+    expected = save_kind(load_plain(model), tmp_path / kind, kind, size=0.1)
+    ref = served.add(lowered(tmp_path / kind, served.base.spec), AdapterMode.MERGED)
+    got = served.prefill(served.sequence(TOKENS, ref))[0]
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+    base = got.new_tensor(idle(model, tuple(TOKENS)))
+    assert (base - expected).abs().max() > 1e-3 * base.abs().max(), "the adapter does nothing"
+    served.runner.remove_merged(ref.digest)

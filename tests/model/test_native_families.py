@@ -1,4 +1,4 @@
-"""Every primitive in the C decoder: as by ModuleForward, over mixes, the same bits anywhere."""
+"""Every primitive in the C decoder: as ModuleForward has it, and with the same bits anywhere."""
 
 from __future__ import annotations
 
