@@ -14,6 +14,7 @@ from adaplex.engine.request import AdapterMode
 from peft_adapters import Oracle, load_plain
 from peft_kinds import CONFIGS, TOKENS, save_kind
 from rig import Rig, lowered
+from tiny import ARCHITECTURES, save_tiny
 
 GPT2 = [
     "DEFT",
@@ -52,6 +53,17 @@ def test_transposed_linears_are_merged_too(
 ) -> None:
     targets = ["c_attn", "c_proj", "c_fc"]
     check(kind, rigs("gpt2"), tiny_model("gpt2"), tmp_path, target_modules=targets)
+
+
+@pytest.mark.parametrize("kind", ["UNILORA", "TINYLORA"])
+def test_modules_are_numbered_as_the_model_defines_them(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OPT defines k_proj before v_proj before q_proj, and calls q_proj first."""
+    monkeypatch.setitem(ARCHITECTURES, "opt", {})
+    model = save_tiny("opt", tmp_path / "opt", ffn_dim=128, word_embed_proj_dim=64)
+    targets = ["q_proj", "k_proj", "v_proj", "fc1"]
+    check(kind, Rig(model, native=False), model, tmp_path / kind, target_modules=targets)
 
 
 @pytest.mark.parametrize("init", ["bat", "mini", True])
