@@ -330,11 +330,8 @@ FAMILIES: Mapping[str, Family] = {
 }
 """Every family but LoRA's, and variants that differ in what PEFT writes."""
 NOT_GPT2 = (
-    *(
-        "prefix-tuning",
-        "prefix-projection",
-        "cartridge",
-    ),  # the tiny config has heads that GPT-2 does not know
+    # the tiny config has heads that GPT-2 does not know
+    *("prefix-tuning", "prefix-projection", "cartridge"),
     *("loha", "lokr", "lokr-both", "lokr-whole", "beft"),  # PEFT has no Conv1D of these
     *("lora-whole", "qalora"),
 )

@@ -83,6 +83,22 @@ def check(kind: str, rig: Rig, model: Path, folder: Path, **fields: object) -> N
     assert (plain - idle).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["OFT", "HRA", "HIRA", "VBLORA", "SHIRA"])
+def test_a_quantized_base_is_merged_as_it_is_in_effect(
+    kind: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rig = Rig(tiny_model("llama"), "nf4", "fp32", native=False)
+    plain = load_plain(tiny_model("llama"))
+    for module in rig.base.spec.modules.values():
+        if module.kind == "linear":
+            plain.get_submodule(module.name).weight.data = rig.base.spec.weight(module.name)
+    expected = save_kind(plain, tmp_path, kind)
+    ref = rig.add(lowered(tmp_path, rig.base.spec), AdapterMode.MERGED)
+    found, base = rig.prefill(rig.sequence(TOKENS, ref), rig.sequence(TOKENS))
+    assert (base - expected).abs().max() > 2e-2, "the adapter does nothing"
+    assert (found - expected).abs().max() < 2e-2
+
+
 @pytest.mark.parametrize("kind", ["OFT", "VBLORA", "WAVEFT"])
 def test_threads_may_merge_at_once(
     kind: str, rigs: Callable[[str], Rig], tiny_model: Callable[[str], Path], tmp_path: Path
