@@ -43,6 +43,15 @@ def mismatches(config: Mapping[str, Any], base: BaseSpec) -> tuple[tuple[str, st
     return (*_other_weights(config, base), *_other_quantization(config, base), *within)
 
 
+def agreement(config: Mapping[str, Any]) -> str:
+    """A note of how a config that has no mismatches says which base it is for."""
+    if config.get(FINGERPRINT):
+        return "trained on the base that is served, by its fingerprint"
+    if config.get(NAME) or config.get(ADAPTERHUB_NAME):
+        return "trained on the base that is served, by its name"
+    return "does not say which base it was trained on"
+
+
 def recorded_quantization(config: Mapping[str, Any]) -> tuple[str, ...]:
     """A note of how the base was kept in training, where the config says it."""
     kept = config.get(QUANTIZATION)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adaplex.adapters import formats
-from adaplex.adapters.base_match import BasePolicy, mismatches
+from adaplex.adapters.base_match import BasePolicy, agreement, mismatches
 from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint
 from adaplex.adapters.combination import Combination, combine
 from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound, Refusal, StoreCorrupt
@@ -156,7 +156,12 @@ def read_adapter(
     if found and policy is BasePolicy.REFUSE:
         raise AdapterInvalid([Refusal(*pair) for pair in found])
     warnings = tuple(f"{where} {how}" for where, how in found)
-    return replace(program, warnings=(*program.warnings, *warnings))
+    notes = () if found else (agreement(checkpoint.config),)
+    return replace(
+        program,
+        notes=(*program.notes, *notes),
+        warnings=(*program.warnings, *warnings),
+    )
 
 
 def _lowered(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:
