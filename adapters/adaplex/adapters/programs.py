@@ -156,15 +156,12 @@ def read_adapter(
     if found and policy is BasePolicy.REFUSE:
         raise AdapterInvalid([Refusal(*pair) for pair in found])
     warnings = tuple(f"{where} {how}" for where, how in found)
-    notes = () if found else (agreement(checkpoint.config),)
-    return replace(
-        program,
-        notes=(*program.notes, *notes),
-        warnings=(*program.warnings, *warnings),
-    )
+    return replace(program, warnings=(*program.warnings, *warnings))
 
 
 def _lowered(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:
     program = formats.lower(checkpoint, base, limits)
     check_leading(program, base)
-    return program
+    if mismatches(checkpoint.config, base):
+        return program
+    return replace(program, notes=(*program.notes, agreement(checkpoint.config)))
