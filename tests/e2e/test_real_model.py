@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
 
+from adaplex.model.int4_group import int4_roundtrip
+from adaplex.model.quantized_linear import nf4_roundtrip
 from adaplex.model.source import resolve_model
 from e2e.conftest import Serving
 from peft_adapters import Oracle, load_plain
@@ -39,9 +44,39 @@ def test_fp32_rows_of_a_mixed_batch_equal_peft(model: Path) -> None:
     assert decoded == [oracle.greedy(tokens, 12) for oracle in oracles]
 
 
+@torch.inference_mode()
+def test_int4_is_as_good_as_nf4(model: Path) -> None:
+    """By the divergence of what comes next from fp32's, and the likelihood of what does. A page of
+    text: sentence by sentence either is the better one by far.
+    """
+    plain = load_plain(model)
+    text = (EXAMPLES.parents[1] / "LICENSE").read_text()[:3000]
+    ids = torch.tensor([AutoTokenizer.from_pretrained(model).encode(text)])
+    linears = {
+        name: module.weight.data
+        for name, module in plain.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }
+
+    def measured(roundtrip: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+        for name, weight in linears.items():
+            plain.get_submodule(name).weight.data = roundtrip(weight.bfloat16()).float()
+        found = torch.log_softmax(plain(ids).logits[0, :-1], -1)
+        divergence = (expected.exp() * (expected - found)).sum(-1).mean()
+        return float(divergence), float(-found.gather(1, ids[0, 1:, None]).mean())
+
+    expected = torch.log_softmax(plain(ids).logits[0, :-1], -1)
+    nf4, int4 = measured(nf4_roundtrip), measured(lambda weight: int4_roundtrip(weight, 32))
+    assert 0 < int4[0] < 1.3 * nf4[0]
+    assert int4[1] < 1.05 * nf4[1]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int4-group"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_nf4_logits_are_those_of_peft_on_the_dequantized_base(dtype: str, model: Path) -> None:
-    rig = Rig(model, "nf4", dtype)
+def test_four_bit_logits_are_those_of_peft_on_the_dequantized_base(
+    dtype: str, quantization: str, model: Path
+) -> None:
+    rig = Rig(model, quantization, dtype)
     tokens = rig.base.tokenizer.apply_chat_template(
         QUESTION, add_generation_prompt=True, return_dict=False
     )

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from adaplex.adapters.catalog import Catalog
 from adaplex.adapters.checkpoint import read_checkpoint
-from adaplex.adapters.digest import content_digest
 from adaplex.adapters.errors import AdapterError, AdapterNotFound
-from adaplex.adapters.formats import FORMATS
+from adaplex.adapters.formats import FORMATS, identity, kind_of
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.store import Contents
 
@@ -60,8 +59,8 @@ def _damage(contents: Contents, digest: str) -> str | None:
         return "its files are gone"
     except AdapterError as error:
         return str(error)
-    kind = checkpoint.config.get("peft_type")
+    kind = kind_of(checkpoint.config)
     if not isinstance(kind, str) or kind not in FORMATS:
         return f"it is of family {kind!r:.40}, which this version does not know"
-    found = content_digest(checkpoint, FORMATS[kind].semantic_fields)
-    return None if found == digest else f"it holds the content of {found}"
+    found = identity(checkpoint)
+    return None if found in (None, digest) else f"it holds the content of {found}"

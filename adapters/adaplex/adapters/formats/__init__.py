@@ -38,8 +38,14 @@ class Format(Protocol):
     """How one family is read."""
 
     family: str
-    semantic_fields: frozenset[str]
-    """Config fields that change the answer; they enter the digest."""
+
+    @property
+    def semantic_fields(self) -> frozenset[str] | None:
+        """Config fields that change the answer; they enter the digest. None where it takes the base
+        to tell: then `Lowered.semantics` does.
+        """
+        ...
+
     about: FormatRow
     """Its line in the table of families."""
 
@@ -90,7 +96,7 @@ NEEDS: Mapping[str, str] = {
 
 def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:
     """Lowers a checkpoint to primitives. Raises AdapterInvalid with every refusal."""
-    kind = _kind(checkpoint.config)
+    kind = kind_of(checkpoint.config)
     found = FORMATS.get(kind) if isinstance(kind, str) else None
     if found is None:
         need = f"; it needs {NEEDS[kind]}" if isinstance(kind, str) and kind in NEEDS else ""
@@ -100,12 +106,13 @@ def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Adap
     if refusals := list(_positions(checkpoint, found)):
         raise AdapterInvalid(refusals)
     lowered = found.lower(checkpoint, base, limits)
-    fields: Mapping[str, Any] = checkpoint.config
-    semantic: Iterable[str] = found.semantic_fields
-    if lowered.semantics is not None:
-        fields = semantic = lowered.semantics
+    digest = identity(checkpoint)
+    if digest is None:
+        assert lowered.semantics is not None
+        read = Checkpoint(lowered.semantics, checkpoint.tensors)
+        digest = content_digest(read, lowered.semantics)
     program = AdapterProgram(
-        content_digest(Checkpoint(fields, checkpoint.tensors), semantic),
+        digest,
         lowered.family or found.family,
         lowered.modules,
         (*lowered.notes, *recorded_quantization(checkpoint.config)),
@@ -117,7 +124,13 @@ def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Adap
     return program
 
 
-def _kind(config: Mapping[str, Any]) -> Any:
+def identity(checkpoint: Checkpoint) -> str | None:
+    """The digest of a checkpoint of a known family; None where it takes the base to tell."""
+    fields = FORMATS[kind_of(checkpoint.config)].semantic_fields
+    return None if fields is None else content_digest(checkpoint, fields)
+
+
+def kind_of(config: Mapping[str, Any]) -> Any:
     """A key of FORMATS, or what is none."""
     if "peft_type" not in config and isinstance(config.get("config"), dict):
         return ADAPTERHUB

@@ -35,7 +35,7 @@ class Hybrid:
     """The format; see the module's docstring."""
 
     family = "hybrid"
-    semantic_fields = USED
+    semantic_fields = None
     about = FormatRow(
         "Hybrids: any of these together in one adapter",
         (

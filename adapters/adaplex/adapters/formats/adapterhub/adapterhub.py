@@ -51,7 +51,7 @@ class AdapterHub:
     """The format; see the module's docstring."""
 
     family = "bottleneck"
-    semantic_fields = USED
+    semantic_fields = None
     about = FormatRow(
         "AdapterHub's bottlenecks (Houlsby, Pfeiffer, parallel), LoRA, DoRA, IA3, prefixes, unions",
         ("bottleneck", "low-rank", "output scale", "KV prefix"),
