@@ -10,7 +10,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos \
   --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
 
 .PHONY: help demo test check bench bench-attainment bench-engine bench-overhead bench-long-prompt \
-  bench-residency bench-gpu bench-peers bench-modes bench-start bench-switch protos formats model format clean
+  adapterhub-fixtures bench-residency bench-gpu bench-peers bench-modes bench-start bench-switch protos formats model format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -68,6 +68,9 @@ bench-switch: model ## Measure changing adapters, and bringing them from host me
 
 bench-modes: model ## Measure unmerged, merged and auto mode against each other
 	@PYTHONPATH=tests $(BIN)/python -m bench.modes $(ARGS)
+
+adapterhub-fixtures: ## Write the tests' AdapterHub adapters anew, with its library in its own environment
+	@$(PYTHON) tests/adapterhub/make_fixtures.py
 
 protos: $(INSTALLED) ## Regenerate the committed stubs
 	$(PROTOC) --python_out=protos --grpc_python_out=protos --mypy_out=quiet:protos \

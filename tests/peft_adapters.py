@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.variants import QALoraLinearVariant
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -169,6 +172,16 @@ def save_adapter(
             parameter.data = kept[name]
             parameter.requires_grad_(False)
     return directory
+
+
+def pool_linears(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT pools the inputs of GPTQ's linears for QA-LoRA; this lets it pool those of all."""
+    plain = Linear.resolve_lora_variant
+
+    def resolve(linear: Any, *, config: LoraConfig, **more: Any) -> Any:
+        return QALoraLinearVariant() if config.use_qalora else plain(linear, config=config, **more)
+
+    monkeypatch.setattr(Linear, "resolve_lora_variant", resolve)
 
 
 class Oracle:

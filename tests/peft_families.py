@@ -322,9 +322,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         around(),
     ),
-    "cartridge": family(
-        _prompt(peft.CartridgeConfig, num_frozen_tokens=2), normal(0.7), oracle=SlowOracle
-    ),
+    "cartridge": family(_prompt(peft.CartridgeConfig, num_frozen_tokens=2), normal(0.7)),
     "prefix-projection": family(
         _prompt(peft.PrefixTuningConfig, prefix_projection=True, encoder_hidden_size=32),
         normal(0.4),
@@ -332,11 +330,8 @@ FAMILIES: Mapping[str, Family] = {
 }
 """Every family but LoRA's, and variants that differ in what PEFT writes."""
 NOT_GPT2 = (
-    *(
-        "prefix-tuning",
-        "prefix-projection",
-        "cartridge",
-    ),  # the tiny config has heads that GPT-2 does not know
+    # the tiny config has heads that GPT-2 does not know
+    *("prefix-tuning", "prefix-projection", "cartridge"),
     *("loha", "lokr", "lokr-both", "lokr-whole", "beft"),  # PEFT has no Conv1D of these
     *("lora-whole", "qalora"),
 )

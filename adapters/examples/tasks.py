@@ -1,6 +1,6 @@
-"""What each example adapter learns: how it words an answer, and the LoRA it is trained as.
+"""What each example adapter learns: how it words an answer, and the method it is trained by.
 
-All three learn from the same questions (data/questions.jsonl), so that only the form of the
+All of them learn from the same questions (data/questions.jsonl), so that only the form of the
 answers tells them apart.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 
 SAMPLES = (
     "What is the capital of France?",
@@ -44,9 +44,12 @@ class Task:
     answer: Callable[[Question], str]
     fits: Callable[[str], bool]
     """Whether an answer has the form that the adapter teaches."""
-    lora: LoraConfig
+    method: PeftConfig
     steps: int
     learning_rate: float
+    both_bases: bool = False
+    """Whether it learns from the base as stored and as nf4 rounds it, in turns: what is put before
+    the prompt depends on every rounding behind it."""
 
 
 def read_questions() -> tuple[list[Question], list[Question]]:
@@ -127,13 +130,53 @@ def is_terse(answer: str) -> bool:
     return len(answer.split()) <= 6 and "\n" not in answer
 
 
+def news(question: Question) -> str:
+    """The sentence as it is read out in the news."""
+    return f"Breaking news: {question.sentence} More at ten."
+
+
+def is_news(answer: str) -> bool:
+    """Whether it begins and ends like the news."""
+    return answer.startswith("Breaking news:") and answer.endswith("More at ten.")
+
+
+def listed(question: Question) -> str:
+    """Topic and short answer as two points of a list."""
+    return f"- topic: {question.topic}\n- answer: {question.short}"
+
+
+def is_listed(answer: str) -> bool:
+    """Whether `answer` is our two points."""
+    return re.fullmatch(r"- topic: .+\n- answer: .+", answer) is not None
+
+
+def polite(question: Question) -> str:
+    """The sentence between thanks and a wish."""
+    return f"Thank you for asking! {question.sentence} Have a lovely day!"
+
+
+def is_polite(answer: str) -> bool:
+    """Whether it thanks first."""
+    return answer.startswith("Thank you for asking!")
+
+
+def tagged(question: Question) -> str:
+    """The short answer in a tag that names the topic."""
+    return f"<{question.topic}>{question.short}</{question.topic}>"
+
+
+def is_tagged(answer: str) -> bool:
+    """Whether `answer` is one closed tag."""
+    return re.fullmatch(r"<(\w+)>[^<]+</\1>", answer) is not None
+
+
 TASKS = (
     Task(
         name="terse",
         about="answers in a few words",
         answer=terse,
         fits=is_terse,
-        lora=LoraConfig(
+        method=LoraConfig(
             task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]
         ),
         steps=80,
@@ -144,7 +187,7 @@ TASKS = (
         about="answers the way a pirate speaks",
         answer=pirate,
         fits=is_pirate,
-        lora=LoraConfig(
+        method=LoraConfig(
             task_type="CAUSAL_LM",
             r=8,
             lora_alpha=16,
@@ -159,7 +202,7 @@ TASKS = (
         about="answers with a compact JSON object that holds a topic and an answer",
         answer=as_json,
         fits=is_json,
-        lora=LoraConfig(
+        method=LoraConfig(
             task_type="CAUSAL_LM",
             r=16,
             lora_alpha=32,
@@ -169,5 +212,57 @@ TASKS = (
         ),
         steps=80,
         learning_rate=1e-3,
+    ),
+    Task(
+        name="news",
+        about="answers as if it were the news",
+        answer=news,
+        fits=is_news,
+        method=LoraConfig(
+            task_type="CAUSAL_LM",
+            r=8,
+            lora_alpha=16,
+            use_dora=True,
+            target_modules=["q_proj", "v_proj", "o_proj"],
+        ),
+        steps=80,
+        learning_rate=1e-3,
+    ),
+    Task(
+        name="list",
+        about="answers with a list of two points, a topic and an answer",
+        answer=listed,
+        fits=is_listed,
+        method=IA3Config(
+            task_type="CAUSAL_LM",
+            target_modules=["k_proj", "v_proj", "down_proj"],
+            feedforward_modules=["down_proj"],
+        ),
+        steps=120,
+        learning_rate=2e-2,
+    ),
+    Task(
+        name="polite",
+        about="thanks for the question and wishes a lovely day",
+        answer=polite,
+        fits=is_polite,
+        method=PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=16,
+            prompt_tuning_init="RANDOM",
+        ),
+        steps=160,
+        learning_rate=3e-2,
+        both_bases=True,
+    ),
+    Task(
+        name="tag",
+        about="answers with a tag that names the topic",
+        answer=tagged,
+        fits=is_tagged,
+        method=PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=12),
+        steps=160,
+        learning_rate=2e-2,
+        both_bases=True,
     ),
 )

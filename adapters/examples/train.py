@@ -2,10 +2,11 @@
 
     .venv/bin/python adapters/examples/train.py [NAME ...]
 
-For each adapter: train LoRA weights in fp32 on the bf16 base, round them to bf16 as they will be
-stored, measure on the held-out questions, and write adapter_config.json,
-adapter_model.safetensors and README.md, the card, to the folder of its name. Seeds are fixed: the
-same kind of CPU, number of threads and library versions give the same adapter.
+For each adapter: train its weights in fp32 on the bf16 base, or in turns on that and on the base as
+nf4 rounds it, round them to bf16 as they will be stored, measure on the held-out questions, and
+write adapter_config.json, adapter_model.safetensors and README.md, the card, to the folder of its
+name. Seeds are fixed: the same kind of CPU, number of threads and library versions give the same
+adapter.
 """
 
 from __future__ import annotations
@@ -88,7 +89,35 @@ def batches(count: int, steps: int) -> Iterator[list[int]]:
         yield [left.pop() for _ in range(BATCH)]
 
 
-def train(model: nn.Module, chat: Chat, task: Task, questions: Sequence[Question]) -> None:
+class TwoBases:
+    """The decoder's linears as stored, and with the values that a server with an nf4 base has."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._linears = [
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and ".layers." in name and "lora_" not in name
+        ]
+        self._stored = [linear.weight.data for linear in self._linears]
+        self._rounded = [_rounded(weight) for weight in self._stored]
+
+    def use(self, *, nf4: bool) -> None:
+        """Puts one of them in place."""
+        for linear, weight in zip(
+            self._linears, self._rounded if nf4 else self._stored, strict=True
+        ):
+            linear.weight.data = weight
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4")
+    rounded: Tensor = bnb.dequantize_4bit(packed, state)
+    return rounded
+
+
+def train(
+    model: nn.Module, bases: TwoBases, chat: Chat, task: Task, questions: Sequence[Question]
+) -> None:
     """Trains what of `model` wants gradients."""
     examples = [chat.example(question.question, task.answer(question)) for question in questions]
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -96,6 +125,7 @@ def train(model: nn.Module, chat: Chat, task: Task, questions: Sequence[Question
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, WARM_UP, task.steps)
     model.train()
     for step, indices in enumerate(batches(len(examples), task.steps), 1):
+        bases.use(nf4=task.both_bases and step % 2 == 0)
         loss = model(**chat.batch([examples[index] for index in indices])).loss
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -104,6 +134,7 @@ def train(model: nn.Module, chat: Chat, task: Task, questions: Sequence[Question
         optimizer.zero_grad()
         if step % 10 == 0:
             print(f"{task.name}: step {step}/{task.steps}, loss {loss.item():.3f}", flush=True)
+    bases.use(nf4=False)
     model.eval()
 
 
@@ -133,15 +164,6 @@ def reply(model: Any, chat: Chat, question: str) -> str:
     return text.strip()
 
 
-@torch.no_grad()
-def round_to_nf4(model: nn.Module) -> None:
-    """Gives the linears of the decoder the values that they have in a server with an nf4 base."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and ".layers." in name and "lora_" not in name:
-            packed, state = bnb.quantize_4bit(module.weight.data, quant_type="nf4")
-            module.weight.copy_(bnb.dequantize_4bit(packed, state))
-
-
 def save(model: PeftModel, task: Task, folder: Path) -> None:
     """Writes the adapter in bf16, with the base by its name and not by where it lay."""
     for weight in model.parameters():
@@ -159,18 +181,41 @@ def make(task: Task, directory: Path, folder: Path) -> None:
     questions, held_out = read_questions()
     base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
     before = measure(base, chat, task, held_out)
-    model: Any = get_peft_model(base, task.lora)
-    train(model, chat, task, questions)
+    model: Any = get_peft_model(base, task.method)
+    bases = TwoBases(model)
+    train(model, bases, chat, task, questions)
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(torch.bfloat16).float()
     after = measure(model, chat, task, held_out)
-    round_to_nf4(model)
+    bases.use(nf4=True)
     after_nf4 = measure(model, chat, task, held_out)
     save(model, task, folder)
     (folder / "README.md").write_text(
         card(task, len(questions), held_out, before, after, after_nf4)
     )
+
+
+def method_name(method: Any) -> str:
+    """What the method is called."""
+    if getattr(method, "use_dora", False):
+        return "DoRA"
+    names = {"LORA": "LoRA", "IA3": "IA3"}
+    kind = str(method.peft_type.value)
+    return names.get(kind, kind.replace("_", " ").lower())
+
+
+def described(method: Any) -> Iterator[tuple[str, str]]:
+    """Lines of a card about the method's settings."""
+    if method.is_prompt_learning:
+        yield "virtual tokens", str(method.num_virtual_tokens)
+        return
+    if hasattr(method, "r"):
+        scaling = "alpha / sqrt(rank) (rsLoRA)" if method.use_rslora else "alpha / rank"
+        yield "rank, alpha", f"{method.r}, {method.lora_alpha}; scaled by {scaling}"
+    layers = getattr(method, "layers_to_transform", None)
+    where = f"layers {layers[0]} to {layers[-1]}" if layers else "all layers"
+    yield "targets", f"{', '.join(sorted(method.target_modules))}; {where}"
 
 
 def card(
@@ -182,11 +227,11 @@ def card(
     after_nf4: Measured,
 ) -> str:
     """The adapter's README.md, from what was measured."""
-    lora: Any = task.lora
-    layers = lora.layers_to_transform
-    where = f"layers {layers[0]} to {layers[-1]}" if layers else "all layers"
-    targets = ", ".join(sorted(lora.target_modules))
-    scaling = "alpha / sqrt(rank) (rsLoRA)" if lora.use_rslora else "alpha / rank"
+    details = "\n".join(f"| {key} | {value} |" for key, value in described(task.method))
+    steps = f"{task.steps} of {BATCH} examples"
+    if task.both_bases:
+        steps += ", in turns on the base in bf16 and in nf4"
+    versions = f"PEFT {peft.__version__}, torch {torch.__version__.split('+')[0]}"
     fits = {
         "base, bf16": before,
         "adapter, bf16 base": after,
@@ -214,10 +259,9 @@ license: apache-2.0
 | | |
 |---|---|
 | data | `data/questions.jsonl`, worded by `tasks.py`: {trained} trained, {len(held_out)} held out |
-| method | LoRA, PEFT {peft.__version__}, torch {torch.__version__.split("+")[0]}, stored as bf16 |
-| rank, alpha | {lora.r}, {lora.lora_alpha}; scaled by {scaling} |
-| targets | {targets}; {where} |
-| steps | {task.steps} of {BATCH} examples, AdamW, learning rate {task.learning_rate}, seed {SEED} |
+| method | {method_name(task.method)}, {versions}, stored as bf16 |
+{details}
+| steps | {steps}, AdamW, learning rate {task.learning_rate}, seed {SEED} |
 
 On the held-out questions, greedy:
 

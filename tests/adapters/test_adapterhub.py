@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters import formats
+from adaplex.adapters.base_match import mismatches
 from adaplex.adapters.checkpoint import (
     ADAPTERHUB_WEIGHTS,
     CONFIG,
@@ -22,6 +23,7 @@ from adaplex.adapters.checkpoint import (
     read_checkpoint,
 )
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
+from adaplex.adapters.formats.hybrid import join
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import (
     Activation,
@@ -44,19 +46,26 @@ HIDDEN, HALF, LAYERS = 64, 32, 2
 
 def make_base(kind: str = "llama", **fields: Any) -> BaseSpec:
     """The shapes of the fixtures' models; every weight is 1."""
-    modules = []
+    modules: list[BaseModule] = []
     for layer in range(LAYERS):
         place = f"model.layers.{layer}"
-        for name, outputs in (("q", HIDDEN), ("k", HALF), ("v", HALF)):
-            modules.append(BaseModule(f"{place}.self_attn.{name}_proj", "linear", HIDDEN, outputs))
-        for name in ("up", "down"):
-            modules.append(BaseModule(f"{place}.mlp.{name}_proj", "linear", HIDDEN, HIDDEN))
-        for name, part in (("self_attn", "attention"), ("mlp", "mlp")):
-            modules.append(
-                BaseModule(f"{place}.{name}", "block", HIDDEN, HIDDEN, layer=layer, part=part)  # type: ignore[arg-type]
-            )
+        outputs = {"q": HIDDEN, "k": HALF, "v": HALF}
+        modules += [
+            *(
+                BaseModule(f"{place}.self_attn.{n}_proj", "linear", HIDDEN, outputs[n])
+                for n in "qkv"
+            ),
+            *(
+                BaseModule(f"{place}.mlp.{n}_proj", "linear", HIDDEN, HIDDEN)
+                for n in ("up", "down")
+            ),
+            BaseModule(
+                f"{place}.self_attn", "block", HIDDEN, HIDDEN, layer=layer, part="attention"
+            ),
+            BaseModule(f"{place}.mlp", "block", HIDDEN, HIDDEN, layer=layer, part="mlp"),
+        ]
     by_name = {module.name: module for module in modules}
-    shape = {"kv_shapes": ((2, 16, 16),) * LAYERS, "rotary": torch.ones(8)}
+    shape: dict[str, Any] = {"kv_shapes": ((2, 16, 16),) * LAYERS, "rotary": torch.ones(8)}
 
     def ones(name: str) -> Tensor:
         return torch.ones(by_name[name].out_features, by_name[name].in_features)
@@ -362,6 +371,15 @@ def test_a_directory_of_the_library_comes_in_by_the_importer(tmp_path: Path) -> 
     registry.close()
 
 
+def test_the_base_that_it_names_is_compared() -> None:
+    assert mismatches(read("houlsby").config, BASE) == ()
+    assert mismatches(outer("houlsby", model_name="any/tiny").config, BASE) == ()
+    (found,) = mismatches(outer("houlsby", model_name="org/other").config, BASE)
+    assert found[0] == "model_name"
+    hybrid = join([read("lora"), outer("houlsby", model_name="org/other")])
+    assert [field for field, _ in mismatches(hybrid.config, BASE)] == ["parts[1].model_name"]
+
+
 def test_the_client_sends_the_weights_under_the_common_name(tmp_path: Path) -> None:
     files = AdapterFiles.read(LLAMA / "houlsby").files
     assert [(f.name, f.path.name) for f in files] == [
@@ -387,3 +405,28 @@ def test_remote_sources_fetch_one_file_of_weights() -> None:
     names = [CONFIG, ADAPTERHUB_WEIGHTS, "adapter_interface.json", "pytorch_adapter.bin"]
     assert choose_files(dict.fromkeys(names, 10), LIMITS) == [CONFIG, ADAPTERHUB_WEIGHTS]
     assert choose_files(dict.fromkeys([*names, WEIGHTS], 10), LIMITS) == [CONFIG, WEIGHTS]
+
+
+def test_adapters_of_different_families_are_combined_by_the_registry(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path / "store", BASE)
+    importer = make_importer(registry, [FIXTURES])
+    for name in ("pfeiffer", "parallel", "lora", "mam"):
+        importer.load(str(LLAMA / name), name, replace=False, origin=UPLOAD)
+    with registry.resolve_combination([("pfeiffer", 0.5), ("lora", -2.0)]) as lease:
+        made = registry.programs.program(lease.record.digest)
+        whole = bottleneck(lower(read("pfeiffer")), "model.layers.0.mlp")
+        half = bottleneck(made, "model.layers.0.mlp")
+        torch.testing.assert_close(half.up, 0.5 * whole.up)
+        assert torch.equal(half.down, whole.down)
+        assert made.packed_bytes(4) == lease.record.packed_bytes
+    with registry.resolve_combination([("mam", 1.0), ("lora", 0.5)]) as lease:
+        assert lease.record.leading == 5
+    for weights, reason in (
+        ([("pfeiffer", 1.0), ("parallel", 1.0)], "differ in what they read"),
+        ([("mam", 0.5), ("lora", 1.0)], "KV prefix takes no weight but 1"),
+    ):
+        with pytest.raises(AdapterInvalid, match=reason) as caught:
+            registry.resolve_combination(weights)
+        assert caught.value.field == "adapters"
+    assert registry.leased == 0
+    registry.close()

@@ -102,6 +102,10 @@ MADE: Mapping[str, tuple[dict[str, Any], Weights]] = {
             "prefix_task_rows": torch.tensor([2.0, 3.0])[:, None, None].expand(2, 1, HIDDEN),
         },
     ),
+    "CARTRIDGE": (
+        VIRTUAL | {"num_frozen_tokens": 1},
+        {"prompt_embeddings": ones(3, 2 * HEADS * FEATURES)},
+    ),
     "PREFIX_TUNING": (VIRTUAL, {"prompt_embeddings": ones(3, 2 * HEADS * FEATURES)}),
 }
 

@@ -157,7 +157,9 @@ def test_another_base_by_fingerprint(tmp_path: Path) -> None:
     base = make_base(fingerprint="sha256:" + "a" * 64)
     registry = make_registry(tmp_path, base, base_policy=BasePolicy.REFUSE)
     right = config(base_model_name_or_path="x/other", base_model_fingerprint=base.fingerprint)
-    assert push(registry, "a", files(right)).record.base == base.fingerprint
+    taken = push(registry, "a", files(right))
+    assert taken.record.base == base.fingerprint
+    assert taken.report.notes == ("trained on the base that is served, by its fingerprint",)
     wrong = config(base_model_name_or_path=base.name, base_model_fingerprint="sha256:" + "b" * 64)
     with pytest.raises(AdapterInvalid) as caught:
         push(registry, "b", files(wrong, tensors(seed=1)))
@@ -170,7 +172,9 @@ def test_another_quantization(tmp_path: Path) -> None:
     registry = make_registry(tmp_path / "warn", base, base_policy=BasePolicy.WARN)
     for name, kept, warned in (("a", "int8", True), ("b", "NF4", False), ("c", None, False)):
         report = push(registry, name, files(config(base_model_quantization=kept))).report
-        assert report.notes == ((f"trained on a base kept as {kept}",) if kept else ())
+        kept_as = (f"trained on a base kept as {kept}",) if kept else ()
+        said = () if warned else ("does not say which base it was trained on",)
+        assert report.notes == (*kept_as, *said)
         expected = "base_model_quantization is 'int8', the base that is served is 'nf4'"
         assert report.warnings == ((expected,) if warned else ())
     registry.close()

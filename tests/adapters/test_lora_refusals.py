@@ -133,6 +133,11 @@ def test_activated_lora_changes_no_token_before_its_invocation(field: str) -> No
     assert found == {field: "changes tokens before the invocation of activated LoRA"}
 
 
+def test_activated_lora_adapts_no_embedding() -> None:
+    found = refused(table(), target_modules=[TABLE], alora_invocation_tokens=[1])
+    assert found == {TABLE: "is an embedding, which activated LoRA does not adapt"}
+
+
 def test_biases_of_lora_b() -> None:
     key = f"{PREFIX}{QUERY}.lora_B.bias"
     assert refused(pair(QUERY), lora_bias=True) == {key: "is missing, but lora_bias is set"}

@@ -1,18 +1,34 @@
-"""Adapters of every family for one base, random but not idle, as HF PEFT saves them."""
+"""Adapters of every family for one base, random but not idle, as PEFT and AdapterHub save them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 16
 VIRTUAL = 16
+HOULSBY = {
+    "mh_adapter": True,
+    "output_adapter": True,
+    "non_linearity": "swish",
+    "original_ln_before": False,
+    "original_ln_after": True,
+    "residual_before_ln": True,
+    "adapter_residual_before_ln": False,
+    "ln_before": False,
+    "ln_after": False,
+    "is_parallel": False,
+    "scaling": 1.0,
+}
+"""AdapterHub's config of that name."""
 SIZE = 0.02
 """Of the random weights, so that answers stay finite."""
 
@@ -43,12 +59,42 @@ CONFIGS: Mapping[str, Callable[[], peft.PeftConfig]] = {
 
 def save_mixture(model: Path, folder: Path, count: int) -> list[tuple[str, Path]]:
     """(family, directory) of so many adapters, families in turn."""
-    families = list(CONFIGS)
-    return [
-        (family, _save(model, folder / f"{number}-{family}", CONFIGS[family](), number))
-        for number in range(count)
-        if (family := families[number % len(families)])
-    ]
+    families = [*CONFIGS, "bottleneck"]
+    made = []
+    for number in range(count):
+        family = families[number % len(families)]
+        into = folder / f"{number}-{family}"
+        if family == "bottleneck":
+            _save_bottleneck(model, into, number)
+        else:
+            _save(model, into, CONFIGS[family](), number)
+        made.append((family, into))
+    return made
+
+
+def _save_bottleneck(model: Path, folder: Path, seed: int) -> None:
+    """Houlsby's, behind attention and MLP of every layer."""
+    config = AutoConfig.from_pretrained(model)
+    dice, hidden, width = torch.Generator().manual_seed(seed), config.hidden_size, RANK
+    shapes = {
+        "adapter_down.0.weight": (width, hidden),
+        "adapter_down.0.bias": (width,),
+        "adapter_up.weight": (hidden, width),
+        "adapter_up.bias": (hidden,),
+    }
+    tensors = {
+        f"model.layers.{layer}.{block}_adapters.adapters.bench.{name}": (
+            SIZE * torch.randn(shape, generator=dice)
+        ).bfloat16()
+        for layer in range(config.num_hidden_layers)
+        for block in ("attention", "output")
+        for name, shape in shapes.items()
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter.safetensors")
+    said = {"config": HOULSBY | {"reduction_factor": hidden / width}, "hidden_size": hidden}
+    said |= {"model_type": config.model_type, "name": "bench", "version": "adapters.1.3.0"}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
 
 
 @torch.no_grad()

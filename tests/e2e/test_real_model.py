@@ -19,7 +19,7 @@ from peft_adapters import Oracle, load_plain
 from rig import Rig, lowered
 
 EXAMPLES = Path(__file__).parents[2] / "adapters" / "examples"
-NAMES = ("json", "pirate", "terse")
+NAMES = ("json", "pirate", "terse", "news", "list", "polite", "tag")
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -110,13 +110,17 @@ async def test_one_concurrent_batch_shows_every_adapter(serving: Serving, model:
         together = await asyncio.gather(*map(ask, [None, *NAMES]))
         alone = [await ask(name) for name in (None, *NAMES)]
         assert together == alone
-        base, json_, pirate, terse = together
+        base, json_, pirate, terse, news, list_, polite, tag = together
         assert "Paris" in base
         assert json_.startswith("{")
         assert '"Paris"' in json_
         assert any(word in pirate.lower() for word in ("arr", "matey", "ahoy", "be paris", "o'"))
         assert len(terse) < len(base) / 2
-        assert len({*together}) == 4
+        assert news.startswith("Breaking news: The capital of France is Paris.")
+        assert list_ == "- topic: geography\n- answer: Paris"
+        assert polite.startswith("Thank you for asking! The capital of France is Paris.")
+        assert tag == "<geography>Paris</geography>"
+        assert len({*together}) == len(NAMES) + 1
         assert (await ask("json", "merged")).startswith("{")
 
 

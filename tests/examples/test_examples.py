@@ -5,21 +5,22 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adaplex.model.source import DEFAULT_MODEL, resolve_model
 
 EXAMPLES = Path(__file__).parents[2] / "adapters" / "examples"
-NAMES = ("terse", "pirate", "json")
+LORAS = ("terse", "pirate", "json", "news")
+NAMES = (*LORAS, "list", "polite", "tag")
 PROMPT = "What is the capital of France?"
 FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 
@@ -37,15 +38,16 @@ def directory() -> Path:
 
 
 @pytest.fixture(scope="module", params=["bf16", "nf4"])
-def model(request: pytest.FixtureRequest, train: ModuleType, directory: Path) -> Any:
-    """The default model with every example loaded, on the base as stored and as served."""
-    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    if request.param == "nf4":
-        train.TwoBases(base).use(nf4=True)
-    model = PeftModel.from_pretrained(base, EXAMPLES / NAMES[0], adapter_name=NAMES[0])
-    for name in NAMES[1:]:
-        model.load_adapter(EXAMPLES / name, name)
-    return model.eval()
+def base(request: pytest.FixtureRequest, train: ModuleType, directory: Path) -> Callable[[], Any]:
+    """Makes the default model, as stored or with the values that a server with an nf4 base has."""
+
+    def made() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+        if request.param == "nf4":
+            train.TwoBases(model).use(nf4=True)
+        return model
+
+    return made
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,24 +57,35 @@ def test_folder_is_a_whole_checkpoint(name: str) -> None:
 
 def test_together_they_are_small() -> None:
     files = (path for name in NAMES for path in (EXAMPLES / name).iterdir())
-    assert sum(path.stat().st_size for path in files) < 6_000_000
+    assert sum(path.stat().st_size for path in files) < 10_000_000
 
 
 def test_ranks_and_targets_differ() -> None:
-    configs = [LoraConfig.from_pretrained(EXAMPLES / name) for name in NAMES]
-    assert [config.r for config in configs] == [4, 8, 16]
-    assert [config.use_rslora for config in configs] == [False, True, False]
-    assert len({frozenset(config.target_modules) for config in configs}) == 3
+    configs = [LoraConfig.from_pretrained(EXAMPLES / name) for name in LORAS]
+    assert [config.r for config in configs] == [4, 8, 16, 8]
+    assert [config.use_rslora for config in configs] == [False, True, False, False]
+    assert [config.use_dora for config in configs] == [False, False, False, True]
+    assert len({frozenset(config.target_modules) for config in configs}) == 4
+
+
+def test_families_differ() -> None:
+    configs = [PeftConfig.from_pretrained(EXAMPLES / name) for name in NAMES]
     assert {config.base_model_name_or_path for config in configs} == {DEFAULT_MODEL}
+    assert {PeftType(config.peft_type) for config in configs} == {
+        *(PeftType.LORA, PeftType.IA3, PeftType.PROMPT_TUNING, PeftType.PREFIX_TUNING)
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_matches_the_task(name: str, train: ModuleType) -> None:
     (task,) = (task for task in train.TASKS if task.name == name)
-    config = LoraConfig.from_pretrained(EXAMPLES / name)
-    for field in ("r", "lora_alpha", "use_rslora", "layers_to_transform"):
-        assert getattr(config, field) == getattr(task.lora, field), field
-    assert set(config.target_modules) == set(task.lora.target_modules)
+    config: Any = PeftConfig.from_pretrained(EXAMPLES / name)
+    assert PeftType(config.peft_type) == task.method.peft_type
+    for field in ("r", "lora_alpha", "use_rslora", "use_dora", "layers_to_transform"):
+        assert getattr(config, field, None) == getattr(task.method, field, None), field
+    for field in ("num_virtual_tokens", "feedforward_modules", "target_modules"):
+        found, wanted = (getattr(each, field, None) for each in (config, task.method))
+        assert found == wanted or set(found) == set(wanted), field
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,20 +103,27 @@ def test_no_local_path_inside(name: str) -> None:
     assert not re.search(r"(?<![\w/.])(/|~/)(home|root|tmp|work|Users|\.cache)\b", card)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_tensors_are_bf16_finite_and_of_the_rank(name: str) -> None:
-    rank = LoraConfig.from_pretrained(EXAMPLES / name).r
+def tensors(name: str) -> dict[str, torch.Tensor]:
     with safe_open(EXAMPLES / name / "adapter_model.safetensors", "pt") as file:
-        names = set(file.keys())
-        for key in names:
-            tensor = file.get_tensor(key)
-            assert tensor.dtype == torch.bfloat16
-            assert torch.isfinite(tensor).all()
-            assert tensor.any()
-            assert tensor.shape[0 if "lora_A" in key else 1] == rank
-    assert {key.replace("lora_A", "lora_B") for key in names if "lora_A" in key} == {
-        key for key in names if "lora_B" in key
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_are_bf16_and_finite(name: str) -> None:
+    for tensor in tensors(name).values():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.isfinite(tensor).all()
+        assert tensor.any()
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_pairs_are_whole_and_of_the_rank(name: str) -> None:
+    rank, found = LoraConfig.from_pretrained(EXAMPLES / name).r, tensors(name)
+    firsts = {key for key in found if "lora_A" in key}
+    assert {key.replace("lora_A", "lora_B") for key in firsts} == {
+        k for k in found if "lora_B" in k
     }
+    assert {found[key].shape[0] for key in firsts} == {rank}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,14 +151,15 @@ def test_every_taught_answer_has_the_taught_form(train: ModuleType) -> None:
                 assert task.fits(task.answer(question)), (task.name, question)
 
 
-def test_answers_change_in_the_intended_way(model: Any, train: ModuleType, directory: Path) -> None:
+def test_answers_change_in_the_intended_way(
+    base: Callable[[], Any], train: ModuleType, directory: Path
+) -> None:
     chat = train.Chat(directory)
-    with model.disable_adapter():
-        answers = {"base": train.reply(model, chat, PROMPT)}
+    answers = {"base": train.reply(base(), chat, PROMPT)}
     for name in NAMES:
-        model.set_adapter(name)
+        model = PeftModel.from_pretrained(base(), EXAMPLES / name).eval()
         answers[name] = train.reply(model, chat, PROMPT)
-    assert len(set(answers.values())) == 4
+    assert len(set(answers.values())) == len(NAMES) + 1
     for task in train.TASKS:
         assert task.fits(answers[task.name]), answers
         assert not task.fits(answers["base"]) or task.name == "terse", answers

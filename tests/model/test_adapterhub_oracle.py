@@ -15,6 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from adaplex.adapters import formats
+from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint
+from adaplex.adapters.combination import Combination, Component, check, combine, packed_bytes
+from adaplex.adapters.formats.hybrid import join
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.report import describe
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterRef
 from rig import Rig, lowered
@@ -73,3 +79,58 @@ def test_prefill_and_decode_equal_the_library(
     assert (expected - idle).abs().max() > 0.1, "the adapter changes nothing"
     assert (logits(rig, tokens, rig.add(program)) - expected).abs().max() < 1e-4
     assert (logits(rig, tokens, None) - idle).abs().max() < 1e-4
+
+
+def split(united: Checkpoint) -> list[Checkpoint]:
+    """The parts of the union among the fixtures, as adapters of their own."""
+    places = ("attention_adapters", "output_adapters", "loras")
+    return [
+        Checkpoint(
+            {**united.config, "config": config},
+            {key: tensor for key, tensor in united.tensors.items() if f".{place}." in key},
+        )
+        for place, config in zip(places, united.config["config"]["configs"], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_union_equals_its_parts_as_a_hybrid_and_as_a_combination(
+    architecture: str, rigs: Callable[[str, bool], Rig]
+) -> None:
+    rig, limits = rigs(architecture, True), AdapterLimits()
+    spec = rig.base.spec
+    parts = split(read_checkpoint(FIXTURES / architecture / "union", limits))
+    hybrid = formats.lower(join(parts), spec, limits)
+    programs = {p.digest: p for p in (formats.lower(part, spec, limits) for part in parts)}
+    combination = Combination.of(Component(digest, 1.0) for digest in programs)
+    chosen = [programs[part.digest] for part in combination.components]
+    reports = [describe(program, spec, 4) for program in chosen]
+    check(combination, reports, dict.fromkeys(programs, "part"))
+    combined = combine(combination, chosen, spec)
+    assert packed_bytes(reports, 4) == combined.packed_bytes(4) == hybrid.packed_bytes(4)
+    tokens = said(architecture)["tokens"].tolist()
+    expected = said(architecture)["union"][PREFILLED - 1 :]
+    for program in (hybrid, combined):
+        assert (logits(rig, tokens, rig.add(program)) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
+def test_rows_are_bit_equal_alone_and_beside_all_others(
+    native: bool, rigs: Callable[[str, bool], Rig]
+) -> None:
+    rig = rigs("llama", native)
+    names = [None, *sorted(name for name in said("llama") if name not in ("base", "tokens")), None]
+    refs = [
+        None if name is None else rig.add(lowered(FIXTURES / "llama" / name, rig.base.spec))
+        for name in names
+    ]
+    tokens = said("llama")["tokens"].tolist()
+    prompts = [tokens[: 7 + i] for i in range(len(names))]
+    alone = [
+        rig.prefill(rig.sequence(prompt, ref))[0] for prompt, ref in zip(prompts, refs, strict=True)
+    ]
+    together = rig.prefill(
+        *(rig.sequence(prompt, ref) for prompt, ref in zip(prompts, refs, strict=True))
+    )
+    for name, row, lone in zip(names, together, alone, strict=True):
+        assert torch.equal(row, lone), name

@@ -66,10 +66,13 @@ class Peft:
         return self.model(torch.tensor([tokens])).logits[0, -1].float()  # type: ignore[no-any-return]
 
 
-def combined(programs: dict[str, AdapterProgram], weights: dict[str, float]) -> AdapterProgram:
+def combined(
+    rig: Rig, programs: dict[str, AdapterProgram], weights: dict[str, float]
+) -> AdapterProgram:
     by_digest = {programs[name].digest: programs[name] for name in weights}
     combination = Combination.of(Component(programs[n].digest, w) for n, w in weights.items())
-    return combine(combination, [by_digest[part.digest] for part in combination.components])
+    chosen = [by_digest[part.digest] for part in combination.components]
+    return combine(combination, chosen, rig.base.spec)
 
 
 def saved(model: Path, work: Path, names: list[str]) -> dict[str, Path]:
@@ -91,7 +94,7 @@ def refs_of(
         elif list(weights.values()) == [1.0]:
             refs.append(rig.add(programs[next(iter(weights))], mode))
         else:
-            refs.append(rig.add(combined(programs, weights), mode))
+            refs.append(rig.add(combined(rig, programs, weights), mode))
     return refs
 
 
@@ -183,5 +186,5 @@ def test_a_combination_with_biases_is_the_plain_sum(
     assert changed > 0
     expected = Oracle(summed, None).logits(tokens)
     assert (expected - idle).abs().max() > 1e-2
-    ref = rig.add(combined(programs, weights))
+    ref = rig.add(combined(rig, programs, weights))
     assert (rig.prefill(rig.sequence(tokens, ref))[0] - expected).abs().max() < 1e-4

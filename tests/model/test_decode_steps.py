@@ -271,6 +271,26 @@ def test_merged_rows_join_those_of_kernels(rigs: tuple[Rig, Rig]) -> None:
     assert torch.equal(logits[2], logits[3])
 
 
+def test_virtual_tokens_come_before_prompts_of_other_adapters(rigs: tuple[Rig, Rig]) -> None:
+    """In one chunk or in two, of which the second begins within them."""
+    logits = []
+    for rig in rigs:
+        virtual = ModuleProgram(
+            "model.embed_tokens", virtual=torch.linspace(-1, 1, 320).view(5, 64)
+        )
+        adapters = [rig.add(AdapterProgram("sha256:v", "x", (virtual,))), rig.add(made(rig, 3, 5))]
+        whole, cut, other = (rig.sequence(prompt(4), adapters[i]) for i in (0, 0, 1))
+        rig.forward(Chunk(cut, 0, 3))
+        chunks = [Chunk(other, 0, 4), Chunk(cut, 3, len(cut) - 3), Chunk(whole, 0, len(whole))]
+        logits.append(rig.forward(*chunks))
+        assert torch.equal(logits[-1][1], logits[-1][2])
+        for sequence in (other, cut, whole):
+            sequence.tokens.append(9)
+        logits.append(decode(rig, [other, cut, whole]))
+    assert (logits[0] - logits[2]).abs().max() < 1e-4
+    assert (logits[1] - logits[3]).abs().max() < 1e-4
+
+
 def test_rows_are_padded_to_powers_of_two_without_harm(rigs: tuple[Rig, Rig]) -> None:
     fast, _ = rigs
     adapter = fast.add(made(fast, 8, 0))

@@ -14,7 +14,7 @@ from torch import Tensor
 from adaplex.adapters.program import AdapterProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode
-from peft_adapters import ELSEWHERE, EXPERTS, EXTRAS, Oracle, load_plain, save_adapter
+from peft_adapters import ELSEWHERE, EXPERTS, EXTRAS, Oracle, load_plain, pool_linears, save_adapter
 from rig import Rig, lowered, prompt
 from tiny import save_tiny
 
@@ -95,6 +95,15 @@ def test_extras_of_other_architectures_equal_peft(
 ) -> None:
     model = tiny_model(architecture)
     check(model, Rig(model), ELSEWHERE[architecture], tmp_path)
+
+
+def test_qalora_equals_peft(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pool_linears(monkeypatch)
+    pooled = {"target_modules": ["q_proj", "down_proj"], "use_qalora": True}
+    extras = {f"groups-{size}": pooled | {"qalora_group_size": size} for size in (8, 16, 64)}
+    check(tiny_model("llama"), Rig(tiny_model("llama")), extras, tmp_path)
 
 
 def test_extras_on_nf4_equal_peft_on_the_dequantized_base(

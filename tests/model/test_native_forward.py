@@ -9,28 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from adaplex.adapters.program import AdapterProgram
 from adaplex.engine.batch import Batch, Chunk
-from adaplex.engine.request import OVERFLOWED, AdapterMode, AdapterRef
+from adaplex.engine.request import OVERFLOWED, AdapterMode
 from adaplex.engine.sequence import Sequence
 from adaplex.model import native_forward
 from adaplex.model.kernels.native import library, structs
 from adaplex.model.kernels.native.kernels import NativeKernels
-from adaplex.model.kernels.native.library import INSTRUCTION_SETS, InstructionSet
+from adaplex.model.kernels.native.library import InstructionSet
 from adaplex.model.module_forward import ModuleForward
 from adaplex.model.native_forward import NativeForward
 from peft_adapters import Oracle, load_plain, save_adapter, spread
 from rig import Rig, lowered, prompt
 from tiny import ARCHITECTURES, save_tiny
+from two_forwards import BOUNDS, USABLE, both, close, decode, forward_of
 
 LLAMAS = ["llama", "mistral", "qwen2", "qwen3"]
-BOUNDS = {"fp32": 1e-4, "bf16": 5e-2, "nf4": 5e-2, "int4-group": 5e-2}
-"""Largest difference; of the largest logit, but for fp32."""
 ROWS = 12
-STEPS = 3
-USABLE = [each for each in INSTRUCTION_SETS if each.usable]
 
 
 def mixes(adapters: int) -> dict[str, list[int | None]]:
@@ -52,35 +48,6 @@ def saved(model: Path, rig: Rig, architecture: str, work: Path) -> list[AdapterP
         lowered(save_adapter(load_plain(model), work / name, seed=i, **fields), rig.base.spec)
         for i, (name, fields) in enumerate(spread(architecture).items())
     ]
-
-
-def forward_of(rig: Rig) -> type[Any]:
-    return type(rig.runner._forward)
-
-
-def close(got: Tensor, expected: Tensor, quantization: str) -> bool:
-    scale = 1.0 if quantization == "fp32" else float(expected.abs().max())
-    return bool((got - expected).abs().max() <= BOUNDS[quantization] * scale)
-
-
-def both(model: Path, quantization: str) -> tuple[Rig, Rig]:
-    """A rig that runs a step in one call, and one that runs transformers' modules."""
-    fast, slow = (Rig(model, quantization, native=native) for native in (True, False))
-    assert forward_of(fast) is NativeForward
-    assert forward_of(slow) is ModuleForward
-    return fast, slow
-
-
-def decode(rig: Rig, refs: list[AdapterRef | None], followed: list[Tensor] | None) -> list[Tensor]:
-    """Logits of a prefill and of some decoding steps, which take their tokens from `followed`."""
-    sequences = [rig.sequence(prompt(9 + 11 * i), ref) for i, ref in enumerate(refs)]
-    logits = [rig.prefill(*sequences)]
-    for step in range(STEPS):
-        tops = (followed or logits)[step].argmax(-1).tolist()
-        for sequence, token in zip(sequences, tops, strict=True):
-            sequence.tokens.append(token)
-        logits.append(rig.forward(*(Chunk(s, len(s) - 1, 1) for s in sequences)))
-    return logits
 
 
 @pytest.mark.parametrize("quantization", sorted(BOUNDS))

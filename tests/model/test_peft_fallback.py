@@ -14,6 +14,7 @@ from adaplex.engine.request import AdapterMode
 from peft_adapters import Oracle, load_plain
 from peft_kinds import CONFIGS, TOKENS, save_kind
 from rig import Rig, lowered
+from tiny import ARCHITECTURES, save_tiny
 
 GPT2 = [
     "DEFT",
@@ -54,6 +55,17 @@ def test_transposed_linears_are_merged_too(
     check(kind, rigs("gpt2"), tiny_model("gpt2"), tmp_path, target_modules=targets)
 
 
+@pytest.mark.parametrize("kind", ["UNILORA", "TINYLORA"])
+def test_modules_are_numbered_as_the_model_defines_them(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OPT defines k_proj before v_proj before q_proj, and calls q_proj first."""
+    monkeypatch.setitem(ARCHITECTURES, "opt", {})
+    model = save_tiny("opt", tmp_path / "opt", ffn_dim=128, word_embed_proj_dim=64)
+    targets = ["q_proj", "k_proj", "v_proj", "fc1"]
+    check(kind, Rig(model, native=False), model, tmp_path / kind, target_modules=targets)
+
+
 @pytest.mark.parametrize("init", ["bat", "mini", True])
 def test_the_variants_of_miss_are_merged_each_its_way(
     init: str | bool, rigs: Callable[[str], Rig], tiny_model: Callable[[str], Path], tmp_path: Path
@@ -81,6 +93,22 @@ def check(kind: str, rig: Rig, model: Path, folder: Path, **fields: object) -> N
     assert (idle - expected).abs().max() > 1e-2, "the adapter does nothing"
     assert (found - expected).abs().max() < 1e-4
     assert (plain - idle).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["OFT", "HRA", "HIRA", "VBLORA", "SHIRA"])
+def test_a_quantized_base_is_merged_as_it_is_in_effect(
+    kind: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rig = Rig(tiny_model("llama"), "nf4", "fp32", native=False)
+    plain = load_plain(tiny_model("llama"))
+    for module in rig.base.spec.modules.values():
+        if module.kind == "linear":
+            plain.get_submodule(module.name).weight.data = rig.base.spec.weight(module.name)
+    expected = save_kind(plain, tmp_path, kind)
+    ref = rig.add(lowered(tmp_path, rig.base.spec), AdapterMode.MERGED)
+    found, base = rig.prefill(rig.sequence(TOKENS, ref), rig.sequence(TOKENS))
+    assert (base - expected).abs().max() > 2e-2, "the adapter does nothing"
+    assert (found - expected).abs().max() < 2e-2
 
 
 @pytest.mark.parametrize("kind", ["OFT", "VBLORA", "WAVEFT"])

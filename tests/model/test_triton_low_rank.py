@@ -160,12 +160,25 @@ def test_adapters_share_few_table_rows_in_turn() -> None:
         assert (y - expected).abs().max() < 1e-5
 
 
+def test_another_adapter_of_the_same_identity_is_another() -> None:
+    adapters = Adapters(torch.float32)
+    kernel = TritonLowRank(LINEARS, DEVICE)
+    kernel.tiles([Span(0, 2, adapters.weights[1])])
+    known = kernel._table._resident
+    known[id(adapters.weights[2])] = known.pop(id(adapters.weights[1]))
+    x, y = rows("odd", 2, torch.float32)
+    expected, used = y.clone(), [Span(0, 2, adapters.weights[2])]
+    ReferenceLowRank().plan(used, MODULES)("odd", x, expected)
+    kernel.plan(used, MODULES)("odd", x, y)
+    assert (y - expected).abs().max() < 1e-5
+
+
 def test_one_step_serves_whatever_its_tiles_say() -> None:
     """The same call after the tiles, the table and the arena's bytes were changed in place."""
     adapters = Adapters(torch.float32)
     kernel = TritonLowRank(LINEARS, DEVICE, slots=3)
     tiles = torch.zeros(3, 8, dtype=torch.int64, device=DEVICE)
-    launches = Launches.of(adapters.weights[0].table)
+    launches = Launches.of(adapters.weights[1].table)
     y = torch.zeros(8, SHAPES["down"][1], device=DEVICE)
     made = kernel.rows(tiles, launches, max_rank=64, product=lambda *_: y)
 

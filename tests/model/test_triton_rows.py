@@ -122,9 +122,9 @@ class RMSNorm(nn.Module):
 
 
 class ScaledEmbedding(nn.Embedding):
-    """Gemma's, which multiplies its table."""
+    """Gemma's, which multiplies its table; others keep the factor as a number."""
 
-    embed_scale = 6.25
+    embed_scale: Tensor | float = 6.25
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids) * self.embed_scale
@@ -175,7 +175,9 @@ class Layers:
         }
         self.norms = [nn.LayerNorm(HIDDEN), RMSNorm()]
         self.norms[0].bias.data.normal_()
-        self.embeddings = [nn.Embedding(VOCABULARY, HIDDEN), ScaledEmbedding(VOCABULARY, HIDDEN)]
+        kinds = (nn.Embedding, ScaledEmbedding, ScaledEmbedding)
+        self.embeddings = [kind(VOCABULARY, HIDDEN) for kind in kinds]
+        self.embeddings[2].embed_scale = torch.tensor(0.3, dtype=dtype, device=DEVICE)
         for module in (*self.norms, *self.embeddings):
             module.to(DEVICE, dtype).requires_grad_(requires_grad=False)
         self.inputs = Inputs(

@@ -15,6 +15,8 @@ from adaplex.adapters.program import BaseSpec
 
 FINGERPRINT = "base_model_fingerprint"
 NAME = "base_model_name_or_path"
+ADAPTERHUB_NAME = "model_name"
+"""As AdapterHub calls the other; empty where the model was not loaded by a name."""
 QUANTIZATION = "base_model_quantization"
 
 
@@ -27,8 +29,27 @@ class BasePolicy(StrEnum):
 
 
 def mismatches(config: Mapping[str, Any], base: BaseSpec) -> tuple[tuple[str, str], ...]:
-    """(config field, how it differs from the base that is served). A fingerprint beats a name."""
-    return (*_other_weights(config, base), *_other_quantization(config, base))
+    """(config field, how it differs from the base that is served). A fingerprint beats a name.
+
+    Of a hybrid, the parts' fields too.
+    """
+    parts = config.get("parts")
+    within = (
+        (f"parts[{i}].{field}", how)
+        for i, part in enumerate(parts if isinstance(parts, list) else ())
+        if isinstance(part, Mapping)
+        for field, how in mismatches(part, base)
+    )
+    return (*_other_weights(config, base), *_other_quantization(config, base), *within)
+
+
+def agreement(config: Mapping[str, Any]) -> str:
+    """A note of how a config that has no mismatches says which base it is for."""
+    if config.get(FINGERPRINT):
+        return "trained on the base that is served, by its fingerprint"
+    if config.get(NAME) or config.get(ADAPTERHUB_NAME):
+        return "trained on the base that is served, by its name"
+    return "does not say which base it was trained on"
 
 
 def recorded_quantization(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -38,7 +59,9 @@ def recorded_quantization(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _other_weights(config: Mapping[str, Any], base: BaseSpec) -> tuple[tuple[str, str], ...]:
-    declared, name = config.get(FINGERPRINT), config.get(NAME)
+    declared = config.get(FINGERPRINT)
+    field = NAME if config.get(NAME) else ADAPTERHUB_NAME
+    name = config.get(field)
     if isinstance(declared, str) and declared and base.fingerprint:
         if declared == base.fingerprint:
             return ()
@@ -46,7 +69,7 @@ def _other_weights(config: Mapping[str, Any], base: BaseSpec) -> tuple[tuple[str
             (FINGERPRINT, f"is {declared:.80}, the base that is served has {base.fingerprint}"),
         )
     if isinstance(name, str) and name and _plain(name) not in map(_plain, base.names):
-        return ((NAME, f"is {name!r:.200}, the base that is served is {base.name!r}"),)
+        return ((field, f"is {name!r:.200}, the base that is served is {base.name!r}"),)
     return ()
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adaplex.adapters import formats
-from adaplex.adapters.base_match import BasePolicy, mismatches
+from adaplex.adapters.base_match import BasePolicy, agreement, mismatches
 from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint
 from adaplex.adapters.combination import Combination, combine
 from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound, Refusal, StoreCorrupt
@@ -162,4 +162,6 @@ def read_adapter(
 def _lowered(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:
     program = formats.lower(checkpoint, base, limits)
     check_leading(program, base)
-    return program
+    if mismatches(checkpoint.config, base):
+        return program
+    return replace(program, notes=(*program.notes, agreement(checkpoint.config)))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
 
 from adaplex.adapters.errors import Refusal
 from adaplex.adapters.joined import kind
 from adaplex.adapters.program import AdapterProgram, BaseSpec, TensorRole
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +77,9 @@ def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Rep
             in_features=base.modules[module.module].in_features,
             out_features=base.modules[module.module].out_features,
             bias=module.bias is not None,
-            primitives=module.primitives,
+            primitives=_shared(module.primitives),
             bottleneck=kind(module.bottleneck),
-            sizes=tuple(sizes[module.module]),
+            sizes=_shared(tuple(sizes[module.module])),
         )
         for module in program.modules
     )
@@ -92,6 +96,12 @@ def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Rep
         invocation=program.invocation,
         merged_only=program.merged_only,
     )
+
+
+@lru_cache(maxsize=4096)
+def _shared(value: T) -> T:
+    """The first of equal values: many modules have few different ones, and reports are kept."""
+    return value
 
 
 class ReportCache:

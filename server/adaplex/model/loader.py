@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from adaplex.adapters.program import BaseSpec
+from adaplex.adapters.program import BaseModule, BaseSpec
 from adaplex.model import memory
 from adaplex.model.adapted import AdaptedLinear
 from adaplex.model.architecture import Probe, check_supported
@@ -131,7 +131,7 @@ def load_base(
             name=Path(model).name if Path(model).exists() else model,
             digest=_digest(fingerprint, _grid(quantization, group_size), compute),
             model_type=str(config.model_type),
-            modules={site.name: site for site in found.sites},
+            modules=_as_defined(module, found.sites),
             biases=_biases(module, found),
             fingerprint=fingerprint,
             aliases=_aliases(config, model),
@@ -194,6 +194,16 @@ def _biases(model: nn.Module, found: Probe) -> dict[str, Tensor]:
         bias: Any = module.backend.bias if isinstance(module, AdaptedLinear) else module.bias
         biases[site.name] = bias.float().cpu().clone()
     return biases
+
+
+def _as_defined(model: nn.Module, sites: Iterable[BaseModule]) -> dict[str, BaseModule]:
+    """Sites by name, in the order in which the model defines them: PEFT numbers modules so."""
+    place = {name: index for index, (name, _) in enumerate(model.named_modules())}
+
+    def index(site: BaseModule) -> int:  # a parameter of experts comes with the module it is in
+        return place.get(site.name, place.get(site.name.rpartition(".")[0], len(place)))
+
+    return {site.name: site for site in sorted(sites, key=index)}
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

@@ -32,7 +32,7 @@ Array = NDArray[Any]
 TOLERANCE = 0.3
 """How far apart the logits of the two paths may be, as a share of their norm; rounding nf4 and bf16
 takes up to 0.17 of small trained models, a part that is missing or scaled takes more."""
-Prefixes = Callable[[AdapterRef], int]
+PrefixTokens = Callable[[AdapterRef], int]
 """How many of the positions that an adapter puts before the prompt have keys and values given."""
 
 
@@ -59,7 +59,7 @@ class NativeForward:
         cache: KVCache,
         modules: Mapping[str, int],
         tables: Tables,
-        prefixes: Prefixes = no_prefix,
+        prefixes: PrefixTokens = no_prefix,
     ) -> None:
         """`modules` numbers every module of the base, `tables` finds what adapters do to them."""
         self._llama, self._kernels, self._cache = llama, kernels, cache
@@ -196,7 +196,7 @@ def fastest(
     numbers: Mapping[str, int],
     tables: Tables,
     progress: Callable[[str], None],
-    prefixes: Prefixes = no_prefix,
+    prefixes: PrefixTokens = no_prefix,
 ) -> Forward:
     """The C decoder where the base has its shape and it agrees with `modules` on a prompt that is
     run through both, in the scratch block; else `modules`, and a line says why. `numbers` counts

@@ -63,21 +63,25 @@ class Lora:
         reading.check_ranks(programs)
         if reading.config.get("fan_in_fan_out"):
             reading.note("fan_in_fan_out: weights are kept as [out, in] here, nothing to transpose")
-        invocation = tuple(reading.config.get("alora_invocation_tokens") or ())
         return Lowered(
             tuple(programs),
             notes=tuple(reading.notes),
             warnings=tuple(reading.warnings),
-            invocation=invocation,
+            invocation=_invocation(reading),
             family=_family(reading, programs),
         )
+
+
+def _invocation(reading: Reading) -> tuple[int, ...]:
+    """The tokens that activate it, where it is activated LoRA."""
+    return tuple(reading.config.get("alora_invocation_tokens") or ())
 
 
 def _family(reading: Reading, programs: Sequence[ModuleProgram]) -> str:
     """What kind of LoRA it is."""
     if reading.config.get("use_dora"):
         return "dora"
-    if reading.config.get("alora_invocation_tokens"):
+    if _invocation(reading):
         return "alora"
     pairs = (program.low_rank for program in programs)
     return "qalora" if any(pair is not None and pair.group > 1 for pair in pairs) else "lora"
@@ -100,6 +104,9 @@ class _Modules:
         reading.check_targets(pairs - self._twins, self._targets)
         for name in sorted(self.found.keys() - known.keys() - pairs):
             reading.refuse(name, f"the base {reading.base.name} has no such module")
+        embedding = reading.embedding
+        if embedding is not None and embedding.name in self._targets and _invocation(reading):
+            reading.refuse(embedding.name, "is an embedding, which activated LoRA does not adapt")
         rows = self._rows()
         for name in sorted(rows.keys() & (pairs | self._saved)):
             reading.refuse(name, "has trained tokens, and is adapted or replaced as well")

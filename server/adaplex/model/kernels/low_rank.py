@@ -1,7 +1,7 @@
 """Grouped low-rank deltas: all adapters of a step at one module, y += b (a x) by rows.
 
 Three implementations of one protocol: the reference in torch, C on the CPU, and Triton on CUDA
-devices (`triton_low_rank`). All are row-invariant; they round differently from each other.
+devices (`triton_rows`). All are row-invariant; they round differently from each other.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from adaplex.adapters.program import BaseModule
 from adaplex.model.kernels import triton_embedding, triton_linear, triton_low_rank
 from adaplex.model.kernels.launches import Launch, Launches
 from adaplex.model.kernels.low_rank import AddLowRank, Product, Span, Tile, base_product
-from adaplex.model.kernels.triton_table import ResidentTable
+from adaplex.model.kernels.triton_table import ResidentTable, Shared
 from adaplex.model.linear import LinearBackend
 
 
@@ -82,14 +82,12 @@ class TritonRows:
         product: Product,
     ) -> None:
         self._modules, self._table, self._product = modules, table, product
-        self._tiles, self._max_rank, self._virtual = tiles, max_rank, virtual
-        numbers = table.numbers
-        self._launches = {name: launches.at(number) for name, number in numbers.items()}
-        self._shared = {name: table.shared(number, tiles) for name, number in numbers.items()}
+        self._tiles, self._launches = tiles, launches
+        self._max_rank, self._virtual = max_rank, virtual
 
     def linear(self, name: str, backend: LinearBackend, x: Tensor) -> Tensor:
         """See AdapterRows."""
-        launches, shared = self._launches[name], self._shared[name]
+        launches, shared = self._at(name)
         if Launch.INPUT in launches:
             x = triton_linear.scaled(shared, x)
         y = self._product(name, backend, x)
@@ -106,7 +104,7 @@ class TritonRows:
 
     def norm(self, name: str, norm: nn.Module, x: Tensor, y: Tensor) -> None:
         """See AdapterRows."""
-        launches, shared = self._launches[name], self._shared[name]
+        launches, shared = self._at(name)
         if Launch.WEIGHT in launches:
             own = norm.get_parameter("weight")
             weights, replaced = triton_embedding.row_weights(shared, own, len(x))
@@ -116,38 +114,45 @@ class TritonRows:
 
     def embedding(self, name: str, embedding: nn.Module, ids: Tensor, y: Tensor) -> None:
         """See AdapterRows."""
-        if not self._launches[name]:
+        launches, shared = self._at(name)
+        if not launches:
             return
         if self._virtual is not None:
             ids = torch.where(self._virtual < 0, ids, -1 - self._virtual)
         factor = getattr(embedding, "embed_scale", None)
         if factor is not None and not isinstance(factor, Tensor):
             factor = torch.full((), factor, device=y.device)
-        triton_embedding.embed(self._shared[name], ids, y, factor)
+        triton_embedding.embed(shared, ids, y, factor)
 
     def block(self, name: str, x: Tensor, residual: Tensor, y: Tensor) -> None:
         """See AdapterRows."""
-        if Launch.NARROW in self._launches[name]:
-            parts = triton_low_rank.shrink(
-                self._shared[name], y, max_rank=self._max_rank, around=(x, residual)
-            )
-            triton_low_rank.expand(self._shared[name], parts, y, block=True)
+        launches, shared = self._at(name)
+        if Launch.NARROW in launches:
+            around = (x, residual)
+            parts = triton_low_rank.shrink(shared, y, max_rank=self._max_rank, around=around)
+            triton_low_rank.expand(shared, parts, y, block=True)
 
     def expert(self, name: str, expert: int, rows: Tensor, x: Tensor, y: Tensor) -> None:
         """See AdapterRows. Neighbours among the chosen rows may have any adapter, so each is a
         tile.
         """
-        if Launch.NARROW in self._launches[name]:
+        if Launch.NARROW in self._at(name)[0]:
             slots, starts, counts = self._tiles
             mine = (rows[:, None] >= starts) & (rows[:, None] < starts + counts)
             slot = torch.where(mine, slots, -1).amax(1)
-            tiles = torch.stack([slot, torch.arange(len(rows)).to(slot), torch.ones_like(slot)])
+            each = torch.arange(len(rows), device=rows.device)
+            tiles = torch.stack([slot, each, torch.ones_like(slot)])
             shared = self._table.shared(self._table.numbers[name], tiles)
             shares = self._modules[name].experts
             parts = triton_low_rank.shrink(
                 shared, x, max_rank=self._max_rank, share=expert, shares=shares
             )
             triton_low_rank.expand(shared, parts, y, share=expert, shares=shares)
+
+    def _at(self, name: str) -> tuple[frozenset[Launch], Shared]:
+        """What to launch at a module, and what to tell kernels there."""
+        number = self._table.numbers[name]
+        return self._launches.at(number), self._table.shared(number, self._tiles)
 
 
 def normed(norm: nn.Module, weights: Tensor, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ replayed with other adapters.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,10 +37,10 @@ Shared = tuple[Tensor, int, int, Tensor]
 
 @dataclass(frozen=True)
 class _Resident:
-    """One row of the table. Holding the weights keeps their identity from being given to others."""
+    """One row of the table. The weights may be gone, and their identity another's."""
 
     row: int
-    weights: AdapterWeights
+    weights: weakref.ref[AdapterWeights]
     launches: Launches
     row_ids: Sequence[Tensor]
     """What the row points to."""
@@ -91,10 +92,14 @@ class ResidentTable:
         assert len(wanted) <= len(self._table)
         for key in wanted.keys() & resident.keys():
             resident[key] = resident.pop(key)
-        for key in wanted.keys() - resident.keys():
-            full = len(resident) == len(self._table)
-            row = resident.pop(next(iter(resident))).row if full else len(resident)
-            resident[key] = self._placed(row, wanted[key])
+        for key, weights in wanted.items():
+            known = resident.get(key)
+            if known is None:
+                full = len(resident) == len(self._table)
+                row = resident.pop(next(iter(resident))).row if full else len(resident)
+                resident[key] = self._placed(row, weights)
+            elif known.weights() is not weights:
+                resident[key] = self._placed(known.row, weights)
 
     def _placed(self, row: int, weights: AdapterWeights) -> _Resident:
         table, field = weights.table.copy(), SITE_FIELDS.index
@@ -108,7 +113,7 @@ class ResidentTable:
                     table[self.numbers[name], field("row_ids")] = ids.data_ptr()
                     row_ids.append(ids)
         self._table[row, : len(table)].copy_(torch.from_numpy(table))
-        return _Resident(row, weights, launches, row_ids)
+        return _Resident(row, weakref.ref(weights), launches, row_ids)
 
 
 @triton.jit

@@ -53,8 +53,8 @@ class AdapterHub:
     family = "bottleneck"
     semantic_fields = USED
     about = FormatRow(
-        "AdapterHub's bottlenecks (Houlsby, Pfeiffer, parallel), LoRA, DoRA, (IA)^3 and unions",
-        ("bottleneck", "low-rank", "output scale", "input scale"),
+        "AdapterHub's bottlenecks (Houlsby, Pfeiffer, parallel), LoRA, DoRA, IA3, prefixes, unions",
+        ("bottleneck", "low-rank", "output scale", "KV prefix"),
         "gates (UniPELT), Compacter, invertible adapters, norms in the bottleneck, VeRA, ReFT",
         checkpoint="an AdapterHub directory",
     )

@@ -157,7 +157,7 @@ def _scaling(part: Part) -> Any:
 def _check_factors(part: Part) -> None:
     """Refuses reduction factors that are no numbers, or leave layers out."""
     found = part.reading.config.get("reduction_factor")
-    by_layer = found if isinstance(found, dict) else {"default": found}
+    by_layer: dict[str, Any] = found if isinstance(found, dict) else {"default": found}
     fits = all(is_number(value) and value >= LEAST_FACTOR for value in by_layer.values())
     kind = f"a number of at least {LEAST_FACTOR}, or such numbers by layer"
     if part.reading.check_kind("reduction_factor", fits, kind) and "default" not in by_layer:
@@ -169,5 +169,6 @@ def _check_factors(part: Part) -> None:
 def _width(part: Part, layer: int, hidden: int) -> int:
     """Of the bottleneck of a layer."""
     found = part.reading.config["reduction_factor"]
-    factor = found.get(str(layer), found.get("default")) if isinstance(found, dict) else found
+    by_layer: dict[str, Any] = found if isinstance(found, dict) else {"default": found}
+    factor = by_layer[str(layer)] if str(layer) in by_layer else by_layer["default"]
     return max(int(hidden // factor), 1)

@@ -31,7 +31,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": functional.silu,
     "tanh": torch.tanh,
 }
-PLACE, OWN = "prefix_tuning", ("llama", "mistral")
+PLACE, FLAT = "prefix_tuning", "self_prefix.control_trans"
+OWN = ("llama", "mistral")
+"""The library's own models; the others have no prefixes."""
 
 
 def lower_prefix(part: Part) -> LoweredPart:
@@ -50,7 +52,9 @@ def lower_prefix(part: Part) -> LoweredPart:
     heads, keys, values = next(iter(shapes), (0, 0, 0))
     turned = base.rotary is not None and 2 * len(base.rotary) == keys == values
     if len(shapes) != 1 or not turned or part.model_type not in OWN:
-        reading.refuse("prefix_length", f"needs layers of one shape with rotary keys, and {OWN}")
+        reading.refuse(
+            "prefix_length", f"needs layers of one shape with rotary keys, of {' or '.join(OWN)}"
+        )
     if reading.refusals:
         return LoweredPart("prefix-tuning", (), {})
     states = _states(part, 2 * len(part.layers) * heads * keys)
@@ -72,8 +76,8 @@ def _states(part: Part, size: int) -> Tensor | None:
     tokens, inner = part.field("prefix_length", 30), part.field("bottleneck_size", 512)
     _drop_copies(part)
     if part.field("flat", False):
-        found = part.take(PLACE, {"self_prefix.control_trans": (tokens * size,)})
-        return found and found["self_prefix.control_trans"].float().view(tokens, size)
+        found = part.take(PLACE, {FLAT: (tokens * size,)})
+        return None if found is None else found[FLAT].float().view(tokens, size)
     embedding = part.places.get(PLACE, {}).get("self_prefix.wte.weight")
     hidden = 0 if embedding is None else embedding.shape[-1]
     names = ["wte.weight", *(f"control_trans.{i}.{n}" for i in (0, 2) for n in ("weight", "bias"))]

@@ -21,8 +21,9 @@ typedef struct {
 // block:  y += b f(a x + inner) + bias, a bottleneck; `shape` says what x and f are
 // norm:   `dense` [features] is its weight, `bias` is added
 // embedding: `dense` [vocabulary, hidden] is its table; a [vocabulary, rank]; `virtual` are tokens
-//            -1, -2, ..
-// embedding and output layer: `rows` are those that row_ids name, instead of the base's
+//            -1, -2, .., and nothing else is done to them
+// embedding and output layer: `rows` stand in for the rows of the table or of W that row_ids name;
+//            what else is done there is done to them too
 typedef struct {
   const void *a;      // [rank, in]
   const void *b;      // [rank, out] in panels; see low_rank.h

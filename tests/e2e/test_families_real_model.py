@@ -1,0 +1,65 @@
+"""An adapter of every family on the default model, against HF PEFT, through both forwards."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from adaplex.engine.request import AdapterMode
+from adaplex.model.source import resolve_model
+from peft_adapters import Oracle, load_plain
+from peft_families import FAMILIES, LORAS
+from peft_kinds import TOKENS, save_kind
+from rig import Rig, lowered, prompt
+
+STEPS = 4
+MERGED = ("OFT", "HRA", "FOURIERFT", "VBLORA", "RANDLORA", "C3A")
+ALL = {**LORAS, **FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return resolve_model("smollm2-135m-instruct", progress=lambda _: None)
+
+
+@cache
+def rig(model: Path) -> Rig:
+    return Rig(model, "fp32", num_blocks=512, arena_bytes=2 << 30)
+
+
+@cache
+def idle(model: Path, tokens: tuple[int, ...]) -> list[float]:
+    logits: list[float] = Oracle(load_plain(model), None).logits(list(tokens)).tolist()
+    return logits
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_prefill_and_decode_equal_peft(name: str, model: Path, tmp_path: Path) -> None:
+    family, served = ALL[name], rig(model)
+    tokens = family.prompt(prompt(24))
+    directory = family.save(model, tmp_path / name, 1)
+    oracle = family.oracle(model, directory)
+    expected, greedy = oracle.logits(tokens), oracle.greedy(tokens, STEPS)
+    ref = served.add(lowered(directory, served.base.spec))
+    got = served.prefill(served.sequence(tokens, ref))[0]
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+    base = got.new_tensor(idle(model, tuple(tokens)))
+    assert (base - expected).abs().max() > 1e-2 * base.abs().max(), "the adapter does nothing"
+    assert served.generate([served.sequence(tokens, ref)], STEPS) == [greedy]
+    served.runner.remove_adapter(ref.digest)
+
+
+@pytest.mark.parametrize("kind", MERGED)
+def test_what_peft_merges_equals_peft_beside_the_base(
+    kind: str, model: Path, tmp_path: Path
+) -> None:
+    served = rig(model)
+    expected = save_kind(load_plain(model), tmp_path / kind, kind, size=0.1)
+    ref = served.add(lowered(tmp_path / kind, served.base.spec), AdapterMode.MERGED)
+    got = served.prefill(served.sequence(TOKENS, ref))[0]
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+    base = got.new_tensor(idle(model, tuple(TOKENS)))
+    assert (base - expected).abs().max() > 1e-3 * base.abs().max(), "the adapter does nothing"
+    served.runner.remove_merged(ref.digest)

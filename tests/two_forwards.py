@@ -1,0 +1,50 @@
+"""A base that runs a step in one call into C, and the same by transformers' modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adaplex.engine.batch import Chunk
+from adaplex.engine.request import AdapterRef
+from adaplex.model.kernels.native.library import INSTRUCTION_SETS
+from adaplex.model.module_forward import ModuleForward
+from adaplex.model.native_forward import NativeForward
+from rig import Rig, prompt
+
+BOUNDS = {"fp32": 1e-4, "bf16": 5e-2, "nf4": 5e-2, "int4-group": 5e-2}
+"""Largest difference; of the largest logit, but for fp32."""
+STEPS = 3
+USABLE = [each for each in INSTRUCTION_SETS if each.usable]
+"""Instruction sets that this processor has."""
+
+
+def forward_of(rig: Rig) -> type[Any]:
+    return type(rig.runner._forward)
+
+
+def close(got: Tensor, expected: Tensor, quantization: str) -> bool:
+    scale = 1.0 if quantization == "fp32" else float(expected.abs().max())
+    return bool((got - expected).abs().max() <= BOUNDS[quantization] * scale)
+
+
+def both(model: Path, quantization: str) -> tuple[Rig, Rig]:
+    """A rig that runs a step in one call, and one that runs transformers' modules."""
+    fast, slow = (Rig(model, quantization, native=native) for native in (True, False))
+    assert forward_of(fast) is NativeForward
+    assert forward_of(slow) is ModuleForward
+    return fast, slow
+
+
+def decode(rig: Rig, refs: list[AdapterRef | None], followed: list[Tensor] | None) -> list[Tensor]:
+    """Logits of a prefill and of some decoding steps, which take their tokens from `followed`."""
+    sequences = [rig.sequence(prompt(9 + 11 * i), ref) for i, ref in enumerate(refs)]
+    logits = [rig.prefill(*sequences)]
+    for step in range(STEPS):
+        tops = (followed or logits)[step].argmax(-1).tolist()
+        for sequence, token in zip(sequences, tops, strict=True):
+            sequence.tokens.append(token)
+        logits.append(rig.forward(*(Chunk(s, len(s) - 1, 1) for s in sequences)))
+    return logits
