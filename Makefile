@@ -69,7 +69,7 @@ bench-switch: model ## Measure changing adapters, and bringing them from host me
 bench-modes: model ## Measure unmerged, merged and auto mode against each other
 	@PYTHONPATH=tests $(BIN)/python -m bench.modes $(ARGS)
 
-adapterhub-fixtures: ## Write the tests' AdapterHub adapters anew, with its library in its own environment
+adapterhub-fixtures: model ## Write the tests' AdapterHub adapters anew, with its library in its own environment
 	@$(PYTHON) tests/adapterhub/make_fixtures.py
 
 protos: $(INSTALLED) ## Regenerate the committed stubs

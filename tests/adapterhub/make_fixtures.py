@@ -1,4 +1,5 @@
-"""Writes tests/adapterhub/fixtures: tiny models, adapters of AdapterHub's library, and its logits.
+"""Writes tests/adapterhub/fixtures: tiny models, adapters of AdapterHub's library, and its logits;
+of the default model adapters and some logits only.
 
     make adapterhub-fixtures
 
@@ -34,6 +35,11 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+DEFAULT = "smollm2-135m-instruct"
+ADAPTED_LAYERS = (0, 14, 29)
+"""Of the default model, so that its adapters are small."""
+EVERY = 96
+"""So many tokens of its vocabulary have one whose logit is kept."""
 
 
 def main() -> None:
@@ -47,17 +53,22 @@ def main() -> None:
     shutil.rmtree(FIXTURES, ignore_errors=True)
     for architecture in ("llama", "qwen2"):
         _write(architecture, FIXTURES / architecture)
+    (default,) = (_cache() / "models").glob(f"{DEFAULT}-*")
+    _write_default(default, FIXTURES / DEFAULT)
 
 
 def _environment() -> Path:
     """The interpreter of the library's environment, made once."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "adaplex" / "adapterhub-1.3.0"
+    folder = _cache() / "adapterhub-1.3.0"
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
     subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
     return python
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adaplex"
 
 
 def _run_in(python: Path) -> None:
@@ -123,14 +134,50 @@ def _write(architecture: str, folder: Path) -> None:
     said = {"tokens": tokens, "base": _logits(model, tokens)}
     adapters.init(model)
     for name, method in _configs(architecture).items():
-        model.add_adapter(name, config=method, set_active=True)
-        _fill(model, name)
-        model.eval()
-        _save(model, folder / name, name)
-        said[name] = _logits(model, tokens)
-        model.set_active_adapters(None)
-        model.delete_adapter(name)
+        said[name] = _adapted(model, name, method, tokens, folder)
     save_file(said, folder / "logits.safetensors")
+
+
+def _write_default(directory: Path, folder: Path) -> None:
+    """What the library says with bottlenecks on the default model, of the last token."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import adapters
+
+    folder.mkdir()
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(directory)
+    config.rope_theta = config.rope_parameters["rope_theta"]  # where newer transformers keeps it
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, torch_dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    others = [i for i in range(model.config.num_hidden_layers) if i not in ADAPTED_LAYERS]
+    size = {"reduction_factor": 64, "leave_out": others}
+    tokens = torch.randint(3, model.config.vocab_size, [TOKENS])
+    said = {"tokens": tokens, "base": _logits(model, tokens)}
+    adapters.init(model)
+    for name, method in {
+        "houlsby": adapters.DoubleSeqBnConfig(**size),
+        "pfeiffer": adapters.SeqBnConfig(non_linearity="gelu", **size),
+        "parallel": adapters.ParBnConfig(**size),
+    }.items():
+        said[name] = _adapted(model, name, method, tokens, folder)
+    kept = {name: rows if name == "tokens" else rows[-1, ::EVERY] for name, rows in said.items()}
+    save_file({k: rows.contiguous() for k, rows in kept.items()}, folder / "logits.safetensors")
+
+
+def _adapted(model: Any, name: str, method: Any, tokens: Any, folder: Path) -> Any:
+    """The logits with a random adapter, which is saved and taken off again."""
+    model.add_adapter(name, config=method, set_active=True)
+    _fill(model, name)
+    model.eval()
+    _save(model, folder / name, name)
+    logits = _logits(model, tokens)
+    model.set_active_adapters(None)
+    model.delete_adapter(name)
+    return logits
 
 
 def _logits(model: Any, tokens: Any) -> Any:

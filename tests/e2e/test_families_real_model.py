@@ -6,7 +6,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode
 from adaplex.model.source import resolve_model
 from peft_adapters import Oracle, load_plain
@@ -15,6 +17,9 @@ from peft_kinds import TOKENS, save_kind
 from rig import Rig, lowered, prompt
 
 STEPS = 4
+HUB = Path(__file__).parents[1] / "adapterhub" / "fixtures" / "smollm2-135m-instruct"
+KEPT = slice(None, None, 96)
+"""Tokens whose logits AdapterHub's fixtures keep."""
 MERGED = ("OFT", "HRA", "FOURIERFT", "VBLORA", "RANDLORA", "C3A")
 ALL = {**LORAS, **FAMILIES}
 
@@ -63,3 +68,20 @@ def test_what_peft_merges_equals_peft_beside_the_base(
     base = got.new_tensor(idle(model, tuple(TOKENS)))
     assert (base - expected).abs().max() > 1e-3 * base.abs().max(), "the adapter does nothing"
     served.runner.remove_merged(ref.digest)
+
+
+@pytest.mark.parametrize("name", ["houlsby", "pfeiffer", "parallel"])
+def test_bottlenecks_equal_adapterhub(name: str, model: Path) -> None:
+    """What its library said is kept by tests/adapterhub/make_fixtures.py."""
+    served, said = rig(model), load_file(HUB / "logits.safetensors")
+    tokens, expected = said["tokens"].tolist(), said[name]
+    ref = served.add(lowered(HUB / name, served.base.spec))
+    alone, base = served.prefill(served.sequence(tokens, ref), served.sequence(tokens))
+    assert (base[KEPT] - said["base"]).abs().max() < 1e-4 * said["base"].abs().max()
+    assert (alone[KEPT] - expected).abs().max() < 1e-4 * expected.abs().max()
+    sequence = served.sequence(tokens[:-1], ref)
+    served.prefill(sequence)
+    sequence.tokens.append(tokens[-1])
+    decoded = served.forward(Chunk(sequence, len(sequence) - 1, 1))[0]
+    assert (decoded[KEPT] - expected).abs().max() < 1e-4 * expected.abs().max()
+    served.runner.remove_adapter(ref.digest)

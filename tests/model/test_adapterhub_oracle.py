@@ -30,7 +30,7 @@ FIXTURES = Path(__file__).parent.parent / "adapterhub" / "fixtures"
 CASES = [
     pytest.param(folder.parent.name, folder.name, id=f"{folder.parent.name}-{folder.name}")
     for folder in sorted(FIXTURES.glob("*/*"))
-    if (folder / "adapter_config.json").exists()
+    if (folder / "adapter_config.json").exists() and (folder.parent / "model").exists()
 ]
 PREFILLED = 19
 """Tokens of the prompt; the others are decoded."""
