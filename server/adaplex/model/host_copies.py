@@ -34,18 +34,22 @@ class PackedAdapter:
     layout: tuple[PackedTensor, ...]
     traits: Mapping[str, SiteWeights]
     """What is no tensor of the arena, by module."""
-    offsets: NDArray[np.int64]
-    """[modules, SITE_FIELDS]: bytes from the start, -1 where there is nothing: the table of the
-    resident adapter differs by its address."""
-    numbers: NDArray[np.int64]
-    """[modules, SITE_FIELDS]: what is no place in the adapter, 0 elsewhere."""
+    modules: int
+    """How many the base has."""
+    lines: NDArray[np.int64]
+    """[touched] numbers of the modules that it touches."""
+    values: NDArray[np.int64]
+    """[touched, SITE_FIELDS]: bytes from the start where `placed`, else what the table holds."""
+    placed: NDArray[np.bool_]
+    """[touched, SITE_FIELDS]."""
     row_ids: NDArray[np.int32]
-    """What `numbers` points to."""
+    """What some of `values` point to."""
 
     def table(self, address: int) -> NDArray[np.int64]:
         """As in AdapterWeights, of a copy that begins at this address."""
-        places: NDArray[np.int64] = np.where(self.offsets < 0, 0, self.offsets + address)
-        return places + self.numbers
+        table = np.zeros((self.modules, len(SITE_FIELDS)), dtype=np.int64)
+        table[self.lines] = self.values + address * self.placed
+        return table
 
     def weights(self, extent: Tensor) -> AdapterWeights:
         """Of a copy in `extent`, which has at least as many elements as `flat`."""
@@ -93,9 +97,8 @@ class Packer:
         for place in layout:
             self._into_panels(place, flat[place.offset : place.offset + math.prod(place.shape)])
         traits = {m.module: t for m in program.modules if (t := self._traits(m)) is not None}
-        offsets, numbers, row_ids = self._lines(program, layout)
         return PackedAdapter(
-            program.digest, flat, layout, traits, offsets, numbers=numbers, row_ids=row_ids
+            program.digest, flat, layout, traits, len(self.modules), *self._lines(program, layout)
         )
 
     def _into_panels(self, place: PackedTensor, part: Tensor) -> None:
@@ -123,32 +126,36 @@ class Packer:
 
     def _lines(
         self, program: AdapterProgram, layout: Sequence[PackedTensor]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-        """See PackedAdapter."""
-        number = {name: index for index, name in enumerate(self.modules)}
-        shape = (len(number), len(SITE_FIELDS))
-        offsets, numbers = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.int32]]:
+        """Lines, values, placed and row_ids of PackedAdapter."""
+        line_of = {module.module: line for line, module in enumerate(program.modules)}
+        values = np.zeros((len(line_of), len(SITE_FIELDS)), dtype=np.int64)
+        placed = np.zeros(values.shape, dtype=np.bool_)
         field = {name: index for index, name in enumerate(SITE_FIELDS)}
         for place in layout:
-            line = number[place.module]
+            line = line_of[place.module]
             if place.role in FIELDS:
-                offsets[line, field[FIELDS[place.role]]] = place.offset * self.dtype.itemsize
+                at = line, field[FIELDS[place.role]]
+                values[at], placed[at] = place.offset * self.dtype.itemsize, True
             if place.role == "b":
-                numbers[line, field["rank"]] = place.shape[0]
+                values[line, field["rank"]] = place.shape[0]
             if place.role == "virtual":
-                numbers[line, field["virtual_count"]] = place.shape[0]
-        replaced = [m for m in program.modules if m.rows is not None]
-        ids = [i for m in replaced if m.rows is not None for i in m.rows.ids]
-        row_ids, place_of = np.array(ids, dtype=np.int32), 0
-        for module in program.modules:
-            line = number[module.module]
+                values[line, field["virtual_count"]] = place.shape[0]
+        ids = [i for m in program.modules if m.rows is not None for i in m.rows.ids]
+        row_ids, begun = np.array(ids, dtype=np.int32), 0
+        for line, module in enumerate(program.modules):
             if module.bottleneck is not None:
-                numbers[line, field["shape"]] = shape_code(module.bottleneck)
+                values[line, field["shape"]] = shape_code(module.bottleneck)
             if module.rows is not None:
-                numbers[line, field["row_ids"]] = row_ids.ctypes.data + 4 * place_of
-                numbers[line, field["row_count"]] = len(module.rows.ids)
-                place_of += len(module.rows.ids)
-        return offsets, numbers, row_ids
+                values[line, field["row_ids"]] = row_ids.ctypes.data + row_ids.itemsize * begun
+                values[line, field["row_count"]] = len(module.rows.ids)
+                begun += len(module.rows.ids)
+        lines = np.array([self._numbers[name] for name in line_of], dtype=np.int64)
+        return lines, values, placed, row_ids
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.modules)}
 
 
 def _sites(
