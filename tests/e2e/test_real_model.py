@@ -87,13 +87,13 @@ def test_four_bit_logits_are_those_of_peft_on_the_dequantized_base(
             dequantized.get_submodule(site).weight.data = backend.dequantize().clone()
         expected = Oracle(dequantized, EXAMPLES / name).logits(tokens)
         got = rig.prefill(rig.sequence(tokens, ref))[0]
-        assert int(got.argmax()) == int(expected.argmax())
-        error = float((got - expected).abs().max())
-        if dtype == "fp32":
-            assert error < 1e-4 * float(expected.abs().max()), name
-        else:  # bf16 rounds; PEFT's own bf16 tells how much that is on this model
+        bound = 1e-4 * float(expected.abs().max())
+        if dtype == "bf16":  # it rounds; PEFT's own bf16 tells how much that is on this model
             rounded = Oracle(dequantized.bfloat16(), EXAMPLES / name).logits(tokens)
-            assert error < 2 * float((rounded - expected).abs().max()), name
+            bound = 2 * float((rounded - expected).abs().max())
+        assert float((got - expected).abs().max()) < bound, name
+        behind = expected.max() - expected[got.argmax()]
+        assert float(behind) < bound, f"{name}: the likeliest token is another"
 
 
 async def test_one_concurrent_batch_shows_every_adapter(serving: Serving, model: Path) -> None:
