@@ -62,10 +62,6 @@ def _nothing(_module: str, _x: Tensor, _y: Tensor) -> None:
     """No row has a low-rank delta."""
 
 
-VECTOR = 64
-"""Elements: a multiple of what any processor computes at once."""
-
-
 @dataclass(frozen=True)
 class SegmentRows:
     """See AdapterRows. `add_low_rank` adds the deltas of all rows at a linear."""
@@ -76,7 +72,7 @@ class SegmentRows:
 
     def linear(self, name: str, backend: LinearBackend, x: Tensor) -> Tensor:
         """See AdapterRows."""
-        here = [(s.rows, s.sites[name]) for s in self.segments if name in s.sites]
+        here = self._at(name)
         x = _scaled(x, here)
         y = self.product(name, backend, x)
         for rows, site in here:
@@ -115,7 +111,7 @@ class SegmentRows:
         """See AdapterRows."""
         for rows, site in self._at(name):
             if site.weight is not None:
-                y[rows] = _with_weight(norm, site.weight).forward(x[rows])
+                y[rows] = with_weight(norm, site.weight).forward(x[rows])
             if site.bias is not None:
                 y[rows] += site.bias
 
@@ -172,10 +168,11 @@ class SegmentRows:
         return [(s.rows, s.sites[name]) for s in self.segments if name in s.sites]
 
 
-def _with_weight(norm: nn.Module, weight: Tensor) -> nn.Module:
+def with_weight(norm: nn.Module, weight: Tensor) -> nn.Module:
     """The norm with another weight; to be asked by `forward`, since its hooks are shared."""
     other = copy.copy(norm)
-    other._parameters = {**norm._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    other._parameters = {n: p for n, p in norm._parameters.items() if n != "weight"}
+    object.__setattr__(other, "weight", weight)  # no parameter: `torch.vmap` has it too
     return other
 
 

@@ -6,7 +6,6 @@ on the device.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,6 +17,7 @@ from adaplex.model.kernels.launches import Launch, Launches
 from adaplex.model.kernels.low_rank import AddLowRank, Product, Span, Tile, base_product
 from adaplex.model.kernels.triton_table import ResidentTable, Shared
 from adaplex.model.linear import LinearBackend
+from adaplex.model.segments import with_weight
 
 
 class TritonLowRank:
@@ -159,11 +159,7 @@ def normed(norm: nn.Module, weights: Tensor, x: Tensor) -> Tensor:
     """x [rows, features] by a norm of any kind that has another weight in each row."""
 
     def row(weight: Tensor, x: Tensor) -> Tensor:
-        # By `forward`, since a copy has the hooks too.
-        other = copy.copy(norm)
-        other._parameters = {n: p for n, p in norm._parameters.items() if n != "weight"}
-        object.__setattr__(other, "weight", weight)
-        y: Tensor = other.forward(x)
+        y: Tensor = with_weight(norm, weight).forward(x)
         return y
 
     made: Tensor = torch.vmap(row)(weights, x)
