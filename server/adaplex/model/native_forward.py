@@ -36,11 +36,6 @@ PrefixTokens = Callable[[AdapterRef], int]
 """How many of the positions that an adapter puts before the prompt have keys and values given."""
 
 
-def no_prefix(_: AdapterRef) -> int:
-    """Of adapters that only give embeddings."""
-    return 0
-
-
 @dataclass(frozen=True)
 class NativeLayer:
     """The linears of one layer, and the numbers of their modules."""
@@ -59,7 +54,7 @@ class NativeForward:
         cache: KVCache,
         modules: Mapping[str, int],
         tables: Tables,
-        prefixes: PrefixTokens = no_prefix,
+        prefixes: PrefixTokens,
     ) -> None:
         """`modules` numbers every module of the base, `tables` finds what adapters do to them."""
         self._llama, self._kernels, self._cache = llama, kernels, cache
@@ -196,7 +191,7 @@ def fastest(
     numbers: Mapping[str, int],
     tables: Tables,
     progress: Callable[[str], None],
-    prefixes: PrefixTokens = no_prefix,
+    prefixes: PrefixTokens,
 ) -> Forward:
     """The C decoder where the base has its shape and it agrees with `modules` on a prompt that is
     run through both, in the scratch block; else `modules`, and a line says why. `numbers` counts
