@@ -7,8 +7,6 @@ side of the weight, the pair is the product itself beside an identity. The limit
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 
 from adaplex.adapters.checkpoint import Checkpoint
@@ -17,16 +15,13 @@ from adaplex.adapters.formats.injected import (
     Roles,
     WrittenOut,
     all_there,
-    by_module,
     is_linear,
-    lower_modules,
 )
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.lycoris import (
-    CONVOLUTION,
     HARMLESS,
     USED,
-    check_used,
+    lower_pairs,
     rank_and_scale,
     thin,
 )
@@ -47,12 +42,7 @@ class Loha:
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
         reading = Reading(checkpoint, base, limits)
-        reading.check_known("LoHa", USED, HARMLESS)
-        check_used(reading)
-        reading.raise_refused()
-        found = by_module(reading, "LoHa", ROLES, unsupported={".hada_t": CONVOLUTION})
-        lower_one = partial(_lower, reading, WrittenOut(limits))
-        return Lowered(lower_modules(reading, found, lower_one))
+        return lower_pairs(reading, "LoHa", ROLES, _lower, harmless=HARMLESS, convolution=".hada_t")
 
 
 def _lower(

@@ -6,8 +6,6 @@ a factor that is not decomposed has that of its smaller side.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -17,12 +15,10 @@ from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.injected import (
     Roles,
     WrittenOut,
-    by_module,
     is_linear,
-    lower_modules,
 )
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.lycoris import CONVOLUTION, USED, check_used, rank_and_scale, thin
+from adaplex.adapters.formats.lycoris import USED, lower_pairs, rank_and_scale, thin
 from adaplex.adapters.formats.reading import PREFIX, Reading
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import BaseModule, BaseSpec, LowRank, ModuleProgram
@@ -48,12 +44,9 @@ class Lokr:
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
         reading = Reading(checkpoint, base, limits)
-        reading.check_known("LoKr", USED, HARMLESS)
-        check_used(reading)
-        reading.raise_refused()
-        found = by_module(reading, "LoKr", ROLES, unsupported={".lokr_t2": CONVOLUTION})
-        lower_one = partial(_lower, reading, WrittenOut(limits))
-        return Lowered(lower_modules(reading, found, lower_one))
+        return lower_pairs(
+            reading, "LoKr", ROLES, _lower, harmless=HARMLESS, convolution=".lokr_t2"
+        )
 
 
 def _lower(

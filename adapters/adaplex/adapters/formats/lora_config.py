@@ -101,11 +101,7 @@ def _check_numbers(reading: Reading) -> None:
     config = reading.config
     reading.check_kind("r", is_rank(config.get("r")), "a positive integer")
     reading.check_kind("lora_alpha", is_number(config.get("lora_alpha")), "a positive number")
-    for name, fits in (("rank_pattern", is_rank), ("alpha_pattern", is_number)):
-        patterns = config.get(name) or {}
-        if not isinstance(patterns, dict) or not all(map(fits, patterns.values())):
-            kind = "integers" if fits is is_rank else "numbers"
-            reading.refuse(name, f"must map patterns to positive {kind}")
+    reading.check_patterns()
 
 
 def _check_targets(reading: Reading) -> None:

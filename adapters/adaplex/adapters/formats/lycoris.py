@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from adaplex.adapters.errors import AdapterTooLarge
 from adaplex.adapters.formats import reading as shared
-from adaplex.adapters.formats.injected import check_has_targets
+from adaplex.adapters.formats.injected import (
+    Roles,
+    WrittenOut,
+    by_module,
+    check_has_targets,
+    lower_modules,
+)
+from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import TARGETS, Reading, is_number, is_rank
 from adaplex.adapters.formats.targets import pattern_value
+from adaplex.adapters.program import BaseModule, ModuleProgram
 
 USED = TARGETS | frozenset(
     ["peft_type", "r", "alpha", "rank_pattern", "alpha_pattern", "modules_to_save"]
@@ -18,18 +29,34 @@ HARMLESS = shared.HARMLESS | frozenset(
     ["rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"]
 )
 CONVOLUTION = "is of a convolution, which no decoder has"
+LowerPair = Callable[[Reading, WrittenOut, BaseModule, Roles], ModuleProgram | None]
+"""Lowers one module; None, with refusals, when its tensors do not fit."""
 
 
-def check_used(reading: Reading) -> None:
+def lower_pairs(
+    reading: Reading,
+    title: str,
+    roles: Collection[str],
+    lower_pair: LowerPair,
+    *,
+    harmless: Collection[str],
+    convolution: str,
+) -> Lowered:
+    """See Format. `convolution` is in the keys of what only convolutions have."""
+    reading.check_known(title, USED, harmless)
+    _check_used(reading)
+    reading.raise_refused()
+    found = by_module(reading, title, roles, unsupported={convolution: CONVOLUTION})
+    lower_one = partial(lower_pair, reading, WrittenOut(reading.limits))
+    return Lowered(lower_modules(reading, found, lower_one))
+
+
+def _check_used(reading: Reading) -> None:
     """Refuses fields of the wrong kind."""
     config = reading.config
     reading.check_kind("r", is_rank(config.get("r")), "a positive integer")
     reading.check_kind("alpha", is_number(config.get("alpha")), "a positive number")
-    for name, fits in (("rank_pattern", is_rank), ("alpha_pattern", is_number)):
-        patterns = config.get(name) or {}
-        kind = "integers" if fits is is_rank else "numbers"
-        right = isinstance(patterns, dict) and all(map(fits, patterns.values()))
-        reading.check_kind(name, right, f"a map from patterns to positive {kind}")
+    reading.check_patterns()
     check_has_targets(reading)
 
 

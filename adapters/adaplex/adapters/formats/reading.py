@@ -113,6 +113,14 @@ class Reading:
             self.refuse(name, f"must be {kind}")
         return fits
 
+    def check_patterns(self) -> None:
+        """Refuses patterns of ranks and alphas that are of the wrong kind."""
+        for name, fits in (("rank_pattern", is_rank), ("alpha_pattern", is_number)):
+            patterns = self.config.get(name) or {}
+            if not isinstance(patterns, dict) or not all(map(fits, patterns.values())):
+                kind = "integers" if fits is is_rank else "numbers"
+                self.refuse(name, f"must map patterns to positive {kind}")
+
     def check_target_fields(self) -> None:
         """Refuses fields about targets that are of the wrong kind."""
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
