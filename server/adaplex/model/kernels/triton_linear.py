@@ -81,6 +81,31 @@ def _scale(table, table_row, module, tiles, x, x_row, width, BLOCK_IN: tl.conste
             tl.store(xs, new.to(x.dtype.element_ty), mask=wanted)
 
 
+@triton.jit
+def _summed(
+    sums,
+    x,
+    x_row,
+    row,
+    live,
+    weight,
+    line,
+    inside,
+    INPUTS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """sums + x W' for the live rows of x and the lines `inside` of W [.., INPUTS]."""
+    for offset in range(0, INPUTS, BLOCK_IN):
+        i = offset + tl.arange(0, BLOCK_IN)
+        wanted = live[:, None] & (i < INPUTS)[None, :]
+        xs = tl.load(x + row[:, None] * x_row + i[None, :], mask=wanted, other=0.0)
+        wanted = inside[None, :] & (i < INPUTS)[:, None]
+        ws = tl.load(weight + line[None, :] * INPUTS + i[:, None], mask=wanted, other=0.0)
+        sums = tl.dot(xs.to(DOT), ws.to(DOT), sums, input_precision="ieee")
+    return sums
+
+
 @triton.jit(do_not_specialize=["module"])
 def _product(
     table,
@@ -109,13 +134,7 @@ def _product(
             inside = o < width
             weight = elements(site, DENSE, x)
             sums = tl.zeros((TILE, BLOCK_OUT), tl.float32)
-            for offset in range(0, INPUTS, BLOCK_IN):
-                i = offset + tl.arange(0, BLOCK_IN)
-                wanted = live[:, None] & (i < INPUTS)[None, :]
-                xs = tl.load(x + row[:, None] * x_row + i[None, :], mask=wanted, other=0.0)
-                wanted = inside[None, :] & (i < INPUTS)[:, None]
-                ws = tl.load(weight + o[None, :] * INPUTS + i[:, None], mask=wanted, other=0.0)
-                sums = tl.dot(xs.to(DOT), ws.to(DOT), sums, input_precision="ieee")
+            sums = _summed(sums, x, x_row, row, live, weight, o, inside, INPUTS, BLOCK_IN, DOT)
             if BIAS:
                 sums += tl.load(bias + o, mask=inside, other=0.0).to(tl.float32)[None, :]
             ys = y + row[:, None] * y_row + o[None, :]
@@ -151,13 +170,7 @@ def _rows(
             k = first + tl.arange(0, RANKS)
             inside = k < count
             sums = tl.zeros((TILE, RANKS), tl.float32)
-            for offset in range(0, INPUTS, BLOCK_IN):
-                i = offset + tl.arange(0, BLOCK_IN)
-                wanted = live[:, None] & (i < INPUTS)[None, :]
-                xs = tl.load(x + row[:, None] * x_row + i[None, :], mask=wanted, other=0.0)
-                wanted = inside[None, :] & (i < INPUTS)[:, None]
-                ws = tl.load(weight + k[None, :] * INPUTS + i[:, None], mask=wanted, other=0.0)
-                sums = tl.dot(xs.to(DOT), ws.to(DOT), sums, input_precision="ieee")
+            sums = _summed(sums, x, x_row, row, live, weight, k, inside, INPUTS, BLOCK_IN, DOT)
             o = tl.load(ids + k, mask=inside, other=0)
             if BIAS:
                 sums += tl.load(bias + o, mask=inside, other=0.0).to(tl.float32)[None, :]
