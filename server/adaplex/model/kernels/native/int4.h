@@ -32,9 +32,12 @@ INLINE vec NAME(minus_sums)(const ELEMENT *x, long x_stride, long group, const i
 
 // R rows times P neighbouring panels, from `panel` on; `own_zeros` stands in for those in `scales`.
 INLINE void NAME(int4_tile)(const ELEMENT *x, long x_stride, const Weight *weight, const float *own_zeros,
-                            long panel, const Asks *asks, const int R, const int P, vec acc[8][4]) {
+                            long panel, const Asks *asks, Turn turn, const int R, const int P,
+                            vec acc[8][4]) {
   const long groups = weight->in / weight->group, lines = weight->group / 8;
   const char *codes = (const char *)weight->panels + panel * groups * lines * 64;
+  const char *next = share_of(codes + P * groups * lines * 64, groups * lines, turn);
+  const long pace = pace_of(turn);
   const char *pairs = (const char *)weight->scales + panel * groups * 64;
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) acc[r][p] = (vec){0};
   for (long group = 0; group < groups; group++) {
@@ -47,7 +50,7 @@ INLINE void NAME(int4_tile)(const ELEMENT *x, long x_stride, const Weight *weigh
       if (asks) ask(asks, line);
       UNROLL for (int p = 0; p < P; p++) {
         packed[p] = load_words(codes + (p * groups * lines + line) * 64);
-        expect(codes + ((p + P) * groups * lines + line) * 64);
+        expect(next + p * groups * lines * 64 + line * pace);
       }
       UNROLL for (int k = 0; k < 8 / PER_UNIT; k++) {
         words w[4];
@@ -59,6 +62,7 @@ INLINE void NAME(int4_tile)(const ELEMENT *x, long x_stride, const Weight *weigh
       }
     }
     UNROLL for (int p = 0; p < P; p++) {
+      expect(pairs + ((p + P) * groups + group) * 64);
       words pair = load_words(pairs + (p * groups + group) * 64);
       vec scale = (vec)(pair << 16), zero = (vec)(pair & 0xffff0000u);
       if (own_zeros) zero = f32_load(own_zeros + ((panel + p) * groups + group) * LANES);

@@ -44,14 +44,17 @@ static __attribute__((noinline)) Asks NAME(asks_of)(const NAME(Part) * part, lon
 
 // R rows times P neighbouring panels.
 INLINE void NAME(dense_tile)(const ELEMENT *x, long x_stride, const char *panel, long units,
-                             const Asks *asks, const int R, const int P, vec acc[8][4]) {
+                             const Asks *asks, Turn turn, const int R, const int P,
+                             vec acc[8][4]) {
+  const char *next = share_of(panel + P * units * 64, units, turn);
+  const long pace = pace_of(turn);
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) acc[r][p] = (vec){0};
   for (long u = 0; u < units; u++) {
     words w[4];
     if (asks && u % (8 / PER_UNIT) == 0) ask(asks, u / (8 / PER_UNIT));
     UNROLL for (int p = 0; p < P; p++) {
       w[p] = load_words(panel + (p * units + u) * 64);
-      expect(panel + ((p + P) * units + u) * 64);
+      expect(next + p * units * 64 + u * pace);
     }
     UNROLL for (int r = 0; r < R; r++) {
       words unit = NAME(unit)(x + r * x_stride, u);
@@ -62,8 +65,10 @@ INLINE void NAME(dense_tile)(const ELEMENT *x, long x_stride, const char *panel,
 
 #if PER_UNIT == 2
 INLINE void NAME(nf4_tile)(const ELEMENT *x, long x_stride, const char *panel, const float *scales,
-                           long blocks, const Asks *asks, const int R, const int P,
+                           long blocks, const Asks *asks, Turn turn, const int R, const int P,
                            vec acc[8][4]) {
+  const char *next = share_of(panel + P * blocks * 512, 8 * blocks, turn);
+  const long pace = pace_of(turn);
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < P; p++) acc[r][p] = (vec){0};
   for (long block = 0; block < blocks; block++) {
     vec part[8][4];
@@ -73,7 +78,7 @@ INLINE void NAME(nf4_tile)(const ELEMENT *x, long x_stride, const char *panel, c
       if (asks) ask(asks, line);
       UNROLL for (int p = 0; p < P; p++) {
         packed[p] = (halves)load_words(panel + (p * 8 * blocks + line) * 64);
-        expect(panel + ((p + P) * 8 * blocks + line) * 64);
+        expect(next + p * blocks * 512 + line * pace);
       }
       UNROLL for (int j = 0; j < 4; j++) {
         words w[4];
@@ -85,6 +90,7 @@ INLINE void NAME(nf4_tile)(const ELEMENT *x, long x_stride, const char *panel, c
       }
     }
     UNROLL for (int p = 0; p < P; p++) {
+      expect(scales + ((p + P) * blocks + block) * LANES);
       vec scale = f32_load(scales + (p * blocks + block) * LANES);
       UNROLL for (int r = 0; r < R; r++) acc[r][p] += part[r][p] * scale;
     }
@@ -161,8 +167,8 @@ static __attribute__((noinline)) void NAME(add_adapters)(const NAME(Part) * part
 }
 
 // What `own` has stands in for the weight's own panels or zeros; null takes those.
-INLINE void NAME(tile)(const NAME(Part) * part, const Site *own, long row, long panel, const int R,
-                       const int P) {
+INLINE void NAME(tile)(const NAME(Part) * part, const Site *own, long row, Turn turn, long panel,
+                       const int R, const int P) {
   const Weight *w = part->weight;
   const ELEMENT *x = part->x + row * part->x_stride;
   Asks wanted;
@@ -175,19 +181,19 @@ INLINE void NAME(tile)(const NAME(Part) * part, const Site *own, long row, long 
   const void *dense = own ? own->dense : NULL;
   if (w->group && !dense) {
     const float *zeros = own ? own->zeros : w->zeros;
-    NAME(int4_tile)(x, part->x_stride, w, zeros, panel, asks, R, P, acc);
+    NAME(int4_tile)(x, part->x_stride, w, zeros, panel, asks, turn, R, P, acc);
   } else
 #if PER_UNIT == 2
   if (w->scales && !dense) {
     long blocks = w->in / 64;
     NAME(nf4_tile)(x, part->x_stride, (const char *)w->panels + panel * blocks * 512,
-                   w->scales + panel * blocks * LANES, blocks, asks, R, P, acc);
+                   w->scales + panel * blocks * LANES, blocks, asks, turn, R, P, acc);
   } else
 #endif
   {
     long units = w->in / PER_UNIT;
     const char *panels = dense ? dense : w->panels;
-    NAME(dense_tile)(x, part->x_stride, panels + panel * units * 64, units, asks, R, P, acc);
+    NAME(dense_tile)(x, part->x_stride, panels + panel * units * 64, units, asks, turn, R, P, acc);
   }
   if (w->bias) UNROLL for (int p = 0; p < P; p++) {
     long column = (panel + p) * LANES;
@@ -201,28 +207,31 @@ INLINE void NAME(tile)(const NAME(Part) * part, const Site *own, long row, long 
   if (part->sites) NAME(add_adapters)(part, row, R, panel, P);
 }
 
-#define TILES(R, P, from, to)                    \
-  for (long panel = from; panel < to;) {         \
-    if (panel + P <= to) {                       \
-      NAME(tile)(part, own, row, panel, R, P); \
-      panel += P;                                \
-    } else {                                     \
-      NAME(tile)(part, own, row, panel, R, 1); \
-      panel++;                                   \
-    }                                            \
+#define TILES(R, P, from, to)                        \
+  for (long panel = from; panel < to;) {             \
+    if (panel + P <= to) {                           \
+      NAME(tile)(part, own, row, turn, panel, R, P); \
+      panel += P;                                    \
+    } else {                                         \
+      NAME(tile)(part, own, row, turn, panel, R, 1); \
+      panel++;                                       \
+    }                                                \
   }
 
 // Rows [row, stop) of the columns of panels [first, last). Two panels stay in the cache for all rows.
 static void NAME(panels)(const NAME(Part) * part, const Site *own, long row, long stop, long first,
                          long last) {
   long start = row, eights = row + (stop - row) / 8 * 8;
+  Turn turn = {0, (stop - row) / 8};
   for (long pair = first; pair < last; pair += 2) {
     long end = pair + 2 < last ? pair + 2 : last;
-    for (row = start; row < eights; row += 8) TILES(8, 2, pair, end)
+    turn.mine = 0;
+    for (row = start; row < eights; row += 8, turn.mine++) TILES(8, 2, pair, end)
   }
   row = eights;
+  turn = (Turn){0, 1};
   if (stop - row >= 4) {
-    TILES(4, 4, first, last)
+    TILES(4, 2, first, last)
     row += 4;
   }
   if (stop - row >= 2) {

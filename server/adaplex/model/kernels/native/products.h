@@ -132,8 +132,8 @@ static void NAME(project)(Member *me, const Work_space *space, const NAME(Produc
   for (long ticket; (ticket = team_next(&me->base, tickets)) >= 0;) {
     while (ticket >= pass[1].first_ticket) pass++;
     const NAME(Part) *part = now->part + pass->part;
-    long first = (ticket - pass->first_ticket) * PANEL_GROUP;
     long panels = (part->weight->out + LANES - 1) / LANES;
+    long first = piece_of(ticket - pass->first_ticket, panel_groups(part->weight)) * PANEL_GROUP;
     long last = at_most(first + PANEL_GROUP, panels);
     NAME(panels)(part, pass->own, pass->start, pass->stop, first, last);
   }

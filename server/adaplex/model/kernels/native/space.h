@@ -56,6 +56,19 @@ INLINE void ask(const Asks *asks, long line) {
   expect(at + 64);
 }
 
+// Which of the blocks of rows that go through the same panels a tile is. Each asks memory for its share of the
+// panels behind them, so that they come all the time and not only beside the first.
+typedef struct {
+  long mine, all;
+} Turn;
+
+// The first line of a turn's share of panels of so many lines, and the bytes from one to the next.
+INLINE const char *share_of(const char *panels, long lines, Turn turn) {
+  return panels + lines * 64 * turn.mine / turn.all;
+}
+
+INLINE long pace_of(Turn turn) { return (64 + turn.all - 1) / turn.all; }
+
 // What each thread has for itself.
 typedef struct {
   long base;  // of team_next
@@ -84,6 +97,13 @@ static inline long row_groups(long rows) { return (rows + ROW_GROUP - 1) / ROW_G
 static inline long panel_groups(const Weight *w) {
   long panels = (w->out + LANES - 1) / LANES;
   return (panels + PANEL_GROUP - 1) / PANEL_GROUP;
+}
+
+// Which of `count` neighbours in memory a ticket stands for: threads that draw in turn go through neighbours
+// each, so that what a thread asks memory for is what it reads next.
+static inline long piece_of(long ticket, long count) {
+  long turn = ticket % team.threads, left = count % team.threads;
+  return turn * (count / team.threads) + at_most(turn, left) + ticket / team.threads;
 }
 
 // Whether the rows of a site are multiplied by another weight than the base's.
