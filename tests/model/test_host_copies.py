@@ -36,10 +36,29 @@ def test_a_packed_adapter_is_its_program_packed(rig: Rig, programs: list[Adapter
     for program in programs:
         packed = Packer(rig.base.spec.modules, dtype).pack(program)
         assert packed.flat.nbytes == program.packed_bytes(dtype.itemsize)
-        tensors = [tensor for module in program.modules for _, tensor in module.tensors()]
-        for place, tensor in zip(packed.layout, tensors, strict=True):
+        tensors = {
+            (m.module, role): tensor for m in program.modules for role, tensor in m.tensors()
+        }
+        for place in packed.layout:
+            tensor = tensors.pop((place.module, place.role))
             there = packed.flat[place.offset : place.offset + tensor.numel()]
             assert torch.equal(there, tensor.to(dtype).reshape(-1))
+        assert not tensors
+
+
+def test_what_a_step_reads_is_packed_in_its_order(rig: Rig, programs: list[AdapterProgram]) -> None:
+    order = list(rig.base.spec.modules)
+    for program in programs:
+        layout = Packer(rig.base.spec.modules, rig.base.dtype).pack(program).layout
+        assert [p.offset for p in layout] == sorted(p.offset for p in layout)
+        roles = [place.role for place in layout]
+        first = roles.count("a")
+        assert set(roles[:first]) == {"a"}, (
+            "every shrink of a step reads on where the last one ended"
+        )
+        for part in (layout[:first], layout[first:]):
+            places = [order.index(place.module) for place in part]
+            assert places == sorted(places)
 
 
 def test_logits_are_the_same_by_way_of_the_host(rig: Rig, programs: list[AdapterProgram]) -> None:

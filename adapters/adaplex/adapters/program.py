@@ -300,15 +300,16 @@ class AdapterProgram:
         """Whether some module has nothing but a merged weight."""
         return any(m.transform is not None for m in self.modules)
 
-    def layout(self, element_bytes: int) -> tuple[PackedTensor, ...]:
-        """Places every tensor, in canonical order, each aligned to ALIGNMENT bytes."""
+    def layout(self, element_bytes: int, order: Mapping[str, int]) -> tuple[PackedTensor, ...]:
+        """Places every tensor as a step reads it, each aligned to ALIGNMENT bytes: all `a`, one
+        after the other, then all else. `order` numbers the modules of the base.
+        """
         step = ALIGNMENT // element_bytes
         placed, offset = [], 0
-        for module in self.modules:
-            for role, tensor in module.tensors():
-                shape = _packed_shape(role, tensor)
-                placed.append(PackedTensor(module.module, role, offset, shape))
-                offset += -(-math.prod(shape) // step) * step
+        for module, role, tensor in self._tensors(order):
+            shape = _packed_shape(role, tensor)
+            placed.append(PackedTensor(module, role, offset, shape))
+            offset += -(-math.prod(shape) // step) * step
         return tuple(placed)
 
     def packed_bytes(self, element_bytes: int) -> int:
@@ -317,14 +318,19 @@ class AdapterProgram:
         shapes = (_packed_shape(*pair) for module in self.modules for pair in module.tensors())
         return sum(-(-math.prod(shape) // step) * step for shape in shapes) * element_bytes
 
-    def pack_into(self, extent: Tensor) -> None:
+    def pack_into(self, extent: Tensor, order: Mapping[str, int]) -> None:
         """Copies every tensor into `extent`, a flat tensor of zeros in the compute dtype.
 
-        `extent` holds at least packed_bytes() / element size elements.
+        `extent` holds at least packed_bytes() / element size elements; `order` as in `layout`.
         """
-        tensors = (tensor for module in self.modules for _, tensor in module.tensors())
-        for place, tensor in zip(self.layout(extent.element_size()), tensors, strict=True):
+        tensors = (tensor for _, _, tensor in self._tensors(order))
+        for place, tensor in zip(self.layout(extent.element_size(), order), tensors, strict=True):
             extent[place.offset : place.offset + tensor.numel()].copy_(tensor.reshape(-1))
+
+    def _tensors(self, order: Mapping[str, int]) -> list[tuple[str, TensorRole, Tensor]]:
+        """Module, role and tensor of all that is packed, as `layout` places them."""
+        found = [(m.module, role, tensor) for m in self.modules for role, tensor in m.tensors()]
+        return sorted(found, key=lambda each: (each[1] != "a", order[each[0]]))
 
 
 def _packed_shape(role: TensorRole, tensor: Tensor) -> tuple[int, ...]:

@@ -67,7 +67,8 @@ class Report:
 def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Report:
     """The report of an adapter that can be served."""
     sizes: defaultdict[str, list[tuple[TensorRole, int]]] = defaultdict(list)
-    for place in program.layout(element_bytes):
+    order = {name: number for number, name in enumerate(base.modules)}
+    for place in program.layout(element_bytes, order):
         sizes[place.module].append((place.role, math.prod(place.shape)))
     modules = tuple(
         ModuleReport(

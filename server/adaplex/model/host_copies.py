@@ -92,8 +92,8 @@ class Packer:
         size = self.dtype.itemsize
         elements = program.packed_bytes(size) // size
         flat = torch.zeros(elements, dtype=self.dtype, pin_memory=self.pinned)
-        program.pack_into(flat)
-        layout = program.layout(size)
+        program.pack_into(flat, self._numbers)
+        layout = program.layout(size, self._numbers)
         for place in layout:
             self._into_panels(place, flat[place.offset : place.offset + math.prod(place.shape)])
         traits = {m.module: t for m in program.modules if (t := self._traits(m)) is not None}
