@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from adaplex.engine.sequence import Sequence
 
@@ -37,12 +38,12 @@ class Batch:
 
     chunks: tuple[Chunk, ...]
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Rows of the step."""
         return sum(chunk.count for chunk in self.chunks)
 
-    @property
+    @cached_property
     def sampling(self) -> tuple[Chunk, ...]:
-        """The chunks that yield a token, in order."""
+        """The chunks that yield a token, in order; to be asked for before they are given it."""
         return tuple(chunk for chunk in self.chunks if chunk.samples)

@@ -221,26 +221,31 @@ class Engine:
     def _emit(self, sequence: Sequence, sampled: SampledToken | None, now: float) -> None:
         """One output for a sequence that was first scheduled in this step or has a new token."""
         admitted = sequence.admitted_at is None
-        output = StepOutput(sequence.request_id)
         if admitted:
             sequence.admitted_at = now
-            timing = sequence.timing(now)
-            output = replace(output, admitted=True, adapter=sequence.adapter, timing=timing)
-        if sampled is not None:
-            sequence.tokens.append(sampled.token)
-            self._scheduler.waiting.fairness.served(sequence.fair_key, output=1)
-            if sequence.first_token_at is None:
-                sequence.first_token_at = time.monotonic()
-            output = replace(
-                output,
-                tokens=(sampled.token,),
-                logprobs=(sampled.logprob,) if sampled.logprob else (),
-                finish=self._finish_reason(sequence),
-            )
+        elif sampled is None:
+            return
+        output = StepOutput(
+            sequence.request_id,
+            admitted=admitted,
+            adapter=sequence.adapter if admitted else None,
+            timing=sequence.timing(now) if admitted else None,
+            tokens=(sampled.token,) if sampled else (),
+            logprobs=(sampled.logprob,) if sampled and sampled.logprob else (),
+            finish=self._append(sequence, sampled.token) if sampled else None,
+        )
         if output.last:
             self._finish(sequence, output)
-        elif admitted or sampled is not None:
+        else:
             self._outputs.append(output)
+
+    def _append(self, sequence: Sequence, token: int) -> FinishReason | None:
+        """Books a new token; why it is the last one, if it is."""
+        sequence.tokens.append(token)
+        self._scheduler.waiting.fairness.served(sequence.fair_key, output=1)
+        if sequence.first_token_at is None:
+            sequence.first_token_at = time.monotonic()
+        return self._finish_reason(sequence)
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         """Why the newest token is the last one; None if it is not."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 
 class AdapterMode(StrEnum):
@@ -51,7 +52,7 @@ class SamplingParams:
         """
         return self.temperature < GREEDY_BELOW
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether nothing but the likeliest token is wanted."""
         held_back = self.min_tokens > 0
@@ -88,7 +89,7 @@ class AdapterRef:
         """Asserts that nothing that is invoked has positions of its own before the prompt."""
         assert not (self.leading and self.invocation)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """What distinguishes its KV: merged and unmerged weights round differently."""
         return f"{self.digest}/{self.mode}"

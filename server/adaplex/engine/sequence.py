@@ -29,6 +29,10 @@ class Sequence:
     """Order of arrival at the engine."""
     tokens: list[int] = field(init=False)
     """Leading positions of the adapter, then prompt, then output."""
+    leading: int = field(init=False)
+    """Positions that the adapter puts before the prompt."""
+    prompt_len: int = field(init=False)
+    """Tokens of the prompt."""
     adapter_from: int = field(init=False)
     """The first position that the adapter changes; rows before it are those of the base."""
     computed: int = 0
@@ -51,6 +55,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         """Starts the token list; the prompt has the adapter's invocation."""
+        self.leading, self.prompt_len = self.request.leading, len(self.request.prompt)
         self.tokens = [*range(VIRTUAL, VIRTUAL + self.leading), *self.request.prompt]
         invoked = self.request.invoked_at
         assert invoked is not None
@@ -85,16 +90,6 @@ class Sequence:
         return self.request.adapter.name if self.request.adapter else ""
 
     @property
-    def leading(self) -> int:
-        """Positions that the adapter puts before the prompt."""
-        return self.request.leading
-
-    @property
-    def prompt_len(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt)
-
-    @property
     def output_len(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - self.leading - self.prompt_len
@@ -124,4 +119,4 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         """Whether all but the newest generated token is computed."""
-        return self.output_len > 0 and self.remaining == 1
+        return self.remaining == 1 and self.output_len > 0

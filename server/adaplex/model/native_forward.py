@@ -98,28 +98,26 @@ class NativeForward:
         chunks, sampling = batch.chunks, batch.sampling
         tokens = [t for c in chunks for t in self._tokens(c)]
         ends = list(accumulate(c.count for c in chunks))
-        width = max(-(-c.end // self._cache.block_tokens) for c in chunks)
-        tables = np.zeros((len(chunks), width), dtype=np.int32)
-        for line, c in zip(tables, chunks, strict=True):
-            used = c.sequence.blocks[: -(-c.end // self._cache.block_tokens)]
-            line[: len(used)] = used
+        width = -(-max(c.end for c in chunks) // self._cache.block_tokens)
+        none = [0] * width
         wanted = [end - 1 for c, end in zip(chunks, ends, strict=True) if c.samples]
         logits = self._room(len(wanted))
         likeliest = np.empty(len(wanted), dtype=np.int32)
         arrays = {
-            "tokens": np.array(tokens, dtype=np.int32),
-            "position": np.concatenate([np.arange(c.start, c.end, dtype=np.int32) for c in chunks]),
-            "first": np.array([0, *ends], dtype=np.int32),
-            "table": tables,
-            "wanted": np.array(wanted, dtype=np.int32),
+            "tokens": np.array(tokens, np.int32),
+            "position": np.array([i for c in chunks for i in range(c.start, c.end)], np.int32),
+            "first": np.array([0, *ends], np.int32),
+            "table": np.array([(c.sequence.blocks + none)[:width] for c in chunks], np.int32),
+            "wanted": np.array(wanted, np.int32),
             "likeliest": likeliest,
         }
-        run, kept = self._runs(runs_of(chunks, [c.count for c in chunks]))
-        head_run, head_kept = self._runs(runs_of(sampling, [1] * len(sampling)))
+        run = self._runs(runs_of(chunks, [c.count for c in chunks]))
+        every = len(wanted) == len(tokens)
+        head_run = run if every else self._runs(runs_of(sampling, [1] * len(sampling)))
         step = structs.Step(
             **{name: array.ctypes.data for name, array in arrays.items()},
-            run=_address(run),
-            head_run=_address(head_run),
+            run=run.ctypes.data,
+            head_run=head_run.ctypes.data,
             logits=logits.data_ptr(),
             rows=len(tokens),
             sequences=len(chunks),
@@ -129,7 +127,6 @@ class NativeForward:
             head_runs=len(head_run),
         )
         self._kernels.forward(self._model, step)
-        del kept, head_kept
         return logits, likeliest.tolist()
 
     def seconds(self, rows: int, tables: Seq[Array | None], layers: int) -> float:
@@ -165,16 +162,10 @@ class NativeForward:
         behind = VIRTUAL + self._prefixes(adapter) - 1
         return [token if token < VIRTUAL else behind - token for token in tokens]
 
-    def _runs(self, runs: Seq[tuple[Any, int, int]]) -> tuple[Any, list[Array]]:
-        """The runs as structs, and the tables that they point to."""
-        tables = [None if adapter is None else self._tables(adapter) for adapter, _, _ in runs]
-        filled = (structs.Run * len(runs))(
-            *(
-                structs.Run(start, stop, None if table is None else table.ctypes.data)
-                for (_, start, stop), table in zip(runs, tables, strict=True)
-            )
-        )
-        return filled, [table for table in tables if table is not None]
+    def _runs(self, runs: Seq[tuple[AdapterRef | None, int, int]]) -> Array:
+        """[runs, 3] int64: the runs as structs."""
+        lines = [(start, stop, self._tables(a) if a else 0) for a, start, stop in runs]
+        return np.array(lines, np.int64)
 
     def _room(self, rows: int) -> Tensor:
         """[rows, vocabulary], the same memory for every step."""

@@ -177,11 +177,11 @@ class ModelRunner:
             return self._merged[adapter.digest].rest
         return self._arena.weights(adapter.digest)
 
-    def _table(self, adapter: AdapterRef) -> NDArray[np.int64]:
-        """What an adapter in memory does, as kernels read it."""
+    def _table(self, adapter: AdapterRef) -> int:
+        """Where it says what an adapter in memory does, as kernels read it."""
         if adapter.mode is AdapterMode.MERGED:
-            return self._merged_table(adapter.digest)
-        return self._arena.weights(adapter.digest).table
+            return self._merged_table(adapter.digest).ctypes.data
+        return self._arena.weights(adapter.digest).address
 
     def _merged_table(self, digest: str) -> NDArray[np.int64]:
         """Made when a step first asks: only where every linear has panels can there be one."""

@@ -85,6 +85,11 @@ class AdapterWeights:
         """By module; made when first asked for, since kernels that read the table do not."""
         return self.make_sites()
 
+    @cached_property
+    def address(self) -> int:
+        """Of the table."""
+        return self.table.ctypes.data
+
     @property
     def max_rank(self) -> int:
         """The largest rank of any site."""
