@@ -163,7 +163,8 @@ def server_info() -> server_pb2.GetServerInfoResponse:
         model=server_pb2.BaseModelInfo(
             name="tiny",
             architecture="LlamaForCausalLM",
-            quantization="nf4",
+            quantization="int4-group",
+            group_size=32,
             compute_dtype="bfloat16",
             device="cpu",
             digest=DIGEST,
