@@ -154,6 +154,7 @@ def report(*refusals: tuple[str, str]) -> adapters_pb2.AdapterReport:
         virtual_tokens=4,
         invocation_tokens=[7, 8],
         merged_only=True,
+        merged_bytes=3 << 20,
     )
 
 

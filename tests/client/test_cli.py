@@ -206,6 +206,7 @@ def test_verify_of_a_good_adapter(run: Any, adapter_directory: Path) -> None:
     result = run("adapters", "verify", adapter_directory)
     assert result.exit_code == 0
     assert "note: task_type has no effect" in result.stdout
+    assert "merged only, in 3.0 MiB" in result.stdout
     assert result.stdout.endswith("\nvalid\n")
 
 
