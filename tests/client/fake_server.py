@@ -154,6 +154,7 @@ def report(*refusals: tuple[str, str]) -> adapters_pb2.AdapterReport:
         virtual_tokens=4,
         invocation_tokens=[7, 8],
         merged_only=True,
+        merged_bytes=3 << 20,
     )
 
 
@@ -163,7 +164,8 @@ def server_info() -> server_pb2.GetServerInfoResponse:
         model=server_pb2.BaseModelInfo(
             name="tiny",
             architecture="LlamaForCausalLM",
-            quantization="nf4",
+            quantization="int4-group",
+            group_size=32,
             compute_dtype="bfloat16",
             device="cpu",
             digest=DIGEST,

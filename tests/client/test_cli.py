@@ -206,6 +206,7 @@ def test_verify_of_a_good_adapter(run: Any, adapter_directory: Path) -> None:
     result = run("adapters", "verify", adapter_directory)
     assert result.exit_code == 0
     assert "note: task_type has no effect" in result.stdout
+    assert "merged only, in 3.0 MiB" in result.stdout
     assert result.stdout.endswith("\nvalid\n")
 
 
@@ -236,6 +237,7 @@ def test_status(run: Any) -> None:
     assert result.exit_code == 0
     rows = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     assert rows["model"].strip() == "tiny (LlamaForCausalLM)"
+    assert rows["weights"].strip() == "int4-group, groups of 32, 5.0 MiB"
     assert rows["running"].strip() == "2 of 16"
     assert rows["store"].strip() == "1.0 MiB of 4.0 MiB"
     assert rows["host"].strip() == "2.0 MiB of 8.0 MiB"
@@ -243,7 +245,8 @@ def test_status(run: Any) -> None:
 
 def test_status_as_json(run: Any) -> None:
     info = json.loads(run("status", "--json").stdout)
-    assert info["model"]["quantization"] == "nf4"
+    assert info["model"]["quantization"] == "int4-group"
+    assert info["model"]["group_size"] == 32
     assert info["capacity"]["requests_running"] == 2
 
 

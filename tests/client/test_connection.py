@@ -93,7 +93,7 @@ async def test_async_clients_close_with_their_block(server: FakeServer) -> None:
 def test_server_info_is_converted_whole(call: Any) -> None:
     info = call("server_info")
     assert (info.version, info.uptime_seconds) == ("0.1.0", 61.5)
-    assert (info.model.quantization, info.model.max_model_len) == ("nf4", 2048)
+    assert (info.model.quantization, info.model.max_model_len) == ("int4-group", 2048)
     assert info.model.vocab_size == 300
     assert info.model.modules == (AdaptableModule("lm_head", "linear", 64, 300, is_head=True),)
     assert (info.capacity.requests_running, info.capacity.kv_blocks_used) == (2, 9)

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,6 +74,15 @@ def test_requirements_are_pinned(instructions: list[tuple[str, str]]) -> None:
     assert values(instructions, "WORKDIR")[0] == "/src"
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     assert all("==" in pin for pin in pins if pin and not pin.startswith("#"))
+
+
+def test_every_family_is_served(instructions: list[tuple[str, str]]) -> None:
+    arguments = dict(rest.split("=", 1) for rest in values(instructions, "ARG"))
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    chosen = arguments["EXTRAS"].split(",")
+    assert {"server", "peft"} <= set(chosen) <= known.keys()
+    (install,) = (rest for rest in values(instructions, "RUN") if "bin/pip install" in rest)
+    assert install.endswith('pip install ".[${EXTRAS}]"')
 
 
 def test_the_image_can_build_the_kernels(final: list[tuple[str, str]]) -> None:

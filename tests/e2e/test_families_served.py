@@ -60,6 +60,17 @@ async def test_every_family_answers_at_once_as_it_does_alone(
                 assert got.token_ids != together[0].token_ids, f"{name} does nothing"
         assert len(set(families.values())) > len(NAMES)
 
+        reports = [(await rig.client.adapters.get(name)).report for name in MERGED]
+        assert all(report.merged_bytes > 0 for report in reports)
+        used = sum(report.merged_bytes for report in reports)
+        capacity = (await rig.client.server_info()).capacity
+        assert (capacity.merged_bytes_used, capacity.merged_bytes_total) == (used, 16 << 20)
+        assert capacity.adapters_resident == len(saved)
+        label = {"tier": "merged", "model_name": rig.parts.model.name}
+        read = rig.parts.prometheus.get_sample_value
+        assert read("adaplex_adapter_resident_bytes", label) == used
+        assert all(read("adaplex_adapter_state", label | {"adapter": name}) == 1 for name in MERGED)
+
         with pytest.raises(InvalidArgument, match="can only be served merged"):
             await rig.client.generate(PROMPT, adapter="OFT", mode="unmerged")
         halves = {"lora": 0.5, "prefix-tuning": 0.5}

@@ -90,7 +90,9 @@ def test_the_second_start_quantizes_only_what_was_not_saved(
     quantized = []
     for _ in range(2):
         steps: list[str] = []
-        build(config, steps.append).registry.close()
+        parts = build(config, steps.append)
+        parts.registry.close()
+        assert parts.model.group_size == settings.get("group_size", 0)
         quantized.append(any(step.startswith("quantizing") for step in steps))
     assert quantized == [True, not saves]
     assert len(list(cache.glob("quantized/*.safetensors"))) == saves

@@ -13,8 +13,14 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.split import Target
+from adaplex.model.loader import BaseModel, load_base
 from adaplex.model.perplexity import Window, windows
+from adaplex.server.config import ServerConfig
 from adaplex.server.evaluation import evaluate
+from adaplex.server.stores import import_adapters, open_store
+from adapters.handmade import UPLOAD
 from peft_adapters import Oracle, everything, load_plain, save_adapter
 from peft_families import FAMILIES
 from peft_kinds import save_kind
@@ -39,6 +45,20 @@ def text(tmp_path: Path) -> Path:
 def save_lora(model: Path, directory: Path) -> Path:
     fields = {"r": 4, "lora_alpha": 8, "target_modules": everything("llama")}
     return save_adapter(load_plain(model), directory, **fields)
+
+
+def store(
+    base: BaseModel, root: Path, **adapters: tuple[Path, ...]
+) -> tuple[AdapterRegistry, list[str]]:
+    """A store with these versions of these names, and their digests."""
+    opened = open_store(ServerConfig(store_dir=root), base.spec, element_bytes=4)
+    digests = []
+    for name, versions in adapters.items():
+        for directory in versions:
+            config = ServerConfig(adapters={name: directory})
+            import_adapters(config, opened, lambda _: None)
+            digests.append(opened.registry.names.get(name).digest)
+    return opened.registry, digests
 
 
 def nats(oracle: Oracle, ids: list[int], length: int, stride: int) -> list[float]:
@@ -89,6 +109,59 @@ def test_perplexities_are_those_of_peft(
     assert math.log(score["base"]) == pytest.approx(sum(base) / 99, abs=1e-4)
     assert math.log(score["adapter"]) == pytest.approx(sum(adapted) / 99, abs=1e-4)
     assert abs(score["ratio"] - 1) > 1e-3
+
+
+def test_a_stored_adapter_is_measured_by_any_of_its_names(
+    text: Path, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, base = tiny_model("llama"), load_base(str(tiny_model("llama")), quantization="fp32")
+    first = save_lora(model, tmp_path / "first")
+    second = FAMILIES["ia3"].save(model, tmp_path / "second", 2)
+    registry, digests = store(base, tmp_path / "store", tone=(first, second))
+    registry.names.set_alias("tone", "best", [Target(1)], UPLOAD)
+    registry.close()
+    flags = ("--file", text, "--model", model, "--quantization", "fp32", "--max-tokens", 40)
+
+    def measured(adapter: object) -> Any:
+        where = () if Path(str(adapter)).is_dir() else ("--store-dir", tmp_path / "store")
+        result = run(adapter, *flags, *where, "--json")
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    for number, directory, selectors in (
+        (1, first, ("tone@1", "tone@best", digests[0])),
+        (2, second, ("tone", "tone@2", digests[1])),
+    ):
+        expected = measured(directory)
+        assert abs(expected["texts"][0]["ratio"] - 1) > 1e-3
+        for selector in selectors:
+            found = measured(selector)
+            assert found["texts"] == expected["texts"]
+            assert found["adapter"] == expected["adapter"] | {"name": f"tone@{number}"}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "store_dir", "reason"),
+    [
+        ("tone", "none", "store_dir: there is no store in "),
+        ("tone", "store", "no adapter 'tone'"),
+        ("./tone", "store", "./tone: there is no such directory, and no adapter has such a name"),
+    ],
+)
+def test_an_adapter_that_is_nowhere_is_told(
+    adapter: str,
+    store_dir: str,
+    reason: str,
+    text: Path,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "store").mkdir()
+    flags = ("--model", tiny_model("llama"), "--store-dir", tmp_path / store_dir)
+    result = run(adapter, "--file", text, *flags)
+    assert result.exit_code == 2
+    assert f"error: {reason}" in result.output
+    assert not (tmp_path / "none").exists()
 
 
 def test_several_texts_are_shown_as_a_table(

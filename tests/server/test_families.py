@@ -65,7 +65,11 @@ def test_leading_positions_and_merging_are_told(
     prefix = FAMILIES["prefix-tuning"].save(model, tmp_path / "prefix", 2)
     assert families.verify(prefix, str(model), "fp32").report.prefix_tokens > 0
     save_kind(load_plain(model), tmp_path / "oft", "OFT")
-    assert families.verify(tmp_path / "oft", str(model), "fp32").report.merged_only
+    report = families.verify(tmp_path / "oft", str(model), "fp32").report
+    assert report.merged_only
+    assert report.merged_bytes == 3 * 4 * (
+        64 * 64 + 32 * 64 + 64 * 128
+    )  # q, v and down of 3 layers
 
 
 def test_what_would_be_refused_is_told(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

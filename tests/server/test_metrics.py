@@ -23,6 +23,54 @@ def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None
     return registry.get_sample_value(f"adaplex_{name}", {"model_name": "m", **labels})
 
 
+LABELS = {
+    "lora_requests_info": ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+    "request_success": ["finished_reason"],
+    "admission_rejections": ["reason"],
+    "adapter_requests": ["adapter"],
+    "adapter_loads": ["outcome", "tier"],
+    "adapter_load_seconds": ["tier"],
+    "adapter_evictions": ["tier"],
+    "adapter_resident_bytes": ["tier"],
+    "adapter_capacity_bytes": ["tier"],
+    "adapter_state": ["adapter", "tier"],
+}
+"""Beside model_name; every other family has that one only."""
+LATENCIES = "0.3 0.5 0.8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680"
+BETWEEN = "0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5 5 7.5 10 20 40 80"
+BUCKETS = {
+    "time_to_first_token_seconds": "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 "
+    "1 2.5 5 7.5 10 20 40 80 160 640 2560",
+    "inter_token_latency_seconds": BETWEEN,
+    "request_time_per_output_token_seconds": BETWEEN,
+    "e2e_request_latency_seconds": LATENCIES,
+    "request_queue_time_seconds": LATENCIES,
+    "request_prefill_time_seconds": LATENCIES,
+    "request_decode_time_seconds": LATENCIES,
+}
+
+
+def test_labels_and_buckets_are_those_that_dashboards_for_vllm_know() -> None:
+    metrics, registry = made(EngineStats(resident=frozenset(["sha256:a"])))
+    metrics.request_admitted(ref("a"), 1)
+    metrics.tokens_generated(2, [0.1])
+    metrics.request_ended("stop", 2, Timing(queued=0.5, first_token=1.5, total=5.5))
+    metrics.adapter_loaded(tier="arena", outcome="ok", seconds=0.02)
+    metrics.stepped(rows=1)
+    buckets = {}
+    for metric in registry.collect():
+        name = metric.name.removeprefix("adaplex_")
+        labels = {label for sample in metric.samples for label in sample.labels} - {"le"}
+        assert sorted(labels - {"model_name"}) == LABELS.get(name, []), name
+        assert "model_name" in labels, name
+        if metric.type == "histogram":
+            bounds = {s.labels["le"] for s in metric.samples if "le" in s.labels} - {"+Inf"}
+            buckets[name] = sorted(map(float, bounds))
+    assert LABELS.keys() <= {m.name.removeprefix("adaplex_") for m in registry.collect()}
+    for name, bounds in BUCKETS.items():
+        assert buckets[name] == [float(bound) for bound in bounds.split()], name
+
+
 def test_adapter_labels_are_capped() -> None:
     stats = EngineStats(resident=frozenset(["sha256:a0", "sha256:a1500", "sha256:unseen"]))
     metrics, registry = made(stats)

@@ -230,6 +230,7 @@ def toy_parts(
             name=MODEL,
             architecture="llama",
             quantization="fp32",
+            group_size=0,
             compute_dtype="float32",
             device="cpu",
             digest=BASE.digest,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
 
@@ -52,6 +52,8 @@ class Report:
     invocation: tuple[int, ...] = ()
     """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
     merged_only: bool = False
+    merged_bytes: int = 0
+    """Of its merged weights, at most, where it can only be served so."""
 
     @property
     def leading(self) -> int:
@@ -96,7 +98,16 @@ def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Rep
         virtual_tokens=program.virtual_tokens,
         invocation=program.invocation,
         merged_only=program.merged_only,
+        merged_bytes=_merged_bytes(program, base, element_bytes) if program.merged_only else 0,
     )
+
+
+def _merged_bytes(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> int:
+    """Bytes with every linear dense, and packed what is at other modules."""
+    linears = [m for p in program.modules if (m := base.modules[p.module]).kind == "linear"]
+    rest = tuple(p for p in program.modules if base.modules[p.module].kind != "linear")
+    dense = sum(linear.out_features * linear.in_features for linear in linears)
+    return dense * element_bytes + replace(program, modules=rest).packed_bytes(element_bytes)
 
 
 @lru_cache(maxsize=4096)

@@ -139,7 +139,8 @@ class AdapterReport:
     """What a checkpoint says and how the base takes it. `notes` had no effect on the answer.
 
     `prefix_tokens` and `virtual_tokens` are positions before the prompt, with keys and values of
-    their own and with embeddings of their own.
+    their own and with embeddings of their own. `merged_bytes` is what merged weights take of one
+    that can only be served so.
     """
 
     family: str
@@ -153,6 +154,7 @@ class AdapterReport:
     virtual_tokens: int = 0
     invocation_tokens: tuple[int, ...] = ()
     merged_only: bool = False
+    merged_bytes: int = 0
 
 
 @dataclass(frozen=True)

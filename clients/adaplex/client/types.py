@@ -292,11 +292,14 @@ class AdaptableModule:
 
 @dataclass(frozen=True)
 class BaseModelInfo:
-    """The resident base model. A decode step reads `step_weight_bytes` of its `weight_bytes`."""
+    """The resident base model. A decode step reads `step_weight_bytes` of its `weight_bytes`;
+    `group_size` inputs share a scale where it is kept as `int4-group`, else it is 0.
+    """
 
     name: str
     architecture: str
     quantization: str
+    group_size: int
     compute_dtype: str
     device: str
     digest: str

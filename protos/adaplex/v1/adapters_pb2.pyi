@@ -1228,6 +1228,7 @@ class AdapterReport(_message.Message):
     VIRTUAL_TOKENS_FIELD_NUMBER: _builtins.int
     INVOCATION_TOKENS_FIELD_NUMBER: _builtins.int
     MERGED_ONLY_FIELD_NUMBER: _builtins.int
+    MERGED_BYTES_FIELD_NUMBER: _builtins.int
     family: _builtins.str
     digest: _builtins.str
     packed_bytes: _builtins.int
@@ -1237,6 +1238,8 @@ class AdapterReport(_message.Message):
     """Positions before the prompt, behind the prefix, whose embeddings the adapter has."""
     merged_only: _builtins.bool
     """Whether it can only be served merged."""
+    merged_bytes: _builtins.int
+    """Bytes that its merged weights take, at most, where it can only be served so; else 0."""
     @_builtins.property
     def modules(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModuleReport]: ...
     @_builtins.property
@@ -1269,10 +1272,11 @@ class AdapterReport(_message.Message):
         virtual_tokens: _builtins.int = ...,
         invocation_tokens: _abc.Iterable[_builtins.int] | None = ...,
         merged_only: _builtins.bool = ...,
+        merged_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "family", b"family", "invocation_tokens", b"invocation_tokens", "merged_only", b"merged_only", "modules", b"modules", "notes", b"notes", "packed_bytes", b"packed_bytes", "prefix_tokens", b"prefix_tokens", "refusals", b"refusals", "virtual_tokens", b"virtual_tokens", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "family", b"family", "invocation_tokens", b"invocation_tokens", "merged_bytes", b"merged_bytes", "merged_only", b"merged_only", "modules", b"modules", "notes", b"notes", "packed_bytes", b"packed_bytes", "prefix_tokens", b"prefix_tokens", "refusals", b"refusals", "virtual_tokens", b"virtual_tokens", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

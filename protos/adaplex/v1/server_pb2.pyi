@@ -74,6 +74,7 @@ class BaseModelInfo(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     ARCHITECTURE_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
+    GROUP_SIZE_FIELD_NUMBER: _builtins.int
     COMPUTE_DTYPE_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
@@ -88,6 +89,8 @@ class BaseModelInfo(_message.Message):
     architecture: _builtins.str
     quantization: _builtins.str
     """`nf4`, `int8`, `int4-group`, `bf16` or `fp32`."""
+    group_size: _builtins.int
+    """Inputs that share a scale in `int4-group`; 0 for the others."""
     compute_dtype: _builtins.str
     device: _builtins.str
     digest: _builtins.str
@@ -112,6 +115,7 @@ class BaseModelInfo(_message.Message):
         name: _builtins.str = ...,
         architecture: _builtins.str = ...,
         quantization: _builtins.str = ...,
+        group_size: _builtins.int = ...,
         compute_dtype: _builtins.str = ...,
         device: _builtins.str = ...,
         digest: _builtins.str = ...,
@@ -125,7 +129,7 @@ class BaseModelInfo(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "compute_dtype", b"compute_dtype", "device", b"device", "digest", b"digest", "fingerprint", b"fingerprint", "kv_token_bytes", b"kv_token_bytes", "max_model_len", b"max_model_len", "modules", b"modules", "name", b"name", "quantization", b"quantization", "step_weight_bytes", b"step_weight_bytes", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "compute_dtype", b"compute_dtype", "device", b"device", "digest", b"digest", "fingerprint", b"fingerprint", "group_size", b"group_size", "kv_token_bytes", b"kv_token_bytes", "max_model_len", b"max_model_len", "modules", b"modules", "name", b"name", "quantization", b"quantization", "step_weight_bytes", b"step_weight_bytes", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

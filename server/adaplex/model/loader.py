@@ -56,6 +56,8 @@ class BaseModel:
     step: StepContext
     shapes: tuple[LayerShape, ...]
     quantization: str
+    group_size: int
+    """Of int4-group; else 0."""
     dtype: torch.dtype
     device: torch.device
     max_positions: int
@@ -146,6 +148,7 @@ def load_base(
         step=step,
         shapes=tuple(found.shapes),
         quantization=quantization,
+        group_size=group_size if quantization == INT4_GROUP else 0,
         dtype=compute,
         device=where,
         max_positions=int(config.max_position_embeddings),

@@ -14,9 +14,10 @@ from adaplex.model.int4_group import (
     int4_roundtrip,
     merged_zeros,
 )
-from adaplex.model.kernels.native.kernels import NativeKernels, unpack_codes, unpack_groups
+from adaplex.model.kernels.native.kernels import NativeKernels, unpack_groups
 from adaplex.model.linear import LinearBackend
 from adaplex.model.native_linear import NativeLinear, dense_linear
+from adaplex.model.panel_codes import codes
 
 
 class NativeInt4Linear(NativeLinear):
@@ -54,8 +55,7 @@ class NativeInt4Linear(NativeLinear):
 
     def dequantize(self) -> Tensor:
         """See LinearBackend."""
-        nibbles = unpack_codes(self.panels, self.out_features)
-        return grouped_weight(nibbles, *self._grid())
+        return grouped_weight(codes(self.panels, self.out_features), *self._grid())
 
     @property
     def nbytes(self) -> int:

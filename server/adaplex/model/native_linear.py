@@ -13,9 +13,9 @@ from adaplex.model.kernels.native.kernels import (
     LANES,
     NativeKernels,
     unpack_dense,
-    unpack_nf4,
 )
 from adaplex.model.linear import DenseLinear, LinearBackend
+from adaplex.model.panel_codes import nf4_weight
 
 NF4_VALUES = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -91,8 +91,8 @@ class NativeLinear(LinearBackend):
         """See LinearBackend."""
         if self.scales is None:
             return unpack_dense(self.panels, self.out_features).float()
-        table = torch.tensor(NF4_VALUES).bfloat16().float()
-        return unpack_nf4(self.panels, self.scales, self.out_features, table)
+        values = torch.tensor(NF4_VALUES).bfloat16().float()
+        return nf4_weight(self.panels, self.scales, self.out_features, values)
 
     def tensors(self) -> dict[str, Tensor]:
         """See LinearBackend."""

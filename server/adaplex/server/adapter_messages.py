@@ -207,6 +207,7 @@ def report(found: Report) -> adapters_pb2.AdapterReport:
         virtual_tokens=found.virtual_tokens,
         invocation_tokens=found.invocation,
         merged_only=found.merged_only,
+        merged_bytes=found.merged_bytes,
     )
 
 

@@ -139,6 +139,7 @@ def _model_info(spec: BaseSpec, base: BaseModel) -> ModelInfo:
         name=spec.name,
         architecture=spec.model_type,
         quantization=base.quantization,
+        group_size=base.group_size,
         compute_dtype=str(base.dtype).removeprefix("torch."),
         device=str(base.device),
         digest=spec.digest,

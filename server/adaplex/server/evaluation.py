@@ -13,6 +13,7 @@ import typer
 
 from adaplex.client.cli import render
 from adaplex.server.config import ConfigError
+from adaplex.server.maintenance import ConfigFile, SharedStore, StoreDir
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,14 +22,18 @@ if TYPE_CHECKING:
     from adaplex.engine.request import AdapterRef
     from adaplex.server.workbench import Workbench
 
-Directory = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Adapter directory.")]
+Adapter = Annotated[
+    str,
+    typer.Argument(
+        help="Adapter directory; else what is stored as name, name@version, name@alias or digest."
+    ),
+]
 Files = Annotated[
     list[Path],
     typer.Option("--file", exists=True, dir_okay=False, help="Text in UTF-8; repeat for more."),
 ]
 Model = Annotated[str | None, typer.Option(help="Base model, as for `adaplex serve`.")]
 Quantization = Annotated[str | None, typer.Option(help="How the base is kept.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of the server.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -49,7 +54,7 @@ class TextScore:
 
 
 def evaluate(
-    directory: Directory,
+    adapter: Adapter,
     file: Files,
     window: Annotated[int, typer.Option(min=2, help="Tokens that are seen at once.")] = 512,
     stride: Annotated[
@@ -62,6 +67,8 @@ def evaluate(
     merged: Annotated[bool, typer.Option("--merged", help="Measure the merged mode.")] = False,
     model: Model = None,
     quantization: Quantization = None,
+    store_dir: StoreDir = None,
+    shared_store: SharedStore = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -70,17 +77,26 @@ def evaluate(
 
     with told():
         texts = {path: path.read_text(encoding="utf-8") for path in file}
-        bench = Workbench.of({"model": model, "quantization": quantization, "config": config})
-        program = bench.read(directory)
+        directory = _directory(adapter)
+        bench = Workbench.of(
+            {
+                **{"model": model, "quantization": quantization, "config": config},
+                **{"store_dir": store_dir, "shared_store": shared_store},
+            }
+        )
+        if directory is None:
+            name, program = bench.stored(adapter)
+        else:
+            name, program = directory.name, bench.read(directory)
         ids = {path: _tokens(bench, path, text, max_tokens) for path, text in texts.items()}
         step = min(stride or max(window // 2, 1), window)
-        scores = _scores(bench, directory.name, program, ids, window, step, merged=merged)
+        scores = _scores(bench, name, program, ids, window, step, merged=merged)
     render.warnings(program.warnings)
     if as_json:
         shown = {
             "model": bench.base.spec.name,
             "quantization": bench.base.quantization,
-            "adapter": {"family": program.family, "digest": program.digest},
+            "adapter": {"name": name, "family": program.family, "digest": program.digest},
             "texts": [asdict(score) | {"ratio": score.ratio} for score in scores],
         }
         typer.echo(json.dumps(shown, indent=2))
@@ -89,6 +105,17 @@ def evaluate(
         ("TEXT", "TOKENS", "BASE", "ADAPTER", "ADAPTER / BASE"),
         [(s.file, s.tokens, f"{s.base:.3f}", f"{s.adapter:.3f}", f"{s.ratio:.3f}") for s in scores],
     )
+
+
+def _directory(adapter: str) -> Path | None:
+    """The directory, None where it is a selector. Raises ConfigError when it can be neither."""
+    from adaplex.adapters.selector import Selector
+
+    if Path(adapter).is_dir():
+        return Path(adapter)
+    if Selector.parse(adapter) is None:
+        raise ConfigError(f"{adapter}: there is no such directory, and no adapter has such a name")
+    return None
 
 
 def _tokens(bench: Workbench, path: Path, text: str, most: int | None) -> tuple[int, ...]:

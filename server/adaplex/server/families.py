@@ -66,5 +66,6 @@ def _validation(report: Report, refusals: list[Refusal]) -> Validation:
         virtual_tokens=report.virtual_tokens,
         invocation_tokens=report.invocation,
         merged_only=report.merged_only,
+        merged_bytes=report.merged_bytes,
     )
     return Validation(not refusals, shown)

@@ -66,14 +66,12 @@ def _opened(
 ) -> Iterator[tuple[Contents, Catalog]]:
     """The store of the flags, the environment or the file."""
     from adaplex.adapters.errors import AdaplexError
-    from adaplex.server.stores import open_contents
+    from adaplex.server.stores import existing, open_contents
 
     given = {"store_dir": store_dir, "shared_store": shared_store, "config": config}
     try:
         settings = load_config({name: value for name, value in given.items() if value is not None})
-        if settings.shared_store is None and not settings.store_dir.is_dir():
-            raise ConfigError(f"store_dir: there is no store in {settings.store_dir}")
-        contents, catalog = open_contents(settings)
+        contents, catalog = open_contents(existing(settings))
         try:
             yield contents, catalog
         finally:

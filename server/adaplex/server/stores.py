@@ -58,6 +58,13 @@ def open_store(config: ServerConfig, spec: BaseSpec, *, element_bytes: int) -> S
     return Store(registry, Importer(registry, contents, sources), contents)
 
 
+def existing(config: ServerConfig) -> ServerConfig:
+    """The same configuration, if its store is there. Raises ConfigError."""
+    if config.shared_store is None and not config.store_dir.is_dir():
+        raise ConfigError(f"store_dir: there is no store in {config.store_dir}")
+    return config
+
+
 def open_contents(config: ServerConfig) -> tuple[Contents, Catalog]:
     """Files and names, in a folder of this machine or shared. Raises ConfigError."""
     root = config.store_dir

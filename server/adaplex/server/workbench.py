@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import typer
 
 from adaplex.adapters.base_match import BasePolicy
 from adaplex.adapters.errors import AdaplexError
-from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram
 from adaplex.adapters.programs import read_adapter
 from adaplex.engine.request import AdapterMode, AdapterRef
@@ -21,6 +20,7 @@ from adaplex.model.perplexity import window_blocks
 from adaplex.model.runner import ModelRunner
 from adaplex.server.build import BLOCK_TOKENS, load, use_threads
 from adaplex.server.config import ConfigError, ServerConfig, load_config
+from adaplex.server.stores import adapter_limits, existing, open_store
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,25 @@ class Workbench:
 
     def read(self, directory: Path) -> AdapterProgram:
         """The adapter, checked as at an upload. Raises AdapterInvalid or AdapterTooLarge."""
-        limits = AdapterLimits(
-            max_adapter_bytes=self.config.max_adapter_bytes,
-            max_rank=self.config.max_adapter_rank,
-        )
-        return read_adapter(directory, self.base.spec, limits, BasePolicy(self.config.base_policy))
+        policy = BasePolicy(self.config.base_policy)
+        return read_adapter(directory, self.base.spec, adapter_limits(self.config), policy)
+
+    def stored(self, selector: str) -> tuple[str, AdapterProgram]:
+        """`name@version` and program of what a selector names in the store, by the settings of a
+        server. Raises ConfigError for the store, and AdapterErrors.
+        """
+        registry = open_store(
+            existing(self.config), self.base.spec, element_bytes=self.base.dtype.itemsize
+        ).registry
+        try:
+            lease = registry.resolve(selector)
+            try:
+                record, program = lease.record, registry.programs.program(lease.record.digest)
+            finally:
+                lease.release()
+        finally:
+            registry.close()
+        return f"{record.name}@{record.version}", replace(program, warnings=lease.warnings)
 
     def runner(self, program: AdapterProgram, ref: AdapterRef, positions: int) -> ModelRunner:
         """A runner with room for so many positions, and the adapter in memory."""

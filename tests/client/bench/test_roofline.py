@@ -16,6 +16,7 @@ def model(*, step_weight_bytes: int, kv_token_bytes: int) -> BaseModelInfo:
         name="m",
         architecture="llama",
         quantization="nf4",
+        group_size=0,
         compute_dtype="bfloat16",
         device="cpu",
         digest="",

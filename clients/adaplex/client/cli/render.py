@@ -292,7 +292,7 @@ def _asked(checked: AdapterReport) -> list[tuple[str, object]]:
     if checked.invocation_tokens:
         rows.append(("invoked by tokens", " ".join(map(str, checked.invocation_tokens))))
     if checked.merged_only:
-        rows.append(("mode", "merged only"))
+        rows.append(("mode", f"merged only, in {size(checked.merged_bytes)}"))
     return rows
 
 

@@ -8,7 +8,7 @@ import typer
 
 from adaplex.client.cli import render
 from adaplex.client.cli.app import connect
-from adaplex.client.types import ServerInfo
+from adaplex.client.types import BaseModelInfo, ServerInfo
 
 
 def status(
@@ -30,7 +30,7 @@ def _rows(info: ServerInfo) -> list[tuple[str, object]]:
         ("version", info.version),
         ("uptime", f"{info.uptime_seconds:.0f} s"),
         ("model", f"{model.name} ({model.architecture})"),
-        ("weights", f"{model.quantization}, {render.size(model.weight_bytes)}"),
+        ("weights", _weights(model)),
         ("compute", f"{model.compute_dtype} on {model.device}"),
         ("base digest", model.digest),
         ("base fingerprint", model.fingerprint),
@@ -53,6 +53,11 @@ def _rows(info: ServerInfo) -> list[tuple[str, object]]:
             f"{render.size(limits.max_adapter_bytes)}, rank {limits.max_adapter_rank}",
         ),
     ]
+
+
+def _weights(model: BaseModelInfo) -> str:
+    grouped = f", groups of {model.group_size}" if model.group_size else ""
+    return f"{model.quantization}{grouped}, {render.size(model.weight_bytes)}"
 
 
 def _share(used: int, total: int) -> str:

@@ -23,6 +23,7 @@ class ModelInfo:
     name: str
     architecture: str
     quantization: str
+    group_size: int
     compute_dtype: str
     device: str
     digest: str

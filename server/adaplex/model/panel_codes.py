@@ -1,0 +1,45 @@
+"""Codes of 4 bits, out of the panels that the C kernels read: how a weight is dequantized whole.
+
+NativeKernels' `unpack_codes` and `unpack_nf4` say the same a code at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adaplex.model.kernels.native.kernels import unpack_groups
+
+
+def code_pairs(panels: Tensor, rows: int) -> Tensor:
+    """Panels of `NativeKernels.pack_codes` -> uint8 [rows, in / 2]: the codes of two inputs, the
+    first in the low half.
+    """
+    # A line of a row is 8 inputs: those of even place in one int16, those of odd in the next.
+    lines = panels.view(torch.int32)[..., 0].transpose(1, 2).flatten(0, 1)[:rows].contiguous()
+    even, odd = _spread(lines & 0xFFFF), _spread(lines >> 16 & 0xFFFF)
+    return (even | odd << 4).view(torch.uint8)
+
+
+def codes(panels: Tensor, rows: int) -> Tensor:
+    """Codes of 0 to 15, uint8 [rows, in]."""
+    pairs = code_pairs(panels, rows)
+    return torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)
+
+
+def nf4_weight(panels: Tensor, scales: Tensor, rows: int, values: Tensor) -> Tensor:
+    """The weight in effect, fp32 [rows, in]; `values` fp32 [16] are what codes stand for, `scales`
+    [out / LANES, groups, LANES] those of each group of inputs.
+    """
+    # Two values are looked up at once, as one number of eight bytes.
+    both = torch.stack((values.repeat(16), values.repeat_interleave(16)), -1)
+    pairs = code_pairs(panels, rows).to(torch.int32).flatten()
+    found = both.view(torch.int64).flatten().index_select(0, pairs).view(torch.float32)
+    grouped = found.view(rows, scales.shape[1], -1)
+    return grouped.mul_(unpack_groups(scales, rows)[..., None]).view(rows, -1)
+
+
+def _spread(halves: Tensor) -> Tensor:
+    """int32 of four codes in their low 16 bits -> one code a byte, the lowest first."""
+    halves = (halves | halves << 8) & 0x00FF00FF
+    return (halves | halves << 4) & 0x0F0F0F0F
