@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.adapters.program import AdapterProgram, LowRank, ModuleProgram
+from adaplex.adapters.primitives import LowRank
+from adaplex.adapters.program import AdapterProgram, ModuleProgram
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.model.int4_group import (
     GROUP_SIZES,

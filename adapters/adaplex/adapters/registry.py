@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from adaplex.adapters.base_match import BasePolicy, other_base
+from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.catalog import AdapterRecord, Catalog
 from adaplex.adapters.combination import Combination, Component, check, module_ranks, packed_bytes
 from adaplex.adapters.errors import (
@@ -22,7 +23,6 @@ from adaplex.adapters.intake import Intake, Room
 from adaplex.adapters.lease import Lease, Leases, Part
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.names import Names
-from adaplex.adapters.program import BaseSpec
 from adaplex.adapters.programs import Programs
 from adaplex.adapters.signatures import SignaturePolicy, SignatureVerifier
 from adaplex.adapters.sqlite_catalog import SqliteCatalog

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from adaplex.adapters.base_match import BasePolicy
+from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.bucket import Bucket
 from adaplex.adapters.bucket_catalog import BucketCatalog
 from adaplex.adapters.bucket_contents import BucketContents
@@ -21,7 +22,6 @@ from adaplex.adapters.gguf_lora import convert_gguf_lora
 from adaplex.adapters.importer import Importer
 from adaplex.adapters.intake import Room
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseSpec
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.adapters.signatures import SignaturePolicy, SignatureVerifier
 from adaplex.adapters.sources import Sources

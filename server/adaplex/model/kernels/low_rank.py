@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaplex.adapters.program import Activation, BaseModule, Reads
+from adaplex.adapters.base_spec import BaseModule
+from adaplex.adapters.primitives import Activation, Reads
 from adaplex.model.kernels import reference
 from adaplex.model.kernels.launches import Launches
 from adaplex.model.kernels.native.kernels import NativeKernels
