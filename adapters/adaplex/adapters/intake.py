@@ -8,6 +8,7 @@ from pathlib import Path
 
 from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.catalog import AdapterRecord, Catalog
+from adaplex.adapters.contents import Contents, is_damaged
 from adaplex.adapters.entry import Entry, Origin, Version
 from adaplex.adapters.errors import (
     AdapterExists,
@@ -25,7 +26,6 @@ from adaplex.adapters.report import Report
 from adaplex.adapters.selector import NAME
 from adaplex.adapters.signatures import SignatureVerifier, Verdict
 from adaplex.adapters.staging import FileSpec, Staging, check_files
-from adaplex.adapters.store import Contents, is_damaged
 
 
 @dataclass(frozen=True)

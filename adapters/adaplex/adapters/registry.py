@@ -12,6 +12,7 @@ from adaplex.adapters.base_match import BasePolicy, other_base
 from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.catalog import AdapterRecord, Catalog
 from adaplex.adapters.combination import Combination, Component, check, module_ranks, packed_bytes
+from adaplex.adapters.contents import Contents
 from adaplex.adapters.errors import (
     AdapterNotFound,
     AdapterTooLarge,
@@ -26,7 +27,7 @@ from adaplex.adapters.names import Names
 from adaplex.adapters.programs import Programs
 from adaplex.adapters.signatures import SignaturePolicy, SignatureVerifier
 from adaplex.adapters.sqlite_catalog import SqliteCatalog
-from adaplex.adapters.store import AdapterStore, Contents
+from adaplex.adapters.store import AdapterStore
 
 RACES = 8
 """Times that a name may come to point elsewhere while it is being resolved."""

@@ -16,6 +16,7 @@ from adaplex.adapters.bucket import Bucket
 from adaplex.adapters.bucket_catalog import BucketCatalog
 from adaplex.adapters.bucket_contents import BucketContents
 from adaplex.adapters.catalog import Catalog
+from adaplex.adapters.contents import Contents
 from adaplex.adapters.entry import Origin
 from adaplex.adapters.errors import AdapterError
 from adaplex.adapters.gguf_lora import convert_gguf_lora
@@ -26,7 +27,7 @@ from adaplex.adapters.registry import AdapterRegistry
 from adaplex.adapters.signatures import SignaturePolicy, SignatureVerifier
 from adaplex.adapters.sources import Sources
 from adaplex.adapters.sqlite_catalog import SqliteCatalog
-from adaplex.adapters.store import AdapterStore, Contents
+from adaplex.adapters.store import AdapterStore
 from adaplex.server.config import ConfigError, ServerConfig
 
 AT_START = "start"
