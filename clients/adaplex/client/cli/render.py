@@ -23,7 +23,7 @@ from adaplex.client.adapter_types import (
     AliasTarget,
     UploadResult,
 )
-from adaplex.client.types import Generation, TokenLogprob
+from adaplex.client.generation_types import Generation, TokenLogprob
 
 PIPE_WIDTH = 200
 """Columns when the output is no terminal: wide enough to break no line of ours."""
