@@ -17,7 +17,7 @@ from adaplex.model.kernels.launches import Launch, Launches
 from adaplex.model.kernels.low_rank import AddLowRank, Product, Span, Tile, base_product
 from adaplex.model.kernels.triton_table import ResidentTable, Shared
 from adaplex.model.linear import LinearBackend
-from adaplex.model.segments import with_weight
+from adaplex.model.segments import table_scale, with_weight
 
 
 class TritonLowRank:
@@ -119,10 +119,7 @@ class TritonRows:
             return
         if self._virtual is not None:
             ids = torch.where(self._virtual < 0, ids, -1 - self._virtual)
-        factor = getattr(embedding, "embed_scale", None)
-        if factor is not None and not isinstance(factor, Tensor):
-            factor = torch.full((), factor, device=y.device)
-        triton_embedding.embed(shared, ids, y, factor)
+        triton_embedding.embed(shared, ids, y, table_scale(embedding, y))
 
     def block(self, name: str, x: Tensor, residual: Tensor, y: Tensor) -> None:
         """See AdapterRows."""
