@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters import formats
+from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.checkpoint import read_checkpoint
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram, BaseSpec
+from adaplex.adapters.program import AdapterProgram
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
 from adaplex.engine.sequence import Sequence
@@ -20,7 +21,7 @@ from adaplex.model import attention
 from adaplex.model.decode_steps import decode_steps
 from adaplex.model.kernels import reference
 from adaplex.model.kernels.low_rank import LowRankKernel, NativeLowRank, ReferenceLowRank
-from adaplex.model.kernels.triton_rows import TritonLowRank
+from adaplex.model.kernels.triton_rows import TritonKernels
 from adaplex.model.loader import load_base
 from adaplex.model.runner import ModelRunner
 
@@ -72,7 +73,7 @@ class Rig:
     def _low_rank(self, *, triton: bool) -> LowRankKernel:
         """Triton's kernel, the one in C, or the reference."""
         if triton:
-            return TritonLowRank(self.base.spec.modules, self.base.device)
+            return TritonKernels(self.base.spec.modules, self.base.device)
         if self.base.kernels is not None:
             return NativeLowRank(self.base.kernels)
         return ReferenceLowRank()

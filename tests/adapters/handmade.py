@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.catalog import AdapterRecord, Query
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from adaplex.adapters.entry import Origin
 from adaplex.adapters.importer import Importer
 from adaplex.adapters.intake import Committed
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseModule, BaseSpec
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.adapters.sources import Sources
 from adaplex.adapters.staging import FileSpec, Staging

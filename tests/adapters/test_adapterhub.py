@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adaplex.adapters import formats
 from adaplex.adapters.base_match import mismatches
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import (
     ADAPTERHUB_WEIGHTS,
     CONFIG,
@@ -25,14 +26,8 @@ from adaplex.adapters.checkpoint import (
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
 from adaplex.adapters.formats.hybrid import join
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import (
-    Activation,
-    AdapterProgram,
-    BaseModule,
-    BaseSpec,
-    Bottleneck,
-    Reads,
-)
+from adaplex.adapters.primitives import Activation, Bottleneck, Reads
+from adaplex.adapters.program import AdapterProgram
 from adaplex.adapters.sources.transfer import choose_files
 from adaplex.client.errors import InvalidArgument
 from adaplex.client.upload import AdapterFiles

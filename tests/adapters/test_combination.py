@@ -21,7 +21,8 @@ from adaplex.adapters.combination import (
 )
 from adaplex.adapters.digest import PATTERN
 from adaplex.adapters.errors import AdapterInvalid
-from adaplex.adapters.program import AdapterProgram, LowRank, ModuleProgram
+from adaplex.adapters.primitives import LowRank
+from adaplex.adapters.program import AdapterProgram, ModuleProgram
 from adaplex.adapters.report import describe
 from adapters.handmade import BASE, DOWN, NORM, QUERY, VALUE
 

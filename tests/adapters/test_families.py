@@ -15,11 +15,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from adaplex.adapters import formats
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS, Checkpoint, read_checkpoint
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
 from adaplex.adapters.formats.vera import random_projections
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram, BaseModule, BaseSpec
+from adaplex.adapters.program import AdapterProgram
 from adapters.handmade import DOWN, HIDDEN, INNER, NORM, PREFIX, QUERY, VALUE, make_base, write
 
 LIMITS = AdapterLimits()

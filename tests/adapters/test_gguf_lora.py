@@ -27,11 +27,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from adaplex.adapters import formats
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS, read_checkpoint
 from adaplex.adapters.errors import AdapterError, AdapterInvalid, AdapterTooLarge
 from adaplex.adapters.gguf_lora import ARCHITECTURES, convert_gguf_lora
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseModule, BaseSpec, LowRank
+from adaplex.adapters.primitives import LowRank
 from peft_adapters import everything, load_plain, save_adapter
 
 LIMITS = AdapterLimits()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.combination import (
     Combination,
     Component,
@@ -20,18 +21,15 @@ from adaplex.adapters.combination import (
 )
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.joined import joined
-from adaplex.adapters.program import (
+from adaplex.adapters.primitives import (
     Activation,
-    AdapterProgram,
-    BaseModule,
-    BaseSpec,
     Bottleneck,
     KVPrefix,
     LowRank,
-    ModuleProgram,
     Reads,
     ReplacedRows,
 )
+from adaplex.adapters.program import AdapterProgram, ModuleProgram
 from adaplex.adapters.report import describe
 
 HIDDEN, VOCAB, OUT, EXPERTS = 8, 12, 6, 3

@@ -11,16 +11,12 @@ import pytest
 import torch
 
 from adaplex.adapters import formats
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.entry import from_json, to_json
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.leading import check_leading
-from adaplex.adapters.program import (
-    AdapterProgram,
-    BaseModule,
-    BaseSpec,
-    KVPrefix,
-    ModuleProgram,
-)
+from adaplex.adapters.primitives import KVPrefix
+from adaplex.adapters.program import AdapterProgram, ModuleProgram
 from adaplex.adapters.registry import AdapterRegistry
 from adapters.entries import entry
 from adapters.handmade import BASE, make_registry, push, stage, tensors

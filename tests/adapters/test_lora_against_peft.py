@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adaplex.adapters import formats
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import read_checkpoint
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram, BaseModule, BaseSpec
+from adaplex.adapters.program import AdapterProgram
 from peft_adapters import attention, everything, load_plain, save_adapter, spread
 
 LIMITS = AdapterLimits()

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters import formats
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
 from adaplex.adapters.formats.lora_config import CONFLICTS, EVERYWHERE
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram, BaseModule, BaseSpec
+from adaplex.adapters.program import AdapterProgram
 from adapters.handmade import PREFIX, config
 
 QUERY, GATE, NORM = "layers.0.q_proj", "layers.0.gate_proj", "layers.0.norm"

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from adaplex.adapters import formats
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.limits import AdapterLimits
@@ -25,7 +26,7 @@ from adaplex.adapters.merging import (
     merge_adapters,
     merge_checkpoints,
 )
-from adaplex.adapters.program import AdapterProgram, BaseModule, BaseSpec
+from adaplex.adapters.program import AdapterProgram
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.model.loader import load_base
 from adapters.handmade import (

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from adaplex.adapters import trial
 from adaplex.adapters.base_match import BasePolicy
+from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.formats import peft_fallback
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseSpec
 from adaplex.adapters.programs import Programs
 from adaplex.adapters.store import AdapterStore
 from adaplex.model.loader import load_base

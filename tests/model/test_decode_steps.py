@@ -10,14 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.adapters.program import (
-    AdapterProgram,
-    Bottleneck,
-    LowRank,
-    ModuleProgram,
-    Reads,
-    ReplacedRows,
-)
+from adaplex.adapters.primitives import Bottleneck, LowRank, Reads, ReplacedRows
+from adaplex.adapters.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.engine.sequence import Sequence

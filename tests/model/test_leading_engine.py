@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.adapters.program import AdapterProgram, KVPrefix, LowRank, ModuleProgram
+from adaplex.adapters.primitives import KVPrefix, LowRank
+from adaplex.adapters.program import AdapterProgram, ModuleProgram
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.engine import Engine
 from adaplex.engine.observer import SilentObserver

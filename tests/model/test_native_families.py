@@ -10,17 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.adapters.program import (
-    Activation,
-    AdapterProgram,
-    BaseModule,
-    BaseSpec,
-    Bottleneck,
-    LowRank,
-    ModuleProgram,
-    Reads,
-    ReplacedRows,
-)
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.primitives import Activation, Bottleneck, LowRank, Reads, ReplacedRows
+from adaplex.adapters.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.engine.sequence import VIRTUAL

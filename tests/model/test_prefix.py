@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from adaplex.adapters.program import AdapterProgram, KVPrefix, LowRank, ModuleProgram
+from adaplex.adapters.primitives import KVPrefix, LowRank
+from adaplex.adapters.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode
 from adaplex.engine.sequence import Sequence

@@ -13,15 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adaplex.adapters.program import (
-    Activation,
-    AdapterProgram,
-    Bottleneck,
-    LowRank,
-    ModuleProgram,
-    Reads,
-    ReplacedRows,
-)
+from adaplex.adapters.primitives import Activation, Bottleneck, LowRank, Reads, ReplacedRows
+from adaplex.adapters.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode
 from adaplex.engine.sequence import VIRTUAL

@@ -9,18 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.adapters.program import BaseModule
+from adaplex.adapters.base_spec import BaseModule
+from adaplex.model.kernels.adapter_kernels import AdapterKernels, Tile
 from adaplex.model.kernels.launches import Launches
 from adaplex.model.kernels.low_rank import (
     AdapterWeights,
     ReferenceLowRank,
     SiteWeights,
     Span,
-    Tile,
-    TiledLowRank,
     low_rank_kernel,
 )
-from adaplex.model.kernels.triton_rows import TritonLowRank
+from adaplex.model.kernels.triton_rows import TritonKernels
 from adaplex.model.linear import DenseLinear
 from mixes import MIXES, ROWS, spans_of
 
@@ -85,7 +84,7 @@ def rows(module: str, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def test_equals_the_reference_and_leaves_base_rows_alone(mix: str, dtype: torch.dtype) -> None:
     adapters, chosen = Adapters(dtype), MIXES[mix]
     used = spans(chosen, adapters)
-    fast = TritonLowRank(LINEARS, DEVICE).plan(used, MODULES)
+    fast = TritonKernels(LINEARS, DEVICE).plan(used, MODULES)
     slow = ReferenceLowRank().plan(used, MODULES)
     for module in SHAPES:
         x, start = rows(module, len(chosen), dtype)
@@ -114,7 +113,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(module: str, dtype: torc
         if before:
             used.insert(0, Span(0, before, adapters.weights[4]))
         inputs = torch.cat([x[:before], x[start:stop]])
-        TritonLowRank(LINEARS, DEVICE).plan(used, MODULES)(module, inputs, got)
+        TritonKernels(LINEARS, DEVICE).plan(used, MODULES)(module, inputs, got)
         return got[before:]
 
     whole = run(0, ROWS)
@@ -129,7 +128,7 @@ def test_one_adapters_nan_stays_in_its_rows() -> None:
     poisoned.fill_(torch.nan)
     x, y = rows("up", 6, torch.bfloat16)
     used = [Span(0, 2, adapters.weights[2]), Span(2, 4, adapters.weights[1])]
-    TritonLowRank(LINEARS, DEVICE).plan(used, MODULES)("up", x, y)
+    TritonKernels(LINEARS, DEVICE).plan(used, MODULES)("up", x, y)
     assert bool(torch.isnan(y[2:4]).all())
     assert bool(torch.isfinite(y[[0, 1, 4, 5]]).all())
 
@@ -143,14 +142,14 @@ def test_rows_may_have_gaps_between_them() -> None:
     ReferenceLowRank().plan(used, MODULES)("key", x, expected)
     # Of a base with a module more than the adapters know, as when costs are measured.
     modules = {**LINEARS, "another": BaseModule("another", "linear", 8, 8)}
-    TritonLowRank(modules, DEVICE).plan(used, MODULES)("key", x, y)
+    TritonKernels(modules, DEVICE).plan(used, MODULES)("key", x, y)
     assert (y - expected).abs().max() < 1e-5
 
 
 def test_adapters_share_few_table_rows_in_turn() -> None:
     """Six adapters over a table of two, in an order that evicts what comes back."""
     adapters = Adapters(torch.float32)
-    kernel = TritonLowRank(LINEARS, DEVICE, slots=2)
+    kernel = TritonKernels(LINEARS, DEVICE, slots=2)
     for pair in [(0, 1), (2, 1), (0, 3), (3, 4), (5, 3), (1, 0)]:
         used = [Span(i, i + 1, adapters.weights[which]) for i, which in enumerate(pair)]
         x, y = rows("odd", 2, torch.float32)
@@ -162,7 +161,7 @@ def test_adapters_share_few_table_rows_in_turn() -> None:
 
 def test_another_adapter_of_the_same_identity_is_another() -> None:
     adapters = Adapters(torch.float32)
-    kernel = TritonLowRank(LINEARS, DEVICE)
+    kernel = TritonKernels(LINEARS, DEVICE)
     kernel.tiles([Span(0, 2, adapters.weights[1])])
     known = kernel._table._resident
     known[id(adapters.weights[2])] = known.pop(id(adapters.weights[1]))
@@ -176,7 +175,7 @@ def test_another_adapter_of_the_same_identity_is_another() -> None:
 def test_one_step_serves_whatever_its_tiles_say() -> None:
     """The same call after the tiles, the table and the arena's bytes were changed in place."""
     adapters = Adapters(torch.float32)
-    kernel = TritonLowRank(LINEARS, DEVICE, slots=3)
+    kernel = TritonKernels(LINEARS, DEVICE, slots=3)
     tiles = torch.zeros(3, 8, dtype=torch.int64, device=DEVICE)
     launches = Launches.of(adapters.weights[1].table)
     y = torch.zeros(8, SHAPES["down"][1], device=DEVICE)
@@ -204,5 +203,5 @@ def test_one_step_serves_whatever_its_tiles_say() -> None:
 
 def test_cuda_devices_get_triton() -> None:
     made = low_rank_kernel(None, DEVICE, LINEARS)
-    assert isinstance(made, TritonLowRank) == isinstance(made, TiledLowRank)
-    assert isinstance(made, TritonLowRank) == (DEVICE.type == "cuda")
+    assert isinstance(made, TritonKernels) == isinstance(made, AdapterKernels)
+    assert isinstance(made, TritonKernels) == (DEVICE.type == "cuda")

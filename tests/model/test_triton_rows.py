@@ -10,19 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaplex.adapters.program import (
-    Activation,
-    AdapterProgram,
-    BaseModule,
-    Bottleneck,
-    LowRank,
-    ModuleProgram,
-    Reads,
-    ReplacedRows,
-)
+from adaplex.adapters.base_spec import BaseModule
+from adaplex.adapters.primitives import Activation, Bottleneck, LowRank, Reads, ReplacedRows
+from adaplex.adapters.program import AdapterProgram, ModuleProgram
 from adaplex.model.host_copies import Packer
 from adaplex.model.kernels.low_rank import AdapterWeights, ReferenceLowRank, Span
-from adaplex.model.kernels.triton_rows import TritonLowRank
+from adaplex.model.kernels.triton_rows import TritonKernels
 from adaplex.model.linear import DenseLinear
 from adaplex.model.segments import Segment, SegmentRows
 from adaplex.model.step import AdapterRows
@@ -210,7 +203,7 @@ class Layers:
 
 def fast(used: Sequence[Span], inputs: Inputs, *, slots: int = 6) -> AdapterRows:
     """Triton's kernels for these spans."""
-    kernels = TritonLowRank(MODULES, DEVICE, slots=slots)
+    kernels = TritonKernels(MODULES, DEVICE, slots=slots)
     tiles = torch.tensor(kernels.tiles(used), device=DEVICE).view(-1, 3).T.contiguous()
     launches = kernels.launches(used)
     return kernels.rows(tiles, launches, max_rank=64, virtual=inputs.virtual)

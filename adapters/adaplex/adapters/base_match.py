@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
-from adaplex.adapters.program import BaseSpec
+from adaplex.adapters.base_spec import BaseSpec
 
 FINGERPRINT = "base_model_fingerprint"
 NAME = "base_model_name_or_path"

@@ -20,6 +20,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from adaplex.adapters.bucket import Blob, Bucket, Conflict
+from adaplex.adapters.contents import Hold
 from adaplex.adapters.digest import PATTERN, PREFIX
 from adaplex.adapters.errors import (
     AdapterInvalid,
@@ -28,7 +29,7 @@ from adaplex.adapters.errors import (
     StoreCorrupt,
 )
 from adaplex.adapters.staging import FileSpec, Staging
-from adaplex.adapters.store import MANIFEST, AdapterStore, Hold
+from adaplex.adapters.store import MANIFEST, AdapterStore
 
 FOLDER = "objects/"
 GRACE = timedelta(hours=1)

@@ -9,11 +9,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.digest import PREFIX
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.joined import Effect, conflict, joined
 from adaplex.adapters.limits import ALIGNMENT
-from adaplex.adapters.program import AdapterProgram, BaseSpec, TensorRole
+from adaplex.adapters.program import AdapterProgram, TensorRole
 from adaplex.adapters.report import ModuleReport, Report
 
 MAX_COMPONENTS = 8

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from adaplex.adapters.catalog import Catalog
 from adaplex.adapters.checkpoint import read_checkpoint
+from adaplex.adapters.contents import Contents
 from adaplex.adapters.errors import AdapterError, AdapterNotFound
 from adaplex.adapters.formats import FORMATS, identity, kind_of
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.store import Contents
 
 
 @dataclass(frozen=True)

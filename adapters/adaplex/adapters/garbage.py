@@ -7,8 +7,8 @@ import sqlite3
 from collections.abc import Callable
 
 from adaplex.adapters.catalog import Catalog
+from adaplex.adapters.contents import Contents
 from adaplex.adapters.errors import AdapterError
-from adaplex.adapters.store import Contents
 
 log = logging.getLogger(__name__)
 

@@ -20,12 +20,12 @@ from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSOR
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge, Refusal
 from adaplex.adapters.formats.reading import PREFIX
 from adaplex.adapters.gguf_file import GgufFile, GgufTensor, read_gguf
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseModule, BaseSpec
 
 ARCHITECTURES: Mapping[str, str] = {
     "gemma": "gemma",

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from adaplex.adapters.checkpoint import write_checkpoint
+from adaplex.adapters.contents import Contents
 from adaplex.adapters.entry import Origin
 from adaplex.adapters.errors import AdapterExists
 from adaplex.adapters.files import full_disk_is_store_full
@@ -20,7 +21,6 @@ from adaplex.adapters.merging import MergePlan, merge_checkpoints
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.adapters.selector import DEFAULT, LATEST, Selector
 from adaplex.adapters.sources import Fetched, Sources
-from adaplex.adapters.store import Contents
 
 FIRST_USE = "first use"
 """Who brings an adapter that a request names before anybody loaded it."""

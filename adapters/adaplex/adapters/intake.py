@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.catalog import AdapterRecord, Catalog
+from adaplex.adapters.contents import Contents, is_damaged
 from adaplex.adapters.entry import Entry, Origin, Version
 from adaplex.adapters.errors import (
     AdapterExists,
@@ -18,13 +20,12 @@ from adaplex.adapters.errors import (
 from adaplex.adapters.files import full_disk_is_store_full
 from adaplex.adapters.garbage import GarbageCollector
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import ELEMENT_BYTES, AdapterProgram, BaseSpec
+from adaplex.adapters.program import ELEMENT_BYTES, AdapterProgram
 from adaplex.adapters.programs import Programs
 from adaplex.adapters.report import Report
 from adaplex.adapters.selector import NAME
 from adaplex.adapters.signatures import SignatureVerifier, Verdict
 from adaplex.adapters.staging import FileSpec, Staging, check_files
-from adaplex.adapters.store import Contents, is_damaged
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.errors import AdapterInvalid, Refusal
-from adaplex.adapters.program import (
-    AdapterProgram,
-    BaseSpec,
-    Bottleneck,
-    LowRank,
-    ModuleProgram,
-)
+from adaplex.adapters.primitives import Bottleneck, LowRank
+from adaplex.adapters.program import AdapterProgram, ModuleProgram
 
 WEIGHABLE = frozenset(["low-rank", "bias", "output scale", "input scale", "bottleneck"])
 """Primitives whose change is linear in the weight."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.errors import AdapterInvalid, Refusal
-from adaplex.adapters.program import AdapterProgram, BaseSpec
+from adaplex.adapters.program import AdapterProgram
 
 
 def check_leading(program: AdapterProgram, base: BaseSpec) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from adaplex.adapters.catalog import AdapterRecord
-from adaplex.adapters.store import Contents, Hold
+from adaplex.adapters.contents import Contents, Hold
 
 
 class Leases:

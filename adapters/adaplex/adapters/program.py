@@ -7,19 +7,21 @@ the primitives to apply there. Layers, kernels and the arena know only these.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 from torch import Tensor
 
+from adaplex.adapters.base_spec import BaseModule as BaseModule
 from adaplex.adapters.limits import ALIGNMENT
+from adaplex.adapters.primitives import Activation as Activation
+from adaplex.adapters.primitives import Bottleneck as Bottleneck
+from adaplex.adapters.primitives import KVPrefix, ReplacedRows, Transform
+from adaplex.adapters.primitives import LowRank as LowRank
+from adaplex.adapters.primitives import Reads as Reads
 
-ModuleKind = Literal["linear", "norm", "embedding", "experts", "block"]
-"""A `block` is attention or MLP as a whole, whose output joins the residual stream; `experts` one
-weight of all experts of a layer."""
 TensorRole = Literal[
     "a", "b", "inner", "bias", "output_scale", "input_scale", "weight", "rows", "virtual", "keys",
     "values",
@@ -28,152 +30,6 @@ ELEMENT_BYTES = (2, 4)
 """Of the compute dtypes."""
 PANEL = 16
 """Replaced weights of linears are packed as so many rows at a time, the last ones zero."""
-
-
-@dataclass(frozen=True)
-class BaseModule:
-    """One module of the base that an adapter may touch, in [out, in] orientation."""
-
-    name: str
-    kind: ModuleKind
-    in_features: int
-    out_features: int
-    has_bias: bool = False
-    is_head: bool = False
-    """The output layer, which `all-linear` leaves out."""
-    transposed: bool = False
-    """Stored as [in, out] by the base (GPT-2's Conv1D)."""
-    layer: int = -1
-    """Of a block: which layer it is in."""
-    part: Literal["", "attention", "mlp"] = ""
-    """Of a block."""
-    joins: bool = False
-    """Of a block: it follows a norm of the residual stream, and its output is added to that as it
-    is; bottlenecks need that."""
-    experts: int = 0
-    """Of the kind `experts`: how many there are; the features are those of one."""
-
-
-def _unknown(name: str) -> Tensor:
-    raise KeyError(name)
-
-
-@dataclass(frozen=True)
-class BaseSpec:
-    """What lowering needs to know of the base model."""
-
-    name: str
-    digest: str
-    model_type: str
-    modules: Mapping[str, BaseModule]
-    biases: Mapping[str, Tensor] = field(default_factory=dict)
-    """fp32 [out_features] for each module with a bias."""
-    fingerprint: str = ""
-    """SHA-256 of config and weights, before any quantization."""
-    aliases: tuple[str, ...] = ()
-    """Other names that the same base goes by."""
-    heads: int = 0
-    """Attention heads of the queries; 0 where the config does not say."""
-    kv_heads: int = 0
-    kv_shapes: tuple[tuple[int, int, int], ...] = ()
-    """(heads, features of a key, features of a value) of each layer."""
-    rotary: Tensor | None = None
-    """fp32 [features of a key / 2]: radians a position by which a key's features i and i + half are
-    turned; None where there is no such table, or it changes with the length."""
-    tied: bool = False
-    """Whether the output layer uses the weight of the embedding."""
-    quantization: str = ""
-    """How the linears are kept; empty where it is not known."""
-    weight: Callable[[str], Tensor] = _unknown
-    """fp32 weight in effect of a module by name: linear and embedding [out, in] ([vocabulary,
-    hidden] for the embedding), norm [features]. KeyError for one that has none."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every name of the base."""
-        return (self.name, *self.aliases)
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """y += b (a x). The adapter's scale is folded into b.
-
-    On an embedding x is the one-hot token: in_features is the vocabulary. On experts the ranks of
-    all experts lie behind each other: a [experts * rank, in], b [out, experts * rank].
-    """
-
-    a: Tensor  # [rank, in_features]
-    b: Tensor  # [out_features, rank]
-    group: int = 1
-    """So many neighbouring columns of `a` are equal, always (QA-LoRA)."""
-    lookup: bool = False
-    """Of an embedding: a column of `a` is looked up, so they are packed one after the other."""
-
-    @property
-    def rank(self) -> int:
-        """Number of rows of `a`."""
-        return self.a.shape[0]
-
-
-class Activation(StrEnum):
-    """What a bottleneck does to its narrow middle."""
-
-    IDENTITY = "identity"
-    RELU = "relu"
-    GELU = "gelu"
-    """By erf."""
-    GELU_TANH = "gelu_tanh"
-    SILU = "silu"
-    TANH = "tanh"
-    SIGMOID = "sigmoid"
-    LEAKY_RELU = "leaky_relu"
-    """Slope 0.01."""
-
-
-class Reads(StrEnum):
-    """What a bottleneck reads. The block's output y joins the residual stream r: r + y."""
-
-    OUTPUT = "output"
-    """y."""
-    SUM = "sum"
-    """r + y."""
-    INPUT = "input"
-    """What the block reads: r after its norm."""
-    RESIDUAL = "residual"
-    """r."""
-
-
-@dataclass(frozen=True)
-class Bottleneck:
-    """y += up f(down x + down_bias) + up_bias, at a block, its scale folded into both of up."""
-
-    down: Tensor  # [width, hidden]
-    up: Tensor  # [hidden, width]
-    down_bias: Tensor | None = None  # [width]
-    up_bias: Tensor | None = None  # [hidden]
-    activation: Activation = Activation.RELU
-    reads: Reads = Reads.OUTPUT
-
-
-@dataclass(frozen=True)
-class ReplacedRows:
-    """Some rows of an embedding's table, or of the output layer's weight, are others."""
-
-    ids: tuple[int, ...]
-    """Ascending."""
-    weight: Tensor  # [len(ids), features]
-
-
-@dataclass(frozen=True)
-class KVPrefix:
-    """Keys and values before the first token, of one attention block, as the cache keeps them."""
-
-    keys: Tensor  # [tokens, kv_heads, features]
-    values: Tensor  # [tokens, kv_heads, features]
-
-
-Transform = Callable[[Tensor], Tensor]
-"""The base's weight, fp32 [out, in] -> the one that stands in for it."""
 
 
 @dataclass(frozen=True)

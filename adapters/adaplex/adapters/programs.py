@@ -9,14 +9,15 @@ from pathlib import Path
 
 from adaplex.adapters import formats
 from adaplex.adapters.base_match import BasePolicy, agreement, mismatches
+from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint
 from adaplex.adapters.combination import Combination, combine
+from adaplex.adapters.contents import Contents
 from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound, Refusal, StoreCorrupt
 from adaplex.adapters.leading import check_leading
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram, BaseSpec
+from adaplex.adapters.program import AdapterProgram
 from adaplex.adapters.report import Report, ReportCache, describe
-from adaplex.adapters.store import Contents
 from adaplex.adapters.trial import try_merging
 
 EVICTIONS = 64

@@ -9,8 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from adaplex.adapters.base_match import BasePolicy, other_base
+from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.catalog import AdapterRecord, Catalog
 from adaplex.adapters.combination import Combination, Component, check, module_ranks, packed_bytes
+from adaplex.adapters.contents import Contents
 from adaplex.adapters.errors import (
     AdapterNotFound,
     AdapterTooLarge,
@@ -22,11 +24,10 @@ from adaplex.adapters.intake import Intake, Room
 from adaplex.adapters.lease import Lease, Leases, Part
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.names import Names
-from adaplex.adapters.program import BaseSpec
 from adaplex.adapters.programs import Programs
 from adaplex.adapters.signatures import SignaturePolicy, SignatureVerifier
 from adaplex.adapters.sqlite_catalog import SqliteCatalog
-from adaplex.adapters.store import AdapterStore, Contents
+from adaplex.adapters.store import AdapterStore
 
 RACES = 8
 """Times that a name may come to point elsewhere while it is being resolved."""

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
 
+from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.errors import Refusal
 from adaplex.adapters.joined import kind
-from adaplex.adapters.program import AdapterProgram, BaseSpec, TensorRole
+from adaplex.adapters.program import AdapterProgram, TensorRole
 
 T = TypeVar("T")
 

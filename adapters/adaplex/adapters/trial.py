@@ -7,8 +7,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.errors import AdapterInvalid, Refusal
-from adaplex.adapters.program import AdapterProgram, BaseSpec, Transform
+from adaplex.adapters.primitives import Transform
+from adaplex.adapters.program import AdapterProgram
 
 SECONDS = 30.0
 """After which modules that are like one that was tried are taken as they are."""

@@ -34,13 +34,10 @@ from adaplex.client.errors import (
     Unavailable,
     Unimplemented,
 )
-from adaplex.client.types import (
-    AdaptableModule,
+from adaplex.client.generation_types import (
     AdapterMode,
     AppliedAdapter,
     AppliedComponent,
-    BaseModelInfo,
-    Capacity,
     ChatMessage,
     Delta,
     Finished,
@@ -48,16 +45,21 @@ from adaplex.client.types import (
     GenerateOptions,
     Generation,
     GenerationEvent,
-    Health,
-    Limits,
     Prompt,
     SamplingParams,
-    ServerInfo,
     Started,
     Timing,
     TokenLogprob,
     TopLogprob,
     Usage,
+)
+from adaplex.client.types import (
+    AdaptableModule,
+    BaseModelInfo,
+    Capacity,
+    Health,
+    Limits,
+    ServerInfo,
 )
 
 __all__ = [

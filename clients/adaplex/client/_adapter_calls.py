@@ -9,7 +9,8 @@ from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
-from adaplex.client._wire import flat, put, request, weighted
+from adaplex.client._fields import flat, put, put_map, request
+from adaplex.client._wire import weighted
 from adaplex.client.adapter_types import (
     Adapter,
     AdapterDetails,
@@ -114,7 +115,7 @@ def page(
     )
     put(message.filter, "name_prefix", name_prefix, "filter.")
     put(message.filter, "family", family, "filter.")
-    _put_map(message.filter, "labels", labels or {}, "filter.")
+    put_map(message.filter, "labels", labels or {}, "filter.")
     return AdapterCall("ListAdapters", message, _page)
 
 
@@ -137,7 +138,7 @@ def update(
     for field, value in (("description", description), ("pinned", pinned)):
         if value is not None:
             put(message, field, value, "")
-    _put_map(message, "set_labels", set_labels or {}, "")
+    put_map(message, "set_labels", set_labels or {}, "")
     return AdapterCall("UpdateAdapter", message, _entry)
 
 
@@ -257,12 +258,3 @@ def _chosen(targets: Targets) -> tuple[AliasTarget, ...]:
     if not all(isinstance(target, AliasTarget) for target in targets):
         raise InvalidArgument.because("targets", "a list must be of AliasTarget")
     return tuple(targets)
-
-
-def _put_map(message: Any, name: str, values: Mapping[str, str], within: str) -> None:
-    """Fills a map field; says which key or value it cannot hold."""
-    for key, value in values.items():
-        try:
-            getattr(message, name)[key] = value
-        except (TypeError, ValueError) as error:
-            raise InvalidArgument.because(f"{within}{name}[{key!r}]", str(error)) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from adaplex.client import _wire
 from adaplex.client.errors import Cancelled, Internal
-from adaplex.client.types import Delta, Finished, Generation, GenerationEvent, Started
+from adaplex.client.generation_types import Delta, Finished, Generation, GenerationEvent, Started
 from adaplex.v1 import generation_pb2
 
 

@@ -1,4 +1,4 @@
-"""Conversion between the client's values and protobuf messages, both ways, and nothing else.
+"""Generations and the server's description of itself as protobuf messages, and back.
 
 Both clients use it, so that they differ in I/O only.
 """
@@ -8,39 +8,31 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
-from google.protobuf.message import Message
-
+from adaplex.client._fields import flat, put
 from adaplex.client.adapter_types import Weighted
 from adaplex.client.errors import Internal, InvalidArgument
-from adaplex.client.types import (
-    AdaptableModule,
+from adaplex.client.generation_types import (
     AdapterMode,
     AppliedAdapter,
     AppliedComponent,
-    BaseModelInfo,
-    Capacity,
     ChatMessage,
     Delta,
     Finished,
     FinishReason,
     Generation,
     GenerationEvent,
-    Limits,
     Prompt,
     SamplingParams,
-    ServerInfo,
     Started,
     Timing,
     TokenLogprob,
     TopLogprob,
     Usage,
 )
+from adaplex.client.types import AdaptableModule, BaseModelInfo, Capacity, Limits, ServerInfo
 from adaplex.v1 import generation_pb2, server_pb2
-
-T = TypeVar("T")
-M = TypeVar("M", bound=Message)
 
 _MODES = {
     AdapterMode.UNMERGED: generation_pb2.ADAPTER_MODE_UNMERGED,
@@ -103,14 +95,6 @@ def generation_call(
     for name, value in _chosen(replace(sampling or SamplingParams(), **sampling_fields)):
         put(spec.sampling, name, value, "spec.sampling.")
     return GenerationCall(spec, timeout, request_id)
-
-
-def request(kind: type[M], **values: Any) -> M:
-    """A flat message. InvalidArgument names the field that cannot hold its value."""
-    message = kind()
-    for name, value in values.items():
-        put(message, name, value, "")
-    return message
 
 
 def weighted(given: Weighted, field: str) -> list[tuple[str, float]]:
@@ -182,20 +166,6 @@ def _chat_message(item: Any, at: int) -> generation_pb2.ChatMessage:
     return message
 
 
-def put(message: Message, name: str, value: Any, within: str) -> None:
-    """Sets a field, or fills a repeated one; says which field cannot hold its value.
-
-    `within` is the path of the message, with its dot, as the server writes paths.
-    """
-    try:
-        if message.DESCRIPTOR.fields_by_name[name].is_repeated:
-            getattr(message, name).extend([value] if isinstance(value, str) else value)
-        else:
-            setattr(message, name, value)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument.because(within + name, str(error)) from error
-
-
 # From the wire.
 
 
@@ -249,13 +219,6 @@ def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
         capacity=flat(Capacity, message.capacity),
         limits=flat(Limits, message.limits),
     )
-
-
-def flat(kind: type[T], message: Message, **converted: Any) -> T:
-    """A dataclass from the message fields of the same names, but for those already converted."""
-    # T is one of the dataclasses of types.py; there is no bound that says so.
-    names = [field.name for field in fields(kind) if field.name not in converted]  # type: ignore[arg-type]
-    return kind(**{name: getattr(message, name) for name in names}, **converted)
 
 
 def _started(message: generation_pb2.GenerationStarted) -> Started:

@@ -16,14 +16,8 @@ from adaplex.client._stream import StreamState
 from adaplex.client._transport import Transport
 from adaplex.client.adapters import Adapters
 from adaplex.client.errors import AdaplexClientError, translated
-from adaplex.client.types import (
-    GenerateOptions,
-    Generation,
-    GenerationEvent,
-    Health,
-    Prompt,
-    ServerInfo,
-)
+from adaplex.client.generation_types import GenerateOptions, Generation, GenerationEvent, Prompt
+from adaplex.client.types import Health, ServerInfo
 from adaplex.v1 import (
     generation_pb2,
     generation_pb2_grpc,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from adaplex.client import _adapter_calls, _wire
+from adaplex.client import _adapter_calls
+from adaplex.client._fields import request
 from adaplex.client.errors import AdaplexClientError, InvalidArgument
 from adaplex.v1 import adapters_pb2
 
@@ -95,7 +96,7 @@ class AdapterFiles:
                 progress(sent, self.total_bytes)
 
     def _metadata(self, name: str, replace: bool) -> adapters_pb2.AdapterUpload:
-        return _wire.request(
+        return request(
             adapters_pb2.AdapterUpload,
             name=name,
             files=[

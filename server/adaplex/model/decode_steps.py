@@ -1,7 +1,7 @@
 """DecodeSteps: decoding steps whose inputs stay in place, so that one can be replayed.
 
 A step of a shape is a function of nothing but the shape's buffer, the KV cache, the arena and the
-table of the low-rank kernel, all of which keep their addresses. Rows and block tables are rounded
+table of the adapters' kernels, all of which keep their addresses. Rows and block tables are rounded
 up to powers of two, so there are few shapes. Which adapter a row has is a number in the buffer:
 adapters may change between replays. Kernels are launched where any adapter so far had something, so
 that a replay is made anew only when one comes that touches another module, or in another way.
@@ -20,14 +20,9 @@ from adaplex.adapters.limits import AdapterLimits
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode
 from adaplex.model.forward import runs_of
+from adaplex.model.kernels.adapter_kernels import AdapterKernels, Tile
 from adaplex.model.kernels.launches import Launches
-from adaplex.model.kernels.low_rank import (
-    AdapterWeights,
-    LowRankKernel,
-    Span,
-    Tile,
-    TiledLowRank,
-)
+from adaplex.model.kernels.low_rank import AdapterWeights, LowRankKernel, Span
 from adaplex.model.kernels.reference import PARTITION
 from adaplex.model.loader import BaseModel
 from adaplex.model.step import AdapterRows, AttentionGroup, BaseRows
@@ -107,7 +102,7 @@ class DecodeSteps:
     def __init__(
         self,
         base: BaseModel,
-        low_rank: TiledLowRank,
+        kernels: AdapterKernels,
         *,
         block_tokens: int,
         max_rank: int = AdapterLimits().max_rank,
@@ -115,7 +110,7 @@ class DecodeSteps:
     ) -> None:
         """`max_rank` bounds the adapters that are served; those above it take the other path."""
         self._base = base
-        self._low_rank = low_rank
+        self._kernels = kernels
         self._block_tokens = block_tokens
         self._max_rank = max_rank
         self._capture = capture
@@ -139,8 +134,8 @@ class DecodeSteps:
             blocks=_power_of_two(-(-max(tokens, PARTITION) // self._block_tokens)),
             adapters=_do(spans),
         )
-        tiles = self._low_rank.tiles(spans)
-        made = self._made(shape, self._low_rank.launches(spans))
+        tiles = self._kernels.tiles(spans)
+        made = self._made(shape, self._kernels.launches(spans))
         made.inputs.fill(chunks, tiles, self._block_tokens)
         return made.replay()[: len(chunks)].float()
 
@@ -160,7 +155,7 @@ class DecodeSteps:
         base, step = self._base, self._base.step
         adapters: AdapterRows = BaseRows()
         if shape.adapters is not Adapters.NOTHING:
-            adapters = self._low_rank.rows(inputs.tiles, launches, max_rank=self._max_rank)
+            adapters = self._kernels.rows(inputs.tiles, launches, max_rank=self._max_rank)
         group = AttentionGroup(0, inputs.tables, inputs.positions[:, None])
         every_row = torch.arange(shape.rows, device=base.device)
 
@@ -213,8 +208,8 @@ def _do(spans: Sequence[Span]) -> Adapters:
 def decode_steps(
     base: BaseModel, low_rank: LowRankKernel, *, block_tokens: int
 ) -> DecodeSteps | None:
-    """For a kernel that reads its tiles on the device; None for the others."""
-    if not isinstance(low_rank, TiledLowRank):
+    """For kernels that read their tiles on the device; None for the others."""
+    if not isinstance(low_rank, AdapterKernels):
         return None
     return DecodeSteps(base, low_rank, block_tokens=block_tokens)
 

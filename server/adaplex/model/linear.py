@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from adaplex.adapters.program import LowRank
+from adaplex.adapters.primitives import LowRank
 from adaplex.model.kernels.reference import ROW_TILE, linear_rows, whole_tiles
 
 

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaplex.adapters.program import AdapterProgram, LowRank, ModuleProgram
-from adaplex.model.host_copies import PackedAdapter, Packer
+from adaplex.adapters.primitives import LowRank
+from adaplex.adapters.program import AdapterProgram, ModuleProgram
+from adaplex.model.host_copies import Packer
 from adaplex.model.kernels.low_rank import AdapterWeights
 from adaplex.model.kernels.native.structs import SITE_FIELDS
 from adaplex.model.linear import LinearBackend
@@ -30,8 +31,6 @@ class MergedWeights:
     """Biases [out] at linears, beside that of the base."""
     rest: AdapterWeights
     """What cannot be merged into the weight of a linear."""
-    packed: PackedAdapter
-    """What `rest` points to in part."""
 
     def table(self, modules: Mapping[str, int]) -> NDArray[np.int64]:
         """[modules, SITE_FIELDS] as in AdapterWeights, of weights in panels, or of zeros for those
@@ -76,7 +75,7 @@ def merge(
             merged = dense_linear(packer.kernels, weight, bias)
         linears[module.module] = merged
     packed = packer.pack(_rest(program, backends))
-    return MergedWeights(linears, shifts, packed.weights(packed.flat.to(device)), packed)
+    return MergedWeights(linears, shifts, packed.weights(packed.flat.to(device)))
 
 
 def merged_bytes(

@@ -15,7 +15,8 @@ from adaplex.engine.request import AdapterMode
 from adaplex.engine.sequence import VIRTUAL
 from adaplex.model.decode_steps import DecodeSteps
 from adaplex.model.forward import runs_of
-from adaplex.model.kernels.low_rank import AdapterWeights, LowRankKernel, Span, TiledLowRank
+from adaplex.model.kernels.adapter_kernels import AdapterKernels
+from adaplex.model.kernels.low_rank import AdapterWeights, LowRankKernel, Span
 from adaplex.model.kernels.reference import padded_rows
 from adaplex.model.kv_cache import KVCache
 from adaplex.model.linear import LinearBackend
@@ -142,15 +143,17 @@ class ModuleForward:
             changes.append(_Change(Span(start, stop, weights), linears, leading))
         if not changes:
             return BaseRows()
-        if isinstance(self._low_rank, TiledLowRank):
-            return self._tiled_rows(self._low_rank, changes, padded)
+        if isinstance(self._low_rank, AdapterKernels):
+            return self._kernel_rows(self._low_rank, changes, padded)
         segments = [c.segment for c in changes if c.linears or not c.span.weights.plain]
         spans = [c.span for c in changes if not c.linears]
         if not spans:
             return SegmentRows(segments)
         return SegmentRows(segments, self._low_rank.plan(spans, self._modules))
 
-    def _tiled_rows(self, kernels: TiledLowRank, changes: Seq[_Change], padded: int) -> AdapterRows:
+    def _kernel_rows(
+        self, kernels: AdapterKernels, changes: Seq[_Change], padded: int
+    ) -> AdapterRows:
         """By kernels alone but for the products of merged weights."""
         device, spans = self._base.device, [c.span for c in changes]
         tiles = torch.tensor(kernels.tiles(spans), device=device).T.contiguous()

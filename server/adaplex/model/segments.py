@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaplex.adapters.program import Activation, Reads
+from adaplex.adapters.primitives import Activation, Reads
 from adaplex.model.kernels.low_rank import AddLowRank, SiteWeights
 from adaplex.model.kernels.reference import linear_rows
 from adaplex.model.linear import LinearBackend
@@ -117,8 +117,8 @@ class SegmentRows:
 
     def embedding(self, name: str, embedding: nn.Module, ids: Tensor, y: Tensor) -> None:
         """See AdapterRows. Tables are scaled as the embedding scales its own."""
-        scale = getattr(embedding, "embed_scale", None)
-        factor = 1.0 if scale is None else torch.as_tensor(scale).to(y.device, y.dtype)
+        scale = table_scale(embedding, y)
+        factor = 1.0 if scale is None else scale
         for rows, site in self._at(name):
             if site.weight is not None:
                 y[rows] = F.embedding(ids[rows], site.weight) * factor
@@ -174,6 +174,16 @@ def with_weight(norm: nn.Module, weight: Tensor) -> nn.Module:
     other._parameters = {n: p for n, p in norm._parameters.items() if n != "weight"}
     object.__setattr__(other, "weight", weight)  # no parameter: `torch.vmap` has it too
     return other
+
+
+def table_scale(embedding: nn.Module, y: Tensor) -> Tensor | None:
+    """What an embedding that made y multiplies its table by, [] in y's type; None where it does
+    not. A number becomes a tensor on y's device without a copy from the host.
+    """
+    scale = getattr(embedding, "embed_scale", None)
+    if scale is None:
+        return None
+    return scale.to(y) if isinstance(scale, Tensor) else y.new_full((), scale)
 
 
 def _activated(x: Tensor, activation: Activation) -> Tensor:

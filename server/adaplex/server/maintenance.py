@@ -15,7 +15,7 @@ from adaplex.server.config import ConfigError, load_config
 
 if TYPE_CHECKING:
     from adaplex.adapters.catalog import Catalog
-    from adaplex.adapters.store import Contents
+    from adaplex.adapters.contents import Contents
 
 StoreDir = Annotated[
     Path | None, typer.Option(help="Folder of the store; by default that of `adaplex serve`.")

@@ -11,22 +11,23 @@ from functools import partial
 from pathlib import Path
 
 from adaplex.adapters.base_match import BasePolicy
+from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.bucket import Bucket
 from adaplex.adapters.bucket_catalog import BucketCatalog
 from adaplex.adapters.bucket_contents import BucketContents
 from adaplex.adapters.catalog import Catalog
+from adaplex.adapters.contents import Contents
 from adaplex.adapters.entry import Origin
 from adaplex.adapters.errors import AdapterError
 from adaplex.adapters.gguf_lora import convert_gguf_lora
 from adaplex.adapters.importer import Importer
 from adaplex.adapters.intake import Room
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseSpec
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.adapters.signatures import SignaturePolicy, SignatureVerifier
 from adaplex.adapters.sources import Sources
 from adaplex.adapters.sqlite_catalog import SqliteCatalog
-from adaplex.adapters.store import AdapterStore, Contents
+from adaplex.adapters.store import AdapterStore
 from adaplex.server.config import ConfigError, ServerConfig
 
 AT_START = "start"

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from adaplex.adapters.base_match import recorded_quantization
+from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.digest import content_digest
 from adaplex.adapters.errors import AdapterInvalid, Refusal
@@ -28,7 +29,7 @@ from adaplex.adapters.formats.prompt import MultitaskPromptTuning, PromptTuning
 from adaplex.adapters.formats.trainable_tokens import TrainableTokens
 from adaplex.adapters.formats.vera import Vera
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram, BaseSpec
+from adaplex.adapters.program import AdapterProgram
 
 ADAPTERHUB = "ADAPTERHUB"
 """The kind of configs that have no `peft_type`, but the `config` of AdapterHub's library."""

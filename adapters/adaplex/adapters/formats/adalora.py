@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import reading as shared
 from adaplex.adapters.formats.about import FormatRow
@@ -21,7 +22,8 @@ from adaplex.adapters.formats.injected import (
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import MAX_NUMBER, PREFIX, TARGETS, Reading, is_rank
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseModule, BaseSpec, LowRank, ModuleProgram
+from adaplex.adapters.primitives import LowRank
+from adaplex.adapters.program import ModuleProgram
 
 ROLES = ("lora_A", "lora_B", "lora_E")
 ONLY = "lora_only"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import reading as shared
 from adaplex.adapters.formats.about import FormatRow
@@ -22,7 +23,7 @@ from adaplex.adapters.formats.injected import (
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import PREFIX, Reading
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseModule, BaseSpec, ModuleProgram
+from adaplex.adapters.program import ModuleProgram
 
 HARMLESS = shared.HARMLESS | frozenset(["init_weights"])
 

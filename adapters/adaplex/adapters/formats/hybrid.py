@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from adaplex.adapters.base_match import FINGERPRINT, NAME
+from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats.about import FormatRow
@@ -21,7 +22,7 @@ from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import HARMLESS, Reading
 from adaplex.adapters.joined import joined
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram, BaseSpec
+from adaplex.adapters.program import AdapterProgram
 
 TYPE = "HYBRID"
 USED = frozenset(["peft_type", "parts"])

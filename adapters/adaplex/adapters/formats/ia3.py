@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import reading as shared
 from adaplex.adapters.formats.about import FormatRow
@@ -13,7 +14,7 @@ from adaplex.adapters.formats.injected import Roles, by_module, check_has_target
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import PREFIX, Reading, is_names
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseModule, BaseSpec, ModuleProgram
+from adaplex.adapters.program import ModuleProgram
 
 USED = frozenset(
     ["peft_type", "target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"]

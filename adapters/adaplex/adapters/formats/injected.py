@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from adaplex.adapters.base_spec import BaseModule, ModuleKind
 from adaplex.adapters.errors import AdapterTooLarge
 from adaplex.adapters.formats.reading import PREFIX, Reading
 from adaplex.adapters.formats.replaced import (
@@ -22,7 +23,7 @@ from adaplex.adapters.formats.replaced import (
 )
 from adaplex.adapters.formats.targets import LINEARS
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseModule, ModuleKind, ModuleProgram
+from adaplex.adapters.program import ModuleProgram
 
 Roles = Mapping[str, Tensor]
 """PEFT's name of a parameter -> tensor, of one module."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from adaplex.adapters.base_spec import BaseModule, BaseSpec, ModuleKind
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import reading as shared
 from adaplex.adapters.formats.about import FormatRow
@@ -14,7 +15,7 @@ from adaplex.adapters.formats.injected import Roles, by_module, check_has_target
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import PREFIX, Reading
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseModule, BaseSpec, ModuleKind, ModuleProgram
+from adaplex.adapters.program import ModuleProgram
 
 WEIGHT, BIAS = "ln_tuning_layers.weight", "ln_tuning_layers.bias"
 KINDS: tuple[ModuleKind, ...] = ("norm", "linear", "embedding")

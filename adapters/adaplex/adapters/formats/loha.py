@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.injected import (
@@ -27,7 +28,8 @@ from adaplex.adapters.formats.lycoris import (
 )
 from adaplex.adapters.formats.reading import PREFIX, Reading
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseModule, BaseSpec, LowRank, ModuleProgram
+from adaplex.adapters.primitives import LowRank
+from adaplex.adapters.program import ModuleProgram
 
 ROLES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 

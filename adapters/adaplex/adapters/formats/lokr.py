@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import lycoris
 from adaplex.adapters.formats.about import FormatRow
@@ -21,7 +22,8 @@ from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.lycoris import USED, lower_pairs, rank_and_scale, thin
 from adaplex.adapters.formats.reading import PREFIX, Reading
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseModule, BaseSpec, LowRank, ModuleProgram
+from adaplex.adapters.primitives import LowRank
+from adaplex.adapters.program import ModuleProgram
 
 FACTORS = ("lokr_w1", "lokr_w2")
 ROLES = tuple(f"{factor}{part}" for factor in FACTORS for part in ("", "_a", "_b"))

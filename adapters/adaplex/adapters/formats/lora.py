@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lora_config import HARMLESS, UNSUPPORTED, USED, check_config
@@ -31,7 +32,8 @@ from adaplex.adapters.formats.replaced import (
 )
 from adaplex.adapters.formats.trainable_tokens import lower_rows, token_rows
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseModule, BaseSpec, LowRank, ModuleProgram
+from adaplex.adapters.primitives import LowRank
+from adaplex.adapters.program import ModuleProgram
 
 __all__ = ["HARMLESS", "UNSUPPORTED", "USED", "Lora"]
 

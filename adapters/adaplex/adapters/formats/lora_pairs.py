@@ -7,12 +7,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from adaplex.adapters.base_spec import BaseModule
 from adaplex.adapters.formats import dora, qalora
 from adaplex.adapters.formats.lora_parameters import by_expert
 from adaplex.adapters.formats.lora_tensors import LoraTensors
 from adaplex.adapters.formats.reading import PREFIX, Reading
 from adaplex.adapters.formats.targets import pattern_value
-from adaplex.adapters.program import BaseModule, LowRank, ModuleProgram
+from adaplex.adapters.primitives import LowRank
+from adaplex.adapters.program import ModuleProgram
 
 LINEAR = {"a": "lora_A.weight", "b": "lora_B.weight"}
 TABLE = {"a": "lora_embedding_A", "b": "lora_embedding_B"}

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from adaplex.adapters.base_spec import BaseModule
 from adaplex.adapters.formats.reading import Reading
-from adaplex.adapters.program import BaseModule
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from adaplex.adapters.base_spec import BaseModule
 from adaplex.adapters.errors import AdapterTooLarge
 from adaplex.adapters.formats import reading as shared
 from adaplex.adapters.formats.injected import (
@@ -20,7 +21,7 @@ from adaplex.adapters.formats.injected import (
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import TARGETS, Reading, is_number, is_rank
 from adaplex.adapters.formats.targets import pattern_value
-from adaplex.adapters.program import BaseModule, ModuleProgram
+from adaplex.adapters.program import ModuleProgram
 
 USED = TARGETS | frozenset(
     ["peft_type", "r", "alpha", "rank_pattern", "alpha_pattern", "modules_to_save"]

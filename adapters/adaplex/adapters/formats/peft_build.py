@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaplex.adapters.base_spec import BaseModule
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.formats.peft_kinds import PeftKind
-from adaplex.adapters.program import BaseModule
 
 ADAPTER = "default"
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.formats.about import FormatRow
@@ -31,7 +32,7 @@ from adaplex.adapters.formats.reading import HARMLESS, PREFIX, TARGETS, Reading,
 from adaplex.adapters.formats.replaced import replacement, saved_modules, without_saved
 from adaplex.adapters.formats.targets import pattern_value
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseModule, BaseSpec, ModuleProgram
+from adaplex.adapters.program import ModuleProgram
 
 PATTERN = "_pattern"
 """Fields that end so map patterns of module names to values."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
@@ -25,7 +26,8 @@ from adaplex.adapters.formats.prompt import (
 )
 from adaplex.adapters.formats.reading import Reading
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseSpec, KVPrefix, ModuleProgram
+from adaplex.adapters.primitives import KVPrefix
+from adaplex.adapters.program import ModuleProgram
 
 
 class PrefixTuning:

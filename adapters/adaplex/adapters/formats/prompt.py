@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterTooLarge
 from adaplex.adapters.formats import reading as shared
@@ -21,7 +22,7 @@ from adaplex.adapters.formats.injected import by_module, saved_programs
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import Reading, is_rank
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseModule, BaseSpec, ModuleProgram
+from adaplex.adapters.program import ModuleProgram
 
 TOKENS = "prompt_embeddings"
 MODULES = "base_model."

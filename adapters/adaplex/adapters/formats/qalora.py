@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from adaplex.adapters.base_spec import BaseModule
 from adaplex.adapters.formats.reading import Reading
-from adaplex.adapters.program import BaseModule
 
 PEFTS, AUTHORS = "qalora_group_size", "group_size"
 

@@ -15,11 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from adaplex.adapters.base_match import FINGERPRINT, NAME, QUANTIZATION
+from adaplex.adapters.base_spec import BaseModule, BaseSpec, ModuleKind
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge, Refusal
 from adaplex.adapters.formats.targets import LINEARS, Patterns, targeted
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseModule, BaseSpec, ModuleKind, ModuleProgram
+from adaplex.adapters.program import ModuleProgram
 
 PREFIX = "base_model.model."
 """Of the keys that PEFT writes, but those of prompt learning."""

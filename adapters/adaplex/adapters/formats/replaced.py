@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adaplex.adapters.base_spec import BaseModule
 from adaplex.adapters.formats.reading import Reading
-from adaplex.adapters.program import BaseModule, ModuleProgram
+from adaplex.adapters.program import ModuleProgram
 
 ROUNDING = 2.0**-7
 """Relative: a copy, or the base that is served, may have been rounded to bf16."""

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterTooLarge
 from adaplex.adapters.formats import reading as shared
@@ -30,7 +31,8 @@ from adaplex.adapters.formats.injected import (
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.reading import PREFIX, TARGETS, Reading, is_rank
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import BaseModule, BaseSpec, LowRank, ModuleProgram
+from adaplex.adapters.primitives import LowRank
+from adaplex.adapters.program import ModuleProgram
 
 SHARED = ("base_model.vera_A", "base_model.vera_B")
 ROLES = ("vera_lambda_b", "vera_lambda_d")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from adaplex.adapters.base_match import FINGERPRINT, NAME, QUANTIZATION
+from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats import lower
@@ -16,7 +17,7 @@ from adaplex.adapters.formats.reading import PREFIX
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.merging.arithmetic import Arithmetic, Factors, Pair
 from adaplex.adapters.merging.plan import MergePlan
-from adaplex.adapters.program import AdapterProgram, BaseModule, BaseSpec, ModuleProgram
+from adaplex.adapters.program import AdapterProgram, ModuleProgram
 
 
 def merge_checkpoints(

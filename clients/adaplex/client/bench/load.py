@@ -11,7 +11,7 @@ from itertools import pairwise
 from adaplex.client.aio import AsyncClient
 from adaplex.client.bench.workload import Ask
 from adaplex.client.errors import AdaplexClientError
-from adaplex.client.types import Delta
+from adaplex.client.generation_types import Delta
 
 
 @dataclass(frozen=True)

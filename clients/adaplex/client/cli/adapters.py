@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from adaplex.client import upload
-from adaplex.client.cli import names, render
+from adaplex.client.cli import adapter_tables, names, render
 from adaplex.client.cli.app import connect
 from adaplex.client.cli.arguments import AsJson, Name, Replace
 from adaplex.client.cli.plugins import AdapterCommands, offline
@@ -59,7 +59,7 @@ def list_adapters(
     if as_json:
         typer.echo(render.json_text(stored))
     else:
-        render.adapters(stored)
+        adapter_tables.adapters(stored)
 
 
 @app.command()
@@ -73,7 +73,7 @@ def push(
     """Send an adapter directory to the server."""
     with connect(context) as client, _progress(name) as progress:
         result = client.adapters.upload(name, directory, replace=replace, progress=progress)
-    render.stored(result, as_json)
+    adapter_tables.stored(result, as_json)
 
 
 @app.command()
@@ -89,7 +89,7 @@ def load(
     """Have the server import an adapter from where it may read."""
     with connect(context) as client:
         result = client.adapters.load(name, uri, replace=replace)
-    render.stored(result, as_json)
+    adapter_tables.stored(result, as_json)
 
 
 @app.command()
@@ -110,11 +110,11 @@ def show(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
             ("greatest rank", adapter.max_rank),
             ("base fingerprint", adapter.base_fingerprint),
             ("changed", adapter.update_time.isoformat(timespec="seconds")),
-            *render.name_rows(adapter),
+            *adapter_tables.name_rows(adapter),
         ]
     )
-    render.versions(details.versions)
-    render.report(details.report)
+    adapter_tables.versions(details.versions)
+    adapter_tables.report(details.report)
 
 
 @app.command()
@@ -144,7 +144,7 @@ def verify(
     if as_json:
         typer.echo(render.json_text(checked))
     else:
-        render.report(checked.report)
+        adapter_tables.report(checked.report)
         typer.echo("valid" if checked.valid else "not valid")
     if not checked.valid:
         raise typer.Exit(1)

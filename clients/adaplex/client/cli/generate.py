@@ -11,7 +11,7 @@ from adaplex.client.cli import render
 from adaplex.client.cli.app import connect
 from adaplex.client.cli.values import weighted_selector
 from adaplex.client.client import GenerationStream
-from adaplex.client.types import (
+from adaplex.client.generation_types import (
     AdapterMode,
     ChatMessage,
     Generation,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from adaplex.client.adapter_types import Adapter
-from adaplex.client.cli import render
+from adaplex.client.cli import adapter_tables, render
 from adaplex.client.cli.app import connect
 from adaplex.client.cli.arguments import AsJson, Name, Replace
 from adaplex.client.cli.values import labels, shares, weighted_selector
@@ -97,7 +97,7 @@ def history(context: typer.Context, name: Name, as_json: AsJson = False) -> None
     if as_json:
         typer.echo(render.json_text(list(events)))
     else:
-        render.history(events)
+        adapter_tables.history(events)
 
 
 def merge(
@@ -129,11 +129,11 @@ def merge(
             majority_sign=majority_sign,
             replace=replace,
         )
-    render.stored(result, as_json)
+    adapter_tables.stored(result, as_json)
 
 
 def _show(adapter: Adapter, as_json: bool) -> None:
     if as_json:
         typer.echo(render.json_text(adapter))
     else:
-        render.named(adapter)
+        adapter_tables.named(adapter)

@@ -1,7 +1,8 @@
 """Grouped low-rank deltas: all adapters of a step at one module, y += b (a x) by rows.
 
 Three implementations of one protocol: the reference in torch, C on the CPU, and Triton on CUDA
-devices (`triton_rows`). All are row-invariant; they round differently from each other.
+devices, whose kernels do everything else too (`adapter_kernels`). All are row-invariant; they round
+differently from each other.
 """
 
 from __future__ import annotations
@@ -9,32 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaplex.adapters.program import Activation, BaseModule, Reads
+from adaplex.adapters.base_spec import BaseModule
+from adaplex.adapters.primitives import Activation, Reads
 from adaplex.model.kernels import reference
-from adaplex.model.kernels.launches import Launches
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kernels.native.structs import SITE_FIELDS
-from adaplex.model.linear import LinearBackend
-from adaplex.model.step import AdapterRows
 
 AddLowRank = Callable[[str, Tensor, Tensor], None]
 """(module, x [rows, in], y [rows, out]): adds every span's delta to y, in place."""
-
-
-Product = Callable[[str, LinearBackend, Tensor], Tensor]
-"""(module, the base's linear, x [rows, in]) -> [rows, out] to which adapters do the rest."""
-
-
-def base_product(_module: str, backend: LinearBackend, x: Tensor) -> Tensor:
-    """The base's own product."""
-    return backend(x)
 
 
 @dataclass
@@ -126,51 +116,6 @@ class LowRankKernel(Protocol):
         ...
 
 
-class Tile(NamedTuple):
-    """Rows [start, start + rows) of one adapter, and where the kernel's table has it."""
-
-    slot: int
-    start: int
-    rows: int
-
-    @staticmethod
-    def none() -> Tile:
-        """A tile that is skipped."""
-        return Tile(-1, 0, 0)
-
-
-@runtime_checkable
-class TiledLowRank(LowRankKernel, Protocol):
-    """Kernels for everything that adapters do, which read on the device which rows have which, so
-    that one launch can be replayed for others."""
-
-    def tiles(self, spans: Sequence[Span]) -> list[Tile]:
-        """The tiles of a step, at most one a row; their adapters are in the table from now on."""
-        ...
-
-    def launches(self, spans: Sequence[Span]) -> Launches:
-        """What a step needs whose tiles were made."""
-        ...
-
-    def rows(
-        self,
-        tiles: Tensor,
-        launches: Launches,
-        *,
-        max_rank: int,
-        virtual: Tensor | None = None,
-        product: Product = base_product,
-    ) -> AdapterRows:
-        """What adapters do by what `tiles` [3, tiles] int64 says when it runs; each column is a
-        Tile.
-
-        No adapter in it may need more than `launches`, or have a rank above `max_rank`. `virtual`
-        [rows] int64 tells which virtual token a row is, -1 for none. `product` does what the base
-        does at a linear.
-        """
-        ...
-
-
 class ReferenceLowRank:
     """Two products a span in torch, on any device."""
 
@@ -230,7 +175,7 @@ def low_rank_kernel(
     """The fastest kernel that works here. `modules` are those of the base."""
     if device.type == "cuda":
         # Imported here, since only torch for CUDA brings Triton along.
-        from adaplex.model.kernels.triton_rows import TritonLowRank
+        from adaplex.model.kernels.triton_rows import TritonKernels
 
-        return TritonLowRank(modules, device)
+        return TritonKernels(modules, device)
     return ReferenceLowRank() if kernels is None else NativeLowRank(kernels)

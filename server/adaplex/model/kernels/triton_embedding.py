@@ -31,7 +31,8 @@ A, B, RANK, DENSE, ROWS, ROW_IDS, ROW_COUNT, VIRTUAL = (
 
 def embed(shared: Shared, ids: Tensor, y: Tensor, factor: Tensor | None) -> None:
     """Makes y [rows, hidden] for every tile what the adapter's embedding of ids [rows] int64 is, in
-    place; id -1 - i is virtual token i. `factor` [] is what the base multiplies its own table by.
+    place; id -1 - i is virtual token i. `factor` [] of y's type is what the base multiplies its own
+    table by.
     """
     assert y.stride(1) == ids.stride(0) == 1
     _embed[(shared[3].shape[1], triton.cdiv(y.shape[1], BLOCK))](
@@ -80,7 +81,7 @@ def _embed(
         new = tl.load(ys, mask=live[:, None] & inside, other=0.0).to(tl.float32)
         times = 1.0
         if SCALED:
-            times = tl.load(factor).to(y.dtype.element_ty).to(tl.float32)
+            times = tl.load(factor).to(tl.float32)
 
         mine = (real & (tl.load(site + DENSE) != 0))[:, None]
         dense = elements(site, DENSE, y) + token[:, None] * width + o[None, :]

@@ -1,4 +1,4 @@
-"""TritonLowRank: what adapters do to their rows, in Triton, for all rows at once.
+"""TritonKernels: what adapters do to their rows, in Triton, for all rows at once.
 
 A launch happens only at modules where some adapter of the step has something; what it has is read
 on the device.
@@ -11,16 +11,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from adaplex.adapters.program import BaseModule
+from adaplex.adapters.base_spec import BaseModule
 from adaplex.model.kernels import triton_embedding, triton_linear, triton_low_rank
+from adaplex.model.kernels.adapter_kernels import Product, Tile, base_product
 from adaplex.model.kernels.launches import Launch, Launches
-from adaplex.model.kernels.low_rank import AddLowRank, Product, Span, Tile, base_product
+from adaplex.model.kernels.low_rank import AddLowRank, Span
 from adaplex.model.kernels.triton_table import ResidentTable, Shared
 from adaplex.model.linear import LinearBackend
-from adaplex.model.segments import with_weight
+from adaplex.model.segments import table_scale, with_weight
 
 
-class TritonLowRank:
+class TritonKernels:
     """The kernels of CUDA devices; they run on the CPU under TRITON_INTERPRET=1."""
 
     def __init__(
@@ -46,11 +47,11 @@ class TritonLowRank:
         return add
 
     def tiles(self, spans: Sequence[Span]) -> list[Tile]:
-        """See TiledLowRank."""
+        """See AdapterKernels."""
         return self._table.tiles(spans)
 
     def launches(self, spans: Sequence[Span]) -> Launches:
-        """See TiledLowRank."""
+        """See AdapterKernels."""
         return self._table.launches(spans)
 
     def rows(
@@ -62,12 +63,12 @@ class TritonLowRank:
         virtual: Tensor | None = None,
         product: Product = base_product,
     ) -> TritonRows:
-        """See TiledLowRank."""
+        """See AdapterKernels."""
         return TritonRows(self._modules, self._table, tiles, launches, max_rank, virtual, product)
 
 
 class TritonRows:
-    """See AdapterRows and TiledLowRank.rows."""
+    """See AdapterRows and AdapterKernels.rows."""
 
     any = True
 
@@ -119,10 +120,7 @@ class TritonRows:
             return
         if self._virtual is not None:
             ids = torch.where(self._virtual < 0, ids, -1 - self._virtual)
-        factor = getattr(embedding, "embed_scale", None)
-        if factor is not None and not isinstance(factor, Tensor):
-            factor = torch.full((), factor, device=y.device)
-        triton_embedding.embed(shared, ids, y, factor)
+        triton_embedding.embed(shared, ids, y, table_scale(embedding, y))
 
     def block(self, name: str, x: Tensor, residual: Tensor, y: Tensor) -> None:
         """See AdapterRows."""

@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adaplex.adapters.base_spec import BaseModule
 from adaplex.adapters.limits import ALIGNMENT
-from adaplex.adapters.program import BaseModule
+from adaplex.model.kernels.adapter_kernels import Tile
 from adaplex.model.kernels.launches import Launches
-from adaplex.model.kernels.low_rank import AdapterWeights, Span, Tile
+from adaplex.model.kernels.low_rank import AdapterWeights, Span
 from adaplex.model.kernels.native.structs import SITE_FIELDS
 from adaplex.model.kernels.triton_dot import LEAST
 

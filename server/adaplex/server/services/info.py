@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from adaplex.adapters.base_spec import BaseModule
 from adaplex.adapters.catalog import Usage
-from adaplex.adapters.program import BaseModule
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.config import EngineConfig

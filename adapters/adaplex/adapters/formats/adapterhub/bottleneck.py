@@ -17,7 +17,8 @@ import torch
 
 from adaplex.adapters.formats.adapterhub.part import LoweredPart, Part
 from adaplex.adapters.formats.reading import MAX_NUMBER, is_number
-from adaplex.adapters.program import Activation, Bottleneck, ModuleProgram, Reads
+from adaplex.adapters.primitives import Activation, Bottleneck, Reads
+from adaplex.adapters.program import ModuleProgram
 
 USED = (
     *("mh_adapter", "output_adapter", "reduction_factor", "leave_out", "non_linearity", "scaling"),

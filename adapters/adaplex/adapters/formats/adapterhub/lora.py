@@ -15,7 +15,8 @@ from torch import Tensor
 from adaplex.adapters.errors import AdapterTooLarge
 from adaplex.adapters.formats.adapterhub.part import LoweredPart, Part
 from adaplex.adapters.formats.reading import is_number, is_rank
-from adaplex.adapters.program import LowRank, ModuleProgram
+from adaplex.adapters.primitives import LowRank
+from adaplex.adapters.program import ModuleProgram
 
 USED = (
     *("selfattn_lora", "intermediate_lora", "output_lora", "attn_matrices", "leave_out"),

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from adaplex.adapters.base_spec import BaseModule
 from adaplex.adapters.formats.reading import Reading
-from adaplex.adapters.program import BaseModule, ModuleProgram
+from adaplex.adapters.program import ModuleProgram
 
 Places = dict[str, dict[str, Tensor]]
 """Where the library puts them, such as `layers.0.output_adapters` -> tensors by name."""

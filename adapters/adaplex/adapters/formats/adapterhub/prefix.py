@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from adaplex.adapters.formats.adapterhub.part import LoweredPart, Part
 from adaplex.adapters.formats.reading import is_rank
-from adaplex.adapters.program import KVPrefix, ModuleProgram
+from adaplex.adapters.primitives import KVPrefix
+from adaplex.adapters.program import ModuleProgram
 
 USED = ("prefix_length", "flat", "bottleneck_size", "non_linearity", "leave_out")
 HARMLESS = (
