@@ -1,4 +1,4 @@
-"""The C kernels under AddressSanitizer and UBSan, in a program of their own."""
+"""The C kernels under AddressSanitizer, UBSan and ThreadSanitizer, in a program of their own."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import pytest
 from adaplex.model.kernels.native import library
 
 DRIVER = Path(__file__).parent / "native_sanitized.c"
-FLAGS = (
-    *("-O1", "-g", "-std=gnu11", "-pthread", "-Wno-psabi"),
-    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-)
+FLAGS = ("-O1", "-g", "-std=gnu11", "-pthread", "-Wno-psabi", "-fno-sanitize-recover=all")
 
 
 @pytest.mark.parametrize("processor", [("-march=native",), ()], ids=["native", "portable"])
-def test_the_sanitizers_find_nothing(processor: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_the_sanitizers_find_nothing(
+    sanitizers: str, processor: tuple[str, ...], tmp_path: Path
+) -> None:
     binary = tmp_path / "sanitized"
     compiler = shutil.which("gcc")
     assert compiler is not None
     subprocess.run(
         [
-            *(compiler, *FLAGS, *processor, f"-I{library.HERE}"),
+            *(compiler, *FLAGS, f"-fsanitize={sanitizers}", *processor, f"-I{library.HERE}"),
             *("-o", str(binary), str(DRIVER), "-lm"),
         ],
         check=True,

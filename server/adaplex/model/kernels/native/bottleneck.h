@@ -33,15 +33,21 @@ static const ELEMENT *NAME(read_rows)(const Work_space *space, const NAME(Part) 
 static void NAME(bottlenecks)(Member *me, const NAME(Task) * task, const NAME(Part) * last, long module) {
   const Step *step = task->step;
   long tickets = 0, hidden = task->model->hidden, panels = (hidden + LANES - 1) / LANES;
-  Pass *pass = ranked(me->passes, 0, module, step->run, step->runs, READ_ROWS, &tickets);
+  Pass *end = me->passes;
+  for (long r = 0; r < step->runs; r++) {
+    const Run *run = step->run + r;
+    if (!run->sites || !run->sites[module].rank) continue;
+    *end++ = (Pass){0, run->start, run->stop, NULL, tickets};
+    tickets += (run->stop - run->start + READ_ROWS - 1) / READ_ROWS;
+  }
   if (!tickets) return;
-  *pass = (Pass){.first_ticket = tickets};
+  *end = (Pass){.first_ticket = tickets};
 
   NAME(Part) block = *last;
   block.module = module;
-  pass = me->passes;
-  for (long ticket; (ticket = team_next(&me->base, tickets)) >= 0;) {
-    while (ticket >= pass[1].first_ticket) pass++;
+  const Pass *pass = me->passes;
+  for (long ticket; (ticket = team_next(&me->draw, tickets)) >= 0;) {
+    pass = pass_of(me->passes, pass, ticket);
     long start = pass->start + (ticket - pass->first_ticket) * READ_ROWS;
     long rows = at_most(pass->stop - start, READ_ROWS);
     const Site *site = site_of(block.sites, start, module);

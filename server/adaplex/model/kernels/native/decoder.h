@@ -11,7 +11,7 @@ static void NAME(place)(Member *me, const NAME(Task) * task, const Layer *layer,
   const Work_space *space = &task->space;
   long dim = m->head_dim, all = m->heads + m->kv_heads;
   long groups = row_groups(step->rows), split = groups >= 4 * team.threads ? 1 : all;
-  for (long ticket; (ticket = team_next(&me->base, groups * split)) >= 0;) {
+  for (long ticket; (ticket = team_next(&me->draw, groups * split)) >= 0;) {
     long start = ticket / split * ROW_GROUP, stop = at_most(start + ROW_GROUP, step->rows);
     long from = split == 1 ? 0 : ticket % split, to = split == 1 ? all : from + 1;
     for (long head = from; head < to; head++) {
@@ -48,7 +48,7 @@ static void NAME(mix)(Member *me, const NAME(Task) * task, const Layer *layer) {
   long dim = m->head_dim, group = m->heads / m->kv_heads, width = m->heads * dim;
   const ELEMENT *query = space->query;
   ELEMENT *attended = space->attended;
-  for (long ticket; (ticket = team_next(&me->base, space->spans * m->kv_heads)) >= 0;) {
+  for (long ticket; (ticket = team_next(&me->draw, space->spans * m->kv_heads)) >= 0;) {
     const Query_span *span = space->span + ticket / m->kv_heads;
     long kv = ticket % m->kv_heads, rows = span->stop - span->start;
     ELEMENT *q = me->query;
@@ -73,7 +73,7 @@ static void NAME(gate)(Member *me, const NAME(Task) * task, const NAME(Part) * p
   long rows = task->step->rows, groups = row_groups(rows);
   long split = groups >= 4 * team.threads ? 1 : 4 * team.threads;
   long share = ((middle + split - 1) / split + 63) / 64 * 64;
-  for (long ticket; (ticket = team_next(&me->base, groups * split)) >= 0;) {
+  for (long ticket; (ticket = team_next(&me->draw, groups * split)) >= 0;) {
     long start = ticket / split * ROW_GROUP, stop = at_most(start + ROW_GROUP, rows);
     long from = split == 1 ? 0 : ticket % split * share;
     long to = split == 1 || from + share > middle ? middle : from + share;
@@ -91,7 +91,7 @@ static void NAME(predict)(Member *me, const NAME(Task) * task) {
   const Step *step = task->step;
   const Work_space *space = &task->space;
   ELEMENT *normed = space->normed;
-  for (long i; (i = team_next(&me->base, step->wanted_rows)) >= 0;)
+  for (long i; (i = team_next(&me->draw, step->wanted_rows)) >= 0;)
     NAME(norm_row)(space->residual + step->wanted[i] * m->hidden, m->final_norm,
                    site_of(space->head_sites, i, m->final_norm_module), m->hidden, m->epsilon,
                    normed + i * m->hidden);
@@ -100,7 +100,7 @@ static void NAME(predict)(Member *me, const NAME(Task) * task) {
                                  space->needs.head_rows}},
                                1};
   NAME(project)(me, space, &head, step->head_run, step->head_runs);
-  for (long i; (i = team_next(&me->base, step->wanted_rows)) >= 0;)
+  for (long i; (i = team_next(&me->draw, step->wanted_rows)) >= 0;)
     step->likeliest[i] = likeliest(step->logits + i * m->vocabulary, m->vocabulary);
 }
 
@@ -111,17 +111,25 @@ static void NAME(decode)(void *context, int thread) {
   const Work_space *space = &task->space;
   size_t used = 0;
   char *own = space->member + thread * space->member_size;
-  Member member = member_of(space, m, sizeof(ELEMENT), own, &used), *me = &member;
+  Member member = member_of(space, m, sizeof(ELEMENT), thread, own, &used), *me = &member;
   const Run *runs = step->run;
   long count = step->runs;
 
   NAME(embed)(me, task);
   for (long i = 0; i < m->layers; i++) {
     const Layer *l = m->layer + i, *next = i + 1 < m->layers ? l + 1 : NULL;
-    const NAME(Products) heads = NAME(heads_of)(task, l);
-    const NAME(Products) out = NAME(product_of)(task, &l->o, l->modules[O], space->attended);
-    const NAME(Products) gates = NAME(gates_of)(task, l);
-    const NAME(Products) down = NAME(product_of)(task, &l->down, l->modules[DOWN], space->act);
+    NAME(Products) heads = NAME(heads_of)(task, l);
+    NAME(Products) out = NAME(product_of)(task, &l->o, l->modules[O], space->attended);
+    NAME(Products) gates = NAME(gates_of)(task, l);
+    NAME(Products) down = NAME(product_of)(task, &l->down, l->modules[DOWN], space->act);
+    Coming coming[4];
+    NAME(announce)(me, &heads, &out, step->rows, coming);
+    NAME(announce)(me, &out, &gates, step->rows, coming + 1);
+    NAME(announce)(me, &gates, &down, step->rows, coming + 2);
+    if (next) {
+      const NAME(Products) after = NAME(heads_of)(task, next);
+      NAME(announce)(me, &down, &after, step->rows, coming + 3);
+    }
     NAME(project)(me, space, &heads, runs, count);
     NAME(place)(me, task, l, heads.part);
     NAME(mix)(me, task, l);

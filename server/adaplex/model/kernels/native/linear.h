@@ -19,6 +19,7 @@ typedef struct {
   ELEMENT *h;                // [rows, h_stride] a x, where the site has a rank
   long h_stride;
   int new_rows;              // whether some site replaces rows of W
+  Coming *coming;            // or null
 } NAME(Part);
 
 static int NAME(share_site)(const NAME(Part) * part, long row, long rows) {
@@ -28,10 +29,25 @@ static int NAME(share_site)(const NAME(Part) * part, long row, long rows) {
   return 1;
 }
 
-// Rows that share an adapter find its `b` in the cache: for them it points to what is there anyway.
+// Adds a share of what comes to what a tile asks for.
+static void NAME(ask_ahead)(const NAME(Part) * part, Asks *asks) {
+  Coming *coming = part->coming;
+  long tile = coming->tile++, row = coming->row + tile / coming->tiles, bytes = 0;
+  const Site *sites = row < coming->stop ? part->sites[row] : NULL;
+  for (long i = 0; sites && i < coming->parts; i++) {
+    const Site *site = sites + coming->module[i];
+    if (!bytes) asks->coming = site->a;
+    bytes += site->rank * coming->in * (long)sizeof(ELEMENT);
+  }
+  bytes /= coming->tiles;
+  asks->coming += tile % coming->tiles * bytes;
+  asks->pace = bytes * 8 / part->weight->in;
+}
+
+// Rows that share an adapter find what it has in the cache: for them it points to what is there anyway.
 static __attribute__((noinline)) Asks NAME(asks_of)(const NAME(Part) * part, long row, long rows,
                                                     long panel) {
-  Asks asks;
+  Asks asks = {.pace = 0};
   int shared = NAME(share_site)(part, row, rows);
   for (int i = 0; i < 8; i++) {
     const Site *site = shared ? NULL : site_of(part->sites, row + i % rows, part->module);
@@ -39,6 +55,8 @@ static __attribute__((noinline)) Asks NAME(asks_of)(const NAME(Part) * part, lon
     asks.piece[i] = b ? (const char *)(b + panel * LANES * site->rank) + i / rows * PIECE * 64
                       : (const char *)(part->x + row * part->x_stride);
   }
+  asks.coming = asks.piece[0];
+  if (part->coming && rows == 8 && !shared) NAME(ask_ahead)(part, &asks);
   return asks;
 }
 

@@ -43,6 +43,18 @@ static NAME(Products) NAME(product_of)(const NAME(Task) * task, const Weight *we
   return (NAME(Products)){{NAME(part_of)(task, weight, module, x, 0, weight->out, 0)}, 1};
 }
 
+// Tells the products of a phase which come after them; fills `coming`.
+static void NAME(announce)(const Member *me, NAME(Products) * now, const NAME(Products) * next, long rows,
+                           Coming *coming) {
+  int thread = me->draw.thread;
+  *coming = (Coming){next->parts, next->part[0].weight->in, .row = team_share(thread, rows),
+                     .stop = team_share(thread + 1, rows)};
+  for (long i = 0; i < next->parts; i++) coming->module[i] = next->part[i].module;
+  for (long i = 0; i < now->parts; i++)
+    coming->tiles += panels_of(now->part[i].weight) / 2 * (rows / 8) / rows;
+  for (long i = 0; coming->tiles && i < now->parts; i++) now->part[i].coming = coming;
+}
+
 // to[i] = x[i] * scale[i], or x[i] without a scale.
 static void NAME(scale_row)(const ELEMENT *x, const ELEMENT *scale, long n, ELEMENT *to) {
   if (!scale) {
@@ -64,7 +76,7 @@ static NAME(Products) NAME(scale_inputs)(Member *me, const Work_space *space,
     if (!scales_input(runs, run_count, part->module)) continue;
     long in = part->weight->in;
     ELEMENT *copy = (ELEMENT *)space->scaled + i * rows * in;
-    for (long row; (row = team_next(&me->base, rows)) >= 0;) {
+    for (long row; (row = team_next(&me->draw, rows)) >= 0;) {
       const Site *site = site_of(part->sites, row, part->module);
       NAME(scale_row)(part->x + row * in, site ? site->input_scale : NULL, in, copy + row * in);
     }
@@ -73,24 +85,30 @@ static NAME(Products) NAME(scale_inputs)(Member *me, const Work_space *space,
   return scaled;
 }
 
-// h = a x for all rows of adapters that touch a product.
+// h = a x for all rows of adapters. A ticket is a few rows of one, by all that it has for the phase; or by
+// what it has for one part, when there are few.
 static void NAME(shrink_all)(Member *me, const NAME(Products) * now, const Run *runs, long run_count) {
-  Pass *pass = me->passes;
-  long tickets = 0;
-  for (int i = 0; i < now->parts; i++)
-    pass = ranked(pass, i, now->part[i].module, runs, run_count, SHRINK_ROWS, &tickets);
-  if (!tickets) return;
-  *pass = (Pass){.first_ticket = tickets};
+  Pass *end = me->passes;
+  long groups = 0;
+  for (long r = 0; r < run_count; r++) {
+    if (!runs[r].sites) continue;
+    *end++ = (Pass){0, runs[r].start, runs[r].stop, NULL, groups};
+    groups += (runs[r].stop - runs[r].start + SHRINK_ROWS - 1) / SHRINK_ROWS;
+  }
+  *end = (Pass){.first_ticket = groups};
 
-  pass = me->passes;
-  for (long ticket; (ticket = team_next(&me->base, tickets)) >= 0;) {
-    while (ticket >= pass[1].first_ticket) pass++;
-    const NAME(Part) *part = now->part + pass->part;
-    long start = pass->start + (ticket - pass->first_ticket) * SHRINK_ROWS;
+  long split = groups >= 4 * team.threads ? 1 : now->parts;
+  const Pass *pass = me->passes;
+  for (long ticket; (ticket = team_next(&me->draw, groups * split)) >= 0;) {
+    pass = pass_of(me->passes, pass, ticket / split);
+    long start = pass->start + (ticket / split - pass->first_ticket) * SHRINK_ROWS;
     long rows = at_most(pass->stop - start, SHRINK_ROWS);
-    const Site *site = site_of(part->sites, start, part->module);
-    NAME(shrink)(part->x + start * part->x_stride, part->x_stride, part->weight->in, site->a,
-                 site->rank, rows, part->h + start * part->h_stride, part->h_stride);
+    long from = split == 1 ? 0 : ticket % split, to = split == 1 ? now->parts : from + 1;
+    for (const NAME(Part) *part = now->part + from; part < now->part + to; part++) {
+      const Site *site = site_of(part->sites, start, part->module);
+      NAME(shrink)(part->x + start * part->x_stride, part->x_stride, part->weight->in, site->a,
+                   site->rank, rows, part->h + start * part->h_stride, part->h_stride);
+    }
   }
 }
 
@@ -104,7 +122,7 @@ static void NAME(project)(Member *me, const Work_space *space, const NAME(Produc
     now = &scaled;
   }
   if (now->part[0].sites) NAME(shrink_all)(me, now, runs, run_count);
-  Pass *pass = me->passes;
+  Pass *end = me->passes;
   long tickets = 0;
   for (int i = 0; i < now->parts; i++) {
     long groups = panel_groups(now->part[i].weight), base = -1;
@@ -113,28 +131,27 @@ static void NAME(project)(Member *me, const Work_space *space, const NAME(Produc
       if (own) own += now->part[i].module;
       if (own && !has_own(own, now->part[i].weight)) own = NULL;
       if (base >= 0 && (r == run_count || own)) {
-        *pass++ = (Pass){i, runs[base].start, runs[r - 1].stop, NULL, tickets};
+        *end++ = (Pass){i, runs[base].start, runs[r - 1].stop, NULL, tickets};
         tickets += groups;
         base = -1;
       }
       if (r == run_count) break;
       if (own) {
-        *pass++ = (Pass){i, runs[r].start, runs[r].stop, own, tickets};
+        *end++ = (Pass){i, runs[r].start, runs[r].stop, own, tickets};
         tickets += groups;
       } else if (base < 0) {
         base = r;
       }
     }
   }
-  *pass = (Pass){.first_ticket = tickets};
+  *end = (Pass){.first_ticket = tickets};
 
-  pass = me->passes;
-  for (long ticket; (ticket = team_next(&me->base, tickets)) >= 0;) {
-    while (ticket >= pass[1].first_ticket) pass++;
+  const Pass *pass = me->passes;
+  for (long ticket; (ticket = team_next(&me->draw, tickets)) >= 0;) {
+    pass = pass_of(me->passes, pass, ticket);
     const NAME(Part) *part = now->part + pass->part;
-    long panels = (part->weight->out + LANES - 1) / LANES;
-    long first = piece_of(ticket - pass->first_ticket, panel_groups(part->weight)) * PANEL_GROUP;
-    long last = at_most(first + PANEL_GROUP, panels);
+    long first = (ticket - pass->first_ticket) * PANEL_GROUP;
+    long last = at_most(first + PANEL_GROUP, panels_of(part->weight));
     NAME(panels)(part, pass->own, pass->start, pass->stop, first, last);
   }
 }

@@ -16,7 +16,7 @@ static const ELEMENT *NAME(token_row)(const Model *m, const Site *site, long tok
 // y += b a[token], of one row.
 static void NAME(add_lookup)(const NAME(Part) * table, const Site *site, long row, long token) {
   ELEMENT *h = table->h + row * table->h_stride;
-  long panels = (table->weight->out + LANES - 1) / LANES;
+  long panels = panels_of(table->weight);
   memcpy(h, (const ELEMENT *)site->a + token * site->rank, sizeof(ELEMENT) * (size_t)site->rank);
   for (long j = site->rank; j % PER_UNIT; j++) h[j] = 0;
   for (long panel = 0; panel < panels; panel += 2)
@@ -43,7 +43,7 @@ static void NAME(embed)(Member *me, const NAME(Task) * task) {
                             .module = m->embedding_module,
                             .h = space->low,
                             .h_stride = space->rank_stride};
-  for (long row; (row = team_next(&me->base, task->step->rows)) >= 0;) {
+  for (long row; (row = team_next(&me->draw, task->step->rows)) >= 0;) {
     float *residual = space->residual + row * m->hidden;
     long token = task->step->tokens[row];
     const Site *site = site_of(space->sites, row, m->embedding_module);
@@ -57,7 +57,7 @@ static void NAME(embed)(Member *me, const NAME(Task) * task) {
 static void NAME(settle)(Member *me, const NAME(Task) * task, const NAME(Part) * part, const float *norm,
                          long module) {
   long hidden = task->model->hidden;
-  for (long row; (row = team_next(&me->base, task->step->rows)) >= 0;) {
+  for (long row; (row = team_next(&me->draw, task->step->rows)) >= 0;) {
     float *residual = task->space.residual + row * hidden;
     const float *y = part->y + row * part->y_stride;
     for (long i = 0; i < hidden; i++) residual[i] += y[i];

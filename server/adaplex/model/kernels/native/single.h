@@ -10,10 +10,10 @@ typedef struct {
 static void NAME(multiply)(void *context, int thread) {
   const NAME(Product) *p = context;
   const Weight *w = p->part.weight;
-  long base = 0, panels = (w->out + LANES - 1) / LANES, groups = panel_groups(w);
-  (void)thread;
-  for (long ticket; (ticket = team_next(&base, groups)) >= 0;) {
-    long first = piece_of(ticket, groups) * PANEL_GROUP, last = at_most(first + PANEL_GROUP, panels);
+  long panels = panels_of(w);
+  Draw draw = {.thread = thread};
+  for (long group; (group = team_next(&draw, panel_groups(w))) >= 0;) {
+    long first = group * PANEL_GROUP, last = at_most(first + PANEL_GROUP, panels);
     NAME(panels)(&p->part, NULL, 0, p->rows, first, last);
     long from = first * LANES, to = at_most(last * LANES, w->out);
     for (long row = 0; row < p->rows; row++)

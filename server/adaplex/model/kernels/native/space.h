@@ -41,12 +41,24 @@ typedef struct {
   long spans, rank_stride, score_stride, member_size, passes;
 } Work_space;
 
-// What a tile of a product asks memory for while it multiplies: the panels of `b` of its rows, which it
-// needs at its end, in pieces of PIECE lines, a row's pieces as far apart as there are rows. Products wait
-// for arithmetic, adapters for memory: so both are under way at once.
+// What the next products shrink by: the `a` of a thread's rows at some modules. Neighbouring modules' are
+// neighbours in memory.
+typedef struct {
+  long parts, in, module[3];
+  long row, stop;
+  long tiles;  // that ask for a row
+  long tile;   // which of the thread's comes next
+} Coming;
+
+// What a tile of a product asks memory for while it multiplies: products wait for arithmetic, adapters for
+// memory, so that both are under way at once. The panels of `b` of its rows, which it needs at its end, in
+// pieces of PIECE lines, a row's pieces as far apart as there are rows; and its share of what the next
+// products shrink by.
 #define PIECE 16
 typedef struct {
   const char *piece[8];
+  const char *coming;
+  long pace;  // bytes of it for each eight inputs
 } Asks;
 
 // A share of it, for each eight inputs.
@@ -54,6 +66,8 @@ INLINE void ask(const Asks *asks, long line) {
   const char *at = asks->piece[line / 8 % 8] + line % 8 * 128;
   expect(at);
   expect(at + 64);
+  const char *from = asks->coming + line * asks->pace;
+  for (at = from; at < from + asks->pace; at += 64) expect_later(at);
 }
 
 // Which of the blocks of rows that go through the same panels a tile is. Each asks memory for its share of the
@@ -71,7 +85,7 @@ INLINE long pace_of(Turn turn) { return (64 + turn.all - 1) / turn.all; }
 
 // What each thread has for itself.
 typedef struct {
-  long base;  // of team_next
+  Draw draw;
   Pass *passes;
   float *scores, *mixed;
   void *weights, *query, *read;
@@ -94,17 +108,9 @@ static inline long at_least(long a, long b) { return a > b ? a : b; }
 static inline long at_most(long a, long b) { return a < b ? a : b; }
 static inline long row_groups(long rows) { return (rows + ROW_GROUP - 1) / ROW_GROUP; }
 
-static inline long panel_groups(const Weight *w) {
-  long panels = (w->out + LANES - 1) / LANES;
-  return (panels + PANEL_GROUP - 1) / PANEL_GROUP;
-}
+static inline long panels_of(const Weight *w) { return (w->out + LANES - 1) / LANES; }
 
-// Which of `count` neighbours in memory a ticket stands for: threads that draw in turn go through neighbours
-// each, so that what a thread asks memory for is what it reads next.
-static inline long piece_of(long ticket, long count) {
-  long turn = ticket % team.threads, left = count % team.threads;
-  return turn * (count / team.threads) + at_most(turn, left) + ticket / team.threads;
-}
+static inline long panel_groups(const Weight *w) { return (panels_of(w) + PANEL_GROUP - 1) / PANEL_GROUP; }
 
 // Whether the rows of a site are multiplied by another weight than the base's.
 static inline int has_own(const Site *site, const Weight *weight) {
@@ -137,22 +143,18 @@ static long span_tokens(const Model *m, const Step *step) {
   return tokens;
 }
 
-// Appends a pass for each run with a rank at a module, `rows` of it a ticket; counts the tickets.
-static Pass *ranked(Pass *pass, int part, long module, const Run *runs, long count, long rows,
-                    long *tickets) {
-  for (long r = 0; r < count; r++) {
-    if (!runs[r].sites || !runs[r].sites[module].rank) continue;
-    *pass++ = (Pass){part, runs[r].start, runs[r].stop, NULL, *tickets};
-    *tickets += (runs[r].stop - runs[r].start + rows - 1) / rows;
-  }
-  return pass;
+// The pass of a ticket, `now` being that of the ticket before it; the last of `passes` only ends them.
+static const Pass *pass_of(const Pass *passes, const Pass *now, long ticket) {
+  if (ticket < now->first_ticket) now = passes;
+  while (ticket >= now[1].first_ticket) now++;
+  return now;
 }
 
 // Cuts up what one thread has, from `own` on; `used` counts the bytes.
-static Member member_of(const Work_space *space, const Model *m, size_t element, char *own,
+static Member member_of(const Work_space *space, const Model *m, size_t element, int thread, char *own,
                         size_t *used) {
   long queries = QUERY_TOKENS * (m->heads / m->kv_heads), size = queries * m->head_dim;
-  Member me = {0};
+  Member me = {.draw = {.thread = thread}};
   me.passes = cut(own, used, sizeof(Pass) * (size_t)space->passes);
   me.scores = cut(own, used, sizeof(float) * (size_t)(queries * space->score_stride));
   me.mixed = cut(own, used, sizeof(float) * (size_t)size);
@@ -193,7 +195,7 @@ static int lay_out(Work_space *space, const Model *m, const Step *step, size_t e
   survey(m, step->head_run, step->head_runs, &space->needs);
   space->rank_stride = space->needs.rank + space->needs.rank % 2;  // whole units
   size_t size = 0;
-  member_of(space, m, element, NULL, &size);
+  member_of(space, m, element, 0, NULL, &size);
   space->member_size = (long)size;
   size = 0;
   cut_up(space, m, step, element, NULL, &size);

@@ -1,7 +1,8 @@
 // Team: threads that run one function together, and share its work by tickets.
 //
-// Whoever is free takes the next ticket, so a thread that the system holds up delays the others by
-// one ticket, not by its share.
+// A thread takes a share of neighbouring tickets first, the same of each round, so that it finds in its
+// caches what it asked memory for. Whoever has done its own takes from the others, so a thread that the
+// system holds up delays them by one ticket, not by its share.
 
 #pragma once
 
@@ -26,7 +27,9 @@ static struct {
   int64_t epoch;  // counts the calls of team_run; negative ends the threads
   Work work;
   void *context;
-  _Alignas(64) atomic_long ticket;
+  struct {
+    _Alignas(64) atomic_long drawn;
+  } share[MAX_THREADS];  // tickets drawn of each thread's share, in this round
   _Alignas(64) atomic_int arrived;
   _Alignas(64) atomic_uint generation;
 } team = {.one_at_a_time = PTHREAD_MUTEX_INITIALIZER,
@@ -40,10 +43,17 @@ static inline void pause_briefly(void) {
 #endif
 }
 
+static void team_start_round(void) {
+  for (int i = 0; i < team.threads; i++)
+    atomic_store_explicit(&team.share[i].drawn, 0, memory_order_relaxed);
+}
+
+// Ends a round: waits until all threads are there.
 static void team_barrier(void) {
   unsigned generation = atomic_load(&team.generation);
   if (atomic_fetch_add(&team.arrived, 1) + 1 == team.threads) {
     atomic_store(&team.arrived, 0);
+    team_start_round();
     atomic_store(&team.generation, generation + 1);
     return;
   }
@@ -55,13 +65,23 @@ static void team_barrier(void) {
   }
 }
 
-// The next of `count` tickets, or -1 after the last, when all threads have done theirs. `base` is the
-// thread's own: every thread draws one ticket too many in each round, so the next round starts at
-// count + threads.
-static inline long team_next(long *base, long count) {
-  long mine = atomic_fetch_add(&team.ticket, 1) - *base;
-  if (mine < count) return mine;
-  *base += count + team.threads;
+typedef struct {
+  int thread;
+  int helped;  // threads whose shares are all drawn, itself first
+} Draw;
+
+// The first of the share of a thread in so many tickets.
+static inline long team_share(int thread, long count) { return count * thread / team.threads; }
+
+// The next of `count` tickets, or -1 after the last, when all threads have done theirs.
+static inline long team_next(Draw *draw, long count) {
+  for (; draw->helped < team.threads; draw->helped++) {
+    int whose = (draw->thread + draw->helped) % team.threads;
+    long first = team_share(whose, count), left = team_share(whose + 1, count) - first;
+    long drawn = atomic_fetch_add_explicit(&team.share[whose].drawn, 1, memory_order_relaxed);
+    if (drawn < left) return first + drawn;
+  }
+  draw->helped = 0;
   team_barrier();
   return -1;
 }
@@ -99,7 +119,7 @@ static void *team_member(void *number) {
 // Runs `work` on every thread of the team; returns when all are done. One call at a time.
 static void team_run(Work work, void *context) {
   pthread_mutex_lock(&team.one_at_a_time);
-  atomic_store(&team.ticket, 0);
+  team_start_round();
   if (team.threads > 1) {
     pthread_mutex_lock(&team.sleeping);
     team.work = work;

@@ -44,6 +44,9 @@ INLINE words load_part(const void *p, long bytes) {
 // for the processor to guess how it goes on. Harmless beyond the end.
 INLINE void expect(const void *p) { __builtin_prefetch(p); }
 
+// The same for what is not read so soon: into the second cache only.
+INLINE void expect_later(const void *p) { __builtin_prefetch(p, 0, 2); }
+
 // Always the same tree, so that a sum has the same bits wherever it is taken.
 INLINE float sum_lanes(vec v) {
   float half[8];
