@@ -44,20 +44,28 @@ static void NAME(ask_ahead)(const NAME(Part) * part, Asks *asks) {
   asks->pace = bytes * 8 / part->weight->in;
 }
 
-// Rows that share an adapter find what it has in the cache: for them it points to what is there anyway.
-static __attribute__((noinline)) Asks NAME(asks_of)(const NAME(Part) * part, long row, long rows,
-                                                    long panel) {
-  Asks asks = {.pace = 0};
-  int shared = NAME(share_site)(part, row, rows);
-  for (int i = 0; i < 8; i++) {
-    const Site *site = shared ? NULL : site_of(part->sites, row + i % rows, part->module);
-    const ELEMENT *b = site && site->rank ? site->b : NULL;
-    asks.piece[i] = b ? (const char *)(b + panel * LANES * site->rank) + i / rows * PIECE * 64
-                      : (const char *)(part->x + row * part->x_stride);
+// The panels of `b` of a row from `panel` on; without any, what is in the cache anyway.
+static const char *NAME(b_of)(const NAME(Part) * part, long row, long panel) {
+  const Site *site = site_of(part->sites, row, part->module);
+  if (!site || !site->rank) return (const char *)(part->x + row * part->x_stride);
+  return (const char *)((const ELEMENT *)site->b + panel * LANES * site->rank);
+}
+
+// Fills what a tile asks for while it multiplies; not when its rows share an adapter, whose little is asked
+// for at once.
+static __attribute__((noinline)) int NAME(fill_asks)(const NAME(Part) * part, long row, long rows,
+                                                     long panel, Asks *asks) {
+  if (NAME(share_site)(part, row, rows)) {
+    const char *b = NAME(b_of)(part, row, panel);
+    for (long line = 0; line < PIECE; line++) expect(b + line * 64);
+    return 0;
   }
-  asks.coming = asks.piece[0];
-  if (part->coming && rows == 8 && !shared) NAME(ask_ahead)(part, &asks);
-  return asks;
+  for (int i = 0; i < 8; i++)
+    asks->piece[i] = NAME(b_of)(part, row + i % rows, panel) + i / rows * PIECE * 64;
+  asks->coming = asks->piece[0];
+  asks->pace = 0;
+  if (part->coming && rows == 8) NAME(ask_ahead)(part, asks);
+  return 1;
 }
 
 // R rows times P neighbouring panels.
@@ -190,11 +198,7 @@ INLINE void NAME(tile)(const NAME(Part) * part, const Site *own, long row, Turn 
   const Weight *w = part->weight;
   const ELEMENT *x = part->x + row * part->x_stride;
   Asks wanted;
-  const Asks *asks = NULL;
-  if (part->sites) {
-    wanted = NAME(asks_of)(part, row, R, panel);
-    asks = &wanted;
-  }
+  const Asks *asks = part->sites && NAME(fill_asks)(part, row, R, panel, &wanted) ? &wanted : NULL;
   vec acc[8][4];
   const void *dense = own ? own->dense : NULL;
   if (w->group && !dense) {
