@@ -24,61 +24,96 @@ INLINE void NAME(put_value)(ELEMENT *block, long token, const float *value, long
   }
 }
 
-// scores[r][16 b ..] for R queries and the blocks [first, last). q [R, dim]. Asks for the next block of
-// keys and for the values of this one, which no processor could guess.
+// scores[r][16 b ..] for R queries and B blocks from `b` on. q [R, dim]. Asks for the blocks of keys behind
+// them and for their values, which no processor could guess.
+INLINE void NAME(score_blocks)(const ELEMENT *q, long dim, const ELEMENT *keys, const ELEMENT *values,
+                               const int32_t *table, long b, long last, float scale, const int R,
+                               const int B, float *scores, long stride) {
+  long units = dim / PER_UNIT, size = LANES * dim;
+  const char *line[2], *next[2], *value[2];
+  UNROLL for (int i = 0; i < B; i++) {
+    line[i] = (const char *)(keys + table[b + i] * size);
+    next[i] = (const char *)(keys + table[at_most(b + B + i, last - 1)] * size);
+    value[i] = (const char *)(values + table[b + i] * size);
+  }
+  vec acc[8][2];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < B; i++) acc[r][i] = (vec){0};
+  for (long u = 0; u < units; u++) {
+    words w[2];
+    UNROLL for (int i = 0; i < B; i++) {
+      w[i] = load_words(line[i] + u * 64);
+      expect(next[i] + u * 64);
+      expect(value[i] + u * 64);
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+      words unit = NAME(unit)(q + r * dim, u);
+      UNROLL for (int i = 0; i < B; i++) acc[r][i] = NAME(mac)(acc[r][i], w[i], unit);
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < B; i++)
+    f32_store(scores + r * stride + (b + i) * LANES, acc[r][i] * scale);
+}
+
+// The same for the blocks [first, last): two at a time for many queries, which wait for arithmetic; few
+// wait for memory, which gives them one after the other sooner.
 INLINE void NAME(score_rows)(const ELEMENT *q, long dim, const ELEMENT *keys, const ELEMENT *values,
                              const int32_t *table, long first, long last, float scale, const int R,
                              float *scores, long stride) {
-  long units = dim / PER_UNIT, size = LANES * dim;
+  long b = first;
+  for (; R == 8 && b + 2 <= last; b += 2)
+    NAME(score_blocks)(q, dim, keys, values, table, b, last, scale, R, 2, scores, stride);
+  for (; b < last; b++)
+    NAME(score_blocks)(q, dim, keys, values, table, b, last, scale, R, 1, scores, stride);
+}
+
+// mixed[r][d ..] = sum of weights[r][t] * values[t] for R queries and D lines of dimensions from `d` on.
+INLINE void NAME(mix_lines)(const ELEMENT *weights, long stride, const ELEMENT *values, long dim,
+                            const int32_t *table, long first, long last, long d, const int R,
+                            const int D, float *mixed) {
+  vec acc[8][2];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < D; i++) acc[r][i] = (vec){0};
   for (long b = first; b < last; b++) {
-    const char *line = (const char *)(keys + table[b] * size);
-    const char *next = (const char *)(keys + table[b + 1 < last ? b + 1 : b] * size);
-    const char *value = (const char *)(values + table[b] * size);
-    vec acc[8];
-    UNROLL for (int r = 0; r < R; r++) acc[r] = (vec){0};
-    for (long u = 0; u < units; u++) {
-      words w = load_words(line + u * 64);
-      expect(next + u * 64);
-      expect(value + u * 64);
-      UNROLL for (int r = 0; r < R; r++) acc[r] = NAME(mac)(acc[r], w, NAME(unit)(q + r * dim, u));
+    const char *line = (const char *)(values + (long)table[b] * LANES * dim + d * PER_UNIT);
+    for (long u = 0; u < LANES / PER_UNIT; u++) {
+      words w[2];
+      UNROLL for (int i = 0; i < D; i++) w[i] = load_words(line + u * dim * 4 + i * 64);
+      UNROLL for (int r = 0; r < R; r++) {
+        words unit = NAME(unit)(weights + r * stride + b * LANES, u);
+        UNROLL for (int i = 0; i < D; i++) acc[r][i] = NAME(mac)(acc[r][i], w[i], unit);
+      }
     }
-    UNROLL for (int r = 0; r < R; r++) f32_store(scores + r * stride + b * LANES, acc[r] * scale);
   }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < D; i++)
+    f32_store(mixed + r * dim + d + i * LANES, acc[r][i]);
 }
 
 // mixed[r] = sum of weights[r][t] * values[t]; weights [R, stride], mixed [R, dim].
 INLINE void NAME(mix_rows)(const ELEMENT *weights, long stride, const ELEMENT *values, long dim,
                            const int32_t *table, long first, long last, const int R, float *mixed) {
-  for (long d = 0; d < dim; d += LANES) {
-    vec acc[8];
-    UNROLL for (int r = 0; r < R; r++) acc[r] = (vec){0};
-    for (long b = first; b < last; b++) {
-      const char *line = (const char *)(values + (long)table[b] * LANES * dim + d * PER_UNIT);
-      for (long u = 0; u < LANES / PER_UNIT; u++) {
-        words w = load_words(line + u * dim * 4);
-        UNROLL for (int r = 0; r < R; r++)
-          acc[r] = NAME(mac)(acc[r], w, NAME(unit)(weights + r * stride + b * LANES, u));
-      }
-    }
-    UNROLL for (int r = 0; r < R; r++) f32_store(mixed + r * dim + d, acc[r]);
-  }
+  long d = 0;
+  for (; d + 2 * LANES <= dim; d += 2 * LANES)
+    NAME(mix_lines)(weights, stride, values, dim, table, first, last, d, R, 2, mixed);
+  for (; d < dim; d += LANES)
+    NAME(mix_lines)(weights, stride, values, dim, table, first, last, d, R, 1, mixed);
 }
 
 // Turns the scores of keys [first, end) into weights; only keys [from, seen) are visible, the others
 // get zero. Returns what the mix is to be divided by.
-static float NAME(weigh)(const float *scores, long first, long end, long from, long seen,
-                         ELEMENT *weights) {
+static float NAME(weigh)(float *scores, long first, long end, long from, long seen, ELEMENT *weights) {
   const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   vec peaks = splat(-INFINITY), sums = {0};
   for (long t = first; t < end; t += LANES) {
-    ints at = lane + (int32_t)t, visible = (at >= (int32_t)from) & (at < (int32_t)seen);
     vec s = f32_load(scores + t);
-    peaks = select_lanes(visible & (s > peaks), s, peaks);
+    if (t < from || t + LANES > seen) {
+      ints at = lane + (int32_t)t, visible = (at >= (int32_t)from) & (at < (int32_t)seen);
+      s = select_lanes(visible, s, splat(-INFINITY));
+      f32_store(scores + t, s);
+    }
+    peaks = select_lanes(s > peaks, s, peaks);
   }
   vec peak = splat(max_lanes(peaks));
   for (long t = first; t < end; t += LANES) {
-    ints at = lane + (int32_t)t, visible = (at >= (int32_t)from) & (at < (int32_t)seen);
-    vec e = select_lanes(visible, exp_lanes(f32_load(scores + t) - peak), (vec){0});
+    vec e = exp_lanes(f32_load(scores + t) - peak);
     sums += e;
     NAME(store)(weights + t, e);
   }

@@ -178,11 +178,15 @@ INLINE vec bf16_load_part(const uint16_t *p, long left) {
 }
 
 INLINE void bf16_store(uint16_t *p, vec v) {
+#ifdef NATIVE_BF16
+  half_line h = (half_line)_mm512_cvtneps_pbh((__m512)v);
+#else
   words w = (words)v;
   words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
   words nan = (words)(v != v);
   words kept = (rounded & ~nan) | (((w >> 16) | 0x40) & nan);
   half_line h = __builtin_convertvector(kept, half_line);
+#endif
   memcpy(p, &h, sizeof h);
 }
 
