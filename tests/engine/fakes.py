@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.config import EngineConfig
-from adaplex.engine.cost_model import StepCosts
+from adaplex.engine.cost_model import Merge, StepCosts
 from adaplex.engine.engine import Engine
 from adaplex.engine.popularity import Popularity
 from adaplex.engine.request import (
@@ -123,8 +123,8 @@ class FakeRunner:
     def remove_adapter(self, digest: str) -> None:
         del self.extents[digest]
 
-    def merged_bytes(self, digest: str) -> int:
-        return self.merged_size
+    def measure_merge(self, digest: str) -> Merge:
+        return Merge(self.merged_size)
 
     def build_merged(self, digest: str) -> int:
         self.loads.append(digest)
@@ -214,6 +214,9 @@ class EagerPopularity(Popularity):
     def note(self, batch: Batch) -> None:
         adapters = (chunk.sequence.adapter for chunk in batch.chunks)
         self._seen.update({adapter.digest for adapter in adapters if adapter})
+
+    def judges(self, digest: str) -> bool:
+        return self.pays(digest)
 
     def pays(self, digest: str) -> bool:
         return self._seen[digest] >= self._needed

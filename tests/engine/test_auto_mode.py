@@ -6,13 +6,14 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from adaplex.engine.batch import Batch, Chunk
-from adaplex.engine.cost_model import Mix, StepCosts
+from adaplex.engine.cost_model import Merge, Mix, StepCosts
 from adaplex.engine.engine import Engine
 from adaplex.engine.popularity import ENOUGH, REMEMBERED, STRIDE, Popularity
 from adaplex.engine.request import AdapterMode, SampledToken
@@ -58,6 +59,11 @@ GPU = StepCosts(
 )
 MACHINES = {"nf4 cpu": NF4_CPU, "bf16 cpu": BF16_CPU, "gpu": GPU}
 STREAMS = 8
+DENSE = Merge(100)
+ZEROS = Merge(100, dense=0.0, kept=1.0)
+"""Of QA-LoRA on an int4-group base."""
+FEW = Merge(100, dense=0.25)
+"""Of an adapter on some of the linears."""
 
 
 def adapters(skew: str, seed: int = 7) -> Iterator[str]:
@@ -78,17 +84,23 @@ def adapters(skew: str, seed: int = 7) -> Iterator[str]:
 
 
 class ModelledRunner(FakeRunner):
-    """Moves a clock by what its costs say."""
+    """Moves a clock by what its costs say, for adapters that all merge alike."""
 
-    def __init__(self, costs: StepCosts) -> None:
+    def __init__(self, costs: StepCosts, merge: Merge) -> None:
         super().__init__()
-        self.costs = costs
+        self.costs, self.merge = costs, merge
+
+    def measure_merge(self, digest: str) -> Merge:
+        return self.merge
 
     def step_costs(self) -> StepCosts:
         return self.costs
 
     def run(self, batch: Batch) -> list[SampledToken]:
-        self.now += self.costs.step_seconds(Mix.of(batch))
+        mix = Mix.of(batch)
+        self.now += self.costs.step_seconds(
+            mix, dict.fromkeys(mix.merged | mix.unmerged, self.merge)
+        )
         for chunk in batch.chunks:
             self._check_adapter(chunk)
         return [SampledToken(1) for _ in batch.sampling]
@@ -97,8 +109,10 @@ class ModelledRunner(FakeRunner):
 class Traffic:
     """Streams back to back."""
 
-    def __init__(self, costs: StepCosts, skew: str, mode: AdapterMode) -> None:
-        self.runner, self.mode = ModelledRunner(costs), mode
+    def __init__(
+        self, costs: StepCosts, skew: str, mode: AdapterMode, merge: Merge = DENSE
+    ) -> None:
+        self.runner, self.mode = ModelledRunner(costs, merge), mode
         self.engine = Engine(
             make_config(
                 num_blocks=600,
@@ -151,6 +165,22 @@ def test_auto_is_no_worse_than_the_better_mode(machine: str, skew: str) -> None:
             paid = bool(traffic.runner.merged)
     assert seconds[AUTO] <= 1.03 * min(seconds[UNMERGED], seconds[MERGED])
     assert paid or seconds[UNMERGED] < 1.03 * seconds[MERGED]
+
+
+@pytest.mark.parametrize("merge", [ZEROS, FEW], ids=["zeros", "few"])
+@pytest.mark.parametrize(
+    ("machine", "skew"), [("nf4 cpu", "identical"), ("bf16 cpu", "distinct"), ("gpu", "identical")]
+)
+def test_auto_knows_what_merging_makes_of_an_adapter(machine: str, skew: str, merge: Merge) -> None:
+    seconds = {}
+    for mode in AdapterMode:
+        traffic = Traffic(MACHINES[machine], skew, mode, merge)
+        traffic.seconds_a_token(steps=STRIDE * REMEMBERED + 100)
+        seconds[mode] = traffic.seconds_a_token(steps=1000)
+        merged = traffic.runner.merged if mode is AUTO else set()
+    assert seconds[AUTO] <= 1.03 * min(seconds[UNMERGED], seconds[MERGED])
+    if machine == "nf4 cpu":
+        assert merged == ({digest("a0")} if merge is ZEROS else set()), "dense copies do not pay"
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -206,6 +236,25 @@ def test_costs_between_and_beyond_what_was_measured() -> None:
     assert costs.step_seconds(Mix(merged={"a": 2, "b": 2})) == pytest.approx(2 * 4.0 + 2.0)
     unmerged = Mix(base=1, unmerged={"a": 1, "b": 2})
     assert costs.step_seconds(unmerged) == pytest.approx(2.0 + 0.1 + 0.01)
+
+
+@pytest.mark.parametrize("takes_merged", [False, True])
+def test_linears_that_an_adapter_leaves_alone_are_the_bases(takes_merged: bool) -> None:
+    costs = StepCosts((1, 11), (1.0, 11.0), (20.0, 20.0), (4.0, 4.0), 2.0, takes_merged)
+    merges = {"few": FEW, "zeros": ZEROS}
+
+    def seconds(**rows: Any) -> float:
+        return costs.step_seconds(Mix(**rows), merges)
+
+    assert seconds(unmerged={"few": 2}) == pytest.approx(2.0 + 4.0 / 4)
+    assert seconds(unmerged={"few": 1, "zeros": 1}) == pytest.approx(2.0 + (4.0 + 2.0) * 5 / 8)
+    assert seconds(merged={"few": 2}) == pytest.approx(20.0 / 4 + 2.0 * 3 / 4)
+    assert seconds(merged={"zeros": 2}) == pytest.approx(2.0)
+    few, zeros = (5.0, 5.0) if takes_merged else (1.0 / 4 + 5.0 * 3 / 4, 1.0)
+    assert seconds(base=1, merged={"few": 4}) == pytest.approx(20.0 / 4 + few)
+    assert seconds(base=1, merged={"zeros": 4}) == pytest.approx(4.0 + zeros)
+    assert costs.saved("zeros", Mix(unmerged={"zeros": 2}), merges) == pytest.approx(4.0)
+    assert costs.saved("few", Mix(unmerged={"few": 2}), merges) < 0
 
 
 def test_a_mix_counts_rows_by_adapter_and_mode() -> None:
@@ -274,6 +323,16 @@ def test_only_recent_steps_make_merging_pay() -> None:
     assert not popularity._resting
     remember(popularity, "c", 3 * REMEMBERED)
     assert len(popularity._mixes) == REMEMBERED
+
+
+def test_what_merging_makes_of_an_adapter_is_judged_again_when_it_is_known() -> None:
+    popularity = Popularity(NF4_CPU)
+    remember(popularity, "a", REMEMBERED)
+    assert not popularity.pays(digest("a"))
+    popularity.learn(digest("a"), ZEROS)
+    assert popularity.pays(digest("a"))
+    popularity.learn(digest("a"), None)
+    assert not popularity.pays(digest("a"))
 
 
 def test_without_costs_merging_never_pays() -> None:

@@ -22,7 +22,7 @@ from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.batch import Batch
 from adaplex.engine.config import EngineConfig
-from adaplex.engine.cost_model import StepCosts
+from adaplex.engine.cost_model import Merge, StepCosts
 from adaplex.engine.engine import Engine
 from adaplex.engine.request import Logprob, Request, SampledToken
 from adaplex.server.app import Server, serve
@@ -113,8 +113,8 @@ class FakeRunner:
     def build_merged(self, digest: str) -> int:
         return 100
 
-    def merged_bytes(self, digest: str) -> int:
-        return 100
+    def measure_merge(self, digest: str) -> Merge:
+        return Merge(100)
 
     def remove_merged(self, digest: str) -> None: ...
 

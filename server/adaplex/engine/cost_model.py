@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from adaplex.engine.batch import Batch
 from adaplex.engine.request import AdapterMode
@@ -45,6 +46,30 @@ class Mix:
 
 
 @dataclass(frozen=True)
+class Merge:
+    """What merging makes of an adapter. The parts are those of all linears but the output layer, by
+    the size of their weights.
+    """
+
+    nbytes: int = 0
+    dense: float = 1.0
+    """Part that is dense then."""
+    kept: float = 0.0
+    """Part that has a weight of its own too, and of the base's kind."""
+
+    @property
+    def changed(self) -> float:
+        """Part that the adapter changes, merged or not; the rest stays the base's."""
+        return self.dense + self.kept
+
+
+Merges = Mapping[str, Merge]
+"""By digest; of an adapter that is missing all is dense."""
+WHOLE = Merge()
+UNKNOWN: Merges = MappingProxyType({})
+
+
+@dataclass(frozen=True)
 class StepCosts:
     """Seconds of all linears of the model but the output layer, at some numbers of rows."""
 
@@ -66,29 +91,37 @@ class StepCosts:
         assert list(self.rows) == sorted(set(self.rows))
         assert len(self.rows) == len(self.base) == len(self.merged) == len(self.low_rank) > 1
 
-    def step_seconds(self, mix: Mix) -> float:
+    def step_seconds(self, mix: Mix, merges: Merges = UNKNOWN) -> float:
         """A merged adapter is a pass of its own over its weights; all others share one over the
-        base.
+        base, and so do its rows at linears that it leaves alone.
         """
-        unmerged, merged = sum(mix.unmerged.values()), sum(mix.merged.values())
-        seconds = sum(self._at(self.merged, rows) for rows in mix.merged.values())
-        shared = mix.base + unmerged
-        if self.base_takes_merged and (shared or len(mix.merged) > 1):
-            shared += merged
-        if shared:
-            seconds += self._at(self.base, shared)
-        if unmerged:
-            seconds += self._at(self.low_rank, unmerged)
-            seconds += self.another_adapter * (len(mix.unmerged) - 1)
+        seconds = self._shared(mix, 1 - _changed(mix.merged, merges))
+        for digest, rows in mix.merged.items():
+            merge = merges.get(digest, WHOLE)
+            seconds += merge.dense * self._at(self.merged, rows)
+            seconds += merge.kept * self._at(self.base, rows)
+        if mix.unmerged:
+            deltas = self._at(self.low_rank, sum(mix.unmerged.values()))
+            deltas += self.another_adapter * (len(mix.unmerged) - 1)
+            seconds += _changed(mix.unmerged, merges) * deltas
         return seconds
 
-    def saved(self, digest: str, mix: Mix) -> float:
+    def saved(self, digest: str, mix: Mix, merges: Merges = UNKNOWN) -> float:
         """Seconds that merging an adapter would save; below 0 when it would cost some."""
         unmerged, merged = (
-            self.step_seconds(mix.applied(digest, mode))
+            self.step_seconds(mix.applied(digest, mode), merges)
             for mode in (AdapterMode.UNMERGED, AdapterMode.MERGED)
         )
         return unmerged - merged
+
+    def _shared(self, mix: Mix, alone: float) -> float:
+        """The pass over the base; at a part `alone` of the linears merged rows have no other."""
+        shared = mix.base + sum(mix.unmerged.values())
+        every = shared + sum(mix.merged.values())
+        if self.base_takes_merged and (shared or len(mix.merged) > 1):
+            alone = 1.0
+        seconds = alone * self._at(self.base, every) if every else 0.0
+        return seconds + ((1 - alone) * self._at(self.base, shared) if shared else 0.0)
 
     def _at(self, seconds: Sequence[float], rows: int) -> float:
         """Between measured numbers of rows in proportion; beyond them as the last two go on."""
@@ -98,3 +131,9 @@ class StepCosts:
         left, right = self.rows[index - 1], self.rows[index]
         slope = (seconds[index] - seconds[index - 1]) / (right - left)
         return max(0.0, seconds[index - 1] + slope * (rows - left))
+
+
+def _changed(rows: Mapping[str, int], merges: Merges) -> float:
+    """Part of the linears that adapters change, on the average of their rows; 1 without any."""
+    changed = sum(count * merges.get(digest, WHOLE).changed for digest, count in rows.items())
+    return changed / sum(rows.values()) if rows else 1.0

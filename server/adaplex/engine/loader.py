@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from queue import Empty, SimpleQueue
 
+from adaplex.engine.cost_model import Merge
+
 
 class Job(Enum):
     """What is done to an adapter."""
@@ -21,7 +23,7 @@ class Job(Enum):
     LOAD = auto()
     """From the store into the arena, where host memory has no room."""
     MEASURE = auto()
-    """How many bytes its merged weights take."""
+    """What merging makes of it."""
     BUILD = auto()
     """Its merged weights."""
 
@@ -34,12 +36,12 @@ MAX_PENDING = {True: 8, False: 4}
 
 @dataclass(frozen=True)
 class Completion:
-    """One job is over: with `result` (bytes, for MEASURE) or with `error`."""
+    """One job is over: with `result` (of MEASURE alone) or with `error`."""
 
     job: Job
     digest: str
     seconds: float
-    result: int = 0
+    result: Merge | None = None
     error: BaseException | None = None
 
 
@@ -74,7 +76,7 @@ class Loader:
         fast = job is Job.COPY
         return self._pending[fast] < THREADS[fast] - 1
 
-    def submit(self, job: Job, digest: str, work: Callable[[], int | None]) -> None:
+    def submit(self, job: Job, digest: str, work: Callable[[], Merge | None]) -> None:
         """Runs `work` soon, on another thread."""
         fast = job is Job.COPY
         self._pending[fast] += 1
@@ -95,12 +97,12 @@ class Loader:
         for lane in self._own:
             lane.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, job: Job, digest: str, work: Callable[[], int | None]) -> None:
+    def _run(self, job: Job, digest: str, work: Callable[[], Merge | None]) -> None:
         start = time.monotonic()
         try:
-            result, error = work() or 0, None
+            result, error = work(), None
         except BaseException as caught:  # a lost completion would leave its waiters hanging
-            result, error = 0, caught
+            result, error = None, caught
         seconds = time.monotonic() - start
         self._completions.put(Completion(job, digest, seconds, result, error))
         self._on_completion()

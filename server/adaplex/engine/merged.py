@@ -7,6 +7,7 @@ from functools import partial
 
 from adaplex.engine.byte_budget import ByteBudget
 from adaplex.engine.config import EngineConfig
+from adaplex.engine.cost_model import Merge
 from adaplex.engine.errors import RequestInvalid
 from adaplex.engine.eviction import LoadCosts
 from adaplex.engine.loader import Completion, Job, Loader
@@ -19,7 +20,7 @@ from adaplex.engine.tier import Tier
 
 
 class MergedAdapters:
-    """One tier under a byte budget. How large merged weights are is asked of the runner once."""
+    """One tier under a byte budget. The runner is asked once what merging makes of an adapter."""
 
     def __init__(
         self,
@@ -39,8 +40,8 @@ class MergedAdapters:
             lambda _, nbytes: costs.seconds("merged", nbytes),
         )
         self.popularity = Popularity(runner.step_costs() if config.merged_bytes else None)
-        self._sizes: dict[str, int | None] = {}
-        """Bytes of merged weights; None while they are being asked for."""
+        self._merges: dict[str, Merge | None] = {}
+        """What merging makes of adapters; None while that is being asked for."""
 
     def check(self, adapter: AdapterRef) -> None:
         """Raises RequestInvalid when the adapter can never be served merged."""
@@ -59,8 +60,8 @@ class MergedAdapters:
         """Brings the merged weights that a waiting sequence needs nearer."""
         if self.tier.get(digest) or self.tier.blocked or self._loader.full(Job.BUILD):
             return
-        size = self._size(digest)
-        if size is not None and not self._build(digest, size, keep=frozenset()):
+        merge = self._merge(digest)
+        if merge is not None and not self._build(digest, merge.nbytes, keep=frozenset()):
             self.tier.blocked = sequence
 
     def build_if_it_pays(self, digest: str) -> None:
@@ -69,16 +70,19 @@ class MergedAdapters:
         """
         if self._loader.pending or self.tier.get(digest) or self.tier.blocked:
             return
-        if not self.popularity.pays(digest):
+        if not self.popularity.judges(digest):
             return
-        size = self._size(digest)
-        if size is not None and self.tier.space.could_hold(size):
-            self._build(digest, size, keep=self.popularity.paying(self.tier.resident))
+        merge = self._merge(digest)
+        if merge is None or not self.popularity.pays(digest):
+            return
+        if self.tier.space.could_hold(merge.nbytes):
+            self._build(digest, merge.nbytes, keep=self.popularity.paying(self.tier.resident))
 
     def unload(self, digest: str) -> bool:
         """Drops merged weights as soon as nobody leases them; whether they were there."""
-        if self._sizes.get(digest) is not None:
-            del self._sizes[digest]
+        if self._merges.get(digest) is not None:
+            del self._merges[digest]
+            self.popularity.learn(digest, None)
         self.popularity.forget(digest)
         return self.tier.unload(digest)
 
@@ -86,10 +90,12 @@ class MergedAdapters:
         """Takes in what a job has done; why those who wait for merged weights must fail."""
         error = done.error
         if done.job is Job.MEASURE:
-            self._sizes[done.digest] = done.result
             if error is None:
+                assert done.result is not None
+                self._merges[done.digest] = done.result
+                self.popularity.learn(done.digest, done.result)
                 return self._too_large(done.digest)
-            del self._sizes[done.digest]
+            del self._merges[done.digest]
         self._observer.adapter_loaded(
             tier="merged", outcome="error" if error else "ok", seconds=done.seconds
         )
@@ -106,8 +112,8 @@ class MergedAdapters:
 
     @property
     def measuring(self) -> int:
-        """Sizes that are being asked for."""
-        return sum(size is None for size in self._sizes.values())
+        """Adapters of which it is being asked what merging makes of them."""
+        return sum(merge is None for merge in self._merges.values())
 
     def check_integrity(self, leases: Iterable[tuple[str, Sequence]]) -> None:
         """Asserts that the tier balances."""
@@ -124,16 +130,18 @@ class MergedAdapters:
         self._loader.submit(Job.BUILD, digest, build)
         return True
 
-    def _size(self, digest: str) -> int | None:
-        """Bytes of the merged weights; None while the loader finds out."""
-        if digest not in self._sizes:
-            self._sizes[digest] = None
-            self._loader.submit(Job.MEASURE, digest, partial(self._runner.merged_bytes, digest))
-        return self._sizes[digest]
+    def _merge(self, digest: str) -> Merge | None:
+        """What merging makes of the adapter; None while the loader finds out."""
+        if digest not in self._merges:
+            self._merges[digest] = None
+            self._loader.submit(Job.MEASURE, digest, partial(self._runner.measure_merge, digest))
+        return self._merges[digest]
 
     def _too_large(self, digest: str) -> RequestInvalid | None:
-        size = self._sizes.get(digest)
-        if size is None or self.tier.space.could_hold(size):
+        merge = self._merges.get(digest)
+        if merge is None or self.tier.space.could_hold(merge.nbytes):
             return None
         budget = self.tier.space.capacity
-        return RequestInvalid("mode", f"merged weights take {size} bytes of a budget of {budget}")
+        return RequestInvalid(
+            "mode", f"merged weights take {merge.nbytes} bytes of a budget of {budget}"
+        )

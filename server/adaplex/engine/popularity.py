@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from adaplex.engine.batch import Batch
-from adaplex.engine.cost_model import Mix, StepCosts
+from adaplex.engine.cost_model import Merge, Mix, StepCosts
 
 STRIDE = 16
 """One step in so many is remembered: neighbours are alike."""
@@ -33,6 +33,7 @@ class Popularity:
         self._mixes: deque[Mix] = deque(maxlen=REMEMBERED)
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
         """What they took, by the costs."""
+        self._merges: dict[str, Merge] = {}
         self._steps = 0
         self._verdicts: dict[str, bool] = {}
         self._paid: set[str] = set()
@@ -46,11 +47,26 @@ class Popularity:
         if self._costs is not None and self._steps % STRIDE == 0:
             mix = Mix.of(batch)
             self._mixes.append(mix)
-            self._seconds.append(self._costs.step_seconds(mix))
+            self._seconds.append(self._costs.step_seconds(mix, self._merges))
             self._verdicts.clear()
             if self._steps % (STRIDE * REMEMBERED) == 0:
                 self._paid = {d for d in self._paid if any(mix.rows(d) for mix in self._mixes)}
             self._resting = {d: end for d, end in self._resting.items() if end > self._steps}
+
+    def judges(self, digest: str) -> bool:
+        """Whether enough of those steps have rows of the adapter."""
+        if self._costs is None or digest in self._resting:
+            return False
+        return sum(1 for mix in self._mixes if mix.rows(digest)) >= ENOUGH
+
+    def learn(self, digest: str, merge: Merge | None) -> None:
+        """What merging makes of the adapter; None when it is of no interest any more."""
+        if merge is None:
+            self._merges.pop(digest, None)
+        else:
+            self._merges[digest] = merge
+        self._verdicts.pop(digest, None)
+        self._paid.discard(digest)
 
     def pays(self, digest: str) -> bool:
         """Whether those steps would have been faster with all rows of the adapter merged."""
@@ -73,10 +89,10 @@ class Popularity:
         self._paid.discard(digest)
 
     def _judge(self, digest: str) -> bool:
-        seen = sum(1 for mix in self._mixes if mix.rows(digest))
-        if self._costs is None or digest in self._resting or seen < ENOUGH:
+        if self._costs is None or not self.judges(digest):
             return False
-        saved = [self._costs.saved(digest, mix) for mix in self._mixes if mix.rows(digest)]
+        mixes = [mix for mix in self._mixes if mix.rows(digest)]
+        saved = [self._costs.saved(digest, mix, self._merges) for mix in mixes]
         part = len(saved) // PARTS
         parts = [sum(saved[i * part : (i + 1) * part]) for i in range(PARTS)]
         least = MARGIN * sum(self._seconds)

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 from typing import Protocol
 
 from adaplex.engine.batch import Batch
-from adaplex.engine.cost_model import StepCosts
+from adaplex.engine.cost_model import Merge, StepCosts
 from adaplex.engine.request import SampledToken
 
 
@@ -48,13 +48,13 @@ class Runner(Protocol):
         ...
 
     def build_merged(self, digest: str) -> int:
-        """Makes the dense merged weights of an adapter; returns their bytes, at most
-        `merged_bytes`. After an error nothing of them is kept.
+        """Makes the merged weights of an adapter; returns their bytes, at most those that were
+        measured. After an error nothing of them is kept.
         """
         ...
 
-    def merged_bytes(self, digest: str) -> int:
-        """Bytes that merged weights of this stored adapter would take."""
+    def measure_merge(self, digest: str) -> Merge:
+        """What merging would make of this stored adapter."""
         ...
 
     def remove_merged(self, digest: str) -> None:

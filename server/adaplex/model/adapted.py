@@ -56,10 +56,16 @@ def adapt(module: nn.Module, site: BaseModule, step: StepContext) -> None:
 
 
 def _norm_hook(name: str, step: StepContext) -> Any:
-    """Norms read the residual stream, which bottlenecks behind them may want."""
+    """Norms read the residual stream, which bottlenecks behind them may want, or the heads of
+    [batch, tokens, heads, features].
+    """
 
     def hook(norm: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-        if step.rows.any:
+        if not step.rows.any:
+            return
+        if args[0].dim() == 4:
+            step.rows.norm(name, norm, args[0].flatten(0, 1), y.view(-1, *y.shape[2:]))
+        else:
             step.residual = args[0]
             step.rows.norm(name, norm, _rows(args[0]), _rows(y))
 

@@ -101,7 +101,7 @@ class Assembly:
         )
         model.eval().requires_grad_(False)
         _use_row_invariant_experts(model)
-        found = probe(model)
+        found = probe(model, head_norms=self.kernels is None)
         progress(f"quantizing {len(found.sites)} modules to {self.quantization}")
         self._adapt(model, found.sites, self._quantized)
         return model, found

@@ -86,6 +86,20 @@ def merged_bytes(
     return sum(sizes) + _rest(program, backends).packed_bytes(dtype.itemsize)
 
 
+def merged_parts(
+    program: AdapterProgram, backends: Mapping[str, LinearBackend]
+) -> tuple[float, float]:
+    """Which parts of all these weights are dense once merged, and have one of their own kind."""
+    parts = {True: 0, False: 0}
+    for module in program.modules:
+        if (backend := backends.get(module.module)) is not None:
+            delta = _delta(module)
+            dense = delta is None or backend.merged_bytes(delta) is None
+            parts[dense] += backend.out_features * backend.in_features
+    whole = sum(backend.out_features * backend.in_features for backend in backends.values())
+    return parts[True] / whole, parts[False] / whole
+
+
 def _size(module: ModuleProgram, backend: LinearBackend, dtype: torch.dtype) -> int:
     """Bytes of one merged linear."""
     delta = _delta(module)

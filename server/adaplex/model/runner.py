@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaplex.adapters.program import AdapterProgram
 from adaplex.engine.batch import Batch, Chunk
-from adaplex.engine.cost_model import StepCosts
+from adaplex.engine.cost_model import Merge, StepCosts
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SampledToken, SamplingParams
 from adaplex.engine.sequence import Sequence
 from adaplex.model import costs, native_costs
@@ -23,7 +23,7 @@ from adaplex.model.host_copies import HostCopies, PackedAdapter, Packer
 from adaplex.model.kernels.low_rank import AdapterWeights, LowRankKernel, low_rank_kernel
 from adaplex.model.kv_cache import KVCache
 from adaplex.model.loader import BaseModel, silent
-from adaplex.model.merged import MergedWeights, merge, merged_bytes
+from adaplex.model.merged import MergedWeights, merge, merged_bytes, merged_parts
 from adaplex.model.module_forward import ModuleForward
 from adaplex.model.native_forward import NativeForward, fastest
 from adaplex.model.prefix import Prefixes, Write, panel_writer
@@ -159,9 +159,13 @@ class ModelRunner:
         )
         return merged_bytes(program, base.backends, base.dtype)
 
-    def merged_bytes(self, digest: str) -> int:
+    def measure_merge(self, digest: str) -> Merge:
         """See Runner."""
-        return merged_bytes(self._load_program(digest), self._base.backends, self._base.dtype)
+        base, program = self._base, self._load_program(digest)
+        modules = base.spec.modules
+        inner = {name: b for name, b in base.backends.items() if not modules[name].is_head}
+        nbytes = merged_bytes(program, base.backends, base.dtype)
+        return Merge(nbytes, *merged_parts(program, inner))
 
     def remove_merged(self, digest: str) -> None:
         """See Runner."""

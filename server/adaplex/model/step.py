@@ -31,7 +31,7 @@ class AdapterRows(Protocol):
         ...
 
     def norm(self, name: str, norm: nn.Module, x: Tensor, y: Tensor) -> None:
-        """`norm` made y [rows, features] of x; in place."""
+        """`norm` made y [rows, features], or [rows, heads, features], of x; in place."""
         ...
 
     def embedding(self, name: str, embedding: nn.Module, ids: Tensor, y: Tensor) -> None:

@@ -109,9 +109,11 @@ class TritonRows:
         if Launch.WEIGHT in launches:
             own = norm.get_parameter("weight")
             weights, replaced = triton_embedding.row_weights(shared, own, len(x))
+            replaced = replaced.view(-1, *[1] * (y.dim() - 1))
             y.copy_(torch.where(replaced, normed(norm, weights, x), y))
         if Launch.OUTPUT in launches:
-            triton_low_rank.expand(shared, triton_low_rank.no_parts(y), y)
+            for part in (y,) if y.dim() == 2 else y.unbind(1):
+                triton_low_rank.expand(shared, triton_low_rank.no_parts(part), part)
 
     def embedding(self, name: str, embedding: nn.Module, ids: Tensor, y: Tensor) -> None:
         """See AdapterRows."""
@@ -154,7 +156,7 @@ class TritonRows:
 
 
 def normed(norm: nn.Module, weights: Tensor, x: Tensor) -> Tensor:
-    """x [rows, features] by a norm of any kind that has another weight in each row."""
+    """x [rows, .., features] by a norm of any kind that has another weight in each row."""
 
     def row(weight: Tensor, x: Tensor) -> Tensor:
         y: Tensor = with_weight(norm, weight).forward(x)

@@ -1,0 +1,83 @@
+"""Norms of single heads, as qwen3 has them: replaced by adapters where no C decoder runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+from adaplex.adapters.errors import AdapterInvalid
+from adaplex.adapters.program import AdapterProgram, ModuleProgram
+from adaplex.engine.batch import Chunk
+from peft_adapters import Oracle, load_plain
+from peft_families import around, family, lora
+from rig import Rig, lowered, prompt
+
+NORMS = ["q_norm", "k_norm", "input_layernorm"]
+LN_TUNING = family(lambda _: peft.LNTuningConfig(target_modules=NORMS), around())
+QUERY, KEY = (f"model.layers.1.self_attn.{part}_norm" for part in "qk")
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "triton"])
+def rig(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Rig:
+    return Rig(tiny_model("qwen3"), native=False, triton=request.param)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[[str], Path]) -> Path:
+    return tiny_model("qwen3")
+
+
+def test_ln_tuning_of_head_norms_is_that_of_peft(rig: Rig, model: Path, tmp_path: Path) -> None:
+    directory = LN_TUNING.save(model, tmp_path / "norms", 2)
+    pairs = lora(target_modules=["q_proj", "k_proj"]).save(model, tmp_path / "pairs", 3)
+    program = lowered(directory, rig.base.spec)
+    assert {QUERY, KEY} <= {module.module for module in program.modules}
+    ref, beside = rig.add(program), rig.add(lowered(pairs, rig.base.spec))
+    tokens = prompt(21)
+    oracles = [Oracle(load_plain(model), adapter) for adapter in (directory, None, pairs)]
+    expected = [oracle.logits(tokens) for oracle in oracles]
+    assert (expected[0] - expected[1]).abs().max() > 1e-2, "the adapter does nothing"
+
+    mixed = rig.prefill(*(rig.sequence(tokens, each) for each in (ref, None, beside)))
+    for row, wanted in zip(mixed, expected, strict=True):
+        assert (row - wanted).abs().max() < 1e-4
+    sequence = rig.sequence(tokens, ref)
+    for start in range(0, len(tokens), 8):
+        rows = rig.forward(Chunk(sequence, start, min(8, len(tokens) - start)))
+    assert (rows[0] - expected[0]).abs().max() < 1e-4
+    (output,) = rig.generate([rig.sequence(tokens, ref)], 3)
+    assert output == oracles[0].greedy(tokens, 3)
+
+
+def test_a_row_does_not_depend_on_its_mates(model: Path, tmp_path: Path) -> None:
+    rig = Rig(model, native=False)
+    ref = rig.add(lowered(LN_TUNING.save(model, tmp_path / "norms", 2), rig.base.spec))
+    alone = rig.prefill(rig.sequence(prompt(13), ref))[0]
+    mates = [rig.sequence(prompt(9 + i), ref if i % 2 else None) for i in range(3)]
+    assert torch.equal(rig.prefill(mates[0], rig.sequence(prompt(13), ref), *mates[1:])[1], alone)
+
+
+def test_a_bias_is_added_to_every_head(rig: Rig) -> None:
+    bias = torch.linspace(-1, 1, 16)
+    program = AdapterProgram("bias", "bitfit", (ModuleProgram(KEY, bias=bias),))
+    ref, seen = rig.add(program), []
+    norm = rig.base.module.get_submodule(KEY)
+    handle = norm.register_forward_hook(lambda _module, _x, y: seen.append(y.clone()))
+    rig.prefill(rig.sequence(prompt(5)), rig.sequence(prompt(5), ref))
+    handle.remove()
+    plain, moved = seen[0][0, :5], seen[0][0, 5:10]
+    assert (moved - plain - bias).abs().max() < 1e-5
+
+
+def test_with_c_kernels_they_are_refused_by_name(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = tiny_model("qwen3")
+    rig = Rig(model)
+    assert rig.base.kernels is not None
+    with pytest.raises(AdapterInvalid, match=r"q_norm.*has no such module"):
+        lowered(LN_TUNING.save(model, tmp_path, 2), rig.base.spec)
