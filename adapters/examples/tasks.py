@@ -23,6 +23,10 @@ SAMPLES = (
 """The prompts shown in the cards; never trained on."""
 
 HOLD_OUT_EVERY = 8
+SEED = 7
+BATCH = 8
+ANSWER_TOKENS = 64
+"""Of a sample, at most."""
 
 
 @dataclass(frozen=True)

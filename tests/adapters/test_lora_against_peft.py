@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,13 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from adaplex.adapters import formats
-from adaplex.adapters.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.checkpoint import read_checkpoint
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram
-from peft_adapters import attention, everything, load_plain, save_adapter, spread
+from peft_adapters import attention, everything, save_adapter, spread
 
 LIMITS = AdapterLimits()
 ARCHITECTURES = ["llama", "gpt2", "qwen2"]
@@ -47,48 +45,6 @@ def fields_of(case: str, architecture: str) -> dict[str, Any]:
         },
     }
     return spread(architecture).get(case) or {"r": 3, "lora_alpha": 5, **more[case]}
-
-
-def describe(model: PreTrainedModel, name: str) -> BaseSpec:
-    """The spec of a plain model, made without the server's loader."""
-    head = model.get_output_embeddings()
-    modules: dict[str, BaseModule] = {}
-    biases: dict[str, torch.Tensor] = {}
-    for path, module in model.named_modules():
-        weight: Any = getattr(module, "weight", None)
-        bias = getattr(module, "bias", None)
-        if isinstance(module, nn.Linear | Conv1D):
-            outputs, inputs = weight.shape
-            if isinstance(module, Conv1D):
-                outputs, inputs = inputs, outputs
-            kind: Any = "linear"
-        elif isinstance(weight, nn.Parameter) and weight.dim() == 1:
-            inputs = outputs = weight.numel()
-            kind = "norm"
-        else:
-            continue
-        modules[path] = BaseModule(
-            path,
-            kind,
-            inputs,
-            outputs,
-            has_bias=bias is not None,
-            is_head=module is head,
-            transposed=isinstance(module, Conv1D),
-        )
-        if bias is not None:
-            biases[path] = bias.detach().float().clone()
-    return BaseSpec(name, "digest", model.config.model_type, modules, biases)
-
-
-@pytest.fixture(scope="module")
-def base(tiny_model: Callable[[str], Path]) -> Callable[[str], tuple[PreTrainedModel, BaseSpec]]:
-    @cache
-    def load(architecture: str) -> tuple[PreTrainedModel, BaseSpec]:
-        model = load_plain(tiny_model(architecture))
-        return model, describe(model, architecture)
-
-    return load
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

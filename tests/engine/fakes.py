@@ -30,6 +30,7 @@ BLOCK = 4
 """Tokens a block."""
 UNIT = 64
 """Bytes of the smallest adapter."""
+MERGED, AUTO = AdapterMode.MERGED, AdapterMode.AUTO
 
 
 def next_token(digest: str, tokens: Sequence[int]) -> int:

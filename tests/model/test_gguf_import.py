@@ -9,8 +9,8 @@ import torch
 
 from adaplex.server.config import ServerConfig
 from adaplex.server.stores import open_store
+from adapters.gguf_adapters import pairs_of, write_gguf
 from adapters.handmade import UPLOAD
-from adapters.test_gguf_lora import pairs_of, write_gguf
 from peft_adapters import load_plain, save_adapter
 from rig import Rig
 

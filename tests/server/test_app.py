@@ -17,8 +17,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from adaplex.server import logs
-from adaplex.server.app import SERVICES, run
+from adaplex.server.app import SERVICES
 from adaplex.server.config import ConfigError
+from adaplex.server.process import run
 from adaplex.v1 import generation_pb2_grpc
 from adaplex.v1.adapters_pb2 import ListAdaptersRequest
 from adaplex.v1.generation_pb2 import (

@@ -40,7 +40,7 @@ def _run(config: ServerConfig) -> None:
     logs.configure(config.log_level, config.log_format)  # before libraries that log on import
 
     from adaplex.adapters.errors import AdaplexError
-    from adaplex.server import app
+    from adaplex.server import process
     from adaplex.server.build import build
     from adaplex.server.progress import shown_progress
 
@@ -50,7 +50,7 @@ def _run(config: ServerConfig) -> None:
     except AdaplexError as error:
         _fail(str(error))
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(app.run(parts))
+        runner.run(process.run(parts))
 
 
 def _loop_factory() -> Any:

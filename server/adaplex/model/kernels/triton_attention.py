@@ -1,9 +1,9 @@
 """Paged attention in Triton: what `reference.attend` computes, without gathering.
 
-Keys are taken in partitions of a fixed size at fixed positions, each from a fresh state, and merged
-in order. Decoding rows have a program for each partition and a second kernel that merges; prompt
-tiles merge as they go. So a row's arithmetic depends on the row alone, and there are no atomics.
-Tables and positions are read on the device: a captured launch fixes nothing but their shapes.
+Keys are taken in partitions (see triton_partition), which are merged in order. Decoding rows have
+a program for each partition and a second kernel that merges; prompt tiles merge as they go. So a
+row's arithmetic depends on the row alone, and there are no atomics. Tables and positions are read
+on the device: a captured launch fixes nothing but their shapes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,17 @@ from torch import Tensor
 
 from adaplex.model.kernels import reference
 from adaplex.model.kernels.triton_dot import LEAST, dot_type
+from adaplex.model.kernels.triton_partition import (
+    MASKED,
+    PARTITION,
+    finish,
+    merged,
+    nothing,
+    partition_state,
+    query_rows,
+    reach,
+)
 
-PARTITION = tl.constexpr(reference.PARTITION)
-MASKED = tl.constexpr(reference.MASKED)
-BLOCK_KEYS = tl.constexpr(64)
-"""Keys in one product; divides PARTITION."""
 PROMPT_ROWS = 64
 """Pairs of token and head in a prompt tile, at most, unless a group has more heads."""
 
@@ -110,22 +116,22 @@ def _prompt(
     token, head = tl.program_id(0) * TOKENS + i // GROUP, kv_head * GROUP + i % GROUP
     live = (i < TOKENS * GROUP) & (token < n)
     position = tl.load(positions + sequence * n + token, mask=live, other=-1)
-    first, last = _reach(position, live, WINDOW)
+    first, last = reach(position, live, WINDOW)
     from_row = query + sequence * query_batch + head * query_head + token * query_token
-    q = _query(from_row, live, DK, DK_PADDED, DOT)
+    q = query_rows(from_row, live, DK, DK_PADDED, DOT)
     key_head = keys + kv_head * blocks * BLOCK_TOKENS * DK
     value_head = values + kv_head * blocks * BLOCK_TOKENS * DV
-    peak, total, mixed = _nothing(ROWS, DV_PADDED)
+    peak, total, mixed = nothing(ROWS, DV_PADDED)
     start = first // PARTITION * PARTITION
     while start <= last:
-        p, t, m = _partition(
+        p, t, m = partition_state(
             *(q, key_head, value_head, tables + sequence * width, position, first, last, start),
             *(scale, ROWS, DV, DV_PADDED, WINDOW, DK, DK_PADDED, BLOCK_TOKENS, SOFTCAP, DOT),
         )
-        peak, total, mixed = _merge(peak, total, mixed, p, t, m)
+        peak, total, mixed = merged(peak, total, mixed, p, t, m)
         start += PARTITION
     row = (sequence * n + token) * tl.num_programs(1) * GROUP + head
-    _finish(peak, total, mixed, sinks + head, out + row * DV, live, DV, DV_PADDED, SINKS)
+    finish(peak, total, mixed, sinks + head, out + row * DV, live, DV, DV_PADDED, SINKS)
 
 
 @triton.jit(do_not_specialize=["width", "n"])
@@ -165,12 +171,12 @@ def _decode(
     i = tl.arange(0, ROWS)
     live, head = i < GROUP, kv_head * GROUP + i % GROUP
     position = tl.load(positions + sequence + tl.zeros_like(i), mask=live, other=-1)
-    first, last = _reach(position, live, WINDOW)
+    first, last = reach(position, live, WINDOW)
     if (start <= last) & (start + PARTITION > first):
-        q = _query(query + sequence * query_batch + head * query_head, live, DK, DK_PADDED, DOT)
+        q = query_rows(query + sequence * query_batch + head * query_head, live, DK, DK_PADDED, DOT)
         key_head = keys + kv_head * blocks * BLOCK_TOKENS * DK
         value_head = values + kv_head * blocks * BLOCK_TOKENS * DV
-        peak, total, mixed = _partition(
+        peak, total, mixed = partition_state(
             *(q, key_head, value_head, tables + sequence * width, position, first, last, start),
             *(scale, ROWS, DV, DV_PADDED, WINDOW, DK, DK_PADDED, BLOCK_TOKENS, SOFTCAP, DOT),
         )
@@ -202,8 +208,8 @@ def _combine(
     live, head = i < GROUP, kv_head * GROUP + i % GROUP
     wanted = live[:, None] & (d < DV)[None, :]
     position = tl.load(positions + sequence + tl.zeros_like(i), mask=live, other=-1)
-    first, last = _reach(position, live, WINDOW)
-    peak, total, mixed = _nothing(ROWS, DV_PADDED)
+    first, last = reach(position, live, WINDOW)
+    peak, total, mixed = nothing(ROWS, DV_PADDED)
     partition = first // PARTITION
     while partition * PARTITION <= last:
         rows = (partition * tl.num_programs(1) + sequence) * tl.num_programs(0) * GROUP
@@ -211,117 +217,7 @@ def _combine(
         m = tl.load(at[:, None] + d[None, :], mask=wanted, other=0.0)
         p = tl.load(at + DV, mask=live, other=MASKED)
         t = tl.load(at + DV + 1, mask=live, other=0.0)
-        peak, total, mixed = _merge(peak, total, mixed, p, t, m)
+        peak, total, mixed = merged(peak, total, mixed, p, t, m)
         partition += 1
     row = sequence * tl.num_programs(0) * GROUP + head
-    _finish(peak, total, mixed, sinks + head, out + row * DV, live, DV, DV_PADDED, SINKS)
-
-
-@triton.jit
-def _reach(position, live, WINDOW: tl.constexpr):
-    """First and last position that any row of the tile sees."""
-    last = tl.max(position, 0)
-    first = last * 0
-    if WINDOW > 0:
-        lowest = tl.min(tl.where(live, position, last), 0)
-        first = tl.maximum(lowest - WINDOW + 1, 0)
-    return first, last
-
-
-@triton.jit
-def _query(rows, live, DK: tl.constexpr, DK_PADDED: tl.constexpr, DOT: tl.constexpr):
-    """[ROWS, DK_PADDED] from pointers to the rows' first elements."""
-    d = tl.arange(0, DK_PADDED)
-    wanted = live[:, None] & (d < DK)[None, :]
-    return tl.load(rows[:, None] + d[None, :], mask=wanted, other=0.0).to(DOT)
-
-
-@triton.jit
-def _nothing(ROWS: tl.constexpr, DV_PADDED: tl.constexpr):
-    """Peak, total and mix of rows that have seen no key."""
-    peak = tl.full((ROWS,), MASKED, tl.float32)
-    return peak, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, DV_PADDED), tl.float32)
-
-
-@triton.jit
-def _partition(
-    q,
-    key_head,
-    value_head,
-    table,
-    position,
-    first,
-    last,
-    start,
-    scale,
-    ROWS: tl.constexpr,
-    DV: tl.constexpr,
-    DV_PADDED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    DK: tl.constexpr,
-    DK_PADDED: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """Peak, total and mix of the keys [start, start + PARTITION) alone.
-
-    Nothing before `first` or after `last` is read: it may be another owner's.
-    """
-    dk, dv = tl.arange(0, DK_PADDED), tl.arange(0, DV_PADDED)
-    peak, total, mixed = _nothing(ROWS, DV_PADDED)
-    for offset in range(0, PARTITION, BLOCK_KEYS):
-        at = start + offset + tl.arange(0, BLOCK_KEYS)
-        seen = (at >= first) & (at <= last)
-        block = tl.load(table + at // BLOCK_TOKENS, mask=seen, other=0)
-        slot = block * BLOCK_TOKENS + at % BLOCK_TOKENS
-        keys = key_head + slot[None, :] * DK + dk[:, None]
-        k = tl.load(keys, mask=seen[None, :] & (dk < DK)[:, None], other=0.0)
-        scores = tl.dot(q, k.to(DOT), input_precision="ieee") * scale
-        if SOFTCAP > 0.0:
-            # tanh(x) = 1 - 2 / (exp(2 x) + 1), right at both ends.
-            scores = SOFTCAP * (1.0 - 2.0 / (tl.exp(2.0 * scores / SOFTCAP) + 1.0))
-        visible = at[None, :] <= position[:, None]
-        if WINDOW > 0:
-            visible = visible & (at[None, :] > position[:, None] - WINDOW)
-        scores = tl.where(visible, scores, -float("inf"))
-        top = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp(scores - top[:, None])
-        fade = tl.exp(peak - top)
-        values = value_head + slot[:, None] * DV + dv[None, :]
-        v = tl.load(values, mask=seen[:, None] & (dv < DV)[None, :], other=0.0)
-        part = tl.dot(weights.to(v.dtype).to(DOT), v.to(DOT), input_precision="ieee")
-        total = total * fade + tl.sum(weights, 1)
-        mixed = mixed * fade[:, None] + part
-        peak = top
-    return peak, total, mixed
-
-
-@triton.jit
-def _merge(peak, total, mixed, other_peak, other_total, other_mixed):
-    """Takes the state of one partition into that of those before it."""
-    top = tl.maximum(peak, other_peak)
-    fade, weight = tl.exp(peak - top), tl.exp(other_peak - top)
-    mixed = mixed * fade[:, None] + other_mixed * weight[:, None]
-    return top, total * fade + other_total * weight, mixed
-
-
-@triton.jit
-def _finish(
-    peak,
-    total,
-    mixed,
-    sinks,
-    rows,
-    live,
-    DV: tl.constexpr,
-    DV_PADDED: tl.constexpr,
-    SINKS: tl.constexpr,
-):
-    """Divides by the total, sinks included, and stores the live rows."""
-    if SINKS:
-        total += tl.exp(tl.load(sinks, mask=live, other=MASKED).to(tl.float32) - peak)
-    d = tl.arange(0, DV_PADDED)
-    wanted = live[:, None] & (d < DV)[None, :]
-    total = tl.where(live, total, 1.0)
-    tl.store(rows[:, None] + d[None, :], mixed / total[:, None], mask=wanted)
+    finish(peak, total, mixed, sinks + head, out + row * DV, live, DV, DV_PADDED, SINKS)

@@ -1,0 +1,36 @@
+"""Servers that share a store in a bucket."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+from adaplex.adapters.bucket import Bucket
+from adaplex.adapters.bucket_catalog import BucketCatalog
+from adaplex.adapters.bucket_contents import GRACE, BucketContents
+from adaplex.adapters.intake import Room
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.sqlite_catalog import SqliteCatalog
+from adaplex.adapters.store import AdapterStore
+from adapters.handmade import BASE
+
+
+def replica(
+    uri: str,
+    root: Path,
+    *,
+    cache_bytes: int = 1 << 30,
+    grace: timedelta = GRACE,
+    refresh_seconds: float = 0.0,
+) -> AdapterRegistry:
+    """One server's view of the bucket."""
+    root.mkdir(parents=True, exist_ok=True)
+    bucket = Bucket(uri)
+    mirror = SqliteCatalog(root / "catalog.sqlite3")
+    return AdapterRegistry(
+        BucketContents(bucket, AdapterStore(root), cache_bytes=cache_bytes, grace=grace),
+        BucketCatalog(bucket, mirror, refresh_seconds=refresh_seconds),
+        BASE,
+        room=Room(4, AdapterLimits()),
+    )
