@@ -198,6 +198,17 @@ def test_replays_of_everything_are_exact_while_adapters_come_and_go(rigs: tuple[
     assert len(lone) > 8
 
 
+def test_a_row_alone_leaves_the_base_as_it_is(rigs: tuple[Rig, Rig]) -> None:
+    fast, _ = rigs
+    kept = {name: p.clone() for name, p in fast.base.module.named_parameters()}
+    for seed in range(3):
+        row = fast.sequence([5], fast.add(anything(fast, seed)))
+        decode(fast, [row])
+    changed = [n for n, p in fast.base.module.named_parameters() if not torch.equal(p, kept[n])]
+    assert len(kept) > 5
+    assert changed == []
+
+
 def test_merged_rows_join_those_of_kernels(rigs: tuple[Rig, Rig]) -> None:
     logits = []
     for rig in rigs:
