@@ -198,6 +198,27 @@ def test_replays_of_everything_are_exact_while_adapters_come_and_go(rigs: tuple[
     assert len(lone) > 8
 
 
+def test_a_capture_may_run_the_step(rigs: tuple[Rig, Rig]) -> None:
+    """It is made anew for more modules, when its last row is gone and its block another's."""
+    logits = []
+
+    def run_first(step: Replay) -> Replay:
+        step()
+        return step
+
+    rigs[0].runner._forward._decode._capture = run_first
+    for rig in rigs:
+        few, more = (rig.add(anything(rig, seed)) for seed in (0, 1))
+        gone, other = rig.sequence(prompt(6), few), rig.sequence(prompt(9, seed=1), more)
+        other.blocks = gone.blocks
+        for sequence in (gone, other):
+            rig.prefill(sequence)
+            sequence.tokens.append(30)
+            logits.append(decode(rig, [sequence]))
+    for got, expected in zip(logits[:2], logits[2:], strict=True):
+        assert (got - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
+
+
 def test_a_row_alone_leaves_the_base_as_it_is(rigs: tuple[Rig, Rig]) -> None:
     fast, _ = rigs
     kept = {name: p.clone() for name, p in fast.base.module.named_parameters()}
