@@ -166,3 +166,10 @@ def test_a_base_without_the_blocks_is_refused_by_module() -> None:
     linears = {name: module for name, module in BASE.modules.items() if module.kind == "linear"}
     with pytest.raises(AdapterInvalid, match="the base org/tiny has no such module"):
         lower(read("pfeiffer"), BaseSpec("org/tiny", "digest", "llama", linears))
+
+
+def test_magnitudes_need_the_weight() -> None:
+    unknown = BaseSpec("org/tiny", "digest", "llama", BASE.modules)
+    with pytest.raises(AdapterInvalid, match="DoRA needs the base's weight") as caught:
+        lower(read("dora"), unknown)
+    assert caught.value.field == "model.layers.0.self_attn.q_proj"

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.adapters.primitives import Bottleneck, LowRank, Reads, ReplacedRows
 from adaplex.adapters.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.engine.sequence import Sequence
 from adaplex.model.decode_steps import DecodeSteps, Replay
 from peft_adapters import everything, load_plain, save_adapter
+from random_programs import anything, made
 from rig import BLOCK, Rig, lowered, prompt
 
 RANKS = (1, 3, 8, 16)
@@ -38,60 +38,6 @@ class Recorded:
             return step()
 
         return run
-
-
-def made(rig: Rig, rank: int, seed: int) -> AdapterProgram:
-    """A random adapter on every linear of the decoder layers."""
-    random = torch.Generator().manual_seed(seed)
-    modules = []
-    for name, module in sorted(rig.base.spec.modules.items()):
-        if module.kind == "linear" and "layers" in name:
-            a = torch.randn(rank, module.in_features, generator=random) * 0.2
-            b = torch.randn(module.out_features, rank, generator=random) * 0.2
-            modules.append(ModuleProgram(name, LowRank(a, b)))
-    return AdapterProgram(f"sha256:{rank}-{seed}", "lora", tuple(modules))
-
-
-def anything(rig: Rig, seed: int) -> AdapterProgram:
-    """A random adapter of every primitive that a module of the base takes."""
-    random = torch.Generator().manual_seed(seed)
-
-    def rand(*shape: int, size: float = 0.2, middle: float = 0.0) -> Tensor:
-        return torch.randn(shape, generator=random) * size + middle
-
-    modules = []
-    for i, (name, module) in enumerate(sorted(rig.base.spec.modules.items())):
-        width, out = module.in_features, module.out_features
-        rows = ReplacedRows((3 + seed, 30, 200), rand(3, width))
-        scale = rand(out, middle=1.0)
-        match module.kind, (i + seed) % 3:
-            case "linear", _ if module.is_head:
-                change = ModuleProgram(name, rows=rows, output_scale=scale)
-            case "linear", 0:
-                pair = LowRank(rand(seed + 2, width), rand(out, seed + 2))
-                change = ModuleProgram(name, pair, rand(out), output_scale=scale)
-            case "linear", 1:
-                change = ModuleProgram(name, input_scale=rand(width, middle=1.0))
-            case "linear", 2:
-                change = ModuleProgram(name, bias=rand(out), weight=rand(out, width, size=0.1))
-            case "norm", 0:
-                change = ModuleProgram(name, weight=rand(out, middle=0.7))
-            case "norm", _:
-                change = ModuleProgram(name, bias=rand(out))
-            case "embedding", _:
-                rows = ReplacedRows((3 + seed, 30, 200), rand(3, out))
-                pair = LowRank(rand(4, width), rand(out, 4), lookup=True)
-                change = ModuleProgram(name, pair, rows=rows)
-            case "experts", _:
-                rank = 2 * module.experts
-                change = ModuleProgram(name, LowRank(rand(rank, width), rand(out, rank)))
-            case "block", _ if module.joins:
-                shape = Bottleneck(rand(9, width), rand(out, 9), rand(9), reads=[*Reads][seed % 4])
-                change = ModuleProgram(name, bottleneck=shape)
-            case _:
-                continue
-        modules.append(change)
-    return AdapterProgram(f"sha256:anything-{seed}", "x", tuple(modules))
 
 
 def recorded(rig: Rig, *, max_rank: int = 64) -> Recorded:
@@ -250,6 +196,38 @@ def test_replays_of_everything_are_exact_while_adapters_come_and_go(rigs: tuple[
     run([0], [0, None, 0, None])
     assert (capture.captured, capture.runs) == (seen, 7)
     assert len(lone) > 8
+
+
+def test_a_capture_may_run_the_step(rigs: tuple[Rig, Rig]) -> None:
+    """It is made anew for more modules, when its last row is gone and its block another's."""
+    logits = []
+
+    def run_first(step: Replay) -> Replay:
+        step()
+        return step
+
+    rigs[0].runner._forward._decode._capture = run_first
+    for rig in rigs:
+        few, more = (rig.add(anything(rig, seed)) for seed in (0, 1))
+        gone, other = rig.sequence(prompt(6), few), rig.sequence(prompt(9, seed=1), more)
+        other.blocks = gone.blocks
+        for sequence in (gone, other):
+            rig.prefill(sequence)
+            sequence.tokens.append(30)
+            logits.append(decode(rig, [sequence]))
+    for got, expected in zip(logits[:2], logits[2:], strict=True):
+        assert (got - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
+
+
+def test_a_row_alone_leaves_the_base_as_it_is(rigs: tuple[Rig, Rig]) -> None:
+    fast, _ = rigs
+    kept = {name: p.clone() for name, p in fast.base.module.named_parameters()}
+    for seed in range(3):
+        row = fast.sequence([5], fast.add(anything(fast, seed)))
+        decode(fast, [row])
+    changed = [n for n, p in fast.base.module.named_parameters() if not torch.equal(p, kept[n])]
+    assert len(kept) > 5
+    assert changed == []
 
 
 def test_merged_rows_join_those_of_kernels(rigs: tuple[Rig, Rig]) -> None:

@@ -69,7 +69,8 @@ class BaseSpec:
     """How the linears are kept; empty where it is not known."""
     weight: Callable[[str], Tensor] = _unknown
     """fp32 weight in effect of a module by name: linear and embedding [out, in] ([vocabulary,
-    hidden] for the embedding), norm [features]. KeyError for one that has none."""
+    hidden] for the embedding), norm [features]; where the base runs. KeyError for one that has
+    none."""
 
     @property
     def names(self) -> tuple[str, ...]:

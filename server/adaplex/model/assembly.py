@@ -99,8 +99,7 @@ class Assembly:
             dtype=self.dtype,
             attn_implementation=attention.IMPLEMENTATION,
         )
-        model.eval().requires_grad_(False)
-        _use_row_invariant_experts(model)
+        _only_serve(model)
         found = probe(model, head_norms=self.kernels is None)
         progress(f"quantizing {len(found.sites)} modules to {self.quantization}")
         self._adapt(model, found.sites, self._quantized)
@@ -114,8 +113,7 @@ class Assembly:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=self.dtype, attn_implementation=attention.IMPLEMENTATION
             )
-        model.eval().requires_grad_(False)
-        _use_row_invariant_experts(model)
+        _only_serve(model)
 
         def restored(name: str, linear: nn.Module, _is_head: bool) -> LinearBackend:
             kind, tensors = saved.linear(name)
@@ -178,6 +176,15 @@ class Assembly:
         from adaplex.model.quantized_linear import Nf4Linear  # slow to import
 
         return Nf4Linear.serves((32, NF4_BLOCK), self.dtype, self.device)
+
+
+def _only_serve(model: nn.Module) -> None:
+    """No training, no batch-mates among experts, and no padding: a model that looks for it in every
+    step, to warn of it, waits for the device.
+    """
+    model.eval().requires_grad_(False)
+    model.config.pad_token_id = None  # type: ignore[union-attr]
+    _use_row_invariant_experts(model)
 
 
 def _use_row_invariant_experts(model: nn.Module) -> None:

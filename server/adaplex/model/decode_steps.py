@@ -30,7 +30,7 @@ from adaplex.model.step import AdapterRows, AttentionGroup, BaseRows
 Replay = Callable[[], Tensor]
 """Runs one step on what its buffer holds; logits [rows, vocabulary], valid until the next run."""
 Capture = Callable[[Replay], Replay]
-"""Makes a step that was never run into one that can be replayed."""
+"""Makes a step that was never run into one that can be replayed; may run it on what is there."""
 Weights = Callable[[str], AdapterWeights]
 """Digest -> resident adapter."""
 
@@ -145,7 +145,8 @@ class DecodeSteps:
         if made is None or needed not in made.launches:
             launches = self._launches[shape.adapters] | needed
             self._launches[shape.adapters] = launches
-            inputs = StepInputs(shape, self._base.device) if made is None else made.inputs
+            # Of padding alone: a capture may run the step, and blocks may be another's by now.
+            inputs = StepInputs(shape, self._base.device)
             replay = self._capture(self._step(inputs, shape, launches))
             made = self._replays[shape] = _Step(inputs, launches, replay)
         return made

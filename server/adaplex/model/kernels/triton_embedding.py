@@ -45,7 +45,7 @@ def row_weights(shared: Shared, own: Tensor, rows: int) -> tuple[Tensor, Tensor]
     """The weight [rows, features] of a norm for each row, the base's `own` [features] where the
     row's adapter brings none; and whether it brings one [rows, 1]. `own` is of the compute dtype.
     """
-    weights = own.expand(rows, -1).contiguous()
+    weights = own.repeat(rows, 1)  # a copy also of one row
     replaced = torch.zeros(rows, 1, dtype=torch.bool, device=own.device)
     _weights[(shared[3].shape[1], triton.cdiv(len(own), BLOCK))](
         *(*shared, weights, replaced, len(own), BLOCK)

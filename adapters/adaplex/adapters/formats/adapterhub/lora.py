@@ -98,7 +98,10 @@ def _added(part: Part, place: str, scale: float) -> ModuleProgram | None:
     a, b = found["lora_A"], found["lora_B"].float()
     if "m.weight" not in found:
         return ModuleProgram(name, LowRank(a, b * scale), scale=scale)
-    norm = torch.linalg.norm(part.reading.base.weight(name) + b @ a.float(), dim=1)
+    weight = part.reading.weight(module, "DoRA")
+    if weight is None:
+        return None
+    norm = torch.linalg.norm(weight + b @ a.float(), dim=1)
     gain: Tensor = found["m.weight"].float().flatten() / norm
     pair = LowRank(a, b * scale * gain[:, None])
     return ModuleProgram(name, pair, scale=scale, output_scale=gain)
