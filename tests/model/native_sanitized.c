@@ -6,7 +6,7 @@
 
 #include "kernels.c"
 
-enum { ADAPTERS = 5, EACH = 11, LEAD = 2, SEQUENCES = 4, BLOCKS = 17, WIDTH = 4, POSITIONS = 64, STEPS = 5 };
+enum { ADAPTERS = 5, EACH = 13, LEAD = 2, SEQUENCES = 4, BLOCKS = 17, WIDTH = 4, POSITIONS = 64, STEPS = 5 };
 
 typedef struct {
   size_t element;  // 4 or 2 bytes
@@ -198,6 +198,7 @@ static Site *adapter(const Shape *s, const Model *m, int merged) {
     for (int i = Q; i <= DOWN; i++) at_linear(s, sites + l->modules[i], parts[i], merged);
     for (int i = ATTENTION_NORM; i <= MLP_NORM; i++) at_norm(s, sites + l->modules[i], m->hidden);
     for (int i = ATTENTION; i <= MLP; i++) at_block(s, sites + l->modules[i], m->hidden);
+    for (int i = Q_NORM; i <= K_NORM; i++) at_norm(s, sites + l->modules[i], m->head_dim);
   }
   return sites;
 }

@@ -58,9 +58,8 @@ def check_supported(config: PreTrainedConfig) -> None:
         raise UnsupportedModel(f"{kind.__name__}: it keeps a recurrent state besides its KV")
 
 
-def probe(model: nn.Module, *, head_norms: bool) -> Probe:
-    """Runs a few tokens and reports; the model is left as it was. `head_norms`: whether norms of
-    single heads, which the C decoder reads as the base has them, are sites too.
+def probe(model: nn.Module) -> Probe:
+    """Runs a few tokens and reports; the model is left as it was.
 
     Raises UnsupportedModel.
     """
@@ -93,7 +92,7 @@ def probe(model: nn.Module, *, head_norms: bool) -> Probe:
     for name, module in model.named_modules():
         site = _describe(name, module, is_head=module is head)
         if site is not None:
-            handles.append(module.register_forward_hook(_seen(site, found.sites, head_norms)))
+            handles.append(module.register_forward_hook(_seen(site, found.sites)))
     handles += watch.handles
     device = next(model.parameters()).device
     tokens = torch.arange(1, PROBE_TOKENS + 1, device=device)[None]
@@ -170,7 +169,7 @@ def _experts(model: nn.Module) -> Iterator[BaseModule]:
                 )
 
 
-def _seen(site: BaseModule, sites: list[BaseModule], head_norms: bool) -> Any:
+def _seen(site: BaseModule, sites: list[BaseModule]) -> Any:
     """A forward hook that keeps the site when it works on one row a token, or is a norm of the
     heads of one row a token.
     """
@@ -180,7 +179,7 @@ def _seen(site: BaseModule, sites: list[BaseModule], head_norms: bool) -> Any:
             return
         shape = args[0].shape
         by_head = len(shape) == 4 and shape[1] == PROBE_TOKENS != shape[2]
-        if shape[:-1].numel() == PROBE_TOKENS or (head_norms and by_head and site.kind == "norm"):
+        if shape[:-1].numel() == PROBE_TOKENS or (by_head and site.kind == "norm"):
             sites.append(site)
 
     return hook

@@ -100,7 +100,7 @@ class Assembly:
             attn_implementation=attention.IMPLEMENTATION,
         )
         _only_serve(model)
-        found = probe(model, head_norms=self.kernels is None)
+        found = probe(model)
         progress(f"quantizing {len(found.sites)} modules to {self.quantization}")
         self._adapt(model, found.sites, self._quantized)
         return model, found

@@ -23,8 +23,11 @@ LINEARS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
-NAMED = (*LINEARS, "input_layernorm", "post_attention_layernorm", "self_attn", "mlp")
-"""What adapters may touch of a layer, in the order of the C decoder."""
+NAMED = (
+    *(*LINEARS, "input_layernorm", "post_attention_layernorm", "self_attn", "mlp"),
+    *("self_attn.q_norm", "self_attn.k_norm"),
+)
+"""What adapters may touch of a layer, in the order of the C decoder; not all have the last two."""
 PARTS = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
 ATTENTION_PARTS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"})
 

@@ -233,5 +233,5 @@ def _layer(
         keys=cache.keys[index].data_ptr(),
         values=cache.values[index].data_ptr(),
         window=layer.window,
-        modules=(structs.Integer * 11)(*(modules[name] for name in layer.names)),
+        modules=(structs.Integer * 13)(*(modules.get(name, 0) for name in layer.names)),
     )

@@ -22,7 +22,10 @@ static void NAME(place)(Member *me, const NAME(Task) * task, const Layer *layer,
       for (long row = start; row < stop; row++) {
         long at = step->position[row];
         float *x = part->y + row * part->y_stride + column;
-        if (norm) NAME(norm_head)(x, norm, dim, m->epsilon);
+        if (norm) {
+          long module = layer->modules[is_key ? K_NORM : Q_NORM];
+          NAME(norm_head)(x, norm, site_of(space->sites, row, module), dim, m->epsilon);
+        }
         NAME(rotate_head)(x, m->cosines + at * dim / 2, m->sines + at * dim / 2, dim);
         if (!is_key) {
           // By head of keys, so that the queries that read the same keys are neighbours.

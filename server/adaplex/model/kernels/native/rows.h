@@ -29,11 +29,16 @@ static void NAME(norm_row)(const float *x, const float *weight, const Site *site
 }
 
 // The same within one head, in place: Qwen3 norms queries and keys.
-static void NAME(norm_head)(float *x, const float *weight, long n, double epsilon) {
+static void NAME(norm_head)(float *x, const float *weight, const Site *site, long n, double epsilon) {
+  const ELEMENT *dense = site ? site->dense : NULL, *bias = site ? site->bias : NULL;
   float total = 0;
   for (long i = 0; i < n; i++) total += x[i] * x[i];
   float inverse = 1.0f / sqrtf(total / (float)n + (float)epsilon);
-  for (long i = 0; i < n; i++) x[i] = x[i] * inverse * weight[i];
+  for (long i = 0; i < n; i += LANES)
+    f32_store_part(x + i,
+                   NAME(normed)(x + i, inverse, weight + i, dense ? dense + i : NULL,
+                                bias ? bias + i : NULL, n - i),
+                   n - i);
 }
 
 // Rotary position embedding of one head in place: element i turns with element i + n / 2.

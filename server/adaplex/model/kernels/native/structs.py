@@ -63,7 +63,7 @@ class Layer(ctypes.Structure):
         ("keys", Address),
         ("values", Address),
         ("window", Integer),
-        ("modules", Integer * 11),
+        ("modules", Integer * 13),
     ]
 
 

@@ -19,7 +19,7 @@ typedef struct {
 //
 // linear: y = output_scale * (W (input_scale * x) + base bias) + b (a (input_scale * x)) + bias
 // block:  y += b f(a x + inner) + bias, a bottleneck; `shape` says what x and f are
-// norm:   `dense` [features] is its weight, `bias` is added
+// norm:   `dense` [features] is its weight, `bias` is added; of a head's norm, to every head
 // embedding: `dense` [vocabulary, hidden] is its table; a [vocabulary, rank]; `virtual` are tokens
 //            -1, -2, .., and nothing else is done to them
 // embedding and output layer: `rows` stand in for the rows of the table or of W that row_ids name;
@@ -54,10 +54,10 @@ typedef struct {
   const float *q_norm, *k_norm;            // [head_dim] or null
   void *keys, *values;                     // [kv_heads, blocks, 16 * head_dim]; see attention.h
   int64_t window;                          // visible keys, 0 for all
-  int64_t modules[11];                     // lines of `sites`, as numbered below
+  int64_t modules[13];                     // lines of `sites`, as numbered below
 } Layer;
 
-enum { Q, K, V, O, GATE, UP, DOWN, ATTENTION_NORM, MLP_NORM, ATTENTION, MLP };
+enum { Q, K, V, O, GATE, UP, DOWN, ATTENTION_NORM, MLP_NORM, ATTENTION, MLP, Q_NORM, K_NORM };
 
 typedef struct {
   const void *embedding;  // [vocabulary, hidden]
