@@ -64,7 +64,7 @@ static __attribute__((noinline)) int NAME(fill_asks)(const NAME(Part) * part, lo
     asks->piece[i] = NAME(b_of)(part, row + i % rows, panel) + i / rows * PIECE * 64;
   asks->coming = asks->piece[0];
   asks->pace = 0;
-  if (part->coming && rows == 8) NAME(ask_ahead)(part, asks);
+  if (part->coming && rows >= 4) NAME(ask_ahead)(part, asks);
   return 1;
 }
 

@@ -50,8 +50,9 @@ static void NAME(announce)(const Member *me, NAME(Products) * now, const NAME(Pr
   *coming = (Coming){next->parts, next->part[0].weight->in, .row = team_share(thread, rows),
                      .stop = team_share(thread + 1, rows)};
   for (long i = 0; i < next->parts; i++) coming->module[i] = next->part[i].module;
+  // Of eight rows, or four, and two panels each.
   for (long i = 0; i < now->parts; i++)
-    coming->tiles += panels_of(now->part[i].weight) / 2 * (rows / 8) / rows;
+    coming->tiles += panels_of(now->part[i].weight) / 2 * ((rows + 4) / 8) / rows;
   for (long i = 0; coming->tiles && i < now->parts; i++) now->part[i].coming = coming;
 }
 
