@@ -218,4 +218,4 @@ def test_saved_panels_stay_readable(kind: str, instructions: InstructionSet) -> 
     total = hashlib.sha256()
     for tensor in layer.tensors().values():
         total.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    assert (LAYOUT, total.hexdigest()) == (2, PACKED[kind])
+    assert (LAYOUT, total.hexdigest()) == (3, PACKED[kind])

@@ -25,8 +25,9 @@ from adaplex.model.adapted import AdaptedLinear
 from adaplex.model.architecture import Probe
 from adaplex.model.kv_cache import LayerShape
 
-LAYOUT = 2
-"""Raised when a backend keeps a weight in another way, in Python or in C, or this file does."""
+LAYOUT = 3
+"""Raised when a backend keeps a weight in another way, in Python or in C, when other modules are
+sites, or this file changes."""
 ALIGNMENT = 64
 """Bytes; where torch puts tensors. Products of fp32 may round in another way elsewhere."""
 NAMES = {
