@@ -14,13 +14,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from adaplex.adapters.base_spec import BaseModule as BaseModule
 from adaplex.adapters.limits import ALIGNMENT
-from adaplex.adapters.primitives import Activation as Activation
-from adaplex.adapters.primitives import Bottleneck as Bottleneck
-from adaplex.adapters.primitives import KVPrefix, ReplacedRows, Transform
-from adaplex.adapters.primitives import LowRank as LowRank
-from adaplex.adapters.primitives import Reads as Reads
+from adaplex.adapters.primitives import Bottleneck, KVPrefix, LowRank, ReplacedRows, Transform
 
 TensorRole = Literal[
     "a", "b", "inner", "bias", "output_scale", "input_scale", "weight", "rows", "virtual", "keys",
