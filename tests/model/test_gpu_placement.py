@@ -162,7 +162,7 @@ def before_the_prompt(rig: Rig) -> AdapterProgram:
     return AdapterProgram("sha256:before", "prefix", tuple(modules))
 
 
-@pytest.fixture(params=["llama", "qwen2", "gemma2", "gpt2"])
+@pytest.fixture(params=["llama", "qwen2", "qwen3", "gemma2", "gpt2"])
 def placed(
     request: pytest.FixtureRequest, tiny_model: Callable[[str], Path], kernels: Kernels
 ) -> Placed:
