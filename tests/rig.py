@@ -45,12 +45,15 @@ class Rig:
         num_blocks: int = 2048,
         arena_bytes: int = ARENA,
     ) -> None:
-        """`triton` forces the kernels and the replayed decoding of CUDA devices."""
+        """`triton` forces the kernels and the replayed decoding of CUDA devices, on one if there is
+        one; everything else runs on the CPU.
+        """
         self.base = load_base(
             str(model),
             quantization=quantization,
             group_size=group_size,
             dtype=dtype,
+            device="auto" if triton else "cpu",
             native=native and not triton,
             saved=saved,
         )
@@ -107,8 +110,8 @@ class Rig:
         return sequence
 
     def forward(self, *chunks: Chunk) -> Tensor:
-        """fp32 logits of the chunks that sample, [chunks, vocabulary]."""
-        return self.runner.forward(Batch(chunks))
+        """fp32 logits of the chunks that sample, [chunks, vocabulary], on the CPU."""
+        return self.runner.forward(Batch(chunks)).cpu()
 
     def prefill(self, *sequences: Sequence) -> Tensor:
         """Whole prompts in one step."""

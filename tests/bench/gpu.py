@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from adaplex.adapters.primitives import LowRank
 from adaplex.adapters.program import AdapterProgram, ModuleProgram
-from adaplex.engine.batch import Chunk
+from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.engine.sequence import Sequence
 from adaplex.model.adapted import AdaptedLinear
@@ -111,7 +111,8 @@ class Bench:
             "distinct": self.adapters[:rows],
         }
         chunks = [self._row(i, adapter) for i, adapter in enumerate(chosen[mix])]
-        took = self._median(lambda: self.rig.forward(*chunks))
+        batch = Batch(tuple(chunks))
+        took = self._median(lambda: self.rig.runner.forward(batch))
         used = {"base": 0, "identical": 1, "distinct": rows}[mix]
         cached = rows * self._blocks_each * self.rig.base.kv_block_bytes(BLOCK)
         read = self._linear_bytes() + used * self.adapters[0].packed_bytes + cached

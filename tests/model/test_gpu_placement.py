@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from adaplex.adapters.primitives import KVPrefix
 from adaplex.adapters.program import AdapterProgram, ModuleProgram
-from adaplex.engine.batch import Chunk
+from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode
 from adaplex.engine.sequence import Sequence
 from adaplex.model import attention, module_forward
@@ -140,7 +140,7 @@ class Placed:
     def step(self, *chunks: Chunk) -> None:
         """Runs the chunks, held to one device."""
         with OneDevice(captured=False):
-            logits = self.rig.forward(*chunks)
+            logits = self.rig.runner.forward(Batch(chunks))
         assert logits.shape == (sum(chunk.samples for chunk in chunks), self.rig.base.vocab_size)
         assert logits.device == THERE
 
@@ -162,7 +162,7 @@ def before_the_prompt(rig: Rig) -> AdapterProgram:
     return AdapterProgram("sha256:before", "prefix", tuple(modules))
 
 
-@pytest.fixture(params=["llama", "qwen2", "gemma2", "gpt2"])
+@pytest.fixture(params=["llama", "qwen2", "qwen3", "gemma2", "gpt2"])
 def placed(
     request: pytest.FixtureRequest, tiny_model: Callable[[str], Path], kernels: Kernels
 ) -> Placed:
@@ -191,3 +191,9 @@ def test_prompts_and_merged_rows_mix_no_devices(placed: Placed, kernels: Kernels
     placed.decode(rows)
     assert placed.captured.runs == 0
     assert {"_prompt", "_decode", "_combine", "_embed"} < kernels.launched
+
+
+def test_costs_are_measured_where_the_base_is(placed: Placed, kernels: Kernels) -> None:
+    with OneDevice(captured=False):
+        placed.rig.runner.step_costs()
+    assert kernels.launched == {"_shrink", "_expand"}
