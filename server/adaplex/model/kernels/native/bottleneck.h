@@ -32,16 +32,9 @@ static const ELEMENT *NAME(read_rows)(const Work_space *space, const NAME(Part) 
 // All bottlenecks at the `module` of a block; `last` is its last product. A ticket is a few rows.
 static void NAME(bottlenecks)(Member *me, const NAME(Task) * task, const NAME(Part) * last, long module) {
   const Step *step = task->step;
-  long tickets = 0, hidden = task->model->hidden, panels = (hidden + LANES - 1) / LANES;
-  Pass *end = me->passes;
-  for (long r = 0; r < step->runs; r++) {
-    const Run *run = step->run + r;
-    if (!run->sites || !run->sites[module].rank) continue;
-    *end++ = (Pass){0, run->start, run->stop, NULL, tickets};
-    tickets += (run->stop - run->start + READ_ROWS - 1) / READ_ROWS;
-  }
+  long hidden = task->model->hidden, panels = (hidden + LANES - 1) / LANES;
+  long tickets = rank_passes(me->passes, &module, 1, step->run, step->runs, READ_ROWS);
   if (!tickets) return;
-  *end = (Pass){.first_ticket = tickets};
 
   NAME(Part) block = *last;
   block.module = module;

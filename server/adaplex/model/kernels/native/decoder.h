@@ -126,10 +126,12 @@ static void NAME(decode)(void *context, int thread) {
     NAME(Products) gates = NAME(gates_of)(task, l);
     NAME(Products) down = NAME(product_of)(task, &l->down, l->modules[DOWN], space->act);
     Coming coming[4];
-    NAME(announce)(me, &heads, &out, step->rows, coming);
-    NAME(announce)(me, &out, &gates, step->rows, coming + 1);
-    NAME(announce)(me, &gates, &down, step->rows, coming + 2);
-    if (next) {
+    if (space->sites) {
+      NAME(announce)(me, &heads, &out, step->rows, coming);
+      NAME(announce)(me, &out, &gates, step->rows, coming + 1);
+      NAME(announce)(me, &gates, &down, step->rows, coming + 2);
+    }
+    if (space->sites && next) {
       const NAME(Products) after = NAME(heads_of)(task, next);
       NAME(announce)(me, &down, &after, step->rows, coming + 3);
     }

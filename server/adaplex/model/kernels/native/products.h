@@ -86,17 +86,13 @@ static NAME(Products) NAME(scale_inputs)(Member *me, const Work_space *space,
   return scaled;
 }
 
-// h = a x for all rows of adapters. A ticket is a few rows of one, by all that it has for the phase; or by
+// h = a x for all rows of adapters that touch a product. A ticket is a few rows of one, by all that it has for the phase; or by
 // what it has for one part, when there are few.
 static void NAME(shrink_all)(Member *me, const NAME(Products) * now, const Run *runs, long run_count) {
-  Pass *end = me->passes;
-  long groups = 0;
-  for (long r = 0; r < run_count; r++) {
-    if (!runs[r].sites) continue;
-    *end++ = (Pass){0, runs[r].start, runs[r].stop, NULL, groups};
-    groups += (runs[r].stop - runs[r].start + SHRINK_ROWS - 1) / SHRINK_ROWS;
-  }
-  *end = (Pass){.first_ticket = groups};
+  long module[3];
+  for (long i = 0; i < now->parts; i++) module[i] = now->part[i].module;
+  long groups = rank_passes(me->passes, module, now->parts, runs, run_count, SHRINK_ROWS);
+  if (!groups) return;
 
   long split = groups >= 4 * team.threads ? 1 : now->parts;
   const Pass *pass = me->passes;

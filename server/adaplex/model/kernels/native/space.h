@@ -150,6 +150,25 @@ static const Pass *pass_of(const Pass *passes, const Pass *now, long ticket) {
   return now;
 }
 
+static int has_rank(const Site *sites, const long *module, long modules) {
+  for (long i = 0; i < modules; i++)
+    if (sites[module[i]].rank) return 1;
+  return 0;
+}
+
+// Makes a pass of each run with a rank at some of the modules, `rows` of it a ticket; returns the tickets.
+static long rank_passes(Pass *pass, const long *module, long modules, const Run *runs, long count,
+                        long rows) {
+  long tickets = 0;
+  for (long r = 0; r < count; r++) {
+    if (!runs[r].sites || !has_rank(runs[r].sites, module, modules)) continue;
+    *pass++ = (Pass){0, runs[r].start, runs[r].stop, NULL, tickets};
+    tickets += (runs[r].stop - runs[r].start + rows - 1) / rows;
+  }
+  *pass = (Pass){.first_ticket = tickets};
+  return tickets;
+}
+
 // Cuts up what one thread has, from `own` on; `used` counts the bytes.
 static Member member_of(const Work_space *space, const Model *m, size_t element, int thread, char *own,
                         size_t *used) {
