@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from adaplex.engine.batch import Batch, Chunk
-from adaplex.engine.chunk_costs import RECENT, ChunkCosts
+from adaplex.engine.chunk_costs import ChunkCosts
 from adaplex.engine.engine import Engine
-from adaplex.engine.pace import LEAST, ROW_COUNTS, Budget
+from adaplex.engine.pace import ROW_COUNTS, Budget
 from adaplex.engine.request import SampledToken
 from adaplex.engine.sequence import Sequence
+from adaplex.engine.small_chunks import LEAST, RECENT
 from engine.fakes import FakeRunner, InlineExecutor, make_config, make_request
 
 BLOCK = 16
@@ -54,6 +55,8 @@ CPU = Machine()
 SLOW_CONTEXT = Machine(context=1e-6)
 COSTLY_CHUNKS = Machine(chunk=10e-3, row=0.4e-3)
 OVERHEAD = Machine(chunk=10e-3, chunk_context=1e-5)
+QUICK = Machine(step=3.4e-3, row=0.63e-3, chunk=2.2e-3, context=5e-8)
+"""One stream takes as long as two or three tokens of a prompt."""
 GPU = Machine(step=8e-3, row=5e-6, chunk=1e-4, context=2e-9)
 MACHINES = [CPU, SLOW_CONTEXT, COSTLY_CHUNKS, GPU]
 
@@ -279,8 +282,8 @@ def test_what_is_remembered_is_bounded() -> None:
     pace = run.engine._pace
     assert len(pace._decodes) <= ROW_COUNTS
     assert len(pace._costs._tokens) <= 6
-    assert len(pace._costs._small) <= 4
-    kept = [*pace._decodes.values(), *pace._costs._tokens.values(), *pace._costs._small.values()]
+    small = pace._costs.small
+    kept = [*pace._decodes.values(), *pace._costs._tokens.values(), small._seconds, small._tokens]
     assert all(len(values) <= RECENT for values in kept)
 
 
@@ -328,3 +331,16 @@ def test_chunks_whose_own_cost_is_all_are_not_made_smaller() -> None:
         run.start_streams(1)
         run.add("long", 4000)
         assert 0.5 * steps < len(run.until("long")) < steps
+
+
+def test_what_was_found_of_small_chunks_in_a_bad_hour_is_found_anew() -> None:
+    run = Run(replace(QUICK, chunk=12e-3))
+    run.start_streams(1)
+    run.add("bad", 400)
+    run.until("bad")
+    run.runner.machine.chunk = QUICK.chunk
+    run.add("long", 4000)
+    steps = run.until("long")
+    late = steps[len(steps) // 4 :]
+    assert max(step.seconds / step.alone for step in late) <= 3
+    assert len(steps) < 2000, "the prompt starves"

@@ -7,8 +7,9 @@ from collections import OrderedDict, deque
 from statistics import median
 
 from adaplex.engine.batch import Batch
-from adaplex.engine.chunk_costs import LEAST, RECENT, ChunkCosts
+from adaplex.engine.chunk_costs import ChunkCosts
 from adaplex.engine.config import EngineConfig
+from adaplex.engine.small_chunks import LEAST, RECENT
 
 ROW_COUNTS = 16
 """Numbers of decoding rows whose steps are remembered, the latest."""
@@ -29,9 +30,11 @@ class Budget:
         rows: int,
         seconds: float,
         costs: ChunkCosts,
+        trial: bool = False,
         parent: Budget | None = None,
     ) -> None:
         self._config, self._costs, self._parent = config, costs, parent
+        self._trial = trial
         self._rows, self._seconds = rows, seconds
         self._fresh = True
 
@@ -48,7 +51,7 @@ class Budget:
         block = self._config.block_tokens
         rows = max(self._rows // shares // block * block, min(block, self._rows))
         seconds = max(self._seconds / shares, min(self._block_seconds, self._seconds))
-        return Budget(self._config, rows, seconds, self._costs, self)
+        return Budget(self._config, rows, seconds, self._costs, self._trial, self)
 
     def take(self, start: int, wanted: int) -> int:
         """Tokens of a prompt that is computed up to `start`: at most `wanted`, 0 when not `open`.
@@ -60,12 +63,12 @@ class Budget:
         count = min(wanted, self._config.max_chunk_tokens, self._rows)
         unit = self._config.block_tokens
         affordable = self._costs.tokens(start, self._seconds)
-        while unit > self._costs.smallest and affordable < unit:
-            unit //= 2
+        if affordable < 2 * unit:
+            affordable = unit = self._costs.small.size(unit, self._seconds, self._trial)
         while LEAST < unit > count:
             unit //= 2
         if affordable < count:
-            count = min(count, max(1, int(affordable) // unit) * unit)
+            count = max(1, int(affordable) // unit) * unit
         over = (start + count) % unit
         if count < wanted and over < count:
             count -= over
@@ -116,7 +119,8 @@ class Pace:
             return Budget(self._config, 0, 0.0, self._costs)
         self._most = self._config.max_stretch * self._decode_seconds(decodes + joining)
         seconds = max(0.0, self._most - self._decode_seconds(decodes))
-        return Budget(self._config, min(rows, self._tried), seconds, self._costs)
+        trial = self._mixed == LOOK_EVERY // 2
+        return Budget(self._config, min(rows, self._tried), seconds, self._costs, trial)
 
     def note(self, batch: Batch, seconds: float) -> None:
         """A step took so long. To be told before its tokens are appended."""
