@@ -126,7 +126,7 @@ class Duel:
 async def open_duel(options: argparse.Namespace) -> AsyncIterator[Duel]:
     """Both with as many adapters in memory as there are streams."""
     adapters, settings = max(options.streams), {"threads": options.threads}
-    settings["max_stretch"] = options.max_stretch
+    settings |= {name: getattr(options, name) for name in ("max_stretch", "stream_interval")}
     with open_bench(options, adapters) as bench:
         async with served(
             options, arena=ARENA, adapters=adapters, bandwidth=0.0, **settings
@@ -155,6 +155,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--streams", type=counts, default=[1, 8, 16])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--stream-interval", type=int, default=1, help="tokens in a message")
     add_common(parser)
     return parser.parse_args()
 

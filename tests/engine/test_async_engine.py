@@ -131,6 +131,25 @@ async def test_outputs_that_wait_come_together_and_none_after_the_last() -> None
     assert await stream.take() == [*steps[1:], last]
 
 
+async def test_after_the_first_token_so_many_come_at_a_time_and_the_rest_with_the_last() -> None:
+    async with running() as bench:
+        request = make_request("r", max_tokens=12)
+        groups = [group async for group in bench.server.generate(request, interval=4)]
+    tokens = [[token for output in group for token in output.tokens] for group in groups]
+    assert [*chain(*tokens)] == expected(request)
+    assert [len(group) for group in tokens] == [1, 4, 4, 3]
+
+
+async def test_an_error_does_not_wait_for_an_interval() -> None:
+    stream = Stream(make_request("r"), interval=100)
+    first, second = (StepOutput("r", tokens=(n,)) for n in range(2))
+    stream.put(first)
+    assert await stream.take() == [first]
+    stream.put(second)
+    stream.fail(ServerUnavailable("the server has stopped"))
+    assert [bool(output.error) for output in await stream.take()] == [False, True]
+
+
 async def test_a_reader_who_is_behind_gets_all_that_waits() -> None:
     async with running() as bench:
         request = make_request("r", [1], max_tokens=12)

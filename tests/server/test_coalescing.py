@@ -18,7 +18,12 @@ from adaplex.engine.request import AdapterMode, FinishReason, Logprob, Request, 
 from adaplex.server.calls import Call
 from adaplex.server.generator import Generator
 from adaplex.v1 import generation_pb2
-from adaplex.v1.generation_pb2 import GenerateStreamRequest, GenerationSpec, SamplingParams
+from adaplex.v1.generation_pb2 import (
+    GenerateRequest,
+    GenerateStreamRequest,
+    GenerationSpec,
+    SamplingParams,
+)
 from server.calls import until
 from server.toy import FakeRunner, rig, toy_parts
 
@@ -49,10 +54,17 @@ class Script:
     def close(self) -> None: ...
 
 
+LATE = 8
+"""Tokens that may come while a busy machine holds the event loop up."""
+SECONDS = 0.25
+"""Between two steps of the script."""
+
+
 def said(text: str, finish: FinishReason | None = None) -> list[StepOutput]:
     """A byte a step."""
     outputs = [
-        StepOutput("", tokens=(byte,), logprobs=(Logprob(byte, -0.5),)) for byte in text.encode()
+        StepOutput("", tokens=(byte,), at=1 + n * SECONDS, logprobs=(Logprob(byte, -0.5),))
+        for n, byte in enumerate(text.encode())
     ]
     outputs[0] = replace(outputs[0], admitted=True)
     outputs[-1] = replace(outputs[-1], finish=finish)
@@ -120,6 +132,25 @@ async def test_what_waits_is_one_message_and_every_token_counts(tmp_path: Path) 
     assert finished.completion_tokens == 5
     assert value("generation_tokens_total") == 5
     assert value("inter_token_latency_seconds_count") == 4
+    assert value("inter_token_latency_seconds_sum") == 4 * SECONDS
+
+
+@pytest.mark.parametrize("interval", [1, 4, 100])
+async def test_a_stream_is_told_in_messages_of_so_many_tokens(
+    tmp_path: Path, interval: int
+) -> None:
+    runner = FakeRunner(lambda request: [*b"abcdefgh"], slow=0.01)
+    spec = GenerationSpec(text="x", sampling=SamplingParams(max_tokens=40))
+    async with rig(tmp_path, runner=runner, stream_interval=interval) as toy:
+        runner.gate.clear()
+        stream = toy.generation.GenerateStream(GenerateStreamRequest(spec=spec))
+        _, *deltas, _ = [event async for event in stream]
+        whole = await toy.generation.Generate(GenerateRequest(spec=spec))
+    first, *others, last = [len(event.delta.token_ids) for event in deltas]
+    assert first <= LATE
+    assert all(interval <= count < interval + LATE for count in others)
+    assert last < interval + LATE
+    assert "".join(event.delta.text for event in deltas) == whole.text == "abcdefgh" * 5
 
 
 async def test_a_stop_string_in_the_middle_ends_it_there(tmp_path: Path) -> None:

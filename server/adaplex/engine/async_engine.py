@@ -27,8 +27,10 @@ class Stream:
     stream, not by its id: an id may be used again while its last owner is being aborted.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, interval: int = 1) -> None:
+        """`interval`: see `AsyncEngine.generate`."""
         self.request = request
+        self._interval, self._begun = interval, False
         self.ended = False
         """Whether the last output has come; on the event loop, as all but `request`."""
         self._waiting: list[StepOutput] = []
@@ -39,14 +41,16 @@ class Stream:
         if not self.ended:
             self.ended = output.last
             self._waiting.append(output)
-            self._came.set()
+            if self.ended or not self._begun or len(self._waiting) >= self._interval:
+                self._came.set()
+            self._begun = self._begun or bool(output.tokens)
 
     def fail(self, error: Exception) -> None:
         """Ends the stream."""
         self.put(StepOutput(self.request.request_id, error=error))
 
     async def take(self) -> list[StepOutput]:
-        """All that waits, in the order of the steps; at least one output."""
+        """All that waits once there is enough, in the order of the steps."""
         await self._came.wait()
         self._came.clear()
         outputs, self._waiting = self._waiting, []
@@ -102,16 +106,19 @@ class AsyncEngine:
         if self._unavailable is None:
             self._unavailable = "the server is shutting down"
 
-    async def generate(self, request: Request) -> AsyncGenerator[list[StepOutput], None]:
+    async def generate(
+        self, request: Request, *, interval: int = 1
+    ) -> AsyncGenerator[list[StepOutput], None]:
         """Runs a request; yields what steps have given it since the last time, an output each, and
-        raises what ends it badly once all before it is out.
+        raises what ends it badly once all before it is out. What comes before the second token is
+        yielded at once, then `interval` outputs at a time, or more where the caller is slow.
 
         Raises ServerUnavailable, QueueFull, RequestInvalid, AdapterTooLarge or NoRoomBesidePins at
         its first step.
         Closing it, or cancelling its task, aborts the request before the next step.
         """
         self._check_available()
-        stream = Stream(request)
+        stream = Stream(request, interval)
         self._open.add(stream)
         self._all_closed.clear()
         try:

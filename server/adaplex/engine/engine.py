@@ -201,11 +201,11 @@ class Engine:
             return
         self._pace.note(batch, self._clock() - begun)
         self._residency.ran(batch)
-        self._postprocess(batch, sampled, now)
+        self._postprocess(batch, sampled, now, time.monotonic())
         self._observer.stepped(rows=batch.tokens)
 
     def _postprocess(
-        self, batch: Batch, sampled: Mapping[Sequence, SampledToken], now: float
+        self, batch: Batch, sampled: Mapping[Sequence, SampledToken], begun: float, ended: float
     ) -> None:
         """Books what was computed, then appends and emits the new tokens."""
         for chunk in batch.chunks:
@@ -216,35 +216,38 @@ class Engine:
                 continue
             sequence.computed = chunk.end
             self._blocks.publish(sequence)
-            self._emit(sequence, token, now)
+            self._emit(sequence, token, begun, ended)
 
-    def _emit(self, sequence: Sequence, sampled: SampledToken | None, now: float) -> None:
+    def _emit(
+        self, sequence: Sequence, sampled: SampledToken | None, begun: float, ended: float
+    ) -> None:
         """One output for a sequence that was first scheduled in this step or has a new token."""
         admitted = sequence.admitted_at is None
         if admitted:
-            sequence.admitted_at = now
+            sequence.admitted_at = begun
         elif sampled is None:
             return
         output = StepOutput(
             sequence.request_id,
             admitted=admitted,
             adapter=sequence.adapter if admitted else None,
-            timing=sequence.timing(now) if admitted else None,
+            timing=sequence.timing(begun) if admitted else None,
             tokens=(sampled.token,) if sampled else (),
+            at=ended,
             logprobs=(sampled.logprob,) if sampled and sampled.logprob else (),
-            finish=self._append(sequence, sampled.token) if sampled else None,
+            finish=self._append(sequence, sampled.token, ended) if sampled else None,
         )
         if output.last:
             self._finish(sequence, output)
         else:
             self._outputs.append(output)
 
-    def _append(self, sequence: Sequence, token: int) -> FinishReason | None:
+    def _append(self, sequence: Sequence, token: int, now: float) -> FinishReason | None:
         """Books a new token; why it is the last one, if it is."""
         sequence.tokens.append(token)
         self._scheduler.waiting.fairness.served(sequence.fair_key, output=1)
         if sequence.first_token_at is None:
-            sequence.first_token_at = time.monotonic()
+            sequence.first_token_at = now
         return self._finish_reason(sequence)
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:

@@ -167,6 +167,8 @@ class StepOutput:
     adapter: AdapterRef | None = None
     """What is applied, on the first output; None is the base."""
     tokens: tuple[int, ...] = ()
+    at: float = 0.0
+    """When the step had them, as `time.monotonic()` tells it."""
     logprobs: tuple[Logprob, ...] = ()
     finish: FinishReason | None = None
     error: Exception | None = None

@@ -68,9 +68,8 @@ class Answer:
         text, self.gaps = "", []
         tokens: list[int] = []
         logprobs: list[Logprob] = []
-        now = time.monotonic()
         for output in outputs:
-            text += self._take(output, now)
+            text += self._take(output)
             tokens += output.tokens
             logprobs += output.logprobs
             if self.ended:
@@ -105,10 +104,10 @@ class Answer:
         first = (self._first_token or now) - arrival
         return replace(timing, first_token=first, total=now - arrival)
 
-    def _take(self, output: StepOutput, now: float) -> str:
+    def _take(self, output: StepOutput) -> str:
         """The text that one step makes certain; the answer may end with it."""
         self._timing = output.timing or self._timing
-        text = self._push(output, now)
+        text = self._push(output)
         if output.finish is not None and self._stops.found is None:
             self._finish = output.finish
             cut = output.finish is FinishReason.LENGTH
@@ -119,14 +118,14 @@ class Answer:
             text += self._stops.flush()
         return text
 
-    def _push(self, output: StepOutput, now: float) -> str:
+    def _push(self, output: StepOutput) -> str:
         """Counts the tokens of a step and returns the text that they make certain."""
         if not output.tokens:
             return ""
         if self._last_token is not None:
-            self.gaps.append(now - self._last_token)
-        self._last_token = now
-        self._first_token = self._first_token or now
+            self.gaps.append(output.at - self._last_token)
+        self._last_token = output.at
+        self._first_token = self._first_token or output.at
         self.tokens += len(output.tokens)
         shown = output.tokens
         if output.finish is FinishReason.STOP:

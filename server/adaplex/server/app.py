@@ -162,7 +162,7 @@ class Server:
 
     def _add_services(self) -> None:
         parts, config, server = self._parts, self._config, self._grpc
-        generation = GenerationService(self._generator)
+        generation = GenerationService(self._generator, self._config.stream_interval)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
         receiver = Receiver(
             parts.registry.intake,

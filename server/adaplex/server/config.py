@@ -221,6 +221,11 @@ class ServerConfig(BaseSettings):
         description="How many times as long prompts may make a step in which others generate; "
         "inf lets them fill every step.",
     )
+    stream_interval: Count = Field(
+        1,
+        description="Tokens in a message of a streamed answer, but for its first and last; more "
+        "leave the cores more time to compute.",
+    )
     prefix_cache: bool = Field(True, description="Reuse the KV of equal prompt beginnings.")
 
     vllm_metric_names: bool = Field(

@@ -77,8 +77,9 @@ class Generator:
         self._leasing = ThreadPoolExecutor(LEASE_THREADS, "lease")
         self._unloading: set[asyncio.Task[None]] = set()
 
-    async def generate(self, spec: GenerationSpec, call: Call) -> AsyncEvents:
-        """One `started` once the engine has admitted the request, deltas, one `finished`.
+    async def generate(self, spec: GenerationSpec, call: Call, *, interval: int = 1) -> AsyncEvents:
+        """One `started` once the engine has admitted the request, deltas of `interval` tokens but
+        for the first and the last, one `finished`.
 
         Closing it aborts the request and releases the adapter.
         """
@@ -116,16 +117,18 @@ class Generator:
                     lease=lease,
                     fetch_seconds=fetched if lease else 0.0,
                 )
-                async with aclosing(self._run(request, answer, call)) as events:
+                async with aclosing(self._run(request, answer, call, interval)) as events:
                     async for event in events:
                         yield event
 
-    async def _run(self, request: Request, answer: Answer, call: Call) -> AsyncEvents:
+    async def _run(
+        self, request: Request, answer: Answer, call: Call, interval: int
+    ) -> AsyncEvents:
         """The engine's outputs as messages, counted and timed."""
         admitted = False
         reason: FinishedReason | None = "abort"
         try:
-            async with aclosing(self._engine.generate(request)) as steps:
+            async with aclosing(self._engine.generate(request, interval=interval)) as steps:
                 async for outputs in steps:
                     if not admitted:
                         admitted = True

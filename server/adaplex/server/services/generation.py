@@ -16,17 +16,24 @@ from adaplex.v1.generation_pb2 import (
     GenerateStreamResponse,
 )
 
+UNARY_INTERVAL = 16
+"""Tokens that are taken in at once where nobody sees them one by one: often enough for metrics."""
+
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Text generation."""
 
-    def __init__(self, generator: Generator) -> None:
-        self._generator = generator
+    def __init__(self, generator: Generator, stream_interval: int) -> None:
+        """`stream_interval`: tokens in a message of a stream."""
+        self._generator, self._stream_interval = generator, stream_interval
 
     async def Generate(self, request: GenerateRequest, context: Any) -> GenerateResponse:
         """The stream's messages in one."""
         response = GenerateResponse()
-        async with aclosing(self._generator.generate(request.spec, current_call())) as events:
+        # What comes after a stop string would be computed for nothing.
+        interval = 1 if request.spec.sampling.stop else UNARY_INTERVAL
+        answer = self._generator.generate(request.spec, current_call(), interval=interval)
+        async with aclosing(answer) as events:
             async for event in events:
                 _add(response, event)
         return response
@@ -35,7 +42,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: GenerateStreamRequest, context: Any
     ) -> AsyncIterator[GenerateStreamResponse]:
         """One `started`, deltas, one `finished`."""
-        async with aclosing(self._generator.generate(request.spec, current_call())) as events:
+        interval = self._stream_interval
+        answer = self._generator.generate(request.spec, current_call(), interval=interval)
+        async with aclosing(answer) as events:
             async for event in events:
                 yield _wrapped(event)
 
