@@ -120,14 +120,25 @@ static float NAME(weigh)(float *scores, long first, long end, long from, long se
   return sum_lanes(sums);
 }
 
-#define GROUPS(call)                                                    \
-  {                                                                     \
-    long r = 0;                                                         \
-    for (; r + 8 <= queries; r += 8) call(8);                           \
-    for (; r + 4 <= queries; r += 4) call(4);                           \
-    for (; r + 3 <= queries; r += 3) call(3);                           \
-    for (; r + 2 <= queries; r += 2) call(2);                           \
-    for (; r < queries; r++) call(1);                                   \
+#define REST(call, R) \
+  case R:             \
+    call(R);          \
+    break;
+
+// Eight queries at a time, then those that are left, since each pass reads keys or values anew.
+#define GROUPS(call)                          \
+  {                                           \
+    long r = 0;                               \
+    for (; r + 8 <= queries; r += 8) call(8); \
+    switch (queries - r) {                    \
+      REST(call, 7)                           \
+      REST(call, 6)                           \
+      REST(call, 5)                           \
+      REST(call, 4)                           \
+      REST(call, 3)                           \
+      REST(call, 2)                           \
+      REST(call, 1)                           \
+    }                                         \
   }
 #define SCORE(R) \
   NAME(score_rows)(q + r * dim, dim, keys, values, table, first, last, scale, R, scores + r * stride, \
@@ -155,5 +166,6 @@ static void NAME(attend)(const ELEMENT *q, long tokens, long group, long dim, co
     for (long d = 0; d < dim; d++) mixed[r * dim + d] /= scores[r * stride];
 }
 #undef GROUPS
+#undef REST
 #undef SCORE
 #undef MIX

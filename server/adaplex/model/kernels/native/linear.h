@@ -7,67 +7,6 @@
 //
 // A column of a row is one chain of operations, the same alone and beside any other rows.
 
-// One product of all rows: y = x W' + bias; for rows of adapters output_scale * y + b h + their bias.
-typedef struct {
-  const Weight *weight;
-  const ELEMENT *x;
-  long x_stride;
-  float *y;
-  long y_stride;
-  const Site *const *sites;  // [rows] the lines of each row's adapter, null for the base; null if all are
-  long module;               // which line
-  ELEMENT *h;                // [rows, h_stride] a x, where the site has a rank
-  long h_stride;
-  int new_rows;              // whether some site replaces rows of W
-  Coming *coming;            // or null
-} NAME(Part);
-
-static int NAME(share_site)(const NAME(Part) * part, long row, long rows) {
-  const Site *const *sites = part->sites + row;
-  for (long r = 1; r < rows; r++)
-    if (sites[r] != sites[0]) return 0;
-  return 1;
-}
-
-// Adds a share of what comes to what a tile asks for.
-static void NAME(ask_ahead)(const NAME(Part) * part, Asks *asks) {
-  Coming *coming = part->coming;
-  long tile = coming->tile++, row = coming->row + tile / coming->tiles, bytes = 0;
-  const Site *sites = row < coming->stop ? part->sites[row] : NULL;
-  for (long i = 0; sites && i < coming->parts; i++) {
-    const Site *site = sites + coming->module[i];
-    if (!bytes) asks->coming = site->a;
-    bytes += site->rank * coming->in * (long)sizeof(ELEMENT);
-  }
-  bytes /= coming->tiles;
-  asks->coming += tile % coming->tiles * bytes;
-  asks->pace = bytes * 8 / part->weight->in;
-}
-
-// The panels of `b` of a row from `panel` on; without any, what is in the cache anyway.
-static const char *NAME(b_of)(const NAME(Part) * part, long row, long panel) {
-  const Site *site = site_of(part->sites, row, part->module);
-  if (!site || !site->rank) return (const char *)(part->x + row * part->x_stride);
-  return (const char *)((const ELEMENT *)site->b + panel * LANES * site->rank);
-}
-
-// Fills what a tile asks for while it multiplies; not when its rows share an adapter, whose little is asked
-// for at once.
-static __attribute__((noinline)) int NAME(fill_asks)(const NAME(Part) * part, long row, long rows,
-                                                     long panel, Asks *asks) {
-  if (NAME(share_site)(part, row, rows)) {
-    const char *b = NAME(b_of)(part, row, panel);
-    for (long line = 0; line < PIECE; line++) expect(b + line * 64);
-    return 0;
-  }
-  for (int i = 0; i < 8; i++)
-    asks->piece[i] = NAME(b_of)(part, row + i % rows, panel) + i / rows * PIECE * 64;
-  asks->coming = asks->piece[0];
-  asks->pace = 0;
-  if (part->coming && rows >= 4) NAME(ask_ahead)(part, asks);
-  return 1;
-}
-
 // R rows times P neighbouring panels.
 INLINE void NAME(dense_tile)(const ELEMENT *x, long x_stride, const char *panel, long units,
                              const Asks *asks, Turn turn, const int R, const int P,
@@ -240,7 +179,13 @@ INLINE void NAME(tile)(const NAME(Part) * part, const Site *own, long row, Turn 
     }                                                \
   }
 
-// Rows [row, stop) of the columns of panels [first, last). Two panels stay in the cache for all rows.
+#define REST(R, P)           \
+  case R:                    \
+    TILES(R, P, first, last) \
+    break;
+
+// Rows [row, stop) of the columns of panels [first, last). Two panels stay in the cache for all rows; what
+// is left of eight rows goes in one pass, since each pass decodes the weight anew.
 static void NAME(panels)(const NAME(Part) * part, const Site *own, long row, long stop, long first,
                          long last) {
   long start = row, eights = row + (stop - row) / 8 * 8;
@@ -252,14 +197,15 @@ static void NAME(panels)(const NAME(Part) * part, const Site *own, long row, lon
   }
   row = eights;
   turn = (Turn){0, 1};
-  if (stop - row >= 4) {
-    TILES(4, 2, first, last)
-    row += 4;
+  switch (stop - row) {
+    REST(7, 2)
+    REST(6, 2)
+    REST(5, 2)
+    REST(4, 2)
+    REST(3, 2)
+    REST(2, 4)
+    REST(1, 4)
   }
-  if (stop - row >= 2) {
-    TILES(2, 4, first, last)
-    row += 2;
-  }
-  if (row < stop) TILES(1, 4, first, last)
 }
+#undef REST
 #undef TILES

@@ -2,6 +2,7 @@
 // largest finite value) and NAME(x) defined.
 
 #include "low_rank.h"
+#include "part.h"
 #include "int4.h"
 #include "linear.h"
 #include "rows.h"
