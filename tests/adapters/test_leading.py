@@ -171,16 +171,19 @@ def test_what_is_only_merged_needs_no_arena(
     registry.close()
 
 
-def test_a_server_without_merged_weights_says_what_it_cannot_serve(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("most", "kept"), [(0, "no merged weights"), (100, "100 bytes of merged weights")]
+)
+def test_a_server_without_room_for_merged_weights_says_what_it_cannot_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, kept: str
 ) -> None:
-    registry = registry_with(tmp_path, monkeypatch, {"merged_only": True}, keeps_merged=False)
+    registry = registry_with(tmp_path, monkeypatch, {"merged_only": True}, max_merged_bytes=most)
     with stage(registry, made_files()) as staging:
         checked = registry.intake.check(staging)
     assert checked.valid
-    assert checked.warnings == (
-        "it can only be served merged, and this server keeps no merged weights",
-    )
+    (warning,) = checked.warnings
+    wanted = f"it can only be served merged, in {checked.merged_bytes} bytes"
+    assert warning == f"{wanted}, and this server keeps {kept}"
     done = push(registry, "tone")
     assert registry.programs.report(done.record.digest) == done.report == checked
     assert not done.record.warnings, "another server may keep them"

@@ -63,7 +63,7 @@ class Upload:
             element_bytes=4,
             limits=AdapterLimits(),
             base_policy=BasePolicy.OFF,
-            keeps_merged=True,
+            max_merged_bytes=None,
             is_wanted=lambda _: False,
         )
         assert programs.read(self.folder).merged_only

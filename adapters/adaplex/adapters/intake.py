@@ -46,8 +46,8 @@ class Room:
     limits: AdapterLimits
     max_packed_bytes: int | None = None
     """Bytes of the arena."""
-    keeps_merged: bool = True
-    """Whether there is room for merged weights."""
+    max_merged_bytes: int | None = None
+    """Bytes of merged weights."""
 
 
 class Intake:

@@ -24,7 +24,6 @@ EVICTIONS = 64
 """Times that a cache may drop content between fetching and reading it."""
 MAX_REPORTS = 4096
 """Reports kept in memory."""
-UNSERVABLE = "it can only be served merged, and this server keeps no merged weights"
 
 
 class Programs:
@@ -38,15 +37,15 @@ class Programs:
         element_bytes: int,
         limits: AdapterLimits,
         base_policy: BasePolicy,
-        keeps_merged: bool,
+        max_merged_bytes: int | None,
         is_wanted: Callable[[str], bool],
     ) -> None:
         """`is_wanted` tells whether content must be there, as a name or a lease holds it;
-        `keeps_merged` whether what can only be merged can be served.
+        `max_merged_bytes` is what merged weights may take, if that is known.
         """
         self._contents, self._base, self._element_bytes = contents, base, element_bytes
         self._limits, self._policy, self._is_wanted = limits, base_policy, is_wanted
-        self._keeps_merged = keeps_merged
+        self._max_merged_bytes = max_merged_bytes
         self._lock = threading.Lock()
         self._reports = ReportCache(MAX_REPORTS)
         self._combinations: dict[str, Combination] = {}
@@ -106,9 +105,12 @@ class Programs:
     def describe(self, program: AdapterProgram) -> Report:
         """The report of a lowered adapter."""
         report = describe(program, self._base, self._element_bytes)
-        if program.merged_only and not self._keeps_merged:
-            return replace(report, warnings=(*report.warnings, UNSERVABLE))
-        return report
+        most = self._max_merged_bytes
+        if most is None or report.merged_bytes <= most:
+            return report
+        room = f"keeps {most} bytes of merged weights" if most else "keeps no merged weights"
+        wanted = f"it can only be served merged, in {report.merged_bytes} bytes"
+        return replace(report, warnings=(*report.warnings, f"{wanted}, and this server {room}"))
 
     def remember(self, report: Report) -> None:
         """Keeps a report of content that is stored."""

@@ -58,7 +58,7 @@ class AdapterRegistry:
             element_bytes=room.element_bytes,
             limits=room.limits,
             base_policy=base_policy,
-            keeps_merged=room.keeps_merged,
+            max_merged_bytes=room.max_merged_bytes,
             is_wanted=lambda digest: digest in self._leases or catalog.holds(digest),
         )
         self.garbage = GarbageCollector(
@@ -89,20 +89,21 @@ class AdapterRegistry:
         element_bytes: int,
         limits: AdapterLimits | None = None,
         max_packed_bytes: int | None = None,
-        keeps_merged: bool = True,
+        max_merged_bytes: int | None = None,
         base_policy: BasePolicy = BasePolicy.WARN,
         signatures: SignatureVerifier | None = None,
     ) -> AdapterRegistry:
         """A registry in a folder of this machine, which several processes may open.
 
-        `element_bytes` is that of the compute dtype, `max_packed_bytes` that of the arena.
+        `element_bytes` is that of the compute dtype, `max_packed_bytes` that of the arena,
+        `max_merged_bytes` that of merged weights.
         """
         root.mkdir(parents=True, exist_ok=True)
         return cls(
             AdapterStore(root),
             SqliteCatalog(root / "catalog.sqlite3"),
             base,
-            room=Room(element_bytes, limits or AdapterLimits(), max_packed_bytes, keeps_merged),
+            room=Room(element_bytes, limits or AdapterLimits(), max_packed_bytes, max_merged_bytes),
             base_policy=base_policy,
             signatures=signatures,
         )

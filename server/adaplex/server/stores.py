@@ -51,7 +51,7 @@ def open_store(config: ServerConfig, spec: BaseSpec, *, element_bytes: int) -> S
         contents,
         catalog,
         spec,
-        room=Room(element_bytes, limits, config.arena_bytes, config.merged_bytes > 0),
+        room=Room(element_bytes, limits, config.arena_bytes, config.merged_bytes),
         base_policy=BasePolicy(config.base_policy),
         signatures=_signatures(config),
     )
