@@ -1,7 +1,4 @@
-"""Codes of 4 bits, out of the panels that the C kernels read: how a weight is dequantized whole.
-
-NativeKernels' `unpack_codes` and `unpack_nf4` say the same a code at a time.
-"""
+"""Codes of 4 bits, out of the panels that the C kernels read: how a weight is dequantized whole."""
 
 from __future__ import annotations
 

@@ -134,21 +134,6 @@ def unpack_dense(panels: Tensor, rows: int) -> Tensor:
     return panels.permute(0, 2, 1, 3).reshape(-1, panels.shape[1] * panels.shape[3])[:rows]
 
 
-def unpack_nf4(panels: Tensor, scales: Tensor, rows: int, table: Tensor) -> Tensor:
-    """The weight in effect, fp32 [rows, in]; `table` [16] maps a code to its value."""
-    values = table[unpack_codes(panels, rows)]
-    weight = values.view(rows, -1, NF4_BLOCK) * unpack_groups(scales, rows)[..., None]
-    return weight.view(rows, -1)
-
-
-def unpack_codes(panels: Tensor, rows: int) -> Tensor:
-    """Codes of 0 to 15, int32 [rows, in]."""
-    shifts = torch.arange(0, 16, 4, dtype=torch.int32)
-    codes = (panels.to(torch.int32)[..., None] >> shifts) & 15
-    # [panels, lines, LANES, parity, nibble] -> input 8 line + 2 nibble + parity.
-    return codes.permute(0, 2, 1, 4, 3).reshape(panels.shape[0] * LANES, -1)[:rows]
-
-
 def unpack_groups(packed: Tensor, rows: int) -> Tensor:
     """What `pack_groups` packed, [rows, groups, ..]."""
     return packed.transpose(1, 2).flatten(0, 1)[:rows]
