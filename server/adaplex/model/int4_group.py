@@ -10,7 +10,7 @@ W + delta = scale * (code - (zero - delta / scale)).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from adaplex.model.linear import LinearBackend
 INT4_GROUP = "int4-group"
 """Its name as a quantization."""
 GROUP_SIZES = (16, 32, 64, 128)
+EVERY_TILE = (1, 17, 65)
+"""Rows that a kernel may take by different tiles."""
 STEPS = 15
 CENTER = 8
 """Of the nibbles 0 to 15, the one that is code 0."""
@@ -115,6 +117,17 @@ class Int4GroupLinear(LinearBackend):
     def dequantize(self) -> Tensor:
         """See LinearBackend."""
         return self.weight.dequantized()
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """See LinearBackend. What is merged has zeros in fp32, and perhaps a bias of its own."""
+        weight, device = self.weight, self.weight.codes.device
+        bias = torch.zeros(self.out_features, dtype=dtype, device=device)
+        merged = replace(weight, zeros=weight.zeros.float())
+        for rows in EVERY_TILE:
+            x = torch.zeros(rows, self.in_features, dtype=dtype, device=device)
+            self._product(x, weight, self.bias)
+            for any_bias in (None, bias):
+                self._product(x, merged, any_bias)
 
     def tensors(self) -> dict[str, Tensor]:
         """See LinearBackend."""
