@@ -8,24 +8,57 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
+from numpy.typing import NDArray
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from adaplex.model.kernels.native.kernels import NativeKernels
+
+Array = NDArray[np.float32]
 
 
 @pytest.fixture
 def row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes interpreted products independent of a row's place in its tile, as they are on a GPU:
     the interpreter multiplies with BLAS, which sums some rows of a tile in another order."""
+    _multiply_by(monkeypatch, lambda a, b: np.stack([row @ b for row in a]))
+
+
+@pytest.fixture
+def element_by_element(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like `row_by_row`, for products in which rows are columns: independent of both places, and of
+    how many there are."""
+
+    def product(a: Array, b: Array) -> Array:
+        columns = np.ascontiguousarray(b.T)
+        return np.stack([(row * columns).sum(-1) for row in a])
+
+    _multiply_by(monkeypatch, product)
+
+
+def _multiply_by(monkeypatch: pytest.MonkeyPatch, product: Callable[[Array, Array], Array]) -> None:
     if torch.cuda.is_available():
         return
 
     def dot(_: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, *__: Any) -> TensorHandle:
         assert a.data.dtype == b.data.dtype == np.float32
-        product = np.stack([row @ b.data for row in a.data])
-        return TensorHandle(product + d.data, d.dtype.scalar)
+        return TensorHandle(product(a.data, b.data) + d.data, d.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+
+
+@pytest.fixture
+def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes interpreted kernels round to bf16 as they do on a GPU: the interpreter cuts off."""
+    cast = InterpreterBuilder.cast_impl
+
+    def create_fp_trunc(self: Any, src: TensorHandle, to: Any) -> TensorHandle:
+        if (src.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, src, to)
+        bits = torch.from_numpy(np.array(src.data)).bfloat16().view(torch.int16)
+        return TensorHandle(bits.numpy().view(np.uint16), tl.bfloat16)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", create_fp_trunc)
 
 
 @pytest.fixture

@@ -27,9 +27,10 @@ from adaplex.engine.sequence import Sequence
 from adaplex.model import attention, module_forward
 from adaplex.model.adapted import AdaptedLinear
 from adaplex.model.decode_steps import DecodeSteps, Replay
+from adaplex.model.int4_group import Int4GroupLinear, Int4Weight, int4_product
 from adaplex.model.kernels import triton_attention
 from adaplex.model.kernels.triton_rows import TritonKernels
-from adaplex.model.linear import DenseLinear
+from adaplex.model.linear import DenseLinear, LinearBackend
 from adaplex.model.loader import BaseModel
 from adaplex.model.runner import ModelRunner
 from random_programs import anything, made
@@ -94,13 +95,20 @@ def moved(base: BaseModel) -> BaseModel:
     """The base where there is no memory, with the kernels of CUDA devices."""
     for module in base.module.modules():
         if isinstance(module, AdaptedLinear):
-            kept = module.backend
-            bias = None if kept.bias is None else kept.bias.to(THERE)
-            module.backend = DenseLinear(kept.dequantize().to(THERE, base.dtype), bias)
+            module.backend = _moved(module.backend, base.dtype)
     base.module.to(THERE)
     kernel = attention.paged_kernel(torch.device("cuda"))
     attention.install(base.module, attention.PagedAttention(base.step, kernel))
     return replace(base, device=THERE)
+
+
+def _moved(kept: LinearBackend, dtype: torch.dtype) -> LinearBackend:
+    """One of int4-group as it is, any other dense."""
+    bias = None if kept.bias is None else kept.bias.to(THERE)
+    if not isinstance(kept, Int4GroupLinear):
+        return DenseLinear(kept.dequantize().to(THERE, dtype), bias)
+    weight = Int4Weight(**{name: tensor.to(THERE) for name, tensor in kept.tensors().items()})
+    return Int4GroupLinear(weight, bias, product=int4_product(torch.device("cuda")))
 
 
 class Captured:
@@ -121,8 +129,8 @@ class Captured:
 class Placed:
     """A rig whose runner is moved."""
 
-    def __init__(self, model: Path) -> None:
-        self.rig = Rig(model, native=False)
+    def __init__(self, model: Path, quantization: str = "fp32") -> None:
+        self.rig = Rig(model, quantization, native=False)
         self.captured = Captured()
         base = moved(self.rig.base)
         kernels = TritonKernels(base.spec.modules, THERE)
@@ -197,3 +205,18 @@ def test_costs_are_measured_where_the_base_is(placed: Placed, kernels: Kernels) 
     with OneDevice(captured=False):
         placed.rig.runner.step_costs()
     assert kernels.launched == {"_shrink", "_expand"}
+
+
+def test_int4_codes_are_multiplied_where_they_are(
+    tiny_model: Callable[[str], Path], kernels: Kernels
+) -> None:
+    """No step makes the weight of the codes, and a captured one needs nothing of the host."""
+    placed = Placed(tiny_model("llama"), "int4-group")
+    rig = placed.rig
+    rows = [rig.sequence(prompt(9), adapter) for adapter in (None, rig.add(made(rig, 3, 2)))]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delattr(Int4Weight, "dequantized")
+        placed.step(*(Chunk(row, 0, len(row)) for row in rows))
+        placed.decode(rows)
+    assert placed.captured.runs == 1
+    assert {"_multiply", "_shrink", "_expand"} < kernels.launched

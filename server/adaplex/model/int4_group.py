@@ -9,8 +9,8 @@ W + delta = scale * (code - (zero - delta / scale)).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from adaplex.model.linear import LinearBackend
 INT4_GROUP = "int4-group"
 """Its name as a quantization."""
 GROUP_SIZES = (16, 32, 64, 128)
+EVERY_TILE = (1, 17, 65)
+"""Rows that a kernel may take by different tiles."""
 STEPS = 15
 CENTER = 8
 """Of the nibbles 0 to 15, the one that is code 0."""
@@ -65,13 +67,43 @@ class Int4Weight:
         return Int4Weight(self.codes, self.scales, zeros)
 
 
-class Int4GroupLinear(LinearBackend):
-    """int4-group by torch, which dequantizes for each product; the measure of the kernels."""
+Int4Product = Callable[[Tensor, Int4Weight, Tensor | None], Tensor]
+"""(x [rows, in], weight, bias [out] or None) -> x W' + bias, [rows, out] in x's type."""
 
-    def __init__(self, weight: Int4Weight, bias: Tensor | None, *, shares: bool = False) -> None:
-        """`shares`: codes and scales are those of another one."""
+
+def dequantized_product(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+    """By torch, which makes the whole weight for each product; the measure of the kernels."""
+    y = linear_rows(x, weight.dequantized().to(x.dtype))
+    return y if bias is None else y + bias
+
+
+def int4_product(device: torch.device) -> Int4Product:
+    """Triton's on a CUDA device, torch's elsewhere."""
+    if device.type != "cuda":
+        return dequantized_product
+    # Imported here, since only torch for CUDA brings Triton along.
+    from adaplex.model.kernels import triton_int4
+
+    return triton_int4.int4_product
+
+
+class Int4GroupLinear(LinearBackend):
+    """int4-group as it was quantized, multiplied by what the device has for it."""
+
+    def __init__(
+        self,
+        weight: Int4Weight,
+        bias: Tensor | None,
+        *,
+        shares: bool = False,
+        product: Int4Product | None = None,
+    ) -> None:
+        """`shares`: codes and scales are those of another one. `product` is by default the fastest
+        here.
+        """
         super().__init__((weight.codes.shape[0], weight.codes.shape[1] * 2), bias)
         self.weight, self._shares = weight, shares
+        self._product = product or int4_product(weight.codes.device)
 
     @property
     def group(self) -> int:
@@ -80,12 +112,22 @@ class Int4GroupLinear(LinearBackend):
 
     def __call__(self, x: Tensor) -> Tensor:
         """See LinearBackend."""
-        y = linear_rows(x, self.dequantize().to(x.dtype))
-        return y if self.bias is None else y + self.bias
+        return self._product(x, self.weight, self.bias)
 
     def dequantize(self) -> Tensor:
         """See LinearBackend."""
         return self.weight.dequantized()
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """See LinearBackend. What is merged has zeros in fp32, and perhaps a bias of its own."""
+        weight, device = self.weight, self.weight.codes.device
+        bias = torch.zeros(self.out_features, dtype=dtype, device=device)
+        merged = replace(weight, zeros=weight.zeros.float())
+        for rows in EVERY_TILE:
+            x = torch.zeros(rows, self.in_features, dtype=dtype, device=device)
+            self._product(x, weight, self.bias)
+            for any_bias in (None, bias):
+                self._product(x, merged, any_bias)
 
     def tensors(self) -> dict[str, Tensor]:
         """See LinearBackend."""
@@ -108,7 +150,8 @@ class Int4GroupLinear(LinearBackend):
         """See LinearBackend."""
         if not fits(low_rank, self.group):
             return None
-        return Int4GroupLinear(self.weight.merged(low_rank), bias, shares=True)
+        merged = self.weight.merged(low_rank)
+        return Int4GroupLinear(merged, bias, shares=True, product=self._product)
 
     def merged_bytes(self, low_rank: LowRank) -> int | None:
         """See LinearBackend."""

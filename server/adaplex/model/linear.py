@@ -40,6 +40,10 @@ class LinearBackend(ABC):
     def nbytes(self) -> int:
         """Bytes of the weight."""
 
+    def warm_up(self, _dtype: torch.dtype) -> None:
+        """Compiles what products of any number of rows of this type need, merged or not."""
+        return
+
     def merged(self, _low_rank: LowRank, _bias: Tensor | None) -> LinearBackend | None:
         """Weight and delta in one, without loss, kept as the weight is and sharing what it can;
         None where a dense weight has to hold both. `_bias` is the whole one.

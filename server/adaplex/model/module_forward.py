@@ -15,7 +15,8 @@ from adaplex.engine.request import AdapterMode
 from adaplex.engine.sequence import VIRTUAL
 from adaplex.model.decode_steps import DecodeSteps
 from adaplex.model.forward import runs_of
-from adaplex.model.kernels.adapter_kernels import AdapterKernels
+from adaplex.model.kernels.adapter_kernels import AdapterKernels, Tile
+from adaplex.model.kernels.launches import Launches
 from adaplex.model.kernels.low_rank import AdapterWeights, LowRankKernel, Span
 from adaplex.model.kernels.reference import padded_rows
 from adaplex.model.kv_cache import KVCache
@@ -54,10 +55,25 @@ class ModuleForward:
             logits = self._logits(batch)
         return logits, likeliest(logits)
 
+    def warm_up(self, batch: Batch) -> None:
+        """Compiles what steps may launch and the base's own do not: the kernels of adapters of any
+        kind, and of products of other numbers of rows. Runs the batch, in which no row has an
+        adapter; nothing that later steps see changes but what it writes to the cache.
+        """
+        kernels, device = self._low_rank, self._base.device
+        if not isinstance(kernels, AdapterKernels):
+            return
+        for backend in self._base.backends.values():
+            backend.warm_up(self._base.dtype)
+        tiles = torch.tensor([Tile.none()], device=device).T.contiguous()
+        launches = Launches.everywhere(len(self._modules))
+        self._logits(batch, kernels.rows(tiles, launches, max_rank=1))
+
     def _replayed(self, batch: Batch) -> Tensor | None:
         return None if self._decode is None else self._decode.forward(batch, self._weights)
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def _logits(self, batch: Batch, rows: AdapterRows | None = None) -> Tensor:
+        """By `rows` instead of what the adapters of the batch do, if given."""
         chunks = batch.chunks
         tokens = [t for c in chunks for t in c.sequence.tokens[c.start : c.end]]
         virtual = {row: t - VIRTUAL for row, t in enumerate(tokens) if t >= VIRTUAL}
@@ -75,8 +91,10 @@ class ModuleForward:
         step, device = self._step, self._base.device
         step.slots = torch.tensor(slots, device=device)
         step.groups = tuple(self._groups(chunks))
-        step.rows = self._adapter_rows(chunks, [c.count for c in chunks], len(tokens), virtual)
-        step.head_rows = self._adapter_rows(
+        step.rows = rows or self._adapter_rows(
+            chunks, [c.count for c in chunks], len(tokens), virtual
+        )
+        step.head_rows = rows or self._adapter_rows(
             batch.sampling, [1] * len(wanted), len(wanted_padded), {}
         )
         out = self._base.module(

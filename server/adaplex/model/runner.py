@@ -50,7 +50,7 @@ class ModelRunner:
         """
         self._base = base
         self._load_program = load_program
-        self._block_tokens = block_tokens
+        self._block_tokens, self._progress = block_tokens, progress
         self._modules = {name: index for index, name in enumerate(base.spec.modules)}
         self._arena = Arena(arena_bytes, dtype=base.dtype, device=base.device)
         self._host = HostCopies()
@@ -104,15 +104,20 @@ class ModelRunner:
         left = self._prefixes.plant(batch)
         return self._forward(left) if left.chunks else (torch.empty(0, 0), [])
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
         """Runs a prompt and one decoding row once, in the scratch block, so that the first request
-        pays for no lazy initialisation.
+        pays for no lazy initialisation, and the first adapter of a kind for no compilation.
         """
         sequence = Sequence(Request("warm-up", (0,) * self._block_tokens, SamplingParams()))
         sequence.blocks = [0]
         last = self._block_tokens - 1
-        self.run(Batch((Chunk(sequence, 0, self._block_tokens),)))
+        prompt = Batch((Chunk(sequence, 0, self._block_tokens),))
+        self.run(prompt)
         self.run(Batch((Chunk(sequence, last, 1),)))
+        if isinstance(self._forward, ModuleForward):
+            self._progress("preparing the kernels of adapters")
+            self._forward.warm_up(prompt)
 
     @torch.inference_mode()
     def step_costs(self) -> StepCosts:

@@ -52,6 +52,11 @@ class Launches:
         needed = (np.packbits(table[:, c].any(axis=1), bitorder="little") for c in columns)
         return cls(tuple(int.from_bytes(bits.tobytes(), "little") for bits in needed))
 
+    @classmethod
+    def everywhere(cls, modules: int) -> Launches:
+        """What adapters of all kinds together need, of a base with so many modules."""
+        return cls(((1 << modules) - 1,) * len(Launch))
+
     def __or__(self, other: Launches) -> Launches:
         return Launches(tuple(a | b for a, b in zip(self.modules, other.modules, strict=True)))
 

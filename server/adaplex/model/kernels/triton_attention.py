@@ -81,7 +81,7 @@ def attend(
     return out.transpose(1, 2)
 
 
-@triton.jit(do_not_specialize=["width", "n"])
+@triton.jit(do_not_specialize=["width", "n"], do_not_specialize_on_alignment=["positions"])
 def _prompt(
     query,
     query_batch,
@@ -134,7 +134,7 @@ def _prompt(
     finish(peak, total, mixed, sinks + head, out + row * DV, live, DV, DV_PADDED, SINKS)
 
 
-@triton.jit(do_not_specialize=["width", "n"])
+@triton.jit(do_not_specialize=["width", "n"], do_not_specialize_on_alignment=["positions"])
 def _decode(
     query,
     query_batch,
@@ -188,7 +188,7 @@ def _decode(
         tl.store(at + DV + 1, total, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions"])
 def _combine(
     parts,
     positions,

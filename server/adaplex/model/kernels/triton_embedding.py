@@ -53,7 +53,7 @@ def row_weights(shared: Shared, own: Tensor, rows: int) -> tuple[Tensor, Tensor]
     return weights, replaced
 
 
-@triton.jit(do_not_specialize=["module"])
+@triton.jit(do_not_specialize=["module"], do_not_specialize_on_alignment=["tiles"])
 def _embed(
     table,
     table_row,
@@ -125,7 +125,7 @@ def _embed(
         tl.store(ys, new.to(y.dtype.element_ty), mask=live[:, None] & inside)
 
 
-@triton.jit(do_not_specialize=["module"])
+@triton.jit(do_not_specialize=["module"], do_not_specialize_on_alignment=["tiles"])
 def _weights(table, table_row, module, tiles, weights, replaced, width, BLOCK: tl.constexpr):
     """A tile's adapter's weight of a norm in place of the base's, BLOCK features of it."""
     slot = tl.load(tiles + tl.program_id(0))

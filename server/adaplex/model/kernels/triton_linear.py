@@ -65,7 +65,7 @@ def replace_rows(shared: Shared, x: Tensor, bias: Tensor | None, y: Tensor) -> N
     )
 
 
-@triton.jit(do_not_specialize=["module"])
+@triton.jit(do_not_specialize=["module"], do_not_specialize_on_alignment=["tiles"])
 def _scale(table, table_row, module, tiles, x, x_row, width, BLOCK_IN: tl.constexpr):
     """x *= input_scale, for one tile and BLOCK_IN inputs."""
     slot = tl.load(tiles + tl.program_id(0))
@@ -106,7 +106,7 @@ def _summed(
     return sums
 
 
-@triton.jit(do_not_specialize=["module"])
+@triton.jit(do_not_specialize=["module"], do_not_specialize_on_alignment=["tiles"])
 def _product(
     table,
     table_row,
@@ -141,7 +141,7 @@ def _product(
             tl.store(ys, sums.to(y.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["module"])
+@triton.jit(do_not_specialize=["module"], do_not_specialize_on_alignment=["tiles"])
 def _rows(
     table,
     table_row,

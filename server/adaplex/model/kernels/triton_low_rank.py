@@ -98,11 +98,16 @@ def expand(
 
 
 def no_parts(x: Tensor) -> Tensor:
-    """What `expand` takes where no tile has a low-rank delta."""
-    return x.new_empty(1, len(x), 0, dtype=torch.float32)
+    """What `expand` takes where no tile has a low-rank delta of x [rows, in]; as many splits as
+    `shrink` would give, so that it is the same kernel.
+    """
+    return x.new_empty(triton.cdiv(x.shape[1], SPLIT), len(x), 0, dtype=torch.float32)
 
 
-@triton.jit(do_not_specialize=["module", "rows", "max_rank", "share"])
+@triton.jit(
+    do_not_specialize=["module", "rows", "max_rank", "share"],
+    do_not_specialize_on_alignment=["tiles"],
+)
 def _shrink(
     table,
     table_row,
@@ -159,7 +164,10 @@ def _shrink(
             first += RANKS
 
 
-@triton.jit(do_not_specialize=["module", "rows", "max_rank", "share"])
+@triton.jit(
+    do_not_specialize=["module", "rows", "max_rank", "share"],
+    do_not_specialize_on_alignment=["tiles"],
+)
 def _expand(
     table,
     table_row,

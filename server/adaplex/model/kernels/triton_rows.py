@@ -97,7 +97,7 @@ class TritonRows:
         if Launch.ROWS in launches:
             triton_linear.replace_rows(shared, x, backend.bias, y)
         if Launch.OUTPUT in launches:
-            parts = triton_low_rank.no_parts(y)
+            parts = triton_low_rank.no_parts(x)
             if Launch.NARROW in launches:
                 parts = triton_low_rank.shrink(shared, x, max_rank=self._max_rank)
             triton_low_rank.expand(shared, parts, y)
