@@ -74,6 +74,7 @@ class StepInputs:
         self.tiles = by_row.view(6, rows)[3:]
         """[3, rows]: the columns are Tile; a row's worth of tiles always suffices."""
         self.tables = tables.view(rows, shape.blocks)
+        self.tiles[0] = Tile.none().slot
 
     def fill(self, chunks: Sequence[Chunk], tiles: Sequence[Tile], block_tokens: int) -> None:
         """Takes in the chunks of a batch, one token each, and their tiles."""

@@ -55,7 +55,7 @@ class ModuleForward:
             logits = self._logits(batch)
         return logits, likeliest(logits)
 
-    def warm_up(self, batch: Batch) -> None:
+    def warm_up(self, batch: Batch, progress: Callable[[str], None]) -> None:
         """Compiles what steps may launch and the base's own do not: the kernels of adapters of any
         kind, and of products of other numbers of rows. Runs the batch, in which no row has an
         adapter; nothing that later steps see changes but what it writes to the cache.
@@ -63,6 +63,7 @@ class ModuleForward:
         kernels, device = self._low_rank, self._base.device
         if not isinstance(kernels, AdapterKernels):
             return
+        progress("compiling the kernels of adapters")
         for backend in self._base.backends.values():
             backend.warm_up(self._base.dtype)
         tiles = torch.tensor([Tile.none()], device=device).T.contiguous()

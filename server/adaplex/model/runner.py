@@ -116,8 +116,7 @@ class ModelRunner:
         self.run(prompt)
         self.run(Batch((Chunk(sequence, last, 1),)))
         if isinstance(self._forward, ModuleForward):
-            self._progress("preparing the kernels of adapters")
-            self._forward.warm_up(prompt)
+            self._forward.warm_up(prompt, self._progress)
 
     @torch.inference_mode()
     def step_costs(self) -> StepCosts:
