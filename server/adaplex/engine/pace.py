@@ -15,7 +15,7 @@ ROW_COUNTS = 16
 """Numbers of decoding rows whose steps are remembered, the latest."""
 LOOK_EVERY = 16
 """While prompts are under way, one step in so many leaves them out, so that what a step takes
-without them stays known."""
+without them stays known; halfway between, a small chunk is of another size than usual."""
 
 
 class Budget:
@@ -33,6 +33,7 @@ class Budget:
         trial: bool = False,
         parent: Budget | None = None,
     ) -> None:
+        """`trial`: a chunk that cannot be a block is to tell what another size takes."""
         self._config, self._costs, self._parent = config, costs, parent
         self._trial = trial
         self._rows, self._seconds = rows, seconds
