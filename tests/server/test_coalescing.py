@@ -54,8 +54,6 @@ class Script:
     def close(self) -> None: ...
 
 
-LATE = 8
-"""Tokens that may come while a busy machine holds the event loop up."""
 SECONDS = 0.25
 """Between two steps of the script."""
 
@@ -146,10 +144,9 @@ async def test_a_stream_is_told_in_messages_of_so_many_tokens(
         stream = toy.generation.GenerateStream(GenerateStreamRequest(spec=spec))
         _, *deltas, _ = [event async for event in stream]
         whole = await toy.generation.Generate(GenerateRequest(spec=spec))
-    first, *others, last = [len(event.delta.token_ids) for event in deltas]
-    assert first <= LATE
-    assert all(interval <= count < interval + LATE for count in others)
-    assert last < interval + LATE
+    counts = [len(event.delta.token_ids) for event in deltas]
+    assert len(counts) > 1, "the first token does not wait"
+    assert all(count >= interval for count in counts[1:-1])
     assert "".join(event.delta.text for event in deltas) == whole.text == "abcdefgh" * 5
 
 
