@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from adaplex.adapters.errors import AdapterTooLarge
-from adaplex.engine.async_engine import HEARTBEAT_SECONDS, AsyncEngine, Stream
+from adaplex.engine.async_engine import HEARTBEAT_SECONDS, AsyncEngine
 from adaplex.engine.engine import Engine
 from adaplex.engine.errors import (
     AdapterLoadFailed,
@@ -21,7 +21,7 @@ from adaplex.engine.errors import (
     RequestInvalid,
     ServerUnavailable,
 )
-from adaplex.engine.request import FinishReason, Request, StepOutput
+from adaplex.engine.request import Request
 from engine.fakes import (
     UNIT,
     FakeRunner,
@@ -118,52 +118,12 @@ async def test_outputs_of_a_step_cross_to_the_loop_in_one_call() -> None:
         assert len(calls) == len(bench.runner.batches) == 4
 
 
-async def test_outputs_that_wait_come_together_and_none_after_the_last() -> None:
-    stream = Stream(make_request("r"))
-    steps = [StepOutput("r", tokens=(n,)) for n in range(3)]
-    last = StepOutput("r", tokens=(3,), finish=FinishReason.LENGTH)
-    stream.put(steps[0])
-    assert await stream.take() == steps[:1]
-    for output in (*steps[1:], last):
-        stream.put(output)
-    stream.fail(ServerUnavailable("the server has stopped"))
-    assert stream.ended
-    assert await stream.take() == [*steps[1:], last]
-
-
-async def test_after_the_first_token_so_many_come_at_a_time_and_the_rest_with_the_last() -> None:
-    stream = Stream(make_request("r"), interval=4)
-    admitted, *steps = (StepOutput("r", tokens=(n,) * (n > 0)) for n in range(8))
-    for alone in (admitted, steps[0]):
-        stream.put(alone)
-        assert await stream.take() == [alone]
-    for output in steps[1:4]:
-        stream.put(output)
-        assert not stream._came.is_set()
-    stream.put(steps[4])
-    assert await stream.take() == steps[1:5]
-    last = StepOutput("r", tokens=(9,), finish=FinishReason.LENGTH)
-    for output in (steps[5], last):
-        stream.put(output)
-    assert await stream.take() == [steps[5], last]
-
-
 async def test_what_comes_some_at_a_time_is_all_there_is() -> None:
     async with running() as bench:
         request = make_request("r", max_tokens=12)
         groups = [group async for group in bench.server.generate(request, interval=4)]
     assert [t for group in groups for output in group for t in output.tokens] == expected(request)
     assert len(groups) <= 4
-
-
-async def test_an_error_does_not_wait_for_an_interval() -> None:
-    stream = Stream(make_request("r"), interval=100)
-    first, second = (StepOutput("r", tokens=(n,)) for n in range(2))
-    stream.put(first)
-    assert await stream.take() == [first]
-    stream.put(second)
-    stream.fail(ServerUnavailable("the server has stopped"))
-    assert [bool(output.error) for output in await stream.take()] == [False, True]
 
 
 async def test_a_reader_who_is_behind_gets_all_that_waits() -> None:
