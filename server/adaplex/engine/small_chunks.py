@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from heapq import nlargest
 from statistics import median
 
 RECENT = 5
@@ -33,24 +34,23 @@ class SmallChunks:
 
     def note(self, size: int, seconds: float) -> None:
         """A chunk of so many tokens added so many seconds to a step."""
-        if size == self._size:
-            self._other = 0
-        elif self._seconds and size != self._other:
-            more = seconds - median(self._seconds)
-            self._tokens.append(max(0.0, more / (size - self._size)))
-            self._other = size
-        else:
-            self._size, self._other = size, 0
+        if size != self._size:
+            if self._seconds and size != self._other:
+                more = seconds - median(self._seconds)
+                self._tokens.append(max(0.0, more / (size - self._size)))
+                self._other = size
+                return
+            self._size = size
             self._seconds.clear()
-        if size == self._size:
-            self._seconds.append(seconds)
+        self._other = 0
+        self._seconds.append(seconds)
 
     def seconds(self, size: int) -> float:
         """What a chunk would add; while one size is known only, in proportion."""
         usual = median(self._seconds)
         token = usual / self._size
         if self._tokens:  # rather too dear: chunks too large would break the bound
-            token = min(token, sorted(self._tokens)[-2:][0])
+            token = min(token, nlargest(2, self._tokens)[-1])
         return usual + (size - self._size) * token
 
     def size(self, block: int, seconds: float, trial: bool = False) -> int:
