@@ -21,7 +21,7 @@ from adaplex.adapters.primitives import LowRank
 from adaplex.adapters.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode
-from adaplex.model.int4_group import EVERY_TILE, Int4GroupLinear
+from adaplex.model.int4_group import Int4GroupLinear
 from adaplex.model.kernels import triton_attention, triton_int4, triton_low_rank
 from adaplex.model.kernels.adapter_kernels import Tile
 from adaplex.model.kernels.launches import Launch, Launches
@@ -159,7 +159,7 @@ def test_every_tile_is_among_those_that_are_tried() -> None:
     def tile(rows: int) -> tuple[bool, bool]:
         return rows <= LEAST, rows <= triton_int4.PROMPT_ROWS
 
-    assert {tile(rows) for rows in EVERY_TILE} == {tile(rows) for rows in range(1, 200)}
+    assert {tile(rows) for rows in triton_int4.EVERY_TILE} == {tile(rows) for rows in range(1, 200)}
 
 
 @pytest.mark.usefixtures("row_by_row")

@@ -23,8 +23,6 @@ from adaplex.model.linear import LinearBackend
 INT4_GROUP = "int4-group"
 """Its name as a quantization."""
 GROUP_SIZES = (16, 32, 64, 128)
-EVERY_TILE = (1, 17, 65)
-"""Rows that a kernel may take by different tiles."""
 STEPS = 15
 CENTER = 8
 """Of the nibbles 0 to 15, the one that is code 0."""
@@ -120,6 +118,8 @@ class Int4GroupLinear(LinearBackend):
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """See LinearBackend. What is merged has zeros in fp32, and perhaps a bias of its own."""
+        from adaplex.model.kernels.triton_int4 import EVERY_TILE  # as in int4_product
+
         weight, device = self.weight, self.weight.codes.device
         bias = torch.zeros(self.out_features, dtype=dtype, device=device)
         merged = replace(weight, zeros=weight.zeros.float())

@@ -26,6 +26,8 @@ BLOCK_OUT = 64
 """Outputs of one program; the least for which Hopper's tensor cores take a whole warp group."""
 PROMPT_ROWS = 64
 """Rows of a tile where LEAST are too few. More have a program for all splits."""
+EVERY_TILE = (1, LEAST + 1, PROMPT_ROWS + 1)
+"""Numbers of rows that together take every kernel there is."""
 PROGRAMS = 256
 """Enough of them: about two for each multiprocessor of a large GPU."""
 SUMMED = 256

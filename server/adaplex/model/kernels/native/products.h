@@ -86,8 +86,8 @@ static NAME(Products) NAME(scale_inputs)(Member *me, const Work_space *space,
   return scaled;
 }
 
-// h = a x for all rows of adapters that touch a product. A ticket is a few rows of one, by all that it has for the phase; or by
-// what it has for one part, when there are few.
+// h = a x for all rows of adapters that touch a product. A ticket is a few rows of one, by all that it has
+// for the phase; or by what it has for one part, when there are few.
 static void NAME(shrink_all)(Member *me, const NAME(Products) * now, const Run *runs, long run_count) {
   long module[3];
   for (long i = 0; i < now->parts; i++) module[i] = now->part[i].module;
