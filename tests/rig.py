@@ -18,11 +18,12 @@ from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
 from adaplex.engine.sequence import Sequence
 from adaplex.model import attention
+from adaplex.model.cuda_graphs import capture_for
 from adaplex.model.decode_steps import decode_steps
 from adaplex.model.kernels import reference
 from adaplex.model.kernels.low_rank import LowRankKernel, NativeLowRank, ReferenceLowRank
 from adaplex.model.kernels.triton_rows import TritonKernels
-from adaplex.model.loader import load_base
+from adaplex.model.loader import load_base, silent
 from adaplex.model.runner import ModelRunner
 
 BLOCK = 16
@@ -41,12 +42,13 @@ class Rig:
         native: bool = True,
         saved: Path | None = None,
         triton: bool = False,
+        graphs: bool = False,
         group_size: int = 32,
         num_blocks: int = 2048,
         arena_bytes: int = ARENA,
     ) -> None:
         """`triton` forces the kernels and the replayed decoding of CUDA devices, on one if there is
-        one; everything else runs on the CPU.
+        one; everything else runs on the CPU. `graphs`: a GPU replays decoding from CUDA graphs.
         """
         self.base = load_base(
             str(model),
@@ -68,7 +70,12 @@ class Rig:
             arena_bytes=arena_bytes,
             load_program=self.programs.__getitem__,
             low_rank=low_rank,
-            decode=decode_steps(self.base, low_rank, block_tokens=BLOCK),
+            decode=decode_steps(
+                self.base,
+                low_rank,
+                block_tokens=BLOCK,
+                capture=capture_for(self.base, silent, enforce_eager=not graphs),
+            ),
         )
         self._blocks = count(1)
         self._offset = 0

@@ -95,6 +95,7 @@ class Bench:
             directory,
             options.quantization,
             triton=True,
+            graphs=not options.enforce_eager,
             num_blocks=1 + most * self._blocks_each,
             arena_bytes=options.arena << 20,
         )
@@ -196,6 +197,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bus", type=float, default=63, help="between host and device, GB/s")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: tries the script")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(arguments)

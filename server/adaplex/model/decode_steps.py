@@ -208,12 +208,12 @@ def _do(spans: Sequence[Span]) -> Adapters:
 
 
 def decode_steps(
-    base: BaseModel, low_rank: LowRankKernel, *, block_tokens: int
+    base: BaseModel, low_rank: LowRankKernel, *, block_tokens: int, capture: Capture = eager
 ) -> DecodeSteps | None:
     """For kernels that read their tiles on the device; None for the others."""
     if not isinstance(low_rank, AdapterKernels):
         return None
-    return DecodeSteps(base, low_rank, block_tokens=block_tokens)
+    return DecodeSteps(base, low_rank, block_tokens=block_tokens, capture=capture)
 
 
 def _power_of_two(count: int) -> int:

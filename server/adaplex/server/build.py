@@ -14,6 +14,7 @@ from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.engine import Engine
 from adaplex.engine.errors import RequestInvalid
+from adaplex.model.cuda_graphs import capture_for
 from adaplex.model.decode_steps import decode_steps
 from adaplex.model.kernels.low_rank import low_rank_kernel
 from adaplex.model.loader import BaseModel, load_base
@@ -52,7 +53,12 @@ def build(config: ServerConfig, progress: Progress) -> Parts:
         arena_bytes=engine_config.arena_bytes,
         load_program=store.registry.programs.program,
         low_rank=low_rank,
-        decode=decode_steps(base, low_rank, block_tokens=engine_config.block_tokens),
+        decode=decode_steps(
+            base,
+            low_rank,
+            block_tokens=engine_config.block_tokens,
+            capture=capture_for(base, progress, enforce_eager=config.enforce_eager),
+        ),
         progress=progress,
     )
     progress("warming up")

@@ -100,6 +100,9 @@ class ServerConfig(BaseSettings):
     group_size: GroupSize = Field(32, description="Inputs that share a scale in int4-group.")
     dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="Compute dtype.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
+    enforce_eager: bool = Field(
+        False, description="Launch decoding steps kernel by kernel, not from CUDA graphs."
+    )
     cache: Path | None = Field(None, description="Folder for fetched models; XDG cache if unset.")
     save_quantized: bool = Field(
         True, description="Keep weights of 4 and 8 bits in the cache for a faster next start."

@@ -1,0 +1,180 @@
+"""CUDA graphs without a GPU: torch.cuda's, by a tape of what torch and Triton do.
+
+A capture notes every operation of torch and every launch of Triton's interpreter, with the tensors
+that they were given. A replay runs those again on the same memory, and nothing else: numbers that
+Python worked out stay what they were. As on a device, a capture leaves no result, what needs the
+host raises, and graphs of one pool overwrite each other's memory.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import InterpretedFunction
+
+WAITS = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::_unique2",
+    "aten::equal",
+    "aten::lift_fresh",
+}
+"""Operations that need the host's tensors, or wait for the device."""
+SIGNATURE = inspect.signature(torch.cuda.graph)
+Launch = Callable[..., None]
+
+
+class Graph:
+    """In place of torch.cuda.CUDAGraph."""
+
+    def __init__(self) -> None:
+        self.operations: list[Callable[[], None]] = []
+        self.made: list[Tensor] = []
+        """What the operations made, in memory of the graph's own."""
+        self.pool: list[Graph] = [self]
+        self.replays = 0
+
+    def replay(self) -> None:
+        """Runs what was captured; what other graphs of the pool made is gone."""
+        self.replays += 1
+        for graph in self.pool:
+            if graph is not self:
+                graph.spoil()
+        for operation in self.operations:
+            operation()
+
+    def spoil(self) -> None:
+        """Leaves numbers that nobody put there."""
+        for tensor in self.made:
+            if tensor.is_floating_point():
+                tensor.fill_(torch.nan)
+            else:
+                tensor.fill_(1)
+
+    def note(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Runs an operation, and will run it again."""
+        given = {_memory(tensor) for tensor in _tensors((args, kwargs))}
+        result = function(*args, **kwargs)
+        outputs = _tensors(result)
+        self.made += [t for t in outputs if _memory(t) not in given]
+
+        def again() -> None:
+            computed = function(*args, **kwargs)
+            for to, new in zip(outputs, _tensors(computed), strict=True):
+                if _memory(to) != _memory(new):
+                    to.copy_(new)
+
+        self.operations.append(again)
+        return result
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where it is; oneDNN's weights have no address."""
+    return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()
+
+
+class Tape(TorchDispatchMode):
+    """While it is on, operations go to a graph."""
+
+    def __init__(self, graph: Graph, launch: Launch) -> None:
+        super().__init__()
+        self._graph, self._launch, self._launching = graph, launch, False
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if self._launching:
+            return function(*args, **(kwargs or {}))
+        if function.name().partition(".")[0] in WAITS:
+            raise RuntimeError(f"{function} is not permitted when stream is capturing")
+        return self._graph.note(function, args, kwargs or {})
+
+    def launch(self, kernel: Any, args: Any, kwargs: Any) -> None:
+        """A kernel, which the interpreter runs by operations of its own."""
+        self._launching = True
+        self._launch(kernel, *args, **kwargs)
+        self._launching = False
+        self._graph.operations.append(lambda: self._launch(kernel, *args, **kwargs))
+
+
+class CudaTape:
+    """What was captured, and what was told of it."""
+
+    def __init__(self) -> None:
+        self.graphs: list[Graph] = []
+        self.streams: list[Any] = ["the steps'"]
+        """The current one is the last."""
+        self._tape: Tape | None = None
+        self._launch: Launch = InterpretedFunction.run
+
+    @contextmanager
+    def capture(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """In place of torch.cuda.graph, with its arguments."""
+        given = SIGNATURE.bind(*args, **kwargs).arguments
+        graph, pool = given["cuda_graph"], given["pool"]
+        assert given["stream"] is self.streams[-1], "the step ran on another stream before"
+        with Tape(graph, self._launch) as self._tape:
+            try:
+                yield
+            finally:
+                self._tape = None
+        graph.spoil()
+        pool.append(graph)
+        graph.pool = pool
+        self.graphs.append(graph)
+
+    def run(self, kernel: Any, *args: Any, **kwargs: Any) -> None:
+        """In place of a launch by Triton."""
+        if self._tape is None:
+            self._launch(kernel, *args, **kwargs)
+        else:
+            self._tape.launch(kernel, args, kwargs)
+
+    @contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        """In place of torch.cuda.stream."""
+        self.streams.append(stream)
+        try:
+            yield
+        finally:
+            assert self.streams.pop() is stream
+
+
+class Stream:
+    """In place of torch.cuda.Stream: everything is done at once here."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.waits = 0
+
+    def wait_stream(self, _: Stream) -> None:
+        self.waits += 1
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> CudaTape:
+    """Puts the tape into torch.cuda until the test ends."""
+    tape, steps = CudaTape(), Stream(torch.device("cpu"))
+    monkeypatch.setattr(
+        InterpretedFunction, "run", lambda kernel, *args, **kw: tape.run(kernel, *args, **kw)
+    )
+    for name, stand_in in {
+        "Stream": Stream,
+        "CUDAGraph": Graph,
+        "graph": tape.capture,
+        "stream": tape.on,
+        "graph_pool_handle": list,
+        "current_stream": lambda device: steps,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return tape
