@@ -101,7 +101,8 @@ def test_other_architectures_are_captured_too(
     assert graphed.told == []
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "int4-group"])
+@pytest.mark.usefixtures("cuda_products")
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "int4-group", "bf16"])
 def test_quantized_bases_are_captured_too(
     quantization: str, tiny_model: Callable[[str], Path], tape: CudaTape
 ) -> None:

@@ -15,6 +15,7 @@ from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.engine.sequence import Sequence
 from adaplex.model.decode_steps import DecodeSteps, Replay
+from adaplex.model.kernels.reference import least_rows
 from peft_adapters import everything, load_plain, save_adapter
 from random_programs import anything, made
 from rig import BLOCK, Rig, lowered, prompt
@@ -40,11 +41,11 @@ class Recorded:
         return run
 
 
-def recorded(rig: Rig, *, max_rank: int = 64) -> Recorded:
+def recorded(rig: Rig, **limits: int) -> Recorded:
     """Counts the captures and replays of a rig from now on."""
     capture, forward = Recorded(), rig.runner._forward
     forward._decode = DecodeSteps(
-        rig.base, forward._low_rank, block_tokens=BLOCK, max_rank=max_rank, capture=capture
+        rig.base, forward._low_rank, block_tokens=BLOCK, capture=capture, **limits
     )
     return capture
 
@@ -279,6 +280,18 @@ def test_rows_are_padded_to_powers_of_two_without_harm(rigs: tuple[Rig, Rig]) ->
     # One row and it alone without an adapter, two rows, four rows, eight rows.
     assert capture.captured == 4
     assert capture.runs == 6
+
+
+def test_devices_that_sum_few_rows_in_another_order_get_more(rigs: tuple[Rig, Rig]) -> None:
+    assert (least_rows(torch.device("cpu")), least_rows(torch.device("cuda"))) == (1, 16)
+    fast, _ = rigs
+    adapter = fast.add(made(fast, 8, 0))
+    rows = [fast.sequence(prompt(1, seed=i), adapter if i % 2 else None) for i in range(3)]
+    expected = decode(fast, rows)
+    capture = recorded(fast, least_rows=16)
+    assert torch.equal(decode(fast, rows), expected)
+    assert torch.equal(decode(fast, rows[1:2]), expected[1:2])
+    assert (capture.captured, capture.runs) == (1, 2)
 
 
 def test_long_contexts_have_wider_tables(rigs: tuple[Rig, Rig]) -> None:

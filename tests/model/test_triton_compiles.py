@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from adaplex.model.kernels import triton_attention as attention, triton_low_rank as low_rank
 from adaplex.model.kernels import triton_embedding as embedding, triton_linear as linear
-from adaplex.model.kernels import triton_int4 as int4
+from adaplex.model.kernels import triton_forms as forms, triton_product as product
 
 arch, name = int(sys.argv[1]), sys.argv[2]
 x, dot = ("*bf16", tl.bfloat16) if name == "bf16" else ("*fp32", tl.float32)
@@ -29,9 +29,6 @@ arguments = dict(
     **dict.fromkeys(("entered", "residual", "bias", "factor", "weights"), x),
     **dict.fromkeys(("tables", "positions", "table", "tiles", "ids"), "*i64"),
     replaced="*i1",
-    codes="*u8",
-    scales="*bf16",
-    zeros="*bf16",
     **dict.fromkeys(("parts", "sums"), "*fp32"),
     scale="fp32",
 )
@@ -40,11 +37,21 @@ shape.update(BLOCK_TOKENS=16, SOFTCAP=30.0, SINKS=True, DOT=dot)
 block = dict(BLOCK=True, SHARES=1, DOT=dot)
 expert = dict(BLOCK=False, SHARES=8, DOT=dot)
 base = dict(BIAS=True, INPUTS=4000, BLOCK_IN=linear.BLOCK_IN, DOT=dot)
-blocks = dict(SPLIT=1024, BLOCK_IN=int4.BLOCK_IN, BLOCK_OUT=int4.BLOCK_OUT, DOT=dot)
-few = dict(blocks, BIAS=False, SPLITS=1, GROUP=32, ROWS=16)
-more = dict(few, ROWS=int4.PROMPT_ROWS)
+few = dict(SPLIT=1024, DOT=dot, BIAS=False, SPLITS=1, ROWS=16)
+more = dict(few, ROWS=product.PROMPT_ROWS)
 many = dict(more, BIAS=True, SPLITS=4)
-whole_sums, merged = dict(sums=x), dict(zeros="*fp32")
+whole_sums = dict(sums=x)
+def blocks(form):
+    return dict(BLOCK_IN=form.block_in, BLOCK_OUT=form.block_out)
+dense = dict(ADD=forms.DENSE.add, **blocks(forms.DENSE), GROUP=1)
+nf4 = dict(ADD=forms.NF4.add, **blocks(forms.NF4), GROUP=64)
+int4 = dict(ADD=forms.INT4.add, **blocks(forms.INT4), GROUP=32)
+kept = {
+    "dense": dict(weight=(x,)),
+    "nf4": dict(weight=("*u8", "*fp32", "*u8", "*fp32", "*fp32", "*fp32")),
+    "int4": dict(weight=("*u8", "*bf16", "*bf16")),
+    "merged": dict(weight=("*u8", "*bf16", "*fp32")),
+}
 compiled = {}
 for kernel, constants, *types in (
     (attention._prompt, dict(shape, TOKENS=16, ROWS=64)),
@@ -59,22 +66,34 @@ for kernel, constants, *types in (
     (linear._rows, base),
     (embedding._embed, dict(SCALED=True, BLOCK=embedding.BLOCK, DOT=dot)),
     (embedding._weights, dict(BLOCK=embedding.BLOCK)),
-    (int4._multiply, few),
-    (int4._multiply, more),
-    (int4._multiply, many, whole_sums),
-    (int4._multiply, dict(few, GROUP=16), merged),
-    (int4._multiply, dict(many, GROUP=128), merged, whole_sums),
-    (int4._add, dict(BIAS=True, SPLITS=4, BLOCK=int4.SUMMED)),
+    (product._multiply, dict(few, **dense), kept["dense"]),
+    (product._multiply, dict(more, **dense), kept["dense"]),
+    (product._multiply, dict(many, **dense), kept["dense"], whole_sums),
+    (product._multiply, dict(few, **nf4), kept["nf4"]),
+    (product._multiply, dict(more, **nf4), kept["nf4"]),
+    (product._multiply, dict(many, **nf4), kept["nf4"], whole_sums),
+    (product._multiply, dict(few, **int4), kept["int4"]),
+    (product._multiply, dict(more, **int4), kept["int4"]),
+    (product._multiply, dict(many, **int4), kept["int4"], whole_sums),
+    (product._multiply, dict(few, **dict(int4, GROUP=16)), kept["merged"]),
+    (product._multiply, dict(many, **dict(int4, GROUP=128)), kept["merged"], whole_sums),
+    (product._add, dict(BIAS=True, SPLITS=4, BLOCK=product.SUMMED)),
 ):
     names = kernel.arg_names
     typed = dict(arguments, **{n: t for each in types for n, t in each.items()})
     signature = {n: "constexpr" if n in constants else typed.get(n, "i32") for n in names}
     used = {n: constants[n] for n in names if n in constants}
     # What the launcher finds out of real tensors: addresses and strides are multiples of 16.
-    whole = [i for i, n in enumerate(names) if signature[n] not in ("constexpr", "fp32")]
-    hints = {(i,): [["tt.divisibility", 16]] for i in whole}
+    whole = []
+    for i, n in enumerate(names):
+        if isinstance(signature[n], tuple):
+            whole += [(i, j) for j in range(len(signature[n]))]
+        elif signature[n] not in ("constexpr", "fp32"):
+            whole.append((i,))
+    hints = {path: [["tt.divisibility", 16]] for path in whole}
     source = ASTSource(kernel, signature, used, hints)
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    options = dict(enable_fp_fusion=False) if kernel is product._multiply else {}
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = made.asm["ptx"]
     compiled[f"{kernel.__name__}{len(compiled)}"] = {
         "code": len(made.asm["cubin"]),
@@ -101,7 +120,7 @@ def test_kernels_compile(arch: int, dtype: str, tmp_path: os.PathLike[str]) -> N
     )
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = json.loads(done.stdout)
-    assert len(kernels) == 18
+    assert len(kernels) == 24
     for name, made in kernels.items():
         products = name.rstrip("0123456789") not in ("_combine", "_scale", "_weights", "_add")
         assert made["code"] > 0

@@ -7,6 +7,8 @@ which numbers and addresses are multiples of 16, or 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,7 @@ from adaplex.adapters.primitives import LowRank
 from adaplex.adapters.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode
-from adaplex.model.int4_group import Int4GroupLinear
-from adaplex.model.kernels import triton_attention, triton_int4, triton_low_rank
+from adaplex.model.kernels import triton_attention, triton_forms, triton_low_rank, triton_product
 from adaplex.model.kernels.adapter_kernels import Tile
 from adaplex.model.kernels.launches import Launch, Launches
 from adaplex.model.kernels.triton_dot import LEAST
@@ -70,7 +71,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     recorder = Recorder()
     for name in ("SPLIT", "BLOCK_IN"):
         monkeypatch.setattr(triton_low_rank, name, 32)
-    monkeypatch.setattr(triton_int4, "BLOCK_IN", 32)
+    for name, least in (("DENSE", 32), ("NF4", 64), ("INT4", 32)):
+        form = getattr(triton_forms, name)
+        monkeypatch.setattr(triton_forms, name, replace(form, block_in=least))
     monkeypatch.setattr(KERNEL, "run", lambda kernel, *a, **kw: recorder.launch(kernel, *a, **kw))
     return recorder
 
@@ -120,22 +123,21 @@ def test_later_steps_launch_nothing_else(
     assert recorder.seen - warm == set()
 
 
-def test_products_by_codes_are_compiled_for_any_number_of_rows(
-    tiny_model: Callable[[str], Path], recorder: Recorder
+@pytest.mark.usefixtures("cuda_products")
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "int4-group", "bf16"])
+def test_products_are_compiled_for_any_number_of_rows(
+    quantization: str, tiny_model: Callable[[str], Path], recorder: Recorder
 ) -> None:
-    """Also those of merged weights, with a bias that the base has not."""
-    rig = Rig(tiny_model("llama"), "int4-group", "bf16", triton=True)
-    layers = [b for b in rig.base.backends.values() if isinstance(b, Int4GroupLinear)]
-    for layer in layers:
-        layer._product = triton_int4.int4_product
+    """Also those of merged weights, dense or not, with a bias that the base has not."""
+    rig = Rig(tiny_model("llama"), quantization, "bf16", triton=True)
     rig.runner.warm_up()
     warm = set(recorder.seen)
     assert "_multiply" in recorder.names
     recorder.seen.clear()
     name, adapters = "model.layers.1.self_attn.q_proj", []
-    for i, bias in enumerate((None, torch.ones(64))):
-        pair = LowRank(torch.ones(2, 64), torch.ones(64, 2), 32)
-        program = AdapterProgram(f"sha256:{i}", "qalora", (ModuleProgram(name, pair, bias=bias),))
+    for i, (bias, group) in enumerate(product((None, torch.ones(64)), (1, 32))):
+        pair = LowRank(torch.ones(2, 64), torch.ones(64, 2), group)
+        program = AdapterProgram(f"sha256:{i}", "x", (ModuleProgram(name, pair, bias=bias),))
         adapters.append(rig.add(program, AdapterMode.MERGED))
     for length in (1, 16, 17, 64, 65, 130):
         rig.prefill(*(rig.sequence(prompt(length), adapter) for adapter in (None, *adapters)))
@@ -157,9 +159,10 @@ def test_a_bias_alone_is_the_same_kernel_as_with_a_pair(recorder: Recorder) -> N
 
 def test_every_tile_is_among_those_that_are_tried() -> None:
     def tile(rows: int) -> tuple[bool, bool]:
-        return rows <= LEAST, rows <= triton_int4.PROMPT_ROWS
+        return rows <= LEAST, rows <= triton_product.PROMPT_ROWS
 
-    assert {tile(rows) for rows in triton_int4.EVERY_TILE} == {tile(rows) for rows in range(1, 200)}
+    every = {tile(rows) for rows in range(1, 200)}
+    assert {tile(rows) for rows in triton_product.EVERY_TILE} == every
 
 
 @pytest.mark.usefixtures("row_by_row")

@@ -23,7 +23,7 @@ from adaplex.model.forward import runs_of
 from adaplex.model.kernels.adapter_kernels import AdapterKernels, Tile
 from adaplex.model.kernels.launches import Launches
 from adaplex.model.kernels.low_rank import AdapterWeights, LowRankKernel, Span
-from adaplex.model.kernels.reference import PARTITION
+from adaplex.model.kernels.reference import PARTITION, least_rows
 from adaplex.model.loader import BaseModel
 from adaplex.model.step import AdapterRows, AttentionGroup, BaseRows
 
@@ -107,13 +107,16 @@ class DecodeSteps:
         *,
         block_tokens: int,
         max_rank: int = AdapterLimits().max_rank,
+        least_rows: int = 1,
         capture: Capture = eager,
     ) -> None:
-        """`max_rank` bounds the adapters that are served; those above it take the other path."""
+        """`max_rank` bounds the adapters that are served; those above it take the other path. Fewer
+        rows than `least_rows`, a power of two, are padded.
+        """
         self._base = base
         self._kernels = kernels
         self._block_tokens = block_tokens
-        self._max_rank = max_rank
+        self._max_rank, self._least_rows = max_rank, least_rows
         self._capture = capture
         self._launches = {adapters: Launches() for adapters in Adapters}
         """Where adapters of batches so far had something."""
@@ -131,7 +134,7 @@ class DecodeSteps:
             return None
         tokens = max(c.end for c in chunks)
         shape = Shape(
-            rows=_power_of_two(len(chunks)),
+            rows=max(self._least_rows, _power_of_two(len(chunks))),
             blocks=_power_of_two(-(-max(tokens, PARTITION) // self._block_tokens)),
             adapters=_do(spans),
         )
@@ -213,7 +216,13 @@ def decode_steps(
     """For kernels that read their tiles on the device; None for the others."""
     if not isinstance(low_rank, AdapterKernels):
         return None
-    return DecodeSteps(base, low_rank, block_tokens=block_tokens, capture=capture)
+    return DecodeSteps(
+        base,
+        low_rank,
+        block_tokens=block_tokens,
+        least_rows=least_rows(base.device),
+        capture=capture,
+    )
 
 
 def _power_of_two(count: int) -> int:

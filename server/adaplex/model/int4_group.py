@@ -80,9 +80,9 @@ def int4_product(device: torch.device) -> Int4Product:
     if device.type != "cuda":
         return dequantized_product
     # Imported here, since only torch for CUDA brings Triton along.
-    from adaplex.model.kernels import triton_int4
+    from adaplex.model.kernels import triton_forms
 
-    return triton_int4.int4_product
+    return triton_forms.int4_product
 
 
 class Int4GroupLinear(LinearBackend):
@@ -116,18 +116,12 @@ class Int4GroupLinear(LinearBackend):
         """See LinearBackend."""
         return self.weight.dequantized()
 
-    def warm_up(self, dtype: torch.dtype) -> None:
-        """See LinearBackend. What is merged has zeros in fp32, and perhaps a bias of its own."""
-        from adaplex.model.kernels.triton_int4 import EVERY_TILE  # as in int4_product
-
-        weight, device = self.weight, self.weight.codes.device
+    def merged_kinds(self, dtype: torch.dtype, device: torch.device) -> list[LinearBackend]:
+        """See LinearBackend. What keeps its codes has zeros in fp32."""
+        merged = replace(self.weight, zeros=self.weight.zeros.float())
         bias = torch.zeros(self.out_features, dtype=dtype, device=device)
-        merged = replace(weight, zeros=weight.zeros.float())
-        for rows in EVERY_TILE:
-            x = torch.zeros(rows, self.in_features, dtype=dtype, device=device)
-            self._product(x, weight, self.bias)
-            for any_bias in (None, bias):
-                self._product(x, merged, any_bias)
+        kept = [Int4GroupLinear(merged, b, product=self._product) for b in (None, bias)]
+        return [*kept, *super().merged_kinds(dtype, device)]
 
     def tensors(self) -> dict[str, Tensor]:
         """See LinearBackend."""

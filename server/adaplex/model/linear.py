@@ -1,13 +1,14 @@
 """Linear backends: how a frozen weight of the base is kept and multiplied.
 
-Every backend is row-invariant on CPU (see kernels.reference) and can give its weight back as it
-is effectively used, which merging builds on.
+Every backend is row-invariant (see kernels.reference and, for CUDA devices, kernels.triton_product)
+and can give its weight back as it is effectively used, which merging builds on.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -40,9 +41,22 @@ class LinearBackend(ABC):
     def nbytes(self) -> int:
         """Bytes of the weight."""
 
-    def warm_up(self, _dtype: torch.dtype) -> None:
-        """Compiles what products of any number of rows of this type need, merged or not."""
-        return
+    def warm_up(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Compiles what products of any number of rows of this type need, merged or not. For
+        devices with Triton.
+        """
+        from adaplex.model.kernels.triton_product import EVERY_TILE  # as in dense_product
+
+        backends = [self, *self.merged_kinds(dtype, device)]
+        for rows in EVERY_TILE:
+            x = torch.zeros(rows, self.in_features, dtype=dtype, device=device)
+            for backend in backends:
+                backend(x)
+
+    def merged_kinds(self, dtype: torch.dtype, device: torch.device) -> list[LinearBackend]:
+        """One of each kind that merging may make of it, whatever its numbers."""
+        weight = torch.zeros(self.out_features, self.in_features, dtype=dtype, device=device)
+        return [DenseLinear(weight, None), DenseLinear(weight, weight[:, 0].contiguous())]
 
     def merged(self, _low_rank: LowRank, _bias: Tensor | None) -> LinearBackend | None:
         """Weight and delta in one, without loss, kept as the weight is and sharing what it can;
@@ -55,13 +69,37 @@ class LinearBackend(ABC):
         return None
 
 
+DenseProduct = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(x [rows, in], weight [out, in], bias [out] or None) -> x W' + bias, [rows, out]."""
+
+
+def torch_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """By torch; the measure of the kernels."""
+    y = linear_rows(x, weight)
+    return y if bias is None else y + bias
+
+
+def dense_product(device: torch.device) -> DenseProduct:
+    """Triton's on a CUDA device, torch's elsewhere."""
+    if device.type != "cuda":
+        return torch_product
+    # Imported here, since only torch for CUDA brings Triton along.
+    from adaplex.model.kernels import triton_forms
+
+    return triton_forms.dense_product
+
+
 class DenseLinear(LinearBackend):
     """The weight in the compute dtype; prepacked for oneDNN on CPU."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, *, product: DenseProduct | None = None
+    ) -> None:
+        """`product` is by default the fastest here."""
         super().__init__((weight.shape[0], weight.shape[1]), bias)
         self._dtype = weight.dtype
-        self._packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self._product = product or dense_product(weight.device)
+        self._packed = self._product is torch_product and _has_onednn(weight.device)
         self._weight = (
             torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROW_TILE)
             if self._packed
@@ -71,8 +109,7 @@ class DenseLinear(LinearBackend):
     def __call__(self, x: Tensor) -> Tensor:
         """See LinearBackend."""
         if not self._packed:
-            y = linear_rows(x, self._weight)
-            return y if self.bias is None else y + self.bias
+            return self._product(x, self._weight, self.bias)
         packed: Tensor = torch.ops.mkldnn._linear_pointwise(
             whole_tiles(x), self._weight, self.bias, "none", [], ""
         )
@@ -86,6 +123,13 @@ class DenseLinear(LinearBackend):
         """See LinearBackend."""
         return {"weight": self._weight.to_dense() if self._packed else self._weight}
 
+    def merged_kinds(self, dtype: torch.dtype, device: torch.device) -> list[LinearBackend]:
+        """See LinearBackend."""
+        other = copy.copy(self)
+        bias = torch.zeros(self.out_features, dtype=dtype, device=device)
+        other.bias = bias if self.bias is None else None
+        return [other]
+
     @classmethod
     def restored(cls, tensors: Mapping[str, Tensor], bias: Tensor | None) -> DenseLinear:
         """What gave these tensors."""
@@ -95,3 +139,7 @@ class DenseLinear(LinearBackend):
     def nbytes(self) -> int:
         """See LinearBackend."""
         return self.out_features * self.in_features * self._dtype.itemsize
+
+
+def _has_onednn(device: torch.device) -> bool:
+    return device.type == "cpu" and torch.backends.mkldnn.is_available()

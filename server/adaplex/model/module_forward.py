@@ -18,7 +18,7 @@ from adaplex.model.forward import runs_of
 from adaplex.model.kernels.adapter_kernels import AdapterKernels, Tile
 from adaplex.model.kernels.launches import Launches
 from adaplex.model.kernels.low_rank import AdapterWeights, LowRankKernel, Span
-from adaplex.model.kernels.reference import padded_rows
+from adaplex.model.kernels.reference import least_rows, padded_rows
 from adaplex.model.kv_cache import KVCache
 from adaplex.model.linear import LinearBackend
 from adaplex.model.loader import BaseModel
@@ -65,7 +65,7 @@ class ModuleForward:
             return
         progress("compiling the kernels of adapters")
         for backend in self._base.backends.values():
-            backend.warm_up(self._base.dtype)
+            backend.warm_up(self._base.dtype, device)
         tiles = torch.tensor([Tile.none()], device=device).T.contiguous()
         launches = Launches.everywhere(len(self._modules))
         self._logits(batch, kernels.rows(tiles, launches, max_rank=1))
@@ -84,7 +84,7 @@ class ModuleForward:
         slots = [slot for c in chunks for slot in self._slots(c)]
         ends = accumulate(chunk.count for chunk in chunks)
         wanted = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.samples]
-        padding = padded_rows(len(tokens)) - len(tokens)
+        padding = padded_rows(len(tokens), least_rows(self._base.device)) - len(tokens)
         for column in (tokens, positions, slots):
             column.extend([0] * padding)
         wanted_padded = wanted + [0] * (padded_rows(len(wanted)) - len(wanted))

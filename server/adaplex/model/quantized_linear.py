@@ -16,22 +16,32 @@ from torch import Tensor
 
 from adaplex.model.kernels.native.kernels import NF4_BLOCK
 from adaplex.model.linear import DenseLinear, LinearBackend
+from adaplex.model.nf4 import Nf4Product, Nf4Weight, nf4_product
 
 
 class Nf4Linear(LinearBackend):
-    """bitsandbytes nf4; its fused kernels on CUDA and on CPUs with AVX512-BF16."""
+    """bitsandbytes nf4: by its fused kernel on CPUs with AVX512-BF16, by Triton on CUDA devices.
 
-    def __init__(self, data: Tensor, state: Any, bias: Tensor | None) -> None:
-        """`data` and `state` as bitsandbytes quantizes to."""
+    bitsandbytes' kernels for those give a row other bits among other numbers of rows.
+    """
+
+    def __init__(
+        self, data: Tensor, state: Any, bias: Tensor | None, *, product: Nf4Product | None = None
+    ) -> None:
+        """`data` and `state` as bitsandbytes quantizes to; `product` is by default Triton's on a
+        CUDA device, and none elsewhere.
+        """
         super().__init__((state.shape[0], state.shape[1]), bias)
-        if data.device.type == "cpu":
+        self._product = product or nf4_product(data.device)
+        if self._product is None:
             data, state = bnb_functional._convert_weight_packed_for_cpu(data, state)
         self._data, self._state = data, state
+        self._weight = None if self._product is None else Nf4Weight.of(data, state)
 
     @classmethod
     def quantized(cls, weight: Tensor, bias: Tensor | None) -> Nf4Linear:
         """Quantizes a weight [out, in]."""
-        nested = weight.device.type == "cuda"
+        nested = nf4_product(weight.device) is not None
         return cls(*quantize_nf4(weight, nested=nested), bias)
 
     @classmethod
@@ -44,18 +54,17 @@ class Nf4Linear(LinearBackend):
     @staticmethod
     def serves(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
         """Whether a fused kernel exists for this weight [out, in] on this device."""
-        if device.type == "cuda":
-            return True
         rows, columns = shape
-        return (
-            dtype == torch.bfloat16
-            and rows % 32 == 0
-            and columns % NF4_BLOCK == 0
-            and bool(bnb_functional.has_avx512bf16())
-        )
+        if columns % NF4_BLOCK:
+            return False
+        if nf4_product(device) is not None:
+            return True
+        return dtype == torch.bfloat16 and rows % 32 == 0 and bool(bnb_functional.has_avx512bf16())
 
     def __call__(self, x: Tensor) -> Tensor:
         """See LinearBackend."""
+        if self._product is not None and self._weight is not None:
+            return self._product(x, self._weight, self.bias)
         y: Tensor = bnb.matmul_4bit(x.contiguous(), self._data, quant_state=self._state)
         return y if self.bias is None else y + self.bias
 

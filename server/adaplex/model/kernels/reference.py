@@ -15,6 +15,11 @@ ROW_TILE = 4
 """fp32 products of a multiple of this many rows give each row the same bits, on any number of
 threads; bf16 products always do. Measured over 1 to 8 threads, see server/DECISIONS.md."""
 
+CUDA_ROWS = 16
+"""Rows of a step on a CUDA device, at least: torch gives a block of 512 threads to up to 16 rows, and
+sums fewer of them in another order. Source: setReduceConfig in torch's ATen/native/cuda/Reduce.cuh.
+"""
+
 PARTITION = 256
 """Keys in one partition of attention. Every product then has one fixed inner size."""
 
@@ -22,9 +27,14 @@ MASKED = -1e30
 """Running maximum before the first key: finite, so that differences are never NaN."""
 
 
-def padded_rows(rows: int) -> int:
-    """The smallest multiple of ROW_TILE that holds `rows`, at least one tile."""
-    return max(1, -(-rows // ROW_TILE)) * ROW_TILE
+def least_rows(device: torch.device) -> int:
+    """Rows of a step below which a row's bits would depend on how many there are."""
+    return CUDA_ROWS if device.type == "cuda" else 1
+
+
+def padded_rows(rows: int, least: int = 1) -> int:
+    """The smallest multiple of ROW_TILE that holds `rows` and `least`, at least one tile."""
+    return max(1, -(-max(rows, least) // ROW_TILE)) * ROW_TILE
 
 
 def whole_tiles(x: Tensor) -> Tensor:

@@ -1,0 +1,117 @@
+"""Models whose linears multiply as on a CUDA device: by Triton, here interpreted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from adaplex.adapters.primitives import LowRank
+from adaplex.adapters.program import AdapterProgram, ModuleProgram
+from adaplex.engine.batch import Chunk
+from adaplex.engine.request import AdapterMode
+from adaplex.model import quantized_linear
+from adaplex.model.int4_group import Int4GroupLinear, dequantized_product, int4_product
+from adaplex.model.kernels import triton_forms
+from adaplex.model.linear import DenseLinear, dense_product, torch_product
+from adaplex.model.nf4 import Nf4Weight, nf4_product
+from adaplex.model.quantized_linear import Nf4Linear
+from rig import Rig, prompt
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+KINDS = {"nf4": Nf4Linear, "int4-group": Int4GroupLinear, "fp32": DenseLinear}
+
+
+def nf4_by_torch(x: Tensor, weight: Nf4Weight, bias: Tensor | None) -> Tensor:
+    """Makes the whole weight."""
+    return torch_product(x, weight.dequantized().to(x.dtype), bias)
+
+
+def delta(name: str, group: int) -> AdapterProgram:
+    """One that is the same for all inputs of a group, at one linear."""
+    torch.manual_seed(group)
+    a = torch.randn(4, 64 // group).mul(0.1).repeat_interleave(group, 1)
+    pair = LowRank(a, torch.randn(64, 4).mul(0.3), group)
+    change = ModuleProgram("model.layers.1.self_attn.q_proj", pair)
+    return AdapterProgram(name, "qalora", (change,))
+
+
+def steps(rig: Rig, *, alone: bool) -> list[Tensor]:
+    """Logits of a prompt and of a token more of base, unmerged and merged rows.
+
+    `alone`: holds each row to its bits by itself.
+    """
+    programs = [delta("zeros", 32), delta("dense", 16)]
+    modes = (AdapterMode.MERGED, AdapterMode.UNMERGED)
+    adapters = [None, *(rig.add(program, mode) for mode in modes for program in programs)]
+    rows = [rig.sequence(prompt(9 + 3 * i), adapter) for i, adapter in enumerate(adapters)]
+    prompts = rig.prefill(*rows)
+    if alone:
+        assert all(torch.equal(rig.prefill(row)[0], prompts[i]) for i, row in enumerate(rows))
+    for row in rows:
+        row.tokens.append(7)
+    tokens = rig.forward(*(Chunk(row, len(row) - 1, 1) for row in rows))
+    if alone:
+        for i, row in enumerate(rows):
+            assert torch.equal(rig.forward(Chunk(row, len(row) - 1, 1))[0], tokens[i])
+    assert len({tuple(row.tolist()) for row in prompts}) == 5
+    return [prompts, tokens]
+
+
+@pytest.mark.usefixtures("element_by_element", "cuda_products")
+@pytest.mark.parametrize("quantization", KINDS)
+def test_rows_of_every_mode_share_steps(
+    quantization: str, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Triton and by torch; and each row alone."""
+    rig = Rig(tiny_model("llama"), quantization, "fp32", triton=True)
+    kinds = {type(b) for name, b in rig.base.backends.items() if "layers" in name}
+    assert kinds == {KINDS[quantization]}
+    got = steps(rig, alone=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(quantized_linear, "nf4_product", lambda _: nf4_by_torch)
+    expected = steps(Rig(tiny_model("llama"), quantization, "fp32", native=False), alone=False)
+    for mine, others in zip(got, expected, strict=True):
+        assert (mine - others).abs().max() < 1e-4
+
+
+@pytest.mark.usefixtures("cuda_products")
+def test_nf4_is_what_bitsandbytes_makes_of_it() -> None:
+    torch.manual_seed(3)
+    layer = Nf4Linear.quantized(torch.randn(96, 320), None)
+    assert layer._weight is not None
+    assert torch.equal(layer._weight.dequantized(), layer.dequantize())
+    again = Nf4Linear.restored(layer.tensors(), None)
+    assert torch.equal(again.dequantize(), layer.dequantize())
+
+
+def test_cuda_devices_get_triton() -> None:
+    assert int4_product(CUDA) is triton_forms.int4_product
+    assert dense_product(CUDA) is triton_forms.dense_product
+    assert nf4_product(CUDA) is triton_forms.nf4_product
+    assert int4_product(CPU) is dequantized_product
+    assert dense_product(CPU) is torch_product
+    assert nf4_product(CPU) is None
+    assert Nf4Linear.serves((5, 128), torch.float32, CUDA)
+    assert not Nf4Linear.serves((128, 96), torch.bfloat16, CUDA)
+
+
+@pytest.mark.usefixtures("cuda_products")
+def test_merged_codes_keep_their_product() -> None:
+    layer = Int4GroupLinear.restored(
+        {
+            "codes": torch.zeros(64, 32, dtype=torch.uint8),
+            "scales": torch.ones(64, 2, dtype=torch.bfloat16),
+            "zeros": torch.zeros(64, 2, dtype=torch.bfloat16),
+        },
+        None,
+    )
+    low_rank = delta("zeros", 32).modules[0].low_rank
+    assert low_rank is not None
+    merged = layer.merged(low_rank, None)
+    assert isinstance(merged, Int4GroupLinear)
+    assert merged._product is triton_forms.int4_product
+    assert (merged.nbytes, layer.merged_bytes(low_rank)) == (64 * 2 * 4, 64 * 2 * 4)
