@@ -16,8 +16,8 @@ ROW_TILE = 4
 threads; bf16 products always do. Measured over 1 to 8 threads, see server/DECISIONS.md."""
 
 CUDA_ROWS = 16
-"""Rows of a step on a CUDA device, at least: torch gives a block of 512 threads to up to 16 rows, and
-sums fewer of them in another order. Source: setReduceConfig in torch's ATen/native/cuda/Reduce.cuh.
+"""Rows of a step on a CUDA device, at least: torch gives a block of 512 threads to up to 16 rows,
+and sums fewer in another order. Source: setReduceConfig in torch's ATen/native/cuda/Reduce.cuh.
 """
 
 PARTITION = 256
