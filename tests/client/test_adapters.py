@@ -22,7 +22,8 @@ from adaplex.client import (
 )
 from adaplex.client.upload import CHUNK_BYTES
 from adaplex.v1 import adapters_pb2
-from client.fake_server import DIGEST, WAIT, FakeServer
+from client.canned import DIGEST
+from client.fake_server import WAIT, FakeServer
 
 TONE = Adapter(
     name="tone",

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from client.fake_server import DIGEST, FakeServer
+from client.canned import DIGEST
+from client.fake_server import FakeServer
 
 
 def test_ls(run: Any) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from adaplex.client.cli import render
 from adaplex.v1 import generation_pb2
-from client.fake_server import DIGEST, FakeServer, event, finished, started
+from client.canned import DIGEST, event, finished, started
+from client.fake_server import FakeServer
 
 
 def test_generate_prints_the_answer_and_its_proof(run: Any) -> None:

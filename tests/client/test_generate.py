@@ -24,7 +24,8 @@ from adaplex.client import (
     Usage,
 )
 from adaplex.v1 import generation_pb2
-from client.fake_server import DIGEST, WORDS, FakeServer, deltas, event, finished, started
+from client.canned import DIGEST, WORDS, deltas, event, finished, started
+from client.fake_server import FakeServer
 
 
 def test_generate_returns_the_whole_answer(call: Any) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from adaplex.client import AliasTarget, Client, InvalidArgument
 from adaplex.v1 import adapters_pb2 as pb
-from client.fake_server import DIGEST, FakeServer
+from client.canned import DIGEST
+from client.fake_server import FakeServer
 
 
 def test_a_split_is_sent_by_version_and_share(call: Any, server: FakeServer) -> None:
