@@ -3,7 +3,8 @@
 A capture notes every operation of torch and every launch of Triton's interpreter, with the tensors
 that they were given. A replay runs those again on the same memory, and nothing else: numbers that
 Python worked out stay what they were. As on a device, a capture leaves no result, what needs the
-host raises, and graphs of one pool overwrite each other's memory.
+host raises, and graphs of one pool overwrite each other's memory. Where there is a GPU, its own
+graphs are counted instead.
 """
 
 from __future__ import annotations
@@ -76,6 +77,23 @@ class Graph:
         return result
 
 
+def _counted(tape: CudaTape) -> type[torch.cuda.CUDAGraph]:
+    """Torch's own, which the tape knows once they are captured."""
+
+    class Counted(torch.cuda.CUDAGraph):
+        replays = 0
+
+        def capture_end(self) -> None:
+            super().capture_end()
+            tape.graphs.append(self)
+
+        def replay(self) -> None:
+            self.replays += 1
+            super().replay()
+
+    return Counted
+
+
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
@@ -110,11 +128,11 @@ class Tape(TorchDispatchMode):
 
 
 class CudaTape:
-    """What was captured, and what was told of it."""
+    """What was captured."""
 
     def __init__(self) -> None:
-        self.graphs: list[Graph] = []
-        self.streams: list[Any] = ["the steps'"]
+        self.graphs: list[Any] = []
+        self._streams: list[Any] = [None]
         """The current one is the last."""
         self._tape: Tape | None = None
         self._launch: Launch = InterpretedFunction.run
@@ -124,7 +142,7 @@ class CudaTape:
         """In place of torch.cuda.graph, with its arguments."""
         given = SIGNATURE.bind(*args, **kwargs).arguments
         graph, pool = given["cuda_graph"], given["pool"]
-        assert given["stream"] is self.streams[-1], "the step ran on another stream before"
+        assert given["stream"] is self._streams[-1], "the step ran on another stream before"
         with Tape(graph, self._launch) as self._tape:
             try:
                 yield
@@ -145,11 +163,11 @@ class CudaTape:
     @contextmanager
     def on(self, stream: Any) -> Iterator[None]:
         """In place of torch.cuda.stream."""
-        self.streams.append(stream)
+        self._streams.append(stream)
         try:
             yield
         finally:
-            assert self.streams.pop() is stream
+            assert self._streams.pop() is stream
 
 
 class Stream:
@@ -165,6 +183,9 @@ class Stream:
 def install(monkeypatch: pytest.MonkeyPatch) -> CudaTape:
     """Puts the tape into torch.cuda until the test ends."""
     tape, steps = CudaTape(), Stream(torch.device("cpu"))
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", _counted(tape))
+        return tape
     monkeypatch.setattr(
         InterpretedFunction, "run", lambda kernel, *args, **kw: tape.run(kernel, *args, **kw)
     )

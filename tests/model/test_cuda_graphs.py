@@ -1,7 +1,7 @@
 """CUDA graphs of decoding steps: replays are what was captured, bit for bit what launches give.
 
 Without a GPU a tape stands in for torch.cuda's graphs (tests/cuda_tape.py), which holds captures to
-what a device allows, and runs the kernels in Triton's interpreter.
+what a device allows, and Triton's interpreter runs the kernels.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from mixes import MIXES
 from random_programs import anything, made
 from rig import BLOCK, Rig, prompt
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture
 def tape(monkeypatch: pytest.MonkeyPatch) -> CudaTape:
@@ -38,14 +36,11 @@ class Graphed:
     def __init__(self, model: Path, quantization: str = "fp32") -> None:
         self.told: list[str] = []
         self.rig = Rig(model, quantization, triton=True)
-        self._forward = self.rig.runner._forward
-        self._launched = self._forward._decode
-        self._graphs = DecodeSteps(
-            self.rig.base,
-            self._forward._low_rank,
-            block_tokens=BLOCK,
-            capture=CudaGraphs(CPU, self.told.append),
-        )
+        base, self._forward = self.rig.base, self.rig.runner._forward
+        kernels = self._forward._low_rank
+        graphs = CudaGraphs(base.device, self.told.append)
+        self._graphs = DecodeSteps(base, kernels, block_tokens=BLOCK, capture=graphs)
+        self._launched = DecodeSteps(base, kernels, block_tokens=BLOCK)
 
     def decode(self, rows: list[Sequence], *, graphs: bool = True) -> torch.Tensor:
         """The next logits of rows that have one token to compute."""
@@ -146,7 +141,6 @@ def test_steps_of_many_shapes_do_not_see_each_other(
         for batch in (rows, rows[1:2], [long], rows[:1], [rows[1], long]):
             graphed.holds(batch)
     assert [graph.replays for graph in tape.graphs] == [2] * 5
-    assert all(graph.pool is tape.graphs[0].pool for graph in tape.graphs)
 
 
 def test_answers_are_those_of_the_reference(
@@ -200,8 +194,7 @@ def test_what_cannot_be_captured_is_launched(
     graphed.holds(rows[:1])
     assert tape.graphs == []
     (told,) = graphed.told
-    assert told.startswith("decoding without CUDA graphs: a step cannot be captured: aten.")
-    assert tape.streams == ["the steps'"]
+    assert told.startswith("decoding without CUDA graphs: a step cannot be captured: ")
 
 
 def test_a_server_takes_graphs_where_they_are(

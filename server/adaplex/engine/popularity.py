@@ -55,9 +55,7 @@ class Popularity:
 
     def judges(self, digest: str) -> bool:
         """Whether enough of those steps have rows of the adapter."""
-        if self._costs is None or digest in self._resting:
-            return False
-        return sum(1 for mix in self._mixes if mix.rows(digest)) >= ENOUGH
+        return self._costs is not None and len(self._mixes_with(digest)) >= ENOUGH
 
     def learn(self, digest: str, merge: Merge | None) -> None:
         """What merging makes of the adapter; None when it is of no interest any more."""
@@ -89,9 +87,9 @@ class Popularity:
         self._paid.discard(digest)
 
     def _judge(self, digest: str) -> bool:
-        if self._costs is None or not self.judges(digest):
+        mixes = self._mixes_with(digest)
+        if self._costs is None or len(mixes) < ENOUGH:
             return False
-        mixes = [mix for mix in self._mixes if mix.rows(digest)]
         saved = [self._costs.saved(digest, mix, self._merges) for mix in mixes]
         part = len(saved) // PARTS
         parts = [sum(saved[i * part : (i + 1) * part]) for i in range(PARTS)]
@@ -99,3 +97,9 @@ class Popularity:
         if digest in self._paid:
             return sum(saved) > 0.0 and parts[-1] > -least / PARTS
         return sum(saved) > least and min(parts) > 0.0
+
+    def _mixes_with(self, digest: str) -> list[Mix]:
+        """The remembered steps with rows of an adapter; none while it rests."""
+        if digest in self._resting:
+            return []
+        return [mix for mix in self._mixes if mix.rows(digest)]
