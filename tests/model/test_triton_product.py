@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,6 +96,21 @@ def test_a_last_block_may_be_a_part_of_one(form: str, width: int) -> None:
         layer, x = linear(form, (70, width), dtype), inputs(9, width, dtype)
         expected = exactly(layer, x)
         assert (layer(x) - expected).abs().max() <= ROUNDING[dtype] * float(expected.abs().max())
+
+
+def test_a_last_split_reads_nothing_behind_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two splits of three blocks where there are five, and no number behind the scales."""
+    monkeypatch.setattr(triton_product, "PROGRAMS", 4)
+    layer, x = linear("nf4", (256, 320), torch.float32), inputs(1, 320, torch.float32)
+    assert triton_forms.NF4.split_size(256, 320) == 192
+    assert isinstance(layer, Nf4Linear)
+    assert layer._weight is not None
+    scales = layer._weight.scales
+    behind = torch.cat((scales, torch.full_like(scales, torch.nan)))[: len(scales)]
+    expected = layer(x)
+    layer._weight = replace(layer._weight, scales=behind)
+    assert torch.equal(layer(x), expected)
+    assert bool(torch.isfinite(expected).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,8 +1,9 @@
 """Forms of weights for triton_product: dense, nf4, int4-group.
 
-A tile of codes is dequantized in registers, to the values that the whole weight would have in x's
-type. The nibbles of a byte belong to neighbouring inputs: those in the high halves multiply the
-even ones, those in the low halves the odd ones, so that nothing has to be interleaved.
+A tile of codes becomes numbers in registers: int4-group's are those that the whole weight would
+have in x's type, nf4's are not scaled yet. The nibbles of a byte belong to neighbouring inputs:
+those in the high halves multiply the even ones, those in the low halves the odd ones, so that
+nothing has to be interleaved.
 """
 
 from __future__ import annotations
@@ -79,9 +80,9 @@ def _add_nf4(
 ):
     """See Form. Values are rounded to x's type and sums of a block scaled, as on CPUs."""
     codes, values, maxima, steps, scales, offset = weight
-    block = o * (width // GROUP) + start // GROUP
-    scale = tl.load(steps + tl.load(maxima + block, mask=inside, other=0).to(tl.int32))
-    scale *= tl.load(scales + block // NESTED_BLOCKS, mask=inside, other=0.0)
+    block, there = o * (width // GROUP) + start // GROUP, inside & (start < width)
+    scale = tl.load(steps + tl.load(maxima + block, mask=there, other=0).to(tl.int32))
+    scale *= tl.load(scales + block // NESTED_BLOCKS, mask=there, other=0.0)
     scale += tl.load(offset)
     table = tl.load(values + tl.arange(0, 16)).to(from_row.dtype.element_ty).to(DOT)
     pairs = _pairs(codes, o, inside, start, width, GROUP, BLOCK_IN, BLOCK_OUT).to(tl.int32)
