@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,8 @@ def answers(rig: Rig, requests: list[Request], **limits: int) -> tuple[dict[str,
     sizes = {"num_blocks": 129, "max_model_len": 256, "max_running": 8, "max_waiting": 32}
     sizes |= {"max_step_tokens": 96, "max_chunk_tokens": 64, "merged_bytes": 1 << 24}
     config = EngineConfig(block_tokens=BLOCK, arena_bytes=ARENA, **sizes | limits)
-    engine = Engine(config, rig.runner, base_digest="base", observer=observer)
+    clock = map(float, count())  # every step takes a second: what runs together is always the same
+    engine = Engine(config, rig.runner, base_digest="base", observer=observer, clock=clock.__next__)
     tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
     for request in requests:
         engine.add(request)
