@@ -12,7 +12,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from adaplex.model import int4_group, linear, quantized_linear
+from adaplex.model import experts, int4_group, linear, quantized_linear
 from adaplex.model.int4_group import int4_product
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.linear import dense_product
@@ -26,7 +26,8 @@ def cuda_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linears multiply by Triton, as on a CUDA device."""
     there = torch.device("cuda")
     dense, codes, nf4 = dense_product(there), int4_product(there), nf4_product(there)
-    monkeypatch.setattr(linear, "dense_product", lambda _: dense)
+    for module in (linear, experts):
+        monkeypatch.setattr(module, "dense_product", lambda _: dense)
     monkeypatch.setattr(int4_group, "int4_product", lambda _: codes)
     monkeypatch.setattr(quantized_linear, "nf4_product", lambda _: nf4)
 

@@ -78,6 +78,24 @@ def test_rows_of_every_mode_share_steps(
         assert (mine - others).abs().max() < 1e-4
 
 
+@pytest.mark.usefixtures("element_by_element", "cuda_products")
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_experts_give_a_row_the_same_bits_in_any_batch(
+    architecture: str, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of gpt_oss lie the other way round, and have biases."""
+    logits = []
+    for triton in (True, False):
+        rig = Rig(tiny_model(architecture), "fp32", native=False, triton=triton)
+        rows = [rig.sequence(prompt(5 + 3 * i, seed=i)) for i in range(3)]
+        logits.append(rig.prefill(*rows))
+        if triton:
+            for i, row in enumerate(rows):
+                assert torch.equal(rig.prefill(row)[0], logits[0][i])
+        monkeypatch.undo()
+    assert (logits[0] - logits[1]).abs().max() < 1e-4
+
+
 @pytest.mark.usefixtures("cuda_products")
 def test_nf4_is_what_bitsandbytes_makes_of_it() -> None:
     torch.manual_seed(3)

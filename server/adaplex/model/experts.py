@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from adaplex.model.kernels.reference import linear_rows
+from adaplex.model.linear import dense_product
 from adaplex.model.step import StepContext
 
 IMPLEMENTATION = "adaplex_rows"
@@ -50,11 +50,11 @@ def _project(module: Any, name: str, expert: int, rows: Tensor, x: Tensor) -> Te
     """x [chosen, in] times the weight of one expert, plus its bias when there is one, and what
     adapters add to these rows.
     """
-    weight = getattr(module, name)[expert]
-    y = linear_rows(x, weight.T if getattr(module, "is_transposed", False) else weight)
-    bias = getattr(module, f"{name}_bias", None)
-    if bias is not None:
-        y = y + bias[expert]
+    weight, biases = getattr(module, name)[expert], getattr(module, f"{name}_bias", None)
+    if getattr(module, "is_transposed", False):
+        weight = weight.T
+    bias = None if biases is None else biases[expert]
+    y = dense_product(x.device)(x, weight, bias)
     step: StepContext | None = getattr(module, STEP, None)
     if step is not None and step.rows.any:
         step.rows.expert(getattr(module, NAMES)[name], expert, rows, x, y)

@@ -22,8 +22,11 @@ NESTED_BLOCKS = tl.constexpr(NESTED)
 
 
 def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W' + bias; x [rows, in], weight [out, in] and bias [out] in x's type -> [rows, out]."""
-    return product(DENSE, x, (weight,), weight.shape[0], bias)
+    """x W' + bias; x [rows, in], weight [out, in] and bias [out] in x's type -> [rows, out].
+
+    A weight that lies the other way round, as some experts do, is turned for each product.
+    """
+    return product(DENSE, x, (weight.contiguous(),), weight.shape[0], bias)
 
 
 def nf4_product(x: Tensor, weight: Nf4Weight, bias: Tensor | None) -> Tensor:
