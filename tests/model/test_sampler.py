@@ -89,6 +89,21 @@ def test_top_p_keeps_what_transformers_keeps(p: float, flat: bool) -> None:
     assert kept(row, top_p=p) <= allowed | set(ids.tolist())
 
 
+@pytest.mark.parametrize("p", [1e-9, 0.3, 0.95, 0.9999])
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 8.0])
+def test_top_p_is_found_among_all_tokens(p: float, spread: float) -> None:
+    """Of equal ones, of almost equal ones and of a few that stand out; some are ruled out."""
+    row = torch.randn(3000, generator=torch.Generator().manual_seed(5)) * spread
+    row[::7] = -torch.inf
+    shares = torch.softmax(row.double(), -1)
+    ranked = shares.sort(descending=True)
+    least = ranked.values[int((ranked.values.cumsum(-1) - ranked.values < p).sum()) - 1]
+    _, ids = sampler._nucleus(row, SamplingParams(temperature=1.0, top_p=p))
+    assert torch.isfinite(row[ids]).all()
+    assert set((shares > least * 1.001).nonzero().flatten().tolist()) <= set(ids.tolist())
+    assert set(ids.tolist()) <= set((shares >= least * 0.999).nonzero().flatten().tolist())
+
+
 def test_top_p_inside_top_k() -> None:
     row = torch.tensor([3.0, 2.0, 1.0, 0.0, -9.0])
     warped = TopPLogitsWarper(0.9)(None, TopKLogitsWarper(3)(None, row[None]))[0]

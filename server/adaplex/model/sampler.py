@@ -10,14 +10,12 @@ import hashlib
 import math
 from collections.abc import Sequence as Seq
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from adaplex.engine.request import OVERFLOWED, Logprob, SampledToken, SamplingParams
 from adaplex.engine.sequence import Sequence
-
-CANDIDATES = 256
-"""Likeliest tokens looked at first for top_p; a full sort is a hundred times dearer."""
 
 
 def likeliest(logits: Tensor) -> list[int]:
@@ -90,7 +88,7 @@ def penalize(logits: Tensor, tokens: Seq[int], prompt_len: int, params: Sampling
 def _draw(logits: Tensor, params: SamplingParams, chance: float) -> int:
     """Inverse-CDF draw after temperature, min_p, top_k and top_p, in this order.
 
-    logits [vocabulary]; candidates are ranked, so that a draw needs no sort of the vocabulary.
+    logits [vocabulary].
     """
     scaled = (logits - logits.max()) / params.temperature
     if params.min_p > 0.0:
@@ -106,23 +104,41 @@ def _draw(logits: Tensor, params: SamplingParams, chance: float) -> int:
 
 
 def _nucleus(scaled: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The top_k likeliest, of these the fewest that hold top_p of the mass; sorted, descending.
+    """The top_k likeliest, of these the fewest that hold top_p of the mass.
 
     scaled [vocabulary] -> values and token ids of the kept ones.
     """
     vocabulary = scaled.numel()
-    count = min(params.top_k or CANDIDATES, vocabulary)
-    values, ids = scaled.topk(count)
-    if params.top_p >= 1.0:
-        return values, ids
-    mass = torch.logsumexp(values if params.top_k else scaled, -1)
-    before = (values - mass).exp().cumsum(-1) - (values - mass).exp()
-    if not params.top_k and count < vocabulary and bool(before[-1] < params.top_p):
-        values, ids = scaled.sort(descending=True)
-        before = (values - mass).exp().cumsum(-1) - (values - mass).exp()
-    keep = before < params.top_p
-    keep[0] = True
-    return values[keep], ids[keep]
+    if params.top_k:
+        values, ids = scaled.topk(min(params.top_k, vocabulary))
+        if params.top_p >= 1.0:
+            return values, ids
+        mass = torch.logsumexp(values, -1)
+    else:
+        mass = torch.logsumexp(scaled, -1)
+        # All that are left out together hold less than what top_p leaves out.
+        ids = _where(scaled >= mass + math.log((1.0 - params.top_p) / vocabulary))
+        values = scaled[ids]
+    ranked = _descending(values)
+    shares = (ranked - mass).exp()
+    before = shares.cumsum(-1) - shares
+    least = ranked[max(int((before < params.top_p).sum()), 1) - 1]
+    kept = values >= least
+    return values[kept], ids[kept]
+
+
+def _where(wanted: Tensor) -> Tensor:
+    """Places in wanted [n]; on a CPU by numpy, which finds a few among many sooner than torch."""
+    if wanted.device.type != "cpu":
+        return wanted.nonzero()[:, 0]
+    return torch.from_numpy(np.flatnonzero(wanted.numpy()))
+
+
+def _descending(values: Tensor) -> Tensor:
+    """values [n] in order; on a CPU by numpy, since torch sorts their places too."""
+    if values.device.type != "cpu":
+        return values.sort(descending=True).values
+    return torch.from_numpy(np.sort(values.numpy())[::-1].copy())
 
 
 def _logprob(logits: Tensor, token: int, count: int | None) -> Logprob | None:
