@@ -7,7 +7,6 @@ gives the same output whatever else runs, and also when it is preempted and comp
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -90,41 +89,31 @@ def _draw(logits: Tensor, params: SamplingParams, chance: float) -> int:
 
     logits [vocabulary].
     """
-    scaled = (logits - logits.max()) / params.temperature
+    ids = None
+    if params.top_k:  # the same ones as later, and less to do
+        logits, ids = logits.topk(min(params.top_k, len(logits)))
+    weights = logits.sub(logits.max()).div_(params.temperature).exp_()
     if params.min_p > 0.0:
-        scaled = scaled.masked_fill(scaled < scaled.max() + math.log(params.min_p), -torch.inf)
-    if params.top_k or params.top_p < 1.0:
-        values, ids = _nucleus(scaled, params)
-    else:
-        values, ids = scaled, None
-    weights = torch.softmax(values.double(), -1).cumsum(-1)
-    place = int(torch.searchsorted(weights, chance * float(weights[-1]), right=True))
-    place = min(place, weights.numel() - 1)
+        weights.masked_fill_(weights < params.min_p, 0.0)
+    if params.top_p < 1.0:
+        places = _nucleus(weights, params.top_p)
+        weights, ids = weights[places], places if ids is None else ids[places]
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    place = int(torch.searchsorted(sums, chance * float(sums[-1]), right=True))
+    place = min(place, len(sums) - 1)
     return place if ids is None else int(ids[place])
 
 
-def _nucleus(scaled: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The top_k likeliest, of these the fewest that hold top_p of the mass.
-
-    scaled [vocabulary] -> values and token ids of the kept ones.
-    """
-    vocabulary = scaled.numel()
-    if params.top_k:
-        values, ids = scaled.topk(min(params.top_k, vocabulary))
-        if params.top_p >= 1.0:
-            return values, ids
-        mass = torch.logsumexp(values, -1)
-    else:
-        mass = torch.logsumexp(scaled, -1)
-        # All that are left out together hold less than what top_p leaves out.
-        ids = _where(scaled >= mass + math.log((1.0 - params.top_p) / vocabulary))
-        values = scaled[ids]
-    ranked = _descending(values)
-    shares = (ranked - mass).exp()
-    before = shares.cumsum(-1) - shares
-    least = ranked[max(int((before < params.top_p).sum()), 1) - 1]
-    kept = values >= least
-    return values[kept], ids[kept]
+def _nucleus(weights: Tensor, top_p: float) -> Tensor:
+    """Places of the fewest, likeliest tokens that hold top_p of the mass; weights [candidates]."""
+    total = weights.sum()
+    # All that are left out here together hold less than what top_p leaves out.
+    places = _where(weights >= total * ((1.0 - top_p) / len(weights)))
+    likely = weights[places]
+    ranked = _descending(likely)
+    before = ranked.cumsum(-1) - ranked
+    least = ranked[max(int((before < top_p * total).sum()), 1) - 1]
+    return places[likely >= least]
 
 
 def _where(wanted: Tensor) -> Tensor:
