@@ -2,6 +2,7 @@
 
     make bench-engine                            # the default model in nf4
     make bench-engine ARGS="--rows 1,16 --quantization bf16 --json engine.json"
+    make bench-engine ARGS="--temperature 1 --top-p 0.95"
 
 Builds the server's parts in this process and drives `Engine.step()`: decode steps of rows that all
 run, over no, one and distinct adapters, and the prefill of one long prompt.
@@ -19,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
@@ -79,14 +80,16 @@ class Bench:
         # Not started: here the steps are the main thread's.
         self.engine: Engine = parts.engine._engine
         self.refs = [self._adapter(folder / f"a{i}", rank, seed=i) for i in range(adapters)]
+        self.sampling = SamplingParams()
+        """Of every request, but for its length."""
         self._dice, self._ids = random.Random(42), count()
 
     def request(self, adapter: int | None, prompt: int, output: int) -> Request:
-        """A greedy one that ignores ends of sequences."""
+        """One that ignores ends of sequences."""
         return Request(
             request_id=str(next(self._ids)),
             prompt=tuple(self._dice.choices(range(self.parts.limits.vocab_size), k=prompt)),
-            sampling=SamplingParams(max_tokens=output),
+            sampling=replace(self.sampling, max_tokens=output),
             adapter=None if adapter is None else self.refs[adapter],
             arrival=time.monotonic(),
         )
@@ -187,6 +190,7 @@ def main() -> None:
     """Runs the benchmark."""
     options = parsed()
     with open_bench(options, max(options.rows)) as bench:
+        bench.sampling = SamplingParams(temperature=options.temperature, top_p=options.top_p)
         bandwidth = options.bandwidth * 1e9
         if not bandwidth and bench.parts.model.device == "cpu":
             bandwidth = read_bandwidth()
@@ -221,6 +225,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--bandwidth", type=float, default=0.0, help="GB/s of the device; measured on a CPU"
     )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
     add_common(parser)
     parser.set_defaults(max_stretch="inf")  # all rows are to decode at once
     return parser.parse_args()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,6 +69,9 @@ class StepInputs:
         rows = shape.rows
         self._shape = shape
         self._flat = torch.zeros(rows * (6 + shape.blocks), dtype=torch.int64, device=device)
+        self._host = np.zeros(len(self._flat), np.int64)
+        self._used: list[list[int]] = [[] for _ in range(rows)]
+        """The blocks that each row of the host's tables has: few change from step to step."""
         by_row, tables = self._flat.split((6 * rows, rows * shape.blocks))
         self.tokens, self.positions, self.slots = by_row.view(6, rows)[:3]
         """[rows] each."""
@@ -78,23 +82,24 @@ class StepInputs:
 
     def fill(self, chunks: Sequence[Chunk], tiles: Sequence[Tile], block_tokens: int) -> None:
         """Takes in the chunks of a batch, one token each, and their tiles."""
-        rows, blocks = self._shape.rows, self._shape.blocks
-        padding = [0] * (rows - len(chunks))
-        tokens = [c.sequence.tokens[c.start] for c in chunks]
-        slots = [
+        rows, live = self._shape.rows, len(chunks)
+        by_row = self._host[: 6 * rows].reshape(6, rows)
+        tables = self._host[6 * rows :].reshape(rows, -1)
+        by_row[:3, live:] = 0
+        by_row[0, :live] = [c.sequence.tokens[c.start] for c in chunks]
+        by_row[1, :live] = [c.start for c in chunks]
+        by_row[2, :live] = [
             c.sequence.blocks[c.start // block_tokens] * block_tokens + c.start % block_tokens
             for c in chunks
         ]
-        columns: list[Sequence[int]] = [
-            *(tokens + padding, [c.start for c in chunks] + padding, slots + padding),
-            *zip(*tiles, *[Tile.none()] * (rows - len(tiles)), strict=True),
-        ]
-        for chunk in chunks:
-            used = chunk.sequence.blocks[: chunk.start // block_tokens + 1]
-            columns.append(used + [0] * (blocks - len(used)))
-        filled = [value for column in columns for value in column]
-        filled += [0] * (self._flat.numel() - len(filled))
-        self._flat.copy_(torch.tensor(filled))
+        by_row[3:] = np.array([*tiles, *[Tile.none()] * (rows - len(tiles))]).T
+        used = [c.sequence.blocks[: c.start // block_tokens + 1] for c in chunks]
+        for row, blocks in enumerate(used + [[]] * (rows - live)):
+            if blocks != self._used[row]:
+                tables[row, : len(blocks)] = blocks
+                tables[row, len(blocks) :] = 0
+                self._used[row] = blocks
+        self._flat.copy_(torch.from_numpy(self._host))
 
 
 class DecodeSteps:

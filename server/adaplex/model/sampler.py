@@ -71,15 +71,14 @@ def penalize(logits: Tensor, tokens: Seq[int], prompt_len: int, params: Sampling
     OpenAI API (presence, frequency).
     """
     logits = logits.clone()
+    there = torch.from_numpy(np.array(tokens, np.int64)).to(logits.device)
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(tokens)), device=logits.device)
-        values = logits[seen]
+        values = logits[there]
         penalty = params.repetition_penalty
         changed = torch.where(values > 0, values / penalty, values * penalty)
-        logits[seen] = torch.nan_to_num(changed)
-    output = torch.tensor(tokens[prompt_len:], dtype=torch.int64, device=logits.device)
-    if output.numel():
-        ids, counts = output.unique(return_counts=True)
+        logits[there] = torch.nan_to_num(changed)  # where a token comes again, the same
+    if prompt_len < len(tokens):
+        ids, counts = there[prompt_len:].unique(return_counts=True)
         logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
     return logits
 
