@@ -124,13 +124,17 @@ class Rig:
         """Whole prompts in one step."""
         return self.forward(*(Chunk(s, 0, len(s)) for s in sequences))
 
+    def decode(self, *sequences: Sequence) -> Tensor:
+        """One step of sequences that have one token to compute."""
+        return self.forward(*(Chunk(s, len(s) - 1, 1) for s in sequences))
+
     def generate(self, sequences: Seq[Sequence], steps: int) -> list[list[int]]:
         """Greedy tokens of every sequence, decoded in one batch."""
         logits = self.prefill(*sequences)
         for _ in range(steps):
             for sequence, row in zip(sequences, logits, strict=True):
                 sequence.tokens.append(int(row.argmax()))
-            logits = self.forward(*(Chunk(s, len(s) - 1, 1) for s in sequences))
+            logits = self.decode(*sequences)
         return [s.output for s in sequences]
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterRef
 from adaplex.model.kernels.native.library import INSTRUCTION_SETS
 from adaplex.model.module_forward import ModuleForward
@@ -46,5 +45,5 @@ def decode(rig: Rig, refs: list[AdapterRef | None], followed: list[Tensor] | Non
         tops = (followed or logits)[step].argmax(-1).tolist()
         for sequence, token in zip(sequences, tops, strict=True):
             sequence.tokens.append(token)
-        logits.append(rig.forward(*(Chunk(s, len(s) - 1, 1) for s in sequences)))
+        logits.append(rig.decode(*sequences))
     return logits

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode
 from adaplex.model.source import resolve_model
 from peft_adapters import Oracle, load_plain
@@ -82,6 +81,6 @@ def test_bottlenecks_equal_adapterhub(name: str, model: Path) -> None:
     sequence = served.sequence(tokens[:-1], ref)
     served.prefill(sequence)
     sequence.tokens.append(tokens[-1])
-    decoded = served.forward(Chunk(sequence, len(sequence) - 1, 1))[0]
+    decoded = served.decode(sequence)[0]
     assert (decoded[KEPT] - expected).abs().max() < 1e-4 * expected.abs().max()
     served.runner.remove_adapter(ref.digest)

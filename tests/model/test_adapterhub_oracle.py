@@ -21,7 +21,6 @@ from adaplex.adapters.combination import Combination, Component, check, combine,
 from adaplex.adapters.formats.hybrid import join
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.report import describe
-from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterRef
 from rig import Rig, lowered
 from tiny import byte_tokenizer
@@ -62,7 +61,7 @@ def logits(rig: Rig, tokens: list[int], ref: AdapterRef | None) -> Tensor:
     rows = [rig.prefill(sequence)[0]]
     for token in tokens[PREFILLED:]:
         sequence.tokens.append(token)
-        rows.append(rig.forward(Chunk(sequence, len(sequence) - 1, 1))[0])
+        rows.append(rig.decode(sequence)[0])
     return torch.stack(rows)
 
 

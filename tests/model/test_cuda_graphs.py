@@ -45,7 +45,7 @@ class Graphed:
     def decode(self, rows: list[Sequence], *, graphs: bool = True) -> torch.Tensor:
         """The next logits of rows that have one token to compute."""
         self._forward._decode = self._graphs if graphs else self._launched
-        return self.rig.forward(*(Chunk(s, len(s) - 1, 1) for s in rows))
+        return self.rig.decode(*rows)
 
     def holds(self, rows: list[Sequence]) -> None:
         """A replay gives the bits that launches give, and leaves the same in the cache."""

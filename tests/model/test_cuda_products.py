@@ -11,7 +11,6 @@ from torch import Tensor
 
 from adaplex.adapters.primitives import LowRank
 from adaplex.adapters.program import AdapterProgram, ModuleProgram
-from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode
 from adaplex.model import quantized_linear
 from adaplex.model.int4_group import Int4GroupLinear, dequantized_product, int4_product
@@ -53,10 +52,10 @@ def steps(rig: Rig, *, alone: bool) -> list[Tensor]:
         assert all(torch.equal(rig.prefill(row)[0], prompts[i]) for i, row in enumerate(rows))
     for row in rows:
         row.tokens.append(7)
-    tokens = rig.forward(*(Chunk(row, len(row) - 1, 1) for row in rows))
+    tokens = rig.decode(*rows)
     if alone:
         for i, row in enumerate(rows):
-            assert torch.equal(rig.forward(Chunk(row, len(row) - 1, 1))[0], tokens[i])
+            assert torch.equal(rig.decode(row)[0], tokens[i])
     assert len({tuple(row.tolist()) for row in prompts}) == 5
     return [prompts, tokens]
 

@@ -3,7 +3,6 @@ decoding that is replayed while adapters come and go."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +12,8 @@ from torch import Tensor
 
 from adaplex.adapters.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Chunk
-from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
-from adaplex.engine.sequence import Sequence
-from adaplex.model.decode_steps import Adapters, DecodeSteps, Replay, Shape, StepInputs
-from adaplex.model.kernels.adapter_kernels import Tile
+from adaplex.engine.request import AdapterMode, AdapterRef
+from adaplex.model.decode_steps import DecodeSteps, Replay
 from adaplex.model.kernels.reference import least_rows
 from peft_adapters import everything, load_plain, save_adapter
 from random_programs import anything, made
@@ -52,11 +49,6 @@ def recorded(rig: Rig, **limits: int) -> Recorded:
     return capture
 
 
-def decode(rig: Rig, sequences: list[Sequence]) -> Tensor:
-    """One step of rows that have one token to compute."""
-    return rig.forward(*(Chunk(s, len(s) - 1, 1) for s in sequences))
-
-
 @pytest.fixture
 def model(tiny_model: Callable[[str], Path]) -> Path:
     return tiny_model("llama")
@@ -84,7 +76,7 @@ def test_a_mixed_batch_equals_the_reference(
         rows = [rig.sequence(prompt(9 + 7 * i, seed=i), a) for i, a in enumerate(chosen)]
         logits.append(rig.prefill(*rows))
         outputs.append(rig.generate(rows, 3))
-        logits.append(decode(rig, rows))
+        logits.append(rig.decode(*rows))
     assert (logits[0] - logits[2]).abs().max() < 1e-4
     assert (logits[1] - logits[3]).abs().max() < 1e-4
     assert outputs[0] == outputs[1]
@@ -112,7 +104,7 @@ def test_replays_are_exact_while_adapters_come_and_go(rigs: tuple[Rig, Rig]) -> 
         rig.prefill(*sequences)
         for sequence in sequences:
             sequence.tokens.append(5)
-        logits = decode(rig, sequences)
+        logits = rig.decode(*sequences)
         for which in places.values():
             rig.runner.remove_adapter(programs[which].digest)
         return logits
@@ -152,8 +144,8 @@ def test_a_batch_of_everything_equals_the_reference(
         logits.append(rig.prefill(*rows))
         for sequence in rows:
             sequence.tokens.append(30)
-        logits.append(decode(rig, rows))
-        logits.append(decode(rig, rows[:1]))
+        logits.append(rig.decode(*rows))
+        logits.append(rig.decode(*rows[:1]))
     for got, expected in zip(logits[:3], logits[3:], strict=True):
         assert (got - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
     assert torch.equal(logits[1][0], logits[2][0]), "a base row does not notice the others"
@@ -181,7 +173,7 @@ def test_replays_of_everything_are_exact_while_adapters_come_and_go(rigs: tuple[
             rows.append(fast.sequence(prompt(3, seed=i), adapter or None))
             rows[-1].tokens.append(30 if i % 2 else 5)
         fast.forward(*(Chunk(row, 0, 3) for row in rows))
-        for i, (which, got) in enumerate(zip(chosen, decode(fast, rows), strict=True)):
+        for i, (which, got) in enumerate(zip(chosen, fast.decode(*rows), strict=True)):
             if which is not None:
                 assert torch.equal(got, lone.setdefault((i, which), got))
         for which in places:
@@ -217,7 +209,7 @@ def test_a_capture_may_run_the_step(rigs: tuple[Rig, Rig]) -> None:
         for sequence in (gone, other):
             rig.prefill(sequence)
             sequence.tokens.append(30)
-            logits.append(decode(rig, [sequence]))
+            logits.append(rig.decode(sequence))
     for got, expected in zip(logits[:2], logits[2:], strict=True):
         assert (got - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
 
@@ -227,7 +219,7 @@ def test_a_row_alone_leaves_the_base_as_it_is(rigs: tuple[Rig, Rig]) -> None:
     kept = {name: p.clone() for name, p in fast.base.module.named_parameters()}
     for seed in range(3):
         row = fast.sequence([5], fast.add(anything(fast, seed)))
-        decode(fast, [row])
+        fast.decode(row)
     changed = [n for n, p in fast.base.module.named_parameters() if not torch.equal(p, kept[n])]
     assert len(kept) > 5
     assert changed == []
@@ -261,7 +253,7 @@ def test_virtual_tokens_come_before_prompts_of_other_adapters(rigs: tuple[Rig, R
         assert torch.equal(logits[-1][1], logits[-1][2])
         for sequence in (other, cut, whole):
             sequence.tokens.append(9)
-        logits.append(decode(rig, [other, cut, whole]))
+        logits.append(rig.decode(other, cut, whole))
     assert (logits[0] - logits[2]).abs().max() < 1e-4
     assert (logits[1] - logits[3]).abs().max() < 1e-4
 
@@ -274,11 +266,11 @@ def test_rows_are_padded_to_powers_of_two_without_harm(rigs: tuple[Rig, Rig]) ->
     for sequence in rows:
         sequence.tokens.append(7)
     capture = recorded(fast)
-    together = decode(fast, rows)
+    together = fast.decode(*rows)
     assert capture.captured == 1
     for count in (1, 2, 3, 4):
-        assert torch.equal(decode(fast, rows[:count]), together[:count])
-    assert torch.equal(decode(fast, rows[3:]), together[3:])
+        assert torch.equal(fast.decode(*rows[:count]), together[:count])
+    assert torch.equal(fast.decode(*rows[3:]), together[3:])
     # One row and it alone without an adapter, two rows, four rows, eight rows.
     assert capture.captured == 4
     assert capture.runs == 6
@@ -289,37 +281,11 @@ def test_devices_that_sum_few_rows_in_another_order_get_more(rigs: tuple[Rig, Ri
     fast, _ = rigs
     adapter = fast.add(made(fast, 8, 0))
     rows = [fast.sequence(prompt(1, seed=i), adapter if i % 2 else None) for i in range(3)]
-    expected = decode(fast, rows)
+    expected = fast.decode(*rows)
     capture = recorded(fast, least_rows=16)
-    assert torch.equal(decode(fast, rows), expected)
-    assert torch.equal(decode(fast, rows[1:2]), expected[1:2])
+    assert torch.equal(fast.decode(*rows), expected)
+    assert torch.equal(fast.decode(*rows[1:2]), expected[1:2])
     assert (capture.captured, capture.runs) == (1, 2)
-
-
-def test_inputs_are_those_of_the_step_whatever_was_there_before() -> None:
-    """Rows come and go, change places, grow, and are moved to other blocks."""
-    dice, inputs = random.Random(4), StepInputs(Shape(8, 6, Adapters.PLAIN), torch.device("cpu"))
-    sequences = [Sequence(Request(str(i), (0,), SamplingParams())) for i in range(10)]
-    for sequence in sequences:
-        sequence.tokens = dice.choices(range(3, 300), k=BLOCK * 6)
-        sequence.blocks = dice.sample(range(1, 50), 6)
-    for _ in range(200):
-        for sequence in dice.sample(sequences, 3):
-            sequence.blocks = dice.sample(range(1, 50), 6)
-        rows = dice.sample(sequences, dice.randint(1, 8))
-        chunks = [Chunk(row, dice.randrange(BLOCK * 6), 1) for row in rows]
-        tiles = [Tile(dice.randrange(9), i, 1) for i in range(dice.randint(0, len(rows)))]
-        inputs.fill(chunks, tiles, BLOCK)
-        for row, chunk in enumerate(chunks):
-            used = chunk.start // BLOCK + 1
-            assert inputs.tables[row].tolist() == chunk.sequence.blocks[:used] + [0] * (6 - used)
-            assert inputs.tokens[row] == chunk.sequence.tokens[chunk.start]
-            assert inputs.positions[row] == chunk.start
-            slot = chunk.sequence.blocks[used - 1] * BLOCK + chunk.start % BLOCK
-            assert inputs.slots[row] == slot
-        for column in (inputs.tokens, inputs.positions, inputs.slots, inputs.tables):
-            assert not column[len(rows) :].any()
-        assert [*map(tuple, inputs.tiles.T.tolist())] == tiles + [Tile.none()] * (8 - len(tiles))
 
 
 def test_long_contexts_have_wider_tables(rigs: tuple[Rig, Rig]) -> None:
@@ -331,7 +297,7 @@ def test_long_contexts_have_wider_tables(rigs: tuple[Rig, Rig]) -> None:
         rig.prefill(*rows)
         for sequence in rows:
             sequence.tokens.append(7)
-        logits += [decode(rig, rows), decode(rig, rows[:1])]
+        logits += [rig.decode(*rows), rig.decode(*rows[:1])]
     assert (logits[0] - logits[2]).abs().max() < 1e-4
     assert (logits[1] - logits[3]).abs().max() < 1e-4
     assert torch.equal(logits[0][:1], logits[1])

@@ -92,7 +92,7 @@ def test_a_prompt_behind_a_prefix_equals_one_behind_past_keys_and_values(
         assert (logits - expected(plain, each, ids)).abs().max() < 1e-4
         assert torch.equal(logits, rig.prefill(rig.sequence(ids, row.adapter))[0])
         row.tokens.append(7)
-        after = rig.forward(Chunk(row, len(row) - 1, 1))[0]
+        after = rig.decode(row)[0]
         assert (after - expected(plain, each, [*ids, 7])).abs().max() < 1e-4
     assert torch.equal(together[2], rig.prefill(rig.sequence(tokens[2]))[0])
     assert (together[0] - together[2]).abs().max() > 1e-2

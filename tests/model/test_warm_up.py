@@ -95,9 +95,9 @@ def serve(rig: Rig) -> None:
     rig.prefill(*rows)
     for row in rows:
         row.tokens.append(9)
-        rig.forward(Chunk(row, len(row) - 1, 1))
-    rig.forward(*(Chunk(row, len(row) - 1, 1) for row in rows))
-    rig.forward(*(Chunk(row, len(row) - 1, 1) for row in rows[:5]))
+        rig.decode(row)
+    rig.decode(*rows)
+    rig.decode(*rows[:5])
     ones = [Chunk(row, len(row) - 1, 1) for row in rows[:3]]
     rig.forward(*ones, *(Chunk(row, 0, len(row)) for row in rows[3:]))
     rig.forward(ones[0], Chunk(rows[4], 0, len(rows[4])))
@@ -186,8 +186,8 @@ def test_a_warm_up_changes_nothing_that_steps_see(
         for _ in range(times):
             rig.runner.warm_up()
         assert all(map(torch.equal, _state(rig), kept))
-        logits.append(rig.forward(*(Chunk(row, len(row) - 1, 1) for row in rows)))
-        logits.append(rig.forward(*(Chunk(row, len(row) - 1, 1) for row in rows[:2])))
+        logits.append(rig.decode(*rows))
+        logits.append(rig.decode(*rows[:2]))
     assert all(map(torch.equal, logits[:3], logits[3:]))
     assert torch.isfinite(torch.cat(logits)).all()
 

@@ -37,7 +37,7 @@ class CudaGraphs:
         """Runs the step once before: what compiles, loads or chooses may not be captured."""
         current, graph = torch.cuda.current_stream(self._device), torch.cuda.CUDAGraph()
         self._stream.wait_stream(current)
-        # Also what a capture leaves behind when it fails is another stream.
+        # A capture that fails leaves its stream in use: the one before comes back here.
         with torch.cuda.stream(self._stream):
             step()
             # Adapters are copied by other threads meanwhile, which "global" forbids.

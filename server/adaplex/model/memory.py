@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,6 +55,11 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device = CPU) -> Tensor
     nbytes, chunks = count * dtype.itemsize, _shared.get()
     pages, start = chunks.take(nbytes) if chunks and nbytes < CHUNK else (_pages(nbytes), 0)
     return torch.frombuffer(pages, dtype=dtype, count=count, offset=start).view(shape)
+
+
+def whole_numbers(numbers: Sequence[object], device: torch.device) -> Tensor:
+    """int64 of a list, nested alike, on a device; numpy reads lists sooner than torch."""
+    return torch.from_numpy(np.array(numbers, np.int64)).to(device)
 
 
 def _pages(nbytes: int) -> mmap.mmap:

@@ -7,8 +7,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from adaplex.engine.batch import Batch, Chunk
@@ -23,6 +21,7 @@ from adaplex.model.kernels.reference import least_rows, padded_rows
 from adaplex.model.kv_cache import KVCache
 from adaplex.model.linear import LinearBackend
 from adaplex.model.loader import BaseModel
+from adaplex.model.memory import whole_numbers
 from adaplex.model.merged import MergedWeights
 from adaplex.model.sampler import likeliest
 from adaplex.model.segments import Segment, SegmentRows
@@ -67,7 +66,7 @@ class ModuleForward:
         progress("compiling the kernels of adapters")
         for backend in self._base.backends.values():
             backend.warm_up(self._base.dtype, device)
-        tiles = _there([Tile.none()], device).T.contiguous()
+        tiles = whole_numbers([Tile.none()], device).T.contiguous()
         launches = Launches.everywhere(len(self._modules))
         self._logits(batch, kernels.rows(tiles, launches, max_rank=1))
 
@@ -91,7 +90,7 @@ class ModuleForward:
         wanted_padded = wanted + [0] * (padded_rows(len(wanted)) - len(wanted))
 
         step, device = self._step, self._base.device
-        step.slots = _there(slots, device)
+        step.slots = whole_numbers(slots, device)
         step.groups = tuple(self._groups(chunks))
         step.rows = rows or self._adapter_rows(
             chunks, [c.count for c in chunks], len(tokens), virtual
@@ -100,10 +99,10 @@ class ModuleForward:
             batch.sampling, [1] * len(wanted), len(wanted_padded), {}
         )
         out = self._base.module(
-            input_ids=_there([tokens], device),
-            position_ids=_there([positions], device),
+            input_ids=whole_numbers([tokens], device),
+            position_ids=whole_numbers([positions], device),
             use_cache=False,
-            logits_to_keep=_there(wanted_padded, device),
+            logits_to_keep=whole_numbers(wanted_padded, device),
         )
         logits: Tensor = out.logits[0, : len(wanted)]
         return logits.float()
@@ -131,7 +130,7 @@ class ModuleForward:
         width = max(map(len, used))
         tables = [blocks + [0] * (width - len(blocks)) for blocks in used]
         positions = [list(range(c.start, c.end)) for c in chunks]
-        return AttentionGroup(row, _there(tables, device), _there(positions, device))
+        return AttentionGroup(row, whole_numbers(tables, device), whole_numbers(positions, device))
 
     def _adapter_rows(
         self, chunks: Seq[Chunk], counts: Seq[int], padded: int, virtual: Mapping[int, int]
@@ -174,7 +173,7 @@ class ModuleForward:
     ) -> AdapterRows:
         """By kernels alone but for the products of merged weights."""
         device, spans = self._base.device, [c.span for c in changes]
-        tiles = _there(kernels.tiles(spans), device).T.contiguous()
+        tiles = whole_numbers(kernels.tiles(spans), device).T.contiguous()
         leading = dict(pair for c in changes for pair in c.leading)
         virtual = [leading.get(row, -1) for row in range(padded)]
         merged = SegmentRows([c.segment for c in changes if c.linears])
@@ -182,7 +181,7 @@ class ModuleForward:
             tiles,
             kernels.launches(spans),
             max_rank=max(span.weights.max_rank for span in spans),
-            virtual=_there(virtual, device) if leading else None,
+            virtual=whole_numbers(virtual, device) if leading else None,
             product=merged.product,
         )
 
@@ -200,8 +199,3 @@ class _Change:
         """For torch."""
         span = self.span
         return Segment(span.start, span.stop, span.weights.sites, self.linears, self.leading)
-
-
-def _there(numbers: Seq[int] | Seq[Seq[int]], device: torch.device) -> Tensor:
-    """int64 on the device; numpy reads lists several times as fast as torch."""
-    return torch.from_numpy(np.array(numbers, np.int64)).to(device)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterRef, Request, SamplingParams
 from adaplex.engine.sequence import Sequence
+from adaplex.model.memory import whole_numbers
 from adaplex.model.runner import ModelRunner
 
 ROWS = 64
@@ -91,7 +92,7 @@ def _window_losses(
     for start in range(before, len(whole) - 1, ROWS):
         ends = range(start + 1, min(start + ROWS, len(whole) - 1) + 1)
         logits = runner.forward(Batch(tuple(Chunk(_until(whole, e), e - 1, 1) for e in ends)))
-        following = torch.tensor(whole.tokens[ends.start : ends.stop], device=logits.device)
+        following = whole_numbers(whole.tokens[ends.start : ends.stop], logits.device)
         losses.append(F.cross_entropy(logits, following, reduction="none").cpu())
     return torch.cat(losses)
 

@@ -16,6 +16,7 @@ from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterRef
 from adaplex.model.kernels.low_rank import AdapterWeights
 from adaplex.model.kv_cache import KVCache
+from adaplex.model.memory import whole_numbers
 
 Weights = Callable[[AdapterRef], AdapterWeights]
 """An adapter in memory, by its mode."""
@@ -56,7 +57,7 @@ class Prefixes:
         """Writes positions [start, stop) of a sequence with these blocks."""
         size = self._block_tokens
         slots = [blocks[at // size] * size + at % size for at in range(start, stop)]
-        places = torch.tensor(slots, device=self._device)
+        places = whole_numbers(slots, self._device)
         for name, layer in self._attention.items():
             site = weights.sites[name]
             assert site.keys is not None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adaplex.engine.request import OVERFLOWED, Logprob, SampledToken, SamplingParams
 from adaplex.engine.sequence import Sequence
+from adaplex.model.memory import whole_numbers
 
 
 def likeliest(logits: Tensor) -> list[int]:
@@ -71,7 +72,7 @@ def penalize(logits: Tensor, tokens: Seq[int], prompt_len: int, params: Sampling
     OpenAI API (presence, frequency).
     """
     logits = logits.clone()
-    there = torch.from_numpy(np.array(tokens, np.int64)).to(logits.device)
+    there = whole_numbers(tokens, logits.device)
     if params.repetition_penalty != 1.0:
         values = logits[there]
         penalty = params.repetition_penalty

@@ -18,6 +18,7 @@ from adaplex.model.kernels.launches import Launch, Launches
 from adaplex.model.kernels.low_rank import AddLowRank, Span
 from adaplex.model.kernels.triton_table import ResidentTable, Shared
 from adaplex.model.linear import LinearBackend
+from adaplex.model.memory import whole_numbers
 from adaplex.model.segments import table_scale, with_weight
 
 
@@ -34,7 +35,7 @@ class TritonKernels:
     def plan(self, spans: Sequence[Span], modules: Mapping[str, int]) -> AddLowRank:
         """See LowRankKernel. Only for adapters that do nothing else."""
         assert all(span.weights.plain for span in spans)
-        tiles = torch.tensor(self.tiles(spans), device=self._table.device).T.contiguous()
+        tiles = whole_numbers(self.tiles(spans), self._table.device).T.contiguous()
         launches = self.launches(spans)
         max_rank = max((span.weights.max_rank for span in spans), default=0)
 
