@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bitsandbytes import functional as bnb_functional
+from torch import Tensor
 
-from adaplex.model import quantized_linear
+from adaplex.model import linear, quantized_linear
 from adaplex.model.int4_group import Int4GroupLinear
 from adaplex.model.linear import DenseLinear, LinearBackend
 from adaplex.model.native_int4 import int4_linear
@@ -123,3 +124,27 @@ def test_nested_maxima_are_restored_bit_for_bit() -> None:
 
 def test_nf4_has_the_values_of_bitsandbytes() -> None:
     assert torch.equal(torch.tensor(NF4_VALUES), bnb_functional.get_4bit_type("nf4", device="cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_processor_that_cannot_prepack_multiplies_without(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> Tensor:
+        raise RuntimeError("bf16 path needs the cpu support avx512bw\nand a long trace")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    linear._probe_prepacking.cache_clear()
+    try:
+        weight, x = torch.randn(48, 80).to(dtype), torch.randn(9, 80).to(dtype)
+        layer, other = DenseLinear(weight, None), DenseLinear(weight, None)
+        assert torch.equal(layer.dequantize(), weight.float())
+        y = layer(x)
+        assert (y.float() - x.float() @ weight.float().T).abs().max() < 0.1
+        assert torch.equal(y, other(x))
+        for row in range(9):
+            assert torch.equal(layer(x[row : row + 1])[0], y[row])
+    finally:
+        linear._probe_prepacking.cache_clear()
+    (line,) = caplog.messages
+    assert line.endswith("needs the cpu support avx512bw")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -157,6 +158,37 @@ def test_a_compiler_that_fails_is_told_of(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("CC", "false")
     with pytest.raises(library.BuildFailed, match="false ended with 1"):
         library.load_library(tmp_path)
+
+
+def test_a_compiler_that_takes_too_long_is_ended_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = tmp_path / "children"
+    compiler = tmp_path / "cc"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" = --version ] && exit 0\n'
+        f"sleep 1000 & echo $! >> {children}\n"
+        "while :; do :; done\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setattr(library, "BUILD_CPU_SECONDS", 1)
+    with pytest.raises(library.BuildFailed, match="ended with -"):
+        library.load_library(tmp_path)
+    (child,) = children.read_text().split()
+    while alive(int(child)):  # a signal takes its time; the test's own limit ends this
+        os.sched_yield()
+    assert not list((tmp_path / "kernels").iterdir())
+
+
+def alive(process: int) -> bool:
+    """True until a process has ended; one that is not waited for counts as ended."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
 
 
 def test_the_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,14 +7,18 @@ and can give its weight back as it is effectively used, which merging builds on.
 from __future__ import annotations
 
 import copy
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from adaplex.adapters.primitives import LowRank
 from adaplex.model.kernels.reference import ROW_TILE, linear_rows, whole_tiles
+
+log = logging.getLogger(__name__)
 
 
 class LinearBackend(ABC):
@@ -99,7 +103,7 @@ class DenseLinear(LinearBackend):
         super().__init__((weight.shape[0], weight.shape[1]), bias)
         self._dtype = weight.dtype
         self._product = product or dense_product(weight.device)
-        self._packed = self._product is torch_product and _has_onednn(weight.device)
+        self._packed = self._product is torch_product and _prepacks(weight)
         self._weight = (
             torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROW_TILE)
             if self._packed
@@ -141,5 +145,23 @@ class DenseLinear(LinearBackend):
         return self.out_features * self.in_features * self._dtype.itemsize
 
 
-def _has_onednn(device: torch.device) -> bool:
-    return device.type == "cpu" and torch.backends.mkldnn.is_available()
+def _prepacks(weight: Tensor) -> bool:
+    """True where oneDNN can prepack a weight like this one."""
+    on_cpu = weight.device.type == "cpu"
+    return on_cpu and torch.backends.mkldnn.is_available() and _probe_prepacking(weight.dtype)
+
+
+@cache
+def _probe_prepacking(dtype: torch.dtype) -> bool:
+    """True where this processor and this build of torch prepack weights of a type: tried once, with
+    a tiny weight. oneDNN refuses bf16 on processors without AVX512BW and AVX-NE-CONVERT.
+    """
+    weight, x = torch.ones(ROW_TILE, 8, dtype=dtype), torch.ones(ROW_TILE, 8, dtype=dtype)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROW_TILE)
+        torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        log.warning("%s weights are multiplied without prepacking: %s", dtype, reason)
+        return False
+    return True

@@ -12,8 +12,10 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,10 @@ from adaplex.model.kernels.native import structs
 HERE = Path(__file__).parent
 SOURCE = "kernels.c"
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
-BUILD_SECONDS = 300
+BUILD_CPU_SECONDS = 600
+"""Limit of processor time of each process of the compiler: a busy machine does not end a build."""
+VERSION_SECONDS = 60
+"""Wall time in which a compiler must print its version."""
 WRONG = {
     1: "no memory for the step",
     2: "a token is not in the vocabulary",
@@ -124,15 +129,31 @@ def _build(compiler: str, instructions: InstructionSet, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         built = Path(work) / "kernels.so"
-        done = subprocess.run(
-            [compiler, *FLAGS, *instructions.flags, "-o", str(built), str(HERE / SOURCE), "-lm"],
-            capture_output=True,
-            text=True,
-            timeout=BUILD_SECONDS,
-        )
-        if done.returncode:
-            raise BuildFailed(f"{compiler} ended with {done.returncode}: {done.stderr[:500]}")
+        source = (str(HERE / SOURCE), "-lm")
+        command = [compiler, *FLAGS, *instructions.flags, "-o", str(built), *source]
+        errors = Path(work) / "stderr"
+        if status := _run_bounded(command, errors):
+            reason = errors.read_text(errors="replace")[:500]
+            raise BuildFailed(f"{compiler} ended with {status}: {reason}")
         built.rename(target)
+
+
+def _run_bounded(command: list[str], errors: Path) -> int:
+    """Runs a command in a process group of its own, each process within BUILD_CPU_SECONDS, with
+    stderr in a file; returns its exit status. However this ends, so do the command's children.
+    """
+    bounded = ["sh", "-c", f'ulimit -t {BUILD_CPU_SECONDS}; exec "$@"', "sh", *command]
+    with (
+        errors.open("wb") as stderr,
+        subprocess.Popen(
+            bounded, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
+        ) as process,
+    ):
+        try:
+            return process.wait()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _key(compiler: str, instructions: InstructionSet) -> str:
@@ -140,7 +161,7 @@ def _key(compiler: str, instructions: InstructionSet) -> str:
     total = hashlib.sha256()
     for path in sorted(HERE.glob("*.[ch]")):
         total.update(path.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=BUILD_SECONDS)
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=VERSION_SECONDS)
     parts = [compiler, *FLAGS, *instructions.flags, platform.machine(), *processor_features()]
     total.update("\0".join(sorted(parts)).encode())
     total.update(version.stdout)
