@@ -27,9 +27,9 @@ from adaplex.adapters.checkpoint import read_checkpoint
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram
 from adaplex.client.bench.checkpoint import write_checkpoint
+from adaplex.engine.auto_merge import ENOUGH, STRIDE
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.engine import Engine
-from adaplex.engine.popularity import ENOUGH, STRIDE
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
 from adaplex.model.loader import BaseModel, load_base
 from adaplex.model.runner import ModelRunner

@@ -11,11 +11,11 @@ from functools import partial
 from threading import Event
 from typing import Any, NamedTuple
 
+from adaplex.engine.auto_merge import Popularity
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.config import EngineConfig
-from adaplex.engine.cost_model import Merge, StepCosts
 from adaplex.engine.engine import Engine
-from adaplex.engine.popularity import Popularity
+from adaplex.engine.merge_cost_model import Merge, StepCosts
 from adaplex.engine.request import (
     AdapterMode,
     AdapterRef,

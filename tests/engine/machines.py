@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from adaplex.engine.batch import Chunk
-from adaplex.engine.cost_model import Merge, StepCosts
+from adaplex.engine.merge_cost_model import Merge, StepCosts
 from adaplex.engine.request import AdapterMode
 from adaplex.engine.sequence import Sequence
 from engine.fakes import make_adapter, make_request

@@ -8,10 +8,10 @@ from itertools import count
 
 import pytest
 
+from adaplex.engine.auto_merge import REMEMBERED, STRIDE
 from adaplex.engine.batch import Batch
-from adaplex.engine.cost_model import Merge, Mix, StepCosts
 from adaplex.engine.engine import Engine
-from adaplex.engine.popularity import REMEMBERED, STRIDE
+from adaplex.engine.merge_cost_model import Merge, Mix, StepCosts
 from adaplex.engine.request import AdapterMode, SampledToken
 from engine.fakes import (
     UNIT,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaplex.engine.batch import Batch
-from adaplex.engine.cost_model import Mix, StepCosts
+from adaplex.engine.merge_cost_model import Mix, StepCosts
 from engine.fakes import digest
 from engine.machines import FEW, MACHINES, MERGED, UNMERGED, ZEROS, chunks
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from adaplex.engine.eviction import HALF_LIFE_USES, SMOOTHING, GreedyDual, LoadCosts
-from adaplex.engine.loader import Completion, Job, Loader
-from adaplex.engine.merged import MergedAdapters
+from adaplex.engine.load_jobs import Completion, Job, Loader
+from adaplex.engine.merged_residency import MergedAdapters
 from adaplex.engine.observer import SilentObserver
 from adaplex.engine.sequence import Sequence
 from engine.fakes import FakeRunner, InlineExecutor, digest, make_config, make_request

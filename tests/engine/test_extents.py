@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaplex.engine.arena_allocator import ALIGNMENT, ExtentAllocator
 from adaplex.engine.byte_budget import ByteBudget
-from adaplex.engine.extents import ALIGNMENT, ExtentAllocator
 
 
 def test_takes_the_first_hole_that_is_large_enough() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from adaplex.engine.fairness import MAX_IDLE, VirtualTokenCounter
 from adaplex.engine.request import Request
 from adaplex.engine.sequence import Sequence
-from adaplex.engine.waiting import WaitingQueue
+from adaplex.engine.waiting_queue import WaitingQueue
 from engine.fakes import Ledger, make_engine, make_request
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from adaplex.engine.batch import Batch, Chunk
-from adaplex.engine.cost_model import Mix
 from adaplex.engine.errors import RequestInvalid
+from adaplex.engine.merge_cost_model import Mix
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.engine.sequence import Sequence
 from engine.fakes import make_adapter, make_engine, make_request, run_all

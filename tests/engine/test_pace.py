@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaplex.engine.batch import Batch, Chunk
-from adaplex.engine.chunk_costs import ChunkCosts
+from adaplex.engine.chunk_cost_model import ChunkCosts
 from adaplex.engine.engine import Engine
-from adaplex.engine.pace import ROW_COUNTS, Budget
+from adaplex.engine.prefill_budget import ROW_COUNTS, Budget
 from adaplex.engine.request import SampledToken
 from adaplex.engine.sequence import Sequence
 from adaplex.engine.small_chunks import LEAST, RECENT

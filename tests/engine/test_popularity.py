@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from adaplex.engine.auto_merge import ENOUGH, REMEMBERED, STRIDE, Popularity
 from adaplex.engine.batch import Batch
-from adaplex.engine.popularity import ENOUGH, REMEMBERED, STRIDE, Popularity
 from engine.fakes import digest
 from engine.machines import BF16_CPU, NF4_CPU, UNMERGED, ZEROS, chunks
 

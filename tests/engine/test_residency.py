@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adaplex.engine.loader import Job
+from adaplex.engine.load_jobs import Job
 from engine.fakes import (
     UNIT,
     Ledger,

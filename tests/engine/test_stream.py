@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from adaplex.engine.errors import ServerUnavailable
+from adaplex.engine.output_stream import Stream
 from adaplex.engine.request import FinishReason, StepOutput
-from adaplex.engine.stream import Stream
 from engine.fakes import make_request
 
 

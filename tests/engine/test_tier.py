@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from adaplex.engine.extents import ExtentAllocator
+from adaplex.engine.adapter_cache import Tier
+from adaplex.engine.arena_allocator import ExtentAllocator
 from adaplex.engine.observer import SilentObserver
 from adaplex.engine.sequence import Sequence
-from adaplex.engine.tier import Tier
 from engine.fakes import UNIT, make_request
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaplex.engine.cost_model import Mix
+from adaplex.engine.merge_cost_model import Mix
 from adaplex.model.costs import ROWS
 from rig import Rig, prompt
 from tiny import save_tiny

@@ -22,8 +22,8 @@ from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.batch import Batch
 from adaplex.engine.config import EngineConfig
-from adaplex.engine.cost_model import Merge, StepCosts
 from adaplex.engine.engine import Engine
+from adaplex.engine.merge_cost_model import Merge, StepCosts
 from adaplex.engine.request import Logprob, Request, SampledToken
 from adaplex.server.app import Server, serve
 from adaplex.server.config import ServerConfig

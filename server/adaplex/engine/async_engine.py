@@ -15,8 +15,8 @@ from adaplex.adapters.errors import AdaplexError
 from adaplex.engine.engine import Engine
 from adaplex.engine.errors import EngineFailed, ServerUnavailable
 from adaplex.engine.observer import EngineStats
+from adaplex.engine.output_stream import Stream
 from adaplex.engine.request import Request, StepOutput
-from adaplex.engine.stream import Stream
 
 T = TypeVar("T")
 HEARTBEAT_SECONDS = 1.0

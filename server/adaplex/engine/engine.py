@@ -11,7 +11,6 @@ from itertools import count
 
 from adaplex.engine.batch import Batch
 from adaplex.engine.block_manager import BlockManager
-from adaplex.engine.census import count_engine
 from adaplex.engine.checks import check_request
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.errors import (
@@ -22,7 +21,7 @@ from adaplex.engine.errors import (
     RequestInvalid,
 )
 from adaplex.engine.observer import EngineStats, Observer, SilentObserver
-from adaplex.engine.pace import Pace
+from adaplex.engine.prefill_budget import Pace
 from adaplex.engine.request import (
     OVERFLOWED,
     FinishReason,
@@ -34,6 +33,7 @@ from adaplex.engine.residency import Residency
 from adaplex.engine.runner import Runner
 from adaplex.engine.scheduler import Scheduler
 from adaplex.engine.sequence import Sequence
+from adaplex.engine.stats import count_engine
 
 RETRY_SECONDS = (0.5, 30.0)
 """Bounds of what QueueFull advises."""

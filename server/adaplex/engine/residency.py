@@ -7,18 +7,18 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 from adaplex.adapters.errors import AdaplexError
+from adaplex.engine.adapter_cache import Tier
 from adaplex.engine.batch import Batch
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.errors import AdapterLoadFailed, RequestInvalid
 from adaplex.engine.eviction import LoadCosts
-from adaplex.engine.loader import Completion, Job, Loader
-from adaplex.engine.merged import MergedAdapters
+from adaplex.engine.load_jobs import Completion, Job, Loader
+from adaplex.engine.merged_residency import MergedAdapters
 from adaplex.engine.observer import Observer
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.engine.runner import Runner
 from adaplex.engine.sequence import Sequence
-from adaplex.engine.tier import Tier
-from adaplex.engine.unmerged import UnmergedAdapters
+from adaplex.engine.unmerged_residency import UnmergedAdapters
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 from typing import Protocol
 
 from adaplex.engine.batch import Batch
-from adaplex.engine.cost_model import Merge, StepCosts
+from adaplex.engine.merge_cost_model import Merge, StepCosts
 from adaplex.engine.request import SampledToken
 
 

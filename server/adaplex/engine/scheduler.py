@@ -10,10 +10,10 @@ from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.block_manager import BlockManager
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.observer import Observer
-from adaplex.engine.pace import Budget, Pace
+from adaplex.engine.prefill_budget import Budget, Pace
 from adaplex.engine.residency import Residency
 from adaplex.engine.sequence import Sequence, Status
-from adaplex.engine.waiting import WaitingQueue
+from adaplex.engine.waiting_queue import WaitingQueue
 
 SHORT = 128
 """Tokens of a prompt that is computed within a step or two."""

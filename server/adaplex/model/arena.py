@@ -1,6 +1,6 @@
 """Arena: one preallocated tensor that holds every resident adapter, packed.
 
-Policy (which adapter, where) lives in `adaplex.engine.unmerged`; here are the bytes.
+Policy (which adapter, where) lives in `adaplex.engine.unmerged_residency`; here are the bytes.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from adaplex.engine.cost_model import StepCosts
+from adaplex.engine.merge_cost_model import StepCosts
 from adaplex.model.kernels.low_rank import AdapterWeights, LowRankKernel, SiteWeights, Span
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.linear import LinearBackend

@@ -1,6 +1,6 @@
 """HostCopies: adapters packed in host memory, one copy away from the arena.
 
-Policy (which, and how many bytes) lives in `adaplex.engine.unmerged`; here are the bytes.
+Policy (which, and how many bytes) lives in `adaplex.engine.unmerged_residency`; here are the bytes.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaplex.engine.cost_model import StepCosts
+from adaplex.engine.merge_cost_model import StepCosts
 from adaplex.model.costs import ADAPTERS, ENOUGH_BYTES, RANK, REPEATS, ROWS
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kernels.native.structs import SITE_FIELDS

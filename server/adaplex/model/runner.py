@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaplex.adapters.program import AdapterProgram
 from adaplex.engine.batch import Batch, Chunk
-from adaplex.engine.cost_model import Merge, StepCosts
+from adaplex.engine.merge_cost_model import Merge, StepCosts
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SampledToken, SamplingParams
 from adaplex.engine.sequence import Sequence
 from adaplex.model import costs, native_costs

@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from adaplex.engine.arena_allocator import ExtentAllocator
 from adaplex.engine.byte_budget import ByteBudget
 from adaplex.engine.eviction import GreedyDual, Usage
-from adaplex.engine.extents import ExtentAllocator
 from adaplex.engine.observer import Observer
 from adaplex.engine.observer import Tier as TierName
 from adaplex.engine.sequence import Sequence

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from functools import partial
 
 from adaplex.adapters.errors import AdapterTooLarge
+from adaplex.engine.adapter_cache import Tier
+from adaplex.engine.arena_allocator import ExtentAllocator, aligned
 from adaplex.engine.byte_budget import ByteBudget
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.errors import NoRoomBesidePins, PinsFull
 from adaplex.engine.eviction import LoadCosts
-from adaplex.engine.extents import ExtentAllocator, aligned
-from adaplex.engine.loader import Completion, Job, Loader
+from adaplex.engine.load_jobs import Completion, Job, Loader
 from adaplex.engine.observer import Observer
 from adaplex.engine.request import AdapterRef
 from adaplex.engine.runner import Runner
 from adaplex.engine.sequence import Sequence
-from adaplex.engine.tier import Tier
 
 
 @dataclass(eq=False)

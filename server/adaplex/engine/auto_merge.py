@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from adaplex.engine.batch import Batch
-from adaplex.engine.cost_model import Merge, Mix, StepCosts
+from adaplex.engine.merge_cost_model import Merge, Mix, StepCosts
 
 STRIDE = 16
 """One step in so many is remembered: neighbours are alike."""

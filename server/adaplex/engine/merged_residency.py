@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
+from adaplex.engine.adapter_cache import Tier
+from adaplex.engine.auto_merge import Popularity
 from adaplex.engine.byte_budget import ByteBudget
 from adaplex.engine.config import EngineConfig
-from adaplex.engine.cost_model import Merge
 from adaplex.engine.errors import RequestInvalid
 from adaplex.engine.eviction import LoadCosts
-from adaplex.engine.loader import Completion, Job, Loader
+from adaplex.engine.load_jobs import Completion, Job, Loader
+from adaplex.engine.merge_cost_model import Merge
 from adaplex.engine.observer import Observer
-from adaplex.engine.popularity import Popularity
 from adaplex.engine.request import AdapterRef
 from adaplex.engine.runner import Runner
 from adaplex.engine.sequence import Sequence
-from adaplex.engine.tier import Tier
 
 
 class MergedAdapters:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from queue import Empty, SimpleQueue
 
-from adaplex.engine.cost_model import Merge
+from adaplex.engine.merge_cost_model import Merge
 
 
 class Job(Enum):

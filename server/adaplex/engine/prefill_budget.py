@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from statistics import median
 
 from adaplex.engine.batch import Batch
-from adaplex.engine.chunk_costs import ChunkCosts
+from adaplex.engine.chunk_cost_model import ChunkCosts
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.small_chunks import LEAST, RECENT
 
