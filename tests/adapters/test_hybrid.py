@@ -17,7 +17,7 @@ from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
 from adaplex.adapters.formats.hybrid import join
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program import AdapterProgram
-from adaplex.server.joining import join as join_command
+from adaplex.server.cli.join import join as join_command
 from adapters.handmade import BASE, DOWN, INNER, PREFIX, QUERY, VALUE, checkpoint, tensors
 
 LIMITS = AdapterLimits()

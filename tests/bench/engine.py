@@ -41,9 +41,9 @@ from adaplex.engine.request import (
     StepOutput,
 )
 from adaplex.server.build import build
+from adaplex.server.components import Parts
 from adaplex.server.config import load_config
 from adaplex.server.convert import adapter_ref
-from adaplex.server.parts import Parts
 
 MIXES = {"base": "base", "one": "identical", "distinct": "distinct"}
 ARENA = 512 << 20

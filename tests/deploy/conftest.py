@@ -17,8 +17,8 @@ from adaplex.adapters.catalog import Usage
 from adaplex.engine.errors import QueueFull
 from adaplex.engine.observer import EngineStats
 from adaplex.engine.request import AdapterRef, Timing
-from adaplex.server.calls import Call
 from adaplex.server.metrics import Metrics
+from adaplex.server.rpc_context import Call
 from adaplex.server.rpc_metrics import RpcMetrics
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,8 @@ import torch
 from adaplex.client import AsyncClient
 from adaplex.server.app import Server, serve
 from adaplex.server.build import build
+from adaplex.server.components import Parts
 from adaplex.server.config import load_config
-from adaplex.server.parts import Parts
 from peft_adapters import everything, load_plain, save_adapter
 
 Serving = Callable[..., AbstractAsyncContextManager["Rig"]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from adaplex.server.config import ServerConfig
-from adaplex.server.stores import open_store
+from adaplex.server.open_store import open_store
 from adapters.gguf_adapters import pairs_of, write_gguf
 from adapters.handmade import UPLOAD
 from peft_adapters import load_plain, save_adapter

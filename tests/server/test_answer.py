@@ -15,7 +15,7 @@ from adaplex.engine.request import (
     StepOutput,
     Timing,
 )
-from adaplex.server.answer import Answer
+from adaplex.server.response import Answer
 from adaplex.v1.generation_pb2 import GenerationFinished
 from server.toy import EOS, ByteTokenizer
 

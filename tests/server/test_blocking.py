@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from adaplex.server.blocking import in_thread, owned
+from adaplex.server.threads import in_thread, owned
 
 
 async def test_a_cancelled_caller_waits_for_its_thread() -> None:

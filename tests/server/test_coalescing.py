@@ -15,8 +15,8 @@ from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.engine import Engine
 from adaplex.engine.errors import EngineFailed
 from adaplex.engine.request import AdapterMode, FinishReason, Logprob, Request, StepOutput
-from adaplex.server.calls import Call
 from adaplex.server.generator import Generator
+from adaplex.server.rpc_context import Call
 from adaplex.v1 import generation_pb2
 from adaplex.v1.generation_pb2 import (
     GenerateRequest,

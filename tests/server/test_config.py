@@ -8,7 +8,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from adaplex.server.cli import serve
+from adaplex.server.cli.serve import serve
 from adaplex.server.config import ConfigError, ServerConfig, describe, load_config
 
 MIB = 1024**2

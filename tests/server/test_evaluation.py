@@ -17,9 +17,9 @@ from adaplex.adapters.registry import AdapterRegistry
 from adaplex.adapters.split import Target
 from adaplex.model.loader import BaseModel, load_base
 from adaplex.model.perplexity import Window, windows
+from adaplex.server.cli.eval import evaluate
 from adaplex.server.config import ServerConfig
-from adaplex.server.evaluation import evaluate
-from adaplex.server.stores import import_adapters, open_store
+from adaplex.server.open_store import import_adapters, open_store
 from adapters.handmade import UPLOAD
 from peft_adapters import Oracle, everything, load_plain, save_adapter
 from peft_families import FAMILIES

@@ -26,12 +26,12 @@ from adaplex.engine.engine import Engine
 from adaplex.engine.merge_cost_model import Merge, StepCosts
 from adaplex.engine.request import Logprob, Request, SampledToken
 from adaplex.server.app import Server, serve
+from adaplex.server.components import Parts
 from adaplex.server.config import ServerConfig
 from adaplex.server.convert import ModelLimits
 from adaplex.server.metrics import Metrics
-from adaplex.server.parts import Parts
+from adaplex.server.open_store import open_store
 from adaplex.server.services.info import ModelInfo
-from adaplex.server.stores import open_store
 from adaplex.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2_grpc, server_pb2_grpc
 from adapters.handmade import staged
 from server.calls import until

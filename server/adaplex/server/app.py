@@ -14,14 +14,14 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_reflection.v1alpha import reflection
 
 from adaplex.engine.request import AdapterMode
+from adaplex.server.components import Parts
 from adaplex.server.config import MAX_CHUNK_BYTES, ConfigError, ServerConfig
-from adaplex.server.garbage import GarbageTimer
+from adaplex.server.gc_timer import GarbageTimer
 from adaplex.server.generator import Generator
 from adaplex.server.health import Health
 from adaplex.server.http import HttpServer
 from adaplex.server.interceptors import EdgeInterceptor
-from adaplex.server.parts import Parts
-from adaplex.server.pins import Pins
+from adaplex.server.pin_follower import Pins
 from adaplex.server.rpc_metrics import RpcMetrics
 from adaplex.server.services.adapters import AdapterService
 from adaplex.server.services.generation import GenerationService

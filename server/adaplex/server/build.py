@@ -20,12 +20,12 @@ from adaplex.model.kernels.low_rank import low_rank_kernel
 from adaplex.model.loader import BaseModel, load_base
 from adaplex.model.runner import ModelRunner
 from adaplex.model.source import default_cache
+from adaplex.server.components import Parts
 from adaplex.server.config import ConfigError, ServerConfig
 from adaplex.server.convert import ModelLimits
 from adaplex.server.metrics import Metrics
-from adaplex.server.parts import Parts
+from adaplex.server.open_store import import_adapters, open_store
 from adaplex.server.services.info import ModelInfo
-from adaplex.server.stores import import_adapters, open_store
 
 BLOCK_TOKENS = 16
 

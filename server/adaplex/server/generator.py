@@ -25,13 +25,13 @@ from adaplex.engine.errors import (
 )
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams, Timing
 from adaplex.server import convert
-from adaplex.server.answer import Answer
-from adaplex.server.blocking import owned
-from adaplex.server.calls import Call
 from adaplex.server.convert import ModelLimits
 from adaplex.server.metrics import FinishedReason, Metrics
 from adaplex.server.prompts import Places, Prompts
+from adaplex.server.response import Answer
+from adaplex.server.rpc_context import Call
 from adaplex.server.text import Tokenizer
+from adaplex.server.threads import owned
 from adaplex.v1.generation_pb2 import (
     GenerationDelta,
     GenerationFinished,

@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha.reflection import SERVICE_NAME as REFLECTION_SERVIC
 from grpc_status import rpc_status
 
 from adaplex.engine.errors import ServerUnavailable
-from adaplex.server.calls import (
+from adaplex.server.rpc_context import (
     REQUEST_ID,
     Call,
     Context,

@@ -11,7 +11,7 @@ import sys
 import structlog
 
 from adaplex.server.app import serve
-from adaplex.server.parts import Parts
+from adaplex.server.components import Parts
 
 log = structlog.get_logger("adaplex.app")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from adaplex.server.calls import Call
+from adaplex.server.rpc_context import Call
 
 
 class RpcMetrics:

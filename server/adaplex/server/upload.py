@@ -11,10 +11,10 @@ from functools import partial
 from adaplex.adapters.intake import Intake
 from adaplex.adapters.staging import FileSpec, Staging
 from adaplex.server import adapter_messages as messages
-from adaplex.server.blocking import in_thread, owned
 from adaplex.server.config import MAX_CHUNK_BYTES
 from adaplex.server.convert import check
 from adaplex.server.errors import UploadIdle, UploadsBusy
+from adaplex.server.threads import in_thread, owned
 from adaplex.v1.adapters_pb2 import AdapterChunk, UploadAdapterRequest, ValidateAdapterRequest
 
 Part = UploadAdapterRequest | ValidateAdapterRequest

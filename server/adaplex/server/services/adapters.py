@@ -14,9 +14,9 @@ from adaplex.adapters.intake import Committed
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.server import adapter_messages as messages
-from adaplex.server.blocking import in_thread
-from adaplex.server.calls import current_call
-from adaplex.server.pins import Pins
+from adaplex.server.pin_follower import Pins
+from adaplex.server.rpc_context import current_call
+from adaplex.server.threads import in_thread
 from adaplex.server.upload import Receiver
 from adaplex.v1 import adapters_pb2, adapters_pb2_grpc
 

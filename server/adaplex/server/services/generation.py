@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from adaplex.server.calls import current_call
 from adaplex.server.generator import Event, Generator
+from adaplex.server.rpc_context import current_call
 from adaplex.v1 import generation_pb2, generation_pb2_grpc
 from adaplex.v1.generation_pb2 import (
     GenerateRequest,

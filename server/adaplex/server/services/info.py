@@ -11,8 +11,8 @@ from adaplex.adapters.catalog import Usage
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.config import EngineConfig
-from adaplex.server.blocking import in_thread
 from adaplex.server.config import MAX_CHUNK_BYTES
+from adaplex.server.threads import in_thread
 from adaplex.v1 import server_pb2, server_pb2_grpc
 
 

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adaplex.client.cli import render
+from adaplex.server.cli.store import ConfigFile, SharedStore, StoreDir
 from adaplex.server.config import ConfigError
-from adaplex.server.maintenance import ConfigFile, SharedStore, StoreDir
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from adaplex.adapters.program import AdapterProgram
     from adaplex.engine.request import AdapterRef
-    from adaplex.server.workbench import Workbench
+    from adaplex.server.offline_base import Workbench
 
 Adapter = Annotated[
     str,
@@ -73,7 +73,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure the perplexity of texts by the base and by an adapter, without a server."""
-    from adaplex.server.workbench import Workbench, told  # brings torch
+    from adaplex.server.offline_base import Workbench, told  # brings torch
 
     with told():
         texts = {path: path.read_text(encoding="utf-8") for path in file}

@@ -7,7 +7,7 @@ import asyncio
 import structlog
 
 from adaplex.adapters.registry import AdapterRegistry
-from adaplex.server.blocking import in_thread
+from adaplex.server.threads import in_thread
 
 log = structlog.get_logger("adaplex.garbage")
 

@@ -20,7 +20,7 @@ from adaplex.model.perplexity import window_blocks
 from adaplex.model.runner import ModelRunner
 from adaplex.server.build import BLOCK_TOKENS, load, use_threads
 from adaplex.server.config import ConfigError, ServerConfig, load_config
-from adaplex.server.stores import adapter_limits, existing, open_store
+from adaplex.server.open_store import adapter_limits, existing, open_store
 
 
 @dataclass(frozen=True)

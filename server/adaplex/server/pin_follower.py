@@ -10,7 +10,7 @@ from adaplex.adapters.catalog import AdapterRecord
 from adaplex.adapters.registry import AdapterRegistry
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.errors import NoRoomBesidePins, PinsFull, RequestInvalid
-from adaplex.server.blocking import in_thread
+from adaplex.server.threads import in_thread
 
 log = structlog.get_logger("adaplex.pins")
 

@@ -66,7 +66,7 @@ def _opened(
 ) -> Iterator[tuple[Contents, Catalog]]:
     """The store of the flags, the environment or the file."""
     from adaplex.adapters.errors import AdaplexError
-    from adaplex.server.stores import existing, open_contents
+    from adaplex.server.open_store import existing, open_contents
 
     given = {"store_dir": store_dir, "shared_store": shared_store, "config": config}
     try:

@@ -36,7 +36,7 @@ def verify(directory: Path, model: str, quantization: str | None) -> Validation:
     """What a server of this base would say of an adapter directory."""
     from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge  # brings torch
     from adaplex.adapters.report import Report, describe
-    from adaplex.server.workbench import Workbench, told
+    from adaplex.server.offline_base import Workbench, told
 
     with told():
         bench = Workbench.of({"model": model, "quantization": quantization})
