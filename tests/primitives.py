@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adaplex.adapters.base_spec import BaseModule, BaseSpec
-from adaplex.adapters.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 
 FUSED = ("gate_up_proj", "down_proj")
 PARTS: dict[str, Literal["attention", "mlp"]] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adaplex.adapters.primitives import Bottleneck, LowRank, Reads, ReplacedRows
-from adaplex.adapters.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.program.primitives import Bottleneck, LowRank, Reads, ReplacedRows
+from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from rig import Rig
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters import formats
-from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.checkpoint import read_checkpoint
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters.program.base_spec import BaseSpec
+from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
 from adaplex.engine.sequence import Sequence

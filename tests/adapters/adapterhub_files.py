@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters import formats
-from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.primitives import Bottleneck
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.program.primitives import Bottleneck
+from adaplex.adapters.program.program import AdapterProgram
 
 FIXTURES = Path(__file__).parent.parent / "adapterhub" / "fixtures"
 LIMITS = AdapterLimits()

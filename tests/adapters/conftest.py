@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from adaplex.adapters.base_spec import BaseSpec
-from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.program.base_spec import BaseSpec
+from adaplex.adapters.registry.registry import AdapterRegistry
 from adapters.handmade import make_registry, staged
 from adapters.replicas import replica
 from peft_adapters import load_plain

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from adaplex.adapters.entry import Entry, Origin, Version
+from adaplex.adapters.storage.name_record import Entry, Origin, Version
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 

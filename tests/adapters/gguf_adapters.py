@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adaplex.adapters import formats
-from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.checkpoint import WEIGHTS, read_checkpoint
-from adaplex.adapters.gguf_lora import convert_gguf_lora
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.primitives import LowRank
+from adaplex.adapters.program.base_spec import BaseSpec
+from adaplex.adapters.program.primitives import LowRank
+from adaplex.adapters.sources.gguf.lora import convert_gguf_lora
 
 LIMITS = AdapterLimits()
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 16

@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from adaplex.adapters.base_spec import BaseModule, BaseSpec
-from adaplex.adapters.catalog import AdapterRecord, Query
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS, Checkpoint
-from adaplex.adapters.entry import Origin
-from adaplex.adapters.importer import Importer
-from adaplex.adapters.intake import Committed
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.registry.importer import Importer
+from adaplex.adapters.registry.intake import Committed
+from adaplex.adapters.registry.registry import AdapterRegistry
 from adaplex.adapters.sources import Sources
-from adaplex.adapters.staging import FileSpec, Staging
-from adaplex.adapters.store import ALIVE
+from adaplex.adapters.storage.catalog import AdapterRecord, Query
+from adaplex.adapters.storage.folder_content import ALIVE
+from adaplex.adapters.storage.name_record import Origin
+from adaplex.adapters.storage.staging import FileSpec, Staging
 
 UPLOAD = Origin(datetime(2026, 1, 1, tzinfo=UTC), actor="ada", source="upload")
 HIDDEN, INNER = 8, 16

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from adaplex.adapters.errors import AdapterNotFound
-from adaplex.adapters.fsck import check_store
-from adaplex.adapters.registry import AdapterRegistry
-from adaplex.adapters.split import Target
+from adaplex.adapters.registry.registry import AdapterRegistry
+from adaplex.adapters.storage.alias_split import Target
+from adaplex.adapters.storage.fsck import check_store
 from adapters.handmade import UPLOAD, make_registry, push, staged
 
 MAX_WRITES = 2000

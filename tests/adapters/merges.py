@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from adaplex.adapters import formats
-from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
+from adaplex.adapters.compose.merge import MergeMethod, MergePlan, merge_checkpoints
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.merging import MergeMethod, MergePlan, merge_checkpoints
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters.program.base_spec import BaseSpec
+from adaplex.adapters.program.program import AdapterProgram
 from adapters.handmade import BASE, checkpoint, tensors
 
 LIMITS = AdapterLimits()

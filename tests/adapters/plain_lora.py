@@ -11,7 +11,7 @@ from torch import Tensor
 from adaplex.adapters import formats
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters.program.program import AdapterProgram
 from adapters.handmade import BASE, PREFIX, QUERY, checkpoint, tensors
 
 LIMITS = AdapterLimits()

@@ -5,14 +5,14 @@ from __future__ import annotations
 from datetime import timedelta
 from pathlib import Path
 
-from adaplex.adapters.bucket import Bucket
-from adaplex.adapters.bucket_catalog import BucketCatalog
-from adaplex.adapters.bucket_contents import GRACE, BucketContents
-from adaplex.adapters.intake import Room
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.registry import AdapterRegistry
-from adaplex.adapters.sqlite_catalog import SqliteCatalog
-from adaplex.adapters.store import AdapterStore
+from adaplex.adapters.registry.intake import Room
+from adaplex.adapters.registry.registry import AdapterRegistry
+from adaplex.adapters.storage.bucket import Bucket
+from adaplex.adapters.storage.bucket_catalog import BucketCatalog
+from adaplex.adapters.storage.bucket_content import GRACE, BucketContents
+from adaplex.adapters.storage.folder_content import AdapterStore
+from adaplex.adapters.storage.sqlite_catalog import SqliteCatalog
 from adapters.handmade import BASE
 
 

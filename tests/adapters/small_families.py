@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters import formats
-from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.program.program import AdapterProgram
 from adapters.handmade import DOWN, HIDDEN, INNER, NORM, PREFIX, QUERY, VALUE, make_base
 
 LIMITS = AdapterLimits()

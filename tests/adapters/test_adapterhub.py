@@ -10,7 +10,7 @@ import torch
 
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid
-from adaplex.adapters.primitives import Activation, Reads
+from adaplex.adapters.program.primitives import Activation, Reads
 from adapters.adapterhub_files import bottleneck, changed, lower, make_base, outer, read, retensored
 
 

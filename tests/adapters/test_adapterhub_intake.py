@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaplex.adapters.base_match import mismatches
 from adaplex.adapters.checkpoint import ADAPTERHUB_WEIGHTS, CONFIG, WEIGHTS, read_checkpoint
 from adaplex.adapters.errors import AdapterInvalid
-from adaplex.adapters.formats.hybrid import join
+from adaplex.adapters.formats.bundle import join
+from adaplex.adapters.program.base_match import mismatches
 from adaplex.adapters.sources.transfer import choose_files
 from adaplex.client.errors import InvalidArgument
 from adaplex.client.upload import AdapterFiles

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from adaplex.adapters import formats
-from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
 from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program.base_spec import BaseSpec
 from adapters.adapterhub_files import BASE, changed, lower, make_base, outer, read, retensored
 
 UP = "model.layers.0.output_adapters.adapters.pfeiffer.adapter_up.weight"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from adaplex.adapters.bucket import Blob, Bucket, Conflict, Unchanged
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge, SourceUnavailable
+from adaplex.adapters.storage.bucket import Blob, Bucket, Conflict, Unchanged
 
 
 def test_objects_and_conditions(s3_prefix: str, tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_bucket_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-word")
-    monkeypatch.setattr("adaplex.adapters.bucket.RETRIES", 0)
+    monkeypatch.setattr("adaplex.adapters.storage.bucket.RETRIES", 0)
     with pytest.raises(SourceUnavailable) as caught:
         Bucket("s3://bucket/prefix").get("key")
     assert "secret-word" not in str(caught.value)

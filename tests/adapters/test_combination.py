@@ -12,18 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaplex.adapters.combination import (
-    Combination,
-    Component,
-    combine,
-    module_ranks,
-    packed_bytes,
-)
+from adaplex.adapters.compose.mix import Combination, Component, combine, module_ranks, packed_bytes
 from adaplex.adapters.digest import PATTERN
 from adaplex.adapters.errors import AdapterInvalid
-from adaplex.adapters.primitives import LowRank
-from adaplex.adapters.program import AdapterProgram, ModuleProgram
-from adaplex.adapters.report import describe
+from adaplex.adapters.program.primitives import LowRank
+from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.program.report import describe
 from adapters.handmade import BASE, DOWN, NORM, QUERY, VALUE
 
 A, B, C = (f"sha256:{letter * 64}" for letter in "abc")

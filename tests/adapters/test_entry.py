@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from adaplex.adapters.entry import (
+from adaplex.adapters.errors import AdapterError, AdapterInvalid, AdapterNotFound, StoreFull
+from adaplex.adapters.storage.alias_split import Target, split_of
+from adaplex.adapters.storage.name_record import (
     MAX_ALIASES,
     MAX_EVENTS,
     MAX_LABELS,
@@ -10,8 +12,6 @@ from adaplex.adapters.entry import (
     from_json,
     to_json,
 )
-from adaplex.adapters.errors import AdapterError, AdapterInvalid, AdapterNotFound, StoreFull
-from adaplex.adapters.split import Target, split_of
 from adapters.entries import digest, entry, origin, version
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from adaplex.adapters import formats
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS, read_checkpoint
 from adaplex.adapters.errors import AdapterInvalid
-from adaplex.adapters.formats.vera import random_projections
+from adaplex.adapters.formats.peft.vera import random_projections
 from adapters.handmade import DOWN, HIDDEN, PREFIX, QUERY, write
 from adapters.small_families import (
     BASE,

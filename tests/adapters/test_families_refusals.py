@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters import formats
-from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
-from adaplex.adapters.formats.vera import random_projections
+from adaplex.adapters.formats.peft.vera import random_projections
 from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program.base_spec import BaseSpec
 from adapters.handmade import HIDDEN, INNER, NORM, PREFIX, QUERY, VALUE, make_base
 from adapters.small_families import BASE, LIMITS, MADE, at, base_of, lower, ones, refusals
 

@@ -12,9 +12,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.formats import FORMATS, NEEDS, lower, table
-from adaplex.adapters.formats.peft_fallback import IDLE, UNSUPPORTED
-from adaplex.adapters.formats.peft_kinds import KINDS, PeftKind
-from adaplex.adapters.formats.reading import HARMLESS, TARGETS
+from adaplex.adapters.formats.lowering_context import HARMLESS, TARGETS
+from adaplex.adapters.formats.peft.kinds import KINDS, PeftKind
+from adaplex.adapters.formats.peft.merged_only import IDLE, UNSUPPORTED
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.model.loader import load_base
 from adapters.handmade import BASE, checkpoint

@@ -10,9 +10,9 @@ import pytest
 from adaplex.adapters.checkpoint import WEIGHTS, Checkpoint
 from adaplex.adapters.digest import content_digest
 from adaplex.adapters.formats import FORMATS, identity
-from adaplex.adapters.formats.hybrid import join
-from adaplex.adapters.fsck import check_store
-from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.formats.bundle import join
+from adaplex.adapters.registry.registry import AdapterRegistry
+from adaplex.adapters.storage.fsck import check_store
 from adapters.handmade import checkpoint, config, files, make_registry, push, tensors
 
 

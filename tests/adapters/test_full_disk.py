@@ -13,7 +13,7 @@ import pytest
 
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
 from adaplex.adapters.errors import StoreFull
-from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.registry.registry import AdapterRegistry
 from adapters.handmade import (
     UPLOAD,
     files,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from adaplex.adapters.errors import AdapterInvalid
-from adaplex.adapters.gguf_file import read_gguf
 from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.sources.gguf.file import read_gguf
 
 LIMITS = AdapterLimits()
 HEADER_START = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q1s", 1, b"k")

@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from adaplex.adapters import formats
-from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS, read_checkpoint
-from adaplex.adapters.gguf_lora import ARCHITECTURES
-from adaplex.adapters.primitives import LowRank
+from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.program.primitives import LowRank
+from adaplex.adapters.sources.gguf.lora import ARCHITECTURES
 from adapters.gguf_adapters import (
     BF16,
     F16,

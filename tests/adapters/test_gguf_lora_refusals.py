@@ -12,10 +12,10 @@ import torch
 from gguf import GGMLQuantizationType, GGUFEndian
 from torch import Tensor
 
-from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.errors import AdapterError, AdapterInvalid, AdapterTooLarge
-from adaplex.adapters.gguf_lora import convert_gguf_lora
 from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program.base_spec import BaseSpec
+from adaplex.adapters.sources.gguf.lora import convert_gguf_lora
 from adapters.gguf_adapters import F32, HEADS, LIMITS, Q8_0, convert, lowered, pair, write_gguf
 
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from adaplex.adapters import formats
 from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
-from adaplex.adapters.formats.hybrid import join
+from adaplex.adapters.formats.bundle import join
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters.program.program import AdapterProgram
 from adaplex.server.cli.join import join as join_command
 from adapters.handmade import BASE, DOWN, INNER, PREFIX, QUERY, VALUE, checkpoint, tensors
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adaplex.adapters.base_spec import BaseModule, BaseSpec
-from adaplex.adapters.combination import (
+from adaplex.adapters.compose.mix import (
     Combination,
     Component,
     check,
@@ -20,8 +19,8 @@ from adaplex.adapters.combination import (
     packed_bytes,
 )
 from adaplex.adapters.errors import AdapterInvalid
-from adaplex.adapters.joined import joined
-from adaplex.adapters.primitives import (
+from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.program.primitives import (
     Activation,
     Bottleneck,
     KVPrefix,
@@ -29,8 +28,9 @@ from adaplex.adapters.primitives import (
     Reads,
     ReplacedRows,
 )
-from adaplex.adapters.program import AdapterProgram, ModuleProgram
-from adaplex.adapters.report import describe
+from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.program.report import describe
+from adaplex.adapters.program.sum import joined
 
 HIDDEN, VOCAB, OUT, EXPERTS = 8, 12, 6, 3
 EMBEDDING, LINEAR, NORM = "model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.norm"

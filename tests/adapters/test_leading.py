@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from adaplex.adapters import formats
-from adaplex.adapters.base_spec import BaseModule, BaseSpec
-from adaplex.adapters.entry import from_json, to_json
 from adaplex.adapters.errors import AdapterInvalid
-from adaplex.adapters.leading import check_leading
-from adaplex.adapters.primitives import KVPrefix
-from adaplex.adapters.program import AdapterProgram, ModuleProgram
-from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.program.check_prefix import check_leading
+from adaplex.adapters.program.primitives import KVPrefix
+from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.registry.registry import AdapterRegistry
+from adaplex.adapters.storage.name_record import from_json, to_json
 from adapters.entries import entry
 from adapters.handmade import BASE, make_registry, push, stage, tensors
 from adapters.handmade import files as made_files

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from adaplex.adapters.base_match import BasePolicy
 from adaplex.adapters.errors import (
     AdapterInvalid,
     AdapterNotFound,
@@ -17,8 +16,9 @@ from adaplex.adapters.errors import (
     StoreFull,
 )
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.registry import AdapterRegistry
-from adaplex.adapters.split import Target
+from adaplex.adapters.program.base_match import BasePolicy
+from adaplex.adapters.registry.registry import AdapterRegistry
+from adaplex.adapters.storage.alias_split import Target
 from adapters.handmade import (
     UPLOAD,
     config,

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from adaplex.adapters import formats
-from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.checkpoint import read_checkpoint
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters.program.base_spec import BaseSpec
+from adaplex.adapters.program.program import AdapterProgram
 from peft_adapters import attention, everything, save_adapter, spread
 
 LIMITS = AdapterLimits()

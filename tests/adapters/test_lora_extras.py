@@ -16,7 +16,7 @@ from adaplex.adapters import formats
 from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters.program.program import AdapterProgram
 from peft_adapters import EXPERTS, EXTRAS, Oracle, load_plain, pool_linears, save_adapter
 from primitives import applied, describe
 from rig import prompt

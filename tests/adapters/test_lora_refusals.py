@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.errors import AdapterTooLarge
-from adaplex.adapters.formats.lora_config import CONFLICTS, EVERYWHERE
+from adaplex.adapters.formats.lora.config import CONFLICTS, EVERYWHERE
 from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program.base_spec import BaseSpec
 from adapters.handmade import PREFIX
 from adapters.lora_parts import BIASES, DOWN, QUERY, TABLE, UP, base, lower, pair, refused, table
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import read_checkpoint, write_checkpoint
-from adaplex.adapters.merging import MergeMethod
-from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.compose.merge import MergeMethod
+from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.registry.registry import AdapterRegistry
 from adapters.handmade import (
     BASE,
     DOWN,

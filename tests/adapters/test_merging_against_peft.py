@@ -13,9 +13,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from adaplex.adapters.merging import MergeMethod, MergePlan, merge_checkpoints
+from adaplex.adapters.compose.merge import MergeMethod, MergePlan, merge_checkpoints
+from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.model.loader import load_base
 from adapters.merges import LIMITS, deltas, plan
 from peft_adapters import Oracle, everything, load_plain, save_adapter

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from adaplex.adapters.checkpoint import Checkpoint
-from adaplex.adapters.errors import AdapterInvalid
-from adaplex.adapters.merging import (
+from adaplex.adapters.compose.merge import (
     MAX_SOURCES,
     MergeMethod,
     MergePlan,
     merge_adapters,
     merge_checkpoints,
 )
+from adaplex.adapters.errors import AdapterInvalid
 from adapters.handmade import BASE, HEAD, HIDDEN, QUERY, checkpoint, tensors
 from adapters.merges import EQUAL_RANKS, lower, merged, plan, source
 

@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adaplex.adapters import trial
-from adaplex.adapters.base_match import BasePolicy
-from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
 from adaplex.adapters.errors import AdapterInvalid
-from adaplex.adapters.formats import peft_fallback
+from adaplex.adapters.formats.peft import merged_only
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.programs import Programs
-from adaplex.adapters.store import AdapterStore
+from adaplex.adapters.program.base_match import BasePolicy
+from adaplex.adapters.program.base_spec import BaseSpec
+from adaplex.adapters.registry import try_merge
+from adaplex.adapters.registry.program_cache import Programs
+from adaplex.adapters.storage.folder_content import AdapterStore
 from adaplex.model.loader import load_base
 from peft_adapters import load_plain
 from peft_kinds import save_kind
@@ -182,14 +182,14 @@ def test_a_decomposition_needs_the_weights_as_they_were(
 def test_without_peft_the_extra_is_named(
     upload: Callable[[str], Upload], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peft_fallback, "is_installed", lambda: False)
+    monkeypatch.setattr(merged_only, "is_installed", lambda: False)
     upload("OFT").refused("pip install 'adaplex\\[peft\\]'")
 
 
 def test_a_long_trial_still_tries_every_shape(
     upload: Callable[[str], Upload], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "SECONDS", 0.0)
+    monkeypatch.setattr(try_merge, "SECONDS", 0.0)
     sent = upload("HIRA")
     key = "base_model.model.model.layers.0.mlp.down_proj.hira_"  # the first of its shape
     for half in "AB":

@@ -19,10 +19,10 @@ from adaplex.adapters.errors import (
     AdapterTooLarge,
     StoreFull,
 )
-from adaplex.adapters.intake import Intake
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.registry import AdapterRegistry
-from adaplex.adapters.selector import NAME
+from adaplex.adapters.registry.intake import Intake
+from adaplex.adapters.registry.registry import AdapterRegistry
+from adaplex.adapters.storage.selector import NAME
 from adapters.handmade import (
     BASE,
     UPLOAD,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters import formats
-from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.program.program import AdapterProgram
 from adapters.handmade import PREFIX
 from adapters.lora_parts import (
     BIASES,

@@ -9,9 +9,9 @@ import pytest
 
 from adaplex.adapters.checkpoint import CONFIG
 from adaplex.adapters.errors import AdapterNotFound, StoreCorrupt
-from adaplex.adapters.programs import Programs
-from adaplex.adapters.registry import AdapterRegistry
-from adaplex.adapters.report import Report, ReportCache
+from adaplex.adapters.program.report import Report, ReportCache
+from adaplex.adapters.registry.program_cache import Programs
+from adaplex.adapters.registry.registry import AdapterRegistry
 from adapters.handmade import (
     UPLOAD,
     config,

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from adaplex.adapters.bucket import Bucket
 from adaplex.adapters.errors import AdapterExists, AdapterNotFound
-from adaplex.adapters.registry import AdapterRegistry
-from adaplex.adapters.split import Target
+from adaplex.adapters.registry.registry import AdapterRegistry
+from adaplex.adapters.storage.alias_split import Target
+from adaplex.adapters.storage.bucket import Bucket
 from adapters.handmade import UPLOAD, objects, push, records
 from adapters.replicas import replica
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from adaplex.adapters.bucket import Bucket, Conflict
-from adaplex.adapters.bucket_catalog import BucketCatalog
-from adaplex.adapters.bucket_contents import BucketContents
 from adaplex.adapters.errors import AdapterError, SourceUnavailable, StoreCorrupt
-from adaplex.adapters.registry import AdapterRegistry
-from adaplex.adapters.split import Target
+from adaplex.adapters.registry.registry import AdapterRegistry
+from adaplex.adapters.storage.alias_split import Target
+from adaplex.adapters.storage.bucket import Bucket, Conflict
+from adaplex.adapters.storage.bucket_catalog import BucketCatalog
+from adaplex.adapters.storage.bucket_content import BucketContents
 from adapters.handmade import UPLOAD, files, push, records, tensors
 from adapters.replicas import replica
 

@@ -13,7 +13,7 @@ import pytest
 
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
 from adaplex.adapters.errors import AdapterInvalid
-from adaplex.adapters.signatures import (
+from adaplex.adapters.sources.signatures import (
     MAX_SIGNATURE_BYTES,
     SIGNATURE,
     SignaturePolicy,
@@ -255,7 +255,7 @@ def test_without_the_library_only_off_can_be_held(
 
 def test_the_library_is_not_loaded_with_the_module() -> None:
     script = (
-        "import sys; from adaplex.adapters.signatures import SignatureVerifier;"
+        "import sys; from adaplex.adapters.sources.signatures import SignatureVerifier;"
         "SignatureVerifier('off'); sys.exit('model_signing' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from adaplex.adapters.bucket import Bucket
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
 from adaplex.adapters.errors import (
     AdapterError,
@@ -21,8 +20,9 @@ from adaplex.adapters.errors import (
     SourceUnavailable,
 )
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.registry.registry import AdapterRegistry
 from adaplex.adapters.sources import Sources
+from adaplex.adapters.storage.bucket import Bucket
 from adapters.handmade import UPLOAD, files, make_importer, push, tensors, write
 from adapters.hub_server import Hub, serving
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from adaplex.adapters.errors import AdapterInvalid
-from adaplex.adapters.split import MAX_TARGETS, Split, Target, choose, split_of
+from adaplex.adapters.storage.alias_split import MAX_TARGETS, Split, Target, choose, split_of
 
 KEYS = [f"user-{i}" for i in range(20_000)]
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaplex.adapters.catalog import Order, Query
-from adaplex.adapters.entry import Entry
 from adaplex.adapters.errors import AdapterError, AdapterExists
-from adaplex.adapters.sqlite_catalog import SqliteCatalog
+from adaplex.adapters.storage.catalog import Order, Query
+from adaplex.adapters.storage.name_record import Entry
+from adaplex.adapters.storage.sqlite_catalog import SqliteCatalog
 from adapters.entries import digest, entry, origin, version
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from adaplex.adapters import intake
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
 from adaplex.adapters.errors import (
     AdapterError,
@@ -19,8 +18,9 @@ from adaplex.adapters.errors import (
     AdapterNotFound,
     StoreCorrupt,
 )
-from adaplex.adapters.registry import AdapterRegistry
-from adaplex.adapters.store import AdapterStore
+from adaplex.adapters.registry import intake
+from adaplex.adapters.registry.registry import AdapterRegistry
+from adaplex.adapters.storage.folder_content import AdapterStore
 from adapters.handmade import (
     BASE,
     UPLOAD,

@@ -26,7 +26,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from adaplex.adapters.entry import Origin
+from adaplex.adapters.storage.name_record import Origin
 from adaplex.client.bench.checkpoint import write_checkpoint
 from adaplex.client.bench.machine import Machine, read_bandwidth
 from adaplex.client.bench.report import rounded

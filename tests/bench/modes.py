@@ -25,7 +25,7 @@ import torch
 from adaplex.adapters import formats
 from adaplex.adapters.checkpoint import read_checkpoint
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters.program.program import AdapterProgram
 from adaplex.client.bench.checkpoint import write_checkpoint
 from adaplex.engine.auto_merge import ENOUGH, STRIDE
 from adaplex.engine.config import EngineConfig

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from adaplex.adapters.catalog import Usage
+from adaplex.adapters.storage.catalog import Usage
 from adaplex.engine.errors import QueueFull
 from adaplex.engine.observer import EngineStats
 from adaplex.engine.request import AdapterRef, Timing

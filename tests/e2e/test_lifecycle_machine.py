@@ -22,9 +22,9 @@ from hypothesis.stateful import (
 )
 
 from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound
-from adaplex.adapters.lease import Lease
-from adaplex.adapters.registry import AdapterRegistry
-from adaplex.adapters.split import Target
+from adaplex.adapters.registry.registry import AdapterRegistry
+from adaplex.adapters.storage.alias_split import Target
+from adaplex.adapters.storage.lease import Lease
 from adaplex.engine.engine import Engine
 from adaplex.engine.errors import NoRoomBesidePins, PinsFull
 from adaplex.engine.request import AdapterMode, Request

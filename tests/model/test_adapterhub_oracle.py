@@ -17,10 +17,10 @@ from torch import Tensor
 
 from adaplex.adapters import formats
 from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint
-from adaplex.adapters.combination import Combination, Component, check, combine, packed_bytes
-from adaplex.adapters.formats.hybrid import join
+from adaplex.adapters.compose.mix import Combination, Component, check, combine, packed_bytes
+from adaplex.adapters.formats.bundle import join
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.report import describe
+from adaplex.adapters.program.report import describe
 from adaplex.engine.request import AdapterRef
 from rig import Rig, lowered
 from tiny import byte_tokenizer

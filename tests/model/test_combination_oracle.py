@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from adaplex.adapters.combination import Combination, Component, combine
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters.compose.mix import Combination, Component, combine
+from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.request import AdapterMode, AdapterRef
 from peft_adapters import Oracle, load_plain, save_adapter, spread
 from rig import Rig, lowered, prompt

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.adapters.primitives import LowRank
-from adaplex.adapters.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.program.primitives import LowRank
+from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.engine.request import AdapterMode
 from adaplex.model import quantized_linear
 from adaplex.model.int4_group import Int4GroupLinear, dequantized_product, int4_product

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.adapters.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.model.decode_steps import DecodeSteps, Replay

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS, read_checkpoint
-from adaplex.adapters.formats.hybrid import join
+from adaplex.adapters.formats.bundle import join
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.engine.sequence import Sequence
 from peft_adapters import Oracle, load_plain, save_adapter

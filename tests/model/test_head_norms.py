@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 
-from adaplex.adapters.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Chunk
 from peft_adapters import Oracle, load_plain
 from peft_families import around, family, lora

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adaplex.adapters.errors import AdapterNotFound
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters.program.program import AdapterProgram
 from adaplex.model.host_copies import HostCopies, Packer
 from peft_adapters import load_plain, save_adapter, spread
 from rig import Rig, lowered, prompt

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.adapters.primitives import LowRank
-from adaplex.adapters.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.program.primitives import LowRank
+from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.model.int4_group import (
     GROUP_SIZES,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.adapters.primitives import KVPrefix, LowRank
-from adaplex.adapters.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.program.primitives import KVPrefix, LowRank
+from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.engine import Engine
 from adaplex.engine.observer import SilentObserver

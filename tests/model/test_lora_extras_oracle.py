@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode
 from peft_adapters import ELSEWHERE, EXPERTS, EXTRAS, Oracle, load_plain, pool_linears, save_adapter

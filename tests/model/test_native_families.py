@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.adapters.base_spec import BaseModule, BaseSpec
-from adaplex.adapters.primitives import Activation, Bottleneck, LowRank, Reads, ReplacedRows
-from adaplex.adapters.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.program.primitives import Activation, Bottleneck, LowRank, Reads, ReplacedRows
+from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.engine.sequence import VIRTUAL

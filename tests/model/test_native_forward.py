@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import OVERFLOWED, AdapterMode
 from adaplex.engine.sequence import Sequence

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.model.adapted import AdaptedLinear

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from adaplex.adapters.primitives import KVPrefix, LowRank
-from adaplex.adapters.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.program.primitives import KVPrefix, LowRank
+from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode
 from adaplex.engine.sequence import Sequence

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.adapters.base_spec import BaseModule
+from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.model.kernels.adapter_kernels import AdapterKernels, Tile
 from adaplex.model.kernels.launches import Launches
 from adaplex.model.kernels.low_rank import (

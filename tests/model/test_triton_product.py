@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaplex.adapters.primitives import LowRank
+from adaplex.adapters.program.primitives import LowRank
 from adaplex.model.int4_group import GROUP_SIZES, Int4GroupLinear, Int4Weight
 from adaplex.model.kernels import triton_forms, triton_product
 from adaplex.model.linear import DenseLinear, LinearBackend

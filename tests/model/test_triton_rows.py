@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaplex.adapters.base_spec import BaseModule
-from adaplex.adapters.primitives import Activation, Bottleneck, LowRank, Reads, ReplacedRows
-from adaplex.adapters.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.program.base_spec import BaseModule
+from adaplex.adapters.program.primitives import Activation, Bottleneck, LowRank, Reads, ReplacedRows
+from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.model.host_copies import Packer
 from adaplex.model.kernels.low_rank import AdapterWeights, ReferenceLowRank, Span
 from adaplex.model.kernels.triton_rows import TritonKernels

@@ -18,9 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from adaplex.adapters.base_spec import BaseModule
-from adaplex.adapters.primitives import LowRank
-from adaplex.adapters.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.program.base_spec import BaseModule
+from adaplex.adapters.program.primitives import LowRank
+from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode
 from adaplex.model.kernels import triton_attention, triton_forms, triton_low_rank, triton_product

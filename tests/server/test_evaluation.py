@@ -13,8 +13,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from adaplex.adapters.registry import AdapterRegistry
-from adaplex.adapters.split import Target
+from adaplex.adapters.registry.registry import AdapterRegistry
+from adaplex.adapters.storage.alias_split import Target
 from adaplex.model.loader import BaseModel, load_base
 from adaplex.model.perplexity import Window, windows
 from adaplex.server.cli.eval import evaluate

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save
 
 from adaplex.adapters import formats
-from adaplex.adapters.base_spec import BaseModule
-from adaplex.adapters.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.program.base_spec import BaseModule
+from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.engine.sequence import VIRTUAL
 from adaplex.v1 import adapters_pb2 as pb
 from adaplex.v1.generation_pb2 import (

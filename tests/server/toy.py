@@ -18,7 +18,7 @@ import torch
 from prometheus_client import CollectorRegistry
 from safetensors.torch import save
 
-from adaplex.adapters.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.batch import Batch
 from adaplex.engine.config import EngineConfig

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaplex.adapters.base_spec import BaseModule
+from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.model import experts
 from adaplex.model.linear import LinearBackend
 from adaplex.model.step import StepContext

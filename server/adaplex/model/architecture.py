@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
-from adaplex.adapters.base_spec import BaseModule
+from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.model import attention
 from adaplex.model.adapted import oriented_weight
 from adaplex.model.blocks import BlockWatch

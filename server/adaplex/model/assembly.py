@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from adaplex.adapters.base_spec import BaseModule
+from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.model import attention, experts
 from adaplex.model.adapted import AdaptedLinear, adapt, base_bias, oriented_weight
 from adaplex.model.architecture import Probe, is_linear, output_layer, probe

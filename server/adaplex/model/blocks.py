@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaplex.adapters.base_spec import BaseModule
+from adaplex.adapters.program.base_spec import BaseModule
 
 PRE_NORMED = {
     "self_attn": ("input_layernorm", "attention"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from adaplex.adapters.files import file_sha256
+from adaplex.adapters.durable_files import file_sha256
 
 HASHES = "hashes.json"
 """Its name in the cache folder."""

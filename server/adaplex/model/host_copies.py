@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaplex.adapters.base_spec import BaseModule
-from adaplex.adapters.program import AdapterProgram, ModuleProgram, PackedTensor
+from adaplex.adapters.program.base_spec import BaseModule
+from adaplex.adapters.program.program import AdapterProgram, ModuleProgram, PackedTensor
 from adaplex.model.kernels.low_rank import AdapterWeights, SiteWeights
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kernels.native.structs import SITE_FIELDS, shape_code

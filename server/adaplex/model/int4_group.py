@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaplex.adapters.primitives import LowRank
+from adaplex.adapters.program.primitives import LowRank
 from adaplex.model.kernels.reference import linear_rows
 from adaplex.model.linear import LinearBackend
 

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from adaplex.adapters.primitives import LowRank
+from adaplex.adapters.program.primitives import LowRank
 from adaplex.model.kernels.reference import ROW_TILE, linear_rows, whole_tiles
 
 log = logging.getLogger(__name__)

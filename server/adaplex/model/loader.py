@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from adaplex.adapters.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
 from adaplex.model import memory
 from adaplex.model.adapted import AdaptedLinear
 from adaplex.model.architecture import Probe, check_supported

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaplex.adapters.primitives import LowRank
-from adaplex.adapters.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.program.primitives import LowRank
+from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.model.host_copies import Packer
 from adaplex.model.kernels.low_rank import AdapterWeights
 from adaplex.model.kernels.native.structs import SITE_FIELDS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adaplex.adapters.primitives import LowRank
+from adaplex.adapters.program.primitives import LowRank
 from adaplex.model.int4_group import (
     Int4GroupLinear,
     Int4Weight,

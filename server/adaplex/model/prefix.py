@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from adaplex.adapters.base_spec import BaseModule
+from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterRef
 from adaplex.model.kernels.low_rank import AdapterWeights

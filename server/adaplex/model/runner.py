@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.merge_cost_model import Merge, StepCosts
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SampledToken, SamplingParams

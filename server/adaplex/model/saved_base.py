@@ -19,8 +19,8 @@ from filelock import FileLock
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from adaplex.adapters.base_spec import BaseModule
-from adaplex.adapters.files import sync
+from adaplex.adapters.durable_files import sync
+from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.model.adapted import AdaptedLinear
 from adaplex.model.architecture import Probe
 from adaplex.model.kv_cache import LayerShape

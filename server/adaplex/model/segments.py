@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaplex.adapters.primitives import Activation, Reads
+from adaplex.adapters.program.primitives import Activation, Reads
 from adaplex.model.kernels.low_rank import AddLowRank, SiteWeights
 from adaplex.model.kernels.reference import linear_rows
 from adaplex.model.linear import LinearBackend

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from adaplex.adapters.files import file_sha256
+from adaplex.adapters.durable_files import file_sha256
 from adaplex.model.errors import ModelSourceError
 from adaplex.model.file_hashes import HASHES, FileHashes
 

@@ -7,12 +7,12 @@ import binascii
 import json
 from collections.abc import Iterable, Mapping
 
-from adaplex.adapters.catalog import AdapterRecord, Order, Query
-from adaplex.adapters.entry import Entry, Event
-from adaplex.adapters.merging import MAX_SOURCES, MergeMethod, MergePlan
-from adaplex.adapters.report import Report
-from adaplex.adapters.split import MAX_TARGETS, Split, Target
-from adaplex.adapters.staging import FileSpec
+from adaplex.adapters.compose.merge import MAX_SOURCES, MergeMethod, MergePlan
+from adaplex.adapters.program.report import Report
+from adaplex.adapters.storage.alias_split import MAX_TARGETS, Split, Target
+from adaplex.adapters.storage.catalog import AdapterRecord, Order, Query
+from adaplex.adapters.storage.name_record import Entry, Event
+from adaplex.adapters.storage.staging import FileSpec
 from adaplex.server.convert import check
 from adaplex.v1 import adapters_pb2
 

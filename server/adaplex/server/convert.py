@@ -6,9 +6,9 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adaplex.adapters.catalog import AdapterRecord
-from adaplex.adapters.combination import MAX_COMPONENTS
-from adaplex.adapters.lease import Lease
+from adaplex.adapters.compose.mix import MAX_COMPONENTS
+from adaplex.adapters.storage.catalog import AdapterRecord
+from adaplex.adapters.storage.lease import Lease
 from adaplex.engine.errors import RequestInvalid
 from adaplex.engine.request import (
     AdapterMode,

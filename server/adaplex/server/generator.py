@@ -13,8 +13,8 @@ from dataclasses import replace
 from functools import partial
 
 from adaplex.adapters.errors import AdapterNotFound
-from adaplex.adapters.lease import Lease
-from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.registry.registry import AdapterRegistry
+from adaplex.adapters.storage.lease import Lease
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.errors import (
     DeadlineExpired,

@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from adaplex.adapters.errors import AdapterTooLarge
-from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.registry.registry import AdapterRegistry
 from adaplex.engine.errors import (
     AdapterLoadFailed,
     DeadlineExpired,

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import typer
 
-from adaplex.adapters.base_match import BasePolicy
 from adaplex.adapters.errors import AdaplexError
-from adaplex.adapters.program import AdapterProgram
-from adaplex.adapters.programs import read_adapter
+from adaplex.adapters.program.base_match import BasePolicy
+from adaplex.adapters.program.program import AdapterProgram
+from adaplex.adapters.registry.program_cache import read_adapter
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.model.loader import BaseModel
 from adaplex.model.perplexity import window_blocks

@@ -10,24 +10,24 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from adaplex.adapters.base_match import BasePolicy
-from adaplex.adapters.base_spec import BaseSpec
-from adaplex.adapters.bucket import Bucket
-from adaplex.adapters.bucket_catalog import BucketCatalog
-from adaplex.adapters.bucket_contents import BucketContents
-from adaplex.adapters.catalog import Catalog
-from adaplex.adapters.contents import Contents
-from adaplex.adapters.entry import Origin
 from adaplex.adapters.errors import AdapterError
-from adaplex.adapters.gguf_lora import convert_gguf_lora
-from adaplex.adapters.importer import Importer
-from adaplex.adapters.intake import Room
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.registry import AdapterRegistry
-from adaplex.adapters.signatures import SignaturePolicy, SignatureVerifier
+from adaplex.adapters.program.base_match import BasePolicy
+from adaplex.adapters.program.base_spec import BaseSpec
+from adaplex.adapters.registry.importer import Importer
+from adaplex.adapters.registry.intake import Room
+from adaplex.adapters.registry.registry import AdapterRegistry
 from adaplex.adapters.sources import Sources
-from adaplex.adapters.sqlite_catalog import SqliteCatalog
-from adaplex.adapters.store import AdapterStore
+from adaplex.adapters.sources.gguf.lora import convert_gguf_lora
+from adaplex.adapters.sources.signatures import SignaturePolicy, SignatureVerifier
+from adaplex.adapters.storage.bucket import Bucket
+from adaplex.adapters.storage.bucket_catalog import BucketCatalog
+from adaplex.adapters.storage.bucket_content import BucketContents
+from adaplex.adapters.storage.catalog import Catalog
+from adaplex.adapters.storage.content_store import Contents
+from adaplex.adapters.storage.folder_content import AdapterStore
+from adaplex.adapters.storage.name_record import Origin
+from adaplex.adapters.storage.sqlite_catalog import SqliteCatalog
 from adaplex.server.config import ConfigError, ServerConfig
 
 AT_START = "start"

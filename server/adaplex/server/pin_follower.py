@@ -6,8 +6,8 @@ import asyncio
 
 import structlog
 
-from adaplex.adapters.catalog import AdapterRecord
-from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.registry.registry import AdapterRegistry
+from adaplex.adapters.storage.catalog import AdapterRecord
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.errors import NoRoomBesidePins, PinsFull, RequestInvalid
 from adaplex.server.threads import in_thread

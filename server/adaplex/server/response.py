@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from adaplex.adapters.lease import Lease
+from adaplex.adapters.storage.lease import Lease
 from adaplex.engine.request import FinishReason, Logprob, Request, StepOutput, Timing
 from adaplex.server import convert
 from adaplex.server.text import Detokenizer, StopStrings, Tokenizer

@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from adaplex.adapters.intake import Intake
-from adaplex.adapters.staging import FileSpec, Staging
+from adaplex.adapters.registry.intake import Intake
+from adaplex.adapters.storage.staging import FileSpec, Staging
 from adaplex.server import adapter_messages as messages
 from adaplex.server.config import MAX_CHUNK_BYTES
 from adaplex.server.convert import check

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from adaplex.adapters.bucket import Bucket
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
 from adaplex.adapters.errors import AdapterInvalid, SourceUnavailable
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.sources import Sources
+from adaplex.adapters.storage.bucket import Bucket
 from adapters.handmade import files, tensors
 from adapters.hub_server import Hub, serving
 
@@ -203,8 +203,8 @@ def test_what_comes_slowly_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_pa
             handler.wfile.write(b"x")
             never.wait(0.1)
 
-    monkeypatch.setattr("adaplex.adapters.bucket.TIMEOUT", timedelta(seconds=1))
-    monkeypatch.setattr("adaplex.adapters.bucket.RETRIES", 0)
+    monkeypatch.setattr("adaplex.adapters.storage.bucket.TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr("adaplex.adapters.storage.bucket.RETRIES", 0)
     with pretending_s3(drip, monkeypatch):
         assert Bucket("s3://bucket").download("a", tmp_path / "a", max_bytes=SIZE) == SIZE
     assert (tmp_path / "a").read_bytes() == b"x" * SIZE
@@ -218,8 +218,8 @@ def test_what_stops_coming_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path
         send(handler, b"x", size=SIZE)
         over.wait()
 
-    monkeypatch.setattr("adaplex.adapters.bucket.TIMEOUT", timedelta(seconds=0.2))
-    monkeypatch.setattr("adaplex.adapters.bucket.RETRIES", 0)
+    monkeypatch.setattr("adaplex.adapters.storage.bucket.TIMEOUT", timedelta(seconds=0.2))
+    monkeypatch.setattr("adaplex.adapters.storage.bucket.RETRIES", 0)
     with pretending_s3(stall, monkeypatch):
         try:
             with pytest.raises(SourceUnavailable):

@@ -10,7 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from adaplex.adapters.files import file_sha256, publish
+from adaplex.adapters.durable_files import file_sha256, publish
 
 from . import install
 from .system import PeerError

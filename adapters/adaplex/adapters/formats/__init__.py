@@ -7,29 +7,29 @@ from typing import Any, Protocol
 
 import torch
 
-from adaplex.adapters.base_match import recorded_quantization
-from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.digest import content_digest
 from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats.about import FormatRow
-from adaplex.adapters.formats.adalora import AdaLora
 from adaplex.adapters.formats.adapterhub import AdapterHub
-from adaplex.adapters.formats.bitfit import Beft, BitFit
-from adaplex.adapters.formats.hybrid import Hybrid
-from adaplex.adapters.formats.ia3 import IA3
-from adaplex.adapters.formats.ln_tuning import LNTuning
-from adaplex.adapters.formats.loha import Loha
-from adaplex.adapters.formats.lokr import Lokr
-from adaplex.adapters.formats.lora import Lora
+from adaplex.adapters.formats.bundle import Hybrid
+from adaplex.adapters.formats.lora.lora import Lora
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.peft_fallback import FALLBACKS, PeftFallback
-from adaplex.adapters.formats.prefix import PrefixTuning
-from adaplex.adapters.formats.prompt import MultitaskPromptTuning, PromptTuning
+from adaplex.adapters.formats.peft.adalora import AdaLora
+from adaplex.adapters.formats.peft.bitfit import Beft, BitFit
+from adaplex.adapters.formats.peft.ia3 import IA3
+from adaplex.adapters.formats.peft.ln_tuning import LNTuning
+from adaplex.adapters.formats.peft.loha import Loha
+from adaplex.adapters.formats.peft.lokr import Lokr
+from adaplex.adapters.formats.peft.merged_only import FALLBACKS, PeftFallback
+from adaplex.adapters.formats.peft.prefix import PrefixTuning
+from adaplex.adapters.formats.peft.prompt import MultitaskPromptTuning, PromptTuning
+from adaplex.adapters.formats.peft.vera import Vera
 from adaplex.adapters.formats.trainable_tokens import TrainableTokens
-from adaplex.adapters.formats.vera import Vera
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import AdapterProgram
+from adaplex.adapters.program.base_match import recorded_quantization
+from adaplex.adapters.program.base_spec import BaseSpec
+from adaplex.adapters.program.program import AdapterProgram
 
 ADAPTERHUB = "ADAPTERHUB"
 """The kind of configs that have no `peft_type`, but the `config` of AdapterHub's library."""

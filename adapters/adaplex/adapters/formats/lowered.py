@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaplex.adapters.program import ModuleProgram
+from adaplex.adapters.program.program import ModuleProgram
 
 
 @dataclass(frozen=True)

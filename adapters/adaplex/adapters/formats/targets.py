@@ -15,8 +15,8 @@ from typing import Any
 
 import regex
 
-from adaplex.adapters.base_spec import BaseModule, ModuleKind
 from adaplex.adapters.errors import AdapterInvalid
+from adaplex.adapters.program.base_spec import BaseModule, ModuleKind
 
 ALL_LINEAR = "all-linear"
 LINEARS: tuple[ModuleKind, ...] = ("linear",)

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaplex.adapters.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.reading import HARMLESS, PREFIX, Reading
-from adaplex.adapters.formats.replaced import check_copy
+from adaplex.adapters.formats.lowering_context import HARMLESS, PREFIX, Reading
+from adaplex.adapters.formats.modules_to_save import check_copy
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.primitives import ReplacedRows
-from adaplex.adapters.program import ModuleProgram
+from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.program.primitives import ReplacedRows
+from adaplex.adapters.program.program import ModuleProgram
 
 ROWS = re.compile(r"(?P<module>.+)\.trainable_tokens_delta(\.default)?")
 COPY = re.compile(r"(?P<module>.+)\.base_layer\.weight")

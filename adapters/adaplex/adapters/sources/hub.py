@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from adaplex.adapters.durable_files import FULL, file_sha256
 from adaplex.adapters.errors import (
     AdapterInvalid,
     AdapterNotFound,
     SourceUnavailable,
 )
-from adaplex.adapters.files import FULL, file_sha256
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.sources.transfer import choose_files
 

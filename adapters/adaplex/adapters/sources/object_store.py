@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from adaplex.adapters.bucket import Bucket, Stat
 from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.sources.transfer import choose_files
+from adaplex.adapters.storage.bucket import Bucket, Stat
 
 MAX_LISTED = 10_000
 """Objects under one prefix, in folders too, that are looked at."""

@@ -12,11 +12,11 @@ from typing import Protocol
 from adaplex.adapters.checkpoint import WEIGHTS, weights_in
 from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.selector import NAME
 from adaplex.adapters.sources.directory import DirectorySource
 from adaplex.adapters.sources.hub import HubSource
 from adaplex.adapters.sources.object_store import BucketSource
 from adaplex.adapters.sources.transfer import GGUF
+from adaplex.adapters.storage.selector import NAME
 
 MAX_URI = 2048
 """Characters."""

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaplex.adapters.base_spec import BaseModule
-from adaplex.adapters.primitives import Activation, Reads
+from adaplex.adapters.program.base_spec import BaseModule
+from adaplex.adapters.program.primitives import Activation, Reads
 from adaplex.model.kernels import reference
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kernels.native.structs import SITE_FIELDS

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaplex.adapters.primitives import Activation, Reads
+from adaplex.adapters.program.primitives import Activation, Reads
 from adaplex.model.kernels.native.structs import ACTIVATIONS, READS, SITE_FIELDS
 from adaplex.model.kernels.triton_dot import dot_type
 from adaplex.model.kernels.triton_table import (

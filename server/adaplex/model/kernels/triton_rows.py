@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from adaplex.adapters.base_spec import BaseModule
+from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.model.kernels import triton_embedding, triton_linear, triton_low_rank
 from adaplex.model.kernels.adapter_kernels import Product, Tile, base_product
 from adaplex.model.kernels.launches import Launch, Launches

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaplex.adapters.base_spec import BaseModule
 from adaplex.adapters.limits import ALIGNMENT
+from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.model.kernels.adapter_kernels import Tile
 from adaplex.model.kernels.launches import Launches
 from adaplex.model.kernels.low_rank import AdapterWeights, Span

@@ -18,7 +18,7 @@ from adaplex.server.config import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaplex.adapters.program import AdapterProgram
+    from adaplex.adapters.program.program import AdapterProgram
     from adaplex.engine.request import AdapterRef
     from adaplex.server.offline_base import Workbench
 
@@ -109,7 +109,7 @@ def evaluate(
 
 def _directory(adapter: str) -> Path | None:
     """The directory, None where it is a selector. Raises ConfigError when it can be neither."""
-    from adaplex.adapters.selector import Selector
+    from adaplex.adapters.storage.selector import Selector
 
     if Path(adapter).is_dir():
         return Path(adapter)

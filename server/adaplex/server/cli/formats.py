@@ -13,7 +13,7 @@ from adaplex.client.adapter_types import AdapterReport, ModuleReport, Refusal, V
 from adaplex.client.cli import render
 
 if TYPE_CHECKING:
-    from adaplex.adapters.report import Report
+    from adaplex.adapters.program.report import Report
 
 
 def formats(
@@ -35,7 +35,7 @@ def formats(
 def verify(directory: Path, model: str, quantization: str | None) -> Validation:
     """What a server of this base would say of an adapter directory."""
     from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge  # brings torch
-    from adaplex.adapters.report import Report, describe
+    from adaplex.adapters.program.report import Report, describe
     from adaplex.server.offline_base import Workbench, told
 
     with told():

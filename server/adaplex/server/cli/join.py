@@ -21,7 +21,7 @@ def join(
     """
     from adaplex.adapters.checkpoint import read_checkpoint, write_checkpoint
     from adaplex.adapters.errors import AdapterError
-    from adaplex.adapters.formats.hybrid import join as joined
+    from adaplex.adapters.formats.bundle import join as joined
     from adaplex.adapters.limits import AdapterLimits
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -14,8 +14,8 @@ import typer
 from adaplex.server.config import ConfigError, load_config
 
 if TYPE_CHECKING:
-    from adaplex.adapters.catalog import Catalog
-    from adaplex.adapters.contents import Contents
+    from adaplex.adapters.storage.catalog import Catalog
+    from adaplex.adapters.storage.content_store import Contents
 
 StoreDir = Annotated[
     Path | None, typer.Option(help="Folder of the store; by default that of `adaplex serve`.")
@@ -32,7 +32,7 @@ def fsck(
 ) -> None:
     """Read every stored adapter and say what is wrong. Exit code 1 when something is."""
     with _opened(store_dir, shared_store, config) as (contents, catalog):
-        from adaplex.adapters.fsck import check_store
+        from adaplex.adapters.storage.fsck import check_store
 
         problems = list(check_store(catalog, contents))
         stored = len(catalog.digests())
@@ -51,7 +51,7 @@ def gc(
 ) -> None:
     """Remove stored content that no name points to and no server uses."""
     with _opened(store_dir, shared_store, config) as (contents, catalog):
-        from adaplex.adapters.garbage import GarbageCollector
+        from adaplex.adapters.storage.garbage_collector import GarbageCollector
 
         collector = GarbageCollector(
             catalog, contents, in_use=lambda _: False, forget=lambda _: None

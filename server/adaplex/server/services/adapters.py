@@ -7,11 +7,11 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from adaplex.adapters.catalog import AdapterRecord
-from adaplex.adapters.entry import Entry, Origin
-from adaplex.adapters.importer import Importer
-from adaplex.adapters.intake import Committed
-from adaplex.adapters.registry import AdapterRegistry
+from adaplex.adapters.registry.importer import Importer
+from adaplex.adapters.registry.intake import Committed
+from adaplex.adapters.registry.registry import AdapterRegistry
+from adaplex.adapters.storage.catalog import AdapterRecord
+from adaplex.adapters.storage.name_record import Entry, Origin
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.server import adapter_messages as messages
 from adaplex.server.pin_follower import Pins

@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from adaplex.adapters.base_spec import BaseSpec
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.adapterhub.bottleneck import lower_bottleneck
 from adaplex.adapters.formats.adapterhub.lora import PROJECTIONS, lower_lora
-from adaplex.adapters.formats.adapterhub.part import LoweredPart, Part, Places
+from adaplex.adapters.formats.adapterhub.method_config import LoweredPart, Part, Places
 from adaplex.adapters.formats.adapterhub.prefix import lower_prefix
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.reading import HARMLESS, Reading
+from adaplex.adapters.formats.lowering_context import HARMLESS, Reading
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program import ModuleProgram
+from adaplex.adapters.program.base_spec import BaseSpec
+from adaplex.adapters.program.program import ModuleProgram
 
 USED = frozenset(["config", "hidden_size", "model_type", "name", "version"])
 DESCRIPTIVE = HARMLESS | {"config_id", "label2id", "model_class", "model_name", "type"}

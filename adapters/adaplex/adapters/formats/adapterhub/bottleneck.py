@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from adaplex.adapters.formats.adapterhub.part import LoweredPart, Part
-from adaplex.adapters.formats.reading import MAX_NUMBER, is_number
-from adaplex.adapters.primitives import Activation, Bottleneck, Reads
-from adaplex.adapters.program import ModuleProgram
+from adaplex.adapters.formats.adapterhub.method_config import LoweredPart, Part
+from adaplex.adapters.formats.lowering_context import MAX_NUMBER, is_number
+from adaplex.adapters.program.primitives import Activation, Bottleneck, Reads
+from adaplex.adapters.program.program import ModuleProgram
 
 USED = (
     *("mh_adapter", "output_adapter", "reduction_factor", "leave_out", "non_linearity", "scaling"),

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters.errors import AdapterTooLarge
-from adaplex.adapters.formats.adapterhub.part import LoweredPart, Part
-from adaplex.adapters.formats.reading import is_number, is_rank
-from adaplex.adapters.primitives import LowRank
-from adaplex.adapters.program import ModuleProgram
+from adaplex.adapters.formats.adapterhub.method_config import LoweredPart, Part
+from adaplex.adapters.formats.lowering_context import is_number, is_rank
+from adaplex.adapters.program.primitives import LowRank
+from adaplex.adapters.program.program import ModuleProgram
 
 USED = (
     *("selfattn_lora", "intermediate_lora", "output_lora", "attn_matrices", "leave_out"),

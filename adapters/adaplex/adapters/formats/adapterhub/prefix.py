@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adaplex.adapters.formats.adapterhub.part import LoweredPart, Part
-from adaplex.adapters.formats.reading import is_rank
-from adaplex.adapters.primitives import KVPrefix
-from adaplex.adapters.program import ModuleProgram
+from adaplex.adapters.formats.adapterhub.method_config import LoweredPart, Part
+from adaplex.adapters.formats.lowering_context import is_rank
+from adaplex.adapters.program.primitives import KVPrefix
+from adaplex.adapters.program.program import ModuleProgram
 
 USED = ("prefix_length", "flat", "bottleneck_size", "non_linearity", "leave_out")
 HARMLESS = (

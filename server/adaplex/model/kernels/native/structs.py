@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from adaplex.adapters.primitives import Activation, Bottleneck, Reads
+from adaplex.adapters.program.primitives import Activation, Bottleneck, Reads
 
 Address = ctypes.c_void_p
 Integer = ctypes.c_int64

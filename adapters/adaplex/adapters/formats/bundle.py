@@ -1,0 +1,123 @@
+"""Hybrid: several adapters of any formats in one, each adding its change; see joined.py.
+
+adapter_config.json is {"peft_type": "HYBRID", "parts": [<adapter_config>, ...]}, with the base's
+name beside them; the tensors of part i are named `parts.<i>.<its own name>`. `adaplex adapters
+join` writes it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from adaplex.adapters.checkpoint import Checkpoint
+from adaplex.adapters.errors import AdapterInvalid, Refusal
+from adaplex.adapters.formats.about import FormatRow
+from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.lowering_context import HARMLESS, Reading
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program.base_match import FINGERPRINT, NAME
+from adaplex.adapters.program.base_spec import BaseSpec
+from adaplex.adapters.program.program import AdapterProgram
+from adaplex.adapters.program.sum import joined
+
+TYPE = "HYBRID"
+USED = frozenset(["peft_type", "parts"])
+KEY = re.compile(r"parts\.(?P<index>0|[1-9]\d{0,3})\.(?P<name>.+)")
+MAX_PARTS = 8
+
+Lower = Callable[[Checkpoint, BaseSpec, AdapterLimits], AdapterProgram]
+
+
+class Hybrid:
+    """The format; see the module's docstring."""
+
+    family = "hybrid"
+    semantic_fields = None
+    about = FormatRow(
+        "Hybrids: any of these together in one adapter",
+        (
+            *("low-rank", "bias", "output scale", "input scale", "replaced weight"),
+            *("replaced rows", "bottleneck", "virtual tokens", "KV prefix"),
+        ),
+        "parts whose changes cannot be added: two replaced weights, an input scale beside another "
+        "part's pair",
+        checkpoint="a directory of type HYBRID, made by `adaplex adapters join`",
+    )
+
+    def __init__(self, lower: Lower) -> None:
+        """`lower` lowers a part by its own format."""
+        self._lower = lower
+
+    def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
+        """See Format."""
+        reading = Reading(checkpoint, base, limits)
+        reading.check_known("a hybrid", USED, HARMLESS)
+        parts = _parts(reading)
+        reading.raise_refused()
+        programs: list[AdapterProgram] = []
+        for i, part in enumerate(parts):
+            try:
+                programs.append(self._lower(part, base, limits))
+            except AdapterInvalid as error:
+                reading.refusals += [
+                    Refusal(f"parts[{i}].{r.where}", r.reason) for r in error.refusals
+                ]
+        reading.raise_refused()
+        made = joined([(1.0, program) for program in programs], base, digest="", family="hybrid")
+        return Lowered(
+            made.modules,
+            made.notes,
+            made.warnings,
+            made.invocation,
+            semantics={f"parts.{i}": program.digest for i, program in enumerate(programs)},
+        )
+
+
+def join(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+    """A hybrid of adapters. It names the base that its parts name, if they agree.
+
+    Raises AdapterInvalid naming `parts`.
+    """
+    if not 1 <= len(checkpoints) <= MAX_PARTS:
+        raise AdapterInvalid.because("parts", f"must be 1 to {MAX_PARTS} adapters")
+    configs = [checkpoint.config for checkpoint in checkpoints]
+    config: dict[str, Any] = {"peft_type": TYPE, "parts": [dict(config) for config in configs]}
+    for field in (NAME, FINGERPRINT):
+        named = {str(config[field]) for config in configs if config.get(field)}
+        if len(named) == 1:
+            config[field] = named.pop()
+    tensors = {
+        f"parts.{i}.{name}": tensor
+        for i, checkpoint in enumerate(checkpoints)
+        for name, tensor in checkpoint.tensors.items()
+    }
+    return Checkpoint(config, tensors)
+
+
+def _parts(reading: Reading) -> list[Checkpoint]:
+    """Each part's config and tensors; refuses tensors of no part."""
+    configs = reading.config.get("parts")
+    if not isinstance(configs, list) or not 1 <= len(configs) <= MAX_PARTS:
+        reading.refuse("parts", f"must be a list of 1 to {MAX_PARTS} adapter configs")
+        return []
+    for i, config in enumerate(configs):
+        if not isinstance(config, dict):
+            reading.refuse(f"parts[{i}]", "must be an object")
+        elif config.get("peft_type") == TYPE:
+            reading.refuse(f"parts[{i}].peft_type", "a hybrid has no hybrids in it")
+    tensors: list[dict[str, Tensor]] = [{} for _ in configs]
+    for key, tensor in reading.tensors.items():
+        match = KEY.fullmatch(key)
+        if match is None or int(match["index"]) >= len(configs):
+            reading.refuse(key, f"does not begin with parts.0. to parts.{len(configs) - 1}.")
+        else:
+            tensors[int(match["index"])][match["name"]] = tensor
+    for i, (config, found) in enumerate(zip(configs, tensors, strict=True)):
+        if not found and isinstance(config, dict):
+            reading.refuse(f"parts[{i}]", "has no tensors")
+    pairs = zip(configs, tensors, strict=True)
+    return [Checkpoint(config, found) for config, found in pairs if isinstance(config, Mapping)]

@@ -1,0 +1,1 @@
+"""LoRA as HF PEFT writes it, and its variants."""

@@ -1,0 +1,139 @@
+"""What a LoRA config may say, and which of its fields go together."""
+
+from __future__ import annotations
+
+from adaplex.adapters.formats import lowering_context as shared
+from adaplex.adapters.formats.lowering_context import (
+    TARGETS,
+    UNSET,
+    Reading,
+    is_names,
+    is_number,
+    is_rank,
+)
+
+USED = TARGETS | frozenset(
+    [
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "bias",
+        "lora_bias",
+        "use_dora",
+        "use_qalora",
+        "alora_invocation_tokens",
+        "modules_to_save",
+        "trainable_token_indices",
+        "target_parameters",
+        "ensure_weight_tying",
+    ]
+)
+HARMLESS = shared.HARMLESS | frozenset(
+    [
+        "lora_dropout",
+        "fan_in_fan_out",
+        "init_lora_weights",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "runtime_config",
+        "qalora_group_size",  # the shapes of the tensors say it as well
+        "group_size",
+    ]
+)
+"""Known fields that change training, or how PEFT stores weights, but not the answer."""
+UNSUPPORTED = {
+    "arrow_config": "Arrow routes between adapters at run time",
+    "kasa_config": "KaSA changes the base weights",
+    "layer_replication": "replicated layers need a deeper base",
+    "megatron_config": "Megatron's parallel layers are not served",
+    "monteclora_config": "MonteCLoRA samples its weights",
+    "use_bdlora": "needs block-diagonal pairs",
+    "velora_config": "VeLoRA is not served",
+}
+"""Known fields that change the answer, and what serving them would need."""
+PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")
+"""Initialisers that leave the base as it is."""
+BIASES = ("none", "all", "lora_only")
+FLAGS = ("use_rslora", "lora_bias", "use_dora", "use_qalora", "ensure_weight_tying")
+CONFLICTS = (
+    ("use_dora", ("lora_bias", "use_qalora", "alora_invocation_tokens", "target_parameters")),
+    ("use_qalora", ("alora_invocation_tokens", "target_parameters")),
+    ("lora_bias", ("target_parameters",)),
+    ("alora_invocation_tokens", ("target_parameters",)),
+)
+"""What PEFT does not let go together."""
+EVERYWHERE = ("modules_to_save", "trainable_token_indices", "bias")
+"""What PEFT applies to all tokens, also to those before the invocation of activated LoRA."""
+
+
+def check_config(reading: Reading) -> bool:
+    """Refuses fields that are unknown or of the wrong kind; whether the rest can be read."""
+    reading.check_known("LoRA", USED, HARMLESS, UNSUPPORTED)
+    _check_init(reading)
+    before = len(reading.refusals)
+    _check_numbers(reading)
+    _check_targets(reading)
+    for name in FLAGS:
+        value = reading.config.get(name) or False
+        reading.check_kind(name, isinstance(value, bool), "true or false")
+    if reading.config.get("bias", "none") not in BIASES:
+        reading.refuse("bias", f"must be one of {', '.join(BIASES)}")
+    _check_invocation(reading)
+    _check_conflicts(reading)
+    return len(reading.refusals) == before
+
+
+def is_set(reading: Reading, name: str) -> bool:
+    """Whether the config uses the field."""
+    return reading.config.get(name) not in (*UNSET, "none")
+
+
+def _check_init(reading: Reading) -> None:
+    """Refuses initialisers that change the base."""
+    init = reading.config.get("init_lora_weights")
+    if init not in (None, False, True, *PLAIN_INITS):
+        reading.refuse(
+            "init_lora_weights",
+            f"{init!r:.40} changes the base weights; convert the adapter to plain LoRA first",
+        )
+
+
+def _check_numbers(reading: Reading) -> None:
+    config = reading.config
+    reading.check_kind("r", is_rank(config.get("r")), "a positive integer")
+    reading.check_kind("lora_alpha", is_number(config.get("lora_alpha")), "a positive number")
+    reading.check_patterns()
+
+
+def _check_targets(reading: Reading) -> None:
+    reading.check_target_fields()
+    reading.check_modules_to_save()
+    parameters = reading.config.get("target_parameters")
+    fits = not isinstance(parameters, str) and is_names(parameters)
+    reading.check_kind("target_parameters", fits, "a list of strings")
+    if not reading.config.get("target_modules") and not parameters:
+        reading.refuse("target_modules", "is missing")
+
+
+def _check_invocation(reading: Reading) -> None:
+    tokens = reading.config.get("alora_invocation_tokens")
+    if tokens is not None:
+        reading.check_tokens("alora_invocation_tokens", tokens)
+
+
+def _check_conflicts(reading: Reading) -> None:
+    """Refuses what PEFT does not let go together, or would apply to other tokens than we do."""
+    for name, others in CONFLICTS:
+        for other in others:
+            if is_set(reading, name) and is_set(reading, other):
+                reading.refuse(other, f"does not go with {name}")
+    if is_set(reading, "alora_invocation_tokens"):
+        for name in EVERYWHERE:
+            if is_set(reading, name):
+                reading.refuse(name, "changes tokens before the invocation of activated LoRA")

@@ -1,0 +1,1 @@
+"""Formats of HF PEFT other than LoRA."""

@@ -1,0 +1,64 @@
+"""LoHa as HF PEFT 0.21 writes it: y += ((w1_a w1_b) * (w2_a w2_b)) x * alpha / r.
+
+An elementwise product of two matrices of rank r has rank r^2: with i and j over the ranks of each,
+B[:, ij] = w1_a[:, i] * w2_a[:, j] and A[ij] = w1_b[i] * w2_b[j]. Where r^2 is above the smaller
+side of the weight, the pair is the product itself beside an identity. The limit of ranks is on r.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from adaplex.adapters.checkpoint import Checkpoint
+from adaplex.adapters.formats.about import FormatRow
+from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.lowering_context import PREFIX, Reading
+from adaplex.adapters.formats.peft.lycoris import HARMLESS, USED, lower_pairs, rank_and_scale, thin
+from adaplex.adapters.formats.peft_modules import Roles, WrittenOut, all_there, is_linear
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.program.primitives import LowRank
+from adaplex.adapters.program.program import ModuleProgram
+
+ROLES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+
+
+class Loha:
+    """The format; see the module's docstring."""
+
+    family = "loha"
+    semantic_fields = USED
+    about = FormatRow("LoHa", ("low-rank", "replaced weight"), "convolutions")
+
+    def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
+        """See Format."""
+        reading = Reading(checkpoint, base, limits)
+        return lower_pairs(reading, "LoHa", ROLES, _lower, harmless=HARMLESS, convolution=".hada_t")
+
+
+def _lower(
+    reading: Reading, written: WrittenOut, module: BaseModule, roles: Roles
+) -> ModuleProgram | None:
+    if not is_linear(reading, module, "LoHa") or not all_there(reading, module, roles, *ROLES):
+        return None
+    rank, scale = rank_and_scale(reading, module.name)
+    shapes = {"a": (module.out_features, rank), "b": (rank, module.in_features)}
+    fits = [
+        reading.fits(f"{PREFIX}{module.name}.{role}", roles[role], *shapes[role[-1]])
+        for role in ROLES
+    ]
+    if not all(fits):
+        return None
+    smaller = min(module.in_features, module.out_features)
+    written.add(module, min(rank * rank, smaller))
+    w1_a, w1_b, w2_a, w2_b = (roles[role].float() for role in ROLES)
+    if rank * rank < smaller:
+        b, a = _columns(w1_a, w2_a), _columns(w1_b.T, w2_b.T).T.contiguous()
+    else:
+        b, a = thin((w1_a @ w1_b) * (w2_a @ w2_b))
+    return ModuleProgram(module.name, LowRank(a, b * scale), scale=scale)
+
+
+def _columns(left: Tensor, right: Tensor) -> Tensor:
+    """Every column of `left` times every one of `right`: [n, r], [n, s] -> [n, r * s]."""
+    return (left[:, :, None] * right[:, None, :]).flatten(1)

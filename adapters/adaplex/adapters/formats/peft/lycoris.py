@@ -1,0 +1,78 @@
+"""What LoHa and LoKr share: config, rank and scale of each module, and exact low-rank pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from adaplex.adapters.errors import AdapterTooLarge
+from adaplex.adapters.formats import lowering_context as shared
+from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.lowering_context import TARGETS, Reading, is_number, is_rank
+from adaplex.adapters.formats.peft_modules import (
+    Roles,
+    WrittenOut,
+    by_module,
+    check_has_targets,
+    lower_modules,
+)
+from adaplex.adapters.formats.targets import pattern_value
+from adaplex.adapters.program.base_spec import BaseModule
+from adaplex.adapters.program.program import ModuleProgram
+
+USED = TARGETS | frozenset(
+    ["peft_type", "r", "alpha", "rank_pattern", "alpha_pattern", "modules_to_save"]
+)
+HARMLESS = shared.HARMLESS | frozenset(
+    ["rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"]
+)
+CONVOLUTION = "is of a convolution, which no decoder has"
+LowerPair = Callable[[Reading, WrittenOut, BaseModule, Roles], ModuleProgram | None]
+"""Lowers one module; None, with refusals, when its tensors do not fit."""
+
+
+def lower_pairs(
+    reading: Reading,
+    title: str,
+    roles: Collection[str],
+    lower_pair: LowerPair,
+    *,
+    harmless: Collection[str],
+    convolution: str,
+) -> Lowered:
+    """See Format. `convolution` is in the keys of what only convolutions have."""
+    reading.check_known(title, USED, harmless)
+    _check_used(reading)
+    reading.raise_refused()
+    found = by_module(reading, title, roles, unsupported={convolution: CONVOLUTION})
+    lower_one = partial(lower_pair, reading, WrittenOut(reading.limits))
+    return Lowered(lower_modules(reading, found, lower_one))
+
+
+def _check_used(reading: Reading) -> None:
+    """Refuses fields of the wrong kind."""
+    config = reading.config
+    reading.check_kind("r", is_rank(config.get("r")), "a positive integer")
+    reading.check_kind("alpha", is_number(config.get("alpha")), "a positive number")
+    reading.check_patterns()
+    check_has_targets(reading)
+
+
+def rank_and_scale(reading: Reading, name: str) -> tuple[int, float]:
+    """The module's own rank, and alpha / rank. Raises AdapterTooLarge for a rank over the limit."""
+    config, patterns = reading.config, reading.patterns
+    rank: int = pattern_value(config, "rank_pattern", name, config["r"], patterns)
+    if rank > reading.limits.max_rank:
+        raise AdapterTooLarge(
+            f"{name} has rank {rank}, the limit is {reading.limits.max_rank}", field="r"
+        )
+    return rank, pattern_value(config, "alpha_pattern", name, config["alpha"], patterns) / rank
+
+
+def thin(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix [out, in] as an exact product [out, rank] [rank, in] of its smaller side's rank."""
+    out, inputs = weight.shape
+    return (weight, torch.eye(inputs)) if inputs <= out else (torch.eye(out), weight)

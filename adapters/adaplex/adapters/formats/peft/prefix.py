@@ -1,0 +1,87 @@
+"""Prefix tuning and cartridges as HF PEFT 0.21 writes them: keys and values before the first token,
+of every layer.
+
+A row of the saved tensor holds one virtual token's, layer by layer, the keys of all heads before
+the values. They are put into the cache as they are, without positions. A projection, if one was
+trained, has been applied before saving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from adaplex.adapters.checkpoint import Checkpoint
+from adaplex.adapters.formats.about import FormatRow
+from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.lowering_context import Reading
+from adaplex.adapters.formats.peft.prompt import (
+    HARMLESS,
+    LEARNED,
+    TOKENS,
+    USED,
+    check_size,
+    check_tokens,
+    in_order,
+    saved_beside,
+)
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program.base_spec import BaseSpec
+from adaplex.adapters.program.primitives import KVPrefix
+from adaplex.adapters.program.program import ModuleProgram
+
+
+class PrefixTuning:
+    """The format; see the module's docstring. `trained_by` are fields that only training reads."""
+
+    semantic_fields = USED
+
+    def __init__(self, family: str, title: str, trained_by: Iterable[str]) -> None:
+        self.family = family
+        self.about = FormatRow(
+            title, ("KV prefix", "replaced weight"), "layers of different shapes"
+        )
+        self._harmless = HARMLESS | {"init_weights", *trained_by}
+
+    def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
+        """See Format."""
+        reading = Reading(checkpoint, base, limits)
+        reading.check_known(self.family, USED | LEARNED, self._harmless)
+        count = check_tokens(reading)
+        blocks = _attention(reading)
+        heads, features = _shape(reading)
+        whole = saved_beside(reading, self.family, [TOKENS])
+        check_size(reading, "num_layers", len(blocks))
+        check_size(reading, "num_attention_heads", heads)
+        check_size(reading, "token_dim", heads * features)
+        saved = reading.tensors[TOKENS]
+        reading.fits(TOKENS, saved, count, len(blocks) * 2 * heads * features)
+        reading.raise_refused()
+        states = saved.float().view(count, len(blocks), 2, heads, features)
+        prefixes = (
+            ModuleProgram(name, prefix=KVPrefix(states[:, layer, 0], states[:, layer, 1]))
+            for layer, name in enumerate(blocks)
+        )
+        return Lowered(in_order([*prefixes, *whole]))
+
+
+def _attention(reading: Reading) -> list[str]:
+    """Names of the attention blocks, layer by layer; refuses a base that lacks one."""
+    modules = reading.base.modules.values()
+    blocks = {m.layer: m.name for m in modules if m.kind == "block" and m.part == "attention"}
+    layers = range(len(reading.base.kv_shapes))
+    if not blocks or sorted(blocks) != list(layers):
+        name = reading.base.name
+        reading.refuse("peft_type", f"needs the attention of every layer of {name}, not all known")
+    return [blocks[layer] for layer in sorted(blocks)]
+
+
+def _shape(reading: Reading) -> tuple[int, int]:
+    """Heads and features of a key; refuses a base whose layers or values differ in them."""
+    shapes = set(reading.base.kv_shapes)
+    if len(shapes) == 1:
+        heads, keys, values = shapes.pop()
+        if keys == values:
+            return heads, keys
+    if reading.base.kv_shapes:
+        reading.refuse("peft_type", "needs layers whose keys and values are all of one shape")
+    return 0, 0

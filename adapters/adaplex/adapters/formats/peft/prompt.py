@@ -1,0 +1,186 @@
+"""Virtual tokens before the prompt: prompt tuning, P-tuning, multitask prompt tuning and CPT, as HF
+PEFT 0.21 writes them.
+
+PEFT saves what its encoders make of the virtual tokens, so they are read as embeddings. Only
+multitask prompt tuning keeps its factors: the embeddings times cols[task] rows[task], elementwise.
+Which task is told by `task_id`, a config field of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from torch import Tensor
+
+from adaplex.adapters.checkpoint import Checkpoint
+from adaplex.adapters.errors import AdapterTooLarge
+from adaplex.adapters.formats import lowering_context as shared
+from adaplex.adapters.formats.about import FormatRow
+from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.lowering_context import Reading, is_rank
+from adaplex.adapters.formats.peft_modules import by_module, saved_programs
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.program.program import ModuleProgram
+
+TOKENS = "prompt_embeddings"
+MODULES = "base_model."
+"""Prefix of a module's keys: prompt learning wraps no model."""
+USED = frozenset(["peft_type", "modules_to_save"])
+SERVED = ("virtual tokens", "replaced weight")
+EMBEDDING = "an embedding trained as a whole, which PEFT does not use beside virtual tokens"
+COLS, ROWS = "prefix_task_cols", "prefix_task_rows"
+LEARNED = frozenset(
+    [
+        "num_virtual_tokens",
+        "token_dim",
+        "num_transformer_submodules",
+        "num_attention_heads",
+        "num_layers",
+    ]
+)
+"""Fields of every config of prompt learning; sizes, which are checked against the base."""
+HARMLESS = shared.HARMLESS | frozenset(
+    [
+        "prompt_tuning_init",
+        "prompt_tuning_init_text",
+        "prompt_tuning_init_state_dict_path",
+        "prompt_tuning_init_task",
+        "tokenizer_name_or_path",
+        "tokenizer_kwargs",
+        "encoder_reparameterization_type",
+        "encoder_hidden_size",
+        "encoder_num_layers",
+        "encoder_dropout",
+        "cpt_token_ids",
+        "cpt_mask",
+        "cpt_tokens_type_mask",
+        "opt_weighted_loss_type",
+        "opt_loss_decay_factor",
+        "opt_projection_epsilon",
+        "opt_projection_format_epsilon",
+    ]
+)
+
+
+class PromptTuning:
+    """Prompt tuning, P-tuning and CPT: the virtual tokens as they are."""
+
+    def __init__(self, family: str, title: str) -> None:
+        self.family, self.about = family, FormatRow(title, SERVED, EMBEDDING)
+        self.semantic_fields = USED
+
+    def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
+        """See Format."""
+        reading = Reading(checkpoint, base, limits)
+        reading.check_known(self.family, USED | LEARNED, HARMLESS)
+        count, embedding = check_tokens(reading), _embedding(reading)
+        saved = saved_beside(reading, self.family, [TOKENS])
+        tokens = reading.tensors[TOKENS]
+        reading.fits(TOKENS, tokens, count, embedding.out_features)
+        return _lowered(reading, embedding, tokens.float(), saved)
+
+
+class MultitaskPromptTuning:
+    """The virtual tokens times those of one task."""
+
+    family = "multitask-prompt-tuning"
+    semantic_fields = USED | {"task_id"}
+    about = FormatRow("multitask prompt tuning", SERVED, EMBEDDING)
+
+    def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
+        """See Format."""
+        reading = Reading(checkpoint, base, limits)
+        used = self.semantic_fields | LEARNED | {"num_tasks", "num_ranks"}
+        reading.check_known(self.family, used, HARMLESS)
+        count, tasks = check_tokens(reading), reading.config.get("num_tasks", 1)
+        ranks = reading.config.get("num_ranks", 1)
+        reading.check_kind("num_tasks", is_rank(tasks), "a positive integer")
+        reading.check_kind("num_ranks", is_rank(ranks), "a positive integer")
+        embedding = _embedding(reading)
+        saved = saved_beside(reading, self.family, [TOKENS, COLS, ROWS])
+        task, hidden = _task(reading, tasks), embedding.out_features
+        tokens, cols, rows = (reading.tensors[key] for key in (TOKENS, COLS, ROWS))
+        reading.fits(TOKENS, tokens, count, hidden)
+        reading.fits(COLS, cols, tasks, count, ranks)
+        reading.fits(ROWS, rows, tasks, ranks, hidden)
+        reading.raise_refused()
+        factor = cols[task].float() @ rows[task].float()
+        return _lowered(reading, embedding, tokens.float() * factor, saved)
+
+
+def check_tokens(reading: Reading) -> int:
+    """The count of virtual tokens; 0, with a refusal, when the field is of the wrong kind.
+
+    Raises AdapterTooLarge for more than the limit.
+    """
+    count = reading.config.get("num_virtual_tokens")
+    if not reading.check_kind("num_virtual_tokens", is_rank(count), "a positive integer"):
+        return 0
+    assert isinstance(count, int)
+    if count > reading.limits.max_virtual_tokens:
+        raise AdapterTooLarge(
+            f"num_virtual_tokens is {count}, the limit is {reading.limits.max_virtual_tokens}",
+            field="num_virtual_tokens",
+        )
+    if reading.config.get("num_transformer_submodules") not in (None, 1):
+        reading.refuse("num_transformer_submodules", "must be 1: a decoder has one")
+    return count
+
+
+def saved_beside(reading: Reading, family: str, keys: Collection[str]) -> list[ModuleProgram]:
+    """Programs of the modules that were trained as a whole, the only ones that may have tensors
+    beside those of `keys`. Raises AdapterInvalid with all that was refused so far.
+    """
+    for key in sorted(set(keys) - reading.tensors.keys()):
+        reading.refuse(key, "is missing")
+    reading.check_modules_to_save()
+    reading.raise_refused()
+    found = by_module(reading, family, (), shared=keys, prefix=MODULES)
+    saved = saved_programs(reading, found)
+    for name in sorted(found.keys() - reading.base.modules.keys()):
+        reading.refuse(name, f"the base {reading.base.name} has no such module")
+    reading.raise_refused()
+    return [program for program in saved if program is not None]
+
+
+def check_size(reading: Reading, name: str, expected: int) -> None:
+    """A size that the config may tell must be the base's."""
+    found: Any = reading.config.get(name)
+    if found not in (None, expected):
+        reading.refuse(name, f"is {found!r:.40}, but the base {reading.base.name} has {expected}")
+
+
+def _embedding(reading: Reading) -> BaseModule:
+    """The input embedding. Raises AdapterInvalid when the base has none that is known."""
+    for module in reading.base.modules.values():
+        if module.kind == "embedding":
+            check_size(reading, "token_dim", module.out_features)
+            return module
+    reading.refuse("peft_type", f"needs an input embedding; {reading.base.name} has none known")
+    reading.raise_refused()
+    raise AssertionError
+
+
+def _task(reading: Reading, tasks: int) -> int:
+    """The task to serve. Raises AdapterInvalid."""
+    task = reading.config.get("task_id", 0 if tasks == 1 else None)
+    if type(task) is not int or not 0 <= task < tasks:
+        reading.refuse("task_id", f"must say which of the {tasks} tasks to serve, from 0")
+        reading.raise_refused()
+    return int(task)
+
+
+def in_order(programs: Iterable[ModuleProgram]) -> tuple[ModuleProgram, ...]:
+    """By name."""
+    return tuple(sorted(programs, key=lambda program: program.module))
+
+
+def _lowered(
+    reading: Reading, embedding: BaseModule, tokens: Tensor, saved: list[ModuleProgram]
+) -> Lowered:
+    if embedding.name in {program.module for program in saved}:
+        reading.refuse("modules_to_save", f"names {embedding.name}: {EMBEDDING}")
+    reading.raise_refused()
+    return Lowered(in_order([ModuleProgram(embedding.name, virtual=tokens), *saved]))

@@ -1,0 +1,140 @@
+"""VeRA as HF PEFT 0.21 writes it: y += lambda_b * B (lambda_d * A x), one A and B for all modules.
+
+A and B are as wide as the widest module; each takes their first columns and rows. They are in the
+checkpoint, or come from PEFT's generator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from adaplex.adapters.checkpoint import Checkpoint
+from adaplex.adapters.errors import AdapterTooLarge
+from adaplex.adapters.formats import lowering_context as shared
+from adaplex.adapters.formats.about import FormatRow
+from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.lowering_context import PREFIX, TARGETS, Reading, is_rank
+from adaplex.adapters.formats.peft_modules import (
+    Roles,
+    WrittenOut,
+    all_there,
+    by_module,
+    check_bias_field,
+    check_has_targets,
+    lower_modules,
+    shared_tensor,
+)
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.program.primitives import LowRank
+from adaplex.adapters.program.program import ModuleProgram
+
+SHARED = ("base_model.vera_A", "base_model.vera_B")
+ROLES = ("vera_lambda_b", "vera_lambda_d")
+ONLY = "vera_only"
+USED = (TARGETS - {"exclude_modules"}) | frozenset(
+    ["peft_type", "r", "projection_prng_key", "save_projection", "bias", "modules_to_save"]
+)
+HARMLESS = shared.HARMLESS | frozenset(
+    ["vera_dropout", "d_initial", "fan_in_fan_out", "init_weights"]
+)
+
+
+class Vera:
+    """The format; see the module's docstring."""
+
+    family = "vera"
+    semantic_fields = USED
+    about = FormatRow("VeRA", ("low-rank", "bias", "replaced weight"))
+
+    def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
+        """See Format."""
+        reading = Reading(checkpoint, base, limits)
+        reading.check_known("VeRA", USED, HARMLESS)
+        _check_used(reading)
+        reading.raise_refused()
+        found = by_module(reading, "VeRA", ROLES, shared=SHARED)
+        adapted = [
+            base.modules[n] for n in found if n in base.modules and found[n].keys() & {*ROLES}
+        ]
+        projections = _projections(reading, adapted)
+        lower_one = partial(_lower, reading, projections, WrittenOut(limits))
+        return Lowered(lower_modules(reading, found, lower_one, only=ONLY), tuple(reading.notes))
+
+
+def random_projections(key: int, rank: int, wide: int, tall: int) -> tuple[Tensor, Tensor]:
+    """A [rank, wide] and B [tall, rank] as `peft.tuners.vera.model` draws them, bit for bit."""
+    generator = torch.Generator().manual_seed(key)
+
+    def draw(rows: int, columns: int) -> Tensor:
+        bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(columns))
+        return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+
+    return draw(rank, wide), draw(tall, rank)
+
+
+def _check_used(reading: Reading) -> None:
+    """Refuses fields of the wrong kind, and a rank above the limit."""
+    config = reading.config
+    rank, key = config.get("r", 0), config.get("projection_prng_key", 0)
+    fits = reading.check_kind("r", is_rank(rank), "a positive integer")
+    if fits and rank > reading.limits.max_rank:
+        raise AdapterTooLarge(
+            f"the rank is {rank}, the limit is {reading.limits.max_rank}", field="r"
+        )
+    fits = type(key) is int and -(1 << 63) <= key < 1 << 63
+    reading.check_kind("projection_prng_key", fits, "an integer of 64 bits")
+    fits = isinstance(config.get("save_projection", True), bool)
+    reading.check_kind("save_projection", fits, "true or false")
+    check_bias_field(reading, ONLY)
+    check_has_targets(reading)
+
+
+def _projections(reading: Reading, modules: Iterable[BaseModule]) -> tuple[Tensor, Tensor] | None:
+    """A and B for these modules; None, with refusals, when they are not there or do not fit."""
+    sizes = [(module.in_features, module.out_features) for module in modules]
+    if not sizes:
+        return None
+    wide, tall = (max(size) for size in zip(*sizes, strict=True))
+    config, (a, b) = reading.config, (shared_tensor(reading, name) for name in SHARED)
+    if not config.get("save_projection", True):
+        if a is not None or b is not None:
+            reading.notes.append("vera_A and vera_B are not read, as save_projection is false")
+        return random_projections(config.get("projection_prng_key", 0), config["r"], wide, tall)
+    if a is None or b is None:
+        name = SHARED[0] if a is None else SHARED[1]
+        reading.refuse(name, "is missing, although save_projection is true")
+        return None
+    fits = (
+        reading.fits(SHARED[0], a, config["r"], wide),
+        reading.fits(SHARED[1], b, tall, config["r"]),
+    )
+    return (a.float(), b.float()) if all(fits) else None
+
+
+def _lower(
+    reading: Reading,
+    projections: tuple[Tensor, Tensor] | None,
+    written: WrittenOut,
+    module: BaseModule,
+    roles: Roles,
+) -> ModuleProgram | None:
+    """One module, both vectors folded into B."""
+    if projections is None or not all_there(reading, module, roles, *ROLES):
+        return None
+    (a, b), rank, key = projections, reading.config["r"], f"{PREFIX}{module.name}."
+    inner, outer = roles["vera_lambda_d"], roles["vera_lambda_b"]
+    fits = (
+        reading.fits(f"{key}vera_lambda_d", inner, rank),
+        reading.fits(f"{key}vera_lambda_b", outer, module.out_features),
+    )
+    if not all(fits):
+        return None
+    written.add(module, rank)
+    scaled = outer.float()[:, None] * b[: module.out_features] * inner.float()
+    return ModuleProgram(module.name, LowRank(a[:, : module.in_features], scaled))

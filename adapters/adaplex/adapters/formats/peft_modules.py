@@ -1,0 +1,208 @@
+"""What PEFT injects into layers: the tensors of each module, lowered one module at a time.
+
+Besides its own parameters a family may have modules that were trained as a whole, which
+`modules_to_save` names, trained biases, and copies of the base that PEFT saves along.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from adaplex.adapters.errors import AdapterTooLarge
+from adaplex.adapters.formats.lowering_context import PREFIX, Reading
+from adaplex.adapters.formats.modules_to_save import (
+    check_copy,
+    replacement,
+    saved_modules,
+    without_saved,
+)
+from adaplex.adapters.formats.targets import LINEARS
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program.base_spec import BaseModule, ModuleKind
+from adaplex.adapters.program.program import ModuleProgram
+
+Roles = Mapping[str, Tensor]
+"""PEFT's name of a parameter -> tensor, of one module."""
+LowerOne = Callable[[BaseModule, Roles], ModuleProgram | None]
+"""Lowers one module; None, with refusals, when its tensors do not fit."""
+
+SAVED: Mapping[str, str] = {
+    "weight": "weight",
+    "bias": "bias",
+    "modules_to_save.weight": "weight",
+    "modules_to_save.bias": "bias",
+    "base_layer.weight": "copy",
+    "base_layer.bias": "bias",
+}
+"""Ends of keys that any family may have -> role."""
+SAVED_ROLES = frozenset(SAVED.values())
+ADAPTER_NAME = re.compile(r"\.default(?=(\.weight|\.bias)?$)")
+"""Left in the keys of a training checkpoint."""
+PACKED_BYTES = 2
+"""Of an element, in bf16."""
+
+
+def by_module(
+    reading: Reading,
+    family: str,
+    roles: Collection[str],
+    *,
+    shared: Collection[str] = (),
+    unsupported: Mapping[str, str] | None = None,
+    more: Mapping[str, str] = SAVED,
+    prefix: str = PREFIX,
+) -> dict[str, dict[str, Tensor]]:
+    """Module name -> its tensors, by role: the family's own, or one `more`. Refuses tensors that
+    have no place; the `shared` keys have one of their own. `unsupported` tells for parts of keys
+    what serving them would need.
+    """
+    met: set[str] = set()
+    known = {role: role for role in roles} | {k: v for k, v in more.items() if k not in roles}
+    pattern = re.compile(rf"(?P<module>.+?)\.(?P<role>{'|'.join(map(re.escape, known))})")
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in reading.tensors.items():
+        name = ADAPTER_NAME.sub("", key)
+        need = next((why for part, why in (unsupported or {}).items() if part in name), None)
+        if name in shared:
+            if name in met:
+                reading.refuse(key, "is given twice")
+            met.add(name)
+        elif not name.startswith(prefix):
+            reading.refuse(key, f"does not begin with {prefix}")
+        elif need is not None:
+            reading.refuse(key, need)
+        elif place := pattern.fullmatch(name.removeprefix(prefix)):
+            module, role = found.setdefault(place["module"], {}), known[place["role"]]
+            if role in module:
+                reading.refuse(key, "is given twice")
+            module[role] = tensor
+        else:
+            reading.refuse(key, f"is not a tensor of {family} that this server knows")
+    return found
+
+
+def shared_tensor(reading: Reading, name: str) -> Tensor | None:
+    """A tensor of the whole adapter, if the checkpoint has it."""
+    keys = [key for key in reading.tensors if ADAPTER_NAME.sub("", key) == name]
+    return reading.tensors[keys[0]] if keys else None
+
+
+def lower_modules(
+    reading: Reading,
+    found: Mapping[str, Roles],
+    lower_one: LowerOne,
+    *,
+    kinds: Collection[ModuleKind] = LINEARS,
+    only: str = "",
+) -> tuple[ModuleProgram, ...]:
+    """Lowers every module, by name. `only` is what the config calls it when just the targets'
+    biases are trained; empty for families that train none.
+
+    Raises AdapterInvalid with every refusal.
+    """
+    lowered: list[ModuleProgram | None] = []
+    with reading.collecting():
+        targets = without_saved(reading, reading.targets(kinds))
+        adapted = {name for name, roles in found.items() if roles.keys() - SAVED_ROLES}
+        reading.check_targets(adapted, targets)
+        lowered += saved_programs(reading, found, adapted)
+        for name in sorted(found.keys() - saved_modules(reading)):
+            if (module := reading.base.modules.get(name)) is not None:
+                program = lower_one(module, found[name]) if name in adapted else None
+                bias = _trained_bias(reading, module, found[name], name in targets, only)
+                if bias is not None:
+                    program = replace(program or ModuleProgram(name), bias=bias)
+                lowered.append(program)
+            elif name not in adapted:
+                reading.refuse(name, f"the base {reading.base.name} has no such module")
+    reading.raise_refused()
+    programs = (program for program in lowered if program is not None)
+    return tuple(sorted(programs, key=lambda program: program.module))
+
+
+def saved_programs(
+    reading: Reading, found: Mapping[str, Roles], adapted: Collection[str] = ()
+) -> list[ModuleProgram | None]:
+    """Programs of the modules that `modules_to_save` names, and refusals of weights of others."""
+    saved = saved_modules(reading)
+    for name, roles in found.items():
+        module = reading.base.modules.get(name)
+        if "weight" in roles and name not in saved:
+            reading.refuse(f"{name}.weight", "is there, but modules_to_save does not name it")
+        if "copy" in roles and module is not None:
+            check_copy(reading, module, f"{PREFIX}{name}.base_layer.weight", roles["copy"])
+    for name in sorted(saved.intersection(adapted)):
+        reading.refuse(name, "is named by modules_to_save, and is adapted as well")
+    roles_of = {name: found.get(name, {}) for name in sorted(saved)}
+    return [
+        replacement(
+            reading, reading.base.modules[name], name, roles.get("weight"), roles.get("bias")
+        )
+        for name, roles in roles_of.items()
+    ]
+
+
+def all_there(reading: Reading, module: BaseModule, roles: Roles, *wanted: str) -> bool:
+    """Refuses each of the wanted parameters that is missing; tells whether none is."""
+    missing = [role for role in wanted if role not in roles]
+    for role in missing:
+        reading.refuse(f"{PREFIX}{module.name}.{role}", "is missing")
+    return not missing
+
+
+def is_linear(reading: Reading, module: BaseModule, family: str) -> bool:
+    """Refuses a Conv1D, for families that PEFT has for torch's linears alone."""
+    if module.transposed:
+        reading.refuse(module.name, f"is a Conv1D, which PEFT's {family} does not take")
+    return not module.transposed
+
+
+class WrittenOut:
+    """Adds up the pairs that are larger than the tensors they are made of."""
+
+    def __init__(self, limits: AdapterLimits) -> None:
+        self._limit = limits.max_adapter_bytes
+        self._bytes = 0
+
+    def add(self, module: BaseModule, rank: int) -> None:
+        """Raises AdapterTooLarge when one more pair is too much."""
+        self._bytes += rank * (module.in_features + module.out_features) * PACKED_BYTES
+        if self._bytes > self._limit:
+            raise AdapterTooLarge(
+                f"its low-rank pairs, written out, take more than {self._limit} bytes, the limit "
+                f"of an adapter: {module.name} alone has rank {rank}",
+                field="r",
+            )
+
+
+def check_bias_field(reading: Reading, only: str) -> None:
+    """Refuses a `bias` that PEFT does not know."""
+    kinds = ("none", "all", only)
+    fits = reading.config.get("bias", "none") in kinds
+    reading.check_kind("bias", fits, f"one of {', '.join(kinds)}")
+
+
+def check_has_targets(reading: Reading) -> None:
+    """Refuses fields about modules that are of the wrong kind, or targets that name none."""
+    reading.check_target_fields()
+    reading.check_modules_to_save()
+    if not reading.config.get("target_modules"):
+        reading.refuse("target_modules", "is missing; PEFT writes it when it saves")
+
+
+def _trained_bias(
+    reading: Reading, module: BaseModule, roles: Roles, is_target: bool, only: str
+) -> Tensor | None:
+    """What a trained bias adds; the config says which modules may carry one."""
+    if "bias" not in roles:
+        return None
+    kind = reading.config.get("bias", "none")
+    if not only:
+        reading.refuse(f"{module.name}.bias", "is there, but this family trains no biases")
+    elif kind == "none" or (kind == only and not is_target):
+        reading.refuse(f"{module.name}.bias", f"is there, but bias is {kind!r}")
+    return reading.bias_difference(module, f"{module.name}.bias", roles["bias"])

@@ -1,0 +1,197 @@
+"""AdapterProgram: an adapter lowered to the few primitives that the runtime knows.
+
+A format module reads a checked checkpoint and emits, for each module of the base it touches,
+the primitives to apply there. Layers, kernels and the arena know only these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from torch import Tensor
+
+from adaplex.adapters.limits import ALIGNMENT
+from adaplex.adapters.program.primitives import (
+    Bottleneck,
+    KVPrefix,
+    LowRank,
+    ReplacedRows,
+    Transform,
+)
+
+TensorRole = Literal[
+    "a", "b", "inner", "bias", "output_scale", "input_scale", "weight", "rows", "virtual", "keys",
+    "values",
+]  # fmt: skip
+ELEMENT_BYTES = (2, 4)
+"""Of the compute dtypes."""
+PANEL = 16
+"""Replaced weights of linears are packed as so many rows at a time, the last ones zero."""
+
+
+@dataclass(frozen=True)
+class ModuleProgram:
+    """The primitives applied at one module: y = output_scale * (W (input_scale * x) + base bias)
+    + b (a (input_scale * x)) + bias, with `weight` for W where it is given.
+    """
+
+    module: str
+    low_rank: LowRank | None = None
+    bias: Tensor | None = None  # [out_features], added to the output
+    scale: float = 1.0
+    """The scale folded into `low_rank.b`; kept for reports."""
+    output_scale: Tensor | None = None  # [out_features], of linears
+    input_scale: Tensor | None = None  # [in_features], of linears
+    weight: Tensor | None = None
+    """Replaces the base's: [out, in] of a linear, [features] of a norm, [vocabulary, hidden] of the
+    embedding."""
+    rows: ReplacedRows | None = None
+    """Of the embedding and of the output layer."""
+    bottleneck: Bottleneck | None = None
+    """Of a block."""
+    virtual: Tensor | None = None
+    """[tokens, hidden] of the embedding: tokens before the prompt."""
+    prefix: KVPrefix | None = None
+    """Of an attention block."""
+    transform: Transform | None = None
+    """Of a linear: it can only be merged."""
+
+    def tensors(self) -> Iterator[tuple[TensorRole, Tensor]]:
+        """The tensors in canonical order, as they are packed: a [rank, in], b [rank, out]; of an
+        embedding a [vocabulary, rank]; of a bottleneck a is `down`, b `up`, bias `up_bias`.
+        """
+        if self.low_rank is not None:
+            yield "a", self.low_rank.a.T if self.low_rank.lookup else self.low_rank.a
+            yield "b", self.low_rank.b.T
+        if self.bottleneck is not None:
+            yield "a", self.bottleneck.down
+            yield "b", self.bottleneck.up.T
+            if self.bottleneck.down_bias is not None:
+                yield "inner", self.bottleneck.down_bias
+            if self.bottleneck.up_bias is not None:
+                yield "bias", self.bottleneck.up_bias
+        if self.prefix is not None:
+            yield "keys", self.prefix.keys
+            yield "values", self.prefix.values
+        single: tuple[tuple[TensorRole, Tensor | None], ...] = (
+            ("bias", self.bias),
+            ("output_scale", self.output_scale),
+            ("input_scale", self.input_scale),
+            ("weight", self.weight),
+            ("rows", None if self.rows is None else self.rows.weight),
+            ("virtual", self.virtual),
+        )
+        yield from ((role, tensor) for role, tensor in single if tensor is not None)
+
+    @property
+    def primitives(self) -> tuple[str, ...]:
+        """Names of what is applied here, for reports."""
+        found = {
+            "low-rank": self.low_rank,
+            "bias": self.bias,
+            "output scale": self.output_scale,
+            "input scale": self.input_scale,
+            "replaced weight": self.weight,
+            "replaced rows": self.rows,
+            "bottleneck": self.bottleneck,
+            "virtual tokens": self.virtual,
+            "KV prefix": self.prefix,
+            "merged weight": self.transform,
+        }
+        return tuple(name for name, primitive in found.items() if primitive is not None)
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """Where one tensor lies in a packed adapter; `offset` in elements of the compute dtype.
+
+    The rows of a replaced weight [out, in] are rounded up to whole panels.
+    """
+
+    module: str
+    role: TensorRole
+    offset: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AdapterProgram:
+    """A whole adapter: identity, family, and what it does to each module (sorted by name)."""
+
+    digest: str
+    family: str
+    modules: tuple[ModuleProgram, ...]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """Why its answers may not be what its author meant."""
+
+    invocation: tuple[int, ...] = ()
+    """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of any module, 0 when there is no low-rank delta."""
+        return max((m.low_rank.rank for m in self.modules if m.low_rank is not None), default=0)
+
+    @cached_property
+    def prefix_tokens(self) -> int:
+        """Positions before the prompt whose keys and values are given."""
+        return max((len(m.prefix.keys) for m in self.modules if m.prefix is not None), default=0)
+
+    @cached_property
+    def virtual_tokens(self) -> int:
+        """Positions before the prompt, behind the prefix, whose embeddings are given."""
+        return max((len(m.virtual) for m in self.modules if m.virtual is not None), default=0)
+
+    @property
+    def leading(self) -> int:
+        """Positions before the prompt."""
+        return self.prefix_tokens + self.virtual_tokens
+
+    @property
+    def merged_only(self) -> bool:
+        """Whether some module has nothing but a merged weight."""
+        return any(m.transform is not None for m in self.modules)
+
+    def layout(self, element_bytes: int, order: Mapping[str, int]) -> tuple[PackedTensor, ...]:
+        """Places every tensor as a step reads it, each aligned to ALIGNMENT bytes: all `a`, one
+        after the other, then all else. `order` numbers the modules of the base.
+        """
+        step = ALIGNMENT // element_bytes
+        placed, offset = [], 0
+        for module, role, tensor in self._tensors(order):
+            shape = _packed_shape(role, tensor)
+            placed.append(PackedTensor(module, role, offset, shape))
+            offset += -(-math.prod(shape) // step) * step
+        return tuple(placed)
+
+    def packed_bytes(self, element_bytes: int) -> int:
+        """Bytes of the packed adapter: the extent it needs in the arena."""
+        step = ALIGNMENT // element_bytes
+        shapes = (_packed_shape(*pair) for module in self.modules for pair in module.tensors())
+        return sum(-(-math.prod(shape) // step) * step for shape in shapes) * element_bytes
+
+    def pack_into(self, extent: Tensor, order: Mapping[str, int]) -> None:
+        """Copies every tensor into `extent`, a flat tensor of zeros in the compute dtype.
+
+        `extent` holds at least packed_bytes() / element size elements; `order` as in `layout`.
+        """
+        tensors = (tensor for _, _, tensor in self._tensors(order))
+        for place, tensor in zip(self.layout(extent.element_size(), order), tensors, strict=True):
+            extent[place.offset : place.offset + tensor.numel()].copy_(tensor.reshape(-1))
+
+    def _tensors(self, order: Mapping[str, int]) -> list[tuple[str, TensorRole, Tensor]]:
+        """Module, role and tensor of all that is packed, as `layout` places them."""
+        found = [(m.module, role, tensor) for m in self.modules for role, tensor in m.tensors()]
+        return sorted(found, key=lambda each: (each[1] != "a", order[each[0]]))
+
+
+def _packed_shape(role: TensorRole, tensor: Tensor) -> tuple[int, ...]:
+    shape = tuple(tensor.shape)
+    if role == "weight" and len(shape) == 2:
+        return -(-shape[0] // PANEL) * PANEL, shape[1]
+    return shape

@@ -1,0 +1,1 @@
+"""AdapterRegistry and what it is made of: names, intake, and lowered programs."""

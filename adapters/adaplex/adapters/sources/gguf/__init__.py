@@ -1,0 +1,1 @@
+"""GGUF files, and the LoRA adapters of llama.cpp in them."""

@@ -1,0 +1,253 @@
+"""LoRA as llama.cpp keeps it, turned into the directory that PEFT would have written.
+
+Sources: llama.cpp's convert_lora_to_gguf.py, which writes such files, and src/llama-adapter.*,
+which reads them: y += B(Ax) * alpha / rank, the rank that of each pair, or B(Ax) where alpha is 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSOR
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
+from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge, Refusal
+from adaplex.adapters.formats.lowering_context import PREFIX
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.sources.gguf.file import GgufFile, GgufTensor, read_gguf
+
+ARCHITECTURES: Mapping[str, str] = {
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "gpt_oss": "gpt-oss",
+    "granite": "granite",
+    "llama": "llama",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "olmo": "olmo",
+    "olmo2": "olmo2",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen2_moe": "qwen2moe",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "smollm3": "smollm3",
+}
+"""Hugging Face's model_type -> general.architecture. Only those whose linears llama.cpp keeps as
+they are, but for the order of rows below: it transposes the pairs of GPT-2, for one, and cannot
+apply them itself.
+"""
+ROTARY_ROWS = frozenset(["granite", "llama", "olmo", "smollm3"])
+"""Architectures whose query and key rows llama.cpp keeps with a head's two halves interleaved."""
+
+ALPHA = "adapter.lora.alpha"
+EXPECTED = {"general.type": "adapter", "adapter.type": "lora"}
+UNSUPPORTED = {
+    "adapter.alora.invocation_tokens": "activated LoRA needs adapters that start in mid-prompt",
+}
+HALVES = {".weight.lora_a": "a", ".weight.lora_b": "b"}
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A module of the base as llama.cpp names it; `heads` when its rows are interleaved."""
+
+    module: BaseModule
+    heads: int | None
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The two tensors of one module."""
+
+    target: _Target
+    a: GgufTensor  # [rank, in_features]
+    b: GgufTensor  # [out_features, rank]
+
+    @property
+    def rank(self) -> int:
+        return self.b.shape[-1]
+
+
+def convert_gguf_lora(
+    file: Path,
+    into: Path,
+    base: BaseSpec,
+    limits: AdapterLimits,
+    *,
+    heads: int,
+    kv_heads: int,
+) -> None:
+    """Writes the LoRA in a GGUF file as adapter_config.json and adapter_model.safetensors.
+
+    `heads` and `kv_heads` are the base's counts of query and of key heads. `into` is made if it is
+    not there. Raises AdapterInvalid with every refusal, or AdapterTooLarge, before it writes.
+    """
+    source = read_gguf(file, limits)
+    alpha = _check_metadata(source, base)
+    pairs = _find_pairs(source, _targets(base, heads, kv_heads))
+    _check_limits(pairs, file.name, limits)
+    tensors = {key: tensor for pair in pairs for key, tensor in _read(source, pair)}
+    into.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, into / WEIGHTS, {"format": "pt"})
+    (into / CONFIG).write_text(json.dumps(_config(source, pairs, alpha), indent=2))
+
+
+def _check_metadata(source: GgufFile, base: BaseSpec) -> float:
+    """The adapter's alpha; 0 when it has none. Raises AdapterInvalid."""
+    metadata, refusals = source.metadata, []
+    architecture = ARCHITECTURES.get(base.model_type)
+    if architecture is None:
+        reason = f"a base of type {base.model_type} takes no GGUF adapters; those that do: "
+        raise AdapterInvalid.because(source.path.name, reason + ", ".join(ARCHITECTURES))
+    for key, expected in (EXPECTED | {"general.architecture": architecture}).items():
+        if metadata.get(key) != expected:
+            refusals.append(Refusal(key, f"is {metadata.get(key)!r:.40}, expected {expected!r}"))
+    refusals += [Refusal(key, why) for key, why in UNSUPPORTED.items() if key in metadata]
+    alpha = metadata.get(ALPHA, 0.0)
+    if not isinstance(alpha, float) or not math.isfinite(alpha) or alpha < 0:
+        refusals.append(Refusal(ALPHA, "must be a float from 0 up"))
+    if refusals:
+        raise AdapterInvalid(refusals)
+    assert isinstance(alpha, float)
+    return alpha
+
+
+def _targets(base: BaseSpec, heads: int, kv_heads: int) -> dict[str, _Target]:
+    """llama.cpp's name -> linear of the base, for every one that it has a name for.
+
+    Raises AdapterInvalid when the heads matter and are not known.
+    """
+    architecture = ARCHITECTURES[base.model_type]
+    if architecture in ROTARY_ROWS and not (heads and kv_heads):
+        reason = f"is {architecture}, whose rows need the heads that the base does not tell"
+        raise AdapterInvalid.because("general.architecture", reason)
+    arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    linears = [module for module in base.modules.values() if module.kind == "linear"]
+    layers = [int(part) for m in linears for part in m.name.split(".") if part.isdecimal()]
+    names = gguf.get_tensor_name_map(arch, max(layers, default=-1) + 1)
+    rows = {MODEL_TENSOR.ATTN_Q: heads, MODEL_TENSOR.ATTN_K: kv_heads}
+    rotary = rows if architecture in ROTARY_ROWS else {}
+    return {
+        found[1]: _Target(module, rotary.get(found[0]))
+        for module in linears
+        if (found := names.get_type_and_name(module.name)) is not None
+    }
+
+
+def _find_pairs(source: GgufFile, targets: Mapping[str, _Target]) -> list[_Pair]:
+    """The pairs in the file, in its order. Raises AdapterInvalid for all that fits no place."""
+    refusals: list[Refusal] = []
+    halves: dict[str, dict[str, GgufTensor]] = {}
+    for name, tensor in source.tensors.items():
+        suffix = next((suffix for suffix in HALVES if name.endswith(suffix)), "")
+        module = name.removesuffix(suffix)
+        if (problem := _name_problem(module, suffix, targets)) is not None:
+            refusals.append(Refusal(name, problem))
+        else:
+            halves.setdefault(module, {})[HALVES[suffix]] = tensor
+    pairs = []
+    for module, found in halves.items():
+        missing = [suffix for suffix, half in HALVES.items() if half not in found]
+        if missing:
+            refusals.append(Refusal(f"{module}{missing[0]}", "half of a pair is missing"))
+            continue
+        pair = _Pair(targets[module], **found)
+        refusals += _shape_problems(pair)
+        pairs.append(pair)
+    if refusals:
+        raise AdapterInvalid(refusals)
+    if not pairs:
+        raise AdapterInvalid.because(source.path.name, "holds no tensor")
+    return pairs
+
+
+def _name_problem(module: str, suffix: str, targets: Mapping[str, _Target]) -> str | None:
+    """Why a tensor has no place, if it has none."""
+    if not suffix:
+        norm = module.endswith("_norm.weight")
+        return "needs replaced norm weights" if norm else "is not a tensor of LoRA"
+    if module == "token_embd":
+        return "LoRA on embeddings is not served"
+    return None if module in targets else "the base has no such linear"
+
+
+def _shape_problems(pair: _Pair) -> Iterator[Refusal]:
+    """Shapes that do not fit the base, or each other."""
+    module, rank = pair.target.module, pair.rank
+    for tensor, expected in (
+        (pair.a, (rank, module.in_features)),
+        (pair.b, (module.out_features, rank)),
+    ):
+        if _matrix(tensor) != expected:
+            shape = list(tensor.shape)
+            yield Refusal(tensor.name, f"has shape {shape}, expected {list(expected)}")
+
+
+def _matrix(tensor: GgufTensor) -> tuple[int, ...]:
+    """The shape with the leading 1 that ggml may leave out."""
+    return (1, *tensor.shape) if len(tensor.shape) == 1 else tensor.shape
+
+
+def _check_limits(pairs: list[_Pair], name: str, limits: AdapterLimits) -> None:
+    """Raises AdapterTooLarge for a rank, or for what the tensors take when read."""
+    for pair in pairs:
+        if pair.rank > limits.max_rank:
+            raise AdapterTooLarge(
+                f"{pair.b.name} has rank {pair.rank}, the limit is {limits.max_rank}", field="r"
+            )
+    total = sum(pair.a.read_bytes + pair.b.read_bytes for pair in pairs)
+    if total > limits.max_adapter_bytes:
+        raise AdapterTooLarge(
+            f"the tensors of {name} take {total} bytes, the limit is {limits.max_adapter_bytes}",
+            field=name,
+        )
+
+
+def _read(source: GgufFile, pair: _Pair) -> Iterator[tuple[str, Tensor]]:
+    """The two tensors under PEFT's keys."""
+    a, b = source.read(pair.a), source.read(pair.b)
+    if pair.target.heads is not None:
+        b = _halves_first(b, pair.target.heads)
+    name = f"{PREFIX}{pair.target.module.name}"
+    yield f"{name}.lora_A.weight", a.reshape(_matrix(pair.a)).contiguous()
+    yield f"{name}.lora_B.weight", b.contiguous()
+
+
+def _halves_first(rows: Tensor, heads: int) -> Tensor:
+    """Undoes llama.cpp's order of rotary rows, [out_features, rank] either way.
+
+    Row 2i + h of a head there is row i of its half h here.
+    """
+    assert rows.shape[0] % (2 * heads) == 0, f"{rows.shape[0]} rows are no {heads} rotary heads"
+    return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _config(source: GgufFile, pairs: list[_Pair], alpha: float) -> dict[str, Any]:
+    """An adapter_config.json that gives every module its rank, and the scale llama.cpp would."""
+    usual = Counter(pair.rank for pair in pairs).most_common(1)[0][0]
+    ranks = {re.escape(p.target.module.name): p.rank for p in pairs if p.rank != usual}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": source.metadata.get("general.base_model.0.repo_url"),
+        "inference_mode": True,
+        "r": usual,
+        "lora_alpha": alpha or usual,
+        "rank_pattern": ranks,
+        "alpha_pattern": {} if alpha else ranks,
+        "target_modules": sorted(pair.target.module.name for pair in pairs),
+        "bias": "none",
+    }

@@ -1,0 +1,1 @@
+"""Where names, versions and the files of adapters are kept."""

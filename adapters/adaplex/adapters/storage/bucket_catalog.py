@@ -1,0 +1,202 @@
+"""BucketCatalog: entries as objects of a bucket that servers on many machines share.
+
+names/<name>.json holds an entry. A change reads it, and writes it back on the condition that nobody
+else has. A SqliteCatalog beside each server mirrors what it has seen, and answers what needs an
+index; it is looked after again when it is older than the refresh interval.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from adaplex.adapters.errors import AdapterError, SourceUnavailable
+from adaplex.adapters.storage.bucket import Blob, Bucket, Conflict
+from adaplex.adapters.storage.catalog import Order, Query, Usage
+from adaplex.adapters.storage.name_record import Entry, Version, from_json, to_json
+from adaplex.adapters.storage.sqlite_catalog import SqliteCatalog
+
+log = logging.getLogger(__name__)
+
+FOLDER, SUFFIX = "names/", ".json"
+TRIES = 20
+"""Times that other servers may be faster with one name, in a row."""
+STRIPES = 64
+MAX_AGES = 10_000
+"""Names whose age is remembered."""
+
+
+class BucketCatalog:
+    """See Catalog. When the bucket cannot be reached, what is known is still read."""
+
+    def __init__(self, bucket: Bucket, mirror: SqliteCatalog, *, refresh_seconds: float) -> None:
+        self._bucket, self._mirror, self._refresh_seconds = bucket, mirror, refresh_seconds
+        self._looked: dict[str, float] = {}
+        """When each name was looked up, in `time.monotonic()` seconds."""
+        self._listed = float("-inf")
+        self._listing = threading.Lock()
+        self._changing = [threading.Lock() for _ in range(STRIPES)]
+        """One for some names each: changes of a name by this process take turns."""
+        self._mirroring = threading.Lock()
+        self._changes: dict[str, int] = {}
+        """How often this process has changed each name."""
+
+    def get(self, name: str) -> Entry | None:
+        """See Catalog."""
+        if time.monotonic() - self._looked.get(name, float("-inf")) >= self._refresh_seconds:
+            try:
+                self._look_up(name)
+            except SourceUnavailable:
+                if self._mirror.get(name) is None:
+                    raise
+                self._note(name)  # not asked again before the next interval
+        return self._mirror.get(name)
+
+    def update(self, name: str, change: Callable[[Entry | None], Entry]) -> Entry:
+        """See Catalog. Raises SourceUnavailable."""
+        sent = b""
+        with self._changing[hash(name) % len(self._changing)]:
+            for _ in range(TRIES):
+                blob = self._bucket.get(_key(name))
+                assert blob is None or isinstance(blob, Blob)
+                before = from_json(blob.data) if blob else None
+                if before is not None and blob and blob.data == sent:
+                    return self._changed(before, blob.etag)  # our own, whose answer was lost
+                after = change(before)
+                if blob and after == before:
+                    return self._changed(after, blob.etag)
+                sent = to_json(after)
+                try:
+                    if blob:
+                        assert blob.etag, "the bucket gives no etags"
+                        etag = self._bucket.put(_key(name), sent, if_etag=blob.etag)
+                    else:
+                        etag = self._bucket.put(_key(name), sent, if_absent=True)
+                except Conflict:
+                    continue
+                return self._changed(after, etag)
+        raise SourceUnavailable(f"{self._bucket.uri}: {name} changes too fast to be changed")
+
+    def query(self, query: Query) -> list[Entry]:
+        """See Catalog."""
+        return self._listed_mirror().query(query)
+
+    def order_value(self, entry: Entry, order: Order) -> str | int:
+        """See Catalog."""
+        return self._mirror.order_value(entry, order)
+
+    def by_digest(self, digest: str) -> tuple[Entry, Version] | None:
+        """See Catalog."""
+        return self._listed_mirror().by_digest(digest)
+
+    def holds(self, digest: str) -> bool:
+        """See Catalog."""
+        return self._listed_mirror().holds(digest)
+
+    def seems_held(self, digest: str) -> bool:
+        """See Catalog."""
+        return self._mirror.holds(digest)
+
+    def digests(self) -> frozenset[str]:
+        """See Catalog."""
+        return self._listed_mirror().digests()
+
+    def pinned(self) -> list[Entry]:
+        """See Catalog."""
+        return self._listed_mirror().pinned()
+
+    def usage(self) -> Usage:
+        """See Catalog. Servers that upload at the same time may overshoot a quota by what they
+        upload.
+        """
+        return self._listed_mirror().usage()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing: servers elsewhere cannot be stopped. Content that nothing names is kept for a
+        grace period instead; see BucketContents.
+        """
+        yield
+
+    def check_integrity(self) -> None:
+        """Asserts that every entry of the bucket can be read, and is mirrored as it is."""
+        self._list()
+        self._mirror.check_integrity()
+        for stat in self._bucket.list(FOLDER):
+            name = _name(stat.key)
+            entry = self._mirror.get(name)
+            assert entry is not None
+            assert entry.name == name
+
+    def close(self) -> None:
+        """See Catalog."""
+        self._mirror.close()
+
+    def _look_up(self, name: str) -> None:
+        """Brings one name up to date, unless this process has changed it meanwhile."""
+        changes = self._changes.get(name, 0)
+        found = self._bucket.get(_key(name), unless_etag=self._mirror.tag(name))
+        with self._mirroring:
+            if self._changes.get(name, 0) != changes:
+                return
+            if isinstance(found, Blob):
+                self._mirror.put(from_json(found.data), found.etag)
+            elif found is None and self._mirror.get(name) is not None:
+                self._mirror.forget(name)
+            self._note(name)
+
+    def _listed_mirror(self) -> SqliteCatalog:
+        """The mirror, brought up to date as a whole if it is too old. While one thread does that,
+        the others take it as it is, once there is one.
+        """
+        known = self._listed != float("-inf")
+        if not self._listing.acquire(blocking=not known):
+            return self._mirror
+        try:
+            if time.monotonic() - self._listed >= self._refresh_seconds:
+                self._list()
+        except SourceUnavailable:
+            if self._listed == float("-inf"):
+                raise
+            self._listed = time.monotonic()  # not asked again before the next interval
+        finally:
+            self._listing.release()
+        return self._mirror
+
+    def _list(self) -> None:
+        """Fetches what has changed since the mirror saw it, and forgets what is gone."""
+        known, begun = self._mirror.tags(), time.monotonic()
+        there = {_name(stat.key): stat.etag for stat in self._bucket.list(FOLDER)}
+        changed = {name for name, etag in there.items() if known.get(name) != etag}
+        for name in changed | (known.keys() - there.keys()):  # some came while the list was made
+            try:
+                self._look_up(name)
+            except SourceUnavailable:
+                raise
+            except AdapterError as error:  # of a newer version, perhaps; the others can be served
+                log.warning("%s: %s", name, error)
+        self._listed = begun
+
+    def _changed(self, entry: Entry, etag: str) -> Entry:
+        """Takes over what this process has written."""
+        with self._mirroring:
+            self._mirror.put(entry, etag)
+            self._changes[entry.name] = self._changes.get(entry.name, 0) + 1
+            self._note(entry.name)
+        return entry
+
+    def _note(self, name: str) -> None:
+        if len(self._looked) >= MAX_AGES:
+            self._looked.clear()
+        self._looked[name] = time.monotonic()
+
+
+def _key(name: str) -> str:
+    return f"{FOLDER}{name}{SUFFIX}"
+
+
+def _name(key: str) -> str:
+    return key.removeprefix(FOLDER).removesuffix(SUFFIX)

@@ -1,0 +1,151 @@
+"""Catalog: names and what each stands for; the interface of what keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal, Protocol
+
+from adaplex.adapters.storage.name_record import Entry, Version
+
+Order = Literal["name", "create_time", "update_time", "stored_bytes"]
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """One version of one name, as a request is bound to it. Never changes."""
+
+    name: str
+    version: int
+    digest: str
+    family: str
+    modules: int
+    max_rank: int
+    stored_bytes: int
+    packed_bytes: int
+    """In the compute dtype of now."""
+    created: datetime
+    actor: str = ""
+    source: str = ""
+    base: str = ""
+    """Fingerprint of the base that it was checked against."""
+    signer: str = ""
+    warnings: tuple[str, ...] = ()
+    """What was doubtful about it when it came in."""
+    leading: int = 0
+    """Positions that it puts before the prompt."""
+    invocation: tuple[int, ...] = ()
+    """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
+    merged_only: bool = False
+    alias: str = field(default="", compare=False)
+    """The alias that led here, if one did."""
+
+    @classmethod
+    def of(cls, name: str, version: Version, element_bytes: int, alias: str = "") -> AdapterRecord:
+        """The record of a version, for a compute dtype of `element_bytes`."""
+        return cls(
+            name=name,
+            version=version.number,
+            digest=version.digest,
+            family=version.family,
+            modules=version.modules,
+            max_rank=version.max_rank,
+            stored_bytes=version.stored_bytes,
+            packed_bytes=version.packed_bytes[element_bytes],
+            created=version.created,
+            actor=version.actor,
+            source=version.source,
+            base=version.base,
+            signer=version.signer,
+            warnings=version.warnings,
+            leading=version.leading,
+            invocation=version.invocation,
+            merged_only=version.merged_only,
+            alias=alias,
+        )
+
+
+@dataclass(frozen=True)
+class Query:
+    """Which entries to list, and in which order. Equal values are ordered by name."""
+
+    limit: int
+    order: Order = "name"
+    descending: bool = False
+    after: tuple[str | int, str] | None = None
+    """The value ordered by, and the name, of the last entry of the page before."""
+    prefix: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    family: str = ""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the entries that are alive take up; content that several share counts once."""
+
+    names: int
+    stored_bytes: int
+
+
+class Catalog(Protocol):
+    """Thread-safe. Entries that are read are never older than the last change of this process, and
+    at most a refresh interval older than that of another one.
+    """
+
+    def get(self, name: str) -> Entry | None:
+        """The entry of a name, a tombstone too; None for a name that never was."""
+        ...
+
+    def update(self, name: str, change: Callable[[Entry | None], Entry]) -> Entry:
+        """Puts `change(entry)` in the place of the entry, durably, whole or not at all.
+
+        No other change of the name comes between. `change` may be called again when another
+        process was faster; what it raises leaves everything as it was.
+        """
+        ...
+
+    def query(self, query: Query) -> list[Entry]:
+        """Entries that are alive."""
+        ...
+
+    def order_value(self, entry: Entry, order: Order) -> str | int:
+        """What `query` orders an entry by; for Query.after."""
+        ...
+
+    def by_digest(self, digest: str) -> tuple[Entry, Version] | None:
+        """The newest version of any name that points to the content."""
+        ...
+
+    def holds(self, digest: str) -> bool:
+        """Whether a version points to the content."""
+        ...
+
+    def seems_held(self, digest: str) -> bool:
+        """As `holds`, as far as is known here: asks nobody."""
+        ...
+
+    def digests(self) -> frozenset[str]:
+        """Every content that a version points to."""
+        ...
+
+    def pinned(self) -> list[Entry]:
+        """Entries that are alive and pinned."""
+        ...
+
+    def usage(self) -> Usage:
+        """How full the catalog is."""
+        ...
+
+    def paused(self) -> AbstractContextManager[None]:
+        """While it lasts, no process on this store changes an entry."""
+        ...
+
+    def check_integrity(self) -> None:
+        """Asserts that what is kept is whole."""
+        ...
+
+    def close(self) -> None:
+        """Gives connections back."""
+        ...

@@ -1,0 +1,89 @@
+"""Leases: content that requests use stays, whatever becomes of its name."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from adaplex.adapters.storage.catalog import AdapterRecord
+from adaplex.adapters.storage.content_store import Contents, Hold
+
+
+class Leases:
+    """How many users each content has; it is held in the store as long as it has any."""
+
+    def __init__(self, contents: Contents) -> None:
+        self._contents = contents
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._holds: dict[str, Hold] = {}
+
+    def take(self, digest: str) -> bool:
+        """One more user. Whether the content is held; if it is not in the store, it cannot be."""
+        with self._lock:
+            if digest not in self._holds and (hold := self._contents.hold(digest)):
+                self._holds[digest] = hold
+            self._counts[digest] += 1
+            return digest in self._holds
+
+    def give_back(self, digest: str) -> bool:
+        """One user less. Whether it was the last."""
+        with self._lock:
+            self._counts[digest] -= 1
+            assert self._counts[digest] >= 0
+            if self._counts[digest]:
+                return False
+            del self._counts[digest]
+            if hold := self._holds.pop(digest, None):
+                hold.release()
+            return True
+
+    def __contains__(self, digest: object) -> bool:
+        return digest in self._counts
+
+    def __len__(self) -> int:
+        """Contents that have users."""
+        return len(self._counts)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter of a combination."""
+
+    record: AdapterRecord
+    weight: float
+
+
+class Lease:
+    """Holds what a request is bound to. Release it once the request has left the engine."""
+
+    def __init__(
+        self,
+        record: AdapterRecord,
+        give_back: Callable[[], tuple[str, ...]],
+        *,
+        parts: Sequence[Part] = (),
+        warnings: Sequence[str] = (),
+    ) -> None:
+        self.record = record
+        self.parts = tuple(parts)
+        """What is combined; empty for a single adapter."""
+        self.warnings = tuple(warnings)
+        self._give_back = give_back
+        self._held = threading.Lock()
+        """Free while the lease is held: only one release can take it."""
+
+    def release(self) -> tuple[str, ...]:
+        """Gives the contents back. Those that are gone for good by it, and can leave the memory;
+        none the second time.
+        """
+        return self._give_back() if self._held.acquire(blocking=False) else ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()

@@ -1,0 +1,305 @@
+"""Entry: all that is known under one name, as an immutable document. Every change makes a new one.
+
+A catalog keeps entries and swaps one for the next atomically; what may change, and how, is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Literal
+
+from pydantic import TypeAdapter
+
+from adaplex.adapters.errors import AdapterError, AdapterInvalid, AdapterNotFound, StoreFull
+from adaplex.adapters.storage.alias_split import Split, Target, choose
+from adaplex.adapters.storage.selector import ALIAS, DEFAULT, LATEST
+
+MAX_EVENTS = 500
+"""Events that an entry remembers; the oldest go."""
+MAX_ALIASES = 64
+MAX_LABELS = 64
+MAX_LABEL_KEY, MAX_LABEL_VALUE = 63, 256
+MAX_DESCRIPTION = 1024
+
+EventKind = Literal["upload", "alias", "update", "delete_version", "delete"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who asks for a change and when, and where content comes from."""
+
+    time: datetime
+    actor: str = ""
+    source: str = ""
+    """`upload`, `merge` or a URI; empty for changes that bring no content."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """One content under the name. Never changes."""
+
+    number: int
+    digest: str
+    family: str
+    modules: int
+    max_rank: int
+    stored_bytes: int
+    packed_bytes: Mapping[int, int]
+    """By bytes of an element of the compute dtype, which a restart may change."""
+    created: datetime
+    actor: str = ""
+    source: str = ""
+    base: str = ""
+    """Fingerprint of the base that it was checked against."""
+    signer: str = ""
+    warnings: tuple[str, ...] = ()
+    """What was doubtful about it when it came in."""
+    leading: int = 0
+    """Positions that it puts before the prompt."""
+    invocation: tuple[int, ...] = ()
+    """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
+    merged_only: bool = False
+
+
+@dataclass(frozen=True)
+class Event:
+    """One change. `before` and `after` are an alias's targets, empty when it was not set."""
+
+    time: datetime
+    kind: EventKind
+    version: int = 0
+    digest: str = ""
+    alias: str = ""
+    before: Split = ()
+    after: Split = ()
+    actor: str = ""
+    source: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name. One whose versions are all gone stays as a tombstone: no number comes twice."""
+
+    name: str
+    last_version: int = 0
+    """The highest number ever given."""
+    versions: tuple[Version, ...] = ()
+    """By number."""
+    aliases: Mapping[str, Split] = field(default_factory=dict)
+    description: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    pinned: bool = False
+    history: tuple[Event, ...] = ()
+    """Oldest first."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has a version."""
+        return bool(self.versions)
+
+    @property
+    def latest(self) -> Version:
+        """The newest version of an entry that is alive."""
+        return self.versions[-1]
+
+    @property
+    def updated(self) -> datetime:
+        """When it last changed."""
+        return self.history[-1].time
+
+    def version(self, number: int) -> Version:
+        """Raises AdapterNotFound."""
+        for version in reversed(self.versions):
+            if version.number == number:
+                return version
+        raise AdapterNotFound(f"{self.name} has no version {number}")
+
+    def resolve(self, alias: str, routing_key: str = "") -> tuple[Version, str]:
+        """The version that an alias, or without one the bare name, leads to, and the alias that
+        led there. Raises AdapterNotFound.
+        """
+        if not self.alive:
+            raise AdapterNotFound(f"no adapter {self.name}")
+        followed = alias or (DEFAULT if DEFAULT in self.aliases else LATEST)
+        if followed == LATEST:
+            return self.latest, LATEST
+        if followed not in self.aliases:
+            raise AdapterNotFound(f"{self.name} has no alias {followed}")
+        scope = f"{self.name}@{followed}"
+        return self.version(choose(self.aliases[followed], routing_key, scope)), followed
+
+    def reachable(self) -> tuple[Version, ...]:
+        """The versions that the bare name can lead to now."""
+        split = self.aliases.get(DEFAULT)
+        return tuple(self.version(t.version) for t in split) if split else (self.latest,)
+
+    def add(self, version: Version, *, max_versions: int) -> Entry:
+        """With a new newest version, numbered next. Raises StoreFull."""
+        if len(self.versions) >= max_versions:
+            raise StoreFull(
+                f"{self.name} has {max_versions} versions, as many as are allowed; delete some",
+                field="max_versions",
+            )
+        numbered = replace(version, number=self.last_version + 1)
+        event = Event(
+            time=version.created,
+            kind="upload",
+            version=numbered.number,
+            digest=version.digest,
+            actor=version.actor,
+            source=version.source,
+        )
+        grown = replace(self, last_version=numbered.number, versions=(*self.versions, numbered))
+        return grown._with(event)
+
+    def set_alias(self, alias: str, split: Split, origin: Origin) -> Entry:
+        """With an alias that points to the split, or is gone when that is empty.
+
+        Raises AdapterInvalid or AdapterNotFound.
+        """
+        self._check_alias(alias)
+        for target in split:
+            self.version(target.version)
+        before = self.aliases.get(alias, ())
+        if not split and not before:
+            raise AdapterNotFound(f"{self.name} has no alias {alias}", field="alias")
+        if before == split:
+            return self
+        rest = {name: kept for name, kept in self.aliases.items() if name != alias}
+        if len(rest) >= MAX_ALIASES:
+            raise AdapterInvalid.because("alias", f"{self.name} has {MAX_ALIASES} aliases already")
+        event = Event(
+            origin.time, "alias", alias=alias, before=before, after=split, actor=origin.actor
+        )
+        return replace(self, aliases=rest | ({alias: split} if split else {}))._with(event)
+
+    def rollback(self, alias: str, origin: Origin) -> Entry:
+        """With an alias as it was before its last change; doing it twice undoes it.
+
+        A `default` that was never set goes to the version before the newest.
+        Raises AdapterInvalid when there is nothing to go back to, or it is gone.
+        """
+        self._check_alias(alias)
+        changes: list[Event] = []
+        for event in self.history:
+            if event.kind == "delete":  # what came before was another life
+                changes.clear()
+            elif event.kind == "alias" and event.alias == alias:
+                changes.append(event)
+        if changes and (changes[-1].before or alias in self.aliases):
+            split = changes[-1].before
+        elif alias == DEFAULT and alias not in self.aliases and len(self.versions) > 1:
+            split = (Target(self.versions[-2].number),)
+        else:
+            raise AdapterInvalid.because("alias", f"{self.name}@{alias} has no earlier target")
+        known = {version.number for version in self.versions}
+        if lost := [str(t.version) for t in split if t.version not in known]:
+            reason = f"{self.name}@{alias} pointed to version {', '.join(lost)}, deleted since"
+            raise AdapterInvalid.because("alias", reason)
+        return self.set_alias(alias, split, origin)
+
+    def remove_version(self, number: int, origin: Origin) -> Entry:
+        """Without a version. Raises AdapterNotFound, or AdapterInvalid while an alias points to
+        it.
+        """
+        gone = self.version(number)
+        for alias, split in self.aliases.items():
+            if any(target.version == number for target in split):
+                reason = f"{self.name}@{alias} points to version {number}"
+                raise AdapterInvalid.because("name", reason)
+        if len(self.versions) == 1:
+            return self.remove(origin)
+        left = tuple(version for version in self.versions if version != gone)
+        event = Event(origin.time, "delete_version", number, gone.digest, actor=origin.actor)
+        return replace(self, versions=left)._with(event)
+
+    def remove(self, origin: Origin) -> Entry:
+        """The tombstone. Raises AdapterNotFound when it is one."""
+        if not self.alive:
+            raise AdapterNotFound(f"no adapter {self.name}")
+        event = Event(
+            origin.time, "delete", actor=origin.actor, detail=f"{len(self.versions)} versions"
+        )
+        return Entry(self.name, self.last_version, history=self.history)._with(event)
+
+    def describe(
+        self,
+        origin: Origin,
+        *,
+        description: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        pinned: bool | None = None,
+    ) -> Entry:
+        """With what is not None in place of what was. Raises AdapterInvalid."""
+        described = replace(
+            self,
+            description=self.description if description is None else description,
+            labels=self.labels if labels is None else labels,
+            pinned=self.pinned if pinned is None else pinned,
+        )
+        fields = ("description", "labels", "pinned")
+        changed = [name for name in fields if getattr(described, name) != getattr(self, name)]
+        if not changed:
+            return self
+        _check_description(described.description)
+        _check_labels(described.labels)
+        event = Event(origin.time, "update", actor=origin.actor, detail=", ".join(changed))
+        return described._with(event)
+
+    def check_integrity(self) -> None:
+        """Asserts what the operations above keep true."""
+        numbers = [version.number for version in self.versions]
+        assert numbers == sorted(set(numbers))
+        assert not numbers or numbers[-1] <= self.last_version
+        targets = {target.version for split in self.aliases.values() for target in split}
+        assert targets <= set(numbers)
+        assert self.history, "every entry began with an event"
+
+    def _with(self, event: Event) -> Entry:
+        return replace(self, history=(*self.history, event)[-MAX_EVENTS:])
+
+    def _check_alias(self, alias: str) -> None:
+        if not self.alive:
+            raise AdapterNotFound(f"no adapter {self.name}")
+        if not ALIAS.fullmatch(alias):
+            reason = f"{alias!r:.100} does not match ^{ALIAS.pattern}$"
+            raise AdapterInvalid.because("alias", reason)
+        if alias == LATEST:
+            raise AdapterInvalid.because("alias", f"{LATEST} is always the newest version")
+
+
+_DOCUMENT = TypeAdapter(Entry)
+
+
+def to_json(entry: Entry) -> bytes:
+    """The document of an entry."""
+    return _DOCUMENT.dump_json(entry)
+
+
+def from_json(document: bytes | str) -> Entry:
+    """The entry of a document. Raises AdapterError for what is none."""
+    try:
+        return _DOCUMENT.validate_json(document)
+    except ValueError as error:
+        raise AdapterError(f"an entry of the catalog cannot be read: {error}") from error
+
+
+def _check_description(description: str) -> None:
+    if len(description) > MAX_DESCRIPTION:
+        reason = f"must be at most {MAX_DESCRIPTION} characters"
+        raise AdapterInvalid.because("description", reason)
+
+
+def _check_labels(labels: Mapping[str, str]) -> None:
+    if len(labels) > MAX_LABELS:
+        raise AdapterInvalid.because("set_labels", f"must be at most {MAX_LABELS} in all")
+    for key, value in labels.items():
+        if not 1 <= len(key) <= MAX_LABEL_KEY or len(value) > MAX_LABEL_VALUE:
+            raise AdapterInvalid.because(
+                "set_labels",
+                f"{key!r:.100}: keys have 1 to {MAX_LABEL_KEY} characters, "
+                f"values at most {MAX_LABEL_VALUE}",
+            )
