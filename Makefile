@@ -80,7 +80,7 @@ formats: $(INSTALLED) ## Rewrite the README's table of families from the formats
 	@$(BIN)/python -m adaplex.adapters.formats.table README.md
 
 model: $(INSTALLED) ## Fetch and convert the default model, once
-	@$(BIN)/python -m adaplex.model.source >/dev/null
+	@$(BIN)/python -m adaplex.model.base.source >/dev/null
 
 format: $(INSTALLED) ## Format and sort imports
 	$(BIN)/ruff format $(CODE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from adaplex.model.kernels.low_rank import AdapterWeights, Span
+from adaplex.model.weights.adapter_weights import AdapterWeights, Span
 
 ROWS = 25
 """Rows of a mix, but for the distinct one."""

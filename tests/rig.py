@@ -17,14 +17,14 @@ from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
 from adaplex.engine.sequence import Sequence
-from adaplex.model import attention
-from adaplex.model.cuda_graphs import capture_for
-from adaplex.model.decode_steps import decode_steps
+from adaplex.model.base.loader import load_base, silent
+from adaplex.model.forward.cuda_graphs import capture_for
+from adaplex.model.forward.decode_steps import decode_steps
 from adaplex.model.kernels import reference
-from adaplex.model.kernels.low_rank import LowRankKernel, NativeLowRank, ReferenceLowRank
-from adaplex.model.kernels.triton_rows import TritonKernels
-from adaplex.model.loader import load_base, silent
+from adaplex.model.kernels.triton.adapter_rows import TritonKernels
+from adaplex.model.modules import attention
 from adaplex.model.runner import ModelRunner
+from adaplex.model.weights.adapter_weights import LowRankKernel, NativeLowRank, ReferenceLowRank
 
 BLOCK = 16
 ARENA = 64 << 20

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from adaplex.engine.request import AdapterRef
+from adaplex.model.forward.native_forward import NativeForward
+from adaplex.model.forward.torch_forward import ModuleForward
 from adaplex.model.kernels.native.library import INSTRUCTION_SETS
-from adaplex.model.module_forward import ModuleForward
-from adaplex.model.native_forward import NativeForward
 from rig import Rig, prompt
 
 BOUNDS = {"fp32": 1e-4, "bf16": 5e-2, "nf4": 5e-2, "int4-group": 5e-2}

@@ -10,7 +10,7 @@ import peft
 import torch
 from tasks import ANSWER_TOKENS, BATCH, SAMPLES, SEED, Question, Task
 
-from adaplex.model.source import DEFAULT_MODEL
+from adaplex.model.base.source import DEFAULT_MODEL
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adaplex.model.source import DEFAULT_MODEL, resolve_model
+from adaplex.model.base.source import DEFAULT_MODEL, resolve_model
 
 WARM_UP = 8
 IGNORED = -100

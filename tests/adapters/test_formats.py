@@ -16,7 +16,7 @@ from adaplex.adapters.formats.lowering_context import HARMLESS, TARGETS
 from adaplex.adapters.formats.peft.kinds import KINDS, PeftKind
 from adaplex.adapters.formats.peft.merged_only import IDLE, UNSUPPORTED
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.model.loader import load_base
+from adaplex.model.base.loader import load_base
 from adapters.handmade import BASE, checkpoint
 from peft_families import FAMILIES
 from rig import lowered

@@ -16,7 +16,7 @@ from torch import Tensor
 from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from adaplex.adapters.compose.merge import MergeMethod, MergePlan, merge_checkpoints
 from adaplex.adapters.program.base_spec import BaseSpec
-from adaplex.model.loader import load_base
+from adaplex.model.base.loader import load_base
 from adapters.merges import LIMITS, deltas, plan
 from peft_adapters import Oracle, everything, load_plain, save_adapter
 from rig import prompt

@@ -22,7 +22,7 @@ from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.adapters.registry import try_merge
 from adaplex.adapters.registry.program_cache import Programs
 from adaplex.adapters.storage.folder_content import AdapterStore
-from adaplex.model.loader import load_base
+from adaplex.model.base.loader import load_base
 from peft_adapters import load_plain
 from peft_kinds import save_kind
 

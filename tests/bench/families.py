@@ -12,7 +12,7 @@ from statistics import median
 from adaplex.client.bench.checkpoint import write_checkpoint
 from adaplex.client.bench.load import Load
 from adaplex.client.bench.session import Case, Run, Session
-from adaplex.model.source import resolve_model
+from adaplex.model.base.source import resolve_model
 from bench.mixture import save_mixture
 
 

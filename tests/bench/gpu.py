@@ -32,7 +32,7 @@ from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.engine.sequence import Sequence
-from adaplex.model.adapted import AdaptedLinear
+from adaplex.model.modules.hooks import AdaptedLinear
 from rig import BLOCK, Rig
 from tiny import byte_tokenizer
 

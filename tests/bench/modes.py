@@ -31,7 +31,7 @@ from adaplex.engine.auto_merge import ENOUGH, STRIDE
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.engine import Engine
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
-from adaplex.model.loader import BaseModel, load_base
+from adaplex.model.base.loader import BaseModel, load_base
 from adaplex.model.runner import ModelRunner
 
 BLOCKS = 1024

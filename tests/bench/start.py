@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 from adaplex.client.local import LocalServer
-from adaplex.model.source import default_cache
+from adaplex.model.base.source import default_cache
 
 LOOK_SECONDS = 0.01
 PHASES = {"imports": "", "base": "sizing the KV cache", "parts": "warming up", "trial": "serving"}

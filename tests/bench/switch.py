@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 
-from adaplex.model import memory
+from adaplex.model import huge_pages
 from bench.engine import Bench, add_common, keep, open_bench
 
 
@@ -71,7 +71,7 @@ def bring(bench: Bench, repeats: int) -> Bring:
     for ref in refs:
         runner.fetch_adapter(ref.digest)  # type: ignore[attr-defined]
     sources = [torch.ones(size, dtype=torch.uint8) for _ in refs]
-    room = memory.empty(len(refs), size, dtype=torch.uint8).zero_()
+    room = huge_pages.empty(len(refs), size, dtype=torch.uint8).zero_()
     brought, copied = [], []
     for _ in range(repeats):
         for place, ref in enumerate(refs):

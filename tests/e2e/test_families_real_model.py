@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from adaplex.engine.request import AdapterMode
-from adaplex.model.source import resolve_model
+from adaplex.model.base.source import resolve_model
 from peft_adapters import Oracle, load_plain
 from peft_families import FAMILIES, LORAS
 from peft_kinds import TOKENS, save_kind

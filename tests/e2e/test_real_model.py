@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from adaplex.model.int4_group import int4_roundtrip
-from adaplex.model.quantized_linear import nf4_roundtrip
-from adaplex.model.source import resolve_model
+from adaplex.model.base.source import resolve_model
+from adaplex.model.linear.bitsandbytes_linear import nf4_roundtrip
+from adaplex.model.linear.int4_group import int4_roundtrip
 from e2e.conftest import Serving
 from peft_adapters import Oracle, load_plain
 from rig import Rig, lowered

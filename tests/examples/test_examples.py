@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adaplex.model.source import DEFAULT_MODEL, resolve_model
+from adaplex.model.base.source import DEFAULT_MODEL, resolve_model
 
 EXAMPLES = Path(__file__).parents[2] / "adapters" / "examples"
 LORAS = ("terse", "pirate", "json", "news")

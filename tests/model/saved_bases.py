@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from adaplex.model import saved_base
-from adaplex.model.loader import BaseModel
+from adaplex.model.base import saved_base
+from adaplex.model.base.loader import BaseModel
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from adaplex.model.base.loader import load_base
 from adaplex.model.errors import UnsupportedModel
-from adaplex.model.loader import load_base
-from adaplex.model.step import BaseRows
+from adaplex.model.step.step_context import BaseRows
 from rig import Rig, prompt
 from tiny import ARCHITECTURES, byte_tokenizer, save_tiny
 

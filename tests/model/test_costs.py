@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adaplex.engine.merge_cost_model import Mix
-from adaplex.model.costs import ROWS
+from adaplex.model.measure_costs import ROWS
 from rig import Rig, prompt
 from tiny import save_tiny
 

@@ -17,8 +17,8 @@ import cuda_tape
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterRef
 from adaplex.engine.sequence import Sequence
-from adaplex.model.cuda_graphs import CudaGraphs, capture_for
-from adaplex.model.decode_steps import DecodeSteps, eager
+from adaplex.model.forward.cuda_graphs import CudaGraphs, capture_for
+from adaplex.model.forward.decode_steps import DecodeSteps, eager
 from cuda_tape import CudaTape
 from mixes import MIXES
 from random_programs import anything, made

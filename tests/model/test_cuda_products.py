@@ -12,12 +12,12 @@ from torch import Tensor
 from adaplex.adapters.program.primitives import LowRank
 from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.engine.request import AdapterMode
-from adaplex.model import quantized_linear
-from adaplex.model.int4_group import Int4GroupLinear, dequantized_product, int4_product
-from adaplex.model.kernels import triton_forms
-from adaplex.model.linear import DenseLinear, dense_product, torch_product
-from adaplex.model.nf4 import Nf4Weight, nf4_product
-from adaplex.model.quantized_linear import Nf4Linear
+from adaplex.model.kernels.triton import weight_formats
+from adaplex.model.linear import bitsandbytes_linear
+from adaplex.model.linear.backend import DenseLinear, dense_product, torch_product
+from adaplex.model.linear.bitsandbytes_linear import Nf4Linear
+from adaplex.model.linear.int4_group import Int4GroupLinear, dequantized_product, int4_product
+from adaplex.model.weights.nf4 import Nf4Weight, nf4_product
 from rig import Rig, prompt
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -71,7 +71,7 @@ def test_rows_of_every_mode_share_steps(
     assert kinds == {KINDS[quantization]}
     got = steps(rig, alone=True)
     monkeypatch.undo()
-    monkeypatch.setattr(quantized_linear, "nf4_product", lambda _: nf4_by_torch)
+    monkeypatch.setattr(bitsandbytes_linear, "nf4_product", lambda _: nf4_by_torch)
     expected = steps(Rig(tiny_model("llama"), quantization, "fp32", native=False), alone=False)
     for mine, others in zip(got, expected, strict=True):
         assert (mine - others).abs().max() < 1e-4
@@ -106,9 +106,9 @@ def test_nf4_is_what_bitsandbytes_makes_of_it() -> None:
 
 
 def test_cuda_devices_get_triton() -> None:
-    assert int4_product(CUDA) is triton_forms.int4_product
-    assert dense_product(CUDA) is triton_forms.dense_product
-    assert nf4_product(CUDA) is triton_forms.nf4_product
+    assert int4_product(CUDA) is weight_formats.int4_product
+    assert dense_product(CUDA) is weight_formats.dense_product
+    assert nf4_product(CUDA) is weight_formats.nf4_product
     assert int4_product(CPU) is dequantized_product
     assert dense_product(CPU) is torch_product
     assert nf4_product(CPU) is None
@@ -130,5 +130,5 @@ def test_merged_codes_keep_their_product() -> None:
     assert low_rank is not None
     merged = layer.merged(low_rank, None)
     assert isinstance(merged, Int4GroupLinear)
-    assert merged._product is triton_forms.int4_product
+    assert merged._product is weight_formats.int4_product
     assert (merged.nbytes, layer.merged_bytes(low_rank)) == (64 * 2 * 4, 64 * 2 * 4)

@@ -13,7 +13,7 @@ from torch import Tensor
 from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
-from adaplex.model.decode_steps import DecodeSteps, Replay
+from adaplex.model.forward.decode_steps import DecodeSteps, Replay
 from adaplex.model.kernels.reference import least_rows
 from peft_adapters import everything, load_plain, save_adapter
 from random_programs import anything, made

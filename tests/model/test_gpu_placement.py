@@ -24,14 +24,15 @@ from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode
 from adaplex.engine.sequence import Sequence
-from adaplex.model import attention, module_forward
-from adaplex.model.adapted import AdaptedLinear
-from adaplex.model.decode_steps import DecodeSteps, Replay
-from adaplex.model.int4_group import Int4GroupLinear, Int4Weight, int4_product
-from adaplex.model.kernels import triton_attention
-from adaplex.model.kernels.triton_rows import TritonKernels
-from adaplex.model.linear import DenseLinear, LinearBackend
-from adaplex.model.loader import BaseModel
+from adaplex.model.base.loader import BaseModel
+from adaplex.model.forward import torch_forward
+from adaplex.model.forward.decode_steps import DecodeSteps, Replay
+from adaplex.model.kernels.triton import attention as triton_attention
+from adaplex.model.kernels.triton.adapter_rows import TritonKernels
+from adaplex.model.linear.backend import DenseLinear, LinearBackend
+from adaplex.model.linear.int4_group import Int4GroupLinear, Int4Weight, int4_product
+from adaplex.model.modules import attention
+from adaplex.model.modules.hooks import AdaptedLinear
 from adaplex.model.runner import ModelRunner
 from random_programs import anything, made
 from rig import BLOCK, Rig, prompt
@@ -87,7 +88,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     kernels = Kernels()
     kind = type(triton_attention._decode)
     monkeypatch.setattr(kind, "run", lambda kernel, *a, **kw: kernels.run(kernel, *a, **kw))
-    monkeypatch.setattr(module_forward, "likeliest", lambda logits: [])
+    monkeypatch.setattr(torch_forward, "likeliest", lambda logits: [])
     return kernels
 
 

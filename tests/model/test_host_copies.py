@@ -10,7 +10,7 @@ import torch
 
 from adaplex.adapters.errors import AdapterNotFound
 from adaplex.adapters.program.program import AdapterProgram
-from adaplex.model.host_copies import HostCopies, Packer
+from adaplex.model.adapters.packing import HostCopies, Packer
 from peft_adapters import load_plain, save_adapter, spread
 from rig import Rig, lowered, prompt
 

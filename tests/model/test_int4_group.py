@@ -12,14 +12,14 @@ from torch import Tensor
 from adaplex.adapters.program.primitives import LowRank
 from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.engine.request import AdapterMode, AdapterRef
-from adaplex.model.int4_group import (
+from adaplex.model.linear.int4_group import (
     GROUP_SIZES,
     Int4GroupLinear,
     Int4Weight,
     int4_roundtrip,
     merged_zeros,
 )
-from adaplex.model.native_int4 import NativeInt4Linear, int4_linear
+from adaplex.model.linear.native_int4 import NativeInt4Linear, int4_linear
 from rig import Rig, prompt
 
 GROUP = 32

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode
-from adaplex.model.forward import runs_of
+from adaplex.model.forward.protocol import runs_of
 from peft_adapters import Oracle, everything, load_plain, save_adapter
 from rig import BLOCK, Rig, lowered, prompt
 

@@ -8,12 +8,18 @@ import torch.nn.functional as F
 from bitsandbytes import functional as bnb_functional
 from torch import Tensor
 
-from adaplex.model import linear, quantized_linear
-from adaplex.model.int4_group import Int4GroupLinear
-from adaplex.model.linear import DenseLinear, LinearBackend
-from adaplex.model.native_int4 import int4_linear
-from adaplex.model.native_linear import NF4_VALUES
-from adaplex.model.quantized_linear import Int8Linear, Nf4Linear, make_linear, quantize_nf4
+from adaplex.model.linear import backend as linear
+from adaplex.model.linear import bitsandbytes_linear
+from adaplex.model.linear.backend import DenseLinear, LinearBackend
+from adaplex.model.linear.bitsandbytes_linear import (
+    Int8Linear,
+    Nf4Linear,
+    make_linear,
+    quantize_nf4,
+)
+from adaplex.model.linear.int4_group import Int4GroupLinear
+from adaplex.model.linear.native import NF4_VALUES
+from adaplex.model.linear.native_int4 import int4_linear
 
 KINDS = ["nf4", "int8", "int4-group", "bf16", "fp32"]
 SHAPES = [(64, 64), (96, 128), (48, 80), (320, 64)]
@@ -73,13 +79,13 @@ def test_shapes_without_a_kernel_keep_nf4_values_dense(
     weight = torch.randn(shape, dtype=dtype)
     layer = make_linear(weight, None, "nf4")
     assert isinstance(layer, DenseLinear)
-    assert torch.equal(layer.dequantize(), quantized_linear.nf4_roundtrip(weight).float())
+    assert torch.equal(layer.dequantize(), bitsandbytes_linear.nf4_roundtrip(weight).float())
 
 
 def test_a_cpu_without_the_kernel_gets_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(64, 128, dtype=torch.bfloat16)
     fast = make_linear(weight, None, "nf4").dequantize()
-    monkeypatch.setattr(quantized_linear.bnb_functional, "has_avx512bf16", lambda: False)
+    monkeypatch.setattr(bitsandbytes_linear.bnb_functional, "has_avx512bf16", lambda: False)
     slow = make_linear(weight, None, "nf4")
     assert isinstance(slow, DenseLinear)
     assert (slow.dequantize() - fast).abs().max() < 0.01 * fast.abs().max()

@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.model.kernels.low_rank import (
+from adaplex.model.base.source import default_cache
+from adaplex.model.kernels.native import library
+from adaplex.model.kernels.native.kernels import NativeKernels, native_kernels
+from adaplex.model.weights.adapter_weights import (
     AdapterWeights,
     NativeLowRank,
     ReferenceLowRank,
@@ -18,9 +21,6 @@ from adaplex.model.kernels.low_rank import (
     Span,
     low_rank_kernel,
 )
-from adaplex.model.kernels.native import library
-from adaplex.model.kernels.native.kernels import NativeKernels, native_kernels
-from adaplex.model.source import default_cache
 
 MODULES = {"narrow": 0, "wide": 1, "odd": 2, "untouched": 3}
 SHAPES = {"narrow": (64, 48), "wide": (128, 320), "odd": (37, 21), "untouched": (8, 8)}

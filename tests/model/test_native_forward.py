@@ -14,12 +14,12 @@ from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import OVERFLOWED, AdapterMode
 from adaplex.engine.sequence import Sequence
-from adaplex.model import native_forward
+from adaplex.model.forward import native_forward
+from adaplex.model.forward.native_forward import NativeForward
+from adaplex.model.forward.torch_forward import ModuleForward
 from adaplex.model.kernels.native import library, structs
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kernels.native.library import InstructionSet
-from adaplex.model.module_forward import ModuleForward
-from adaplex.model.native_forward import NativeForward
 from peft_adapters import Oracle, load_plain, save_adapter, spread
 from rig import Rig, lowered, prompt
 from tiny import ARCHITECTURES, save_tiny

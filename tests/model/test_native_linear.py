@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from bitsandbytes import functional as bnb_functional
 from torch import Tensor
 
+from adaplex.model.base.saved_base import LAYOUT
+from adaplex.model.base.source import default_cache
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kernels.native.library import INSTRUCTION_SETS, InstructionSet
-from adaplex.model.native_int4 import NativeInt4Linear
-from adaplex.model.native_linear import NativeLinear, native_linear
-from adaplex.model.saved_base import LAYOUT
-from adaplex.model.source import default_cache
+from adaplex.model.linear.native import NativeLinear, native_linear
+from adaplex.model.linear.native_int4 import NativeInt4Linear
 
 USABLE = [each for each in INSTRUCTION_SETS if each.usable]
 KINDS = {

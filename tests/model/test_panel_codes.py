@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from adaplex.model.kernels.native.kernels import LANES, NF4_BLOCK, unpack_groups
-from adaplex.model.native_linear import NF4_VALUES
-from adaplex.model.panel_codes import codes, nf4_weight
+from adaplex.model.linear.native import NF4_VALUES
+from adaplex.model.weights.panel_codes import codes, nf4_weight
 
 VALUES = torch.tensor(NF4_VALUES).bfloat16().float()
 SHAPES = [(3, 64), (16, 128), (70, 192), (321, 128)]

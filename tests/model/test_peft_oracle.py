@@ -13,7 +13,7 @@ from torch import Tensor
 from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
-from adaplex.model.adapted import AdaptedLinear
+from adaplex.model.modules.hooks import AdaptedLinear
 from peft_adapters import Oracle, load_plain, save_adapter, spread
 from rig import Rig, lowered, prompt
 

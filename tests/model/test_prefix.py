@@ -15,8 +15,8 @@ from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode
 from adaplex.engine.sequence import Sequence
-from adaplex.model.module_forward import ModuleForward
-from adaplex.model.native_forward import NativeForward
+from adaplex.model.forward.native_forward import NativeForward
+from adaplex.model.forward.torch_forward import ModuleForward
 from peft_adapters import load_plain
 from rig import BLOCK, Rig, prompt
 

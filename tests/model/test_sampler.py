@@ -15,8 +15,8 @@ from transformers import (
 
 from adaplex.engine.request import OVERFLOWED, Request, SampledToken, SamplingParams
 from adaplex.engine.sequence import Sequence
-from adaplex.model import sampler
-from adaplex.model.sampler import likeliest, penalize, sample, uniform
+from adaplex.model.forward import sampler
+from adaplex.model.forward.sampler import likeliest, penalize, sample, uniform
 
 VOCABULARY = 1000
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from adaplex.model import assembly
-from adaplex.model.adapted import AdaptedLinear
-from adaplex.model.loader import load_base
-from adaplex.model.saved_base import ALIGNMENT, SavedBase
+from adaplex.model.base import build_model
+from adaplex.model.base.loader import load_base
+from adaplex.model.base.saved_base import ALIGNMENT, SavedBase
+from adaplex.model.modules.hooks import AdaptedLinear
 from model.saved_bases import check_equal
 from rig import Rig, prompt
 from tiny import ARCHITECTURES, save_tiny
@@ -36,8 +36,8 @@ def no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def read(*_: Any, **__: Any) -> None:
             raise AssertionError("the checkpoint was read")
 
-        monkeypatch.setattr(assembly.AutoModelForCausalLM, "from_pretrained", read)
-        monkeypatch.setattr(assembly, "probe", read)
+        monkeypatch.setattr(build_model.AutoModelForCausalLM, "from_pretrained", read)
+        monkeypatch.setattr(build_model, "probe", read)
 
     return forbid
 
@@ -87,7 +87,7 @@ def test_parameters_under_two_names_are_one_again(tmp_path: Path) -> None:
     model.add_module("b", nn.LayerNorm(5))
     model.b.weight = model.a.weight  # type: ignore[union-attr]
     base = SavedBase(tmp_path, {"of": "two norms"})
-    base.write(model, assembly.Probe())
+    base.write(model, build_model.Probe())
     with torch.device("meta"):
         empty = nn.Module()
         empty.add_module("a", nn.LayerNorm(5))

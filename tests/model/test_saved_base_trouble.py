@@ -15,11 +15,11 @@ from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from adaplex.model import saved_base
+from adaplex.model.base import saved_base
+from adaplex.model.base.loader import BaseModel, load_base
+from adaplex.model.base.source import default_cache
 from adaplex.model.kernels.native.kernels import NativeKernels
-from adaplex.model.loader import BaseModel, load_base
-from adaplex.model.native_linear import native_linear
-from adaplex.model.source import default_cache
+from adaplex.model.linear.native import native_linear
 from model.saved_bases import check_equal, state_of
 
 

@@ -13,9 +13,9 @@ from gguf import GGUFWriter, TokenType
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from adaplex.model import source
+from adaplex.model.base import source
+from adaplex.model.base.source import resolve_model
 from adaplex.model.errors import ModelSourceError
-from adaplex.model.source import resolve_model
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -289,7 +289,7 @@ def test_two_at_once_convert_once(
         (target / "config.json").write_text("{}")
         (target / "model.safetensors").write_bytes(b"")
 
-    monkeypatch.setattr("adaplex.model.conversion.convert_gguf", convert)
+    monkeypatch.setattr("adaplex.model.base.gguf.convert_gguf", convert)
     found: list[Path] = []
     threads = [
         threading.Thread(

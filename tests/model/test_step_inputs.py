@@ -9,8 +9,8 @@ import torch
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import Request, SamplingParams
 from adaplex.engine.sequence import Sequence
-from adaplex.model.decode_steps import Adapters, Shape, StepInputs
-from adaplex.model.kernels.adapter_kernels import Tile
+from adaplex.model.forward.decode_steps import Adapters, Shape, StepInputs
+from adaplex.model.step.tiles import Tile
 from rig import BLOCK
 
 

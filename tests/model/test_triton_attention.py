@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaplex.model.kernels import reference, triton_attention
+from adaplex.model.kernels import reference
+from adaplex.model.kernels.triton import attention as triton_attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK = 16

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters.program.base_spec import BaseModule
-from adaplex.model.kernels.adapter_kernels import AdapterKernels, Tile
-from adaplex.model.kernels.launches import Launches
-from adaplex.model.kernels.low_rank import (
+from adaplex.model.kernels.triton.adapter_rows import TritonKernels
+from adaplex.model.linear.backend import DenseLinear
+from adaplex.model.step.launch_plan import Launches
+from adaplex.model.step.tiles import AdapterKernels, Tile
+from adaplex.model.weights.adapter_weights import (
     AdapterWeights,
     ReferenceLowRank,
     SiteWeights,
     Span,
     low_rank_kernel,
 )
-from adaplex.model.kernels.triton_rows import TritonKernels
-from adaplex.model.linear import DenseLinear
 from mixes import MIXES, ROWS, spans_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaplex.adapters.program.primitives import LowRank
-from adaplex.model.int4_group import GROUP_SIZES, Int4GroupLinear, Int4Weight
-from adaplex.model.kernels import triton_forms, triton_product
-from adaplex.model.linear import DenseLinear, LinearBackend
-from adaplex.model.quantized_linear import Nf4Linear, quantize_nf4
+from adaplex.model.kernels.triton import product as triton_product
+from adaplex.model.kernels.triton import weight_formats
+from adaplex.model.linear.backend import DenseLinear, LinearBackend
+from adaplex.model.linear.bitsandbytes_linear import Nf4Linear, quantize_nf4
+from adaplex.model.linear.int4_group import GROUP_SIZES, Int4GroupLinear, Int4Weight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CODES = [f"int4-{group}" for group in GROUP_SIZES]
@@ -47,15 +48,15 @@ def linear(
     weight = (torch.randn(shape) * 0.1).to(DEVICE)
     bias = torch.randn(shape[0]).to(DEVICE, dtype) if biased else None
     if form == "dense":
-        return DenseLinear(weight.to(dtype), bias, product=triton_forms.dense_product)
+        return DenseLinear(weight.to(dtype), bias, product=weight_formats.dense_product)
     if form == "nf4":
         quantized = quantize_nf4(weight, nested=True)
-        return Nf4Linear(*quantized, bias, product=triton_forms.nf4_product)
+        return Nf4Linear(*quantized, bias, product=weight_formats.nf4_product)
     group = int(form.partition("-")[2])
     kept = Int4Weight.quantized(weight, group)
     if form.startswith("merged"):
         kept = kept.merged(pair(shape, group))
-    return Int4GroupLinear(kept, bias, product=triton_forms.int4_product)
+    return Int4GroupLinear(kept, bias, product=weight_formats.int4_product)
 
 
 def whole(layer: LinearBackend, dtype: torch.dtype) -> Tensor:
@@ -102,7 +103,7 @@ def test_a_last_split_reads_nothing_behind_the_weight(monkeypatch: pytest.Monkey
     """Two splits of three blocks where there are five, and no number behind the scales."""
     monkeypatch.setattr(triton_product, "PROGRAMS", 4)
     layer, x = linear("nf4", (256, 320), torch.float32), inputs(1, 320, torch.float32)
-    assert triton_forms.NF4.split_size(256, 320) == 192
+    assert weight_formats.NF4.split_size(256, 320) == 192
     assert isinstance(layer, Nf4Linear)
     assert layer._weight is not None
     scales = layer._weight.scales
@@ -139,7 +140,7 @@ def test_a_row_has_the_same_bits_among_any_number(form: str, shape: tuple[int, i
 
 def test_the_shape_alone_decides_how_inputs_are_split() -> None:
     for outs, width in [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (48, 208)]:
-        for form in (triton_forms.DENSE, triton_forms.NF4, triton_forms.INT4):
+        for form in (weight_formats.DENSE, weight_formats.NF4, weight_formats.INT4):
             split = form.split_size(outs, width)
             assert split % form.block_in == 0
             splits = -(-width // split)
@@ -147,7 +148,7 @@ def test_the_shape_alone_decides_how_inputs_are_split() -> None:
             blocks = -(-width // form.block_in)
             assert splits == 1 or programs <= triton_product.PROGRAMS
             assert splits == blocks or programs > triton_product.PROGRAMS // 2
-    assert triton_forms.INT4.split_size(4096, 4096) == 1024
+    assert weight_formats.INT4.split_size(4096, 4096) == 1024
 
 
 @pytest.mark.parametrize("form", ["dense", "nf4", "int4-64"])

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.adapters.program.primitives import Activation, Bottleneck, LowRank, Reads, ReplacedRows
 from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
-from adaplex.model.host_copies import Packer
-from adaplex.model.kernels.low_rank import AdapterWeights, ReferenceLowRank, Span
-from adaplex.model.kernels.triton_rows import TritonKernels
-from adaplex.model.linear import DenseLinear
-from adaplex.model.segments import Segment, SegmentRows
-from adaplex.model.step import AdapterRows
+from adaplex.model.adapters.packing import Packer
+from adaplex.model.adapters.torch_rows import Segment, SegmentRows
+from adaplex.model.kernels.triton.adapter_rows import TritonKernels
+from adaplex.model.linear.backend import DenseLinear
+from adaplex.model.step.step_context import AdapterRows
+from adaplex.model.weights.adapter_weights import AdapterWeights, ReferenceLowRank, Span
 from mixes import MIXES, ROWS, spans_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,12 +23,15 @@ from adaplex.adapters.program.primitives import LowRank
 from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode
-from adaplex.model.kernels import triton_attention, triton_forms, triton_low_rank, triton_product
-from adaplex.model.kernels.adapter_kernels import Tile
-from adaplex.model.kernels.launches import Launch, Launches
-from adaplex.model.kernels.triton_dot import LEAST
-from adaplex.model.kernels.triton_rows import TritonKernels
-from adaplex.model.linear import DenseLinear
+from adaplex.model.kernels.triton import attention as triton_attention
+from adaplex.model.kernels.triton import low_rank as triton_low_rank
+from adaplex.model.kernels.triton import product as triton_product
+from adaplex.model.kernels.triton import weight_formats
+from adaplex.model.kernels.triton.adapter_rows import TritonKernels
+from adaplex.model.kernels.triton.dot import LEAST
+from adaplex.model.linear.backend import DenseLinear
+from adaplex.model.step.launch_plan import Launch, Launches
+from adaplex.model.step.tiles import Tile
 from random_programs import anything, made
 from rig import Rig, prompt
 
@@ -72,8 +75,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     for name in ("SPLIT", "BLOCK_IN"):
         monkeypatch.setattr(triton_low_rank, name, 32)
     for name, least in (("DENSE", 32), ("NF4", 64), ("INT4", 32)):
-        form = getattr(triton_forms, name)
-        monkeypatch.setattr(triton_forms, name, replace(form, block_in=least))
+        form = getattr(weight_formats, name)
+        monkeypatch.setattr(weight_formats, name, replace(form, block_in=least))
     monkeypatch.setattr(KERNEL, "run", lambda kernel, *a, **kw: recorder.launch(kernel, *a, **kw))
     return recorder
 

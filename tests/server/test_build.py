@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 import pytest
 
-from adaplex.model.source import default_cache
+from adaplex.model.base.source import default_cache
 from adaplex.server.app import serve
 from adaplex.server.build import build, engine_limits, open_store
 from adaplex.server.config import ConfigError, ServerConfig

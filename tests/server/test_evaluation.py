@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from adaplex.adapters.registry.registry import AdapterRegistry
 from adaplex.adapters.storage.alias_split import Target
-from adaplex.model.loader import BaseModel, load_base
+from adaplex.model.base.loader import BaseModel, load_base
 from adaplex.model.perplexity import Window, windows
 from adaplex.server.cli.eval import evaluate
 from adaplex.server.config import ServerConfig

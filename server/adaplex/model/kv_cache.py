@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaplex.model import memory
+from adaplex.model import huge_pages
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class KVCache:
 
         def zeros(heads: int, dim: int) -> Tensor:
             shape = (heads, num_blocks, block_tokens, dim)
-            return memory.empty(*shape, dtype=dtype, device=device).zero_()
+            return huge_pages.empty(*shape, dtype=dtype, device=device).zero_()
 
         self.keys = [zeros(s.kv_heads, s.key_dim) for s in shapes]
         self.values = [zeros(s.kv_heads, s.value_dim) for s in shapes]

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterRef, Request, SamplingParams
 from adaplex.engine.sequence import Sequence
-from adaplex.model.memory import whole_numbers
+from adaplex.model.huge_pages import whole_numbers
 from adaplex.model.runner import ModelRunner
 
 ROWS = 64

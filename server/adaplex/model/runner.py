@@ -15,19 +15,19 @@ from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.merge_cost_model import Merge, StepCosts
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SampledToken, SamplingParams
 from adaplex.engine.sequence import Sequence
-from adaplex.model import costs, native_costs
-from adaplex.model.adapted import AdaptedLinear
-from adaplex.model.arena import Arena
-from adaplex.model.decode_steps import DecodeSteps
-from adaplex.model.host_copies import HostCopies, PackedAdapter, Packer
-from adaplex.model.kernels.low_rank import AdapterWeights, LowRankKernel, low_rank_kernel
+from adaplex.model import measure_costs, measure_native_costs
+from adaplex.model.adapters.arena import Arena
+from adaplex.model.adapters.fold import MergedWeights, merge, merged_bytes, merged_parts
+from adaplex.model.adapters.packing import HostCopies, PackedAdapter, Packer
+from adaplex.model.adapters.prefix import Prefixes, Write, panel_writer
+from adaplex.model.base.loader import BaseModel, silent
+from adaplex.model.forward.decode_steps import DecodeSteps
+from adaplex.model.forward.native_forward import NativeForward, fastest
+from adaplex.model.forward.sampler import sample
+from adaplex.model.forward.torch_forward import ModuleForward
 from adaplex.model.kv_cache import KVCache
-from adaplex.model.loader import BaseModel, silent
-from adaplex.model.merged import MergedWeights, merge, merged_bytes, merged_parts
-from adaplex.model.module_forward import ModuleForward
-from adaplex.model.native_forward import NativeForward, fastest
-from adaplex.model.prefix import Prefixes, Write, panel_writer
-from adaplex.model.sampler import sample
+from adaplex.model.modules.hooks import AdaptedLinear
+from adaplex.model.weights.adapter_weights import AdapterWeights, LowRankKernel, low_rank_kernel
 
 
 class ModelRunner:
@@ -123,13 +123,13 @@ class ModelRunner:
         """See Runner."""
         base = self._base
         if isinstance(self._forward, NativeForward) and base.kernels is not None:
-            return native_costs.measure(self._forward, base.kernels)
+            return measure_native_costs.measure(self._forward, base.kernels)
         linears = {
             module.name: module.backend
             for module in base.module.modules()
             if isinstance(module, AdaptedLinear) and not module.is_head
         }
-        return costs.measure(
+        return measure_costs.measure(
             linears,
             self._low_rank,
             dtype=base.dtype,

@@ -14,12 +14,12 @@ from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.engine import Engine
 from adaplex.engine.errors import RequestInvalid
-from adaplex.model.cuda_graphs import capture_for
-from adaplex.model.decode_steps import decode_steps
-from adaplex.model.kernels.low_rank import low_rank_kernel
-from adaplex.model.loader import BaseModel, load_base
+from adaplex.model.base.loader import BaseModel, load_base
+from adaplex.model.base.source import default_cache
+from adaplex.model.forward.cuda_graphs import capture_for
+from adaplex.model.forward.decode_steps import decode_steps
 from adaplex.model.runner import ModelRunner
-from adaplex.model.source import default_cache
+from adaplex.model.weights.adapter_weights import low_rank_kernel
 from adaplex.server.components import Parts
 from adaplex.server.config import ConfigError, ServerConfig
 from adaplex.server.convert import ModelLimits

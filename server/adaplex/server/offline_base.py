@@ -15,7 +15,7 @@ from adaplex.adapters.program.base_match import BasePolicy
 from adaplex.adapters.program.program import AdapterProgram
 from adaplex.adapters.registry.program_cache import read_adapter
 from adaplex.engine.request import AdapterMode, AdapterRef
-from adaplex.model.loader import BaseModel
+from adaplex.model.base.loader import BaseModel
 from adaplex.model.perplexity import window_blocks
 from adaplex.model.runner import ModelRunner
 from adaplex.server.build import BLOCK_TOKENS, load, use_threads

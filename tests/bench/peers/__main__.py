@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from adaplex.model.source import DEFAULT_MODEL, print_progress, resolve_model
+from adaplex.model.base.source import DEFAULT_MODEL, print_progress, resolve_model
 
 from . import inputs, report, rounds
 from .adaplex import Adaplex

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from adaplex.model.source import default_cache
+from adaplex.model.base.source import default_cache
 
 from .system import PeerError, Progress
 

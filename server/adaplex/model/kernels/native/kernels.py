@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adaplex.model import memory
+from adaplex.model import huge_pages
 from adaplex.model.kernels.native import structs
 from adaplex.model.kernels.native.library import (
     WRONG,
@@ -70,7 +70,7 @@ class NativeKernels:
         """weight [out, in] -> panels [out / LANES, in / per_unit, LANES, per_unit], rounded up."""
         rows, columns = weight.shape
         units = columns // self.per_unit
-        panels = memory.empty(-(-rows // LANES), units, LANES, self.per_unit, dtype=self.dtype)
+        panels = huge_pages.empty(-(-rows // LANES), units, LANES, self.per_unit, dtype=self.dtype)
         weight = weight.to(self.dtype).contiguous()
         place = (weight.data_ptr(), rows, columns, self.per_unit)
         self._library.pack_dense(*place, panels.data_ptr())
@@ -91,7 +91,7 @@ class NativeKernels:
         [out / LANES, in / 8, LANES, 2] of four codes each, rounded up.
         """
         rows, columns = codes.shape[0], codes.shape[1] * 2
-        panels = memory.empty(-(-rows // LANES), columns // 8, LANES, 2, dtype=torch.int16)
+        panels = huge_pages.empty(-(-rows // LANES), columns // 8, LANES, 2, dtype=torch.int16)
         codes = codes.contiguous()
         self._library.pack_codes(codes.data_ptr(), rows, columns, panels.data_ptr())
         return panels
@@ -101,7 +101,7 @@ class NativeKernels:
         rounded up.
         """
         rows, groups, *rest = values.shape
-        packed = memory.empty(-(-rows // LANES), groups, LANES, *rest, dtype=values.dtype)
+        packed = huge_pages.empty(-(-rows // LANES), groups, LANES, *rest, dtype=values.dtype)
         values = values.contiguous()
         assert values.nbytes == 4 * rows * groups
         self._library.pack_groups(values.data_ptr(), rows, groups, packed.data_ptr())

@@ -1,0 +1,1 @@
+"""Adapters in memory: packing, the arena, folded weights, prefixes, and the torch path."""

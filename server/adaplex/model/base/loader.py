@@ -1,0 +1,264 @@
+"""Loading the base: resolve, read, check, quantize. It is never touched again afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
+from adaplex.model import huge_pages
+from adaplex.model.base.architecture import Probe, check_supported
+from adaplex.model.base.build_model import Assembly
+from adaplex.model.base.saved_base import SavedBase
+from adaplex.model.base.source import default_cache, resolve_model
+from adaplex.model.errors import UnsupportedModel
+from adaplex.model.file_hashes import HASHES, FileHashes
+from adaplex.model.kernels.native.kernels import NativeKernels, native_kernels
+from adaplex.model.kv_cache import LayerShape
+from adaplex.model.linear.backend import LinearBackend
+from adaplex.model.linear.int4_group import GROUP_SIZES, INT4_GROUP
+from adaplex.model.modules.hooks import AdaptedLinear
+from adaplex.model.step.step_context import StepContext
+
+QUANTIZATIONS = ("nf4", "int8", INT4_GROUP, "bf16", "fp32")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+STEADY_ROTARY = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embeddings whose frequencies do not depend on the length."""
+
+
+def silent(_message: str) -> None:
+    """Progress that nobody sees."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The resident base: module, tokenizer, and what others need to know of it."""
+
+    module: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    spec: BaseSpec
+    step: StepContext
+    shapes: tuple[LayerShape, ...]
+    quantization: str
+    group_size: int
+    """Of int4-group; else 0."""
+    dtype: torch.dtype
+    device: torch.device
+    max_positions: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    weight_bytes: int
+    kernels: NativeKernels | None = None
+    """Those of the CPU, when they run the linears."""
+
+    @property
+    def backends(self) -> dict[str, LinearBackend]:
+        """Module name -> linear backend, for every site."""
+        return {
+            module.name: module.backend
+            for module in self.module.modules()
+            if isinstance(module, AdaptedLinear)
+        }
+
+    def kv_block_bytes(self, block_tokens: int) -> int:
+        """Bytes of one KV block over all layers."""
+        return block_tokens * sum(s.elements for s in self.shapes) * self.dtype.itemsize
+
+
+@torch.inference_mode()
+def load_base(
+    model: str,
+    *,
+    quantization: str = "nf4",
+    group_size: int = 32,
+    dtype: str = "auto",
+    device: str = "auto",
+    cache: Path | None = None,
+    native: bool = True,
+    saved: Path | None = None,
+    progress: Callable[[str], None] = silent,
+) -> BaseModel:
+    """Loads a base model and quantizes it.
+
+    `model` is a hub id, a directory of safetensors, a GGUF file or the default's name;
+    `quantization` is one of QUANTIZATIONS, `group_size`, for int4-group, one of GROUP_SIZES;
+    `dtype` is auto, bf16 or fp32 (the compute dtype);
+    `device` is auto, cpu or cuda; without `native` a CPU computes by torch alone.
+    `saved` is a folder in which the quantized base is kept for the next start.
+    Raises ModelSourceError or UnsupportedModel.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise UnsupportedModel(
+            f"quantization: {quantization!r} is not one of {', '.join(QUANTIZATIONS)}"
+        )
+    if group_size not in GROUP_SIZES:
+        raise UnsupportedModel(
+            f"group_size: {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}"
+        )
+    cache = cache or default_cache()
+    directory = resolve_model(model, cache=cache, progress=progress)
+    compute = _compute_dtype(quantization, dtype)
+    where = torch.device(_device(device))
+    transformers_logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(directory)
+    check_supported(config)
+    fingerprint = _fingerprint(directory, FileHashes(cache / HASHES))
+    kernels = native_kernels(compute, where, cache=cache, progress=progress) if native else None
+    step = StepContext()
+    assembly = Assembly(quantization, compute, where, kernels, step, group_size)
+    parts = {"fingerprint": fingerprint, **assembly.depends_on}
+    kept = None if saved is None else SavedBase(saved, parts)
+    with huge_pages.kept_together():
+        module, found = assembly.assemble(directory, config, kept, progress)
+    return BaseModel(
+        module=module,
+        tokenizer=AutoTokenizer.from_pretrained(directory),
+        spec=BaseSpec(
+            name=Path(model).name if Path(model).exists() else model,
+            digest=_digest(fingerprint, _grid(quantization, group_size), compute),
+            model_type=str(config.model_type),
+            modules=_as_defined(module, found.sites),
+            biases=_biases(module, found),
+            fingerprint=fingerprint,
+            aliases=_aliases(config, model),
+            heads=int(getattr(config, "num_attention_heads", 0) or 0),
+            kv_heads=int(getattr(config, "num_key_value_heads", 0) or 0),
+            kv_shapes=tuple((s.kv_heads, s.key_dim, s.value_dim) for s in found.shapes),
+            rotary=_rotary(module),
+            tied=bool(config.tie_word_embeddings),
+            quantization=quantization,
+            weight=partial(_weight, module),
+        ),
+        step=step,
+        shapes=tuple(found.shapes),
+        quantization=quantization,
+        group_size=group_size if quantization == INT4_GROUP else 0,
+        dtype=compute,
+        device=where,
+        max_positions=int(config.max_position_embeddings),
+        vocab_size=int(config.vocab_size),
+        eos_token_ids=_eos_token_ids(directory, module),
+        weight_bytes=_weight_bytes(module),
+        kernels=kernels,
+    )
+
+
+def _rotary(module: Any) -> torch.Tensor | None:
+    """See BaseSpec.rotary."""
+    embedding = getattr(module.base_model, "rotary_emb", None)
+    if getattr(embedding, "rope_type", None) not in STEADY_ROTARY:
+        return None
+    return embedding.inv_freq.detach().float().cpu().clone()  # type: ignore[union-attr, no-any-return]
+
+
+def _compute_dtype(quantization: str, dtype: str) -> torch.dtype:
+    """fp32 for an fp32 base, bf16 otherwise, unless asked for."""
+    if dtype == "auto":
+        return torch.float32 if quantization == "fp32" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise UnsupportedModel(f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    if quantization in DTYPES and quantization != dtype:
+        raise UnsupportedModel(f"dtype: {dtype} does not fit quantization {quantization}")
+    return DTYPES[dtype]
+
+
+def _device(device: str) -> str:
+    """The first of cuda and cpu that is there, unless asked for."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedModel("device: cuda was asked for and is not available")
+    return device
+
+
+def _biases(model: nn.Module, found: Probe) -> dict[str, Tensor]:
+    """Site -> a copy of its bias, fp32 on the CPU, for the sites that have one."""
+    biases = {}
+    for site in found.sites:
+        if not site.has_bias:
+            continue
+        module: Any = model.get_submodule(site.name)
+        bias: Any = module.backend.bias if isinstance(module, AdaptedLinear) else module.bias
+        biases[site.name] = bias.float().cpu().clone()
+    return biases
+
+
+def _as_defined(model: nn.Module, sites: Iterable[BaseModule]) -> dict[str, BaseModule]:
+    """Sites by name, in the order in which the model defines them: PEFT numbers modules so."""
+    place = {name: index for index, (name, _) in enumerate(model.named_modules())}
+
+    def index(site: BaseModule) -> int:  # a parameter of experts comes with the module it is in
+        return place.get(site.name, place.get(site.name.rpartition(".")[0], len(place)))
+
+    return {site.name: site for site in sorted(sites, key=index)}
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    """See BaseSpec.weight."""
+    try:
+        module: Any = model.get_submodule(name)
+        weight: Tensor = module.weight
+    except AttributeError:
+        raise KeyError(name) from None
+    return weight.detach().float()
+
+
+def _fingerprint(directory: Path, hashes: FileHashes) -> str:
+    """SHA-256 of config and weights: the base, however it is kept."""
+    total = hashlib.sha256(b"adaplex-base-v1")
+    for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+        total.update(hashes.sha256(path).encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def _grid(quantization: str, group_size: int) -> str:
+    """How the linears are kept, with all that their values depend on."""
+    return f"{quantization}:{group_size}" if quantization == INT4_GROUP else quantization
+
+
+def _digest(fingerprint: str, quantization: str, dtype: torch.dtype) -> str:
+    """SHA-256 of the base and of how it is kept: what a KV block depends on."""
+    kept = json.dumps([fingerprint, quantization, str(dtype)])
+    return f"sha256:{hashlib.sha256(kept.encode()).hexdigest()}"
+
+
+def _aliases(config: PretrainedConfig, model: str) -> tuple[str, ...]:
+    """What else adapters may call the base: the name its config was saved under, and a hub id
+    without its revision.
+    """
+    saved = str(getattr(config, "_name_or_path", "") or "")
+    return tuple(dict.fromkeys(name for name in (saved, model.partition("@")[0]) if name))
+
+
+def _eos_token_ids(directory: Path, model: nn.Module) -> frozenset[int]:
+    """End-of-sequence tokens of the generation config, else of the model config."""
+    try:
+        eos = GenerationConfig.from_pretrained(directory).eos_token_id
+    except OSError:
+        eos = model.config.eos_token_id  # type: ignore[union-attr]
+    if eos is None:
+        return frozenset()
+    return frozenset(eos) if isinstance(eos, list) else frozenset([int(eos)])
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    """Bytes of every weight as kept; a tied tensor counts once."""
+    kept = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    linears = sum(m.backend.nbytes for m in model.modules() if isinstance(m, AdaptedLinear))
+    return sum(kept.values()) + linears

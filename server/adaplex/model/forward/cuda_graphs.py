@@ -1,0 +1,70 @@
+"""CudaGraphs: a step of many launches as one, on CUDA devices.
+
+Source of the calls and their conditions: torch's notes on CUDA semantics, "CUDA Graphs".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from adaplex.model.base.loader import BaseModel, silent
+from adaplex.model.forward.decode_steps import Capture, Replay, eager
+
+
+class CudaGraphs:
+    """A Capture. Its graphs share memory, since the logits of one are gone when another runs."""
+
+    def __init__(self, device: torch.device, progress: Callable[[str], None] = silent) -> None:
+        """`progress` is told when steps have to be launched kernel by kernel after all."""
+        self._device, self._progress = device, progress
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._captures = True
+
+    def __call__(self, step: Replay) -> Replay:
+        """See Capture. What cannot be captured is launched as it is, and so is all that follows."""
+        if self._captures:
+            try:
+                return self._captured(step)
+            except RuntimeError as error:  # what torch and CUDA raise
+                self._captures = False
+                self._progress(f"decoding without CUDA graphs: a step cannot be captured: {error}")
+        return step
+
+    def _captured(self, step: Replay) -> Replay:
+        """Runs the step once before: what compiles, loads or chooses may not be captured."""
+        current, graph = torch.cuda.current_stream(self._device), torch.cuda.CUDAGraph()
+        self._stream.wait_stream(current)
+        # A capture that fails leaves its stream in use: the one before comes back here.
+        with torch.cuda.stream(self._stream):
+            step()
+            # Adapters are copied by other threads meanwhile, which "global" forbids.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                logits = step()
+        current.wait_stream(self._stream)
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
+
+def capture_for(
+    base: BaseModel, progress: Callable[[str], None], *, enforce_eager: bool = False
+) -> Capture:
+    """How decoding steps of a base are launched: from CUDA graphs, where there are any.
+
+    A mixture of experts asks the device in every layer which of them are wanted, and so cannot be
+    captured.
+    """
+    if enforce_eager or base.device.type != "cuda":
+        return eager
+    if any(module.kind == "experts" for module in base.spec.modules.values()):
+        progress("decoding without CUDA graphs: the base is a mixture of experts")
+        return eager
+    return CudaGraphs(base.device, progress)

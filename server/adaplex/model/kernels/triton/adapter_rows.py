@@ -1,0 +1,169 @@
+"""TritonKernels: what adapters do to their rows, in Triton, for all rows at once.
+
+A launch happens only at modules where some adapter of the step has something; what it has is read
+on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adaplex.adapters.program.base_spec import BaseModule
+from adaplex.model.adapters.torch_rows import table_scale, with_weight
+from adaplex.model.huge_pages import whole_numbers
+from adaplex.model.kernels.triton import embedding as triton_embedding
+from adaplex.model.kernels.triton import low_rank as triton_low_rank
+from adaplex.model.kernels.triton import replaced as triton_replaced
+from adaplex.model.kernels.triton.table import ResidentTable, Shared
+from adaplex.model.linear.backend import LinearBackend
+from adaplex.model.step.launch_plan import Launch, Launches
+from adaplex.model.step.tiles import Product, Tile, base_product
+from adaplex.model.weights.adapter_weights import AddLowRank, Span
+
+
+class TritonKernels:
+    """The kernels of CUDA devices; they run on the CPU under TRITON_INTERPRET=1."""
+
+    def __init__(
+        self, modules: Mapping[str, BaseModule], device: torch.device, *, slots: int = 1024
+    ) -> None:
+        """`modules` are those of the base; `slots` bounds the different adapters of a step."""
+        self._modules = modules
+        self._table = ResidentTable(modules, device, slots=slots)
+
+    def plan(self, spans: Sequence[Span], modules: Mapping[str, int]) -> AddLowRank:
+        """See LowRankKernel. Only for adapters that do nothing else."""
+        assert all(span.weights.plain for span in spans)
+        tiles = whole_numbers(self.tiles(spans), self._table.device).T.contiguous()
+        launches = self.launches(spans)
+        max_rank = max((span.weights.max_rank for span in spans), default=0)
+
+        def add(module: str, x: Tensor, y: Tensor) -> None:
+            if Launch.NARROW in launches.at(modules[module]):
+                shared = self._table.shared(modules[module], tiles)
+                parts = triton_low_rank.shrink(shared, x, max_rank=max_rank)
+                triton_low_rank.expand(shared, parts, y)
+
+        return add
+
+    def tiles(self, spans: Sequence[Span]) -> list[Tile]:
+        """See AdapterKernels."""
+        return self._table.tiles(spans)
+
+    def launches(self, spans: Sequence[Span]) -> Launches:
+        """See AdapterKernels."""
+        return self._table.launches(spans)
+
+    def rows(
+        self,
+        tiles: Tensor,
+        launches: Launches,
+        *,
+        max_rank: int,
+        virtual: Tensor | None = None,
+        product: Product = base_product,
+    ) -> TritonRows:
+        """See AdapterKernels."""
+        return TritonRows(self._modules, self._table, tiles, launches, max_rank, virtual, product)
+
+
+class TritonRows:
+    """See AdapterRows and AdapterKernels.rows."""
+
+    any = True
+
+    def __init__(
+        self,
+        modules: Mapping[str, BaseModule],
+        table: ResidentTable,
+        tiles: Tensor,
+        launches: Launches,
+        max_rank: int,
+        virtual: Tensor | None,
+        product: Product,
+    ) -> None:
+        self._modules, self._table, self._product = modules, table, product
+        self._tiles, self._launches = tiles, launches
+        self._max_rank, self._virtual = max_rank, virtual
+
+    def linear(self, name: str, backend: LinearBackend, x: Tensor) -> Tensor:
+        """See AdapterRows."""
+        launches, shared = self._at(name)
+        if Launch.INPUT in launches:
+            x = triton_replaced.scaled(shared, x)
+        y = self._product(name, backend, x)
+        if Launch.WEIGHT in launches:
+            triton_replaced.replace_product(shared, x, backend.bias, y)
+        if Launch.ROWS in launches:
+            triton_replaced.replace_rows(shared, x, backend.bias, y)
+        if Launch.OUTPUT in launches:
+            parts = triton_low_rank.no_parts(x)
+            if Launch.NARROW in launches:
+                parts = triton_low_rank.shrink(shared, x, max_rank=self._max_rank)
+            triton_low_rank.expand(shared, parts, y)
+        return y
+
+    def norm(self, name: str, norm: nn.Module, x: Tensor, y: Tensor) -> None:
+        """See AdapterRows."""
+        launches, shared = self._at(name)
+        if Launch.WEIGHT in launches:
+            own = norm.get_parameter("weight")
+            weights, replaced = triton_embedding.row_weights(shared, own, len(x))
+            replaced = replaced.view(-1, *[1] * (y.dim() - 1))
+            y.copy_(torch.where(replaced, normed(norm, weights, x), y))
+        if Launch.OUTPUT in launches:
+            for part in (y,) if y.dim() == 2 else y.unbind(1):
+                triton_low_rank.expand(shared, triton_low_rank.no_parts(part), part)
+
+    def embedding(self, name: str, embedding: nn.Module, ids: Tensor, y: Tensor) -> None:
+        """See AdapterRows."""
+        launches, shared = self._at(name)
+        if not launches:
+            return
+        if self._virtual is not None:
+            ids = torch.where(self._virtual < 0, ids, -1 - self._virtual)
+        triton_embedding.embed(shared, ids, y, table_scale(embedding, y))
+
+    def block(self, name: str, x: Tensor, residual: Tensor, y: Tensor) -> None:
+        """See AdapterRows."""
+        launches, shared = self._at(name)
+        if Launch.NARROW in launches:
+            around = (x, residual)
+            parts = triton_low_rank.shrink(shared, y, max_rank=self._max_rank, around=around)
+            triton_low_rank.expand(shared, parts, y, block=True)
+
+    def expert(self, name: str, expert: int, rows: Tensor, x: Tensor, y: Tensor) -> None:
+        """See AdapterRows. Neighbours among the chosen rows may have any adapter, so each is a
+        tile.
+        """
+        if Launch.NARROW in self._at(name)[0]:
+            slots, starts, counts = self._tiles
+            mine = (rows[:, None] >= starts) & (rows[:, None] < starts + counts)
+            slot = torch.where(mine, slots, -1).amax(1)
+            each = torch.arange(len(rows), device=rows.device)
+            tiles = torch.stack([slot, each, torch.ones_like(slot)])
+            shared = self._table.shared(self._table.numbers[name], tiles)
+            shares = self._modules[name].experts
+            parts = triton_low_rank.shrink(
+                shared, x, max_rank=self._max_rank, share=expert, shares=shares
+            )
+            triton_low_rank.expand(shared, parts, y, share=expert, shares=shares)
+
+    def _at(self, name: str) -> tuple[frozenset[Launch], Shared]:
+        """What to launch at a module, and what to tell kernels there."""
+        number = self._table.numbers[name]
+        return self._launches.at(number), self._table.shared(number, self._tiles)
+
+
+def normed(norm: nn.Module, weights: Tensor, x: Tensor) -> Tensor:
+    """x [rows, .., features] by a norm of any kind that has another weight in each row."""
+
+    def row(weight: Tensor, x: Tensor) -> Tensor:
+        y: Tensor = with_weight(norm, weight).forward(x)
+        return y
+
+    made: Tensor = torch.vmap(row)(weights, x)
+    return made

@@ -1,0 +1,244 @@
+"""Grouped low-rank deltas and bottlenecks in Triton, over the places and ranks of what lies in the
+arena; with them go the scales and biases of outputs.
+
+The input is cut into splits of a fixed size: `_shrink` writes the partial a x of each, `_expand`
+adds them in order and multiplies by b. No atomics, and a row's arithmetic depends on the row and
+its adapter alone. See triton_table for rows and tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from adaplex.adapters.program.primitives import Activation, Reads
+from adaplex.model.kernels.native.structs import ACTIVATIONS, READS, SITE_FIELDS
+from adaplex.model.kernels.triton.dot import dot_type
+from adaplex.model.kernels.triton.table import (
+    FIELDS,
+    RANKS,
+    TILE,
+    Shared,
+    elements,
+    tile_rows,
+    vector,
+)
+
+SPLIT = 1024
+"""Inputs that one program of `_shrink` sums, at most."""
+BLOCK_IN = 128
+"""Inputs in one product; divides SPLIT."""
+BLOCK_OUT = 128
+"""Outputs of one program of `_expand`."""
+
+A, B, RANK, BIAS, OUTPUT_SCALE, INNER, SHAPE = (
+    tl.constexpr(SITE_FIELDS.index(name))
+    for name in ("a", "b", "rank", "bias", "output_scale", "inner", "shape")
+)
+SUM, INPUT, RESIDUAL = (
+    tl.constexpr(READS.index(reads)) for reads in (Reads.SUM, Reads.INPUT, Reads.RESIDUAL)
+)
+RELU, GELU, GELU_TANH, SILU, TANH, SIGMOID, LEAKY_RELU = (
+    tl.constexpr(ACTIVATIONS.index(activation))
+    for activation in Activation
+    if activation is not Activation.IDENTITY
+)
+
+
+def shrink(
+    shared: Shared,
+    x: Tensor,
+    *,
+    max_rank: int,
+    around: tuple[Tensor, Tensor] | None = None,
+    share: int = 0,
+    shares: int = 1,
+) -> Tensor:
+    """a x for every tile, as fp32 parts [splits, rows, max_rank] to be added up.
+
+    x [rows, in]. `around` has the input of a block and the residual stream, which a bottleneck may
+    read instead of the output x. Of `shares` that divide every rank, only `share` is used.
+    """
+    rows, width = x.shape
+    entered, residual = (x, x) if around is None else around
+    assert x.stride(1) == 1
+    assert around is None or x.is_contiguous()
+    assert entered.stride() == residual.stride() == x.stride()
+    split = min(SPLIT, triton.cdiv(width, BLOCK_IN) * BLOCK_IN)
+    splits = triton.cdiv(width, SPLIT)
+    parts = x.new_empty(splits, rows, max_rank, dtype=torch.float32)
+    _shrink[(shared[3].shape[1], splits)](
+        *(*shared, x, entered, residual, x.stride(0), width, parts, rows, max_rank, share),
+        *(shares, around is not None, split, BLOCK_IN, dot_type(x)),
+    )
+    return parts
+
+
+def expand(
+    shared: Shared,
+    parts: Tensor,
+    y: Tensor,
+    *,
+    block: bool = False,
+    share: int = 0,
+    shares: int = 1,
+) -> None:
+    """y = output_scale * y + b (sum of parts) + bias for every tile, in place; y [rows, out].
+
+    At a `block` the sum goes through the bottleneck's inner bias and activation first.
+    """
+    assert y.stride(1) == 1
+    splits, rows, max_rank = parts.shape
+    _expand[(shared[3].shape[1], triton.cdiv(y.shape[1], BLOCK_OUT))](
+        *(*shared, y, y.stride(0), y.shape[1], parts, rows, max_rank, share),
+        *(shares, block, splits, BLOCK_OUT, dot_type(y)),
+    )
+
+
+def no_parts(x: Tensor) -> Tensor:
+    """What `expand` takes where no tile has a low-rank delta of x [rows, in]; as many splits as
+    `shrink` would give, so that it is the same kernel.
+    """
+    return x.new_empty(triton.cdiv(x.shape[1], SPLIT), len(x), 0, dtype=torch.float32)
+
+
+@triton.jit(
+    do_not_specialize=["module", "rows", "max_rank", "share"],
+    do_not_specialize_on_alignment=["tiles"],
+)
+def _shrink(
+    table,
+    table_row,
+    module,
+    tiles,
+    x,
+    entered,
+    residual,
+    x_row,
+    width,
+    parts,
+    rows,
+    max_rank,
+    share,
+    SHARES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """parts [splits, rows, max_rank] = a x over one split of the inputs, for one tile."""
+    slot = tl.load(tiles + tl.program_id(0))
+    if slot >= 0:
+        site = table + slot * table_row + module * FIELDS
+        rank = tl.load(site + RANK) // SHARES
+        a = elements(site, A, x) + share * rank * width
+        row, live = tile_rows(tiles)
+        reads = tl.load(site + SHAPE) // 16
+        source = x
+        if BLOCK:
+            if reads == INPUT:
+                source = entered
+            if reads == RESIDUAL:
+                source = residual
+        split = tl.program_id(1)
+        first = 0
+        while first < rank:
+            r = first + tl.arange(0, RANKS)
+            sums = tl.zeros((TILE, RANKS), tl.float32)
+            for offset in range(0, SPLIT, BLOCK_IN):
+                i = split * SPLIT + offset + tl.arange(0, BLOCK_IN)
+                inside = i < width
+                at = row[:, None] * x_row + i[None, :]
+                wanted = live[:, None] & inside[None, :]
+                xs = tl.load(source + at, mask=wanted, other=0.0)
+                if BLOCK:
+                    added = tl.load(residual + at, mask=wanted & (reads == SUM), other=0.0)
+                    xs = (xs.to(tl.float32) + added.to(tl.float32)).to(x.dtype.element_ty)
+                a_s = a + r[None, :] * width + i[:, None]
+                a_s = tl.load(a_s, mask=inside[:, None] & (r < rank)[None, :], other=0.0)
+                sums = tl.dot(xs.to(DOT), a_s.to(DOT), sums, input_precision="ieee")
+            to = parts + (split * rows + row[:, None]) * max_rank + r[None, :]
+            tl.store(to, sums, mask=live[:, None] & (r < rank)[None, :])
+            first += RANKS
+
+
+@triton.jit(
+    do_not_specialize=["module", "rows", "max_rank", "share"],
+    do_not_specialize_on_alignment=["tiles"],
+)
+def _expand(
+    table,
+    table_row,
+    module,
+    tiles,
+    y,
+    y_row,
+    width,
+    parts,
+    rows,
+    max_rank,
+    share,
+    SHARES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """y = output_scale * y + b (sum of parts) + bias, for one tile and BLOCK_OUT outputs.
+
+    What b is multiplied by is rounded to y's type first, as in the reference.
+    """
+    slot = tl.load(tiles + tl.program_id(0))
+    if slot >= 0:
+        site = table + slot * table_row + module * FIELDS
+        rank = tl.load(site + RANK) // SHARES
+        if (rank > 0) | (tl.load(site + BIAS) != 0) | (tl.load(site + OUTPUT_SCALE) != 0):
+            row, live = tile_rows(tiles)
+            o = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+            delta = tl.zeros((TILE, BLOCK_OUT), tl.float32)
+            b = elements(site, B, y) + share * rank * width
+            first = 0
+            while first < rank:
+                r = first + tl.arange(0, RANKS)
+                wanted = live[:, None] & (r < rank)[None, :]
+                h = tl.zeros((TILE, RANKS), tl.float32)
+                for split in range(0, SPLITS):
+                    part = parts + (split * rows + row[:, None]) * max_rank + r[None, :]
+                    h += tl.load(part, mask=wanted, other=0.0)
+                if BLOCK:
+                    h += vector(site, INNER, y, r, rank, 0.0)[None, :]
+                    h = _activated(h, tl.load(site + SHAPE) % 16)
+                inside = (r < rank)[:, None] & (o < width)[None, :]
+                bs = tl.load(b + r[:, None] * width + o[None, :], mask=inside, other=0.0)
+                h = h.to(y.dtype.element_ty).to(DOT)
+                delta = tl.dot(h, bs.to(DOT), delta, input_precision="ieee")
+                first += RANKS
+            ys = y + row[:, None] * y_row + o[None, :]
+            inside = live[:, None] & (o < width)[None, :]
+            new = tl.load(ys, mask=inside, other=0.0).to(tl.float32)
+            new = new * vector(site, OUTPUT_SCALE, y, o, width, 1.0)[None, :] + delta
+            new += vector(site, BIAS, y, o, width, 0.0)[None, :]
+            tl.store(ys, new.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _activated(h, activation):
+    """An activation by its number. tanh(x) = 2 sigmoid(2 x) - 1, which is right at both ends."""
+    if activation == RELU:
+        h = tl.maximum(h, 0.0)
+    elif activation == GELU:
+        h = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
+    elif activation == GELU_TANH:
+        # 0.5 (1 + tanh(z)) = sigmoid(2 z)
+        h = h * tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
+    elif activation == SILU:
+        h = h * tl.sigmoid(h)
+    elif activation == TANH:
+        h = 2.0 * tl.sigmoid(2.0 * h) - 1.0
+    elif activation == SIGMOID:
+        h = tl.sigmoid(h)
+    elif activation == LEAKY_RELU:
+        h = tl.where(h < 0.0, 0.01 * h, h)
+    return h

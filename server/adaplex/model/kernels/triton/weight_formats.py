@@ -1,0 +1,188 @@
+"""Forms of weights for triton_product: dense, nf4, int4-group.
+
+A tile of codes becomes numbers in registers: int4-group's are those that the whole weight would
+have in x's type, nf4's are not scaled yet. The nibbles of a byte belong to neighbouring inputs:
+those in the high halves multiply the even ones, those in the low halves the odd ones, so that
+nothing has to be interleaved.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from adaplex.model.kernels.native.kernels import NF4_BLOCK
+from adaplex.model.kernels.triton.product import Form, product
+from adaplex.model.linear.int4_group import CENTER, Int4Weight
+from adaplex.model.weights.nf4 import NESTED, Nf4Weight
+
+MIDDLE = tl.constexpr(CENTER)
+NESTED_BLOCKS = tl.constexpr(NESTED)
+
+
+def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W' + bias; x [rows, in], weight [out, in] and bias [out] in x's type -> [rows, out].
+
+    A weight that lies the other way round, as some experts do, is turned for each product.
+    """
+    return product(DENSE, x, (weight.contiguous(),), weight.shape[0], bias)
+
+
+def nf4_product(x: Tensor, weight: Nf4Weight, bias: Tensor | None) -> Tensor:
+    """As dense_product, of a weight in nf4."""
+    outs = weight.codes.shape[0]
+    return product(NF4, x, weight.parts, outs, bias, group=NF4_BLOCK)
+
+
+def int4_product(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+    """As dense_product, of a weight in int4-group."""
+    parts, outs = (weight.codes, weight.scales, weight.zeros), weight.codes.shape[0]
+    return product(INT4, x, parts, outs, bias, group=x.shape[1] // weight.scales.shape[1])
+
+
+@triton.jit
+def _add_dense(
+    part,
+    from_row,
+    live,
+    weight,
+    o,
+    inside,
+    start,
+    width,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """See Form."""
+    i = start + tl.arange(0, BLOCK_IN)
+    wanted = inside[:, None] & (i < width)[None, :]
+    ws = tl.load(weight[0] + o[:, None] * width + i[None, :], mask=wanted, other=0.0)
+    xs = _inputs(from_row, live, start, width, BLOCK_IN)
+    return tl.dot(ws.to(DOT), tl.trans(xs.to(DOT)), part, input_precision="ieee")
+
+
+@triton.jit
+def _add_nf4(
+    part,
+    from_row,
+    live,
+    weight,
+    o,
+    inside,
+    start,
+    width,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """See Form. Values are rounded to x's type and sums of a block scaled, as on CPUs."""
+    codes, values, maxima, steps, scales, offset = weight
+    block, there = o * (width // GROUP) + start // GROUP, inside & (start < width)
+    scale = tl.load(steps + tl.load(maxima + block, mask=there, other=0).to(tl.int32))
+    scale *= tl.load(scales + block // NESTED_BLOCKS, mask=there, other=0.0)
+    scale += tl.load(offset)
+    table = tl.load(values + tl.arange(0, 16)).to(from_row.dtype.element_ty).to(DOT)
+    pairs = _pairs(codes, o, inside, start, width, GROUP, BLOCK_IN, BLOCK_OUT).to(tl.int32)
+    pairs = tl.reshape(pairs, (BLOCK_OUT * BLOCK_IN // 2,))
+    high, low = tl.gather(table, pairs >> 4, 0), tl.gather(table, pairs & 15, 0)
+    whole = tl.zeros_like(part)
+    whole = _add_pairs(
+        whole, from_row, live, high, low, start, width, ROWS, BLOCK_IN, BLOCK_OUT, DOT
+    )
+    return part + whole * scale[:, None]
+
+
+@triton.jit
+def _add_int4(
+    part,
+    from_row,
+    live,
+    weight,
+    o,
+    inside,
+    start,
+    width,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """See Form. What is not there has a scale of zero."""
+    codes, scales, zeros = weight
+    at, wanted = _groups(o, inside, start, width, GROUP, BLOCK_IN)
+    scale = tl.load(scales + at, mask=wanted, other=0.0).to(tl.float32)[:, :, None]
+    zero = tl.load(zeros + at, mask=wanted, other=0.0).to(tl.float32)[:, :, None]
+    pairs = _pairs(codes, o, inside, start, width, GROUP, BLOCK_IN, BLOCK_OUT)
+    high = (((pairs >> 4).to(tl.float32) - MIDDLE) - zero) * scale
+    low = (((pairs & 15).to(tl.float32) - MIDDLE) - zero) * scale
+    return _add_pairs(part, from_row, live, high, low, start, width, ROWS, BLOCK_IN, BLOCK_OUT, DOT)
+
+
+@triton.jit
+def _inputs(from_row, live, start, width, BLOCK_IN: tl.constexpr):
+    """BLOCK_IN inputs of each row, [ROWS, BLOCK_IN]; zero where there are none."""
+    i = start + tl.arange(0, BLOCK_IN)
+    wanted = live[:, None] & (i < width)[None, :]
+    return tl.load(from_row[:, None] + i[None, :], mask=wanted, other=0.0)
+
+
+@triton.jit
+def _groups(o, inside, start, width, GROUP: tl.constexpr, BLOCK_IN: tl.constexpr):
+    """Numbers of the groups of BLOCK_IN inputs, [BLOCK_OUT, groups], and which there are."""
+    g = start // GROUP + tl.arange(0, BLOCK_IN // GROUP)
+    at = o[:, None] * (width // GROUP) + g[None, :]
+    return at, inside[:, None] & (g < width // GROUP)[None, :]
+
+
+@triton.jit
+def _pairs(
+    codes,
+    o,
+    inside,
+    start,
+    width,
+    GROUP: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """Bytes of BLOCK_IN codes, [BLOCK_OUT, groups, GROUP / 2]; zero where there are none."""
+    byte = start // 2 + tl.arange(0, BLOCK_IN // 2)
+    wanted = inside[:, None] & (byte < width // 2)[None, :]
+    pairs = tl.load(codes + o[:, None] * (width // 2) + byte[None, :], mask=wanted, other=0)
+    return tl.reshape(pairs, (BLOCK_OUT, BLOCK_IN // GROUP, GROUP // 2))
+
+
+@triton.jit
+def _add_pairs(
+    part,
+    from_row,
+    live,
+    high,
+    low,
+    start,
+    width,
+    ROWS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """part + the product of weights of the even and of the odd ones of BLOCK_IN inputs."""
+    xs = _inputs(from_row, live, start, width, BLOCK_IN)
+    even, odd = tl.split(tl.reshape(xs, (ROWS, BLOCK_IN // 2, 2)))
+    high = tl.reshape(high, (BLOCK_OUT, BLOCK_IN // 2)).to(xs.dtype).to(DOT)
+    low = tl.reshape(low, (BLOCK_OUT, BLOCK_IN // 2)).to(xs.dtype).to(DOT)
+    part = tl.dot(high, tl.trans(even.to(DOT)), part, input_precision="ieee")
+    return tl.dot(low, tl.trans(odd.to(DOT)), part, input_precision="ieee")
+
+
+DENSE = Form(_add_dense, block_in=64, block_out=64)
+NF4 = Form(_add_nf4, block_in=NF4_BLOCK, block_out=128)
+INT4 = Form(_add_int4, block_in=128, block_out=64)
+"""Its blocks are multiples of every group."""

@@ -1,0 +1,1 @@
+"""Modules of transformers, replaced or hooked so that adapters apply to them."""

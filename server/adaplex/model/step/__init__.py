@@ -1,0 +1,1 @@
+"""One step as its layers see it: rows, tiles, and which kernels are launched."""
