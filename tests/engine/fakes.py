@@ -11,11 +11,11 @@ from functools import partial
 from threading import Event
 from typing import Any, NamedTuple
 
-from adaplex.engine.auto_merge import Popularity
+from adaplex.engine.auto_merge import AutoMerge
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.engine import Engine
-from adaplex.engine.merge_cost_model import Merge, StepCosts
+from adaplex.engine.merge_cost_model import FoldedShare, StepCosts
 from adaplex.engine.request import (
     AdapterMode,
     AdapterRef,
@@ -124,8 +124,8 @@ class FakeRunner:
     def remove_adapter(self, digest: str) -> None:
         del self.extents[digest]
 
-    def measure_merge(self, digest: str) -> Merge:
-        return Merge(self.merged_size)
+    def measure_merge(self, digest: str) -> FoldedShare:
+        return FoldedShare(self.merged_size)
 
     def build_merged(self, digest: str) -> int:
         self.loads.append(digest)
@@ -204,7 +204,7 @@ def digest(name: str) -> str:
     return f"sha256:{name}"
 
 
-class EagerPopularity(Popularity):
+class EagerPopularity(AutoMerge):
     """Merging pays after so many steps with the adapter."""
 
     def __init__(self, steps: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from adaplex.engine.batch import Chunk
-from adaplex.engine.merge_cost_model import Merge, StepCosts
+from adaplex.engine.merge_cost_model import FoldedShare, StepCosts
 from adaplex.engine.request import AdapterMode
 from adaplex.engine.sequence import Sequence
 from engine.fakes import make_adapter, make_request
@@ -40,10 +40,10 @@ GPU = StepCosts(
     0.05e-3,
 )
 MACHINES = {"nf4 cpu": NF4_CPU, "bf16 cpu": BF16_CPU, "gpu": GPU}
-DENSE = Merge(100)
-ZEROS = Merge(100, dense=0.0, kept=1.0)
+DENSE = FoldedShare(100)
+ZEROS = FoldedShare(100, dense=0.0, kept=1.0)
 """Of QA-LoRA on an int4-group base."""
-FEW = Merge(100, dense=0.25)
+FEW = FoldedShare(100, dense=0.25)
 """Of an adapter on some of the linears."""
 
 

@@ -11,7 +11,7 @@ import pytest
 from adaplex.engine.auto_merge import REMEMBERED, STRIDE
 from adaplex.engine.batch import Batch
 from adaplex.engine.engine import Engine
-from adaplex.engine.merge_cost_model import Merge, Mix, StepCosts
+from adaplex.engine.merge_cost_model import FoldedShare, StepCosts, StepRows
 from adaplex.engine.request import AdapterMode, SampledToken
 from engine.fakes import (
     UNIT,
@@ -58,18 +58,18 @@ def adapters(skew: str, seed: int = 7) -> Iterator[str]:
 class ModelledRunner(FakeRunner):
     """Moves a clock by what its costs say, for adapters that all merge alike."""
 
-    def __init__(self, costs: StepCosts, merge: Merge) -> None:
+    def __init__(self, costs: StepCosts, merge: FoldedShare) -> None:
         super().__init__()
         self.costs, self.merge = costs, merge
 
-    def measure_merge(self, digest: str) -> Merge:
+    def measure_merge(self, digest: str) -> FoldedShare:
         return self.merge
 
     def step_costs(self) -> StepCosts:
         return self.costs
 
     def run(self, batch: Batch) -> list[SampledToken]:
-        mix = Mix.of(batch)
+        mix = StepRows.of(batch)
         self.now += self.costs.step_seconds(
             mix, dict.fromkeys(mix.merged | mix.unmerged, self.merge)
         )
@@ -82,7 +82,7 @@ class Traffic:
     """Streams back to back."""
 
     def __init__(
-        self, costs: StepCosts, skew: str, mode: AdapterMode, merge: Merge = DENSE
+        self, costs: StepCosts, skew: str, mode: AdapterMode, merge: FoldedShare = DENSE
     ) -> None:
         self.runner, self.mode = ModelledRunner(costs, merge), mode
         self.engine = Engine(
@@ -143,7 +143,9 @@ def test_auto_is_no_worse_than_the_better_mode(machine: str, skew: str) -> None:
 @pytest.mark.parametrize(
     ("machine", "skew"), [("nf4 cpu", "identical"), ("bf16 cpu", "distinct"), ("gpu", "identical")]
 )
-def test_auto_knows_what_merging_makes_of_an_adapter(machine: str, skew: str, merge: Merge) -> None:
+def test_auto_knows_what_merging_makes_of_an_adapter(
+    machine: str, skew: str, merge: FoldedShare
+) -> None:
     seconds = {}
     for mode in AdapterMode:
         traffic = Traffic(MACHINES[machine], skew, mode, merge)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from adaplex.engine.eviction import HALF_LIFE_USES, SMOOTHING, GreedyDual, LoadCosts
-from adaplex.engine.load_jobs import Completion, Job, Loader
-from adaplex.engine.merged_residency import MergedAdapters
+from adaplex.engine.load_jobs import Completion, Job, LoadJobs
+from adaplex.engine.merged_residency import MergedResidency
 from adaplex.engine.observer import SilentObserver
 from adaplex.engine.sequence import Sequence
 from engine.fakes import FakeRunner, InlineExecutor, digest, make_config, make_request
@@ -54,9 +54,9 @@ def test_the_first_measurement_counts_whole_and_later_ones_in_part() -> None:
 
 def test_a_build_is_measured_by_its_bytes_even_if_it_is_unloaded_meanwhile() -> None:
     runner, costs = FakeRunner(), LoadCosts()
-    loader = Loader(lambda: None, InlineExecutor())
+    loader = LoadJobs(lambda: None, InlineExecutor())
     config = make_config(merged_bytes=250)
-    merged = MergedAdapters(config, runner, loader, SilentObserver(), costs)
+    merged = MergedResidency(config, runner, loader, SilentObserver(), costs)
     waiting = Sequence(make_request(adapter="a"))
     merged.bring(waiting, digest("a"))
     (measured,) = loader.collect()

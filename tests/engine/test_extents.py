@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaplex.engine.arena_allocator import ALIGNMENT, ExtentAllocator
+from adaplex.engine.arena_allocator import ALIGNMENT, ArenaAllocator
 from adaplex.engine.byte_budget import ByteBudget
 
 
 def test_takes_the_first_hole_that_is_large_enough() -> None:
-    arena = ExtentAllocator(6 * ALIGNMENT)
+    arena = ArenaAllocator(6 * ALIGNMENT)
     offsets = [arena.allocate(size * ALIGNMENT) for size in (1, 2, 1, 2)]
     assert offsets == [0, 64, 192, 256]
     arena.free(0)
@@ -22,7 +22,7 @@ def test_takes_the_first_hole_that_is_large_enough() -> None:
 
 
 def test_neighbouring_holes_are_one() -> None:
-    arena = ExtentAllocator(3 * ALIGNMENT)
+    arena = ArenaAllocator(3 * ALIGNMENT)
     for _ in range(3):
         arena.allocate(ALIGNMENT)
     arena.free(0)
@@ -35,7 +35,7 @@ def test_neighbouring_holes_are_one() -> None:
 
 
 def test_sizes_are_rounded_up_and_the_range_down() -> None:
-    arena = ExtentAllocator(2 * ALIGNMENT + 63)
+    arena = ArenaAllocator(2 * ALIGNMENT + 63)
     assert arena.capacity == 2 * ALIGNMENT
     assert arena.allocate(ALIGNMENT + 1) == 0
     assert arena.used == 2 * ALIGNMENT
@@ -44,7 +44,7 @@ def test_sizes_are_rounded_up_and_the_range_down() -> None:
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 500)), max_size=60))
 def test_extents_never_overlap_and_bytes_balance(moves: list[tuple[bool, int]]) -> None:
-    arena = ExtentAllocator(2000)
+    arena = ArenaAllocator(2000)
     offsets: list[int] = []
     for allocates, number in moves:
         if allocates:
@@ -72,7 +72,7 @@ def test_extents_never_overlap_and_bytes_balance(moves: list[tuple[bool, int]]) 
 def test_the_cheapest_neighbours_make_room(
     sizes: list[int], freed: set[int], held: set[int], prices: list[int], wanted: int
 ) -> None:
-    arena = ExtentAllocator(1280)
+    arena = ArenaAllocator(1280)
     offsets = [arena.allocate(size) for size in sizes]
     there = [
         (i, offset) for i, offset in enumerate(offsets) if offset is not None and i not in freed

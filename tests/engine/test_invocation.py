@@ -6,7 +6,7 @@ import pytest
 
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.errors import RequestInvalid
-from adaplex.engine.merge_cost_model import Mix
+from adaplex.engine.merge_cost_model import StepRows
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.engine.sequence import Sequence
 from engine.fakes import make_adapter, make_engine, make_request, run_all
@@ -102,9 +102,9 @@ def test_rows_before_the_invocation_count_as_those_of_the_base() -> None:
     sequence = Sequence(make_request(prompt=(1, 2, 3, 7, 8, 4), adapter=INVOKED))
     counts = [Chunk(sequence, start, count).base for start, count in ((0, 2), (2, 3), (3, 3))]
     assert counts == [2, 1, 0]
-    assert Mix.of(Batch((Chunk(sequence, 0, 2),))) == Mix(base=2)
-    mix = Mix.of(Batch((Chunk(sequence, 0, 6),)))
-    assert mix == Mix(base=3, unmerged={INVOKED.digest: 3})
+    assert StepRows.of(Batch((Chunk(sequence, 0, 2),))) == StepRows(base=2)
+    mix = StepRows.of(Batch((Chunk(sequence, 0, 6),)))
+    assert mix == StepRows(base=3, unmerged={INVOKED.digest: 3})
 
 
 def test_answers_are_the_same_in_any_chunks_and_after_preemption() -> None:

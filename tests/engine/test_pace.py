@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaplex.engine.batch import Batch, Chunk
-from adaplex.engine.chunk_cost_model import ChunkCosts
+from adaplex.engine.chunk_cost_model import ChunkCostModel
 from adaplex.engine.engine import Engine
-from adaplex.engine.prefill_budget import ROW_COUNTS, Budget
+from adaplex.engine.prefill_budget import ROW_COUNTS, PrefillBudget
 from adaplex.engine.request import SampledToken
 from adaplex.engine.sequence import Sequence
 from adaplex.engine.small_chunks import LEAST, RECENT
@@ -306,11 +306,11 @@ def test_a_budget_is_kept(
     config = make_config(
         block_tokens=BLOCK, num_blocks=64, max_step_tokens=600, max_chunk_tokens=300
     )
-    costs = ChunkCosts(BLOCK)
+    costs = ChunkCostModel(BLOCK)
     sequence = Sequence(make_request("r", range(9000)))
     for start in (0, 1000, 8000):
         costs.note([Chunk(sequence, start, 64)], 64 * (token + context * (start + 32)))
-    budget = Budget(config, rows, seconds, costs)
+    budget = PrefillBudget(config, rows, seconds, costs)
     taken, spent, dearest = 0, 0.0, 0.0
     for block, wanted, shares in takes:
         was_open = budget.open

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from adaplex.engine.auto_merge import ENOUGH, REMEMBERED, STRIDE, Popularity
+from adaplex.engine.auto_merge import ENOUGH, REMEMBERED, STRIDE, AutoMerge
 from adaplex.engine.batch import Batch
 from engine.fakes import digest
 from engine.machines import BF16_CPU, NF4_CPU, UNMERGED, ZEROS, chunks
 
 
-def remember(popularity: Popularity, name: str, steps: int) -> None:
+def remember(popularity: AutoMerge, name: str, steps: int) -> None:
     for _ in range(steps * STRIDE):
         popularity.note(Batch(tuple(chunks(name, UNMERGED, 8))))
 
 
 def test_only_recent_steps_make_merging_pay() -> None:
-    popularity = Popularity(BF16_CPU)
+    popularity = AutoMerge(BF16_CPU)
     remember(popularity, "a", ENOUGH - 1)
     assert not popularity.pays(digest("a"))
     remember(popularity, "a", 1)
@@ -34,7 +34,7 @@ def test_only_recent_steps_make_merging_pay() -> None:
 
 
 def test_what_merging_makes_of_an_adapter_is_judged_again_when_it_is_known() -> None:
-    popularity = Popularity(NF4_CPU)
+    popularity = AutoMerge(NF4_CPU)
     remember(popularity, "a", REMEMBERED)
     assert not popularity.pays(digest("a"))
     popularity.learn(digest("a"), ZEROS)
@@ -44,6 +44,6 @@ def test_what_merging_makes_of_an_adapter_is_judged_again_when_it_is_known() -> 
 
 
 def test_without_costs_merging_never_pays() -> None:
-    popularity = Popularity(None)
+    popularity = AutoMerge(None)
     remember(popularity, "a", REMEMBERED)
     assert not popularity.pays(digest("a"))

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from adaplex.engine.small_chunks import LEAST, RECENT, SmallChunks
+from adaplex.engine.small_chunks import LEAST, RECENT, SmallChunkCosts
 
 BLOCK = 16
 CHUNK, TOKEN = 2.5, 0.5
 """Seconds of a chunk by itself, and of each of its tokens."""
 
 
-def measured(*sizes: int, chunk: float = CHUNK, token: float = TOKEN) -> SmallChunks:
+def measured(*sizes: int, chunk: float = CHUNK, token: float = TOKEN) -> SmallChunkCosts:
     """What is known after chunks of these sizes."""
-    small = SmallChunks()
+    small = SmallChunkCosts()
     for size in sizes:
         small.note(size, chunk + size * token)
     return small
 
 
 def test_while_nothing_is_known_a_block_is_taken() -> None:
-    assert SmallChunks().size(BLOCK, 1e-9) == BLOCK
+    assert SmallChunkCosts().size(BLOCK, 1e-9) == BLOCK
 
 
 def test_one_size_is_taken_for_tokens_alone_and_a_second_tells_them_apart() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from adaplex.engine.errors import ServerUnavailable
-from adaplex.engine.output_stream import Stream
+from adaplex.engine.output_stream import OutputStream
 from adaplex.engine.request import FinishReason, StepOutput
 from engine.fakes import make_request
 
 
 async def test_outputs_that_wait_come_together_and_none_after_the_last() -> None:
-    stream = Stream(make_request("r"))
+    stream = OutputStream(make_request("r"))
     steps = [StepOutput("r", tokens=(n,)) for n in range(3)]
     last = StepOutput("r", tokens=(3,), finish=FinishReason.LENGTH)
     stream.put(steps[0])
@@ -22,7 +22,7 @@ async def test_outputs_that_wait_come_together_and_none_after_the_last() -> None
 
 
 async def test_after_the_first_token_so_many_come_at_a_time_and_the_rest_with_the_last() -> None:
-    stream = Stream(make_request("r"), interval=4)
+    stream = OutputStream(make_request("r"), interval=4)
     admitted, *steps = (StepOutput("r", tokens=(n,) * (n > 0)) for n in range(8))
     for alone in (admitted, steps[0]):
         stream.put(alone)
@@ -39,7 +39,7 @@ async def test_after_the_first_token_so_many_come_at_a_time_and_the_rest_with_th
 
 
 async def test_an_error_does_not_wait_for_an_interval() -> None:
-    stream = Stream(make_request("r"), interval=100)
+    stream = OutputStream(make_request("r"), interval=100)
     first, second = (StepOutput("r", tokens=(n,)) for n in range(2))
     stream.put(first)
     assert await stream.take() == [first]

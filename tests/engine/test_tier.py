@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from adaplex.engine.adapter_cache import Tier
-from adaplex.engine.arena_allocator import ExtentAllocator
+from adaplex.engine.adapter_cache import AdapterCache
+from adaplex.engine.arena_allocator import ArenaAllocator
 from adaplex.engine.observer import SilentObserver
 from adaplex.engine.sequence import Sequence
 from engine.fakes import UNIT, make_request
@@ -16,8 +16,8 @@ class Bench:
         self, units: int, cost: Callable[[str, int], float] = lambda _, nbytes: float(nbytes)
     ) -> None:
         self.removed: list[str] = []
-        space = ExtentAllocator(units * UNIT)
-        self.tier = Tier("arena", space, self.removed.append, SilentObserver(), cost)
+        space = ArenaAllocator(units * UNIT)
+        self.tier = AdapterCache("arena", space, self.removed.append, SilentObserver(), cost)
 
     def bring(self, digest: str, units: int = 1) -> bool:
         if self.tier.reserve(digest, units * UNIT) is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaplex.engine.merge_cost_model import Mix
+from adaplex.engine.merge_cost_model import StepRows
 from adaplex.model.measure_costs import ROWS
 from rig import Rig, prompt
 from tiny import save_tiny
@@ -28,11 +28,11 @@ def test_every_product_of_a_step_is_measured(
         assert all(0 < value < 10 for value in seconds)
     assert all(0 <= value < 10 for value in costs.low_rank)
     assert costs.another_adapter >= 0
-    assert costs.step_seconds(Mix(base=1)) > 0
+    assert costs.step_seconds(StepRows(base=1)) > 0
     assert torch.equal(before, rig.prefill(rig.sequence(prompt(20)))), "it changed the base"
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "mixtral"])
 def test_any_architecture_can_be_measured(tmp_path: Path, architecture: str) -> None:
     rig = Rig(save_tiny(architecture, tmp_path / "model"), "fp32")
-    assert rig.runner.step_costs().step_seconds(Mix(merged={"a": 1})) > 0
+    assert rig.runner.step_costs().step_seconds(StepRows(merged={"a": 1})) > 0

@@ -23,7 +23,7 @@ from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.batch import Batch
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.engine import Engine
-from adaplex.engine.merge_cost_model import Merge, StepCosts
+from adaplex.engine.merge_cost_model import FoldedShare, StepCosts
 from adaplex.engine.request import Logprob, Request, SampledToken
 from adaplex.server.app import Server, serve
 from adaplex.server.components import Parts
@@ -113,8 +113,8 @@ class FakeRunner:
     def build_merged(self, digest: str) -> int:
         return 100
 
-    def measure_merge(self, digest: str) -> Merge:
-        return Merge(100)
+    def measure_merge(self, digest: str) -> FoldedShare:
+        return FoldedShare(100)
 
     def remove_merged(self, digest: str) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Tier: adapters in one kind of memory, with leases and cost-aware eviction under a byte limit."""
+"""CacheName: adapters in one kind of memory, with leases and cost-aware eviction under a byte limit."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from adaplex.engine.arena_allocator import ExtentAllocator
+from adaplex.engine.arena_allocator import ArenaAllocator
 from adaplex.engine.byte_budget import ByteBudget
-from adaplex.engine.eviction import GreedyDual, Usage
+from adaplex.engine.eviction import GreedyDual, UseRecord
+from adaplex.engine.observer import CacheName as TierName
 from adaplex.engine.observer import Observer
-from adaplex.engine.observer import Tier as TierName
 from adaplex.engine.sequence import Sequence
 
-Space = ExtentAllocator | ByteBudget
+Space = ArenaAllocator | ByteBudget
 
 
 class Waiter(Protocol):
@@ -24,14 +24,14 @@ class Waiter(Protocol):
 
 
 @dataclass(eq=False)
-class Entry:
+class CachedAdapter:
     """One adapter that is in the tier or on its way; what has no entry is absent."""
 
     digest: str
     handle: int
     """Where it is in the space: an offset in the arena."""
     nbytes: int
-    usage: Usage
+    usage: UseRecord
     resident: bool = False
     """False while it loads."""
     leaving: bool = False
@@ -47,7 +47,7 @@ class Entry:
         return self.resident and not self.leases and not self.readers
 
 
-class Tier:
+class CacheName:
     """Entries by digest. `remove` forgets the content of one; `cost` says how many seconds bringing
     back a digest of so many bytes would take.
     """
@@ -66,7 +66,7 @@ class Tier:
         self._observer = observer
         self._cost = cost
         self._policy = GreedyDual()
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, CachedAdapter] = {}
         self.wanted: set[str] = set()
         """Adapters that the waiting sequences asked for so far this round; not evicted in it."""
         self.blocked: Waiter | None = None
@@ -83,7 +83,7 @@ class Tier:
         """Whether sequences behind a blocked one may lease; the blocked one counts who does."""
         return self.blocked is None or self.blocked.bypassed < max_bypass
 
-    def get(self, digest: str) -> Entry | None:
+    def get(self, digest: str) -> CachedAdapter | None:
         """The entry of an adapter, None when it is absent."""
         return self._entries.get(digest)
 
@@ -106,7 +106,7 @@ class Tier:
 
     def reserve(
         self, digest: str, nbytes: int, *, keep: Collection[str] = frozenset()
-    ) -> Entry | None:
+    ) -> CachedAdapter | None:
         """Room for an absent adapter, which is loading from now on.
 
         Evicts the adapters that are worth least, none that is in use, pinned, wanted or in `keep`.
@@ -123,7 +123,9 @@ class Tier:
                 self._observer.adapter_evicted(tier=self.name)
             handle = self.space.allocate(nbytes)
             assert handle is not None
-        entry = self._entries[digest] = Entry(digest, handle, nbytes, self._policy.first_use())
+        entry = self._entries[digest] = CachedAdapter(
+            digest, handle, nbytes, self._policy.first_use()
+        )
         return entry
 
     def could_hold(self, nbytes: int) -> bool:
@@ -204,7 +206,7 @@ class Tier:
             assert entry.readers >= 0
         self.space.check_integrity([entry.handle for entry in self._entries.values()])
 
-    def _victims(self, nbytes: int, keep: Collection[str]) -> list[Entry] | None:
+    def _victims(self, nbytes: int, keep: Collection[str]) -> list[CachedAdapter] | None:
         """The cheapest entries whose place is enough."""
         evictable = {
             entry.handle: entry
@@ -218,15 +220,15 @@ class Tier:
         chosen = self.space.victims(nbytes, prices)
         return None if chosen is None else [evictable[handle] for handle in chosen]
 
-    def _value(self, entry: Entry) -> float:
+    def _value(self, entry: CachedAdapter) -> float:
         seconds = self._cost(entry.digest, entry.nbytes)
         return self._policy.value(entry.usage, seconds, entry.nbytes)
 
-    def _drop_if_leaving(self, entry: Entry) -> None:
+    def _drop_if_leaving(self, entry: CachedAdapter) -> None:
         if entry.leaving and entry.idle:
             self._drop(entry)
 
-    def _drop(self, entry: Entry) -> None:
+    def _drop(self, entry: CachedAdapter) -> None:
         """Forgets the content first: the bytes may be reused right after."""
         self._resident = None
         self._remove(entry.digest)

@@ -1,4 +1,4 @@
-"""ExtentAllocator: contiguous extents of one byte range, first fit."""
+"""ArenaAllocator: contiguous extents of one byte range, first fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def aligned(nbytes: int) -> int:
     return max(1, -(-nbytes // ALIGNMENT)) * ALIGNMENT
 
 
-class ExtentAllocator:
+class ArenaAllocator:
     """Hands out extents of [0, capacity). Holes are what lies between extents, so that freeing
     needs no coalescing. Sizes and offsets in bytes; offsets are multiples of ALIGNMENT.
     """

@@ -15,7 +15,7 @@ from adaplex.adapters.errors import AdaplexError
 from adaplex.engine.engine import Engine
 from adaplex.engine.errors import EngineFailed, ServerUnavailable
 from adaplex.engine.observer import EngineStats
-from adaplex.engine.output_stream import Stream
+from adaplex.engine.output_stream import OutputStream
 from adaplex.engine.request import Request, StepOutput
 
 T = TypeVar("T")
@@ -37,14 +37,14 @@ class AsyncEngine:
         self._stopping = False
         self._failure: BaseException | None = None
         self._unavailable: str | None = "the server is starting"
-        self._open: set[Stream] = set()
+        self._open: set[OutputStream] = set()
         """On the event loop: streams that somebody reads."""
         self._all_closed = asyncio.Event()
         self._all_closed.set()
         self._calls: set[asyncio.Future[Any]] = set()
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, OutputStream] = {}
         """On the engine thread: requests in work."""
-        self._rejected: list[tuple[Stream, StepOutput]] = []
+        self._rejected: list[tuple[OutputStream, StepOutput]] = []
         engine.on_load = self._wake.set
 
     async def start(self) -> None:
@@ -84,7 +84,7 @@ class AsyncEngine:
         Closing it, or cancelling its task, aborts the request before the next step.
         """
         self._check_available()
-        stream = Stream(request, interval)
+        stream = OutputStream(request, interval)
         self._open.add(stream)
         self._all_closed.clear()
         try:
@@ -216,7 +216,7 @@ class AsyncEngine:
         except RuntimeError:  # the event loop is closed: nobody is left to hear it
             self._stopping = True
 
-    def _add(self, stream: Stream) -> None:
+    def _add(self, stream: OutputStream) -> None:
         request_id = stream.request.request_id
         try:
             self._engine.add(stream.request)
@@ -225,7 +225,7 @@ class AsyncEngine:
         else:
             self._streams[request_id] = stream
 
-    def _abort(self, stream: Stream) -> None:
+    def _abort(self, stream: OutputStream) -> None:
         request_id = stream.request.request_id
         if self._streams.get(request_id) is stream:
             del self._streams[request_id]
@@ -240,7 +240,7 @@ class AsyncEngine:
         self._hand_over(partial(_answer, answer, value))
 
 
-def _put_all(delivery: list[tuple[Stream, StepOutput]]) -> None:
+def _put_all(delivery: list[tuple[OutputStream, StepOutput]]) -> None:
     for stream, output in delivery:
         stream.put(output)
 

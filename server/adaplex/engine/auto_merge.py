@@ -1,4 +1,4 @@
-"""Popularity: what recent steps were made of, and for which adapters merging would have paid."""
+"""AutoMerge: what recent steps were made of, and for which adapters merging would have paid."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from adaplex.engine.batch import Batch
-from adaplex.engine.merge_cost_model import Merge, Mix, StepCosts
+from adaplex.engine.merge_cost_model import FoldedShare, StepCosts, StepRows
 
 STRIDE = 16
 """One step in so many is remembered: neighbours are alike."""
@@ -24,16 +24,16 @@ worse than either.
 """
 
 
-class Popularity:
+class AutoMerge:
     """The last steps, and a verdict on each adapter that was asked about since the newest."""
 
     def __init__(self, costs: StepCosts | None) -> None:
         """Without `costs`, merging never pays."""
         self._costs = costs
-        self._mixes: deque[Mix] = deque(maxlen=REMEMBERED)
+        self._mixes: deque[StepRows] = deque(maxlen=REMEMBERED)
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
         """What they took, by the costs."""
-        self._merges: dict[str, Merge] = {}
+        self._merges: dict[str, FoldedShare] = {}
         self._steps = 0
         self._verdicts: dict[str, bool] = {}
         self._paid: set[str] = set()
@@ -45,7 +45,7 @@ class Popularity:
         """A step ran."""
         self._steps += 1
         if self._costs is not None and self._steps % STRIDE == 0:
-            mix = Mix.of(batch)
+            mix = StepRows.of(batch)
             self._mixes.append(mix)
             self._seconds.append(self._costs.step_seconds(mix, self._merges))
             self._verdicts.clear()
@@ -57,7 +57,7 @@ class Popularity:
         """Whether enough of those steps have rows of the adapter."""
         return self._costs is not None and len(self._mixes_with(digest)) >= ENOUGH
 
-    def learn(self, digest: str, merge: Merge | None) -> None:
+    def learn(self, digest: str, merge: FoldedShare | None) -> None:
         """What merging makes of the adapter; None when it is of no interest any more."""
         if merge is None:
             self._merges.pop(digest, None)
@@ -98,7 +98,7 @@ class Popularity:
             return sum(saved) > 0.0 and parts[-1] > -least / PARTS
         return sum(saved) > least and min(parts) > 0.0
 
-    def _mixes_with(self, digest: str) -> list[Mix]:
+    def _mixes_with(self, digest: str) -> list[StepRows]:
         """The remembered steps with rows of an adapter; none while it rests."""
         if digest in self._resting:
             return []

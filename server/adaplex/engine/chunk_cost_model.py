@@ -1,4 +1,4 @@
-"""ChunkCosts: the seconds that prompt chunks add to a step, learned from the steps themselves."""
+"""ChunkCostModel: the seconds that prompt chunks add to a step, learned from the steps themselves."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 
 from adaplex.engine.batch import Chunk
-from adaplex.engine.small_chunks import RECENT, SmallChunks
+from adaplex.engine.small_chunks import RECENT, SmallChunkCosts
 
 NEAR = 256
 """Tokens of context up to which all costs the same; beyond it, each octave is measured apart."""
 
 
-class ChunkCosts:
+class ChunkCostModel:
     """Seconds a token by the context it attends to, as medians of what was measured lately.
 
     What a chunk of a block or more costs by itself counts as its tokens'; `small` knows of less.
@@ -22,7 +22,7 @@ class ChunkCosts:
 
     def __init__(self, block_tokens: int) -> None:
         self._block = block_tokens
-        self.small = SmallChunks()
+        self.small = SmallChunkCosts()
         self._tokens: dict[int, deque[tuple[float, float]]] = {}
         """(context, seconds a token) by octave of the context."""
         self._curve: list[tuple[float, float]] = []

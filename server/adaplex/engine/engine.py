@@ -21,7 +21,7 @@ from adaplex.engine.errors import (
     RequestInvalid,
 )
 from adaplex.engine.observer import EngineStats, Observer, SilentObserver
-from adaplex.engine.prefill_budget import Pace
+from adaplex.engine.prefill_budget import PrefillPolicy
 from adaplex.engine.request import (
     OVERFLOWED,
     FinishReason,
@@ -70,7 +70,7 @@ class Engine:
         self._residency = Residency(
             config, runner, self._observer, on_completion=lambda: self.on_load(), executor=executor
         )
-        self._clock, self._pace = clock, Pace(config)
+        self._clock, self._pace = clock, PrefillPolicy(config)
         self._scheduler = Scheduler(
             config, self._blocks, self._residency, self._observer, self._pace
         )

@@ -13,7 +13,7 @@ UNKNOWN_SECONDS_PER_BYTE = 1e-9
 
 
 @dataclass
-class Usage:
+class UseRecord:
     """How an entry was used lately."""
 
     clock: float
@@ -37,18 +37,18 @@ class GreedyDual:
         self.clock = 0.0
         self._tick = 0
 
-    def first_use(self) -> Usage:
+    def first_use(self) -> UseRecord:
         """The usage of a new entry."""
         self._tick += 1
-        return Usage(self.clock, self._tick)
+        return UseRecord(self.clock, self._tick)
 
-    def use(self, usage: Usage) -> None:
+    def use(self, usage: UseRecord) -> None:
         """An entry was of use once more."""
         self._tick += 1
         usage.count = self._decayed(usage) + 1.0
         usage.clock, usage.tick = self.clock, self._tick
 
-    def value(self, usage: Usage, seconds: float, nbytes: int) -> float:
+    def value(self, usage: UseRecord, seconds: float, nbytes: int) -> float:
         """The worth of an entry; `seconds` is what bringing back its `nbytes` costs."""
         return usage.clock + self._decayed(usage) * seconds / max(1, nbytes)
 
@@ -56,7 +56,7 @@ class GreedyDual:
         """Something of this value went."""
         self.clock = max(self.clock, value)
 
-    def _decayed(self, usage: Usage) -> float:
+    def _decayed(self, usage: UseRecord) -> float:
         factor: float = 0.5 ** ((self._tick - usage.tick) / HALF_LIFE_USES)
         return usage.count * factor
 

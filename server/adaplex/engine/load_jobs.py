@@ -1,4 +1,4 @@
-"""Loader: slow work on adapters, off the engine thread."""
+"""LoadJobs: slow work on adapters, off the engine thread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from queue import Empty, SimpleQueue
 
-from adaplex.engine.merge_cost_model import Merge
+from adaplex.engine.merge_cost_model import FoldedShare
 
 
 class Job(Enum):
@@ -41,11 +41,11 @@ class Completion:
     job: Job
     digest: str
     seconds: float
-    result: Merge | None = None
+    result: FoldedShare | None = None
     error: BaseException | None = None
 
 
-class Loader:
+class LoadJobs:
     """Runs jobs on `executor` (two small pools of its own by default) and collects completions.
 
     `on_completion` is called on the loader's thread when `collect` would yield something.
@@ -76,7 +76,7 @@ class Loader:
         fast = job is Job.COPY
         return self._pending[fast] < THREADS[fast] - 1
 
-    def submit(self, job: Job, digest: str, work: Callable[[], Merge | None]) -> None:
+    def submit(self, job: Job, digest: str, work: Callable[[], FoldedShare | None]) -> None:
         """Runs `work` soon, on another thread."""
         fast = job is Job.COPY
         self._pending[fast] += 1
@@ -97,7 +97,7 @@ class Loader:
         for lane in self._own:
             lane.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, job: Job, digest: str, work: Callable[[], Merge | None]) -> None:
+    def _run(self, job: Job, digest: str, work: Callable[[], FoldedShare | None]) -> None:
         start = time.monotonic()
         try:
             result, error = work(), None

@@ -13,7 +13,7 @@ from adaplex.engine.request import AdapterMode
 
 
 @dataclass(frozen=True)
-class Mix:
+class StepRows:
     """Rows of a step: of the base, and by adapter, unmerged and merged."""
 
     base: int = 0
@@ -21,7 +21,7 @@ class Mix:
     merged: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, batch: Batch) -> Mix:
+    def of(cls, batch: Batch) -> StepRows:
         """That of a batch."""
         base, rows = 0, {mode: Counter[str]() for mode in AdapterMode}
         for chunk in batch.chunks:
@@ -36,17 +36,17 @@ class Mix:
         """Those of an adapter."""
         return self.unmerged.get(digest, 0) + self.merged.get(digest, 0)
 
-    def applied(self, digest: str, mode: AdapterMode) -> Mix:
+    def applied(self, digest: str, mode: AdapterMode) -> StepRows:
         """The same rows, were all of an adapter in this mode."""
         unmerged = {key: count for key, count in self.unmerged.items() if key != digest}
         merged = {key: count for key, count in self.merged.items() if key != digest}
         if rows := self.rows(digest):
             (merged if mode is AdapterMode.MERGED else unmerged)[digest] = rows
-        return Mix(self.base, unmerged, merged)
+        return StepRows(self.base, unmerged, merged)
 
 
 @dataclass(frozen=True)
-class Merge:
+class FoldedShare:
     """What merging makes of an adapter. The parts are those of all linears but the output layer, by
     the size of their weights.
     """
@@ -63,10 +63,10 @@ class Merge:
         return self.dense + self.kept
 
 
-Merges = Mapping[str, Merge]
+FoldedShares = Mapping[str, FoldedShare]
 """By digest; of an adapter that is missing all is dense."""
-WHOLE = Merge()
-UNKNOWN: Merges = MappingProxyType({})
+WHOLE = FoldedShare()
+UNKNOWN: FoldedShares = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class StepCosts:
         assert list(self.rows) == sorted(set(self.rows))
         assert len(self.rows) == len(self.base) == len(self.merged) == len(self.low_rank) > 1
 
-    def step_seconds(self, mix: Mix, merges: Merges = UNKNOWN) -> float:
+    def step_seconds(self, mix: StepRows, merges: FoldedShares = UNKNOWN) -> float:
         """A merged adapter is a pass of its own over its weights; all others share one over the
         base, and so do its rows at linears that it leaves alone.
         """
@@ -106,7 +106,7 @@ class StepCosts:
             seconds += _changed(mix.unmerged, merges) * deltas
         return seconds
 
-    def saved(self, digest: str, mix: Mix, merges: Merges = UNKNOWN) -> float:
+    def saved(self, digest: str, mix: StepRows, merges: FoldedShares = UNKNOWN) -> float:
         """Seconds that merging an adapter would save; below 0 when it would cost some."""
         unmerged, merged = (
             self.step_seconds(mix.applied(digest, mode), merges)
@@ -114,7 +114,7 @@ class StepCosts:
         )
         return unmerged - merged
 
-    def _shared(self, mix: Mix, alone: float) -> float:
+    def _shared(self, mix: StepRows, alone: float) -> float:
         """The pass over the base; at a part `alone` of the linears merged rows have no other."""
         shared = mix.base + sum(mix.unmerged.values())
         every = shared + sum(mix.merged.values())
@@ -133,7 +133,7 @@ class StepCosts:
         return max(0.0, seconds[index - 1] + slope * (rows - left))
 
 
-def _changed(rows: Mapping[str, int], merges: Merges) -> float:
+def _changed(rows: Mapping[str, int], merges: FoldedShares) -> float:
     """Part of the linears that adapters change, on the average of their rows; 1 without any."""
     changed = sum(count * merges.get(digest, WHOLE).changed for digest, count in rows.items())
     return changed / sum(rows.values()) if rows else 1.0

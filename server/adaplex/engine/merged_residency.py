@@ -1,46 +1,46 @@
-"""MergedAdapters: dense weights of base plus adapter, for who asks for them and where they pay."""
+"""MergedResidency: dense weights of base plus adapter, for who asks for them and where they pay."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
 
-from adaplex.engine.adapter_cache import Tier
-from adaplex.engine.auto_merge import Popularity
+from adaplex.engine.adapter_cache import AdapterCache
+from adaplex.engine.auto_merge import AutoMerge
 from adaplex.engine.byte_budget import ByteBudget
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.errors import RequestInvalid
 from adaplex.engine.eviction import LoadCosts
-from adaplex.engine.load_jobs import Completion, Job, Loader
-from adaplex.engine.merge_cost_model import Merge
+from adaplex.engine.load_jobs import Completion, Job, LoadJobs
+from adaplex.engine.merge_cost_model import FoldedShare
 from adaplex.engine.observer import Observer
 from adaplex.engine.request import AdapterRef
 from adaplex.engine.runner import Runner
 from adaplex.engine.sequence import Sequence
 
 
-class MergedAdapters:
+class MergedResidency:
     """One tier under a byte budget. The runner is asked once what merging makes of an adapter."""
 
     def __init__(
         self,
         config: EngineConfig,
         runner: Runner,
-        loader: Loader,
+        loader: LoadJobs,
         observer: Observer,
         costs: LoadCosts,
     ) -> None:
         self._config, self._runner, self._loader, self._costs = config, runner, loader, costs
         self._observer = observer
-        self.tier = Tier(
+        self.tier = AdapterCache(
             "merged",
             ByteBudget(config.merged_bytes),
             runner.remove_merged,
             observer,
             lambda _, nbytes: costs.seconds("merged", nbytes),
         )
-        self.popularity = Popularity(runner.step_costs() if config.merged_bytes else None)
-        self._merges: dict[str, Merge | None] = {}
+        self.popularity = AutoMerge(runner.step_costs() if config.merged_bytes else None)
+        self._merges: dict[str, FoldedShare | None] = {}
         """What merging makes of adapters; None while that is being asked for."""
 
     def check(self, adapter: AdapterRef) -> None:
@@ -130,7 +130,7 @@ class MergedAdapters:
         self._loader.submit(Job.BUILD, digest, build)
         return True
 
-    def _merge(self, digest: str) -> Merge | None:
+    def _merge(self, digest: str) -> FoldedShare | None:
         """What merging makes of the adapter; None while the loader finds out."""
         if digest not in self._merges:
             self._merges[digest] = None

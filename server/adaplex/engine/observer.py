@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-Tier = Literal["arena", "host", "merged"]
+CacheName = Literal["arena", "host", "merged"]
 Outcome = Literal["ok", "error"]
 
 
@@ -21,10 +21,10 @@ class Observer(Protocol):
     def prefix_looked_up(self, *, tokens: int, hits: int) -> None:
         """A prompt of `tokens` was looked up; KV of `hits` of them was reused."""
 
-    def adapter_loaded(self, *, tier: Tier, outcome: Outcome, seconds: float) -> None:
+    def adapter_loaded(self, *, tier: CacheName, outcome: Outcome, seconds: float) -> None:
         """An adapter was brought into a tier, or failed to be."""
 
-    def adapter_evicted(self, *, tier: Tier) -> None:
+    def adapter_evicted(self, *, tier: CacheName) -> None:
         """An adapter was dropped from a tier to make room."""
 
     def merged_looked_up(self, *, hit: bool) -> None:
@@ -43,10 +43,10 @@ class SilentObserver:
     def prefix_looked_up(self, *, tokens: int, hits: int) -> None:
         """Drops the report."""
 
-    def adapter_loaded(self, *, tier: Tier, outcome: Outcome, seconds: float) -> None:
+    def adapter_loaded(self, *, tier: CacheName, outcome: Outcome, seconds: float) -> None:
         """Drops the report."""
 
-    def adapter_evicted(self, *, tier: Tier) -> None:
+    def adapter_evicted(self, *, tier: CacheName) -> None:
         """Drops the report."""
 
     def merged_looked_up(self, *, hit: bool) -> None:

@@ -1,4 +1,4 @@
-"""Stream: the outputs of one request, from the engine thread to who reads them."""
+"""OutputStream: the outputs of one request, from the engine thread to who reads them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 from adaplex.engine.request import Request, StepOutput
 
 
-class Stream:
+class OutputStream:
     """What one caller of `generate` has yet to see. The engine thread knows a request by its
     stream, not by its id: an id may be used again while its last owner is being aborted.
     """

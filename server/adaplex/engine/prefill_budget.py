@@ -1,4 +1,4 @@
-"""Pace: how much of the prompts a step takes in while others decode."""
+"""PrefillPolicy: how much of the prompts a step takes in while others decode."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from statistics import median
 
 from adaplex.engine.batch import Batch
-from adaplex.engine.chunk_cost_model import ChunkCosts
+from adaplex.engine.chunk_cost_model import ChunkCostModel
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.small_chunks import LEAST, RECENT
 
@@ -18,7 +18,7 @@ LOOK_EVERY = 16
 without them stays known; halfway between, a small chunk is of another size than usual."""
 
 
-class Budget:
+class PrefillBudget:
     """What prompts may take of one step: rows, and seconds where others decode.
 
     The first chunk gets a few tokens however little there is, so that prompts go on.
@@ -29,9 +29,9 @@ class Budget:
         config: EngineConfig,
         rows: int,
         seconds: float,
-        costs: ChunkCosts,
+        costs: ChunkCostModel,
         trial: bool = False,
-        parent: Budget | None = None,
+        parent: PrefillBudget | None = None,
     ) -> None:
         """`trial`: a chunk that cannot be a block is to tell what another size takes."""
         self._config, self._costs, self._parent = config, costs, parent
@@ -45,14 +45,14 @@ class Budget:
         enough = self._fresh or self._seconds >= self._block_seconds
         return self._rows > 0 and enough and (self._parent is None or self._parent.open)
 
-    def split(self, shares: int) -> Budget:
+    def split(self, shares: int) -> PrefillBudget:
         """One of so many equal shares of what is left, whole blocks and one at least if there is
         one; taken from both.
         """
         block = self._config.block_tokens
         rows = max(self._rows // shares // block * block, min(block, self._rows))
         seconds = max(self._seconds / shares, min(self._block_seconds, self._seconds))
-        return Budget(self._config, rows, seconds, self._costs, self._trial, self)
+        return PrefillBudget(self._config, rows, seconds, self._costs, self._trial, self)
 
     def take(self, start: int, wanted: int) -> int:
         """Tokens of a prompt that is computed up to `start`: at most `wanted`, 0 when not `open`.
@@ -88,7 +88,7 @@ class Budget:
             self._parent._spend(rows, seconds)
 
 
-class Pace:
+class PrefillPolicy:
     """Learns from the engine's steps what decoding rows take, and what prompts add; keeps a step
     with both below about `max_stretch` times one without prompts, of all who decode or soon will.
 
@@ -101,7 +101,7 @@ class Pace:
         self._config = config
         self._decodes: OrderedDict[int, deque[float]] = OrderedDict()
         """Seconds of steps without prompts by their rows, the latest last."""
-        self._costs = ChunkCosts(config.block_tokens)
+        self._costs = ChunkCostModel(config.block_tokens)
         self._tried = config.block_tokens
         """Rows of prompts that may be tried beside decoding ones."""
         self._mixed = 0
@@ -109,19 +109,19 @@ class Pace:
         self._most = 0.0
         """Seconds that the step may take for which the last budget was."""
 
-    def budget(self, decodes: int, joining: int = 0) -> Budget:
+    def budget(self, decodes: int, joining: int = 0) -> PrefillBudget:
         """What prompts may take of a step in which so many rows decode. With those that are about
         to join, steps will be longer anyway: what they will take is what is stretched.
         """
         rows = self._config.max_step_tokens - decodes
         if not decodes or math.isinf(self._config.max_stretch):
-            return Budget(self._config, rows, math.inf, self._costs)
+            return PrefillBudget(self._config, rows, math.inf, self._costs)
         if self._mixed >= LOOK_EVERY or not self._decodes:
-            return Budget(self._config, 0, 0.0, self._costs)
+            return PrefillBudget(self._config, 0, 0.0, self._costs)
         self._most = self._config.max_stretch * self._decode_seconds(decodes + joining)
         seconds = max(0.0, self._most - self._decode_seconds(decodes))
         trial = self._mixed == LOOK_EVERY // 2
-        return Budget(self._config, min(rows, self._tried), seconds, self._costs, trial)
+        return PrefillBudget(self._config, min(rows, self._tried), seconds, self._costs, trial)
 
     def note(self, batch: Batch, seconds: float) -> None:
         """A step took so long. To be told before its tokens are appended."""

@@ -7,18 +7,18 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 from adaplex.adapters.errors import AdaplexError
-from adaplex.engine.adapter_cache import Tier
+from adaplex.engine.adapter_cache import AdapterCache
 from adaplex.engine.batch import Batch
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.errors import AdapterLoadFailed, RequestInvalid
 from adaplex.engine.eviction import LoadCosts
-from adaplex.engine.load_jobs import Completion, Job, Loader
-from adaplex.engine.merged_residency import MergedAdapters
+from adaplex.engine.load_jobs import Completion, Job, LoadJobs
+from adaplex.engine.merged_residency import MergedResidency
 from adaplex.engine.observer import Observer
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.engine.runner import Runner
 from adaplex.engine.sequence import Sequence
-from adaplex.engine.unmerged_residency import UnmergedAdapters
+from adaplex.engine.unmerged_residency import UnmergedResidency
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Residency:
         executor: Executor | None = None,
     ) -> None:
         self._config = config
-        self.loader = Loader(on_completion, executor)
+        self.loader = LoadJobs(on_completion, executor)
         costs = LoadCosts()
-        self.unmerged = UnmergedAdapters(config, runner, self.loader, observer, costs)
-        self.merged = MergedAdapters(config, runner, self.loader, observer, costs)
+        self.unmerged = UnmergedResidency(config, runner, self.loader, observer, costs)
+        self.merged = MergedResidency(config, runner, self.loader, observer, costs)
         self._hopeless: list[LoadFailure] = []
         self.start_round()
 
@@ -177,7 +177,7 @@ class Residency:
         loading = sum(tier.loading for tier in tiers)
         assert self.loader.pending == loading + self.merged.measuring
 
-    def _tier_for(self, adapter: AdapterRef) -> Tier:
+    def _tier_for(self, adapter: AdapterRef) -> AdapterCache:
         """Where the adapter is served from; `auto` takes merged weights where they pay and are
         there.
         """
@@ -188,7 +188,7 @@ class Residency:
         )
         return self.merged.tier if merged else self.unmerged.arena
 
-    def _usable(self, tier: Tier, digest: str) -> bool:
+    def _usable(self, tier: AdapterCache, digest: str) -> bool:
         """Whether the next in the queue may lease it; whoever comes later may not evict it."""
         tier.wanted.add(digest)
         return tier.has(digest) and tier.open(self._config.max_bypass)

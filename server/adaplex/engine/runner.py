@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 from typing import Protocol
 
 from adaplex.engine.batch import Batch
-from adaplex.engine.merge_cost_model import Merge, StepCosts
+from adaplex.engine.merge_cost_model import FoldedShare, StepCosts
 from adaplex.engine.request import SampledToken
 
 
@@ -53,7 +53,7 @@ class Runner(Protocol):
         """
         ...
 
-    def measure_merge(self, digest: str) -> Merge:
+    def measure_merge(self, digest: str) -> FoldedShare:
         """What merging would make of this stored adapter."""
         ...
 

@@ -10,7 +10,7 @@ from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.block_manager import BlockManager
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.observer import Observer
-from adaplex.engine.prefill_budget import Budget, Pace
+from adaplex.engine.prefill_budget import PrefillBudget, PrefillPolicy
 from adaplex.engine.residency import Residency
 from adaplex.engine.sequence import Sequence, Status
 from adaplex.engine.waiting_queue import WaitingQueue
@@ -30,7 +30,7 @@ def _by_adapter(chunks: list[Chunk]) -> list[Chunk]:
     return sorted(chunks, key=lambda chunk: chunk.sequence.adapter_key)
 
 
-class Turn(NamedTuple):
+class PrefillTurn(NamedTuple):
     """Of a prompt under way, or of the queue, to take rows of a step."""
 
     priority: int
@@ -59,7 +59,7 @@ class Scheduler:
         blocks: BlockManager,
         residency: Residency,
         observer: Observer,
-        pace: Pace,
+        pace: PrefillPolicy,
     ) -> None:
         self._config = config
         self._pace = pace
@@ -132,14 +132,16 @@ class Scheduler:
         self.add(sequence)
         self._observer.preempted()
 
-    def _turns(self) -> list[Turn]:
+    def _turns(self) -> list[PrefillTurn]:
         """Of the prompts under way, and of the queue if it shares with them, in order."""
-        turns = [Turn(s.request.priority, s.last_turn, s) for s in self.running if not s.decoding]
+        turns = [
+            PrefillTurn(s.request.priority, s.last_turn, s) for s in self.running if not s.decoding
+        ]
         if self.waiting and len(turns) <= MAX_SHARING:
-            turns.insert(0, Turn(self.waiting.priority, self._last_start, None))
+            turns.insert(0, PrefillTurn(self.waiting.priority, self._last_start, None))
         return sorted(turns, key=lambda turn: turn.order)
 
-    def _admit(self, chunks: list[Chunk], budget: Budget, now: float) -> None:
+    def _admit(self, chunks: list[Chunk], budget: PrefillBudget, now: float) -> None:
         """Starts waiting sequences in turn while rows, places and blocks last.
 
         One whose adapter is not there is passed over; one that finds no blocks is not, so that
@@ -187,7 +189,7 @@ class Scheduler:
             self.waiting.fairness.served(sequence.fair_key, prompt=fresh)
         return True
 
-    def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: Budget) -> None:
+    def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: PrefillBudget) -> None:
         """Adds as much of a prompt as the budget has room for."""
         if count := budget.take(sequence.computed, sequence.remaining):
             chunks.append(Chunk(sequence, sequence.computed, count))

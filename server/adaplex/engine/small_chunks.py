@@ -1,4 +1,4 @@
-"""SmallChunks: what chunks below a block add to a step, and how small they are worth making."""
+"""SmallChunkCosts: what chunks below a block add to a step, and how small they are worth making."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOO_MUCH = 1.5
 """Times the seconds to be spent beyond which any smaller chunk is chosen that stays within."""
 
 
-class SmallChunks:
+class SmallChunkCosts:
     """A chunk takes some seconds for itself and some for each token. Which is which is seen
     where one of another size comes among those of the usual size, so at nearly the same context.
     """

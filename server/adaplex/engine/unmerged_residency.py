@@ -1,4 +1,4 @@
-"""UnmergedAdapters: adapters on their way from the store through host memory into the arena."""
+"""UnmergedResidency: adapters on their way from the store through host memory into the arena."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from adaplex.adapters.errors import AdapterTooLarge
-from adaplex.engine.adapter_cache import Tier
-from adaplex.engine.arena_allocator import ExtentAllocator, aligned
+from adaplex.engine.adapter_cache import AdapterCache
+from adaplex.engine.arena_allocator import ArenaAllocator, aligned
 from adaplex.engine.byte_budget import ByteBudget
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.errors import NoRoomBesidePins, PinsFull
 from adaplex.engine.eviction import LoadCosts
-from adaplex.engine.load_jobs import Completion, Job, Loader
+from adaplex.engine.load_jobs import Completion, Job, LoadJobs
 from adaplex.engine.observer import Observer
 from adaplex.engine.request import AdapterRef
 from adaplex.engine.runner import Runner
@@ -29,7 +29,7 @@ class Pin:
     """Sequences that leased an adapter while there was no room for this."""
 
 
-class UnmergedAdapters:
+class UnmergedResidency:
     """Two tiers: the arena, where adapters are used, and the host, from where a copy brings them.
 
     What comes from the store is packed into host memory first, and stays there as long as it is
@@ -41,17 +41,19 @@ class UnmergedAdapters:
         self,
         config: EngineConfig,
         runner: Runner,
-        loader: Loader,
+        loader: LoadJobs,
         observer: Observer,
         costs: LoadCosts,
     ) -> None:
         self._config, self._runner, self._loader, self._costs = config, runner, loader, costs
         self._observer = observer
-        space = ExtentAllocator(config.arena_bytes)
-        self.arena = Tier("arena", space, runner.remove_adapter, observer, self._reload_seconds)
+        space = ArenaAllocator(config.arena_bytes)
+        self.arena = AdapterCache(
+            "arena", space, runner.remove_adapter, observer, self._reload_seconds
+        )
         budget = ByteBudget(config.host_bytes)
         fetch_seconds = partial(costs.seconds, "host")
-        self.host = Tier(
+        self.host = AdapterCache(
             "host", budget, runner.remove_host, observer, lambda _, n: fetch_seconds(n)
         )
         self._pins: dict[str, Pin] = {}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.batch import Batch, Chunk
-from adaplex.engine.merge_cost_model import Merge, StepCosts
+from adaplex.engine.merge_cost_model import FoldedShare, StepCosts
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SampledToken, SamplingParams
 from adaplex.engine.sequence import Sequence
 from adaplex.model import measure_costs, measure_native_costs
@@ -163,13 +163,13 @@ class ModelRunner:
         )
         return merged_bytes(program, base.backends, base.dtype)
 
-    def measure_merge(self, digest: str) -> Merge:
+    def measure_merge(self, digest: str) -> FoldedShare:
         """See Runner."""
         base, program = self._base, self._load_program(digest)
         modules = base.spec.modules
         inner = {name: b for name, b in base.backends.items() if not modules[name].is_head}
         nbytes = merged_bytes(program, base.backends, base.dtype)
-        return Merge(nbytes, *merged_parts(program, inner))
+        return FoldedShare(nbytes, *merged_parts(program, inner))
 
     def remove_merged(self, digest: str) -> None:
         """See Runner."""

@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from adaplex.adapters.registry.registry import AdapterRegistry
-from adaplex.engine.observer import EngineStats, Tier
+from adaplex.engine.observer import CacheName, EngineStats
 from adaplex.engine.request import AdapterRef
 
 MAX_ADAPTER_LABELS = 1000
@@ -65,12 +65,12 @@ class EngineGauges(Collector):
         yield self._gauge("num_requests_waiting", "Requests in the queue.", now.waiting)
         yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", used)
         yield self._lora_info(now)
-        used_bytes: dict[Tier, int] = {
+        used_bytes: dict[CacheName, int] = {
             "arena": now.arena_bytes_used,
             "host": now.host_bytes_used,
             "merged": now.merged_bytes_used,
         }
-        total_bytes: dict[Tier, int] = {
+        total_bytes: dict[CacheName, int] = {
             "arena": now.arena_bytes_total,
             "host": now.host_bytes_total,
             "merged": now.merged_bytes_total,
@@ -98,7 +98,7 @@ class EngineGauges(Collector):
         family.add_metric([str(self._max_lora), waiting, running, self._model_name], time.time())
         return family
 
-    def _tiers(self, name: str, doc: str, values: Mapping[Tier, int]) -> Metric:
+    def _tiers(self, name: str, doc: str, values: Mapping[CacheName, int]) -> Metric:
         family = GaugeMetricFamily(name, doc, labels=["tier", "model_name"])
         for tier, value in values.items():
             family.add_metric([tier, self._model_name], value)

@@ -17,7 +17,7 @@ from adaplex.engine.errors import (
     QueueFull,
     ServerUnavailable,
 )
-from adaplex.engine.observer import EngineStats, Outcome, Tier
+from adaplex.engine.observer import CacheName, EngineStats, Outcome
 from adaplex.engine.request import AdapterRef, Timing
 from adaplex.server.gauges import AdapterLabels, EngineGauges, StoreGauges
 
@@ -166,12 +166,12 @@ class Metrics:
         self._prefix_queries.labels(self._model_name).inc(tokens)
         self._prefix_hits.labels(self._model_name).inc(hits)
 
-    def adapter_loaded(self, *, tier: Tier, outcome: Outcome, seconds: float) -> None:
+    def adapter_loaded(self, *, tier: CacheName, outcome: Outcome, seconds: float) -> None:
         """See Observer."""
         self._loads.labels(tier, outcome, self._model_name).inc()
         self._load_seconds.labels(tier, self._model_name).observe(seconds)
 
-    def adapter_evicted(self, *, tier: Tier) -> None:
+    def adapter_evicted(self, *, tier: CacheName) -> None:
         """See Observer."""
         self._evictions.labels(tier, self._model_name).inc()
 
@@ -230,7 +230,7 @@ class Metrics:
             self._finished.labels(reason, name)
         for reason in (*REJECTIONS.values(), "error"):
             self._rejections.labels(reason, name)
-        for tier in get_args(Tier):
+        for tier in get_args(CacheName):
             self._evictions.labels(tier, name)
             for outcome in get_args(Outcome):
                 self._loads.labels(tier, outcome, name)
