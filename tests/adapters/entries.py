@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from adaplex.adapters.storage.name_record import Entry, Origin, Version
+from adaplex.adapters.storage.name_record import NameRecord, Origin, Version
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -34,9 +34,9 @@ def version(seed: int = 0, **fields: Any) -> Version:
     return Version(**known | fields)
 
 
-def entry(name: str = "a", versions: int = 1, *, first: int = 0) -> Entry:
+def entry(name: str = "a", versions: int = 1, *, first: int = 0) -> NameRecord:
     """An entry whose versions hold contents `first`, `first` + 1, ..."""
-    made = Entry(name)
+    made = NameRecord(name)
     for seed in range(first, first + versions):
         made = made.add(version(seed), max_versions=1000)
     return made

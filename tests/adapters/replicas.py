@@ -10,8 +10,8 @@ from adaplex.adapters.registry.intake import Room
 from adaplex.adapters.registry.registry import AdapterRegistry
 from adaplex.adapters.storage.bucket import Bucket
 from adaplex.adapters.storage.bucket_catalog import BucketCatalog
-from adaplex.adapters.storage.bucket_content import GRACE, BucketContents
-from adaplex.adapters.storage.folder_content import AdapterStore
+from adaplex.adapters.storage.bucket_content import GRACE, BucketContent
+from adaplex.adapters.storage.folder_content import FolderContent
 from adaplex.adapters.storage.sqlite_catalog import SqliteCatalog
 from adapters.handmade import BASE
 
@@ -29,7 +29,7 @@ def replica(
     bucket = Bucket(uri)
     mirror = SqliteCatalog(root / "catalog.sqlite3")
     return AdapterRegistry(
-        BucketContents(bucket, AdapterStore(root), cache_bytes=cache_bytes, grace=grace),
+        BucketContent(bucket, FolderContent(root), cache_bytes=cache_bytes, grace=grace),
         BucketCatalog(bucket, mirror, refresh_seconds=refresh_seconds),
         BASE,
         room=Room(4, AdapterLimits()),

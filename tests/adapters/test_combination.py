@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaplex.adapters.compose.mix import Combination, Component, combine, module_ranks, packed_bytes
+from adaplex.adapters.compose.mix import Component, Mix, mixed_program, module_ranks, packed_bytes
 from adaplex.adapters.digest import PATTERN
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.program.primitives import LowRank
@@ -23,8 +23,8 @@ from adapters.handmade import BASE, DOWN, NORM, QUERY, VALUE
 A, B, C = (f"sha256:{letter * 64}" for letter in "abc")
 
 
-def of(*parts: tuple[str, float]) -> Combination:
-    return Combination.of(Component(*part) for part in parts)
+def of(*parts: tuple[str, float]) -> Mix:
+    return Mix.of(Component(*part) for part in parts)
 
 
 def module(name: str, rank: int, *, bias: bool = False, seed: int = 0) -> ModuleProgram:
@@ -132,7 +132,7 @@ def test_a_combination_is_the_weighted_sum_of_deltas_and_biases() -> None:
         program(C, module(QUERY, 0, bias=True, seed=5), module(NORM, 0, bias=True, seed=6)),
     ]
     weights = [0.7, -1.5, 2.0]
-    made = combine(of((A, 0.7), (B, -1.5), (C, 2.0)), programs, BASE)
+    made = mixed_program(of((A, 0.7), (B, -1.5), (C, 2.0)), programs, BASE)
     assert [m.module for m in made.modules] == sorted([QUERY, VALUE, DOWN, NORM])
     assert {m.module: m.low_rank and m.low_rank.rank for m in made.modules} == {
         QUERY: 7,
@@ -152,7 +152,7 @@ def test_the_program_says_what_it_is() -> None:
     combination = of((A, 0.5), (B, 0.5))
     first = program(A, module(QUERY, 1), notes=("same", "first"), warnings=("other base",))
     second = program(B, module(QUERY, 1), notes=("same",), warnings=("other base", "late"))
-    made = combine(combination, [first, second], BASE)
+    made = mixed_program(combination, [first, second], BASE)
     assert (made.digest, made.family, made.max_rank) == (combination.digest, "combination", 2)
     assert (made.notes, made.warnings) == (("same", "first"), ("other base", "late"))
     assert [m.scale for m in made.modules] == [1.0]
@@ -165,7 +165,7 @@ def test_half_precision_sources_are_weighted_in_fp32(dtype: torch.dtype) -> None
     assert whole.bias is not None
     a, b = whole.low_rank.a.to(dtype), whole.low_rank.b.to(dtype)
     half = ModuleProgram(QUERY, LowRank(a, b), whole.bias.to(dtype))
-    made = combine(of((A, 0.3)), [program(A, half)], BASE).modules[0]
+    made = mixed_program(of((A, 0.3)), [program(A, half)], BASE).modules[0]
     assert made.low_rank is not None
     assert made.bias is not None
     assert {t.dtype for _, t in made.tensors()} == {torch.float32}
@@ -176,7 +176,7 @@ def test_half_precision_sources_are_weighted_in_fp32(dtype: torch.dtype) -> None
 def test_components_are_left_as_they_were() -> None:
     source = module(QUERY, 2, bias=True)
     before = [tensor.clone() for _, tensor in source.tensors()]
-    made = combine(of((A, 3.0)), [program(A, source)], BASE)
+    made = mixed_program(of((A, 3.0)), [program(A, source)], BASE)
     for (_, tensor), kept, (_, combined) in zip(
         source.tensors(), before, made.modules[0].tensors(), strict=True
     ):
@@ -194,9 +194,9 @@ def test_a_weight_that_makes_a_tensor_overflow_is_refused(role: str) -> None:
         whole = replace(whole, low_rank=LowRank(whole.low_rank.a, whole.low_rank.b * 0 + 1e38))
     else:
         whole = replace(whole, bias=whole.bias * 0 + 1e38)
-    assert combine(of((A, 2.0)), [program(A, whole)], BASE).max_rank == 2
+    assert mixed_program(of((A, 2.0)), [program(A, whole)], BASE).max_rank == 2
     with pytest.raises(AdapterInvalid) as refused:
-        combine(of((A, 10.0)), [program(A, whole)], BASE)
+        mixed_program(of((A, 10.0)), [program(A, whole)], BASE)
     assert [(r.where, role in r.reason) for r in refused.value.refusals] == [(QUERY, True)]
 
 
@@ -218,7 +218,7 @@ def test_reports_are_enough_to_know_the_size(
         )
         for i, shape in enumerate(shapes)
     ]
-    made = combine(of(*((p.digest, 0.5) for p in programs)), programs, BASE)
+    made = mixed_program(of(*((p.digest, 0.5) for p in programs)), programs, BASE)
     reports = [describe(p, BASE, element_bytes) for p in programs]
     assert packed_bytes(reports, element_bytes) == made.packed_bytes(element_bytes)
     ranks = module_ranks(reports)

@@ -8,14 +8,14 @@ from adaplex.adapters.storage.name_record import (
     MAX_ALIASES,
     MAX_EVENTS,
     MAX_LABELS,
-    Entry,
+    NameRecord,
     from_json,
     to_json,
 )
 from adapters.entries import digest, entry, origin, version
 
 
-def resolved(of: Entry, alias: str = "", key: str = "") -> tuple[int, str]:
+def resolved(of: NameRecord, alias: str = "", key: str = "") -> tuple[int, str]:
     found, followed = of.resolve(alias, key)
     return found.number, followed
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from adaplex.adapters.compose.mix import (
-    Combination,
     Component,
+    Mix,
     check,
-    combine,
+    mixed_program,
     module_ranks,
     packed_bytes,
 )
@@ -30,7 +30,7 @@ from adaplex.adapters.program.primitives import (
 )
 from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.adapters.program.report import describe
-from adaplex.adapters.program.sum import joined
+from adaplex.adapters.program.sum import summed
 
 HIDDEN, VOCAB, OUT, EXPERTS = 8, 12, 6, 3
 EMBEDDING, LINEAR, NORM = "model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.norm"
@@ -88,7 +88,7 @@ def program(*modules: ModuleProgram, digest: str = A, **fields: Any) -> AdapterP
 
 def join(*parts: tuple[float, ModuleProgram]) -> ModuleProgram:
     """Of one module."""
-    made = joined(
+    made = summed(
         [(weight, program(module)) for weight, module in parts], BASE, digest="", family="hybrid"
     )
     (module,) = made.modules
@@ -212,9 +212,9 @@ def test_what_stands_by_itself_is_kept_beside_the_others() -> None:
 def test_the_invocation_that_all_have_is_kept() -> None:
     module = ModuleProgram(LINEAR, Dice(5).pair(1))
     parts = [(1.0, program(module, invocation=(7, 8)))] * 2
-    assert joined(parts, BASE, digest="", family="").invocation == (7, 8)
+    assert summed(parts, BASE, digest="", family="").invocation == (7, 8)
     with pytest.raises(AdapterInvalid, match="alora_invocation_tokens: differ"):
-        joined([*parts, (1.0, program(module))], BASE, digest="", family="")
+        summed([*parts, (1.0, program(module))], BASE, digest="", family="")
 
 
 def one(times: float, module: str, /, **primitives: Any) -> tuple[float, ModuleProgram]:
@@ -279,7 +279,7 @@ def test_what_has_no_sum_is_refused_with_tensors_and_without(name: str) -> None:
     programs = {f"sha256:{i:064x}": program(m, digest=f"sha256:{i:064x}") for i, (_, m) in
                 enumerate(parts)}  # fmt: skip
     weights = [weight for weight, _ in parts]
-    combination = Combination.of(Component(*p) for p in zip(programs, weights, strict=True))
+    combination = Mix.of(Component(*p) for p in zip(programs, weights, strict=True))
     reports = [describe(part, BASE, 4) for part in programs.values()]
     with pytest.raises(AdapterInvalid) as refused:
         check(combination, reports, dict.fromkeys(programs, "tone"))
@@ -306,7 +306,7 @@ def test_combinations_whose_order_or_place_would_not_be_clear(
 
     programs = [made(digest, wanted) for digest, wanted in zip((A, B), fields, strict=True)]
     reports = [describe(part, BASE, 4) for part in programs]
-    combination = Combination.of([Component(A, 1.0), Component(B, 1.0)])
+    combination = Mix.of([Component(A, 1.0), Component(B, 1.0)])
     with pytest.raises(AdapterInvalid, match=reason) as refused:
         check(combination, reports, {A: "one", B: "two"})
     assert refused.value.field == "adapters"
@@ -331,10 +331,10 @@ def test_reports_are_enough_to_know_the_size_of_any_family(element_bytes: int) -
         ModuleProgram(LINEAR, dice.pair(4), dice.tensor(OUT)),
         digest=B,
     )
-    combination = Combination.of([Component(A, 1.0), Component(B, 1.0)])
+    combination = Mix.of([Component(A, 1.0), Component(B, 1.0)])
     reports = [describe(part, BASE, element_bytes) for part in (first, second)]
     check(combination, reports, {A: "one", B: "two"})
-    made = combine(combination, [first, second], BASE)
+    made = mixed_program(combination, [first, second], BASE)
     assert packed_bytes(reports, element_bytes) == made.packed_bytes(element_bytes)
     assert module_ranks(reports) == {
         m.module: m.low_rank.rank if m.low_rank else 0 for m in made.modules

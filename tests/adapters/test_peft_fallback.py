@@ -20,8 +20,8 @@ from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_match import BasePolicy
 from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.adapters.registry import try_merge
-from adaplex.adapters.registry.program_cache import Programs
-from adaplex.adapters.storage.folder_content import AdapterStore
+from adaplex.adapters.registry.program_cache import ProgramCache
+from adaplex.adapters.storage.folder_content import FolderContent
 from adaplex.model.base.loader import load_base
 from peft_adapters import load_plain
 from peft_kinds import save_kind
@@ -57,8 +57,8 @@ class Upload:
     def read(self) -> None:
         (self.folder / CONFIG).write_text(json.dumps(self.config))
         save_file(self.tensors, self.folder / WEIGHTS)
-        programs = Programs(
-            AdapterStore(self.folder / "store"),
+        programs = ProgramCache(
+            FolderContent(self.folder / "store"),
             self.base,
             element_bytes=4,
             limits=AdapterLimits(),

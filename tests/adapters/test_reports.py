@@ -10,7 +10,7 @@ import pytest
 from adaplex.adapters.checkpoint import CONFIG
 from adaplex.adapters.errors import AdapterNotFound, StoreCorrupt
 from adaplex.adapters.program.report import Report, ReportCache
-from adaplex.adapters.registry.program_cache import Programs
+from adaplex.adapters.registry.program_cache import ProgramCache
 from adaplex.adapters.registry.registry import AdapterRegistry
 from adapters.handmade import (
     UPLOAD,
@@ -26,10 +26,10 @@ def stored(root: Path, digest: str) -> Path:
 
 
 def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(programs: Programs, digest: str) -> None:
+    def read(programs: ProgramCache, digest: str) -> None:
         raise AssertionError(f"{digest} was read again")
 
-    monkeypatch.setattr(Programs, "program", read)
+    monkeypatch.setattr(ProgramCache, "program", read)
 
 
 def test_a_report_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from adaplex.adapters.registry.registry import AdapterRegistry
 from adaplex.adapters.storage.alias_split import Target
 from adaplex.adapters.storage.bucket import Bucket, Conflict
 from adaplex.adapters.storage.bucket_catalog import BucketCatalog
-from adaplex.adapters.storage.bucket_content import BucketContents
+from adaplex.adapters.storage.bucket_content import BucketContent
 from adapters.handmade import UPLOAD, files, push, records, tensors
 from adapters.replicas import replica
 
@@ -98,16 +98,16 @@ def test_an_upload_beats_the_collection_of_the_same_content(
     one = replica(s3_prefix, tmp_path / "one", grace=timedelta(0))
     two = replica(s3_prefix, tmp_path / "two")
     digest = push(one, "a").record.digest
-    read, raced = BucketContents._read, []
+    read, raced = BucketContent._read, []
 
-    def racing(contents: BucketContents, wanted: str) -> object:
+    def racing(contents: BucketContent, wanted: str) -> object:
         found = read(contents, wanted)
         if contents is one.intake._contents and found[0] and found[0].unnamed_since and not raced:
             raced.append(wanted)
             push(two, "b")  # between the look and the deletion
         return found
 
-    monkeypatch.setattr(BucketContents, "_read", racing)
+    monkeypatch.setattr(BucketContent, "_read", racing)
     one.names.delete("a", UPLOAD)
     one.garbage.sweep()
     assert raced

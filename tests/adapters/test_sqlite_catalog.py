@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from adaplex.adapters.errors import AdapterError, AdapterExists
 from adaplex.adapters.storage.catalog import Order, Query
-from adaplex.adapters.storage.name_record import Entry
+from adaplex.adapters.storage.name_record import NameRecord
 from adaplex.adapters.storage.sqlite_catalog import SqliteCatalog
 from adapters.entries import digest, entry, origin, version
 
@@ -27,12 +27,12 @@ def catalog(tmp_path: Path) -> Iterator[SqliteCatalog]:
     made.close()
 
 
-def put(catalog: SqliteCatalog, *entries: Entry) -> None:
+def put(catalog: SqliteCatalog, *entries: NameRecord) -> None:
     for new in entries:
         catalog.update(new.name, lambda _, new=new: new)
 
 
-def names(found: list[Entry]) -> list[str]:
+def names(found: list[NameRecord]) -> list[str]:
     return [each.name for each in found]
 
 
@@ -50,7 +50,7 @@ def test_an_update_is_there_after_a_restart(tmp_path: Path) -> None:
 def test_what_a_change_raises_leaves_everything(catalog: SqliteCatalog) -> None:
     put(catalog, entry("a"))
 
-    def change(before: Entry | None) -> Entry:
+    def change(before: NameRecord | None) -> NameRecord:
         raise AdapterExists("taken")
 
     for name in ("a", "b"):
@@ -67,7 +67,7 @@ def test_digests_are_found_by_the_newest_version(catalog: SqliteCatalog) -> None
     assert found is not None
     assert (found[0].name, found[1].number) == ("a", 1)
     assert catalog.by_digest(digest(5)) is None
-    catalog.update("a", lambda e: (e or Entry("a")).remove(origin()))
+    catalog.update("a", lambda e: (e or NameRecord("a")).remove(origin()))
     assert not catalog.holds(digest(0))
     assert catalog.holds(digest(1))
 
@@ -75,14 +75,14 @@ def test_digests_are_found_by_the_newest_version(catalog: SqliteCatalog) -> None
 def test_usage_counts_shared_content_once_and_no_tombstones(catalog: SqliteCatalog) -> None:
     put(catalog, entry("a", 2), entry("b", 2), entry("c", 1, first=7))
     assert (catalog.usage().names, catalog.usage().stored_bytes) == (3, 3000)
-    catalog.update("c", lambda e: (e or Entry("c")).remove(origin()))
+    catalog.update("c", lambda e: (e or NameRecord("c")).remove(origin()))
     assert (catalog.usage().names, catalog.usage().stored_bytes) == (2, 2000)
 
 
 def test_pinned(catalog: SqliteCatalog) -> None:
     put(catalog, entry("a").describe(origin(), pinned=True), entry("b"))
     assert names(catalog.pinned()) == ["a"]
-    catalog.update("a", lambda e: (e or Entry("a")).remove(origin()))
+    catalog.update("a", lambda e: (e or NameRecord("a")).remove(origin()))
     assert catalog.pinned() == []
 
 
@@ -102,7 +102,7 @@ def test_pages_together_are_the_whole_list(
 ) -> None:
     catalog = SqliteCatalog(tmp_path_factory.mktemp("c") / "c")
     for i, size in enumerate(sizes):  # equal sizes and times occur, so that names must part them
-        made = Entry(f"n{i}").add(
+        made = NameRecord(f"n{i}").add(
             version(size, stored_bytes=size, digest=digest(i)), max_versions=9
         )
         put(catalog, made)
@@ -116,7 +116,7 @@ def test_pages_together_are_the_whole_list(
         values = [value for value, _ in keys]
         assert values == sorted(values, reverse=descending)  # type: ignore[type-var]
         assert all(a[1] < b[1] for a, b in pairwise(keys) if a[0] == b[0])
-    paged: list[Entry] = []
+    paged: list[NameRecord] = []
     while page := catalog.query(query):
         paged += page
         query = replace(query, after=(catalog.order_value(page[-1], order), page[-1].name))
@@ -142,7 +142,7 @@ def test_filters(catalog: SqliteCatalog) -> None:
 
 def test_labels_that_go_are_found_no_more(catalog: SqliteCatalog) -> None:
     put(catalog, entry("a").describe(origin(), labels={"k": "v"}))
-    catalog.update("a", lambda e: (e or Entry("a")).describe(origin(), labels={}))
+    catalog.update("a", lambda e: (e or NameRecord("a")).describe(origin(), labels={}))
     assert catalog.query(Query(9, labels={"k": "v"})) == []
 
 
@@ -150,7 +150,7 @@ def test_readers_do_not_wait_for_a_change(catalog: SqliteCatalog) -> None:
     put(catalog, entry("a"))
     entered, leave = threading.Event(), threading.Event()
 
-    def change(before: Entry | None) -> Entry:
+    def change(before: NameRecord | None) -> NameRecord:
         entered.set()
         assert leave.wait(60)
         assert before is not None
@@ -171,7 +171,7 @@ def test_readers_do_not_wait_for_a_change(catalog: SqliteCatalog) -> None:
 def add_versions(path: str, first: int, count: int) -> None:
     catalog = SqliteCatalog(Path(path))
     for i in range(first, first + count):
-        catalog.update("a", lambda e, i=i: (e or Entry("a")).add(version(i), max_versions=999))
+        catalog.update("a", lambda e, i=i: (e or NameRecord("a")).add(version(i), max_versions=999))
     catalog.close()
 
 
@@ -197,7 +197,7 @@ def test_what_another_process_changes_is_seen_at_once(tmp_path: Path) -> None:
     one, other = SqliteCatalog(tmp_path / "c"), SqliteCatalog(tmp_path / "c")
     put(one, entry("a"))
     assert other.get("a") == entry("a")
-    other.update("a", lambda e: (e or Entry("a")).add(version(5), max_versions=9))
+    other.update("a", lambda e: (e or NameRecord("a")).add(version(5), max_versions=9))
     found = one.get("a")
     assert found is not None
     assert found.latest.number == 2

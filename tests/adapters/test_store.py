@@ -20,7 +20,7 @@ from adaplex.adapters.errors import (
 )
 from adaplex.adapters.registry import intake
 from adaplex.adapters.registry.registry import AdapterRegistry
-from adaplex.adapters.storage.folder_content import AdapterStore
+from adaplex.adapters.storage.folder_content import FolderContent
 from adapters.handmade import (
     BASE,
     UPLOAD,
@@ -138,22 +138,22 @@ def test_damaged_content_is_repaired_by_one_of_many(
     (tmp_path / "store" / "objects" / digest.removeprefix("sha256:") / CONFIG).write_text("{}")
     workers = 4
     seen = threading.Barrier(workers)
-    is_damaged, remove = intake.is_damaged, AdapterStore.remove
+    is_damaged, remove = intake.is_damaged, FolderContent.remove
     local, removed = threading.local(), []
 
-    def seen_by_all(store: AdapterStore, digest: str) -> bool:
+    def seen_by_all(store: FolderContent, digest: str) -> bool:
         damaged = is_damaged(store, digest)
         if not getattr(local, "waited", False):
             local.waited = True
             seen.wait(30)
         return damaged
 
-    def counted(store: AdapterStore, digest: str, *, damaged: bool = False) -> bool:
+    def counted(store: FolderContent, digest: str, *, damaged: bool = False) -> bool:
         removed.append(digest)
         return remove(store, digest, damaged=damaged)
 
     monkeypatch.setattr(intake, "is_damaged", seen_by_all)
-    monkeypatch.setattr(AdapterStore, "remove", counted)
+    monkeypatch.setattr(FolderContent, "remove", counted)
     with ThreadPoolExecutor(workers) as pool:
         done = list(pool.map(lambda _: push(registry, "tone"), range(workers)))
     assert not any(committed.created for committed in done)

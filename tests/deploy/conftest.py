@@ -13,7 +13,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from adaplex.adapters.storage.catalog import Usage
+from adaplex.adapters.storage.catalog import StoreUsage
 from adaplex.engine.errors import QueueFull
 from adaplex.engine.observer import EngineStats
 from adaplex.engine.request import AdapterRef, Timing
@@ -100,7 +100,7 @@ def report_everything(metrics: Metrics, rpc: RpcMetrics) -> None:
 class SharedStore:
     """What the gauges ask of a registry whose store is elsewhere."""
 
-    names = SimpleNamespace(usage=lambda: Usage(names=1, stored_bytes=2))
+    names = SimpleNamespace(usage=lambda: StoreUsage(names=1, stored_bytes=2))
 
     def cached_bytes(self) -> int:
         return 1

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adaplex.adapters import formats
 from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint
-from adaplex.adapters.compose.mix import Combination, Component, check, combine, packed_bytes
+from adaplex.adapters.compose.mix import Component, Mix, check, mixed_program, packed_bytes
 from adaplex.adapters.formats.bundle import join
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.report import describe
@@ -101,11 +101,11 @@ def test_a_union_equals_its_parts_as_a_hybrid_and_as_a_combination(
     parts = split(read_checkpoint(FIXTURES / architecture / "union", limits))
     hybrid = formats.lower(join(parts), spec, limits)
     programs = {p.digest: p for p in (formats.lower(part, spec, limits) for part in parts)}
-    combination = Combination.of(Component(digest, 1.0) for digest in programs)
+    combination = Mix.of(Component(digest, 1.0) for digest in programs)
     chosen = [programs[part.digest] for part in combination.components]
     reports = [describe(program, spec, 4) for program in chosen]
     check(combination, reports, dict.fromkeys(programs, "part"))
-    combined = combine(combination, chosen, spec)
+    combined = mixed_program(combination, chosen, spec)
     assert packed_bytes(reports, 4) == combined.packed_bytes(4) == hybrid.packed_bytes(4)
     tokens = said(architecture)["tokens"].tolist()
     expected = said(architecture)["union"][PREFILLED - 1 :]

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from adaplex.adapters.compose.mix import Combination, Component, combine
+from adaplex.adapters.compose.mix import Component, Mix, mixed_program
 from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.request import AdapterMode, AdapterRef
 from peft_adapters import Oracle, load_plain, save_adapter, spread
@@ -70,9 +70,9 @@ def combined(
     rig: Rig, programs: dict[str, AdapterProgram], weights: dict[str, float]
 ) -> AdapterProgram:
     by_digest = {programs[name].digest: programs[name] for name in weights}
-    combination = Combination.of(Component(programs[n].digest, w) for n, w in weights.items())
+    combination = Mix.of(Component(programs[n].digest, w) for n, w in weights.items())
     chosen = [by_digest[part.digest] for part in combination.components]
-    return combine(combination, chosen, rig.base.spec)
+    return mixed_program(combination, chosen, rig.base.spec)
 
 
 def saved(model: Path, work: Path, names: list[str]) -> dict[str, Path]:

@@ -11,7 +11,7 @@ from adaplex.adapters.compose.merge import MAX_SOURCES, MergeMethod, MergePlan
 from adaplex.adapters.program.report import Report
 from adaplex.adapters.storage.alias_split import MAX_TARGETS, Split, Target
 from adaplex.adapters.storage.catalog import AdapterRecord, Order, Query
-from adaplex.adapters.storage.name_record import Entry, Event
+from adaplex.adapters.storage.name_record import Event, NameRecord
 from adaplex.adapters.storage.staging import FileSpec
 from adaplex.server.convert import check
 from adaplex.v1 import adapters_pb2
@@ -118,7 +118,7 @@ def targets(sent: Iterable[adapters_pb2.AliasTarget]) -> list[Target]:
 
 
 def adapter(
-    record: AdapterRecord, entry: Entry, tier: adapters_pb2.ResidencyTier.ValueType
+    record: AdapterRecord, entry: NameRecord, tier: adapters_pb2.ResidencyTier.ValueType
 ) -> adapters_pb2.Adapter:
     """A stored adapter as clients see it."""
     message = adapters_pb2.Adapter(
@@ -149,7 +149,7 @@ def adapter(
     return message
 
 
-def versions(entry: Entry) -> list[adapters_pb2.AdapterVersion]:
+def versions(entry: NameRecord) -> list[adapters_pb2.AdapterVersion]:
     """Every version of a name, oldest first."""
     messages = []
     for version in entry.versions:

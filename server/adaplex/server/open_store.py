@@ -22,10 +22,10 @@ from adaplex.adapters.sources.gguf.lora import convert_gguf_lora
 from adaplex.adapters.sources.signatures import SignaturePolicy, SignatureVerifier
 from adaplex.adapters.storage.bucket import Bucket
 from adaplex.adapters.storage.bucket_catalog import BucketCatalog
-from adaplex.adapters.storage.bucket_content import BucketContents
+from adaplex.adapters.storage.bucket_content import BucketContent
 from adaplex.adapters.storage.catalog import Catalog
-from adaplex.adapters.storage.content_store import Contents
-from adaplex.adapters.storage.folder_content import AdapterStore
+from adaplex.adapters.storage.content_store import ContentStore
+from adaplex.adapters.storage.folder_content import FolderContent
 from adaplex.adapters.storage.name_record import Origin
 from adaplex.adapters.storage.sqlite_catalog import SqliteCatalog
 from adaplex.server.config import ConfigError, ServerConfig
@@ -40,7 +40,7 @@ class Store:
 
     registry: AdapterRegistry
     importer: Importer
-    contents: Contents
+    contents: ContentStore
 
 
 def open_store(config: ServerConfig, spec: BaseSpec, *, element_bytes: int) -> Store:
@@ -66,19 +66,19 @@ def existing(config: ServerConfig) -> ServerConfig:
     return config
 
 
-def open_contents(config: ServerConfig) -> tuple[Contents, Catalog]:
+def open_contents(config: ServerConfig) -> tuple[ContentStore, Catalog]:
     """Files and names, in a folder of this machine or shared. Raises ConfigError."""
     root = config.store_dir
     try:
         root.mkdir(parents=True, exist_ok=True)
         if config.shared_store is None:
-            return AdapterStore(root), SqliteCatalog(root / "catalog.sqlite3")
+            return FolderContent(root), SqliteCatalog(root / "catalog.sqlite3")
         return _shared(config.shared_store, root, config)
     except (OSError, sqlite3.Error, AdapterError) as error:
         raise ConfigError(f"store_dir: cannot keep adapters in {root}: {error}") from error
 
 
-def _shared(uri: str, root: Path, config: ServerConfig) -> tuple[Contents, Catalog]:
+def _shared(uri: str, root: Path, config: ServerConfig) -> tuple[ContentStore, Catalog]:
     """A bucket, with a cache on this machine that belongs to it alone."""
     try:
         bucket = Bucket(uri)
@@ -88,7 +88,7 @@ def _shared(uri: str, root: Path, config: ServerConfig) -> tuple[Contents, Catal
     cache.mkdir(parents=True, exist_ok=True)
     mirror = SqliteCatalog(cache / "catalog.sqlite3")
     return (
-        BucketContents(bucket, AdapterStore(cache), cache_bytes=config.cache_bytes),
+        BucketContent(bucket, FolderContent(cache), cache_bytes=config.cache_bytes),
         BucketCatalog(bucket, mirror, refresh_seconds=config.refresh_seconds),
     )
 

@@ -1,4 +1,4 @@
-"""Combination: several adapters of any families at once, weighted: exact, see joined.py."""
+"""Mix: several adapters of any families at once, weighted: exact, see summed.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adaplex.adapters.limits import ALIGNMENT
 from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.adapters.program.program import AdapterProgram, TensorRole
 from adaplex.adapters.program.report import ModuleReport, Report
-from adaplex.adapters.program.sum import Effect, conflict, joined
+from adaplex.adapters.program.sum import Effect, conflict, summed
 
 MAX_COMPONENTS = 8
 MAX_WEIGHT = 10.0
@@ -33,13 +33,13 @@ class Component:
 
 
 @dataclass(frozen=True)
-class Combination:
+class Mix:
     """What is combined: by digest, each once, no weight zero. Equal ones are equal values."""
 
     components: tuple[Component, ...]
 
     @classmethod
-    def of(cls, parts: Iterable[Component]) -> Combination:
+    def of(cls, parts: Iterable[Component]) -> Mix:
         """The combination in its canonical form. Raises AdapterInvalid naming `adapters`."""
         given = tuple(parts)
         if not 1 <= len(given) <= MAX_COMPONENTS:
@@ -69,8 +69,8 @@ class Combination:
         return first.digest if not others and first.weight == 1.0 else None
 
 
-def combine(
-    combination: Combination, programs: Sequence[AdapterProgram], base: BaseSpec
+def mixed_program(
+    combination: Mix, programs: Sequence[AdapterProgram], base: BaseSpec
 ) -> AdapterProgram:
     """One program out of those of the components, given in their order; in fp32.
 
@@ -79,10 +79,10 @@ def combine(
     pairs = list(zip(combination.components, programs, strict=True))
     assert all(part.digest == program.digest for part, program in pairs)
     parts = [(part.weight, program) for part, program in pairs]
-    return joined(parts, base, digest=combination.digest, family="combination")
+    return summed(parts, base, digest=combination.digest, family="combination")
 
 
-def check(combination: Combination, reports: Sequence[Report], names: Mapping[str, str]) -> None:
+def check(combination: Mix, reports: Sequence[Report], names: Mapping[str, str]) -> None:
     """Whether the components that these reports describe can be combined; reads no tensor.
 
     `names` are those of the adapters, by digest. Raises AdapterInvalid naming `adapters`.

@@ -12,7 +12,7 @@ from adaplex.adapters.digest import content_digest
 from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.adapterhub import AdapterHub
-from adaplex.adapters.formats.bundle import Hybrid
+from adaplex.adapters.formats.bundle import Bundle
 from adaplex.adapters.formats.lora.lora import Lora
 from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.peft.adalora import AdaLora
@@ -21,7 +21,7 @@ from adaplex.adapters.formats.peft.ia3 import IA3
 from adaplex.adapters.formats.peft.ln_tuning import LNTuning
 from adaplex.adapters.formats.peft.loha import Loha
 from adaplex.adapters.formats.peft.lokr import Lokr
-from adaplex.adapters.formats.peft.merged_only import FALLBACKS, PeftFallback
+from adaplex.adapters.formats.peft.merged_only import FALLBACKS, MergedOnly
 from adaplex.adapters.formats.peft.prefix import PrefixTuning
 from adaplex.adapters.formats.peft.prompt import MultitaskPromptTuning, PromptTuning
 from adaplex.adapters.formats.peft.vera import Vera
@@ -66,7 +66,7 @@ FORMATS: Mapping[str, Format] = {
     "BEFT": Beft(),
     "BITFIT": BitFit(),
     "CPT": PromptTuning("cpt", "CPT"),
-    "HYBRID": Hybrid(_lower_part),
+    "HYBRID": Bundle(_lower_part),
     "IA3": IA3(),
     "LN_TUNING": LNTuning(),
     "LOHA": Loha(),
@@ -141,7 +141,7 @@ def kind_of(config: Mapping[str, Any]) -> Any:
 def _positions(checkpoint: Checkpoint, found: Format) -> Iterator[Refusal]:
     """Tensors of whole numbers, where the format takes none."""
     for name, tensor in sorted(checkpoint.tensors.items()):
-        if not tensor.is_floating_point() and not isinstance(found, PeftFallback | Hybrid):
+        if not tensor.is_floating_point() and not isinstance(found, MergedOnly | Bundle):
             yield Refusal(name, f"has dtype {tensor.dtype}; weights of {found.family} are real")
 
 

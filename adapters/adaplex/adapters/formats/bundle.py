@@ -1,4 +1,4 @@
-"""Hybrid: several adapters of any formats in one, each adding its change; see joined.py.
+"""Bundle: several adapters of any formats in one, each adding its change; see summed.py.
 
 adapter_config.json is {"peft_type": "HYBRID", "parts": [<adapter_config>, ...]}, with the base's
 name beside them; the tensors of part i are named `parts.<i>.<its own name>`. `adaplex adapters
@@ -17,12 +17,12 @@ from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.lowering_context import HARMLESS, Reading
+from adaplex.adapters.formats.lowering_context import HARMLESS, LoweringContext
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_match import FINGERPRINT, NAME
 from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.adapters.program.program import AdapterProgram
-from adaplex.adapters.program.sum import joined
+from adaplex.adapters.program.sum import summed
 
 TYPE = "HYBRID"
 USED = frozenset(["peft_type", "parts"])
@@ -32,7 +32,7 @@ MAX_PARTS = 8
 Lower = Callable[[Checkpoint, BaseSpec, AdapterLimits], AdapterProgram]
 
 
-class Hybrid:
+class Bundle:
     """The format; see the module's docstring."""
 
     family = "hybrid"
@@ -54,7 +54,7 @@ class Hybrid:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = Reading(checkpoint, base, limits)
+        reading = LoweringContext(checkpoint, base, limits)
         reading.check_known("a hybrid", USED, HARMLESS)
         parts = _parts(reading)
         reading.raise_refused()
@@ -67,7 +67,7 @@ class Hybrid:
                     Refusal(f"parts[{i}].{r.where}", r.reason) for r in error.refusals
                 ]
         reading.raise_refused()
-        made = joined([(1.0, program) for program in programs], base, digest="", family="hybrid")
+        made = summed([(1.0, program) for program in programs], base, digest="", family="hybrid")
         return Lowered(
             made.modules,
             made.notes,
@@ -98,7 +98,7 @@ def join(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
     return Checkpoint(config, tensors)
 
 
-def _parts(reading: Reading) -> list[Checkpoint]:
+def _parts(reading: LoweringContext) -> list[Checkpoint]:
     """Each part's config and tensors; refuses tensors of no part."""
     configs = reading.config.get("parts")
     if not isinstance(configs, list) or not 1 <= len(configs) <= MAX_PARTS:

@@ -1,4 +1,4 @@
-"""Reading: one checkpoint on its way to primitives, and the checks that all formats share.
+"""LoweringContext: one checkpoint on its way to primitives, and the checks that all formats share.
 
 Every tensor and every config field is accounted for, or the adapter is refused with all the
 reasons at once.
@@ -46,7 +46,7 @@ MAX_NUMBER = 1e9
 
 
 @dataclass
-class Reading:
+class LoweringContext:
     """A checkpoint, the base it is for, and what was found wrong so far."""
 
     checkpoint: Checkpoint

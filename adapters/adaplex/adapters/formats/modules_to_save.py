@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adaplex.adapters.formats.lowering_context import Reading
+from adaplex.adapters.formats.lowering_context import LoweringContext
 from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.adapters.program.program import ModuleProgram
 
@@ -19,7 +19,7 @@ TINY = 1e-6
 """Absolute: below it half precision knows few numbers."""
 
 
-def saved_modules(reading: Reading) -> frozenset[str]:
+def saved_modules(reading: LoweringContext) -> frozenset[str]:
     """Names of the base's modules that `modules_to_save` replaces: those whose name, or that of
     something they lie in, ends in an entry, by whole words or not.
     """
@@ -31,7 +31,7 @@ def saved_modules(reading: Reading) -> frozenset[str]:
     )
 
 
-def without_saved(reading: Reading, targets: frozenset[str]) -> frozenset[str]:
+def without_saved(reading: LoweringContext, targets: frozenset[str]) -> frozenset[str]:
     """PEFT adapts no module that it replaces. Raises AdapterInvalid for a bad pattern."""
     entries = reading.config.get("modules_to_save") or ()
     patterns = [rf"(^|.*\.){entry}($|\..*)" for entry in entries]
@@ -46,7 +46,11 @@ def without_saved(reading: Reading, targets: frozenset[str]) -> frozenset[str]:
 
 
 def replacement(
-    reading: Reading, module: BaseModule, key: str, weight: Tensor | None, bias: Tensor | None
+    reading: LoweringContext,
+    module: BaseModule,
+    key: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
 ) -> ModuleProgram | None:
     """The program of a module that was trained as a whole; None, with refusals, when its tensors
     do not fit. `key` is that of the weight.
@@ -67,7 +71,7 @@ def replacement(
     return ModuleProgram(module.name, bias=difference, weight=_oriented(module, weight))
 
 
-def check_copy(reading: Reading, module: BaseModule, key: str, copy: Tensor) -> None:
+def check_copy(reading: LoweringContext, module: BaseModule, key: str, copy: Tensor) -> None:
     """PEFT loads a copy of the base's weight over the base's own: they must be the same."""
     if not reading.fits(key, copy, *_shape(module)):
         return

@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from adaplex.adapters.errors import AdapterTooLarge
-from adaplex.adapters.formats.lowering_context import PREFIX, Reading
+from adaplex.adapters.formats.lowering_context import PREFIX, LoweringContext
 from adaplex.adapters.formats.modules_to_save import (
     check_copy,
     replacement,
@@ -47,7 +47,7 @@ PACKED_BYTES = 2
 
 
 def by_module(
-    reading: Reading,
+    reading: LoweringContext,
     family: str,
     roles: Collection[str],
     *,
@@ -85,14 +85,14 @@ def by_module(
     return found
 
 
-def shared_tensor(reading: Reading, name: str) -> Tensor | None:
+def shared_tensor(reading: LoweringContext, name: str) -> Tensor | None:
     """A tensor of the whole adapter, if the checkpoint has it."""
     keys = [key for key in reading.tensors if ADAPTER_NAME.sub("", key) == name]
     return reading.tensors[keys[0]] if keys else None
 
 
 def lower_modules(
-    reading: Reading,
+    reading: LoweringContext,
     found: Mapping[str, Roles],
     lower_one: LowerOne,
     *,
@@ -125,7 +125,7 @@ def lower_modules(
 
 
 def saved_programs(
-    reading: Reading, found: Mapping[str, Roles], adapted: Collection[str] = ()
+    reading: LoweringContext, found: Mapping[str, Roles], adapted: Collection[str] = ()
 ) -> list[ModuleProgram | None]:
     """Programs of the modules that `modules_to_save` names, and refusals of weights of others."""
     saved = saved_modules(reading)
@@ -146,7 +146,7 @@ def saved_programs(
     ]
 
 
-def all_there(reading: Reading, module: BaseModule, roles: Roles, *wanted: str) -> bool:
+def all_there(reading: LoweringContext, module: BaseModule, roles: Roles, *wanted: str) -> bool:
     """Refuses each of the wanted parameters that is missing; tells whether none is."""
     missing = [role for role in wanted if role not in roles]
     for role in missing:
@@ -154,7 +154,7 @@ def all_there(reading: Reading, module: BaseModule, roles: Roles, *wanted: str) 
     return not missing
 
 
-def is_linear(reading: Reading, module: BaseModule, family: str) -> bool:
+def is_linear(reading: LoweringContext, module: BaseModule, family: str) -> bool:
     """Refuses a Conv1D, for families that PEFT has for torch's linears alone."""
     if module.transposed:
         reading.refuse(module.name, f"is a Conv1D, which PEFT's {family} does not take")
@@ -179,14 +179,14 @@ class WrittenOut:
             )
 
 
-def check_bias_field(reading: Reading, only: str) -> None:
+def check_bias_field(reading: LoweringContext, only: str) -> None:
     """Refuses a `bias` that PEFT does not know."""
     kinds = ("none", "all", only)
     fits = reading.config.get("bias", "none") in kinds
     reading.check_kind("bias", fits, f"one of {', '.join(kinds)}")
 
 
-def check_has_targets(reading: Reading) -> None:
+def check_has_targets(reading: LoweringContext) -> None:
     """Refuses fields about modules that are of the wrong kind, or targets that name none."""
     reading.check_target_fields()
     reading.check_modules_to_save()
@@ -195,7 +195,7 @@ def check_has_targets(reading: Reading) -> None:
 
 
 def _trained_bias(
-    reading: Reading, module: BaseModule, roles: Roles, is_target: bool, only: str
+    reading: LoweringContext, module: BaseModule, roles: Roles, is_target: bool, only: str
 ) -> Tensor | None:
     """What a trained bias adds; the config says which modules may carry one."""
     if "bias" not in roles:

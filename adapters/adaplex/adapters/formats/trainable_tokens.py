@@ -18,7 +18,7 @@ from torch import Tensor
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.lowering_context import HARMLESS, PREFIX, Reading
+from adaplex.adapters.formats.lowering_context import HARMLESS, PREFIX, LoweringContext
 from adaplex.adapters.formats.modules_to_save import check_copy
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
@@ -47,7 +47,7 @@ class TrainableTokens:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = Reading(checkpoint, base, limits)
+        reading = LoweringContext(checkpoint, base, limits)
         reading.check_known("trainable tokens", self.semantic_fields, HARMLESS | {"init_weights"})
         reading.check_target_fields()
         ids: Any = reading.config.get("token_indices")
@@ -62,7 +62,7 @@ class TrainableTokens:
         return Lowered(tuple(filter(None, programs.values())))
 
 
-def token_rows(reading: Reading, wanted: Mapping[str, list[int]]) -> dict[str, TokenRows]:
+def token_rows(reading: LoweringContext, wanted: Mapping[str, list[int]]) -> dict[str, TokenRows]:
     """Name of a module -> its rows, out of the ids wanted for each module by name; refuses modules
     that have no rows.
     """
@@ -83,7 +83,9 @@ def token_rows(reading: Reading, wanted: Mapping[str, list[int]]) -> dict[str, T
 
 
 def lower_rows(
-    reading: Reading, rows: Mapping[str, TokenRows], tensors: Mapping[str, tuple[str, Tensor]]
+    reading: LoweringContext,
+    rows: Mapping[str, TokenRows],
+    tensors: Mapping[str, tuple[str, Tensor]],
 ) -> dict[str, ModuleProgram | None]:
     """Programs that replace rows, by name of the module; `tensors` has key and tensor by it."""
     sources = {row.source for row in rows.values()}
@@ -102,7 +104,7 @@ def lower_rows(
 
 
 def _replaced(
-    reading: Reading, module: BaseModule, ids: tuple[int, ...], key: str, tensor: Tensor
+    reading: LoweringContext, module: BaseModule, ids: tuple[int, ...], key: str, tensor: Tensor
 ) -> ModuleProgram | None:
     """The program of one module; None, with a refusal, when its tensor does not fit."""
     features = module.in_features if module.is_head else module.out_features
@@ -117,7 +119,7 @@ def _replaced(
     return None
 
 
-def _sort_tensors(reading: Reading) -> dict[str, tuple[str, Tensor]]:
+def _sort_tensors(reading: LoweringContext) -> dict[str, tuple[str, Tensor]]:
     """Name of a module -> key and tensor; refuses tensors that fit no place."""
     found: dict[str, tuple[str, Tensor]] = {}
     for key, tensor in reading.tensors.items():
@@ -136,7 +138,7 @@ def _sort_tensors(reading: Reading) -> dict[str, tuple[str, Tensor]]:
     return found
 
 
-def _targets(reading: Reading) -> frozenset[str]:
+def _targets(reading: LoweringContext) -> frozenset[str]:
     """Names of the modules that the config targets: by default, the embedding."""
     if reading.config.get("target_modules"):
         targets = reading.targets(("linear", "embedding"))

@@ -44,12 +44,12 @@ class Effect:
     """What the bottleneck reads and its activation; empty without one."""
 
 
-def joined(
+def summed(
     parts: Sequence[tuple[float, AdapterProgram]], base: BaseSpec, *, digest: str, family: str
 ) -> AdapterProgram:
     """One program out of weighted ones, in fp32; virtual tokens follow each other in their order.
 
-    Raises AdapterInvalid, naming modules, for what cannot be joined, or overflows bf16.
+    Raises AdapterInvalid, naming modules, for what cannot be summed, or overflows bf16.
     """
     weighted: defaultdict[str, list[Weighted]] = defaultdict(list)
     for weight, program in parts:
@@ -62,7 +62,7 @@ def joined(
     ]
     invocations = {program.invocation for _, program in parts}
     if len(invocations) > 1:
-        refusals.append(Refusal("alora_invocation_tokens", "differ between what is joined"))
+        refusals.append(Refusal("alora_invocation_tokens", "differ between what is summed"))
     if refusals:
         raise AdapterInvalid(refusals)
     modules = tuple(_module(base, name, weighted[name]) for name in sorted(weighted))
@@ -81,7 +81,7 @@ def joined(
 
 
 def conflict(effects: Sequence[Effect]) -> str | None:
-    """Why what adapters do at one module cannot be joined; None when it can."""
+    """Why what adapters do at one module cannot be summed; None when it can."""
     for effect in effects:
         names = set(effect.primitives)
         fixed = names - WEIGHABLE or ("input scale" in names and names - {"input scale", "bias"})

@@ -17,7 +17,7 @@ from adaplex.adapters.errors import AdapterExists
 from adaplex.adapters.registry.intake import Committed
 from adaplex.adapters.registry.registry import AdapterRegistry
 from adaplex.adapters.sources import Fetched, Sources
-from adaplex.adapters.storage.content_store import Contents
+from adaplex.adapters.storage.content_store import ContentStore
 from adaplex.adapters.storage.lease import Lease
 from adaplex.adapters.storage.name_record import Origin
 from adaplex.adapters.storage.selector import DEFAULT, LATEST, Selector
@@ -29,7 +29,7 @@ FIRST_USE = "first use"
 class Importer:
     """Fetches into a folder of the store, then takes in. Thread-safe; calls block."""
 
-    def __init__(self, registry: AdapterRegistry, contents: Contents, sources: Sources) -> None:
+    def __init__(self, registry: AdapterRegistry, contents: ContentStore, sources: Sources) -> None:
         self._registry, self._contents, self._sources = registry, contents, sources
         self._intake = registry.intake
         self._lock = threading.Lock()

@@ -18,12 +18,12 @@ from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.adapters.program.program import ELEMENT_BYTES, AdapterProgram
 from adaplex.adapters.program.report import Report
-from adaplex.adapters.registry.program_cache import Programs
+from adaplex.adapters.registry.program_cache import ProgramCache
 from adaplex.adapters.sources.signatures import SignatureVerifier, Verdict
 from adaplex.adapters.storage.catalog import AdapterRecord, Catalog
-from adaplex.adapters.storage.content_store import Contents, is_damaged
+from adaplex.adapters.storage.content_store import ContentStore, is_damaged
 from adaplex.adapters.storage.garbage_collector import GarbageCollector
-from adaplex.adapters.storage.name_record import Entry, Origin, Version
+from adaplex.adapters.storage.name_record import NameRecord, Origin, Version
 from adaplex.adapters.storage.selector import NAME
 from adaplex.adapters.storage.staging import FileSpec, Staging, check_files
 
@@ -58,9 +58,9 @@ class Intake:
         *,
         base: BaseSpec,
         room: Room,
-        contents: Contents,
+        contents: ContentStore,
         catalog: Catalog,
-        programs: Programs,
+        programs: ProgramCache,
         garbage: GarbageCollector,
         signatures: SignatureVerifier,
     ) -> None:
@@ -117,9 +117,9 @@ class Intake:
         damaged = is_damaged(self._contents, program.digest)  # takes long, so before the change
         added = kept = False
 
-        def change(entry: Entry | None) -> Entry:
+        def change(entry: NameRecord | None) -> NameRecord:
             nonlocal added, kept
-            entry = entry or Entry(name)
+            entry = entry or NameRecord(name)
             added = not (entry.alive and entry.latest.digest == version.digest)
             if added and entry.alive and not replace:
                 raise AdapterExists(f"{name} is taken by {entry.latest.digest}", field="name")
@@ -203,7 +203,7 @@ class Intake:
             self._contents.remove(digest, damaged=True)
         return self._contents.take(staging, digest)
 
-    def _check_quota(self, entry: Entry, version: Version) -> None:
+    def _check_quota(self, entry: NameRecord, version: Version) -> None:
         limits, usage = self._limits, self._catalog.usage()
         if not entry.alive and usage.names >= limits.max_adapters:
             raise StoreFull(

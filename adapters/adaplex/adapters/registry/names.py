@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from adaplex.adapters.durable_files import full_disk_is_store_full
 from adaplex.adapters.errors import AdapterNotFound
 from adaplex.adapters.storage.alias_split import Target, split_of
-from adaplex.adapters.storage.catalog import AdapterRecord, Catalog, Query, Usage
+from adaplex.adapters.storage.catalog import AdapterRecord, Catalog, Query, StoreUsage
 from adaplex.adapters.storage.garbage_collector import GarbageCollector
-from adaplex.adapters.storage.name_record import Entry, Event, Origin
+from adaplex.adapters.storage.name_record import Event, NameRecord, Origin
 from adaplex.adapters.storage.selector import DEFAULT, NAME, Selector
 
 
@@ -48,7 +48,7 @@ class Names:
             version, alias = entry.resolve(parts.alias, routing_key)
         return AdapterRecord.of(entry.name, version, self._element_bytes, alias)
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> NameRecord:
         """All that is known under a name. Raises AdapterNotFound."""
         return _alive(name, self._find(name))
 
@@ -76,15 +76,15 @@ class Names:
             raise AdapterNotFound(f"no adapter {name!r:.200}")
         return entry.history[::-1]
 
-    def query(self, query: Query) -> list[Entry]:
+    def query(self, query: Query) -> list[NameRecord]:
         """Entries, filtered and ordered."""
         return self._catalog.query(query)
 
-    def after(self, entry: Entry, query: Query) -> tuple[str | int, str]:
+    def after(self, entry: NameRecord, query: Query) -> tuple[str | int, str]:
         """Query.after for the page behind an entry of this query."""
         return self._catalog.order_value(entry, query.order), entry.name
 
-    def newest(self, entry: Entry) -> AdapterRecord:
+    def newest(self, entry: NameRecord) -> AdapterRecord:
         """The newest version of an entry that is alive."""
         return AdapterRecord.of(entry.name, entry.latest, self._element_bytes)
 
@@ -110,7 +110,7 @@ class Names:
             for version in entry.reachable()
         ]
 
-    def usage(self) -> Usage:
+    def usage(self) -> StoreUsage:
         """How full the store is."""
         return self._catalog.usage()
 
@@ -123,17 +123,19 @@ class Names:
         set_labels: Mapping[str, str] | None = None,
         remove_labels: Sequence[str] = (),
         pinned: bool | None = None,
-    ) -> Entry:
+    ) -> NameRecord:
         """Changes what is not None. Raises AdapterNotFound or AdapterInvalid."""
 
-        def change(entry: Entry) -> Entry:
+        def change(entry: NameRecord) -> NameRecord:
             labels = {**entry.labels, **(set_labels or {})}
             kept = {key: value for key, value in labels.items() if key not in remove_labels}
             return entry.describe(origin, description=description, labels=kept, pinned=pinned)
 
         return self._change(name, change)
 
-    def set_alias(self, name: str, alias: str, targets: Sequence[Target], origin: Origin) -> Entry:
+    def set_alias(
+        self, name: str, alias: str, targets: Sequence[Target], origin: Origin
+    ) -> NameRecord:
         """Points an alias to a version or to several by weight, in one step.
 
         Raises AdapterNotFound or AdapterInvalid.
@@ -141,11 +143,11 @@ class Names:
         split = split_of(targets)
         return self._change(name, lambda entry: entry.set_alias(alias, split, origin))
 
-    def delete_alias(self, name: str, alias: str, origin: Origin) -> Entry:
+    def delete_alias(self, name: str, alias: str, origin: Origin) -> NameRecord:
         """Forgets an alias. Raises AdapterNotFound or AdapterInvalid."""
         return self._change(name, lambda entry: entry.set_alias(alias, (), origin))
 
-    def rollback(self, name: str, alias: str, origin: Origin) -> Entry:
+    def rollback(self, name: str, alias: str, origin: Origin) -> NameRecord:
         """Points an alias, by default `default`, to what it pointed to before.
 
         Raises AdapterNotFound or AdapterInvalid.
@@ -161,9 +163,9 @@ class Names:
         parts = Selector.parse(selector)
         if parts is None or parts.digest or parts.alias:
             raise AdapterNotFound(f"no adapter {selector!r:.200}")
-        before: list[Entry] = []
+        before: list[NameRecord] = []
 
-        def change(entry: Entry) -> Entry:
+        def change(entry: NameRecord) -> NameRecord:
             before[:] = [entry]
             if parts.version:
                 return entry.remove_version(parts.version, origin)
@@ -175,19 +177,19 @@ class Names:
         gone = filter(self._garbage.abandon, sorted({version.digest for version in removed}))
         return Deleted(len(removed), tuple(gone))
 
-    def _find(self, name: str) -> Entry | None:
+    def _find(self, name: str) -> NameRecord | None:
         """The entry of a name that a client sent; what is no name has none."""
         return self._catalog.get(name) if NAME.fullmatch(name) else None
 
     @full_disk_is_store_full()
-    def _change(self, name: str, change: Callable[[Entry], Entry]) -> Entry:
+    def _change(self, name: str, change: Callable[[NameRecord], NameRecord]) -> NameRecord:
         """Changes an entry that is alive."""
         if not NAME.fullmatch(name):
             raise AdapterNotFound(f"no adapter {name!r:.200}")
         return self._catalog.update(name, lambda entry: change(_alive(name, entry)))
 
 
-def _alive(name: str, entry: Entry | None) -> Entry:
+def _alive(name: str, entry: NameRecord | None) -> NameRecord:
     """The entry of a name, if it has a version. Raises AdapterNotFound."""
     if entry is None or not entry.alive:
         raise AdapterNotFound(f"no adapter {name!r:.200}")

@@ -1,4 +1,4 @@
-"""Programs: stored content, read and lowered for the base that is served."""
+"""ProgramCache: stored content, read and lowered for the base that is served."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from adaplex.adapters import formats
 from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint
-from adaplex.adapters.compose.mix import Combination, combine
+from adaplex.adapters.compose.mix import Mix, mixed_program
 from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound, Refusal, StoreCorrupt
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_match import BasePolicy, agreement, mismatches
@@ -18,7 +18,7 @@ from adaplex.adapters.program.check_prefix import check_leading
 from adaplex.adapters.program.program import AdapterProgram
 from adaplex.adapters.program.report import Report, ReportCache, describe
 from adaplex.adapters.registry.try_merge import try_merging
-from adaplex.adapters.storage.content_store import Contents
+from adaplex.adapters.storage.content_store import ContentStore
 
 EVICTIONS = 64
 """Times that a cache may drop content between fetching and reading it."""
@@ -26,12 +26,12 @@ MAX_REPORTS = 4096
 """Reports kept in memory."""
 
 
-class Programs:
+class ProgramCache:
     """Lowers directories, stored contents and combinations of them. Thread-safe."""
 
     def __init__(
         self,
-        contents: Contents,
+        contents: ContentStore,
         base: BaseSpec,
         *,
         element_bytes: int,
@@ -48,7 +48,7 @@ class Programs:
         self._max_merged_bytes = max_merged_bytes
         self._lock = threading.Lock()
         self._reports = ReportCache(MAX_REPORTS)
-        self._combinations: dict[str, Combination] = {}
+        self._combinations: dict[str, Mix] = {}
 
     def read(self, directory: Path) -> AdapterProgram:
         """Lowers an upload, which must keep to the limits and the policy about its base.
@@ -66,7 +66,7 @@ class Programs:
         """
         if (combination := self._combinations.get(digest)) is not None:
             parts = [self.program(part.digest) for part in combination.components]
-            return combine(combination, parts, self._base)
+            return mixed_program(combination, parts, self._base)
         try:
             program = _lowered(self.checkpoint(digest), self._base, self._limits.for_stored())
             if program.digest != digest:
@@ -122,7 +122,7 @@ class Programs:
         with self._lock:
             self._reports.drop(digest)
 
-    def combine(self, combination: Combination) -> None:
+    def mixed_program(self, combination: Mix) -> None:
         """From now on `program` knows the combination's digest."""
         self._combinations[combination.digest] = combination
 

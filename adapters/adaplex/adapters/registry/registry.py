@@ -8,7 +8,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from adaplex.adapters.compose.mix import Combination, Component, check, module_ranks, packed_bytes
+from adaplex.adapters.compose.mix import Component, Mix, check, module_ranks, packed_bytes
 from adaplex.adapters.errors import (
     AdapterNotFound,
     AdapterTooLarge,
@@ -20,13 +20,13 @@ from adaplex.adapters.program.base_match import BasePolicy, other_base
 from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.adapters.registry.intake import Intake, Room
 from adaplex.adapters.registry.names import Names
-from adaplex.adapters.registry.program_cache import Programs
+from adaplex.adapters.registry.program_cache import ProgramCache
 from adaplex.adapters.sources.signatures import SignaturePolicy, SignatureVerifier
 from adaplex.adapters.storage.catalog import AdapterRecord, Catalog
-from adaplex.adapters.storage.content_store import Contents
-from adaplex.adapters.storage.folder_content import AdapterStore
+from adaplex.adapters.storage.content_store import ContentStore
+from adaplex.adapters.storage.folder_content import FolderContent
 from adaplex.adapters.storage.garbage_collector import GarbageCollector
-from adaplex.adapters.storage.lease import Lease, Leases, Part
+from adaplex.adapters.storage.lease import Lease, LeasedAdapter, Leases
 from adaplex.adapters.storage.sqlite_catalog import SqliteCatalog
 
 RACES = 8
@@ -40,7 +40,7 @@ class AdapterRegistry:
 
     def __init__(
         self,
-        contents: Contents,
+        contents: ContentStore,
         catalog: Catalog,
         base: BaseSpec,
         *,
@@ -52,7 +52,7 @@ class AdapterRegistry:
         self.base, self._policy, self._room = base, base_policy, room
         self._leases = Leases(contents)
         self._combining = threading.Lock()
-        self.programs = Programs(
+        self.programs = ProgramCache(
             contents,
             base,
             element_bytes=room.element_bytes,
@@ -100,7 +100,7 @@ class AdapterRegistry:
         """
         root.mkdir(parents=True, exist_ok=True)
         return cls(
-            AdapterStore(root),
+            FolderContent(root),
             SqliteCatalog(root / "catalog.sqlite3"),
             base,
             room=Room(element_bytes, limits or AdapterLimits(), max_packed_bytes, max_merged_bytes),
@@ -134,8 +134,10 @@ class AdapterRegistry:
         try:
             leases += (self.resolve(name, routing_key=routing_key) for name, _ in selectors)
             weights = [weight for _, weight in selectors]
-            parts = [Part(lease.record, w) for lease, w in zip(leases, weights, strict=True)]
-            combination = Combination.of(Component(p.record.digest, p.weight) for p in parts)
+            parts = [
+                LeasedAdapter(lease.record, w) for lease, w in zip(leases, weights, strict=True)
+            ]
+            combination = Mix.of(Component(p.record.digest, p.weight) for p in parts)
             record = self._combined(combination, parts)
         except BaseException:
             for lease in leases:
@@ -173,7 +175,7 @@ class AdapterRegistry:
 
     @property
     def leased(self) -> int:
-        """Contents that requests use."""
+        """ContentStore that requests use."""
         return len(self._leases)
 
     def close(self) -> None:
@@ -207,7 +209,7 @@ class AdapterRegistry:
             return (*record.warnings, problem)
         return record.warnings
 
-    def _combined(self, combination: Combination, parts: Sequence[Part]) -> AdapterRecord:
+    def _combined(self, combination: Mix, parts: Sequence[LeasedAdapter]) -> AdapterRecord:
         """The record of a combination."""
         if combination.alone:
             return next(p.record for p in parts if p.record.digest == combination.alone)

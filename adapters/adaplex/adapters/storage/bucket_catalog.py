@@ -15,8 +15,8 @@ from contextlib import contextmanager
 
 from adaplex.adapters.errors import AdapterError, SourceUnavailable
 from adaplex.adapters.storage.bucket import Blob, Bucket, Conflict
-from adaplex.adapters.storage.catalog import Order, Query, Usage
-from adaplex.adapters.storage.name_record import Entry, Version, from_json, to_json
+from adaplex.adapters.storage.catalog import Order, Query, StoreUsage
+from adaplex.adapters.storage.name_record import NameRecord, Version, from_json, to_json
 from adaplex.adapters.storage.sqlite_catalog import SqliteCatalog
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class BucketCatalog:
         self._changes: dict[str, int] = {}
         """How often this process has changed each name."""
 
-    def get(self, name: str) -> Entry | None:
+    def get(self, name: str) -> NameRecord | None:
         """See Catalog."""
         if time.monotonic() - self._looked.get(name, float("-inf")) >= self._refresh_seconds:
             try:
@@ -55,7 +55,7 @@ class BucketCatalog:
                 self._note(name)  # not asked again before the next interval
         return self._mirror.get(name)
 
-    def update(self, name: str, change: Callable[[Entry | None], Entry]) -> Entry:
+    def update(self, name: str, change: Callable[[NameRecord | None], NameRecord]) -> NameRecord:
         """See Catalog. Raises SourceUnavailable."""
         sent = b""
         with self._changing[hash(name) % len(self._changing)]:
@@ -80,15 +80,15 @@ class BucketCatalog:
                 return self._changed(after, etag)
         raise SourceUnavailable(f"{self._bucket.uri}: {name} changes too fast to be changed")
 
-    def query(self, query: Query) -> list[Entry]:
+    def query(self, query: Query) -> list[NameRecord]:
         """See Catalog."""
         return self._listed_mirror().query(query)
 
-    def order_value(self, entry: Entry, order: Order) -> str | int:
+    def order_value(self, entry: NameRecord, order: Order) -> str | int:
         """See Catalog."""
         return self._mirror.order_value(entry, order)
 
-    def by_digest(self, digest: str) -> tuple[Entry, Version] | None:
+    def by_digest(self, digest: str) -> tuple[NameRecord, Version] | None:
         """See Catalog."""
         return self._listed_mirror().by_digest(digest)
 
@@ -104,11 +104,11 @@ class BucketCatalog:
         """See Catalog."""
         return self._listed_mirror().digests()
 
-    def pinned(self) -> list[Entry]:
+    def pinned(self) -> list[NameRecord]:
         """See Catalog."""
         return self._listed_mirror().pinned()
 
-    def usage(self) -> Usage:
+    def usage(self) -> StoreUsage:
         """See Catalog. Servers that upload at the same time may overshoot a quota by what they
         upload.
         """
@@ -180,7 +180,7 @@ class BucketCatalog:
                 log.warning("%s: %s", name, error)
         self._listed = begun
 
-    def _changed(self, entry: Entry, etag: str) -> Entry:
+    def _changed(self, entry: NameRecord, etag: str) -> NameRecord:
         """Takes over what this process has written."""
         with self._mirroring:
             self._mirror.put(entry, etag)

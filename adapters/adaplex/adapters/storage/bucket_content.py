@@ -1,4 +1,4 @@
-"""BucketContents: the files of adapters in a bucket, and those in use on this machine's disk.
+"""BucketContent: the files of adapters in a bucket, and those in use on this machine's disk.
 
 objects/<digest hex>/manifest.json          what there is, written last, and on condition only
 objects/<digest hex>/<generation>/<file>    the files that one manifest names
@@ -28,7 +28,7 @@ from adaplex.adapters.errors import (
 )
 from adaplex.adapters.storage.bucket import Blob, Bucket, Conflict
 from adaplex.adapters.storage.content_store import Hold
-from adaplex.adapters.storage.folder_content import MANIFEST, AdapterStore
+from adaplex.adapters.storage.folder_content import MANIFEST, FolderContent
 from adaplex.adapters.storage.staging import FileSpec, Staging
 
 FOLDER = "objects/"
@@ -69,11 +69,11 @@ class Manifest:
         return f"{_folder(self.digest)}{self.generation}/{file}"
 
 
-class BucketContents:
+class BucketContent:
     """See Contents. The local store is a cache under a byte budget, emptied by last use."""
 
     def __init__(
-        self, bucket: Bucket, cache: AdapterStore, *, cache_bytes: int, grace: timedelta = GRACE
+        self, bucket: Bucket, cache: FolderContent, *, cache_bytes: int, grace: timedelta = GRACE
     ) -> None:
         self._bucket, self._cache = bucket, cache
         self._cache_bytes, self._grace = cache_bytes, grace

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, Protocol
 
-from adaplex.adapters.storage.name_record import Entry, Version
+from adaplex.adapters.storage.name_record import NameRecord, Version
 
 Order = Literal["name", "create_time", "update_time", "stored_bytes"]
 
@@ -82,7 +82,7 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Usage:
+class StoreUsage:
     """What the entries that are alive take up; content that several share counts once."""
 
     names: int
@@ -94,11 +94,11 @@ class Catalog(Protocol):
     at most a refresh interval older than that of another one.
     """
 
-    def get(self, name: str) -> Entry | None:
+    def get(self, name: str) -> NameRecord | None:
         """The entry of a name, a tombstone too; None for a name that never was."""
         ...
 
-    def update(self, name: str, change: Callable[[Entry | None], Entry]) -> Entry:
+    def update(self, name: str, change: Callable[[NameRecord | None], NameRecord]) -> NameRecord:
         """Puts `change(entry)` in the place of the entry, durably, whole or not at all.
 
         No other change of the name comes between. `change` may be called again when another
@@ -106,15 +106,15 @@ class Catalog(Protocol):
         """
         ...
 
-    def query(self, query: Query) -> list[Entry]:
+    def query(self, query: Query) -> list[NameRecord]:
         """Entries that are alive."""
         ...
 
-    def order_value(self, entry: Entry, order: Order) -> str | int:
+    def order_value(self, entry: NameRecord, order: Order) -> str | int:
         """What `query` orders an entry by; for Query.after."""
         ...
 
-    def by_digest(self, digest: str) -> tuple[Entry, Version] | None:
+    def by_digest(self, digest: str) -> tuple[NameRecord, Version] | None:
         """The newest version of any name that points to the content."""
         ...
 
@@ -130,11 +130,11 @@ class Catalog(Protocol):
         """Every content that a version points to."""
         ...
 
-    def pinned(self) -> list[Entry]:
+    def pinned(self) -> list[NameRecord]:
         """Entries that are alive and pinned."""
         ...
 
-    def usage(self) -> Usage:
+    def usage(self) -> StoreUsage:
         """How full the catalog is."""
         ...
 

@@ -1,4 +1,4 @@
-"""Contents: where the files of adapters are, by content, whatever keeps them."""
+"""ContentStore: where the files of adapters are, by content, whatever keeps them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Hold:
         self._manifest.close()
 
 
-class Contents(Protocol):
+class ContentStore(Protocol):
     """Where the files of adapters are, by content. Thread-safe; calls block."""
 
     def stage(self, files: Sequence[FileSpec]) -> Staging:
@@ -70,7 +70,7 @@ class Contents(Protocol):
         ...
 
 
-def is_damaged(contents: Contents, digest: str) -> bool:
+def is_damaged(contents: ContentStore, digest: str) -> bool:
     """Whether an object is there, but not as it was stored. Reads it whole."""
     try:
         contents.open(digest)

@@ -1,4 +1,4 @@
-"""AdapterStore: adapters on disk, by content. An object is there whole or not at all.
+"""FolderContent: adapters on disk, by content. An object is there whole or not at all.
 
 objects/<digest hex>/   adapter_config.json, adapter_model.safetensors, manifest.json; model.sig
 staging/<process>/<id>/ uploads on their way in; swept once their process is gone
@@ -32,7 +32,7 @@ ALIVE = "alive"
 """In a process's staging folder: locked as long as the process lives."""
 
 
-class AdapterStore:
+class FolderContent:
     """Contents in a folder of this machine. Which of them are wanted is the catalog's knowledge."""
 
     def __init__(self, root: Path) -> None:

@@ -10,7 +10,7 @@ from adaplex.adapters.errors import AdapterError, AdapterNotFound
 from adaplex.adapters.formats import FORMATS, identity, kind_of
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.storage.catalog import Catalog
-from adaplex.adapters.storage.content_store import Contents
+from adaplex.adapters.storage.content_store import ContentStore
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Problem:
         return self.kind == "orphan"
 
 
-def check_store(catalog: Catalog, contents: Contents) -> Iterator[Problem]:
+def check_store(catalog: Catalog, contents: ContentStore) -> Iterator[Problem]:
     """Reads every stored adapter whole and says what is wrong. Needs no base model, and may run
     beside servers on the same store.
     """
@@ -51,7 +51,7 @@ def check_store(catalog: Catalog, contents: Contents) -> Iterator[Problem]:
             yield Problem("orphan", digest, "", "no name points to it")
 
 
-def _damage(contents: Contents, digest: str) -> str | None:
+def _damage(contents: ContentStore, digest: str) -> str | None:
     """What is wrong with stored content; None when its files and its identity are right."""
     try:
         checkpoint = read_checkpoint(contents.open(digest), AdapterLimits().for_stored())

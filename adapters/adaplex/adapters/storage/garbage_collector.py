@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from adaplex.adapters.errors import AdapterError
 from adaplex.adapters.storage.catalog import Catalog
-from adaplex.adapters.storage.content_store import Contents
+from adaplex.adapters.storage.content_store import ContentStore
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ class GarbageCollector:
     def __init__(
         self,
         catalog: Catalog,
-        contents: Contents,
+        contents: ContentStore,
         *,
         in_use: Callable[[str], bool],
         forget: Callable[[str], None],

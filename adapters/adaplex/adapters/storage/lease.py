@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Self
 
 from adaplex.adapters.storage.catalog import AdapterRecord
-from adaplex.adapters.storage.content_store import Contents, Hold
+from adaplex.adapters.storage.content_store import ContentStore, Hold
 
 
 class Leases:
     """How many users each content has; it is held in the store as long as it has any."""
 
-    def __init__(self, contents: Contents) -> None:
+    def __init__(self, contents: ContentStore) -> None:
         self._contents = contents
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
@@ -45,12 +45,12 @@ class Leases:
         return digest in self._counts
 
     def __len__(self) -> int:
-        """Contents that have users."""
+        """ContentStore that have users."""
         return len(self._counts)
 
 
 @dataclass(frozen=True)
-class Part:
+class LeasedAdapter:
     """One adapter of a combination."""
 
     record: AdapterRecord
@@ -65,7 +65,7 @@ class Lease:
         record: AdapterRecord,
         give_back: Callable[[], tuple[str, ...]],
         *,
-        parts: Sequence[Part] = (),
+        parts: Sequence[LeasedAdapter] = (),
         warnings: Sequence[str] = (),
     ) -> None:
         self.record = record

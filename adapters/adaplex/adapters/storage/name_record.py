@@ -1,4 +1,4 @@
-"""Entry: all that is known under one name, as an immutable document. Every change makes a new one.
+"""NameRecord: all that is known under one name, as an immutable document. Every change makes a new one.
 
 A catalog keeps entries and swaps one for the next atomically; what may change, and how, is here.
 """
@@ -80,7 +80,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Entry:
+class NameRecord:
     """A name. One whose versions are all gone stays as a tombstone: no number comes twice."""
 
     name: str
@@ -136,7 +136,7 @@ class Entry:
         split = self.aliases.get(DEFAULT)
         return tuple(self.version(t.version) for t in split) if split else (self.latest,)
 
-    def add(self, version: Version, *, max_versions: int) -> Entry:
+    def add(self, version: Version, *, max_versions: int) -> NameRecord:
         """With a new newest version, numbered next. Raises StoreFull."""
         if len(self.versions) >= max_versions:
             raise StoreFull(
@@ -155,7 +155,7 @@ class Entry:
         grown = replace(self, last_version=numbered.number, versions=(*self.versions, numbered))
         return grown._with(event)
 
-    def set_alias(self, alias: str, split: Split, origin: Origin) -> Entry:
+    def set_alias(self, alias: str, split: Split, origin: Origin) -> NameRecord:
         """With an alias that points to the split, or is gone when that is empty.
 
         Raises AdapterInvalid or AdapterNotFound.
@@ -176,7 +176,7 @@ class Entry:
         )
         return replace(self, aliases=rest | ({alias: split} if split else {}))._with(event)
 
-    def rollback(self, alias: str, origin: Origin) -> Entry:
+    def rollback(self, alias: str, origin: Origin) -> NameRecord:
         """With an alias as it was before its last change; doing it twice undoes it.
 
         A `default` that was never set goes to the version before the newest.
@@ -201,7 +201,7 @@ class Entry:
             raise AdapterInvalid.because("alias", reason)
         return self.set_alias(alias, split, origin)
 
-    def remove_version(self, number: int, origin: Origin) -> Entry:
+    def remove_version(self, number: int, origin: Origin) -> NameRecord:
         """Without a version. Raises AdapterNotFound, or AdapterInvalid while an alias points to
         it.
         """
@@ -216,14 +216,14 @@ class Entry:
         event = Event(origin.time, "delete_version", number, gone.digest, actor=origin.actor)
         return replace(self, versions=left)._with(event)
 
-    def remove(self, origin: Origin) -> Entry:
+    def remove(self, origin: Origin) -> NameRecord:
         """The tombstone. Raises AdapterNotFound when it is one."""
         if not self.alive:
             raise AdapterNotFound(f"no adapter {self.name}")
         event = Event(
             origin.time, "delete", actor=origin.actor, detail=f"{len(self.versions)} versions"
         )
-        return Entry(self.name, self.last_version, history=self.history)._with(event)
+        return NameRecord(self.name, self.last_version, history=self.history)._with(event)
 
     def describe(
         self,
@@ -232,7 +232,7 @@ class Entry:
         description: str | None = None,
         labels: Mapping[str, str] | None = None,
         pinned: bool | None = None,
-    ) -> Entry:
+    ) -> NameRecord:
         """With what is not None in place of what was. Raises AdapterInvalid."""
         described = replace(
             self,
@@ -258,7 +258,7 @@ class Entry:
         assert targets <= set(numbers)
         assert self.history, "every entry began with an event"
 
-    def _with(self, event: Event) -> Entry:
+    def _with(self, event: Event) -> NameRecord:
         return replace(self, history=(*self.history, event)[-MAX_EVENTS:])
 
     def _check_alias(self, alias: str) -> None:
@@ -271,15 +271,15 @@ class Entry:
             raise AdapterInvalid.because("alias", f"{LATEST} is always the newest version")
 
 
-_DOCUMENT = TypeAdapter(Entry)
+_DOCUMENT = TypeAdapter(NameRecord)
 
 
-def to_json(entry: Entry) -> bytes:
+def to_json(entry: NameRecord) -> bytes:
     """The document of an entry."""
     return _DOCUMENT.dump_json(entry)
 
 
-def from_json(document: bytes | str) -> Entry:
+def from_json(document: bytes | str) -> NameRecord:
     """The entry of a document. Raises AdapterError for what is none."""
     try:
         return _DOCUMENT.validate_json(document)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from adaplex.adapters.errors import AdapterError
-from adaplex.adapters.storage.catalog import Order, Query, Usage
-from adaplex.adapters.storage.name_record import Entry, Version, from_json, to_json
+from adaplex.adapters.storage.catalog import Order, Query, StoreUsage
+from adaplex.adapters.storage.name_record import NameRecord, Version, from_json, to_json
 
 SCHEMA = 2
 BUSY_SECONDS = 30
@@ -64,7 +64,7 @@ class SqliteCatalog:
         self._path = path
         self._writing = threading.RLock()
         self._reading = threading.Lock()
-        self._parsed: OrderedDict[str, tuple[int, Entry]] = OrderedDict()
+        self._parsed: OrderedDict[str, tuple[int, NameRecord]] = OrderedDict()
         self._writer = self._connect()
         with self._transaction() as db:
             (schema,) = db.execute("PRAGMA user_version").fetchone()
@@ -79,12 +79,12 @@ class SqliteCatalog:
             )
         self._reader = self._connect()
 
-    def get(self, name: str) -> Entry | None:
+    def get(self, name: str) -> NameRecord | None:
         """See Catalog."""
         with self._reading:
             return self._get(self._reader, name)
 
-    def update(self, name: str, change: Callable[[Entry | None], Entry]) -> Entry:
+    def update(self, name: str, change: Callable[[NameRecord | None], NameRecord]) -> NameRecord:
         """See Catalog. `change` is called once."""
         with self._transaction() as db:
             before = self._get(db, name)
@@ -93,7 +93,7 @@ class SqliteCatalog:
                 self._write(db, before, after, tag="")
         return after
 
-    def put(self, entry: Entry, tag: str) -> None:
+    def put(self, entry: NameRecord, tag: str) -> None:
         """Takes an entry over as another catalog has it; `tag` is that one's mark of its state."""
         with self._transaction() as db:
             self._write(db, self._get(db, entry.name), entry, tag)
@@ -113,7 +113,7 @@ class SqliteCatalog:
         rows = self._rows("SELECT tag FROM entries WHERE name = ?", name)
         return str(rows[0][0]) if rows else ""
 
-    def query(self, query: Query) -> list[Entry]:
+    def query(self, query: Query) -> list[NameRecord]:
         """See Catalog."""
         where = ["alive", "substr(name, 1, ?) = ?"]
         values: list[str | int] = [len(query.prefix), query.prefix]
@@ -136,11 +136,11 @@ class SqliteCatalog:
         )
         return [from_json(document) for (document,) in rows]
 
-    def order_value(self, entry: Entry, order: Order) -> str | int:
+    def order_value(self, entry: NameRecord, order: Order) -> str | int:
         """See Catalog."""
         return _columns(entry)[order]
 
-    def by_digest(self, digest: str) -> tuple[Entry, Version] | None:
+    def by_digest(self, digest: str) -> tuple[NameRecord, Version] | None:
         """See Catalog."""
         rows = self._rows(
             "SELECT name, version FROM versions WHERE digest = ? ORDER BY created DESC LIMIT 1",
@@ -165,18 +165,18 @@ class SqliteCatalog:
         """See Catalog."""
         return frozenset(digest for (digest,) in self._rows("SELECT digest FROM versions"))
 
-    def pinned(self) -> list[Entry]:
+    def pinned(self) -> list[NameRecord]:
         """See Catalog."""
         rows = self._rows("SELECT document FROM entries WHERE alive AND pinned ORDER BY name")
         return [from_json(document) for (document,) in rows]
 
-    def usage(self) -> Usage:
+    def usage(self) -> StoreUsage:
         """See Catalog."""
         ((names,),) = self._rows("SELECT count(*) FROM entries WHERE alive")
         ((stored,),) = self._rows(
             "SELECT sum(b) FROM (SELECT max(stored_bytes) b FROM versions GROUP BY digest)"
         )
-        return Usage(names, stored or 0)
+        return StoreUsage(names, stored or 0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -236,7 +236,7 @@ class SqliteCatalog:
         with self._reading:
             return self._reader.execute(query, values).fetchall()
 
-    def _get(self, db: sqlite3.Connection, name: str) -> Entry | None:
+    def _get(self, db: sqlite3.Connection, name: str) -> NameRecord | None:
         """Parsed again only when its revision is another."""
         kept = self._parsed.get(name)
         row = db.execute(
@@ -254,7 +254,9 @@ class SqliteCatalog:
             self._parsed.popitem(last=False)
         return entry
 
-    def _write(self, db: sqlite3.Connection, before: Entry | None, after: Entry, tag: str) -> None:
+    def _write(
+        self, db: sqlite3.Connection, before: NameRecord | None, after: NameRecord, tag: str
+    ) -> None:
         """The document and its index."""
         columns = {
             "revision": secrets.randbits(62),
@@ -290,7 +292,7 @@ class SqliteCatalog:
             )
 
 
-def _columns(entry: Entry) -> dict[str, str | int]:
+def _columns(entry: NameRecord) -> dict[str, str | int]:
     """What entries are found and ordered by; of a tombstone, nothing."""
     latest = entry.latest if entry.alive else None
     return {

@@ -15,7 +15,7 @@ from adaplex.server.config import ConfigError, load_config
 
 if TYPE_CHECKING:
     from adaplex.adapters.storage.catalog import Catalog
-    from adaplex.adapters.storage.content_store import Contents
+    from adaplex.adapters.storage.content_store import ContentStore
 
 StoreDir = Annotated[
     Path | None, typer.Option(help="Folder of the store; by default that of `adaplex serve`.")
@@ -63,7 +63,7 @@ def gc(
 @contextmanager
 def _opened(
     store_dir: Path | None, shared_store: str | None, config: Path | None
-) -> Iterator[tuple[Contents, Catalog]]:
+) -> Iterator[tuple[ContentStore, Catalog]]:
     """The store of the flags, the environment or the file."""
     from adaplex.adapters.errors import AdaplexError
     from adaplex.server.open_store import existing, open_contents

@@ -11,7 +11,7 @@ from adaplex.adapters.registry.importer import Importer
 from adaplex.adapters.registry.intake import Committed
 from adaplex.adapters.registry.registry import AdapterRegistry
 from adaplex.adapters.storage.catalog import AdapterRecord
-from adaplex.adapters.storage.name_record import Entry, Origin
+from adaplex.adapters.storage.name_record import NameRecord, Origin
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.server import adapter_messages as messages
 from adaplex.server.pin_follower import Pins
@@ -196,15 +196,15 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             "created": done.created,
         }
 
-    async def _changed(self, entry: Entry) -> adapters_pb2.Adapter:
+    async def _changed(self, entry: NameRecord) -> adapters_pb2.Adapter:
         """An entry after a change, which pins follow."""
         await self._pins.follow_up()
         return self._newest(entry)
 
-    def _newest(self, entry: Entry) -> adapters_pb2.Adapter:
+    def _newest(self, entry: NameRecord) -> adapters_pb2.Adapter:
         return self._adapter(self._names.newest(entry), entry)
 
-    def _adapter(self, record: AdapterRecord, entry: Entry) -> adapters_pb2.Adapter:
+    def _adapter(self, record: AdapterRecord, entry: NameRecord) -> adapters_pb2.Adapter:
         """The adapter as clients see it."""
         now = self._engine.stats()
         if record.digest in now.in_memory:

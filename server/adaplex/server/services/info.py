@@ -8,7 +8,7 @@ from typing import Any
 
 from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.adapters.registry.registry import AdapterRegistry
-from adaplex.adapters.storage.catalog import Usage
+from adaplex.adapters.storage.catalog import StoreUsage
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.config import EngineConfig
 from adaplex.server.config import MAX_CHUNK_BYTES
@@ -86,7 +86,7 @@ class InfoService(server_pb2_grpc.ServerServiceServicer):
             uptime_seconds=time.monotonic() - self._started,
         )
 
-    def _capacity(self, usage: Usage) -> server_pb2.CapacityInfo:
+    def _capacity(self, usage: StoreUsage) -> server_pb2.CapacityInfo:
         now = self._engine.stats()
         return server_pb2.CapacityInfo(
             requests_running=now.running,

@@ -16,10 +16,10 @@ from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.adapterhub.bottleneck import lower_bottleneck
 from adaplex.adapters.formats.adapterhub.lora import PROJECTIONS, lower_lora
-from adaplex.adapters.formats.adapterhub.method_config import LoweredPart, Part, Places
+from adaplex.adapters.formats.adapterhub.method_config import LoweredMethod, MethodConfig, Places
 from adaplex.adapters.formats.adapterhub.prefix import lower_prefix
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.lowering_context import HARMLESS, Reading
+from adaplex.adapters.formats.lowering_context import HARMLESS, LoweringContext
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.adapters.program.program import ModuleProgram
@@ -27,7 +27,7 @@ from adaplex.adapters.program.program import ModuleProgram
 USED = frozenset(["config", "hidden_size", "model_type", "name", "version"])
 DESCRIPTIVE = HARMLESS | {"config_id", "label2id", "model_class", "model_name", "type"}
 UNITED = "union"
-METHODS: Mapping[str | None, Callable[[Part], LoweredPart]] = {
+METHODS: Mapping[str | None, Callable[[MethodConfig], LoweredMethod]] = {
     None: lower_bottleneck,
     "bottleneck": lower_bottleneck,
     "lora": lower_lora,
@@ -62,7 +62,7 @@ class AdapterHub:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = Reading(checkpoint, base, limits)
+        reading = LoweringContext(checkpoint, base, limits)
         reading.check_known("AdapterHub", USED, DESCRIPTIVE)
         _check_model(reading)
         configs = list(_configs(reading))
@@ -97,7 +97,7 @@ def _united(one: ModuleProgram, other: ModuleProgram) -> ModuleProgram:
     )
 
 
-def _check_model(reading: Reading) -> None:
+def _check_model(reading: LoweringContext) -> None:
     """Refuses adapters of models whose layers the library takes apart in another way."""
     config, base = reading.config, reading.base
     kind = config.get("model_type")
@@ -113,7 +113,7 @@ def _check_model(reading: Reading) -> None:
         reading.refuse("version", "must name the library that wrote it, such as adapters.1.3.0")
 
 
-def _configs(reading: Reading) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _configs(reading: LoweringContext) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(where, method's config) of each method."""
     config = reading.config.get("config")
     found = [("config", config)]
@@ -135,7 +135,7 @@ def _configs(reading: Reading) -> Iterator[tuple[str, Mapping[str, Any]]]:
             reading.refuse(f"{where}.architecture", f"{method!r:.40} is not served{need}")
 
 
-def _places(reading: Reading) -> Places:
+def _places(reading: LoweringContext) -> Places:
     """The tensors by place and name; refuses those that have none."""
     places: Places = {}
     for key, tensor in reading.tensors.items():
@@ -151,14 +151,18 @@ def _places(reading: Reading) -> Places:
     return places
 
 
-def _lower(reading: Reading, where: str, config: Mapping[str, Any], places: Places) -> LoweredPart:
+def _lower(
+    reading: LoweringContext, where: str, config: Mapping[str, Any], places: Places
+) -> LoweredMethod:
     """One method; its refusals name its own fields behind `where`."""
     base = reading.base
-    inner = Reading(Checkpoint(config, {}), base, reading.limits)
+    inner = LoweringContext(Checkpoint(config, {}), base, reading.limits)
     version = VERSION.fullmatch(reading.config["version"])
     assert version is not None
     layers = sorted({int(m[1]) for name in base.modules if (m := LAYER.fullmatch(name))})
-    part = Part(inner, places, tuple(layers), base.model_type, (int(version[1]), int(version[2])))
+    part = MethodConfig(
+        inner, places, tuple(layers), base.model_type, (int(version[1]), int(version[2]))
+    )
     lowered = METHODS[config.get("architecture")](part)
     for refusal in inner.refusals:
         known = refusal.where in config or refusal.where == "reduction_factor"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from adaplex.adapters.formats.adapterhub.method_config import LoweredPart, Part
+from adaplex.adapters.formats.adapterhub.method_config import LoweredMethod, MethodConfig
 from adaplex.adapters.formats.lowering_context import MAX_NUMBER, is_number
 from adaplex.adapters.program.primitives import Activation, Bottleneck, Reads
 from adaplex.adapters.program.program import ModuleProgram
@@ -66,7 +66,7 @@ LEARNED = ("learned", "channel")
 LEAST_FACTOR = 1e-3
 
 
-def lower_bottleneck(part: Part) -> LoweredPart:
+def lower_bottleneck(part: MethodConfig) -> LoweredMethod:
     """The bottlenecks of a `BnConfig`; refusals go to the part's reading."""
     reading = part.reading
     reading.check_known("AdapterHub's bottlenecks", USED, HARMLESS, UNSUPPORTED)
@@ -75,7 +75,7 @@ def lower_bottleneck(part: Part) -> LoweredPart:
     _check_factors(part)
     layers = part.used_layers()
     if reads is None or activation is None or reading.refusals:
-        return LoweredPart("bottleneck", (), {})
+        return LoweredMethod("bottleneck", (), {})
     made = [
         _lower_block(part, layer, *BLOCKS[field], reads, activation)
         for field in BLOCKS
@@ -83,11 +83,11 @@ def lower_bottleneck(part: Part) -> LoweredPart:
     ]
     modules = tuple(module for module in made if module is not None)
     semantics = {"reads": reads, "activation": activation, "scaling": scaling}
-    return LoweredPart("bottleneck", modules, semantics)
+    return LoweredMethod("bottleneck", modules, semantics)
 
 
 def _lower_block(
-    part: Part, layer: int, block: str, place: str, reads: Reads, activation: Activation
+    part: MethodConfig, layer: int, block: str, place: str, reads: Reads, activation: Activation
 ) -> ModuleProgram | None:
     """One bottleneck; None, with refusals, when its tensors do not fit."""
     module = part.module(f"model.layers.{layer}.{block}")
@@ -118,7 +118,7 @@ def _lower_block(
     return ModuleProgram(module.name, bottleneck=bottleneck)
 
 
-def _reads(part: Part) -> Reads | None:
+def _reads(part: MethodConfig) -> Reads | None:
     """What the bottlenecks read; None, with a refusal, for what is no sum."""
     before, after = part.field("original_ln_before", False), part.field("original_ln_after", True)
     residual = part.field("residual_before_ln", True)
@@ -138,7 +138,7 @@ def _reads(part: Part) -> Reads | None:
     return None
 
 
-def _activation(part: Part) -> Activation | None:
+def _activation(part: MethodConfig) -> Activation | None:
     name = part.reading.config.get("non_linearity")
     found = ACTIVATIONS.get(name.lower()) if isinstance(name, str) else None
     if found is None:
@@ -147,7 +147,7 @@ def _activation(part: Part) -> Activation | None:
     return found
 
 
-def _scaling(part: Part) -> Any:
+def _scaling(part: MethodConfig) -> Any:
     """A number, or one of LEARNED; anything else is refused."""
     scaling = part.field("scaling", 1.0)
     fits = scaling in LEARNED or (type(scaling) in (int, float) and abs(scaling) < MAX_NUMBER)
@@ -155,7 +155,7 @@ def _scaling(part: Part) -> Any:
     return scaling
 
 
-def _check_factors(part: Part) -> None:
+def _check_factors(part: MethodConfig) -> None:
     """Refuses reduction factors that are no numbers, or leave layers out."""
     found = part.reading.config.get("reduction_factor")
     by_layer: dict[str, Any] = found if isinstance(found, dict) else {"default": found}
@@ -167,7 +167,7 @@ def _check_factors(part: Part) -> None:
                 part.reading.refuse("reduction_factor", f"says nothing of layer {layer}")
 
 
-def _width(part: Part, layer: int, hidden: int) -> int:
+def _width(part: MethodConfig, layer: int, hidden: int) -> int:
     """Of the bottleneck of a layer."""
     found = part.reading.config["reduction_factor"]
     by_layer: dict[str, Any] = found if isinstance(found, dict) else {"default": found}

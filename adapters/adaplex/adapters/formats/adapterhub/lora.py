@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters.errors import AdapterTooLarge
-from adaplex.adapters.formats.adapterhub.method_config import LoweredPart, Part
+from adaplex.adapters.formats.adapterhub.method_config import LoweredMethod, MethodConfig
 from adaplex.adapters.formats.lowering_context import is_number, is_rank
 from adaplex.adapters.program.primitives import LowRank
 from adaplex.adapters.program.program import ModuleProgram
@@ -36,7 +36,7 @@ RIGHT_SCALE = (1, 1)
 """Version since when alpha / r is applied; before, an adapter was trained with 1."""
 
 
-def lower_lora(part: Part) -> LoweredPart:
+def lower_lora(part: MethodConfig) -> LoweredMethod:
     """What a `LoRAConfig` comes to; refusals go to the part's reading."""
     reading = part.reading
     reading.check_known("AdapterHub's LoRA", USED, HARMLESS, UNSUPPORTED)
@@ -51,7 +51,7 @@ def lower_lora(part: Part) -> LoweredPart:
     projections = list(_projections(part))
     layers = part.used_layers()
     if reading.refusals:
-        return LoweredPart("lora", (), {})
+        return LoweredMethod("lora", (), {})
     if rank > reading.limits.max_rank:
         raise AdapterTooLarge(
             f"r is {rank}, the limit is {reading.limits.max_rank}", field="config.r"
@@ -61,10 +61,10 @@ def lower_lora(part: Part) -> LoweredPart:
     made = [lower(part, f"layers.{i}.{name}", scale) for i in layers for name in projections]
     family = "ia3" if mode == "scale" else "dora" if dora else "lora"
     modules = tuple(module for module in made if module is not None)
-    return LoweredPart(family, modules, {"method": family, "scale": scale})
+    return LoweredMethod(family, modules, {"method": family, "scale": scale})
 
 
-def _projections(part: Part) -> Iterator[str]:
+def _projections(part: MethodConfig) -> Iterator[str]:
     """The linears of a layer that the config names."""
     matrices = part.field("attn_matrices", ["q", "v"])
     fits = isinstance(matrices, list) and all(name in ("q", "k", "v") for name in matrices)
@@ -77,7 +77,7 @@ def _projections(part: Part) -> Iterator[str]:
             yield name
 
 
-def _added(part: Part, place: str, scale: float) -> ModuleProgram | None:
+def _added(part: MethodConfig, place: str, scale: float) -> ModuleProgram | None:
     """A low-rank delta; with DoRA, it and the base's output are scaled to the learned magnitude.
 
     The library takes the norm of W + B A without the scale, and scales the bias too.
@@ -107,7 +107,7 @@ def _added(part: Part, place: str, scale: float) -> ModuleProgram | None:
     return ModuleProgram(name, pair, scale=scale, output_scale=gain)
 
 
-def _scaled(part: Part, place: str, scale: float) -> ModuleProgram | None:
+def _scaled(part: MethodConfig, place: str, scale: float) -> ModuleProgram | None:
     """An output scale."""
     name = f"model.{place}"
     module = part.module(name)

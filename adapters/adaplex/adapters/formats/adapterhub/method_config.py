@@ -1,4 +1,4 @@
-"""Part: one method's config within an AdapterHub adapter, and the tensors that all share."""
+"""MethodConfig: one method's config within an AdapterHub adapter, and the tensors that all share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaplex.adapters.formats.lowering_context import Reading
+from adaplex.adapters.formats.lowering_context import LoweringContext
 from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.adapters.program.program import ModuleProgram
 
@@ -17,7 +17,7 @@ Places = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class LoweredPart:
+class LoweredMethod:
     """What a method comes to."""
 
     family: str
@@ -27,10 +27,10 @@ class LoweredPart:
 
 
 @dataclass(frozen=True)
-class Part:
+class MethodConfig:
     """A method's fields on their way to primitives; what it uses is taken out of `places`."""
 
-    reading: Reading
+    reading: LoweringContext
     """Its config is the method's own."""
     places: Places
     layers: tuple[int, ...]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adaplex.adapters.formats.adapterhub.method_config import LoweredPart, Part
+from adaplex.adapters.formats.adapterhub.method_config import LoweredMethod, MethodConfig
 from adaplex.adapters.formats.lowering_context import is_rank
 from adaplex.adapters.program.primitives import KVPrefix
 from adaplex.adapters.program.program import ModuleProgram
@@ -37,7 +37,7 @@ OWN = ("llama", "mistral")
 """The library's own models; the others have no prefixes."""
 
 
-def lower_prefix(part: Part) -> LoweredPart:
+def lower_prefix(part: MethodConfig) -> LoweredMethod:
     """The keys and values of every layer; refusals go to the part's reading."""
     reading, base = part.reading, part.reading.base
     reading.check_known("AdapterHub's prefix tuning", USED, HARMLESS, UNSUPPORTED)
@@ -57,10 +57,10 @@ def lower_prefix(part: Part) -> LoweredPart:
             "prefix_length", f"needs layers of one shape with rotary keys, of {' or '.join(OWN)}"
         )
     if reading.refusals:
-        return LoweredPart("prefix-tuning", (), {})
+        return LoweredMethod("prefix-tuning", (), {})
     states = _states(part, 2 * len(part.layers) * heads * keys)
     if states is None:
-        return LoweredPart("prefix-tuning", (), {})
+        return LoweredMethod("prefix-tuning", (), {})
     by_layer = states.view(len(states), len(part.layers), 2, heads, keys)
     modules = tuple(
         ModuleProgram(
@@ -69,10 +69,10 @@ def lower_prefix(part: Part) -> LoweredPart:
         )
         for layer in part.layers
     )
-    return LoweredPart("prefix-tuning", modules, {"method": "prefix", "activation": activation})
+    return LoweredMethod("prefix-tuning", modules, {"method": "prefix", "activation": activation})
 
 
-def _states(part: Part, size: int) -> Tensor | None:
+def _states(part: MethodConfig, size: int) -> Tensor | None:
     """fp32 [tokens, size]: all that the layers cache, layer by layer, keys before values."""
     tokens, inner = part.field("prefix_length", 30), part.field("bottleneck_size", 512)
     _drop_copies(part)
@@ -91,7 +91,7 @@ def _states(part: Part, size: int) -> Tensor | None:
     return functional.linear(activate(functional.linear(x, first, first_bias)), second, second_bias)
 
 
-def _drop_copies(part: Part) -> None:
+def _drop_copies(part: MethodConfig) -> None:
     """Takes the layers' copies out; refuses those that differ from the one that is used."""
     shared = part.places.get(PLACE, {})
     for layer in part.layers:
@@ -101,7 +101,7 @@ def _drop_copies(part: Part) -> None:
                 part.reading.refuse(f"{place}.{name}", "differs from what the model shares")
 
 
-def _turned(part: Part, keys: Tensor) -> Tensor:
+def _turned(part: MethodConfig, keys: Tensor) -> Tensor:
     """Keys [tokens, heads, features] without a position -> as at that of the first prompt token."""
     rotary = part.reading.base.rotary
     assert rotary is not None

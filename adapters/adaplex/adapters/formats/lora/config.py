@@ -6,7 +6,7 @@ from adaplex.adapters.formats import lowering_context as shared
 from adaplex.adapters.formats.lowering_context import (
     TARGETS,
     UNSET,
-    Reading,
+    LoweringContext,
     is_names,
     is_number,
     is_rank,
@@ -72,7 +72,7 @@ EVERYWHERE = ("modules_to_save", "trainable_token_indices", "bias")
 """What PEFT applies to all tokens, also to those before the invocation of activated LoRA."""
 
 
-def check_config(reading: Reading) -> bool:
+def check_config(reading: LoweringContext) -> bool:
     """Refuses fields that are unknown or of the wrong kind; whether the rest can be read."""
     reading.check_known("LoRA", USED, HARMLESS, UNSUPPORTED)
     _check_init(reading)
@@ -89,12 +89,12 @@ def check_config(reading: Reading) -> bool:
     return len(reading.refusals) == before
 
 
-def is_set(reading: Reading, name: str) -> bool:
+def is_set(reading: LoweringContext, name: str) -> bool:
     """Whether the config uses the field."""
     return reading.config.get(name) not in (*UNSET, "none")
 
 
-def _check_init(reading: Reading) -> None:
+def _check_init(reading: LoweringContext) -> None:
     """Refuses initialisers that change the base."""
     init = reading.config.get("init_lora_weights")
     if init not in (None, False, True, *PLAIN_INITS):
@@ -104,14 +104,14 @@ def _check_init(reading: Reading) -> None:
         )
 
 
-def _check_numbers(reading: Reading) -> None:
+def _check_numbers(reading: LoweringContext) -> None:
     config = reading.config
     reading.check_kind("r", is_rank(config.get("r")), "a positive integer")
     reading.check_kind("lora_alpha", is_number(config.get("lora_alpha")), "a positive number")
     reading.check_patterns()
 
 
-def _check_targets(reading: Reading) -> None:
+def _check_targets(reading: LoweringContext) -> None:
     reading.check_target_fields()
     reading.check_modules_to_save()
     parameters = reading.config.get("target_parameters")
@@ -121,13 +121,13 @@ def _check_targets(reading: Reading) -> None:
         reading.refuse("target_modules", "is missing")
 
 
-def _check_invocation(reading: Reading) -> None:
+def _check_invocation(reading: LoweringContext) -> None:
     tokens = reading.config.get("alora_invocation_tokens")
     if tokens is not None:
         reading.check_tokens("alora_invocation_tokens", tokens)
 
 
-def _check_conflicts(reading: Reading) -> None:
+def _check_conflicts(reading: LoweringContext) -> None:
     """Refuses what PEFT does not let go together, or would apply to other tokens than we do."""
     for name, others in CONFLICTS:
         for other in others:

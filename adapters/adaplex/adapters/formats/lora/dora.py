@@ -11,14 +11,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from adaplex.adapters.formats.lowering_context import Reading
+from adaplex.adapters.formats.lowering_context import LoweringContext
 from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.adapters.program.primitives import LowRank
 from adaplex.adapters.program.program import ModuleProgram
 
 
 def magnified(
-    reading: Reading, module: BaseModule, program: ModuleProgram, magnitude: Tensor
+    reading: LoweringContext, module: BaseModule, program: ModuleProgram, magnitude: Tensor
 ) -> ModuleProgram | None:
     """The program of a linear's or of the embedding's pair, with its magnitudes [out_features].
 

@@ -21,7 +21,7 @@ from adaplex.adapters.formats.lora.pairs import lower_pair, scale_of
 from adaplex.adapters.formats.lora.parameters import Place, pattern_names, targeted_parameters
 from adaplex.adapters.formats.lora.tensors import LoraTensors, sort_tensors
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.lowering_context import Reading
+from adaplex.adapters.formats.lowering_context import LoweringContext
 from adaplex.adapters.formats.modules_to_save import (
     check_copy,
     is_close,
@@ -53,7 +53,7 @@ class Lora:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = Reading(checkpoint, base, limits)
+        reading = LoweringContext(checkpoint, base, limits)
         if not check_config(reading):
             reading.raise_refused()
         places = targeted_parameters(reading)
@@ -74,12 +74,12 @@ class Lora:
         )
 
 
-def _invocation(reading: Reading) -> tuple[int, ...]:
+def _invocation(reading: LoweringContext) -> tuple[int, ...]:
     """The tokens that activate it, where it is activated LoRA."""
     return tuple(reading.config.get("alora_invocation_tokens") or ())
 
 
-def _family(reading: Reading, programs: Sequence[ModuleProgram]) -> str:
+def _family(reading: LoweringContext, programs: Sequence[ModuleProgram]) -> str:
     """What kind of LoRA it is."""
     if reading.config.get("use_dora"):
         return "dora"
@@ -93,7 +93,7 @@ def _family(reading: Reading, programs: Sequence[ModuleProgram]) -> str:
 class _Modules:
     """What the config asks of the base's modules, and the tensors found for them."""
 
-    reading: Reading
+    reading: LoweringContext
     places: Mapping[tuple[str, int], Place]
     found: Mapping[str, LoraTensors]
 

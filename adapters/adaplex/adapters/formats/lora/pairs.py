@@ -10,7 +10,7 @@ from torch import Tensor
 from adaplex.adapters.formats.lora import dora, qalora
 from adaplex.adapters.formats.lora.parameters import by_expert
 from adaplex.adapters.formats.lora.tensors import LoraTensors
-from adaplex.adapters.formats.lowering_context import PREFIX, Reading
+from adaplex.adapters.formats.lowering_context import PREFIX, LoweringContext
 from adaplex.adapters.formats.targets import pattern_value
 from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.adapters.program.primitives import LowRank
@@ -22,7 +22,7 @@ TABLE = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
 
 
 def lower_pair(
-    reading: Reading, tensors: LoraTensors, names: Mapping[str, str]
+    reading: LoweringContext, tensors: LoraTensors, names: Mapping[str, str]
 ) -> ModuleProgram | None:
     """The primitives of the pair at a module of the base; None, with refusals, when its tensors do
     not fit. `names` has the names that patterns know modules by, where they are others.
@@ -57,7 +57,7 @@ def lower_pair(
     return dora.magnified(reading, module, program, magnitude)
 
 
-def scale_of(reading: Reading, name: str, rank: int) -> float:
+def scale_of(reading: LoweringContext, name: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) for rsLoRA; alpha may differ by module."""
     config = reading.config
     alpha = pattern_value(config, "alpha_pattern", name, config["lora_alpha"], reading.patterns)
@@ -65,7 +65,7 @@ def scale_of(reading: Reading, name: str, rank: int) -> float:
 
 
 def _halves(
-    reading: Reading, module: BaseModule, tensors: LoraTensors
+    reading: LoweringContext, module: BaseModule, tensors: LoraTensors
 ) -> tuple[Tensor, Tensor] | None:
     """a and b; None, with refusals, where one is missing, or they are those of another kind."""
     is_table = module.kind == "embedding"
@@ -84,7 +84,7 @@ def _halves(
 
 
 def _fit(
-    reading: Reading,
+    reading: LoweringContext,
     module: BaseModule,
     tensors: LoraTensors,
     rank: int,
@@ -102,7 +102,7 @@ def _fit(
 
 
 def _bias(
-    reading: Reading, module: BaseModule, tensors: LoraTensors, scale: float
+    reading: LoweringContext, module: BaseModule, tensors: LoraTensors, scale: float
 ) -> Tensor | None:
     """What the bias of `lora_B` adds."""
     bias = _extra(reading, tensors, "b_bias", "lora_B.bias", "lora_bias")
@@ -112,7 +112,7 @@ def _bias(
 
 
 def _extra(
-    reading: Reading, tensors: LoraTensors, kind: str, end: str, field: str
+    reading: LoweringContext, tensors: LoraTensors, kind: str, end: str, field: str
 ) -> Tensor | None:
     """A tensor that is there when the config's field says so, or else refused."""
     tensor, wanted = tensors.get(kind), bool(reading.config.get(field))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adaplex.adapters.formats.lowering_context import Reading
+from adaplex.adapters.formats.lowering_context import LoweringContext
 from adaplex.adapters.program.base_spec import BaseModule
 
 
@@ -26,7 +26,7 @@ class Place:
     """Its full name, which patterns are matched with."""
 
 
-def targeted_parameters(reading: Reading) -> dict[tuple[str, int], Place]:
+def targeted_parameters(reading: LoweringContext) -> dict[tuple[str, int], Place]:
     """(name of the owner, depth of the nesting) -> parameter."""
     wanted = reading.config.get("target_parameters") or ()
     owned: dict[str, list[Place]] = {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adaplex.adapters.formats.lowering_context import Reading
+from adaplex.adapters.formats.lowering_context import LoweringContext
 from adaplex.adapters.program.base_spec import BaseModule
 
 PEFTS, AUTHORS = "qalora_group_size", "group_size"
@@ -29,7 +29,7 @@ class Pooling:
         return a.repeat_interleave(self.group, dim=1)
 
 
-def pooling(reading: Reading, module: BaseModule, a: Tensor) -> Pooling | None:
+def pooling(reading: LoweringContext, module: BaseModule, a: Tensor) -> Pooling | None:
     """How the module's `a` wants its inputs pooled; None where it is that of plain LoRA, or fits
     no group of the config's.
     """
@@ -45,7 +45,7 @@ def pooling(reading: Reading, module: BaseModule, a: Tensor) -> Pooling | None:
     return None if "use_qalora" in config else Pooling(group, 1 / group)
 
 
-def note(reading: Reading, pooled: Pooling) -> str:
+def note(reading: LoweringContext, pooled: Pooling) -> str:
     """Whose scaling it was read by."""
     if reading.config.get("use_qalora"):
         return f"QA-LoRA by PEFT: averages over {pooled.group} inputs, times the number of groups"

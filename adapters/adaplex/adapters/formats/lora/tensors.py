@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from adaplex.adapters.formats.lora.parameters import Place
-from adaplex.adapters.formats.lowering_context import PREFIX, Reading
+from adaplex.adapters.formats.lowering_context import PREFIX, LoweringContext
 
 NESTED = ".base_layer"
 """What PEFT puts between a module and its tensors for each parameter of it that is adapted more."""
@@ -59,7 +59,7 @@ class LoraTensors:
 
 
 def sort_tensors(
-    reading: Reading, parameters: Mapping[tuple[str, int], Place]
+    reading: LoweringContext, parameters: Mapping[tuple[str, int], Place]
 ) -> dict[str, LoraTensors]:
     """Name of a module -> its tensors; refuses tensors that fit no place.
 

@@ -11,7 +11,13 @@ from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import lowering_context as shared
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.lowering_context import MAX_NUMBER, PREFIX, TARGETS, Reading, is_rank
+from adaplex.adapters.formats.lowering_context import (
+    MAX_NUMBER,
+    PREFIX,
+    TARGETS,
+    LoweringContext,
+    is_rank,
+)
 from adaplex.adapters.formats.peft_modules import (
     Roles,
     all_there,
@@ -65,7 +71,7 @@ class AdaLora:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = Reading(checkpoint, base, limits)
+        reading = LoweringContext(checkpoint, base, limits)
         reading.check_known("AdaLoRA", USED, HARMLESS)
         _check_used(reading)
         reading.raise_refused()
@@ -78,7 +84,7 @@ class AdaLora:
         return Lowered(programs)
 
 
-def _check_used(reading: Reading) -> None:
+def _check_used(reading: LoweringContext) -> None:
     """Refuses fields of the wrong kind."""
     config = reading.config
     alpha, ranks = config.get("lora_alpha", ""), config.get("rank_pattern") or {}
@@ -93,7 +99,7 @@ def _check_used(reading: Reading) -> None:
     check_has_targets(reading)
 
 
-def _lower(reading: Reading, module: BaseModule, roles: Roles) -> ModuleProgram | None:
+def _lower(reading: LoweringContext, module: BaseModule, roles: Roles) -> ModuleProgram | None:
     """One module; None when all its ranks are pruned."""
     if not all_there(reading, module, roles, *ROLES):
         return None
@@ -114,7 +120,7 @@ def _lower(reading: Reading, module: BaseModule, roles: Roles) -> ModuleProgram 
     )
 
 
-def _kept(reading: Reading, name: str) -> list[bool]:
+def _kept(reading: LoweringContext, name: str) -> list[bool]:
     """Which of a module's initial ranks were kept."""
     patterns, init_r = reading.config.get("rank_pattern") or {}, reading.config["init_r"]
     for key in (f"{name}.lora_E", f"{name}.lora_E.default"):

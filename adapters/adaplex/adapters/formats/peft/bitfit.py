@@ -13,7 +13,7 @@ from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import lowering_context as shared
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.lowering_context import PREFIX, Reading
+from adaplex.adapters.formats.lowering_context import PREFIX, LoweringContext
 from adaplex.adapters.formats.peft_modules import (
     Roles,
     by_module,
@@ -37,7 +37,7 @@ class BitFit:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = Reading(checkpoint, base, limits)
+        reading = LoweringContext(checkpoint, base, limits)
         reading.check_known("BitFit", self.semantic_fields)
         found = by_module(reading, "BitFit", ("bias",), more={})
         programs = [_trained(reading, name, found[name]) for name in sorted(found)]
@@ -54,7 +54,7 @@ class Beft:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = Reading(checkpoint, base, limits)
+        reading = LoweringContext(checkpoint, base, limits)
         reading.check_known("BEFT", self.semantic_fields, HARMLESS)
         check_has_targets(reading)
         reading.raise_refused()
@@ -62,7 +62,7 @@ class Beft:
         return Lowered(lower_modules(reading, found, partial(_added, reading)))
 
 
-def _trained(reading: Reading, name: str, roles: Roles) -> ModuleProgram | None:
+def _trained(reading: LoweringContext, name: str, roles: Roles) -> ModuleProgram | None:
     module, bias, key = reading.base.modules.get(name), roles["bias"], f"{PREFIX}{name}.bias"
     if module is None or module.kind not in ("linear", "norm"):
         reading.refuse(key, f"the base {reading.base.name} has no linear or norm of this name")
@@ -73,7 +73,7 @@ def _trained(reading: Reading, name: str, roles: Roles) -> ModuleProgram | None:
     return ModuleProgram(name, bias=bias.float() if base is None else bias.float() - base)
 
 
-def _added(reading: Reading, module: BaseModule, roles: Roles) -> ModuleProgram | None:
+def _added(reading: LoweringContext, module: BaseModule, roles: Roles) -> ModuleProgram | None:
     bias, key = roles["beft_bias"], f"{PREFIX}{module.name}.beft_bias"
     if not is_linear(reading, module, "BEFT") or not reading.fits(
         key, bias, 1, module.out_features

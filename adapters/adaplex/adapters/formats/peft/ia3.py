@@ -10,7 +10,7 @@ from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import lowering_context as shared
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.lowering_context import PREFIX, Reading, is_names
+from adaplex.adapters.formats.lowering_context import PREFIX, LoweringContext, is_names
 from adaplex.adapters.formats.peft_modules import Roles, by_module, check_has_targets, lower_modules
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
@@ -31,7 +31,7 @@ class IA3:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = Reading(checkpoint, base, limits)
+        reading = LoweringContext(checkpoint, base, limits)
         reading.check_known("IA3", USED, HARMLESS)
         check_has_targets(reading)
         feedforward = reading.config.get("feedforward_modules")
@@ -42,7 +42,7 @@ class IA3:
         return Lowered(lower_modules(reading, found, partial(_lower, reading)))
 
 
-def _lower(reading: Reading, module: BaseModule, roles: Roles) -> ModuleProgram | None:
+def _lower(reading: LoweringContext, module: BaseModule, roles: Roles) -> ModuleProgram | None:
     scale, key = roles["ia3_l"], f"{PREFIX}{module.name}.ia3_l"
     if _is_feedforward(reading, module.name):
         fits = reading.fits(key, scale, 1, module.in_features)
@@ -51,7 +51,7 @@ def _lower(reading: Reading, module: BaseModule, roles: Roles) -> ModuleProgram 
     return ModuleProgram(module.name, output_scale=scale.float().flatten()) if fits else None
 
 
-def _is_feedforward(reading: Reading, name: str) -> bool:
+def _is_feedforward(reading: LoweringContext, name: str) -> bool:
     """By PEFT's rule: a list names ends of modules, not whole words."""
     wanted = reading.config["feedforward_modules"]
     if isinstance(wanted, str):

@@ -11,7 +11,7 @@ from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import lowering_context as shared
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.lowering_context import PREFIX, Reading
+from adaplex.adapters.formats.lowering_context import PREFIX, LoweringContext
 from adaplex.adapters.formats.peft_modules import Roles, by_module, check_has_targets, lower_modules
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec, ModuleKind
@@ -31,7 +31,7 @@ class LNTuning:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = Reading(checkpoint, base, limits)
+        reading = LoweringContext(checkpoint, base, limits)
         reading.check_known("LN tuning", USED, shared.HARMLESS)
         check_has_targets(reading)
         reading.raise_refused()
@@ -39,7 +39,7 @@ class LNTuning:
         return Lowered(lower_modules(reading, found, partial(_lower, reading), kinds=KINDS))
 
 
-def _lower(reading: Reading, module: BaseModule, roles: Roles) -> ModuleProgram | None:
+def _lower(reading: LoweringContext, module: BaseModule, roles: Roles) -> ModuleProgram | None:
     weight, bias, key = roles.get(WEIGHT), roles.get(BIAS), f"{PREFIX}{module.name}."
     if weight is not None:
         if not reading.fits(f"{key}{WEIGHT}", weight, *_shape(module)):

@@ -12,7 +12,7 @@ from torch import Tensor
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.lowering_context import PREFIX, Reading
+from adaplex.adapters.formats.lowering_context import PREFIX, LoweringContext
 from adaplex.adapters.formats.peft.lycoris import HARMLESS, USED, lower_pairs, rank_and_scale, thin
 from adaplex.adapters.formats.peft_modules import Roles, WrittenOut, all_there, is_linear
 from adaplex.adapters.limits import AdapterLimits
@@ -32,12 +32,12 @@ class Loha:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = Reading(checkpoint, base, limits)
+        reading = LoweringContext(checkpoint, base, limits)
         return lower_pairs(reading, "LoHa", ROLES, _lower, harmless=HARMLESS, convolution=".hada_t")
 
 
 def _lower(
-    reading: Reading, written: WrittenOut, module: BaseModule, roles: Roles
+    reading: LoweringContext, written: WrittenOut, module: BaseModule, roles: Roles
 ) -> ModuleProgram | None:
     if not is_linear(reading, module, "LoHa") or not all_there(reading, module, roles, *ROLES):
         return None

@@ -12,7 +12,7 @@ from torch import Tensor
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.lowering_context import PREFIX, Reading
+from adaplex.adapters.formats.lowering_context import PREFIX, LoweringContext
 from adaplex.adapters.formats.peft import lycoris
 from adaplex.adapters.formats.peft.lycoris import USED, lower_pairs, rank_and_scale, thin
 from adaplex.adapters.formats.peft_modules import Roles, WrittenOut, is_linear
@@ -41,14 +41,14 @@ class Lokr:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = Reading(checkpoint, base, limits)
+        reading = LoweringContext(checkpoint, base, limits)
         return lower_pairs(
             reading, "LoKr", ROLES, _lower, harmless=HARMLESS, convolution=".lokr_t2"
         )
 
 
 def _lower(
-    reading: Reading, written: WrittenOut, module: BaseModule, roles: Roles
+    reading: LoweringContext, written: WrittenOut, module: BaseModule, roles: Roles
 ) -> ModuleProgram | None:
     if not is_linear(reading, module, "LoKr"):
         return None
@@ -71,7 +71,7 @@ def _lower(
 
 
 def _factor(
-    reading: Reading, module: BaseModule, roles: Roles, factor: str, rank: int
+    reading: LoweringContext, module: BaseModule, roles: Roles, factor: str, rank: int
 ) -> Pair | None:
     """One factor as a pair; None, with refusals, when it is not there or does not fit."""
     key = f"{PREFIX}{module.name}.{factor}"
@@ -91,13 +91,13 @@ def _factor(
     return None
 
 
-def _is_matrix(reading: Reading, key: str, tensor: Tensor) -> bool:
+def _is_matrix(reading: LoweringContext, key: str, tensor: Tensor) -> bool:
     if tensor.dim() != 2:
         reading.refuse(key, f"has shape {list(tensor.shape)}, expected a matrix")
     return tensor.dim() == 2
 
 
-def _has_rank(reading: Reading, key: str, a: Tensor, b: Tensor, rank: int) -> bool:
+def _has_rank(reading: LoweringContext, key: str, a: Tensor, b: Tensor, rank: int) -> bool:
     """Whether a decomposition is of the config's rank."""
     fits = (
         reading.fits(f"{key}_a", a, a.shape[0], rank),

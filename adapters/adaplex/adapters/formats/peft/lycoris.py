@@ -11,7 +11,7 @@ from torch import Tensor
 from adaplex.adapters.errors import AdapterTooLarge
 from adaplex.adapters.formats import lowering_context as shared
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.lowering_context import TARGETS, Reading, is_number, is_rank
+from adaplex.adapters.formats.lowering_context import TARGETS, LoweringContext, is_number, is_rank
 from adaplex.adapters.formats.peft_modules import (
     Roles,
     WrittenOut,
@@ -30,12 +30,12 @@ HARMLESS = shared.HARMLESS | frozenset(
     ["rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"]
 )
 CONVOLUTION = "is of a convolution, which no decoder has"
-LowerPair = Callable[[Reading, WrittenOut, BaseModule, Roles], ModuleProgram | None]
+LowerPair = Callable[[LoweringContext, WrittenOut, BaseModule, Roles], ModuleProgram | None]
 """Lowers one module; None, with refusals, when its tensors do not fit."""
 
 
 def lower_pairs(
-    reading: Reading,
+    reading: LoweringContext,
     title: str,
     roles: Collection[str],
     lower_pair: LowerPair,
@@ -52,7 +52,7 @@ def lower_pairs(
     return Lowered(lower_modules(reading, found, lower_one))
 
 
-def _check_used(reading: Reading) -> None:
+def _check_used(reading: LoweringContext) -> None:
     """Refuses fields of the wrong kind."""
     config = reading.config
     reading.check_kind("r", is_rank(config.get("r")), "a positive integer")
@@ -61,7 +61,7 @@ def _check_used(reading: Reading) -> None:
     check_has_targets(reading)
 
 
-def rank_and_scale(reading: Reading, name: str) -> tuple[int, float]:
+def rank_and_scale(reading: LoweringContext, name: str) -> tuple[int, float]:
     """The module's own rank, and alpha / rank. Raises AdapterTooLarge for a rank over the limit."""
     config, patterns = reading.config, reading.patterns
     rank: int = pattern_value(config, "rank_pattern", name, config["r"], patterns)

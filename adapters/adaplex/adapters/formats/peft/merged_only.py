@@ -18,7 +18,13 @@ from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.lowering_context import HARMLESS, PREFIX, TARGETS, Reading, is_names
+from adaplex.adapters.formats.lowering_context import (
+    HARMLESS,
+    PREFIX,
+    TARGETS,
+    LoweringContext,
+    is_names,
+)
 from adaplex.adapters.formats.modules_to_save import replacement, saved_modules, without_saved
 from adaplex.adapters.formats.peft.build import (
     Recipe,
@@ -55,7 +61,7 @@ SIGNS = (
 )
 
 
-class PeftFallback:
+class MergedOnly:
     """The format of one PEFT type; see the module's docstring."""
 
     def __init__(self, kind: PeftKind) -> None:
@@ -75,7 +81,7 @@ class PeftFallback:
                 f"{self._kind.name} is merged by PEFT, which is not installed here: "
                 "pip install 'adaplex[peft]'",
             )
-        reading = Reading(checkpoint, base, limits)
+        reading = LoweringContext(checkpoint, base, limits)
         _check_config(reading, self._kind)
         reading.raise_refused()
         modules = _targets(reading)
@@ -90,11 +96,11 @@ class PeftFallback:
         return Lowered(tuple(programs), warnings=(SIGNS,) if self._kind.exact_base else ())
 
 
-FALLBACKS: Mapping[str, PeftFallback] = {kind.name: PeftFallback(kind) for kind in KINDS}
+FALLBACKS: Mapping[str, MergedOnly] = {kind.name: MergedOnly(kind) for kind in KINDS}
 """PEFT's `peft_type` -> format."""
 
 
-def _check_config(reading: Reading, kind: PeftKind) -> None:
+def _check_config(reading: LoweringContext, kind: PeftKind) -> None:
     """Refuses fields that are unknown, of the wrong kind, or beyond what memory and time allow."""
     config = reading.config
     harmless = HARMLESS | kind.harmless | IDLE
@@ -128,7 +134,7 @@ def _check_config(reading: Reading, kind: PeftKind) -> None:
                 reading.refuse(name, problem)
 
 
-def _bound(reading: Reading, name: str) -> int:
+def _bound(reading: LoweringContext, name: str) -> int:
     """The most that a whole number can mean: elements of all tensors, or of a side of a weight."""
     if name.endswith(SEEDS):
         return MAX_SEED
@@ -147,7 +153,7 @@ def _problem(value: object, bound: int) -> str:
     return "must be a number, a word, true or false"
 
 
-def _targets(reading: Reading) -> tuple[BaseModule, ...]:
+def _targets(reading: LoweringContext) -> tuple[BaseModule, ...]:
     """The linears that the config targets, in the base's order. Raises AdapterInvalid."""
     names = without_saved(reading, reading.targets())
     if not names:
@@ -157,7 +163,7 @@ def _targets(reading: Reading) -> tuple[BaseModule, ...]:
     return tuple(module for name, module in reading.base.modules.items() if name in names)
 
 
-def _replaced(reading: Reading) -> tuple[list[ModuleProgram], set[str]]:
+def _replaced(reading: LoweringContext) -> tuple[list[ModuleProgram], set[str]]:
     """The programs of modules that `modules_to_save` names, and the keys of their tensors."""
     programs, keys = [], set[str]()
     for name in sorted(saved_modules(reading)):
@@ -169,7 +175,7 @@ def _replaced(reading: Reading) -> tuple[list[ModuleProgram], set[str]]:
     return programs, keys
 
 
-def _recipe(reading: Reading, kind: PeftKind, modules: Sequence[BaseModule]) -> Recipe:
+def _recipe(reading: LoweringContext, kind: PeftKind, modules: Sequence[BaseModule]) -> Recipe:
     """What PEFT is told; each pattern as the modules that it matches. Raises AdapterInvalid."""
     config, plain, patterns = reading.config, dict[str, Any](), dict[str, dict[str, Any]]()
     for name in sorted(kind.fields & config.keys()):
@@ -203,7 +209,7 @@ def _expected(recipe: Recipe, modules: Sequence[BaseModule]) -> dict[str, Saved]
 
 
 def _check_tensors(
-    reading: Reading, tensors: Mapping[str, Tensor], expected: Mapping[str, Saved]
+    reading: LoweringContext, tensors: Mapping[str, Tensor], expected: Mapping[str, Saved]
 ) -> None:
     """The checkpoint must hold just the tensors that PEFT would save."""
     for key in sorted(expected.keys() - tensors.keys()):
@@ -218,7 +224,7 @@ def _check_tensors(
             _check_positions(reading, key)
 
 
-def _check_positions(reading: Reading, key: str) -> None:
+def _check_positions(reading: LoweringContext, key: str) -> None:
     """PEFT writes to the rows and columns [2, count] that the checkpoint names without looking."""
     module = reading.base.modules[key.removeprefix(PREFIX).removesuffix(POSITIONS)]
     sides = torch.tensor([[module.out_features], [module.in_features]])

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.lowering_context import Reading
+from adaplex.adapters.formats.lowering_context import LoweringContext
 from adaplex.adapters.formats.peft.prompt import (
     HARMLESS,
     LEARNED,
@@ -44,7 +44,7 @@ class PrefixTuning:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = Reading(checkpoint, base, limits)
+        reading = LoweringContext(checkpoint, base, limits)
         reading.check_known(self.family, USED | LEARNED, self._harmless)
         count = check_tokens(reading)
         blocks = _attention(reading)
@@ -64,7 +64,7 @@ class PrefixTuning:
         return Lowered(in_order([*prefixes, *whole]))
 
 
-def _attention(reading: Reading) -> list[str]:
+def _attention(reading: LoweringContext) -> list[str]:
     """Names of the attention blocks, layer by layer; refuses a base that lacks one."""
     modules = reading.base.modules.values()
     blocks = {m.layer: m.name for m in modules if m.kind == "block" and m.part == "attention"}
@@ -75,7 +75,7 @@ def _attention(reading: Reading) -> list[str]:
     return [blocks[layer] for layer in sorted(blocks)]
 
 
-def _shape(reading: Reading) -> tuple[int, int]:
+def _shape(reading: LoweringContext) -> tuple[int, int]:
     """Heads and features of a key; refuses a base whose layers or values differ in them."""
     shapes = set(reading.base.kv_shapes)
     if len(shapes) == 1:

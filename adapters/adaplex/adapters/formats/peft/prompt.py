@@ -18,7 +18,7 @@ from adaplex.adapters.errors import AdapterTooLarge
 from adaplex.adapters.formats import lowering_context as shared
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.lowering_context import Reading, is_rank
+from adaplex.adapters.formats.lowering_context import LoweringContext, is_rank
 from adaplex.adapters.formats.peft_modules import by_module, saved_programs
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
@@ -73,7 +73,7 @@ class PromptTuning:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = Reading(checkpoint, base, limits)
+        reading = LoweringContext(checkpoint, base, limits)
         reading.check_known(self.family, USED | LEARNED, HARMLESS)
         count, embedding = check_tokens(reading), _embedding(reading)
         saved = saved_beside(reading, self.family, [TOKENS])
@@ -91,7 +91,7 @@ class MultitaskPromptTuning:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = Reading(checkpoint, base, limits)
+        reading = LoweringContext(checkpoint, base, limits)
         used = self.semantic_fields | LEARNED | {"num_tasks", "num_ranks"}
         reading.check_known(self.family, used, HARMLESS)
         count, tasks = check_tokens(reading), reading.config.get("num_tasks", 1)
@@ -110,7 +110,7 @@ class MultitaskPromptTuning:
         return _lowered(reading, embedding, tokens.float() * factor, saved)
 
 
-def check_tokens(reading: Reading) -> int:
+def check_tokens(reading: LoweringContext) -> int:
     """The count of virtual tokens; 0, with a refusal, when the field is of the wrong kind.
 
     Raises AdapterTooLarge for more than the limit.
@@ -129,7 +129,9 @@ def check_tokens(reading: Reading) -> int:
     return count
 
 
-def saved_beside(reading: Reading, family: str, keys: Collection[str]) -> list[ModuleProgram]:
+def saved_beside(
+    reading: LoweringContext, family: str, keys: Collection[str]
+) -> list[ModuleProgram]:
     """Programs of the modules that were trained as a whole, the only ones that may have tensors
     beside those of `keys`. Raises AdapterInvalid with all that was refused so far.
     """
@@ -145,14 +147,14 @@ def saved_beside(reading: Reading, family: str, keys: Collection[str]) -> list[M
     return [program for program in saved if program is not None]
 
 
-def check_size(reading: Reading, name: str, expected: int) -> None:
+def check_size(reading: LoweringContext, name: str, expected: int) -> None:
     """A size that the config may tell must be the base's."""
     found: Any = reading.config.get(name)
     if found not in (None, expected):
         reading.refuse(name, f"is {found!r:.40}, but the base {reading.base.name} has {expected}")
 
 
-def _embedding(reading: Reading) -> BaseModule:
+def _embedding(reading: LoweringContext) -> BaseModule:
     """The input embedding. Raises AdapterInvalid when the base has none that is known."""
     for module in reading.base.modules.values():
         if module.kind == "embedding":
@@ -163,7 +165,7 @@ def _embedding(reading: Reading) -> BaseModule:
     raise AssertionError
 
 
-def _task(reading: Reading, tasks: int) -> int:
+def _task(reading: LoweringContext, tasks: int) -> int:
     """The task to serve. Raises AdapterInvalid."""
     task = reading.config.get("task_id", 0 if tasks == 1 else None)
     if type(task) is not int or not 0 <= task < tasks:
@@ -178,7 +180,7 @@ def in_order(programs: Iterable[ModuleProgram]) -> tuple[ModuleProgram, ...]:
 
 
 def _lowered(
-    reading: Reading, embedding: BaseModule, tokens: Tensor, saved: list[ModuleProgram]
+    reading: LoweringContext, embedding: BaseModule, tokens: Tensor, saved: list[ModuleProgram]
 ) -> Lowered:
     if embedding.name in {program.module for program in saved}:
         reading.refuse("modules_to_save", f"names {embedding.name}: {EMBEDDING}")

@@ -18,7 +18,7 @@ from adaplex.adapters.errors import AdapterTooLarge
 from adaplex.adapters.formats import lowering_context as shared
 from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.lowered import Lowered
-from adaplex.adapters.formats.lowering_context import PREFIX, TARGETS, Reading, is_rank
+from adaplex.adapters.formats.lowering_context import PREFIX, TARGETS, LoweringContext, is_rank
 from adaplex.adapters.formats.peft_modules import (
     Roles,
     WrittenOut,
@@ -54,7 +54,7 @@ class Vera:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = Reading(checkpoint, base, limits)
+        reading = LoweringContext(checkpoint, base, limits)
         reading.check_known("VeRA", USED, HARMLESS)
         _check_used(reading)
         reading.raise_refused()
@@ -78,7 +78,7 @@ def random_projections(key: int, rank: int, wide: int, tall: int) -> tuple[Tenso
     return draw(rank, wide), draw(tall, rank)
 
 
-def _check_used(reading: Reading) -> None:
+def _check_used(reading: LoweringContext) -> None:
     """Refuses fields of the wrong kind, and a rank above the limit."""
     config = reading.config
     rank, key = config.get("r", 0), config.get("projection_prng_key", 0)
@@ -95,7 +95,9 @@ def _check_used(reading: Reading) -> None:
     check_has_targets(reading)
 
 
-def _projections(reading: Reading, modules: Iterable[BaseModule]) -> tuple[Tensor, Tensor] | None:
+def _projections(
+    reading: LoweringContext, modules: Iterable[BaseModule]
+) -> tuple[Tensor, Tensor] | None:
     """A and B for these modules; None, with refusals, when they are not there or do not fit."""
     sizes = [(module.in_features, module.out_features) for module in modules]
     if not sizes:
@@ -118,7 +120,7 @@ def _projections(reading: Reading, modules: Iterable[BaseModule]) -> tuple[Tenso
 
 
 def _lower(
-    reading: Reading,
+    reading: LoweringContext,
     projections: tuple[Tensor, Tensor] | None,
     written: WrittenOut,
     module: BaseModule,
