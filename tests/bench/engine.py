@@ -41,7 +41,7 @@ from adaplex.engine.request import (
     StepOutput,
 )
 from adaplex.server.build import build
-from adaplex.server.components import Parts
+from adaplex.server.components import Components
 from adaplex.server.config import load_config
 from adaplex.server.convert import adapter_ref
 
@@ -75,7 +75,7 @@ class Prefill:
 class Bench:
     """An engine, adapters for it, and requests with prompts that are all new."""
 
-    def __init__(self, parts: Parts, folder: Path, adapters: int, rank: int) -> None:
+    def __init__(self, parts: Components, folder: Path, adapters: int, rank: int) -> None:
         self.parts = parts
         # Not started: here the steps are the main thread's.
         self.engine: Engine = parts.engine._engine

@@ -18,7 +18,7 @@ from adaplex.engine.errors import QueueFull
 from adaplex.engine.observer import EngineStats
 from adaplex.engine.request import AdapterRef, Timing
 from adaplex.server.metrics import Metrics
-from adaplex.server.rpc_context import Call
+from adaplex.server.rpc_context import RpcContext
 from adaplex.server.rpc_metrics import RpcMetrics
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +91,7 @@ def report_everything(metrics: Metrics, rpc: RpcMetrics) -> None:
     metrics.tokens_generated(1, [0.02])
     metrics.request_ended("stop", 4, Timing(queued=0.01, first_token=0.05, total=0.2))
     metrics.request_ended("error", 0, None)
-    call = Call("adaplex.v1.GenerationService", "Generate", "unary", "id", 0.0, None)
+    call = RpcContext("adaplex.v1.GenerationService", "Generate", "unary", "id", 0.0, None)
     for code in ("OK", "INTERNAL"):
         rpc.started(call)
         rpc.handled(call, code, 0.2)

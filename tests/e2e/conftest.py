@@ -14,7 +14,7 @@ import torch
 from adaplex.client import AsyncClient
 from adaplex.server.app import Server, serve
 from adaplex.server.build import build
-from adaplex.server.components import Parts
+from adaplex.server.components import Components
 from adaplex.server.config import load_config
 from peft_adapters import everything, load_plain, save_adapter
 
@@ -26,7 +26,7 @@ class Rig:
     """A running server and a client of it."""
 
     server: Server
-    parts: Parts
+    parts: Components
     client: AsyncClient
 
     def check_idle(self) -> None:

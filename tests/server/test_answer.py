@@ -15,7 +15,7 @@ from adaplex.engine.request import (
     StepOutput,
     Timing,
 )
-from adaplex.server.response import Answer
+from adaplex.server.response import Response
 from adaplex.v1.generation_pb2 import GenerationFinished
 from server.toy import EOS, ByteTokenizer
 
@@ -62,7 +62,7 @@ class Heard:
 
 
 def heard(case: Case, groups: Sequence[Sequence[StepOutput]]) -> Heard:
-    answer, found = Answer(ByteTokenizer(), case.request, case.stops), Heard()
+    answer, found = Response(ByteTokenizer(), case.request, case.stops), Heard()
     for group in groups:
         delta = answer.take(group)
         found.gaps += len(answer.gaps)
@@ -121,7 +121,7 @@ def test_a_stop_string_within_min_tokens_is_text_in_a_group_too() -> None:
 
 def test_the_gaps_are_those_between_the_steps_however_they_come() -> None:
     case = Case(tuple(b"abcd"))
-    answer = Answer(ByteTokenizer(), case.request, ())
+    answer = Response(ByteTokenizer(), case.request, ())
     outputs = [replace(output, at=1 + 0.25 * n) for n, output in enumerate(case.outputs)]
     answer.take(outputs[:2])
     assert answer.gaps == []

@@ -16,7 +16,7 @@ from adaplex.engine.engine import Engine
 from adaplex.engine.errors import EngineFailed
 from adaplex.engine.request import AdapterMode, FinishReason, Logprob, Request, StepOutput
 from adaplex.server.generator import Generator
-from adaplex.server.rpc_context import Call
+from adaplex.server.rpc_context import RpcContext
 from adaplex.v1 import generation_pb2
 from adaplex.v1.generation_pb2 import (
     GenerateRequest,
@@ -112,7 +112,7 @@ async def _nowhere(_selector: str) -> bool:
 
 def asked(generator: Generator, **sampling: Any) -> Any:
     spec = GenerationSpec(text="x", sampling=SamplingParams(max_tokens=20, **sampling))
-    return generator.generate(spec, Call("s", "m", "unary", "r", time.monotonic(), None))
+    return generator.generate(spec, RpcContext("s", "m", "unary", "r", time.monotonic(), None))
 
 
 async def events(generator: Generator, **sampling: Any) -> list[Any]:

@@ -26,7 +26,7 @@ from adaplex.engine.engine import Engine
 from adaplex.engine.merge_cost_model import FoldedShare, StepCosts
 from adaplex.engine.request import Logprob, Request, SampledToken
 from adaplex.server.app import Server, serve
-from adaplex.server.components import Parts
+from adaplex.server.components import Components
 from adaplex.server.config import ServerConfig
 from adaplex.server.convert import ModelLimits
 from adaplex.server.metrics import Metrics
@@ -127,7 +127,7 @@ class Rig:
     """A running server and everything a test may look at."""
 
     server: Server
-    parts: Parts
+    parts: Components
     engine: Engine
     runner: FakeRunner
     channel: grpc.aio.Channel
@@ -213,8 +213,8 @@ def toy_parts(
     engine: dict[str, int] | None = None,
     tokenizer: ByteTokenizer | None = None,
     **settings: Any,
-) -> tuple[Parts, Engine]:
-    """Parts over a fake model, and the engine inside them."""
+) -> tuple[Components, Engine]:
+    """Components over a fake model, and the engine inside them."""
     config = ServerConfig(**{"port": 0, "http_port": 0, "store_dir": folder / "store"} | settings)
     sizes = {"num_blocks": 65, "arena_bytes": 1 << 16, "merged_bytes": 1 << 16}
     sizes |= {"max_model_len": 256, "max_running": 4, "max_waiting": 8}
@@ -224,7 +224,7 @@ def toy_parts(
     prometheus = CollectorRegistry()
     metrics = Metrics(prometheus, model_name=MODEL, vllm_names=config.vllm_metric_names)
     core = Engine(limits, runner, base_digest=BASE.digest, observer=metrics)
-    parts = Parts(
+    parts = Components(
         config=config,
         model=ModelInfo(
             name=MODEL,

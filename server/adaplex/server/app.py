@@ -14,14 +14,14 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_reflection.v1alpha import reflection
 
 from adaplex.engine.request import AdapterMode
-from adaplex.server.components import Parts
+from adaplex.server.components import Components
 from adaplex.server.config import MAX_CHUNK_BYTES, ConfigError, ServerConfig
-from adaplex.server.gc_timer import GarbageTimer
+from adaplex.server.gc_timer import GcTimer
 from adaplex.server.generator import Generator
 from adaplex.server.health import Health
 from adaplex.server.http import HttpServer
 from adaplex.server.interceptors import EdgeInterceptor
-from adaplex.server.pin_follower import Pins
+from adaplex.server.pin_follower import PinFollower
 from adaplex.server.rpc_metrics import RpcMetrics
 from adaplex.server.services.adapters import AdapterService
 from adaplex.server.services.generation import GenerationService
@@ -54,7 +54,7 @@ SETTLE_SECONDS = 10.0
 class Server:
     """Listens once started. Stops for good."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Components) -> None:
         self._parts, self._config = parts, parts.config
         parts.metrics.watch(parts.engine.stats, max_lora=parts.engine_config.max_running)
         parts.metrics.watch_store(
@@ -64,7 +64,7 @@ class Server:
         )
         self._edge = EdgeInterceptor(RpcMetrics(parts.prometheus))
         self._health = Health(SERVICES, self._engine_alive)
-        self._pins = Pins(parts.registry, parts.engine)
+        self._pins = PinFollower(parts.registry, parts.engine)
         self._fetching = ThreadPoolExecutor(FETCH_THREADS, "fetch")
         self._generator = Generator(
             engine=parts.engine,
@@ -108,7 +108,7 @@ class Server:
         await self._parts.engine.start()
         await self._grpc.start()
         await self._health.open()
-        collector = GarbageTimer(self._parts.registry, config.gc_interval)
+        collector = GcTimer(self._parts.registry, config.gc_interval)
         self._watches = [
             asyncio.create_task(watch())
             for watch in (self._health.watch, self._pins.watch, collector.watch)
@@ -189,7 +189,7 @@ class Server:
 
 
 @asynccontextmanager
-async def serve(parts: Parts) -> AsyncIterator[Server]:
+async def serve(parts: Components) -> AsyncIterator[Server]:
     """A started server; stopped at the end."""
     server = Server(parts)
     try:

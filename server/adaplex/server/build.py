@@ -20,7 +20,7 @@ from adaplex.model.forward.cuda_graphs import capture_for
 from adaplex.model.forward.decode_steps import decode_steps
 from adaplex.model.runner import ModelRunner
 from adaplex.model.weights.adapter_weights import low_rank_kernel
-from adaplex.server.components import Parts
+from adaplex.server.components import Components
 from adaplex.server.config import ConfigError, ServerConfig
 from adaplex.server.convert import ModelLimits
 from adaplex.server.metrics import Metrics
@@ -32,7 +32,7 @@ BLOCK_TOKENS = 16
 Progress = Callable[[str], None]
 
 
-def build(config: ServerConfig, progress: Progress) -> Parts:
+def build(config: ServerConfig, progress: Progress) -> Components:
     """Loads the base, opens the store, makes the engine. Takes seconds to minutes.
 
     Raises ConfigError for settings that do not fit the model, and AdaplexErrors of the model
@@ -66,7 +66,7 @@ def build(config: ServerConfig, progress: Progress) -> Parts:
     prometheus = CollectorRegistry()
     metrics = Metrics(prometheus, model_name=spec.name, vllm_names=config.vllm_metric_names)
     engine = AsyncEngine(Engine(engine_config, runner, base_digest=spec.digest, observer=metrics))
-    return Parts(
+    return Components(
         config=config,
         model=_model_info(spec, base),
         limits=ModelLimits(base.vocab_size, engine_config.max_model_len, base.eos_token_ids),

@@ -1,4 +1,4 @@
-"""Parts: everything a server is made of, built from the configuration or by a test."""
+"""Components: everything a server is made of, built from the configuration or by a test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from adaplex.server.text import Tokenizer
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """What the app wires together. The server closes `engine` and `registry` when it stops."""
 
     config: ServerConfig

@@ -1,4 +1,4 @@
-"""GarbageTimer: from time to time, removes content that a killed process left without a name."""
+"""GcTimer: from time to time, removes content that a killed process left without a name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adaplex.server.threads import in_thread
 log = structlog.get_logger("adaplex.garbage")
 
 
-class GarbageTimer:
+class GcTimer:
     """What a server deletes itself goes at once; this is for what others leave behind."""
 
     def __init__(self, registry: AdapterRegistry, interval: float) -> None:

@@ -28,8 +28,8 @@ from adaplex.server import convert
 from adaplex.server.convert import ModelLimits
 from adaplex.server.metrics import FinishedReason, Metrics
 from adaplex.server.prompts import Places, Prompts
-from adaplex.server.response import Answer
-from adaplex.server.rpc_context import Call
+from adaplex.server.response import Response
+from adaplex.server.rpc_context import RpcContext
 from adaplex.server.text import Tokenizer
 from adaplex.server.threads import owned
 from adaplex.v1.generation_pb2 import (
@@ -77,7 +77,9 @@ class Generator:
         self._leasing = ThreadPoolExecutor(LEASE_THREADS, "lease")
         self._unloading: set[asyncio.Task[None]] = set()
 
-    async def generate(self, spec: GenerationSpec, call: Call, *, interval: int = 1) -> AsyncEvents:
+    async def generate(
+        self, spec: GenerationSpec, call: RpcContext, *, interval: int = 1
+    ) -> AsyncEvents:
         """One `started` once the engine has admitted the request, deltas of `interval` tokens but
         for the first and the last, one `finished`.
 
@@ -110,7 +112,7 @@ class Generator:
                     deadline=call.deadline,
                 )
                 entered.close()
-                answer = Answer(
+                answer = Response(
                     self._detokenizer,
                     request,
                     list(spec.sampling.stop),
@@ -122,7 +124,7 @@ class Generator:
                         yield event
 
     async def _run(
-        self, request: Request, answer: Answer, call: Call, interval: int
+        self, request: Request, answer: Response, call: RpcContext, interval: int
     ) -> AsyncEvents:
         """The engine's outputs as messages, counted and timed."""
         admitted = False
@@ -230,7 +232,7 @@ def _bound(adapter: AdapterRef | None) -> dict[str, object]:
     return {"adapter": adapter.name, "digest": adapter.digest, "mode": adapter.mode.value}
 
 
-def _spent(request: Request, answer: Answer, timing: Timing | None) -> dict[str, object]:
+def _spent(request: Request, answer: Response, timing: Timing | None) -> dict[str, object]:
     """Log fields of a request that left."""
     fields: dict[str, object] = {
         "prompt_tokens": len(request.prompt),

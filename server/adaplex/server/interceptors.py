@@ -17,12 +17,12 @@ from grpc_status import rpc_status
 from adaplex.engine.errors import ServerUnavailable
 from adaplex.server.rpc_context import (
     REQUEST_ID,
-    Call,
     Context,
     Inflight,
+    RpcContext,
     actor_of,
     deadline_of,
-    enter_call,
+    enter_rpc,
     request_id_of,
 )
 from adaplex.server.rpc_metrics import RpcMetrics
@@ -90,13 +90,13 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> AsyncIterator[None]:
         """The life of one RPC around its handler."""
         now = time.monotonic()
-        call = Call(service, method, kind, "", now, deadline_of(context, now))
+        call = RpcContext(service, method, kind, "", now, deadline_of(context, now))
         code, failure = grpc.StatusCode.OK, None
         self._metrics.started(call)
         try:
             call.request_id = request_id_of(context)
             call.actor = actor_of(context)
-            enter_call(call)
+            enter_rpc(call)
             echo = ((REQUEST_ID, call.request_id),)
             context.set_trailing_metadata(echo)
             await context.send_initial_metadata(echo)
@@ -130,7 +130,9 @@ async def _abort(context: Context, error: Exception, request_id: str) -> None:
     await context.abort(status.code, status.details, trailing)
 
 
-def _log(call: Call, code: grpc.StatusCode, seconds: float, failure: Exception | None) -> None:
+def _log(
+    call: RpcContext, code: grpc.StatusCode, seconds: float, failure: Exception | None
+) -> None:
     """One line an RPC; health and reflection only when debugging."""
     fields = {
         "request_id": call.request_id,

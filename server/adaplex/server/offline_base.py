@@ -1,4 +1,4 @@
-"""Workbench: a base and one adapter without a server, for commands that look at an adapter."""
+"""OfflineBase: a base and one adapter without a server, for commands that look at an adapter."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from adaplex.server.open_store import adapter_limits, existing, open_store
 
 
 @dataclass(frozen=True)
-class Workbench:
+class OfflineBase:
     """A loaded base, and the settings of `adaplex serve` that it was loaded by."""
 
     config: ServerConfig
     base: BaseModel
 
     @classmethod
-    def of(cls, flags: Mapping[str, object]) -> Workbench:
+    def of(cls, flags: Mapping[str, object]) -> OfflineBase:
         """Loads the base that flags, environment or file name; progress goes to standard error."""
         config = load_config({name: value for name, value in flags.items() if value is not None})
         base = load(config, lambda line: print(line, file=sys.stderr, flush=True))
@@ -89,7 +89,7 @@ class Workbench:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def errors_as_messages() -> Iterator[None]:
     """Shows what is wrong in one line for each reason, and ends with exit code 2."""
     try:
         yield

@@ -35,7 +35,7 @@ AT_START = "start"
 
 
 @dataclass(frozen=True)
-class Store:
+class OpenStore:
     """The registry, and where its adapters come from."""
 
     registry: AdapterRegistry
@@ -43,7 +43,7 @@ class Store:
     contents: ContentStore
 
 
-def open_store(config: ServerConfig, spec: BaseSpec, *, element_bytes: int) -> Store:
+def open_store(config: ServerConfig, spec: BaseSpec, *, element_bytes: int) -> OpenStore:
     """The store of the configuration. Raises ConfigError when it cannot be kept there."""
     limits = adapter_limits(config)
     contents, catalog = open_contents(config)
@@ -56,7 +56,7 @@ def open_store(config: ServerConfig, spec: BaseSpec, *, element_bytes: int) -> S
         signatures=_signatures(config),
     )
     sources = _sources(config, spec, limits, config.adapter_roots)
-    return Store(registry, Importer(registry, contents, sources), contents)
+    return OpenStore(registry, Importer(registry, contents, sources), contents)
 
 
 def existing(config: ServerConfig) -> ServerConfig:
@@ -93,7 +93,9 @@ def _shared(uri: str, root: Path, config: ServerConfig) -> tuple[ContentStore, C
     )
 
 
-def import_adapters(config: ServerConfig, store: Store, progress: Callable[[str], None]) -> None:
+def import_adapters(
+    config: ServerConfig, store: OpenStore, progress: Callable[[str], None]
+) -> None:
     """Takes in the adapters of `--adapters`. Raises AdapterErrors."""
     # The operator chose the paths, so links may lead anywhere, as in the hub's cache.
     anywhere = _sources(config, store.registry.base, adapter_limits(config), (Path("/"),))

@@ -1,4 +1,4 @@
-"""Pins: what pinned names can lead to is kept in the arena, whichever process changes the names."""
+"""PinFollower: what pinned names can lead to is kept in the arena, whichever process changes the names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INTERVAL_SECONDS = 1.0
 """Between two looks at what other processes on the same store have changed."""
 
 
-class Pins:
+class PinFollower:
     """Belongs to one event loop."""
 
     def __init__(self, registry: AdapterRegistry, engine: AsyncEngine) -> None:
@@ -42,7 +42,7 @@ class Pins:
             log.warning("pins not followed", error=str(error))
 
     async def follow(self) -> None:
-        """Pins and unpins what the catalog says now. What finds no room is logged once; what was
+        """PinFollower and unpins what the catalog says now. What finds no room is logged once; what was
         unloaded, or could not be loaded, is tried again.
         """
         async with self._lock:
@@ -58,7 +58,7 @@ class Pins:
                     await self._try(record)
 
     async def add(self, name: str) -> None:
-        """Pins what a name can lead to, all of it or none. Raises PinsFull, NoRoomBesidePins,
+        """PinFollower what a name can lead to, all of it or none. Raises PinsFull, NoRoomBesidePins,
         AdapterNotFound, or RequestInvalid for what has nothing in the arena.
         """
         records = await in_thread(self._registry.names.reachable, name)

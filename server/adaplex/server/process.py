@@ -11,7 +11,7 @@ import sys
 import structlog
 
 from adaplex.server.app import serve
-from adaplex.server.components import Parts
+from adaplex.server.components import Components
 
 log = structlog.get_logger("adaplex.app")
 
@@ -20,7 +20,7 @@ SWITCH_SECONDS = 0.0005
 the engine would wait for the event loop."""
 
 
-async def run(parts: Parts) -> None:
+async def run(parts: Components) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal cuts the drain short."""
     _raise_file_limit()
     gc.collect()

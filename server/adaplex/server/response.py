@@ -1,4 +1,4 @@
-"""Answer: one request's way from engine outputs to messages."""
+"""Response: one request's way from engine outputs to messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adaplex.server.text import Detokenizer, StopStrings, Tokenizer
 from adaplex.v1.generation_pb2 import GenerationDelta, GenerationFinished, GenerationStarted
 
 
-class Answer:
+class Response:
     """Text, tokens and timing of one answer as they come."""
 
     def __init__(

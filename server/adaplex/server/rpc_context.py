@@ -1,4 +1,4 @@
-"""Call: what is known of the RPC being handled, from the interceptor to the log line."""
+"""RpcContext: what is known of the RPC being handled, from the interceptor to the log line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _VALID_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+=@-]{0,127}")
 
 
 @dataclass(eq=False)
-class Call:
+class RpcContext:
     """One RPC. `log` gathers what its access line will say."""
 
     service: str
@@ -45,15 +45,15 @@ class Call:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
 
-_current: ContextVar[Call] = ContextVar("call")
+_current: ContextVar[RpcContext] = ContextVar("call")
 
 
-def current_call() -> Call:
+def current_rpc() -> RpcContext:
     """The RPC that the running handler serves."""
     return _current.get()
 
 
-def enter_call(call: Call) -> None:
+def enter_rpc(call: RpcContext) -> None:
     """Makes `call` the current one of this task."""
     _current.set(call)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from adaplex.server.rpc_context import Call
+from adaplex.server.rpc_context import RpcContext
 
 
 class RpcMetrics:
@@ -20,11 +20,11 @@ class RpcMetrics:
             "grpc_server_handling_seconds", "Duration of RPCs.", labels, registry=registry
         )
 
-    def started(self, call: Call) -> None:
+    def started(self, call: RpcContext) -> None:
         """An RPC began."""
         self._started.labels(call.kind, call.service, call.method).inc()
 
-    def handled(self, call: Call, code: str, seconds: float) -> None:
+    def handled(self, call: RpcContext, code: str, seconds: float) -> None:
         """An RPC ended with a status code, given by its name."""
         self._handled.labels(call.kind, call.service, call.method, code).inc()
         self._seconds.labels(call.kind, call.service, call.method).observe(seconds)

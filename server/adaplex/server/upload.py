@@ -17,7 +17,7 @@ from adaplex.server.errors import UploadIdle, UploadsBusy
 from adaplex.server.threads import in_thread, owned
 from adaplex.v1.adapters_pb2 import AdapterChunk, UploadAdapterRequest, ValidateAdapterRequest
 
-Part = UploadAdapterRequest | ValidateAdapterRequest
+UploadMessage = UploadAdapterRequest | ValidateAdapterRequest
 """Metadata in the first message, a chunk in every other."""
 
 
@@ -50,7 +50,7 @@ class Receiver:
             self._under_way -= 1
 
     @asynccontextmanager
-    async def receive(self, parts: AsyncIterator[Part]) -> AsyncIterator[Received]:
+    async def receive(self, parts: AsyncIterator[UploadMessage]) -> AsyncIterator[Received]:
         """Reads a stream to its end. What was not committed is discarded afterwards."""
         async with self.slot():
             first = await self._next(parts)
@@ -67,7 +67,7 @@ class Receiver:
                 yield Received(upload.name, replace, staging)
 
     async def _fill(
-        self, staging: Staging, files: list[FileSpec], parts: AsyncIterator[Part]
+        self, staging: Staging, files: list[FileSpec], parts: AsyncIterator[UploadMessage]
     ) -> None:
         """Writes every chunk, each checked against what must come next."""
         index, offset = 0, 0
@@ -81,7 +81,7 @@ class Receiver:
             offset += len(chunk.data)
         _check_complete(files, index, offset)
 
-    async def _next(self, parts: AsyncIterator[Part]) -> Part | None:
+    async def _next(self, parts: AsyncIterator[UploadMessage]) -> UploadMessage | None:
         """The next message, None at the end. Raises UploadIdle when none comes."""
         try:
             async with asyncio.timeout(self._idle_timeout):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from adaplex.adapters.program.program import AdapterProgram
     from adaplex.engine.request import AdapterRef
-    from adaplex.server.offline_base import Workbench
+    from adaplex.server.offline_base import OfflineBase
 
 Adapter = Annotated[
     str,
@@ -73,12 +73,12 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure the perplexity of texts by the base and by an adapter, without a server."""
-    from adaplex.server.offline_base import Workbench, told  # brings torch
+    from adaplex.server.offline_base import OfflineBase, errors_as_messages  # brings torch
 
-    with told():
+    with errors_as_messages():
         texts = {path: path.read_text(encoding="utf-8") for path in file}
         directory = _directory(adapter)
-        bench = Workbench.of(
+        bench = OfflineBase.of(
             {
                 **{"model": model, "quantization": quantization, "config": config},
                 **{"store_dir": store_dir, "shared_store": shared_store},
@@ -118,7 +118,7 @@ def _directory(adapter: str) -> Path | None:
     return None
 
 
-def _tokens(bench: Workbench, path: Path, text: str, most: int | None) -> tuple[int, ...]:
+def _tokens(bench: OfflineBase, path: Path, text: str, most: int | None) -> tuple[int, ...]:
     """The first tokens of a text."""
     from adaplex.server.text import encode_text
 
@@ -129,7 +129,7 @@ def _tokens(bench: Workbench, path: Path, text: str, most: int | None) -> tuple[
 
 
 def _scores(
-    bench: Workbench,
+    bench: OfflineBase,
     name: str,
     program: AdapterProgram,
     texts: dict[Path, tuple[int, ...]],

@@ -36,10 +36,10 @@ def verify(directory: Path, model: str, quantization: str | None) -> Validation:
     """What a server of this base would say of an adapter directory."""
     from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge  # brings torch
     from adaplex.adapters.program.report import Report, describe
-    from adaplex.server.offline_base import Workbench, told
+    from adaplex.server.offline_base import OfflineBase, errors_as_messages
 
-    with told():
-        bench = Workbench.of({"model": model, "quantization": quantization})
+    with errors_as_messages():
+        bench = OfflineBase.of({"model": model, "quantization": quantization})
     try:
         program = bench.read(directory)
     except AdapterInvalid as error:

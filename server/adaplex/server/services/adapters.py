@@ -14,8 +14,8 @@ from adaplex.adapters.storage.catalog import AdapterRecord
 from adaplex.adapters.storage.name_record import NameRecord, Origin
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.server import adapter_messages as messages
-from adaplex.server.pin_follower import Pins
-from adaplex.server.rpc_context import current_call
+from adaplex.server.pin_follower import PinFollower
+from adaplex.server.rpc_context import current_rpc
 from adaplex.server.threads import in_thread
 from adaplex.server.upload import Receiver
 from adaplex.v1 import adapters_pb2, adapters_pb2_grpc
@@ -33,7 +33,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         importer: Importer,
         engine: AsyncEngine,
         receiver: Receiver,
-        pins: Pins,
+        pins: PinFollower,
     ) -> None:
         self._registry, self._names, self._importer = registry, registry.names, importer
         self._engine, self._receiver, self._pins = engine, receiver, pins
@@ -220,9 +220,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
 def _origin(source: str = "") -> Origin:
     """Who asks for a change, and when."""
-    return Origin(datetime.now(UTC), current_call().actor, source)
+    return Origin(datetime.now(UTC), current_rpc().actor, source)
 
 
 def _note(name: str) -> None:
     """Names the adapter in the log line of this RPC."""
-    current_call().log["adapter"] = name[:MAX_LOGGED]
+    current_rpc().log["adapter"] = name[:MAX_LOGGED]

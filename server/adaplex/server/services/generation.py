@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 from adaplex.server.generator import Event, Generator
-from adaplex.server.rpc_context import current_call
+from adaplex.server.rpc_context import current_rpc
 from adaplex.v1 import generation_pb2, generation_pb2_grpc
 from adaplex.v1.generation_pb2 import (
     GenerateRequest,
@@ -32,7 +32,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         response = GenerateResponse()
         # What comes after a stop string would be computed for nothing.
         interval = 1 if request.spec.sampling.stop else UNARY_INTERVAL
-        answer = self._generator.generate(request.spec, current_call(), interval=interval)
+        answer = self._generator.generate(request.spec, current_rpc(), interval=interval)
         async with aclosing(answer) as events:
             async for event in events:
                 _add(response, event)
@@ -43,7 +43,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[GenerateStreamResponse]:
         """One `started`, deltas, one `finished`."""
         interval = self._stream_interval
-        answer = self._generator.generate(request.spec, current_call(), interval=interval)
+        answer = self._generator.generate(request.spec, current_rpc(), interval=interval)
         async with aclosing(answer) as events:
             async for event in events:
                 yield _wrapped(event)
