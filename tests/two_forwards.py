@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaplex.engine.request import AdapterRef
 from adaplex.model.forward.native_forward import NativeForward
-from adaplex.model.forward.torch_forward import ModuleForward
+from adaplex.model.forward.torch_forward import TorchForward
 from adaplex.model.kernels.native.library import INSTRUCTION_SETS
 from rig import Rig, prompt
 
@@ -33,7 +33,7 @@ def both(model: Path, quantization: str) -> tuple[Rig, Rig]:
     """A rig that runs a step in one call, and one that runs transformers' modules."""
     fast, slow = (Rig(model, quantization, native=native) for native in (True, False))
     assert forward_of(fast) is NativeForward
-    assert forward_of(slow) is ModuleForward
+    assert forward_of(slow) is TorchForward
     return fast, slow
 
 

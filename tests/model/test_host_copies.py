@@ -10,7 +10,7 @@ import torch
 
 from adaplex.adapters.errors import AdapterNotFound
 from adaplex.adapters.program.program import AdapterProgram
-from adaplex.model.adapters.packing import HostCopies, Packer
+from adaplex.model.adapters.packing import HostCache, Packer
 from peft_adapters import load_plain, save_adapter, spread
 from rig import Rig, lowered, prompt
 
@@ -89,7 +89,7 @@ def test_a_fetch_that_fails_keeps_nothing(rig: Rig, programs: list[AdapterProgra
 
 
 def test_a_removed_copy_is_forgotten(rig: Rig, programs: list[AdapterProgram]) -> None:
-    copies = HostCopies()
+    copies = HostCache()
     packed = Packer(rig.base.spec.modules, torch.float32).pack(programs[0])
     copies.keep(packed)
     assert copies.get(packed.digest) is packed

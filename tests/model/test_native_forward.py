@@ -1,4 +1,4 @@
-"""NativeForward, a step in one C call, against ModuleForward, over mixes of adapters."""
+"""NativeForward, a step in one C call, against TorchForward, over mixes of adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from adaplex.engine.request import OVERFLOWED, AdapterMode
 from adaplex.engine.sequence import Sequence
 from adaplex.model.forward import native_forward
 from adaplex.model.forward.native_forward import NativeForward
-from adaplex.model.forward.torch_forward import ModuleForward
+from adaplex.model.forward.torch_forward import TorchForward
 from adaplex.model.kernels.native import library, structs
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kernels.native.library import InstructionSet
@@ -151,7 +151,7 @@ def test_threads_change_no_bit(
     ("architecture", "expected"),
     [
         *((name, NativeForward) for name in LLAMAS),
-        *((name, ModuleForward) for name in ("gemma2", "gpt2", "mixtral", "gpt_oss")),
+        *((name, TorchForward) for name in ("gemma2", "gpt2", "mixtral", "gpt_oss")),
     ],
 )
 def test_what_is_shaped_like_llama_runs_in_one_call(
@@ -175,9 +175,9 @@ LIKE_LLAMA: dict[str, Any] = {
     [
         ({}, NativeForward),
         ({"attention_multiplier": 0.1}, NativeForward),
-        ({"embedding_multiplier": 6.0}, ModuleForward),
-        ({"residual_multiplier": 0.5}, ModuleForward),
-        ({"logits_scaling": 4.0}, ModuleForward),
+        ({"embedding_multiplier": 6.0}, TorchForward),
+        ({"residual_multiplier": 0.5}, TorchForward),
+        ({"logits_scaling": 4.0}, TorchForward),
     ],
     ids=lambda value: "".join(value) if isinstance(value, dict) else None,
 )
@@ -207,8 +207,8 @@ FAR = {
     ("architecture", "changes", "expected"),
     [
         ("llama", {"rope_parameters": FAR}, NativeForward),
-        ("ministral3", {"rope_parameters": FAR | {"llama_4_scaling_beta": 0.5}}, ModuleForward),
-        ("smollm3", {"num_hidden_layers": 4}, ModuleForward),
+        ("ministral3", {"rope_parameters": FAR | {"llama_4_scaling_beta": 0.5}}, TorchForward),
+        ("smollm3", {"num_hidden_layers": 4}, TorchForward),
         ("seed_oss", {}, NativeForward),
     ],
 )
@@ -232,13 +232,13 @@ def test_a_trial_that_disagrees_leaves_the_modules_in_place(
 ) -> None:
     monkeypatch.setattr(native_forward, "TOLERANCE", 0.0)
     rig = Rig(tiny_model("llama"))
-    assert forward_of(rig) is ModuleForward
+    assert forward_of(rig) is TorchForward
 
 
 def test_a_width_without_panels_runs_by_modules_and_merges(tmp_path: Path) -> None:
     model = save_tiny("llama", tmp_path / "model", intermediate_size=129)
     rig, plain = Rig(model, "bf16"), Rig(model, "bf16", native=False)
-    assert forward_of(rig) is ModuleForward
+    assert forward_of(rig) is TorchForward
     program = saved(model, rig, "llama", tmp_path)[1]
     rows = [
         r.prefill(r.sequence(prompt(20), r.add(program, AdapterMode.MERGED))) for r in (rig, plain)

@@ -16,14 +16,14 @@ from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode
 from adaplex.engine.sequence import Sequence
 from adaplex.model.forward.native_forward import NativeForward
-from adaplex.model.forward.torch_forward import ModuleForward
+from adaplex.model.forward.torch_forward import TorchForward
 from peft_adapters import load_plain
 from rig import BLOCK, Rig, prompt
 
 TOKENS = 21
 """Of a prefix: a whole block, and a part of one."""
 ROUNDING = {"fp32": 1e-5, "bf16": 0.06}
-FORWARDS = {True: NativeForward, False: ModuleForward}
+FORWARDS = {True: NativeForward, False: TorchForward}
 
 
 def rand(*shape: int, seed: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.model.kernels.triton.adapter_rows import TritonKernels
 from adaplex.model.linear.backend import DenseLinear
-from adaplex.model.step.launch_plan import Launches
+from adaplex.model.step.launch_plan import LaunchPlan
 from adaplex.model.step.tiles import AdapterKernels, Tile
 from adaplex.model.weights.adapter_weights import (
     AdapterWeights,
@@ -177,7 +177,7 @@ def test_one_step_serves_whatever_its_tiles_say() -> None:
     adapters = Adapters(torch.float32)
     kernel = TritonKernels(LINEARS, DEVICE, slots=3)
     tiles = torch.zeros(3, 8, dtype=torch.int64, device=DEVICE)
-    launches = Launches.of(adapters.weights[1].table)
+    launches = LaunchPlan.of(adapters.weights[1].table)
     y = torch.zeros(8, SHAPES["down"][1], device=DEVICE)
     made = kernel.rows(tiles, launches, max_rank=64, product=lambda *_: y)
 

@@ -14,7 +14,7 @@ from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.adapters.program.primitives import Activation, Bottleneck, LowRank, Reads, ReplacedRows
 from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.model.adapters.packing import Packer
-from adaplex.model.adapters.torch_rows import Segment, SegmentRows
+from adaplex.model.adapters.torch_rows import Segment, TorchRows
 from adaplex.model.kernels.triton.adapter_rows import TritonKernels
 from adaplex.model.linear.backend import DenseLinear
 from adaplex.model.step.step_context import AdapterRows
@@ -221,7 +221,7 @@ def slow(used: Sequence[Span], inputs: Inputs) -> AdapterRows:
         )
         for span in used
     ]
-    return SegmentRows(segments, ReferenceLowRank().plan(used, NUMBERS))
+    return TorchRows(segments, ReferenceLowRank().plan(used, NUMBERS))
 
 
 def step(layers: Layers, mix: Sequence[int | None]) -> tuple[list[Span], Inputs]:
@@ -245,7 +245,7 @@ def test_equals_the_reference_and_leaves_base_rows_alone(mix: str, dtype: torch.
     layers, chosen = Layers(dtype), MIXES[mix]
     used, inputs = step(layers, chosen)
     got, expected = layers.run(fast(used, inputs), inputs), layers.run(slow(used, inputs), inputs)
-    base = layers.run(SegmentRows(()), inputs)
+    base = layers.run(TorchRows(()), inputs)
     lone = torch.tensor([which is None for which in chosen], device=DEVICE)
     bound = 1e-5 if dtype == torch.float32 else 3e-2
     for name in expected:

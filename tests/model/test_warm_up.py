@@ -1,6 +1,6 @@
 """After the warm-up of a GPU's kernels none is compiled: seen by what Triton would compile for.
 
-Launches are asked for the key under which Triton looks a compiled kernel up: types, constants, and
+LaunchPlan are asked for the key under which Triton looks a compiled kernel up: types, constants, and
 which numbers and addresses are multiples of 16, or 1.
 """
 
@@ -30,7 +30,7 @@ from adaplex.model.kernels.triton import weight_formats
 from adaplex.model.kernels.triton.adapter_rows import TritonKernels
 from adaplex.model.kernels.triton.dot import LEAST
 from adaplex.model.linear.backend import DenseLinear
-from adaplex.model.step.launch_plan import Launch, Launches
+from adaplex.model.step.launch_plan import Launch, LaunchPlan
 from adaplex.model.step.tiles import Tile
 from random_programs import anything, made
 from rig import Rig, prompt
@@ -154,7 +154,7 @@ def test_a_bias_alone_is_the_same_kernel_as_with_a_pair(recorder: Recorder) -> N
     kernels = TritonKernels({"head": BaseModule("head", "linear", 100, 21)}, there)
     tiles = torch.tensor([Tile.none()]).T.contiguous()
     for needed in ({Launch.OUTPUT}, {Launch.NARROW, Launch.OUTPUT}):
-        launches = Launches(tuple(int(launch in needed) for launch in Launch))
+        launches = LaunchPlan(tuple(int(launch in needed) for launch in Launch))
         rows = kernels.rows(tiles, launches, max_rank=4)
         rows.linear("head", DenseLinear(torch.zeros(21, 100), None), torch.zeros(3, 100))
     assert sorted(name for name, _ in recorder.seen) == ["_expand", "_shrink"]

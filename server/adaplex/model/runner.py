@@ -17,14 +17,14 @@ from adaplex.engine.request import AdapterMode, AdapterRef, Request, SampledToke
 from adaplex.engine.sequence import Sequence
 from adaplex.model import measure_costs, measure_native_costs
 from adaplex.model.adapters.arena import Arena
-from adaplex.model.adapters.fold import MergedWeights, merge, merged_bytes, merged_parts
-from adaplex.model.adapters.packing import HostCopies, PackedAdapter, Packer
+from adaplex.model.adapters.fold import FoldedWeights, merge, merged_bytes, merged_parts
+from adaplex.model.adapters.packing import HostCache, PackedAdapter, Packer
 from adaplex.model.adapters.prefix import Prefixes, Write, panel_writer
 from adaplex.model.base.loader import BaseModel, silent
 from adaplex.model.forward.decode_steps import DecodeSteps
 from adaplex.model.forward.native_forward import NativeForward, fastest
 from adaplex.model.forward.sampler import sample
-from adaplex.model.forward.torch_forward import ModuleForward
+from adaplex.model.forward.torch_forward import TorchForward
 from adaplex.model.kv_cache import KVCache
 from adaplex.model.modules.hooks import AdaptedLinear
 from adaplex.model.weights.adapter_weights import AdapterWeights, LowRankKernel, low_rank_kernel
@@ -53,8 +53,8 @@ class ModelRunner:
         self._block_tokens, self._progress = block_tokens, progress
         self._modules = {name: index for index, name in enumerate(base.spec.modules)}
         self._arena = Arena(arena_bytes, dtype=base.dtype, device=base.device)
-        self._host = HostCopies()
-        self._merged: dict[str, MergedWeights] = {}
+        self._host = HostCache()
+        self._merged: dict[str, FoldedWeights] = {}
         self._merged_tables: dict[str, NDArray[np.int64]] = {}
         cache = KVCache(
             base.shapes,
@@ -64,7 +64,7 @@ class ModelRunner:
             device=base.device,
         )
         self._low_rank = low_rank or low_rank_kernel(base.kernels, base.device, base.spec.modules)
-        modules = ModuleForward(
+        modules = TorchForward(
             base,
             cache,
             low_rank=self._low_rank,
@@ -115,7 +115,7 @@ class ModelRunner:
         prompt = Batch((Chunk(sequence, 0, self._block_tokens),))
         self.run(prompt)
         self.run(Batch((Chunk(sequence, last, 1),)))
-        if isinstance(self._forward, ModuleForward):
+        if isinstance(self._forward, TorchForward):
             self._forward.warm_up(prompt, self._progress)
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""MergedWeights: base plus adapter, dense in the compute dtype unless the base's own form takes the
+"""FoldedWeights: base plus adapter, dense in the compute dtype unless the base's own form takes the
 delta without loss; never re-quantized, never in place. How many exist is the engine's policy; here
 they are made."""
 
@@ -23,7 +23,7 @@ from adaplex.model.weights.adapter_weights import AdapterWeights
 
 
 @dataclass(frozen=True)
-class MergedWeights:
+class FoldedWeights:
     """What merged rows of one adapter run instead of, and beside, the base."""
 
     linears: dict[str, LinearBackend]
@@ -55,7 +55,7 @@ def merge(
     *,
     packer: Packer,
     device: torch.device,
-) -> MergedWeights:
+) -> FoldedWeights:
     """Builds the merged weights from the base's effective (dequantized) weights, in fp32."""
     linears: dict[str, LinearBackend] = {}
     shifts: dict[str, Tensor] = {}
@@ -75,7 +75,7 @@ def merge(
             merged = dense_linear(packer.kernels, weight, bias)
         linears[module.module] = merged
     packed = packer.pack(_rest(program, backends))
-    return MergedWeights(linears, shifts, packed.weights(packed.flat.to(device)))
+    return FoldedWeights(linears, shifts, packed.weights(packed.flat.to(device)))
 
 
 def merged_bytes(

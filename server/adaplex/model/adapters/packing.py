@@ -1,4 +1,4 @@
-"""HostCopies: adapters packed in host memory, one copy away from the arena.
+"""HostCache: adapters packed in host memory, one copy away from the arena.
 
 Policy (which, and how many bytes) lives in `adaplex.engine.unmerged_residency`; here are the bytes.
 """
@@ -171,7 +171,7 @@ def _sites(
     return sites
 
 
-class HostCopies:
+class HostCache:
     """Packed adapters by digest. Each digest is used by one thread at a time."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""SegmentRows: what adapters do to their rows, in torch, one run of rows after the other.
+"""TorchRows: what adapters do to their rows, in torch, one run of rows after the other.
 
 The reference for the kernels that do it for all rows at once, and what serves where there are none.
 Every product is row-invariant (see kernels.reference).
@@ -63,7 +63,7 @@ def _nothing(_module: str, _x: Tensor, _y: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class SegmentRows:
+class TorchRows:
     """See AdapterRows. `add_low_rank` adds the deltas of all rows at a linear."""
 
     segments: Sequence[Segment]

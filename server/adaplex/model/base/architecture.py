@@ -23,7 +23,7 @@ from adaplex.model.errors import UnsupportedModel
 from adaplex.model.kv_cache import LayerShape
 from adaplex.model.modules import attention
 from adaplex.model.modules.hooks import oriented_weight
-from adaplex.model.modules.residual_blocks import BlockWatch
+from adaplex.model.modules.residual_blocks import ResidualBlockProbe
 
 FUSED = ("gate_up_proj", "down_proj")
 """Parameters that hold the weights of all experts of a layer."""
@@ -88,7 +88,7 @@ def probe(model: nn.Module) -> Probe:
     attention.install(model, attend)
     head = output_layer(model)
     handles = []
-    watch = BlockWatch(model)
+    watch = ResidualBlockProbe(model)
     for name, module in model.named_modules():
         site = _describe(name, module, is_head=module is head)
         if site is not None:

@@ -1,4 +1,4 @@
-"""Assembly: a model whose linears and norms are ours, from a checkpoint or from what was saved."""
+"""ModelBuilder: a model whose linears and norms are ours, from a checkpoint or from what was saved."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BackendFor = Callable[[str, nn.Module, bool], LinearBackend]
 
 
 @dataclass(frozen=True)
-class Assembly:
+class ModelBuilder:
     """How the parts of a base are kept."""
 
     quantization: str

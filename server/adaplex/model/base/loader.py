@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
 from adaplex.model import huge_pages
 from adaplex.model.base.architecture import Probe, check_supported
-from adaplex.model.base.build_model import Assembly
+from adaplex.model.base.build_model import ModelBuilder
 from adaplex.model.base.saved_base import SavedBase
 from adaplex.model.base.source import default_cache, resolve_model
 from adaplex.model.errors import UnsupportedModel
@@ -121,7 +121,7 @@ def load_base(
     fingerprint = _fingerprint(directory, FileHashes(cache / HASHES))
     kernels = native_kernels(compute, where, cache=cache, progress=progress) if native else None
     step = StepContext()
-    assembly = Assembly(quantization, compute, where, kernels, step, group_size)
+    assembly = ModelBuilder(quantization, compute, where, kernels, step, group_size)
     parts = {"fingerprint": fingerprint, **assembly.depends_on}
     kept = None if saved is None else SavedBase(saved, parts)
     with huge_pages.kept_together():

@@ -23,7 +23,7 @@ from adaplex.engine.request import AdapterMode
 from adaplex.model.base.loader import BaseModel
 from adaplex.model.forward.protocol import runs_of
 from adaplex.model.kernels.reference import PARTITION, least_rows
-from adaplex.model.step.launch_plan import Launches
+from adaplex.model.step.launch_plan import LaunchPlan
 from adaplex.model.step.step_context import AdapterRows, AttentionGroup, BaseRows
 from adaplex.model.step.tiles import AdapterKernels, Tile
 from adaplex.model.weights.adapter_weights import AdapterWeights, LowRankKernel, Span
@@ -37,7 +37,7 @@ Weights = Callable[[str], AdapterWeights]
 
 
 def eager(step: Replay) -> Replay:
-    """Launches every kernel anew: what a CUDA graph of the step has to equal."""
+    """LaunchPlan every kernel anew: what a CUDA graph of the step has to equal."""
     return step
 
 
@@ -123,7 +123,7 @@ class DecodeSteps:
         self._block_tokens = block_tokens
         self._max_rank, self._least_rows = max_rank, least_rows
         self._capture = capture
-        self._launches = {adapters: Launches() for adapters in Adapters}
+        self._launches = {adapters: LaunchPlan() for adapters in Adapters}
         """Where adapters of batches so far had something."""
         self._replays: dict[Shape, _Step] = {}
 
@@ -148,7 +148,7 @@ class DecodeSteps:
         made.inputs.fill(chunks, tiles, self._block_tokens)
         return made.replay()[: len(chunks)].float()
 
-    def _made(self, shape: Shape, needed: Launches) -> _Step:
+    def _made(self, shape: Shape, needed: LaunchPlan) -> _Step:
         """The step of a shape that launches what is needed, if not more."""
         made = self._replays.get(shape)
         if made is None or needed not in made.launches:
@@ -160,7 +160,7 @@ class DecodeSteps:
             made = self._replays[shape] = _Step(inputs, launches, replay)
         return made
 
-    def _step(self, inputs: StepInputs, shape: Shape, launches: Launches) -> Replay:
+    def _step(self, inputs: StepInputs, shape: Shape, launches: LaunchPlan) -> Replay:
         """The step of a shape."""
         base, step = self._base, self._base.step
         adapters: AdapterRows = BaseRows()
@@ -203,7 +203,7 @@ class _Step:
     """What is kept of a shape."""
 
     inputs: StepInputs
-    launches: Launches
+    launches: LaunchPlan
     replay: Replay
 
 

@@ -1,4 +1,4 @@
-"""ModuleForward: steps of any architecture, by the modules of transformers."""
+"""TorchForward: steps of any architecture, by the modules of transformers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode
 from adaplex.engine.sequence import VIRTUAL
-from adaplex.model.adapters.fold import MergedWeights
-from adaplex.model.adapters.torch_rows import Segment, SegmentRows
+from adaplex.model.adapters.fold import FoldedWeights
+from adaplex.model.adapters.torch_rows import Segment, TorchRows
 from adaplex.model.base.loader import BaseModel
 from adaplex.model.forward.decode_steps import DecodeSteps
 from adaplex.model.forward.protocol import runs_of
@@ -22,13 +22,13 @@ from adaplex.model.huge_pages import whole_numbers
 from adaplex.model.kernels.reference import least_rows, padded_rows
 from adaplex.model.kv_cache import KVCache
 from adaplex.model.linear.backend import LinearBackend
-from adaplex.model.step.launch_plan import Launches
+from adaplex.model.step.launch_plan import LaunchPlan
 from adaplex.model.step.step_context import AdapterRows, AttentionGroup, BaseRows
 from adaplex.model.step.tiles import AdapterKernels, Tile
 from adaplex.model.weights.adapter_weights import AdapterWeights, LowRankKernel, Span
 
 
-class ModuleForward:
+class TorchForward:
     """Fills the step context of a base and calls its modules."""
 
     def __init__(
@@ -39,7 +39,7 @@ class ModuleForward:
         low_rank: LowRankKernel,
         decode: DecodeSteps | None,
         weights: Callable[[str], AdapterWeights],
-        merged: Mapping[str, MergedWeights],
+        merged: Mapping[str, FoldedWeights],
     ) -> None:
         """`weights` gives a resident adapter by digest; `decode` takes the steps it serves."""
         self._base, self._step, self._block_tokens = base, base.step, cache.block_tokens
@@ -67,7 +67,7 @@ class ModuleForward:
         for backend in self._base.backends.values():
             backend.warm_up(self._base.dtype, device)
         tiles = whole_numbers([Tile.none()], device).T.contiguous()
-        launches = Launches.everywhere(len(self._modules))
+        launches = LaunchPlan.everywhere(len(self._modules))
         self._logits(batch, kernels.rows(tiles, launches, max_rank=1))
 
     def _replayed(self, batch: Batch) -> Tensor | None:
@@ -165,8 +165,8 @@ class ModuleForward:
         segments = [c.segment for c in changes if c.linears or not c.span.weights.plain]
         spans = [c.span for c in changes if not c.linears]
         if not spans:
-            return SegmentRows(segments)
-        return SegmentRows(segments, self._low_rank.plan(spans, self._modules))
+            return TorchRows(segments)
+        return TorchRows(segments, self._low_rank.plan(spans, self._modules))
 
     def _kernel_rows(
         self, kernels: AdapterKernels, changes: Seq[_Change], padded: int
@@ -176,7 +176,7 @@ class ModuleForward:
         tiles = whole_numbers(kernels.tiles(spans), device).T.contiguous()
         leading = dict(pair for c in changes for pair in c.leading)
         virtual = [leading.get(row, -1) for row in range(padded)]
-        merged = SegmentRows([c.segment for c in changes if c.linears])
+        merged = TorchRows([c.segment for c in changes if c.linears])
         return kernels.rows(
             tiles,
             kernels.launches(spans),

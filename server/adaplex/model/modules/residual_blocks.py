@@ -1,4 +1,4 @@
-"""BlockWatch: where attention and MLP are in each layer, and whether bottlenecks fit behind them.
+"""ResidualBlockProbe: where attention and MLP are in each layer, and whether bottlenecks fit behind them.
 
 A bottleneck changes what a block adds to the residual stream, so the stream has to be what goes
 into the norm before the block, and the block's output must be added to it as it is. Whether that is
@@ -25,7 +25,7 @@ TOLERANCE = 1e-2
 """Share of the norm by which rounding in bf16 stays apart."""
 
 
-class BlockWatch:
+class ResidualBlockProbe:
     """Watches a model run; close the handles after it."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Launches: at which modules the adapters of a step need which kernels."""
+"""LaunchPlan: at which modules the adapters of a step need which kernels."""
 
 from __future__ import annotations
 
@@ -40,27 +40,27 @@ FIELDS = {
 
 
 @dataclass(frozen=True)
-class Launches:
+class LaunchPlan:
     """For each Launch the modules that need it, as the bits of a number."""
 
     modules: tuple[int, ...] = (0,) * len(Launch)
 
     @classmethod
-    def of(cls, table: NDArray[np.int64]) -> Launches:
+    def of(cls, table: NDArray[np.int64]) -> LaunchPlan:
         """What an adapter needs; `table` [modules, SITE_FIELDS] as in AdapterWeights."""
         columns = ([SITE_FIELDS.index(field) for field in FIELDS[launch]] for launch in Launch)
         needed = (np.packbits(table[:, c].any(axis=1), bitorder="little") for c in columns)
         return cls(tuple(int.from_bytes(bits.tobytes(), "little") for bits in needed))
 
     @classmethod
-    def everywhere(cls, modules: int) -> Launches:
+    def everywhere(cls, modules: int) -> LaunchPlan:
         """What adapters of all kinds together need, of a base with so many modules."""
         return cls(((1 << modules) - 1,) * len(Launch))
 
-    def __or__(self, other: Launches) -> Launches:
-        return Launches(tuple(a | b for a, b in zip(self.modules, other.modules, strict=True)))
+    def __or__(self, other: LaunchPlan) -> LaunchPlan:
+        return LaunchPlan(tuple(a | b for a, b in zip(self.modules, other.modules, strict=True)))
 
-    def __contains__(self, other: Launches) -> bool:
+    def __contains__(self, other: LaunchPlan) -> bool:
         return all(not b & ~a for a, b in zip(self.modules, other.modules, strict=True))
 
     def at(self, module: int) -> frozenset[Launch]:

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from torch import Tensor
 
 from adaplex.model.linear.backend import LinearBackend
-from adaplex.model.step.launch_plan import Launches
+from adaplex.model.step.launch_plan import LaunchPlan
 from adaplex.model.step.step_context import AdapterRows
 from adaplex.model.weights.adapter_weights import LowRankKernel, Span
 
@@ -46,14 +46,14 @@ class AdapterKernels(LowRankKernel, Protocol):
         """The tiles of a step, at most one a row; their adapters are in the table from now on."""
         ...
 
-    def launches(self, spans: Sequence[Span]) -> Launches:
+    def launches(self, spans: Sequence[Span]) -> LaunchPlan:
         """What a step needs whose tiles were made."""
         ...
 
     def rows(
         self,
         tiles: Tensor,
-        launches: Launches,
+        launches: LaunchPlan,
         *,
         max_rank: int,
         virtual: Tensor | None = None,

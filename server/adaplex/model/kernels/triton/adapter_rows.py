@@ -19,7 +19,7 @@ from adaplex.model.kernels.triton import low_rank as triton_low_rank
 from adaplex.model.kernels.triton import replaced as triton_replaced
 from adaplex.model.kernels.triton.table import ResidentTable, Shared
 from adaplex.model.linear.backend import LinearBackend
-from adaplex.model.step.launch_plan import Launch, Launches
+from adaplex.model.step.launch_plan import Launch, LaunchPlan
 from adaplex.model.step.tiles import Product, Tile, base_product
 from adaplex.model.weights.adapter_weights import AddLowRank, Span
 
@@ -53,14 +53,14 @@ class TritonKernels:
         """See AdapterKernels."""
         return self._table.tiles(spans)
 
-    def launches(self, spans: Sequence[Span]) -> Launches:
+    def launches(self, spans: Sequence[Span]) -> LaunchPlan:
         """See AdapterKernels."""
         return self._table.launches(spans)
 
     def rows(
         self,
         tiles: Tensor,
-        launches: Launches,
+        launches: LaunchPlan,
         *,
         max_rank: int,
         virtual: Tensor | None = None,
@@ -80,7 +80,7 @@ class TritonRows:
         modules: Mapping[str, BaseModule],
         table: ResidentTable,
         tiles: Tensor,
-        launches: Launches,
+        launches: LaunchPlan,
         max_rank: int,
         virtual: Tensor | None,
         product: Product,

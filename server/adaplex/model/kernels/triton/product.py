@@ -30,7 +30,7 @@ SUMMED = 256
 
 
 @dataclass(frozen=True)
-class Form:
+class WeightFormat:
     """How a weight [out, in] is kept."""
 
     add: Any
@@ -52,7 +52,7 @@ class Form:
 
 
 def product(
-    form: Form,
+    form: WeightFormat,
     x: Tensor,
     weight: tuple[Tensor, ...],
     outs: int,

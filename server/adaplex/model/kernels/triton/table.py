@@ -21,7 +21,7 @@ from adaplex.adapters.limits import ALIGNMENT
 from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.model.kernels.native.structs import SITE_FIELDS
 from adaplex.model.kernels.triton.dot import LEAST
-from adaplex.model.step.launch_plan import Launches
+from adaplex.model.step.launch_plan import LaunchPlan
 from adaplex.model.step.tiles import Tile
 from adaplex.model.weights.adapter_weights import AdapterWeights, Span
 
@@ -42,7 +42,7 @@ class _Resident:
 
     row: int
     weights: weakref.ref[AdapterWeights]
-    launches: Launches
+    launches: LaunchPlan
     row_ids: Sequence[Tensor]
     """What the row points to."""
 
@@ -80,9 +80,9 @@ class ResidentTable:
             for start in range(span.start, span.stop, LEAST)
         ]
 
-    def launches(self, spans: Sequence[Span]) -> Launches:
+    def launches(self, spans: Sequence[Span]) -> LaunchPlan:
         """What a step needs whose tiles were made."""
-        needed = Launches()
+        needed = LaunchPlan()
         for key in {id(span.weights) for span in spans}:
             needed |= self._resident[key].launches
         return needed
@@ -106,7 +106,7 @@ class ResidentTable:
         table, field = weights.table.copy(), SITE_FIELDS.index
         # Kernels read vectors of this alignment.
         assert not (table[:, (field("a"), field("b"))] % ALIGNMENT).any()
-        launches, row_ids = Launches.of(table), []
+        launches, row_ids = LaunchPlan.of(table), []
         if table[:, field("row_count")].any():
             for name, site in weights.sites.items():
                 if site.rows is not None:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adaplex.model.kernels.native.kernels import NF4_BLOCK
-from adaplex.model.kernels.triton.product import Form, product
+from adaplex.model.kernels.triton.product import WeightFormat, product
 from adaplex.model.linear.int4_group import CENTER, Int4Weight
 from adaplex.model.weights.nf4 import NESTED, Nf4Weight
 
@@ -57,7 +57,7 @@ def _add_dense(
     BLOCK_OUT: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """See Form."""
+    """See WeightFormat."""
     i = start + tl.arange(0, BLOCK_IN)
     wanted = inside[:, None] & (i < width)[None, :]
     ws = tl.load(weight[0] + o[:, None] * width + i[None, :], mask=wanted, other=0.0)
@@ -81,7 +81,7 @@ def _add_nf4(
     BLOCK_OUT: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """See Form. Values are rounded to x's type and sums of a block scaled, as on CPUs."""
+    """See WeightFormat. Values are rounded to x's type and sums of a block scaled, as on CPUs."""
     codes, values, maxima, steps, scales, offset = weight
     block, there = o * (width // GROUP) + start // GROUP, inside & (start < width)
     scale = tl.load(steps + tl.load(maxima + block, mask=there, other=0).to(tl.int32))
@@ -114,7 +114,7 @@ def _add_int4(
     BLOCK_OUT: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """See Form. What is not there has a scale of zero."""
+    """See WeightFormat. What is not there has a scale of zero."""
     codes, scales, zeros = weight
     at, wanted = _groups(o, inside, start, width, GROUP, BLOCK_IN)
     scale = tl.load(scales + at, mask=wanted, other=0.0).to(tl.float32)[:, :, None]
@@ -182,7 +182,7 @@ def _add_pairs(
     return tl.dot(low, tl.trans(odd.to(DOT)), part, input_precision="ieee")
 
 
-DENSE = Form(_add_dense, block_in=64, block_out=64)
-NF4 = Form(_add_nf4, block_in=NF4_BLOCK, block_out=128)
-INT4 = Form(_add_int4, block_in=128, block_out=64)
+DENSE = WeightFormat(_add_dense, block_in=64, block_out=64)
+NF4 = WeightFormat(_add_nf4, block_in=NF4_BLOCK, block_out=128)
+INT4 = WeightFormat(_add_int4, block_in=128, block_out=64)
 """Its blocks are multiples of every group."""
