@@ -1,6 +1,6 @@
 """After the warm-up of a GPU's kernels none is compiled: seen by what Triton would compile for.
 
-LaunchPlan are asked for the key under which Triton looks a compiled kernel up: types, constants, and
+A launch is asked for the key under which Triton looks a compiled kernel up: types, constants, and
 which numbers and addresses are multiples of 16, or 1.
 """
 

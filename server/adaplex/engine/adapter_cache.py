@@ -1,4 +1,4 @@
-"""CacheName: adapters in one kind of memory, with leases and cost-aware eviction under a byte limit."""
+"""AdapterCache: adapters in one kind of memory, with leases and cost-aware eviction."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Protocol
 from adaplex.engine.arena_allocator import ArenaAllocator
 from adaplex.engine.byte_budget import ByteBudget
 from adaplex.engine.eviction import GreedyDual, UseRecord
-from adaplex.engine.observer import CacheName as TierName
-from adaplex.engine.observer import Observer
+from adaplex.engine.observer import CacheName, Observer
 from adaplex.engine.sequence import Sequence
 
 Space = ArenaAllocator | ByteBudget
@@ -47,20 +46,20 @@ class CachedAdapter:
         return self.resident and not self.leases and not self.readers
 
 
-class CacheName:
+class AdapterCache:
     """Entries by digest. `remove` forgets the content of one; `cost` says how many seconds bringing
     back a digest of so many bytes would take.
     """
 
     def __init__(
         self,
-        name: TierName,
+        name: CacheName,
         space: Space,
         remove: Callable[[str], None],
         observer: Observer,
         cost: Callable[[str, int], float] = lambda _digest, nbytes: float(nbytes),
     ) -> None:
-        self.name: TierName = name
+        self.name: CacheName = name
         self.space = space
         self._remove = remove
         self._observer = observer

@@ -1,4 +1,4 @@
-"""ChunkCostModel: the seconds that prompt chunks add to a step, learned from the steps themselves."""
+"""ChunkCostModel: the seconds that prompt chunks add to a step, learned from measured steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PinFollower: what pinned names can lead to is kept in the arena, whichever process changes the names."""
+"""PinFollower: keeps the adapters of pinned names in the arena, whichever process pins them."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class PinFollower:
             log.warning("pins not followed", error=str(error))
 
     async def follow(self) -> None:
-        """PinFollower and unpins what the catalog says now. What finds no room is logged once; what was
-        unloaded, or could not be loaded, is tried again.
+        """Pins and unpins adapters as the catalog says now. An adapter without room is logged once;
+        one that was unloaded, or could not be loaded, is tried again.
         """
         async with self._lock:
             records = await in_thread(self._registry.names.pinned)
@@ -58,7 +58,7 @@ class PinFollower:
                     await self._try(record)
 
     async def add(self, name: str) -> None:
-        """PinFollower what a name can lead to, all of it or none. Raises PinsFull, NoRoomBesidePins,
+        """Pins every adapter that a name can lead to, or none. Raises PinsFull, NoRoomBesidePins,
         AdapterNotFound, or RequestInvalid for what has nothing in the arena.
         """
         records = await in_thread(self._registry.names.reachable, name)

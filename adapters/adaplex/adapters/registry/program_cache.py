@@ -122,11 +122,11 @@ class ProgramCache:
         with self._lock:
             self._reports.drop(digest)
 
-    def mixed_program(self, combination: Mix) -> None:
+    def add_mix(self, combination: Mix) -> None:
         """From now on `program` knows the combination's digest."""
         self._combinations[combination.digest] = combination
 
-    def uncombine(self, digest: str) -> None:
+    def remove_mix(self, digest: str) -> None:
         """Forgets a combination that nobody leases."""
         self._combinations.pop(digest, None)
 

@@ -145,13 +145,13 @@ class AdapterRegistry:
             raise
         with self._combining:
             if not combination.alone:
-                self.programs.combine(combination)
+                self.programs.add_mix(combination)
             self._leases.take(record.digest)
 
         def give_back() -> tuple[str, ...]:
             with self._combining:
                 if self._leases.give_back(record.digest):
-                    self.programs.uncombine(record.digest)  # nothing, of a plain one
+                    self.programs.remove_mix(record.digest)  # nothing, of a plain one
             gone = tuple(digest for lease in leases for digest in lease.release())
             return (*gone, record.digest) if gone else ()
 
@@ -175,7 +175,7 @@ class AdapterRegistry:
 
     @property
     def leased(self) -> int:
-        """ContentStore that requests use."""
+        """Contents that requests use."""
         return len(self._leases)
 
     def close(self) -> None:

@@ -45,7 +45,7 @@ class Leases:
         return digest in self._counts
 
     def __len__(self) -> int:
-        """ContentStore that have users."""
+        """Number of contents that have users."""
         return len(self._counts)
 
 

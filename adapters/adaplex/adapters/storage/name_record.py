@@ -1,4 +1,4 @@
-"""NameRecord: all that is known under one name, as an immutable document. Every change makes a new one.
+"""NameRecord: all that is recorded of one name, immutable; every change makes a new record.
 
 A catalog keeps entries and swaps one for the next atomically; what may change, and how, is here.
 """

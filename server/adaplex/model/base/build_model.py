@@ -1,4 +1,4 @@
-"""ModelBuilder: a model whose linears and norms are ours, from a checkpoint or from what was saved."""
+"""ModelBuilder: builds the base with our linears and norms, from a checkpoint or a saved base."""
 
 from __future__ import annotations
 

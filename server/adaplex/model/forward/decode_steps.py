@@ -37,7 +37,7 @@ Weights = Callable[[str], AdapterWeights]
 
 
 def eager(step: Replay) -> Replay:
-    """LaunchPlan every kernel anew: what a CUDA graph of the step has to equal."""
+    """Launches every kernel anew: what a CUDA graph of the step has to equal."""
     return step
 
 

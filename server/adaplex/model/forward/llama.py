@@ -2,8 +2,8 @@
 
 The shape is read off the modules, not off a list of names: llama, mistral, qwen2, qwen3 and smollm
 have it, and so has whatever is built of the same parts and settings. Whether the parts are also put
-together in the same way is found out by running both (`adaplex.model.forward.native_forward`), but a short
-prompt does not show everything: hence a setting that is not known is taken for another shape.
+together in the same way is found out by running both (`native_forward.py`), but a short prompt does
+not show everything: hence a setting that is not known is taken for another shape.
 """
 
 from __future__ import annotations

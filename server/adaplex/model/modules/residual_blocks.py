@@ -1,4 +1,4 @@
-"""ResidualBlockProbe: where attention and MLP are in each layer, and whether bottlenecks fit behind them.
+"""ResidualBlockProbe: finds attention and MLP in each layer, and whether bottlenecks fit there.
 
 A bottleneck changes what a block adds to the residual stream, so the stream has to be what goes
 into the norm before the block, and the block's output must be added to it as it is. Whether that is

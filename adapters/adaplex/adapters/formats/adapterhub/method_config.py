@@ -1,4 +1,4 @@
-"""MethodConfig: one method's config within an AdapterHub adapter, and the tensors that all share."""
+"""MethodConfig: one method of an AdapterHub adapter, and the tensors that all methods share."""
 
 from __future__ import annotations
 
