@@ -5,11 +5,13 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PROTOS := $(wildcard protos/adaplex/v1/*.proto)
 CODE := adapters server clients tests deploy
+# Each process needs up to 4 GiB.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos \
   --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
   --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
 
-.PHONY: help demo test check bench bench-attainment bench-engine bench-overhead bench-long-prompt \
+.PHONY: help demo test test-slow check bench bench-attainment bench-engine bench-overhead bench-long-prompt \
   adapterhub-fixtures bench-residency bench-gpu bench-peers bench-modes bench-start bench-switch protos formats model format clean
 
 help: ## Show the targets
@@ -18,8 +20,11 @@ help: ## Show the targets
 demo: model ## Serve the default model, ask it with every example adapter, and exit
 	@$(BIN)/python clients/demo.py
 
-test: model ## Run every test
-	@$(BIN)/python -m pytest
+test: model ## Run the tests that take minutes in all, one process a core
+	@$(PYTEST) -m "not slow"
+
+test-slow: model ## Run the other tests: sanitizers, kills, other instruction sets, every family
+	@$(PYTEST) -m slow
 
 check: $(INSTALLED) ## Lint, types, import rules, protocol rules, stub drift
 	$(BIN)/ruff format --check $(CODE)
