@@ -81,8 +81,8 @@ protos: $(INSTALLED) ## Regenerate the committed stubs
 	$(PROTOC) --python_out=protos --grpc_python_out=protos --mypy_out=quiet:protos \
 	  --mypy_grpc_out=quiet:protos $(PROTOS)
 
-formats: $(INSTALLED) ## Rewrite the README's table of families from the formats
-	@$(BIN)/python -m adaplex.adapters.formats.table README.md
+formats: $(INSTALLED) ## Write the table of families into adapters/FAMILIES.md
+	@$(BIN)/python -m adaplex.adapters.formats.table adapters/FAMILIES.md
 
 model: $(INSTALLED) ## Fetch and convert the default model, once
 	@$(BIN)/python -m adaplex.model.base.source >/dev/null
