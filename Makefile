@@ -82,7 +82,7 @@ protos: $(INSTALLED) ## Regenerate the committed stubs
 	  --mypy_grpc_out=quiet:protos $(PROTOS)
 
 formats: $(INSTALLED) ## Write the table of families into adapters/FAMILIES.md
-	@$(BIN)/python -m adaplex.adapters.formats.table adapters/FAMILIES.md
+	@PYTHONPATH=tests $(BIN)/python -m tools.families_table adapters/FAMILIES.md
 
 model: $(INSTALLED) ## Fetch and convert the default model, once
 	@$(BIN)/python -m adaplex.model.base.source >/dev/null

@@ -20,6 +20,7 @@ from adaplex.model.base.loader import load_base
 from adapters.handmade import BASE, checkpoint
 from peft_families import FAMILIES
 from rig import lowered
+from tools import families_table
 
 PAGE = Path(__file__).parents[2] / "adapters" / "FAMILIES.md"
 PRIMITIVES = {
@@ -69,9 +70,9 @@ def test_rows_name_primitives_as_reports_do() -> None:
 
 def test_the_page_has_the_table_of_the_code() -> None:
     text = PAGE.read_text()
-    assert table.rewritten(text) == text, "run make formats"
+    assert families_table.rewritten(text) == text, "run make formats"
 
 
 def test_a_text_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="formats:begin"):
-        table.rewritten("no table here")
+        families_table.rewritten("no table here")

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid, Refusal
-from adaplex.adapters.formats.about import FormatRow
-from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.base import FormatRow, Lowered
 from adaplex.adapters.formats.lowering_context import HARMLESS, LoweringContext
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_match import FINGERPRINT, NAME

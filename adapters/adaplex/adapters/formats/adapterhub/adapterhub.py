@@ -13,12 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 from adaplex.adapters.checkpoint import Checkpoint
-from adaplex.adapters.formats.about import FormatRow
 from adaplex.adapters.formats.adapterhub.bottleneck import lower_bottleneck
 from adaplex.adapters.formats.adapterhub.lora import PROJECTIONS, lower_lora
 from adaplex.adapters.formats.adapterhub.method_config import LoweredMethod, MethodConfig, Places
 from adaplex.adapters.formats.adapterhub.prefix import lower_prefix
-from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.base import FormatRow, Lowered
 from adaplex.adapters.formats.lowering_context import HARMLESS, LoweringContext
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseSpec

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters.checkpoint import Checkpoint
-from adaplex.adapters.formats.about import FormatRow
+from adaplex.adapters.formats.base import FormatRow, Lowered
 from adaplex.adapters.formats.lora.config import HARMLESS, UNSUPPORTED, USED, check_config
 from adaplex.adapters.formats.lora.pairs import lower_pair, scale_of
 from adaplex.adapters.formats.lora.parameters import Place, pattern_names, targeted_parameters
 from adaplex.adapters.formats.lora.tensors import LoraTensors, sort_tensors
-from adaplex.adapters.formats.lowered import Lowered
 from adaplex.adapters.formats.lowering_context import LoweringContext
 from adaplex.adapters.formats.modules_to_save import (
     check_copy,
@@ -29,7 +28,7 @@ from adaplex.adapters.formats.modules_to_save import (
     saved_modules,
     without_saved,
 )
-from adaplex.adapters.formats.trainable_tokens import lower_rows, token_rows
+from adaplex.adapters.formats.token_rows import lower_rows, token_rows
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.program.primitives import LowRank

@@ -9,8 +9,7 @@ from functools import partial
 
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats import lowering_context as shared
-from adaplex.adapters.formats.about import FormatRow
-from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.base import FormatRow, Lowered
 from adaplex.adapters.formats.lowering_context import PREFIX, LoweringContext
 from adaplex.adapters.formats.peft_modules import Roles, by_module, check_has_targets, lower_modules
 from adaplex.adapters.limits import AdapterLimits

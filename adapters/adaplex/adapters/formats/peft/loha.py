@@ -10,8 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from adaplex.adapters.checkpoint import Checkpoint
-from adaplex.adapters.formats.about import FormatRow
-from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.base import FormatRow, Lowered
 from adaplex.adapters.formats.lowering_context import PREFIX, LoweringContext
 from adaplex.adapters.formats.peft.lycoris import HARMLESS, USED, lower_pairs, rank_and_scale, thin
 from adaplex.adapters.formats.peft_modules import Roles, WrittenOut, all_there, is_linear

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaplex.adapters.errors import AdapterTooLarge
 from adaplex.adapters.formats import lowering_context as shared
-from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.base import Lowered
 from adaplex.adapters.formats.lowering_context import TARGETS, LoweringContext, is_number, is_rank
 from adaplex.adapters.formats.peft_modules import (
     Roles,

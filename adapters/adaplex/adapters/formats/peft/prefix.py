@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from adaplex.adapters.checkpoint import Checkpoint
-from adaplex.adapters.formats.about import FormatRow
-from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.base import FormatRow, Lowered
 from adaplex.adapters.formats.lowering_context import LoweringContext
 from adaplex.adapters.formats.peft.prompt import (
     HARMLESS,

@@ -16,8 +16,7 @@ from torch import Tensor
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterTooLarge
 from adaplex.adapters.formats import lowering_context as shared
-from adaplex.adapters.formats.about import FormatRow
-from adaplex.adapters.formats.lowered import Lowered
+from adaplex.adapters.formats.base import FormatRow, Lowered
 from adaplex.adapters.formats.lowering_context import LoweringContext, is_rank
 from adaplex.adapters.formats.peft_modules import by_module, saved_programs
 from adaplex.adapters.limits import AdapterLimits

@@ -1,0 +1,132 @@
+"""Families: one file each, one line each in FORMATS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from adaplex.adapters.checkpoint import Checkpoint
+from adaplex.adapters.digest import content_digest
+from adaplex.adapters.errors import AdapterInvalid, Refusal
+from adaplex.adapters.formats.adapterhub import AdapterHub
+from adaplex.adapters.formats.base import Format
+from adaplex.adapters.formats.bundle import Bundle
+from adaplex.adapters.formats.lora.lora import Lora
+from adaplex.adapters.formats.peft.adalora import AdaLora
+from adaplex.adapters.formats.peft.bitfit import Beft, BitFit
+from adaplex.adapters.formats.peft.ia3 import IA3
+from adaplex.adapters.formats.peft.ln_tuning import LNTuning
+from adaplex.adapters.formats.peft.loha import Loha
+from adaplex.adapters.formats.peft.lokr import Lokr
+from adaplex.adapters.formats.peft.merged_only import FALLBACKS, MergedOnly
+from adaplex.adapters.formats.peft.prefix import PrefixTuning
+from adaplex.adapters.formats.peft.prompt import MultitaskPromptTuning, PromptTuning
+from adaplex.adapters.formats.peft.trainable_tokens import TrainableTokens
+from adaplex.adapters.formats.peft.vera import Vera
+from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.program.base_match import recorded_quantization
+from adaplex.adapters.program.base_spec import BaseSpec
+from adaplex.adapters.program.program import AdapterProgram
+
+ADAPTERHUB = "ADAPTERHUB"
+"""The kind of configs that have no `peft_type`, but the `config` of AdapterHub's library."""
+
+
+def _lower_part(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:
+    return lower(checkpoint, base, limits)
+
+
+FORMATS: Mapping[str, Format] = {
+    "LORA": Lora(),
+    "ADALORA": AdaLora(),
+    ADAPTERHUB: AdapterHub(),
+    "BEFT": Beft(),
+    "BITFIT": BitFit(),
+    "CPT": PromptTuning("cpt", "CPT"),
+    "HYBRID": Bundle(_lower_part),
+    "IA3": IA3(),
+    "LN_TUNING": LNTuning(),
+    "LOHA": Loha(),
+    "LOKR": Lokr(),
+    "MULTITASK_PROMPT_TUNING": MultitaskPromptTuning(),
+    "CARTRIDGE": PrefixTuning("cartridge", "cartridges", ["num_frozen_tokens"]),
+    "PREFIX_TUNING": PrefixTuning("prefix-tuning", "prefix tuning", ["prefix_projection"]),
+    "PROMPT_TUNING": PromptTuning("prompt-tuning", "prompt tuning"),
+    "P_TUNING": PromptTuning("p-tuning", "P-tuning"),
+    "VERA": Vera(),
+    "TRAINABLE_TOKENS": TrainableTokens(),
+    **FALLBACKS,
+}
+"""PEFT's `peft_type`, or one of ours -> format."""
+
+NEEDS: Mapping[str, str] = {
+    "ADAMSS": "the clusters of the base's weights that it was trained on, which it does not save",
+    "ADAPTION_PROMPT": "gated attention over learned prompts",
+    "BONE": "to be saved again by PEFT 0.21, which calls it MISS",
+    "FROD": "a decomposition of the base's weights over all layers at once",
+    "LILY": "a router between low-rank pairs",
+    "POLY": "a router between low-rank pairs",
+    "SHADOW": "a second, smaller network beside the base's layers",
+    "XLORA": "a router between low-rank pairs",
+}
+"""What a family that is not served yet would need."""
+
+
+def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:
+    """Lowers a checkpoint to primitives. Raises AdapterInvalid with every refusal."""
+    kind = kind_of(checkpoint.config)
+    found = FORMATS.get(kind) if isinstance(kind, str) else None
+    if found is None:
+        need = f"; it needs {NEEDS[kind]}" if isinstance(kind, str) and kind in NEEDS else ""
+        raise AdapterInvalid.because(
+            "peft_type", f"{kind!r:.80} is not served; served are {', '.join(FORMATS)}{need}"
+        )
+    if refusals := list(_positions(checkpoint, found)):
+        raise AdapterInvalid(refusals)
+    lowered = found.lower(checkpoint, base, limits)
+    digest = identity(checkpoint)
+    if digest is None:
+        assert lowered.semantics is not None
+        read = Checkpoint(lowered.semantics, checkpoint.tensors)
+        digest = content_digest(read, lowered.semantics)
+    program = AdapterProgram(
+        digest,
+        lowered.family or found.family,
+        lowered.modules,
+        (*lowered.notes, *recorded_quantization(checkpoint.config)),
+        lowered.warnings,
+        lowered.invocation,
+    )
+    if refusals := list(_overflows(program)):
+        raise AdapterInvalid(refusals)
+    return program
+
+
+def identity(checkpoint: Checkpoint) -> str | None:
+    """The digest of a checkpoint of a known family; None where it takes the base to tell."""
+    fields = FORMATS[kind_of(checkpoint.config)].semantic_fields
+    return None if fields is None else content_digest(checkpoint, fields)
+
+
+def kind_of(config: Mapping[str, Any]) -> Any:
+    """A key of FORMATS, or what is none."""
+    if "peft_type" not in config and isinstance(config.get("config"), dict):
+        return ADAPTERHUB
+    return config.get("peft_type")
+
+
+def _positions(checkpoint: Checkpoint, found: Format) -> Iterator[Refusal]:
+    """Tensors of whole numbers, where the format takes none."""
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        if not tensor.is_floating_point() and not isinstance(found, MergedOnly | Bundle):
+            yield Refusal(name, f"has dtype {tensor.dtype}; weights of {found.family} are real")
+
+
+def _overflows(program: AdapterProgram) -> Iterator[Refusal]:
+    """Tensors that are not finite once scaled and in bf16: they would poison other rows."""
+    for module in program.modules:
+        for role, tensor in module.tensors():
+            if not bool(torch.isfinite(tensor.to(torch.bfloat16)).all()):
+                yield Refusal(module.module, f"its {role}, scaled by {module.scale:g}, overflows")
