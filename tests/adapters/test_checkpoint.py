@@ -54,12 +54,12 @@ def test_a_pickle_beside_the_config_is_named(tmp_path: Path) -> None:
     assert caught.value.field == "adapter_model.bin"
 
 
-CUT_SHORT = "cut short"
+TRUNCATED = "is truncated: the header is incomplete"
 BAD_WEIGHTS: dict[str, tuple[bytes, str, str]] = {
-    "empty": (b"", WEIGHTS, CUT_SHORT),
-    "length cut short": (b"\x01\x00\x00", WEIGHTS, CUT_SHORT),
-    "header cut short": (files()[WEIGHTS][:40], WEIGHTS, CUT_SHORT),
-    "length beyond the file": (safetensors_bytes({}, length=1 << 62), WEIGHTS, CUT_SHORT),
+    "empty": (b"", WEIGHTS, TRUNCATED),
+    "length cut short": (b"\x01\x00\x00", WEIGHTS, TRUNCATED),
+    "header cut short": (files()[WEIGHTS][:40], WEIGHTS, TRUNCATED),
+    "length beyond the file": (safetensors_bytes({}, length=1 << 62), WEIGHTS, TRUNCATED),
     "data cut short": (files()[WEIGHTS][:-1], WEIGHTS, "bytes of data where the header"),
     "trailing bytes": (files()[WEIGHTS] + b"\0", WEIGHTS, "bytes of data where the header"),
     "pickle": (pickle.dumps({"weight": [1.0]}, protocol=2), WEIGHTS, "is a pickle"),
@@ -68,9 +68,9 @@ BAD_WEIGHTS: dict[str, tuple[bytes, str, str]] = {
     "header not JSON": (safetensors_bytes(b"{nonsense}"), WEIGHTS, "is not JSON"),
     "header not UTF-8": (safetensors_bytes(b'{"\xff": 1}'), WEIGHTS, "is not JSON"),
     "header a list": (safetensors_bytes([]), WEIGHTS, "is not a JSON object"),
-    "duplicate key": (safetensors_bytes(b'{"a": 1, "a": 2}'), WEIGHTS, "a key is given twice"),
-    "no tensor": (safetensors_bytes({}), WEIGHTS, "holds no tensor"),
-    "only metadata": (safetensors_bytes({"__metadata__": {}}), WEIGHTS, "holds no tensor"),
+    "duplicate key": (safetensors_bytes(b'{"a": 1, "a": 2}'), WEIGHTS, "a key is repeated"),
+    "no tensor": (safetensors_bytes({}), WEIGHTS, "contains no tensor"),
+    "only metadata": (safetensors_bytes({"__metadata__": {}}), WEIGHTS, "contains no tensor"),
     "bad metadata": (
         safetensors_bytes({"__metadata__": {"a": 1}, "t": F32}, bytes(8)),
         "__metadata__",
@@ -181,8 +181,8 @@ BAD_CONFIGS: dict[str, tuple[bytes, str]] = {
     "not UTF-8": (b'{"peft_type": "\xff"}', "is not JSON"),
     "a list": (b"[]", "is not a JSON object"),
     "a number": (b"1", "is not a JSON object"),
-    "duplicate key": (b'{"r": 1, "r": 2}', "a key is given twice"),
-    "duplicate key inside": (b'{"rank_pattern": {"a": 1, "a": 2}}', "a key is given twice"),
+    "duplicate key": (b'{"r": 1, "r": 2}', "a key is repeated"),
+    "duplicate key inside": (b'{"rank_pattern": {"a": 1, "a": 2}}', "a key is repeated"),
     "deeply nested": (b'{"r": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is not JSON"),
     "nested": (b'{"r": ' + b"[" * 60 + b"]" * 60 + b"}", "nested deeper than"),
     "NaN": (b'{"r": NaN}', "NaN"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from adaplex.adapters import formats
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS, Checkpoint, read_checkpoint
 from adaplex.adapters.digest import PATTERN, content_digest
-from adaplex.adapters.formats.lora.lora import HARMLESS, UNSUPPORTED, USED
+from adaplex.adapters.formats.lora.config import HARMLESS, UNSUPPORTED, USED
 from adaplex.adapters.limits import AdapterLimits
 from adapters.handmade import (
     BASE,

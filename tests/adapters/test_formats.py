@@ -12,9 +12,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.formats import FORMATS, NEEDS, lower, table
-from adaplex.adapters.formats.lowering_context import HARMLESS, TARGETS
+from adaplex.adapters.formats.lowering_context import COMMON_FIELDS, TARGET_FIELDS
 from adaplex.adapters.formats.peft.kinds import KINDS, PeftKind
-from adaplex.adapters.formats.peft.merged_only import IDLE, UNSUPPORTED
+from adaplex.adapters.formats.peft.merged_only import TRAINING_ONLY, UNSUPPORTED
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.model.base.loader import load_base
 from adapters.handmade import BASE, checkpoint
@@ -47,8 +47,8 @@ def test_every_field_of_a_merged_type_is_known(kind: PeftKind) -> None:
     own = theirs - {f.name for f in fields(PeftConfig)}
     known = kind.fields | kind.harmless
     assert known <= own, "not PEFT's"
-    assert own - known - TARGETS - IDLE == {"modules_to_save"}
-    assert not known & (HARMLESS | UNSUPPORTED.keys())
+    assert own - known - TARGET_FIELDS - TRAINING_ONLY == {"modules_to_save"}
+    assert not known & (COMMON_FIELDS | UNSUPPORTED.keys())
 
 
 @pytest.mark.parametrize("name", FAMILIES)

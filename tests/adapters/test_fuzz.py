@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
 from adaplex.adapters.errors import AdapterError
-from adaplex.adapters.formats.lora.lora import HARMLESS, UNSUPPORTED, USED
+from adaplex.adapters.formats.lora.config import HARMLESS, UNSUPPORTED, USED
 from adaplex.adapters.registry.registry import AdapterRegistry
 from adaplex.adapters.storage.staging import FileSpec, Staging
 from adapters.handmade import (

@@ -8,7 +8,7 @@ import torch
 
 from adaplex.adapters import formats
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
-from adaplex.adapters.formats.lora.lora import UNSUPPORTED
+from adaplex.adapters.formats.lora.config import UNSUPPORTED
 from adaplex.adapters.limits import AdapterLimits
 from adapters.handmade import (
     BASE,

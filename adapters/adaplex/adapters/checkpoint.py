@@ -1,8 +1,8 @@
-"""Checkpoint: an adapter directory, read with every size checked before memory is taken.
+"""Checkpoint: an adapter directory, read with every size checked before memory is allocated.
 
-Two files count, adapter_config.json and adapter_model.safetensors, which AdapterHub calls
-adapter.safetensors. Pickles are refused: loading one runs code that its author chose. Format of
-safetensors: https://huggingface.co/docs/safetensors.
+Two files are read: adapter_config.json and adapter_model.safetensors (AdapterHub names the latter
+adapter.safetensors). Pickles are refused, because loading one runs code chosen by its author.
+Safetensors format: https://huggingface.co/docs/safetensors.
 """
 
 from __future__ import annotations
@@ -27,27 +27,29 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
 ADAPTERHUB_WEIGHTS = "adapter.safetensors"
-"""AdapterHub's name of the weights. Sources and clients bring them in as WEIGHTS."""
+"""AdapterHub's name of the weights file. Sources and clients import it as WEIGHTS."""
 SIGNATURE = "model.sig"
-"""OpenSSF model signature of the others; may be left out."""
+"""OpenSSF model signature of the other files; optional."""
 
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "U8": 1}
-"""Whole numbers are positions, which few formats take."""
+"""Bytes of an element of each accepted dtype. Few formats accept integers, which are indices."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 LENGTH_BYTES = 8
+"""Bytes of the header's length, at the beginning of a safetensors file."""
 MAX_DIMENSIONS = 4
 MAX_ELEMENTS = 1 << 48
-"""Of a tensor, sizes of 0 left out: AdaLoRA saves what it has pruned as [0, in]."""
+"""Elements of a tensor; a size of 0 counts as 1, because AdaLoRA saves pruned pairs as [0, in]."""
 MAX_DEPTH = 16
-"""Of lists and objects within each other in a JSON file."""
+"""Levels of nested lists and objects in a JSON file."""
 ENTRY = {"dtype", "shape", "data_offsets"}
+"""Keys of a tensor's entry in the header."""
 NO_PICKLES = "is a pickle, which could run code; only safetensors are accepted"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A config and its tensors: finite, of known dtypes, nothing else checked yet."""
+    """A config and its tensors, which are finite and of known dtypes. Nothing else is checked."""
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
@@ -64,7 +66,7 @@ def read_checkpoint(directory: Path, limits: AdapterLimits) -> Checkpoint:
     except SafetensorError as error:
         raise AdapterInvalid.because(WEIGHTS, f"is no safetensors file: {error}") from None
     refusals = [
-        Refusal(name, "holds NaN or infinity")
+        Refusal(name, "contains NaN or infinity")
         for name, tensor in sorted(tensors.items())
         if not bool(torch.isfinite(tensor).all())
     ]
@@ -74,20 +76,20 @@ def read_checkpoint(directory: Path, limits: AdapterLimits) -> Checkpoint:
 
 
 def write_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
-    """Writes the two files of an adapter directory: the same bytes for the same content."""
+    """Writes the two files of an adapter directory. Equal checkpoints give equal bytes."""
     (directory / CONFIG).write_text(json.dumps(dict(checkpoint.config), indent=1))
     save_file(dict(checkpoint.tensors), directory / WEIGHTS)
 
 
 def weights_in(directory: Path) -> Path:
-    """The weights, by AdapterHub's name only where PEFT's is not there."""
+    """Returns the path of the weights: AdapterHub's name only if PEFT's does not exist."""
     other = directory / ADAPTERHUB_WEIGHTS
     peft = directory / WEIGHTS
     return other if other.is_file() and not os.path.lexists(peft) else peft
 
 
 def check_files_there(directory: Path) -> None:
-    """Raises AdapterInvalid when a file is missing; a pickle in its place is named."""
+    """Raises AdapterInvalid if a file is missing, naming a pickle that is in its place."""
     for name in FILES:
         path = weights_in(directory) if name == WEIGHTS else directory / name
         if not path.is_file():
@@ -98,7 +100,7 @@ def check_files_there(directory: Path) -> None:
 
 
 def read_config(path: Path, limits: AdapterLimits) -> dict[str, Any]:
-    """The JSON object in adapter_config.json. Raises AdapterInvalid or AdapterTooLarge."""
+    """Returns the object in adapter_config.json. Raises AdapterInvalid or AdapterTooLarge."""
     size = path.stat().st_size
     if size > limits.max_config_bytes:
         raise AdapterTooLarge(
@@ -108,7 +110,7 @@ def read_config(path: Path, limits: AdapterLimits) -> dict[str, Any]:
 
 
 def check_weights(path: Path, limits: AdapterLimits) -> None:
-    """Checks a safetensors file by its header alone. Raises AdapterInvalid or AdapterTooLarge."""
+    """Checks the header of a safetensors file. Raises AdapterInvalid or AdapterTooLarge."""
     size = path.stat().st_size
     if size > limits.max_adapter_bytes:
         raise AdapterTooLarge(
@@ -118,10 +120,10 @@ def check_weights(path: Path, limits: AdapterLimits) -> None:
         start = file.read(LENGTH_BYTES)
         length = int.from_bytes(start, "little")
         if len(start) < LENGTH_BYTES or length > size - LENGTH_BYTES:
-            # only here, because a length may begin like a pickle: 640 is 80 02
+            # checked here alone: a valid length may begin like a pickle (640 is 80 02)
             if start.startswith(PICKLE_MAGIC):
                 raise AdapterInvalid.because(WEIGHTS, NO_PICKLES)
-            raise AdapterInvalid.because(WEIGHTS, "is cut short: the header is not all there")
+            raise AdapterInvalid.because(WEIGHTS, "is truncated: the header is incomplete")
         if length > limits.max_header_bytes:
             raise AdapterTooLarge(
                 f"the header of {WEIGHTS} has {length} bytes, "
@@ -133,7 +135,7 @@ def check_weights(path: Path, limits: AdapterLimits) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise AdapterInvalid.because(f"{WEIGHTS} __metadata__", "does not map strings to strings")
     if not header:
-        raise AdapterInvalid.because(WEIGHTS, "holds no tensor")
+        raise AdapterInvalid.because(WEIGHTS, "contains no tensor")
     if len(header) > limits.max_tensors:
         raise AdapterTooLarge(
             f"{WEIGHTS} has {len(header)} tensors, the limit is {limits.max_tensors}",
@@ -145,7 +147,9 @@ def check_weights(path: Path, limits: AdapterLimits) -> None:
 
 
 def _check_entries(header: Mapping[str, Any], data_bytes: int) -> Iterator[Refusal]:
-    """Every tensor's dtype, shape and place; together they cover the data, without overlap."""
+    """Yields refusals of header entries: each tensor's dtype, shape and offsets must be valid, and
+    together the tensors must cover the data without overlap.
+    """
     spans = []
     for name, entry in header.items():
         if (problem := _entry_problem(entry)) is not None:
@@ -163,39 +167,41 @@ def _check_entries(header: Mapping[str, Any], data_bytes: int) -> Iterator[Refus
 
 
 def _entry_problem(entry: Any) -> str | None:
-    """What is wrong with one tensor's header entry, by itself."""
+    """Returns what is wrong with one tensor's header entry, or None."""
     if not isinstance(entry, dict) or entry.keys() != ENTRY:
-        return f"its header entry does not hold just {', '.join(sorted(ENTRY))}"
+        return f"its header entry must have exactly {', '.join(sorted(ENTRY))}"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         return f"has dtype {dtype!r:.40}; accepted are {', '.join(DTYPE_BYTES)}"
     if not _are_whole(shape, least=0) or len(shape) > MAX_DIMENSIONS:
-        return f"has shape {shape!r:.80}; accepted are up to {MAX_DIMENSIONS} sizes from 0"
+        return f"has shape {shape!r:.80}; accepted are up to {MAX_DIMENSIONS} sizes of at least 0"
     if math.prod(size or 1 for size in shape) >= MAX_ELEMENTS:
-        return f"has shape {shape!r:.80}, which is too large"
+        return f"has shape {shape!r:.80}; the limit is {MAX_ELEMENTS} elements"
     if not _are_whole(offsets, least=0) or len(offsets) != 2:
-        return f"has data_offsets {offsets!r:.80}; expected where it begins and ends"
+        return f"has data_offsets {offsets!r:.80}; expected [begin, end]"
     begin, end = offsets
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if end - begin != expected:
-        return f"has {end - begin} bytes; shape {shape} in {dtype} takes {expected}"
+        return f"has {end - begin} bytes; shape {shape} in {dtype} needs {expected}"
     return None
 
 
 def _are_whole(numbers: object, *, least: int) -> bool:
-    """Whether this is a list of integers from `least` up that fit into 63 bits."""
+    """True if this is a list of integers from `least` to 2**63 - 1."""
     return isinstance(numbers, list) and all(
         type(number) is int and least <= number < 1 << 63 for number in numbers
     )
 
 
 def _json_object(data: bytes, where: str) -> dict[str, Any]:
-    """Parses a JSON object: no key twice, no NaN, no half of a surrogate pair."""
+    """Returns the parsed JSON object. Raises AdapterInvalid, also for a repeated key, NaN or half
+    of a surrogate pair.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) != len(pairs):
-            raise ValueError("a key is given twice")
+            raise ValueError("a key is repeated")
         return made
 
     try:
@@ -212,7 +218,7 @@ def _json_object(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _check_depth(parsed: Any) -> None:
-    """Raises ValueError for what could overflow the stack of whoever prints or compares it."""
+    """Raises ValueError for nesting that could overflow the stack when printed or compared."""
     level = [parsed]
     for _ in range(MAX_DEPTH + 1):
         inner = [
@@ -220,9 +226,9 @@ def _check_depth(parsed: Any) -> None:
         ]
         level = [value for values in inner for value in values]
     if level:
-        raise ValueError(f"it is nested deeper than {MAX_DEPTH}")
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
 
 
 def _no_constant(name: str) -> None:
-    """Refuses what Python's parser takes and JSON does not know."""
+    """Raises ValueError for NaN and infinity, which Python parses although JSON has neither."""
     raise ValueError(f"{name} is no JSON number")

@@ -1,4 +1,4 @@
-"""AdapterLimits: what an adapter may take, checked before memory is."""
+"""AdapterLimits: size limits that are checked before memory is allocated."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Self
 
 MIB = 1024**2
 ALIGNMENT = 64
-"""Bytes: adapters, and the tensors in a packed one, start at multiples of it."""
+"""Bytes. Packed adapters, and the tensors in them, start at multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -16,23 +16,24 @@ class AdapterLimits:
     """Byte, count and rank limits of one adapter and of the store."""
 
     max_adapter_bytes: int = 512 * MIB
-    """Of all files of one adapter."""
+    """Bytes of all files of one adapter."""
     max_rank: int = 256
     max_virtual_tokens: int = 2048
-    """Positions that an adapter puts before the prompt."""
+    """Positions that an adapter may add before the prompt."""
     max_config_bytes: int = MIB
     max_header_bytes: int = 8 * MIB
+    """Bytes of the JSON header of a safetensors file."""
     max_tensors: int = 100_000
     max_adapters: int = 10_000
     """Names in the catalog."""
     max_versions: int = 1000
-    """Under one name."""
+    """Versions of one name."""
     max_store_bytes: int = 1024 * 1024 * MIB
-    """Of all stored files."""
+    """Bytes of all stored files."""
 
     def for_stored(self) -> Self:
-        """The limits that hold for stored content: those of an upload may have been lowered since,
-        and must not make it unreadable.
+        """Returns the limits for stored content: without those of size and rank, because lowering
+        the limits of uploads must not make stored adapters unreadable.
         """
         return replace(
             self,

@@ -16,7 +16,7 @@ from torch import Tensor
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid, Refusal
 from adaplex.adapters.formats.base import FormatRow, Lowered
-from adaplex.adapters.formats.lowering_context import HARMLESS, LoweringContext
+from adaplex.adapters.formats.lowering_context import COMMON_FIELDS, LoweringContext
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_match import FINGERPRINT, NAME
 from adaplex.adapters.program.base_spec import BaseSpec
@@ -53,19 +53,19 @@ class Bundle:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = LoweringContext(checkpoint, base, limits)
-        reading.check_known("a hybrid", USED, HARMLESS)
-        parts = _parts(reading)
-        reading.raise_refused()
+        context = LoweringContext(checkpoint, base, limits)
+        context.check_fields("a hybrid", USED, COMMON_FIELDS)
+        parts = _parts(context)
+        context.raise_refusals()
         programs: list[AdapterProgram] = []
         for i, part in enumerate(parts):
             try:
                 programs.append(self._lower(part, base, limits))
             except AdapterInvalid as error:
-                reading.refusals += [
+                context.refusals += [
                     Refusal(f"parts[{i}].{r.where}", r.reason) for r in error.refusals
                 ]
-        reading.raise_refused()
+        context.raise_refusals()
         made = summed([(1.0, program) for program in programs], base, digest="", family="hybrid")
         return Lowered(
             made.modules,
@@ -97,26 +97,26 @@ def join(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
     return Checkpoint(config, tensors)
 
 
-def _parts(reading: LoweringContext) -> list[Checkpoint]:
+def _parts(context: LoweringContext) -> list[Checkpoint]:
     """Each part's config and tensors; refuses tensors of no part."""
-    configs = reading.config.get("parts")
+    configs = context.config.get("parts")
     if not isinstance(configs, list) or not 1 <= len(configs) <= MAX_PARTS:
-        reading.refuse("parts", f"must be a list of 1 to {MAX_PARTS} adapter configs")
+        context.refuse("parts", f"must be a list of 1 to {MAX_PARTS} adapter configs")
         return []
     for i, config in enumerate(configs):
         if not isinstance(config, dict):
-            reading.refuse(f"parts[{i}]", "must be an object")
+            context.refuse(f"parts[{i}]", "must be an object")
         elif config.get("peft_type") == TYPE:
-            reading.refuse(f"parts[{i}].peft_type", "a hybrid has no hybrids in it")
+            context.refuse(f"parts[{i}].peft_type", "a hybrid has no hybrids in it")
     tensors: list[dict[str, Tensor]] = [{} for _ in configs]
-    for key, tensor in reading.tensors.items():
+    for key, tensor in context.tensors.items():
         match = KEY.fullmatch(key)
         if match is None or int(match["index"]) >= len(configs):
-            reading.refuse(key, f"does not begin with parts.0. to parts.{len(configs) - 1}.")
+            context.refuse(key, f"does not begin with parts.0. to parts.{len(configs) - 1}.")
         else:
             tensors[int(match["index"])][match["name"]] = tensor
     for i, (config, found) in enumerate(zip(configs, tensors, strict=True)):
         if not found and isinstance(config, dict):
-            reading.refuse(f"parts[{i}]", "has no tensors")
+            context.refuse(f"parts[{i}]", "has no tensors")
     pairs = zip(configs, tensors, strict=True)
     return [Checkpoint(config, found) for config, found in pairs if isinstance(config, Mapping)]

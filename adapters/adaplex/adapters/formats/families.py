@@ -20,7 +20,7 @@ from adaplex.adapters.formats.peft.ia3 import IA3
 from adaplex.adapters.formats.peft.ln_tuning import LNTuning
 from adaplex.adapters.formats.peft.loha import Loha
 from adaplex.adapters.formats.peft.lokr import Lokr
-from adaplex.adapters.formats.peft.merged_only import FALLBACKS, MergedOnly
+from adaplex.adapters.formats.peft.merged_only import MERGED_ONLY, MergedOnly
 from adaplex.adapters.formats.peft.prefix import PrefixTuning
 from adaplex.adapters.formats.peft.prompt import MultitaskPromptTuning, PromptTuning
 from adaplex.adapters.formats.peft.trainable_tokens import TrainableTokens
@@ -57,7 +57,7 @@ FORMATS: Mapping[str, Format] = {
     "P_TUNING": PromptTuning("p-tuning", "P-tuning"),
     "VERA": Vera(),
     "TRAINABLE_TOKENS": TrainableTokens(),
-    **FALLBACKS,
+    **MERGED_ONLY,
 }
 """PEFT's `peft_type`, or one of ours -> format."""
 

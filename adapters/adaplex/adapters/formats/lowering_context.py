@@ -24,9 +24,11 @@ from adaplex.adapters.program.program import ModuleProgram
 
 PREFIX = "base_model.model."
 """Of the keys that PEFT writes, but those of prompt learning."""
-TARGETS = frozenset(["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"])
+TARGET_FIELDS = frozenset(
+    ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"]
+)
 """Fields that say which modules are adapted."""
-HARMLESS = frozenset(
+COMMON_FIELDS = frozenset(
     [
         "task_type",
         "auto_mapping",
@@ -71,29 +73,29 @@ class LoweringContext:
         """Adds a reason not to serve the adapter."""
         self.refusals.append(Refusal(where, reason))
 
-    def note(self, text: str) -> None:
+    def add_note(self, text: str) -> None:
         """Adds what a user may want to know, once."""
         if text not in self.notes:
             self.notes.append(text)
 
     @contextmanager
-    def collecting(self) -> Iterator[None]:
+    def collect_refusals(self) -> Iterator[None]:
         """Joins an AdapterInvalid, as a bad pattern raises it, to the other reasons."""
         try:
             yield
         except AdapterInvalid as error:
             self.refusals.extend(error.refusals)
 
-    def raise_refused(self) -> None:
+    def raise_refusals(self) -> None:
         """Raises AdapterInvalid with every reason found, if there is one."""
         if self.refusals:
             raise AdapterInvalid(self.refusals)
 
-    def check_known(
+    def check_fields(
         self,
         family: str,
         used: Collection[str],
-        harmless: Collection[str] = HARMLESS,
+        harmless: Collection[str] = COMMON_FIELDS,
         unsupported: Mapping[str, str] | None = None,
     ) -> None:
         """Refuses fields that are set and unknown, or ask for what is not served: `unsupported`
@@ -162,7 +164,7 @@ class LoweringContext:
         """The base's output layer."""
         return next((m for m in self.base.modules.values() if m.is_head), None)
 
-    def weight(self, module: BaseModule, what: str) -> Tensor | None:
+    def base_weight(self, module: BaseModule, what: str) -> Tensor | None:
         """The base's weight at a module, fp32, in main memory; None, with a refusal saying what
         needs it, where it is not known.
         """
@@ -197,7 +199,7 @@ class LoweringContext:
         if not targets:
             self.refuse("target_modules", f"matches no module of the base {self.base.name}")
 
-    def fits(self, key: str, tensor: Tensor, *shape: int) -> bool:
+    def check_shape(self, key: str, tensor: Tensor, *shape: int) -> bool:
         """Refuses a tensor of another shape; tells whether it is of this one."""
         if tuple(tensor.shape) != shape:
             self.refuse(key, f"has shape {list(tensor.shape)}, expected {list(shape)}")
@@ -211,7 +213,7 @@ class LoweringContext:
         if base is None:
             self.refuse(key, "the base has no bias there")
             return None
-        return bias.float() - base if self.fits(key, bias, *base.shape) else None
+        return bias.float() - base if self.check_shape(key, bias, *base.shape) else None
 
     def check_ranks(self, programs: Iterable[ModuleProgram], where: str = "r") -> None:
         """Raises AdapterTooLarge for the first rank beyond the limit; of experts, that of one."""

@@ -19,34 +19,34 @@ TINY = 1e-6
 """Absolute: below it half precision knows few numbers."""
 
 
-def saved_modules(reading: LoweringContext) -> frozenset[str]:
+def saved_modules(context: LoweringContext) -> frozenset[str]:
     """Names of the base's modules that `modules_to_save` replaces: those whose name, or that of
     something they lie in, ends in an entry, by whole words or not.
     """
-    entries = tuple(reading.config.get("modules_to_save") or ())
+    entries = tuple(context.config.get("modules_to_save") or ())
     return frozenset(
         module.name
-        for module in reading.base.modules.values()
+        for module in context.base.modules.values()
         if module.kind != "block" and any(path.endswith(entries) for path in _paths(module.name))
     )
 
 
-def without_saved(reading: LoweringContext, targets: frozenset[str]) -> frozenset[str]:
+def without_saved(context: LoweringContext, targets: frozenset[str]) -> frozenset[str]:
     """PEFT adapts no module that it replaces. Raises AdapterInvalid for a bad pattern."""
-    entries = reading.config.get("modules_to_save") or ()
+    entries = context.config.get("modules_to_save") or ()
     patterns = [rf"(^|.*\.){entry}($|\..*)" for entry in entries]
     return frozenset(
         name
         for name in targets
         if not any(
-            reading.patterns.match(pattern, name, "modules_to_save", whole=False)
+            context.patterns.match(pattern, name, "modules_to_save", whole=False)
             for pattern in patterns
         )
     )
 
 
 def replacement(
-    reading: LoweringContext,
+    context: LoweringContext,
     module: BaseModule,
     key: str,
     weight: Tensor | None,
@@ -56,28 +56,28 @@ def replacement(
     do not fit. `key` is that of the weight.
     """
     if module.kind == "experts":
-        reading.refuse(module.name, "is named by modules_to_save; experts cannot be replaced")
+        context.refuse(module.name, "is named by modules_to_save; experts cannot be replaced")
         return None
     if weight is None:
-        reading.refuse(module.name, "is named by modules_to_save, but has no tensors")
+        context.refuse(module.name, "is named by modules_to_save, but has no tensors")
         return None
     if module.has_bias and bias is None:
-        reading.refuse(f"{module.name}.bias", "is missing; its weight is there")
-    if not reading.fits(key, weight, *_shape(module)):
+        context.refuse(f"{module.name}.bias", "is missing; its weight is there")
+    if not context.check_shape(key, weight, *_shape(module)):
         return None
     difference = None
     if bias is not None:
-        difference = reading.bias_difference(module, f"{module.name}.bias", bias)
+        difference = context.bias_difference(module, f"{module.name}.bias", bias)
     return ModuleProgram(module.name, bias=difference, weight=_oriented(module, weight))
 
 
-def check_copy(reading: LoweringContext, module: BaseModule, key: str, copy: Tensor) -> None:
+def check_copy(context: LoweringContext, module: BaseModule, key: str, copy: Tensor) -> None:
     """PEFT loads a copy of the base's weight over the base's own: they must be the same."""
-    if not reading.fits(key, copy, *_shape(module)):
+    if not context.check_shape(key, copy, *_shape(module)):
         return
-    weight = reading.weight(module, "a copy of it")
+    weight = context.base_weight(module, "a copy of it")
     if weight is not None and not is_close(_oriented(module, copy), weight):
-        reading.refuse(
+        context.refuse(
             key,
             "is not the base's own weight, which PEFT would load it over; to replace a weight, "
             "name the module in modules_to_save",

@@ -46,8 +46,8 @@ PACKED_BYTES = 2
 """Of an element, in bf16."""
 
 
-def by_module(
-    reading: LoweringContext,
+def tensors_by_module(
+    context: LoweringContext,
     family: str,
     roles: Collection[str],
     *,
@@ -64,35 +64,35 @@ def by_module(
     known = {role: role for role in roles} | {k: v for k, v in more.items() if k not in roles}
     pattern = re.compile(rf"(?P<module>.+?)\.(?P<role>{'|'.join(map(re.escape, known))})")
     found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in reading.tensors.items():
+    for key, tensor in context.tensors.items():
         name = ADAPTER_NAME.sub("", key)
         need = next((why for part, why in (unsupported or {}).items() if part in name), None)
         if name in shared:
             if name in met:
-                reading.refuse(key, "is given twice")
+                context.refuse(key, "is given twice")
             met.add(name)
         elif not name.startswith(prefix):
-            reading.refuse(key, f"does not begin with {prefix}")
+            context.refuse(key, f"does not begin with {prefix}")
         elif need is not None:
-            reading.refuse(key, need)
+            context.refuse(key, need)
         elif place := pattern.fullmatch(name.removeprefix(prefix)):
             module, role = found.setdefault(place["module"], {}), known[place["role"]]
             if role in module:
-                reading.refuse(key, "is given twice")
+                context.refuse(key, "is given twice")
             module[role] = tensor
         else:
-            reading.refuse(key, f"is not a tensor of {family} that this server knows")
+            context.refuse(key, f"is not a tensor of {family} that this server knows")
     return found
 
 
-def shared_tensor(reading: LoweringContext, name: str) -> Tensor | None:
+def shared_tensor(context: LoweringContext, name: str) -> Tensor | None:
     """A tensor of the whole adapter, if the checkpoint has it."""
-    keys = [key for key in reading.tensors if ADAPTER_NAME.sub("", key) == name]
-    return reading.tensors[keys[0]] if keys else None
+    keys = [key for key in context.tensors if ADAPTER_NAME.sub("", key) == name]
+    return context.tensors[keys[0]] if keys else None
 
 
 def lower_modules(
-    reading: LoweringContext,
+    context: LoweringContext,
     found: Mapping[str, Roles],
     lower_one: LowerOne,
     *,
@@ -105,63 +105,63 @@ def lower_modules(
     Raises AdapterInvalid with every refusal.
     """
     lowered: list[ModuleProgram | None] = []
-    with reading.collecting():
-        targets = without_saved(reading, reading.targets(kinds))
+    with context.collect_refusals():
+        targets = without_saved(context, context.targets(kinds))
         adapted = {name for name, roles in found.items() if roles.keys() - SAVED_ROLES}
-        reading.check_targets(adapted, targets)
-        lowered += saved_programs(reading, found, adapted)
-        for name in sorted(found.keys() - saved_modules(reading)):
-            if (module := reading.base.modules.get(name)) is not None:
+        context.check_targets(adapted, targets)
+        lowered += saved_programs(context, found, adapted)
+        for name in sorted(found.keys() - saved_modules(context)):
+            if (module := context.base.modules.get(name)) is not None:
                 program = lower_one(module, found[name]) if name in adapted else None
-                bias = _trained_bias(reading, module, found[name], name in targets, only)
+                bias = _trained_bias(context, module, found[name], name in targets, only)
                 if bias is not None:
                     program = replace(program or ModuleProgram(name), bias=bias)
                 lowered.append(program)
             elif name not in adapted:
-                reading.refuse(name, f"the base {reading.base.name} has no such module")
-    reading.raise_refused()
+                context.refuse(name, f"the base {context.base.name} has no such module")
+    context.raise_refusals()
     programs = (program for program in lowered if program is not None)
     return tuple(sorted(programs, key=lambda program: program.module))
 
 
 def saved_programs(
-    reading: LoweringContext, found: Mapping[str, Roles], adapted: Collection[str] = ()
+    context: LoweringContext, found: Mapping[str, Roles], adapted: Collection[str] = ()
 ) -> list[ModuleProgram | None]:
     """Programs of the modules that `modules_to_save` names, and refusals of weights of others."""
-    saved = saved_modules(reading)
+    saved = saved_modules(context)
     for name, roles in found.items():
-        module = reading.base.modules.get(name)
+        module = context.base.modules.get(name)
         if "weight" in roles and name not in saved:
-            reading.refuse(f"{name}.weight", "is there, but modules_to_save does not name it")
+            context.refuse(f"{name}.weight", "is there, but modules_to_save does not name it")
         if "copy" in roles and module is not None:
-            check_copy(reading, module, f"{PREFIX}{name}.base_layer.weight", roles["copy"])
+            check_copy(context, module, f"{PREFIX}{name}.base_layer.weight", roles["copy"])
     for name in sorted(saved.intersection(adapted)):
-        reading.refuse(name, "is named by modules_to_save, and is adapted as well")
+        context.refuse(name, "is named by modules_to_save, and is adapted as well")
     roles_of = {name: found.get(name, {}) for name in sorted(saved)}
     return [
         replacement(
-            reading, reading.base.modules[name], name, roles.get("weight"), roles.get("bias")
+            context, context.base.modules[name], name, roles.get("weight"), roles.get("bias")
         )
         for name, roles in roles_of.items()
     ]
 
 
-def all_there(reading: LoweringContext, module: BaseModule, roles: Roles, *wanted: str) -> bool:
+def check_present(context: LoweringContext, module: BaseModule, roles: Roles, *wanted: str) -> bool:
     """Refuses each of the wanted parameters that is missing; tells whether none is."""
     missing = [role for role in wanted if role not in roles]
     for role in missing:
-        reading.refuse(f"{PREFIX}{module.name}.{role}", "is missing")
+        context.refuse(f"{PREFIX}{module.name}.{role}", "is missing")
     return not missing
 
 
-def is_linear(reading: LoweringContext, module: BaseModule, family: str) -> bool:
+def check_linear(context: LoweringContext, module: BaseModule, family: str) -> bool:
     """Refuses a Conv1D, for families that PEFT has for torch's linears alone."""
     if module.transposed:
-        reading.refuse(module.name, f"is a Conv1D, which PEFT's {family} does not take")
+        context.refuse(module.name, f"is a Conv1D, which PEFT's {family} does not take")
     return not module.transposed
 
 
-class WrittenOut:
+class ExpandedSize:
     """Adds up the pairs that are larger than the tensors they are made of."""
 
     def __init__(self, limits: AdapterLimits) -> None:
@@ -179,30 +179,30 @@ class WrittenOut:
             )
 
 
-def check_bias_field(reading: LoweringContext, only: str) -> None:
+def check_bias_field(context: LoweringContext, only: str) -> None:
     """Refuses a `bias` that PEFT does not know."""
     kinds = ("none", "all", only)
-    fits = reading.config.get("bias", "none") in kinds
-    reading.check_kind("bias", fits, f"one of {', '.join(kinds)}")
+    fits = context.config.get("bias", "none") in kinds
+    context.check_kind("bias", fits, f"one of {', '.join(kinds)}")
 
 
-def check_has_targets(reading: LoweringContext) -> None:
+def check_has_targets(context: LoweringContext) -> None:
     """Refuses fields about modules that are of the wrong kind, or targets that name none."""
-    reading.check_target_fields()
-    reading.check_modules_to_save()
-    if not reading.config.get("target_modules"):
-        reading.refuse("target_modules", "is missing; PEFT writes it when it saves")
+    context.check_target_fields()
+    context.check_modules_to_save()
+    if not context.config.get("target_modules"):
+        context.refuse("target_modules", "is missing; PEFT writes it when it saves")
 
 
 def _trained_bias(
-    reading: LoweringContext, module: BaseModule, roles: Roles, is_target: bool, only: str
+    context: LoweringContext, module: BaseModule, roles: Roles, is_target: bool, only: str
 ) -> Tensor | None:
     """What a trained bias adds; the config says which modules may carry one."""
     if "bias" not in roles:
         return None
-    kind = reading.config.get("bias", "none")
+    kind = context.config.get("bias", "none")
     if not only:
-        reading.refuse(f"{module.name}.bias", "is there, but this family trains no biases")
+        context.refuse(f"{module.name}.bias", "is there, but this family trains no biases")
     elif kind == "none" or (kind == only and not is_target):
-        reading.refuse(f"{module.name}.bias", f"is there, but bias is {kind!r}")
-    return reading.bias_difference(module, f"{module.name}.bias", roles["bias"])
+        context.refuse(f"{module.name}.bias", f"is there, but bias is {kind!r}")
+    return context.bias_difference(module, f"{module.name}.bias", roles["bias"])

@@ -27,57 +27,57 @@ class TokenRows:
     """Name of a module: this one, or the embedding that it is tied to."""
 
 
-def token_rows(reading: LoweringContext, wanted: Mapping[str, list[int]]) -> dict[str, TokenRows]:
+def token_rows(context: LoweringContext, wanted: Mapping[str, list[int]]) -> dict[str, TokenRows]:
     """Name of a module -> its rows, out of the ids wanted for each module by name; refuses modules
     that have no rows.
     """
-    embedding, head = reading.embedding, reading.head
+    embedding, head = context.embedding, context.head
     rows = {}
     for name, ids in wanted.items():
         if name in {module.name for module in (embedding, head) if module is not None}:
             rows[name] = TokenRows(tuple(ids), name)
         else:
-            reading.refuse(name, "has no rows to replace: it is no embedding or output layer")
-    if reading.base.tied and embedding is not None and head is not None and embedding.name in rows:
+            context.refuse(name, "has no rows to replace: it is no embedding or output layer")
+    if context.base.tied and embedding is not None and head is not None and embedding.name in rows:
         first = rows[embedding.name]
         if rows.get(head.name, first).ids == first.ids:
             rows[head.name] = first
-        elif reading.config.get("ensure_weight_tying"):
-            reading.refuse("ensure_weight_tying", "needs the same tokens for both layers")
+        elif context.config.get("ensure_weight_tying"):
+            context.refuse("ensure_weight_tying", "needs the same tokens for both layers")
     return rows
 
 
 def lower_rows(
-    reading: LoweringContext,
+    context: LoweringContext,
     rows: Mapping[str, TokenRows],
     tensors: Mapping[str, tuple[str, Tensor]],
 ) -> dict[str, ModuleProgram | None]:
     """Programs that replace rows, by name of the module; `tensors` has key and tensor by it."""
     sources = {row.source for row in rows.values()}
     for name in sorted(sources - tensors.keys()):
-        reading.refuse(name, "its trained tokens are missing")
+        context.refuse(name, "its trained tokens are missing")
     for name in sorted(tensors.keys() - sources):
         own = tensors[name][1]
         twin = tensors.get(rows[name].source) if name in rows else None
         if twin is None or not torch.equal(own, twin[1]):
-            reading.refuse(tensors[name][0], "has tokens that the config does not name")
+            context.refuse(tensors[name][0], "has tokens that the config does not name")
     return {
-        name: _replaced(reading, reading.base.modules[name], row.ids, *tensors[row.source])
+        name: _replaced(context, context.base.modules[name], row.ids, *tensors[row.source])
         for name, row in sorted(rows.items())
         if row.source in tensors
     }
 
 
 def _replaced(
-    reading: LoweringContext, module: BaseModule, ids: tuple[int, ...], key: str, tensor: Tensor
+    context: LoweringContext, module: BaseModule, ids: tuple[int, ...], key: str, tensor: Tensor
 ) -> ModuleProgram | None:
     """The program of one module; None, with a refusal, when its tensor does not fit."""
     features = module.in_features if module.is_head else module.out_features
     if len(set(ids)) < len(ids):
-        reading.refuse(key, "has a token twice")
+        context.refuse(key, "has a token twice")
     elif module.is_head and module.has_bias:
-        reading.refuse(module.name, "has a bias, which PEFT leaves out with trainable tokens")
-    elif reading.fits(key, tensor, len(ids), features):
+        context.refuse(module.name, "has a bias, which PEFT leaves out with trainable tokens")
+    elif context.check_shape(key, tensor, len(ids), features):
         order = sorted(range(len(ids)), key=ids.__getitem__)
         rows = ReplacedRows(tuple(sorted(ids)), tensor[order])
         return ModuleProgram(module.name, rows=rows)

@@ -18,13 +18,13 @@ from adaplex.adapters.formats.adapterhub.lora import PROJECTIONS, lower_lora
 from adaplex.adapters.formats.adapterhub.method_config import LoweredMethod, MethodConfig, Places
 from adaplex.adapters.formats.adapterhub.prefix import lower_prefix
 from adaplex.adapters.formats.base import FormatRow, Lowered
-from adaplex.adapters.formats.lowering_context import HARMLESS, LoweringContext
+from adaplex.adapters.formats.lowering_context import COMMON_FIELDS, LoweringContext
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.adapters.program.program import ModuleProgram
 
 USED = frozenset(["config", "hidden_size", "model_type", "name", "version"])
-DESCRIPTIVE = HARMLESS | {"config_id", "label2id", "model_class", "model_name", "type"}
+DESCRIPTIVE = COMMON_FIELDS | {"config_id", "label2id", "model_class", "model_name", "type"}
 UNITED = "union"
 METHODS: Mapping[str | None, Callable[[MethodConfig], LoweredMethod]] = {
     None: lower_bottleneck,
@@ -61,22 +61,22 @@ class AdapterHub:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = LoweringContext(checkpoint, base, limits)
-        reading.check_known("AdapterHub", USED, DESCRIPTIVE)
-        _check_model(reading)
-        configs = list(_configs(reading))
-        places = _places(reading)
-        reading.raise_refused()
-        lowered = [_lower(reading, where, config, places) for where, config in configs]
-        for place in sorted(places if not reading.refusals else ()):
-            reading.refuse(place, "is there, but the config names nothing that has it")
+        context = LoweringContext(checkpoint, base, limits)
+        context.check_fields("AdapterHub", USED, DESCRIPTIVE)
+        _check_model(context)
+        configs = list(_configs(context))
+        places = _places(context)
+        context.raise_refusals()
+        lowered = [_lower(context, where, config, places) for where, config in configs]
+        for place in sorted(places if not context.refusals else ()):
+            context.refuse(place, "is there, but the config names nothing that has it")
         modules: dict[str, ModuleProgram] = {}
         for module in (module for part in lowered for module in part.modules):
             other = modules.get(module.module)
             modules[module.module] = module if other is None else _united(other, module)
-        if not modules and not reading.refusals:
-            reading.refuse("config", f"adapts no module of the base {base.name}")
-        reading.raise_refused()
+        if not modules and not context.refusals:
+            context.refuse("config", f"adapts no module of the base {base.name}")
+        context.raise_refusals()
         return Lowered(
             tuple(modules[name] for name in sorted(modules)),
             family=lowered[0].family if len(lowered) == 1 else "hybrid",
@@ -96,67 +96,67 @@ def _united(one: ModuleProgram, other: ModuleProgram) -> ModuleProgram:
     )
 
 
-def _check_model(reading: LoweringContext) -> None:
+def _check_model(context: LoweringContext) -> None:
     """Refuses adapters of models whose layers the library takes apart in another way."""
-    config, base = reading.config, reading.base
+    config, base = context.config, context.base
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in PROJECTIONS:
         served = ", ".join(PROJECTIONS)
-        reading.refuse("model_type", f"{kind!r:.40} is not served; served are {served}")
+        context.refuse("model_type", f"{kind!r:.40} is not served; served are {served}")
     elif kind != base.model_type:
-        reading.refuse("model_type", f"is {kind}, the base {base.name} is {base.model_type}")
+        context.refuse("model_type", f"is {kind}, the base {base.name} is {base.model_type}")
     if not isinstance(config.get("name"), str):
-        reading.refuse("name", "must be the name that the tensors are kept under")
+        context.refuse("name", "must be the name that the tensors are kept under")
     version = config.get("version")
     if not isinstance(version, str) or not VERSION.fullmatch(version):
-        reading.refuse("version", "must name the library that wrote it, such as adapters.1.3.0")
+        context.refuse("version", "must name the library that wrote it, such as adapters.1.3.0")
 
 
-def _configs(reading: LoweringContext) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _configs(context: LoweringContext) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(where, method's config) of each method."""
-    config = reading.config.get("config")
+    config = context.config.get("config")
     found = [("config", config)]
     if isinstance(config, dict) and config.get("architecture") == UNITED:
         united = config.get("configs")
         found = [(f"config.configs[{i}]", part) for i, part in enumerate(united or ())]
         if not isinstance(united, list) or not united:
-            reading.refuse("config.configs", "must be a list of objects")
+            context.refuse("config.configs", "must be a list of objects")
             return
     for where, part in found:
         if not isinstance(part, dict):
-            reading.refuse(where, "must be an object")
+            context.refuse(where, "must be an object")
             continue
         method = part.get("architecture")
         if (method is None or isinstance(method, str)) and method in METHODS:
             yield where, part
         else:
             need = f"; it needs {NEEDS[str(method)]}" if str(method) in NEEDS else ""
-            reading.refuse(f"{where}.architecture", f"{method!r:.40} is not served{need}")
+            context.refuse(f"{where}.architecture", f"{method!r:.40} is not served{need}")
 
 
-def _places(reading: LoweringContext) -> Places:
+def _places(context: LoweringContext) -> Places:
     """The tensors by place and name; refuses those that have none."""
     places: Places = {}
-    for key, tensor in reading.tensors.items():
+    for key, tensor in context.tensors.items():
         match = KEY.fullmatch(key)
         if match is None:
             places[key] = {}  # left over, where no method says more of it
-        elif match["name"] != reading.config.get("name"):
-            reading.refuse(key, f"is not of the adapter {reading.config.get('name')!r:.80}")
+        elif match["name"] != context.config.get("name"):
+            context.refuse(key, f"is not of the adapter {context.config.get('name')!r:.80}")
         elif match["tensor"] in places.setdefault(match["place"], {}):
-            reading.refuse(key, "is given twice")
+            context.refuse(key, "is given twice")
         else:
             places[match["place"]][match["tensor"]] = tensor
     return places
 
 
 def _lower(
-    reading: LoweringContext, where: str, config: Mapping[str, Any], places: Places
+    context: LoweringContext, where: str, config: Mapping[str, Any], places: Places
 ) -> LoweredMethod:
     """One method; its refusals name its own fields behind `where`."""
-    base = reading.base
-    inner = LoweringContext(Checkpoint(config, {}), base, reading.limits)
-    version = VERSION.fullmatch(reading.config["version"])
+    base = context.base
+    inner = LoweringContext(Checkpoint(config, {}), base, context.limits)
+    version = VERSION.fullmatch(context.config["version"])
     assert version is not None
     layers = sorted({int(m[1]) for name in base.modules if (m := LAYER.fullmatch(name))})
     part = MethodConfig(
@@ -165,5 +165,5 @@ def _lower(
     lowered = METHODS[config.get("architecture")](part)
     for refusal in inner.refusals:
         known = refusal.where in config or refusal.where == "reduction_factor"
-        reading.refuse(f"{where}.{refusal.where}" if known else refusal.where, refusal.reason)
+        context.refuse(f"{where}.{refusal.where}" if known else refusal.where, refusal.reason)
     return lowered

@@ -67,14 +67,14 @@ LEAST_FACTOR = 1e-3
 
 
 def lower_bottleneck(part: MethodConfig) -> LoweredMethod:
-    """The bottlenecks of a `BnConfig`; refusals go to the part's reading."""
-    reading = part.reading
-    reading.check_known("AdapterHub's bottlenecks", USED, HARMLESS, UNSUPPORTED)
+    """The bottlenecks of a `BnConfig`; refusals go to the part's context."""
+    context = part.context
+    context.check_fields("AdapterHub's bottlenecks", USED, HARMLESS, UNSUPPORTED)
     part.check_flags(*BLOCKS, "is_parallel", "original_ln_before", "original_ln_after")
     reads, activation, scaling = _reads(part), _activation(part), _scaling(part)
     _check_factors(part)
     layers = part.used_layers()
-    if reads is None or activation is None or reading.refusals:
+    if reads is None or activation is None or context.refusals:
         return LoweredMethod("bottleneck", (), {})
     made = [
         _lower_block(part, layer, *BLOCKS[field], reads, activation)
@@ -130,7 +130,7 @@ def _reads(part: MethodConfig) -> Reads | None:
             return Reads.OUTPUT
         if before and after == residual:
             return Reads.SUM
-    part.reading.refuse(
+    part.context.refuse(
         "original_ln_before",
         f"{before!r:.20} with original_ln_after {after!r:.20} and residual_before_ln "
         f"{residual!r:.20} loses what the block adds to, or adds it twice",
@@ -139,11 +139,11 @@ def _reads(part: MethodConfig) -> Reads | None:
 
 
 def _activation(part: MethodConfig) -> Activation | None:
-    name = part.reading.config.get("non_linearity")
+    name = part.context.config.get("non_linearity")
     found = ACTIVATIONS.get(name.lower()) if isinstance(name, str) else None
     if found is None:
         served = ", ".join(sorted(ACTIVATIONS))
-        part.reading.refuse("non_linearity", f"{name!r:.40} is not served; served are {served}")
+        part.context.refuse("non_linearity", f"{name!r:.40} is not served; served are {served}")
     return found
 
 
@@ -151,25 +151,25 @@ def _scaling(part: MethodConfig) -> Any:
     """A number, or one of LEARNED; anything else is refused."""
     scaling = part.field("scaling", 1.0)
     fits = scaling in LEARNED or (type(scaling) in (int, float) and abs(scaling) < MAX_NUMBER)
-    part.reading.check_kind("scaling", fits, f"a number, or one of {', '.join(LEARNED)}")
+    part.context.check_kind("scaling", fits, f"a number, or one of {', '.join(LEARNED)}")
     return scaling
 
 
 def _check_factors(part: MethodConfig) -> None:
     """Refuses reduction factors that are no numbers, or leave layers out."""
-    found = part.reading.config.get("reduction_factor")
+    found = part.context.config.get("reduction_factor")
     by_layer: dict[str, Any] = found if isinstance(found, dict) else {"default": found}
     fits = all(is_number(value) and value >= LEAST_FACTOR for value in by_layer.values())
     kind = f"a number of at least {LEAST_FACTOR}, or such numbers by layer"
-    if part.reading.check_kind("reduction_factor", fits, kind) and "default" not in by_layer:
+    if part.context.check_kind("reduction_factor", fits, kind) and "default" not in by_layer:
         for layer in part.used_layers():
             if str(layer) not in by_layer:
-                part.reading.refuse("reduction_factor", f"says nothing of layer {layer}")
+                part.context.refuse("reduction_factor", f"says nothing of layer {layer}")
 
 
 def _width(part: MethodConfig, layer: int, hidden: int) -> int:
     """Of the bottleneck of a layer."""
-    found = part.reading.config["reduction_factor"]
+    found = part.context.config["reduction_factor"]
     by_layer: dict[str, Any] = found if isinstance(found, dict) else {"default": found}
     factor = by_layer[str(layer)] if str(layer) in by_layer else by_layer["default"]
     return max(int(hidden // factor), 1)

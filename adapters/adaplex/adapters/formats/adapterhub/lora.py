@@ -37,24 +37,24 @@ RIGHT_SCALE = (1, 1)
 
 
 def lower_lora(part: MethodConfig) -> LoweredMethod:
-    """What a `LoRAConfig` comes to; refusals go to the part's reading."""
-    reading = part.reading
-    reading.check_known("AdapterHub's LoRA", USED, HARMLESS, UNSUPPORTED)
+    """What a `LoRAConfig` comes to; refusals go to the part's context."""
+    context = part.context
+    context.check_fields("AdapterHub's LoRA", USED, HARMLESS, UNSUPPORTED)
     part.check_flags("selfattn_lora", "intermediate_lora", "output_lora", "use_dora")
     mode = part.field("composition_mode", "add")
-    reading.check_kind("composition_mode", mode in ("add", "scale"), "add or scale")
+    context.check_kind("composition_mode", mode in ("add", "scale"), "add or scale")
     rank, alpha = part.field("r", 8), part.field("alpha", 8)
     dora = part.field("use_dora", False)
-    reading.check_kind("alpha", is_number(alpha), "a positive number")
-    if reading.check_kind("r", is_rank(rank), "a positive integer") and mode == "scale":
-        reading.check_kind("r", rank == 1 and not dora, "1, without use_dora, to scale")
+    context.check_kind("alpha", is_number(alpha), "a positive number")
+    if context.check_kind("r", is_rank(rank), "a positive integer") and mode == "scale":
+        context.check_kind("r", rank == 1 and not dora, "1, without use_dora, to scale")
     projections = list(_projections(part))
     layers = part.used_layers()
-    if reading.refusals:
+    if context.refusals:
         return LoweredMethod("lora", (), {})
-    if rank > reading.limits.max_rank:
+    if rank > context.limits.max_rank:
         raise AdapterTooLarge(
-            f"r is {rank}, the limit is {reading.limits.max_rank}", field="config.r"
+            f"r is {rank}, the limit is {context.limits.max_rank}", field="config.r"
         )
     scale = 1.0 if part.version < RIGHT_SCALE else alpha / rank
     lower = _scaled if mode == "scale" else _added
@@ -68,7 +68,7 @@ def _projections(part: MethodConfig) -> Iterator[str]:
     """The linears of a layer that the config names."""
     matrices = part.field("attn_matrices", ["q", "v"])
     fits = isinstance(matrices, list) and all(name in ("q", "k", "v") for name in matrices)
-    if part.reading.check_kind("attn_matrices", fits, "a list of q, k and v") and part.field(
+    if part.context.check_kind("attn_matrices", fits, "a list of q, k and v") and part.field(
         "selfattn_lora", True
     ):
         yield from (f"self_attn.{name}_proj" for name in dict.fromkeys(matrices))
@@ -98,7 +98,7 @@ def _added(part: MethodConfig, place: str, scale: float) -> ModuleProgram | None
     a, b = found["lora_A"], found["lora_B"].float()
     if "m.weight" not in found:
         return ModuleProgram(name, LowRank(a, b * scale), scale=scale)
-    weight = part.reading.weight(module, "DoRA")
+    weight = part.context.base_weight(module, "DoRA")
     if weight is None:
         return None
     norm = torch.linalg.norm(weight + b @ a.float(), dim=1)

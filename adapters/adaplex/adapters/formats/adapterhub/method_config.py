@@ -30,7 +30,7 @@ class LoweredMethod:
 class MethodConfig:
     """A method's fields on their way to primitives; what it uses is taken out of `places`."""
 
-    reading: LoweringContext
+    context: LoweringContext
     """Its config is the method's own."""
     places: Places
     layers: tuple[int, ...]
@@ -41,20 +41,20 @@ class MethodConfig:
 
     def field(self, name: str, default: Any) -> Any:
         """A field, or the library's default."""
-        found = self.reading.config.get(name)
+        found = self.context.config.get(name)
         return default if found is None else found
 
     def module(self, name: str) -> BaseModule | None:
         """A module of the base; None, with a refusal, when it has none of the name."""
-        found = self.reading.base.modules.get(name)
+        found = self.context.base.modules.get(name)
         if found is None:
-            self.reading.refuse(name, f"the base {self.reading.base.name} has no such module")
+            self.context.refuse(name, f"the base {self.context.base.name} has no such module")
         return found
 
     def check_flags(self, *names: str) -> None:
         """Refuses fields that are neither true nor false."""
         for name in names:
-            self.reading.check_kind(
+            self.context.check_kind(
                 name, isinstance(self.field(name, False), bool), "true or false"
             )
 
@@ -62,7 +62,7 @@ class MethodConfig:
         """All layers but those that `leave_out` names."""
         left_out = self.field("leave_out", [])
         fits = isinstance(left_out, list) and all(type(layer) is int for layer in left_out)
-        if not self.reading.check_kind("leave_out", fits, "a list of layers"):
+        if not self.context.check_kind("leave_out", fits, "a list of layers"):
             return ()
         return tuple(layer for layer in self.layers if layer not in left_out)
 
@@ -70,13 +70,16 @@ class MethodConfig:
         """The tensors of a place, if they are just these; refused otherwise."""
         found = self.places.pop(place, None)
         if found is None:
-            self.reading.refuse(place, "is named by the config, but has no tensors")
+            self.context.refuse(place, "is named by the config, but has no tensors")
             return None
         for name in sorted(found.keys() - shapes.keys()):
-            self.reading.refuse(f"{place}.{name}", "has no place in what the config describes")
+            self.context.refuse(f"{place}.{name}", "has no place in what the config describes")
         for name in sorted(shapes.keys() - found.keys()):
-            self.reading.refuse(f"{place}.{name}", "is missing")
+            self.context.refuse(f"{place}.{name}", "is missing")
         if found.keys() != shapes.keys():
             return None
-        fits = [self.reading.fits(f"{place}.{n}", found[n], *shape) for n, shape in shapes.items()]
+        fits = [
+            self.context.check_shape(f"{place}.{n}", found[n], *shape)
+            for n, shape in shapes.items()
+        ]
         return found if all(fits) else None

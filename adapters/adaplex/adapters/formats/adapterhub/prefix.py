@@ -38,25 +38,25 @@ OWN = ("llama", "mistral")
 
 
 def lower_prefix(part: MethodConfig) -> LoweredMethod:
-    """The keys and values of every layer; refusals go to the part's reading."""
-    reading, base = part.reading, part.reading.base
-    reading.check_known("AdapterHub's prefix tuning", USED, HARMLESS, UNSUPPORTED)
+    """The keys and values of every layer; refusals go to the part's context."""
+    context, base = part.context, part.context.base
+    context.check_fields("AdapterHub's prefix tuning", USED, HARMLESS, UNSUPPORTED)
     part.check_flags("flat")
     for name, default in (("prefix_length", 30), ("bottleneck_size", 512)):
-        reading.check_kind(name, is_rank(part.field(name, default)), "a positive integer")
+        context.check_kind(name, is_rank(part.field(name, default)), "a positive integer")
     activation = part.field("non_linearity", "tanh")
     fits = isinstance(activation, str) and activation.lower() in FUNCTIONS
-    reading.check_kind("non_linearity", fits, f"one of {', '.join(FUNCTIONS)}")
+    context.check_kind("non_linearity", fits, f"one of {', '.join(FUNCTIONS)}")
     if part.used_layers() != part.layers:
-        reading.refuse("leave_out", "leaves layers without the positions that others have")
+        context.refuse("leave_out", "leaves layers without the positions that others have")
     shapes = set(base.kv_shapes)
     heads, keys, values = next(iter(shapes), (0, 0, 0))
     turned = base.rotary is not None and 2 * len(base.rotary) == keys == values
     if len(shapes) != 1 or not turned or part.model_type not in OWN:
-        reading.refuse(
+        context.refuse(
             "prefix_length", f"needs layers of one shape with rotary keys, of {' or '.join(OWN)}"
         )
-    if reading.refusals:
+    if context.refusals:
         return LoweredMethod("prefix-tuning", (), {})
     states = _states(part, 2 * len(part.layers) * heads * keys)
     if states is None:
@@ -98,12 +98,12 @@ def _drop_copies(part: MethodConfig) -> None:
         place = f"layers.{layer}.self_attn.prefix_tuning.pool"
         for name, tensor in part.places.pop(place, {}).items():
             if name not in shared or not torch.equal(tensor, shared[name]):
-                part.reading.refuse(f"{place}.{name}", "differs from what the model shares")
+                part.context.refuse(f"{place}.{name}", "differs from what the model shares")
 
 
 def _turned(part: MethodConfig, keys: Tensor) -> Tensor:
     """Keys [tokens, heads, features] without a position -> as at that of the first prompt token."""
-    rotary = part.reading.base.rotary
+    rotary = part.context.base.rotary
     assert rotary is not None
     angles = (rotary * len(keys)).repeat(2)
     half = keys.shape[-1] // 2

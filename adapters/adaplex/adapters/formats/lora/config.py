@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from adaplex.adapters.formats import lowering_context as shared
 from adaplex.adapters.formats.lowering_context import (
-    TARGETS,
+    COMMON_FIELDS,
+    TARGET_FIELDS,
     UNSET,
     LoweringContext,
     is_names,
@@ -12,7 +12,7 @@ from adaplex.adapters.formats.lowering_context import (
     is_rank,
 )
 
-USED = TARGETS | frozenset(
+USED = TARGET_FIELDS | frozenset(
     [
         "peft_type",
         "r",
@@ -31,7 +31,7 @@ USED = TARGETS | frozenset(
         "ensure_weight_tying",
     ]
 )
-HARMLESS = shared.HARMLESS | frozenset(
+HARMLESS = COMMON_FIELDS | frozenset(
     [
         "lora_dropout",
         "fan_in_fan_out",
@@ -72,68 +72,68 @@ EVERYWHERE = ("modules_to_save", "trainable_token_indices", "bias")
 """What PEFT applies to all tokens, also to those before the invocation of activated LoRA."""
 
 
-def check_config(reading: LoweringContext) -> bool:
+def check_config(context: LoweringContext) -> bool:
     """Refuses fields that are unknown or of the wrong kind; whether the rest can be read."""
-    reading.check_known("LoRA", USED, HARMLESS, UNSUPPORTED)
-    _check_init(reading)
-    before = len(reading.refusals)
-    _check_numbers(reading)
-    _check_targets(reading)
+    context.check_fields("LoRA", USED, HARMLESS, UNSUPPORTED)
+    _check_init(context)
+    before = len(context.refusals)
+    _check_numbers(context)
+    _check_targets(context)
     for name in FLAGS:
-        value = reading.config.get(name) or False
-        reading.check_kind(name, isinstance(value, bool), "true or false")
-    if reading.config.get("bias", "none") not in BIASES:
-        reading.refuse("bias", f"must be one of {', '.join(BIASES)}")
-    _check_invocation(reading)
-    _check_conflicts(reading)
-    return len(reading.refusals) == before
+        value = context.config.get(name) or False
+        context.check_kind(name, isinstance(value, bool), "true or false")
+    if context.config.get("bias", "none") not in BIASES:
+        context.refuse("bias", f"must be one of {', '.join(BIASES)}")
+    _check_invocation(context)
+    _check_conflicts(context)
+    return len(context.refusals) == before
 
 
-def is_set(reading: LoweringContext, name: str) -> bool:
+def is_set(context: LoweringContext, name: str) -> bool:
     """Whether the config uses the field."""
-    return reading.config.get(name) not in (*UNSET, "none")
+    return context.config.get(name) not in (*UNSET, "none")
 
 
-def _check_init(reading: LoweringContext) -> None:
+def _check_init(context: LoweringContext) -> None:
     """Refuses initialisers that change the base."""
-    init = reading.config.get("init_lora_weights")
+    init = context.config.get("init_lora_weights")
     if init not in (None, False, True, *PLAIN_INITS):
-        reading.refuse(
+        context.refuse(
             "init_lora_weights",
             f"{init!r:.40} changes the base weights; convert the adapter to plain LoRA first",
         )
 
 
-def _check_numbers(reading: LoweringContext) -> None:
-    config = reading.config
-    reading.check_kind("r", is_rank(config.get("r")), "a positive integer")
-    reading.check_kind("lora_alpha", is_number(config.get("lora_alpha")), "a positive number")
-    reading.check_patterns()
+def _check_numbers(context: LoweringContext) -> None:
+    config = context.config
+    context.check_kind("r", is_rank(config.get("r")), "a positive integer")
+    context.check_kind("lora_alpha", is_number(config.get("lora_alpha")), "a positive number")
+    context.check_patterns()
 
 
-def _check_targets(reading: LoweringContext) -> None:
-    reading.check_target_fields()
-    reading.check_modules_to_save()
-    parameters = reading.config.get("target_parameters")
+def _check_targets(context: LoweringContext) -> None:
+    context.check_target_fields()
+    context.check_modules_to_save()
+    parameters = context.config.get("target_parameters")
     fits = not isinstance(parameters, str) and is_names(parameters)
-    reading.check_kind("target_parameters", fits, "a list of strings")
-    if not reading.config.get("target_modules") and not parameters:
-        reading.refuse("target_modules", "is missing")
+    context.check_kind("target_parameters", fits, "a list of strings")
+    if not context.config.get("target_modules") and not parameters:
+        context.refuse("target_modules", "is missing")
 
 
-def _check_invocation(reading: LoweringContext) -> None:
-    tokens = reading.config.get("alora_invocation_tokens")
+def _check_invocation(context: LoweringContext) -> None:
+    tokens = context.config.get("alora_invocation_tokens")
     if tokens is not None:
-        reading.check_tokens("alora_invocation_tokens", tokens)
+        context.check_tokens("alora_invocation_tokens", tokens)
 
 
-def _check_conflicts(reading: LoweringContext) -> None:
+def _check_conflicts(context: LoweringContext) -> None:
     """Refuses what PEFT does not let go together, or would apply to other tokens than we do."""
     for name, others in CONFLICTS:
         for other in others:
-            if is_set(reading, name) and is_set(reading, other):
-                reading.refuse(other, f"does not go with {name}")
-    if is_set(reading, "alora_invocation_tokens"):
+            if is_set(context, name) and is_set(context, other):
+                context.refuse(other, f"does not go with {name}")
+    if is_set(context, "alora_invocation_tokens"):
         for name in EVERYWHERE:
-            if is_set(reading, name):
-                reading.refuse(name, "changes tokens before the invocation of activated LoRA")
+            if is_set(context, name):
+                context.refuse(name, "changes tokens before the invocation of activated LoRA")

@@ -18,25 +18,25 @@ from adaplex.adapters.program.program import ModuleProgram
 
 
 def magnified(
-    reading: LoweringContext, module: BaseModule, program: ModuleProgram, magnitude: Tensor
+    context: LoweringContext, module: BaseModule, program: ModuleProgram, magnitude: Tensor
 ) -> ModuleProgram | None:
     """The program of a linear's or of the embedding's pair, with its magnitudes [out_features].
 
     None, with a refusal, where the base's weight is not known. Raises AdapterTooLarge.
     """
-    weight = reading.weight(module, "DoRA")
+    weight = context.base_weight(module, "DoRA")
     if weight is None:
         return None
     assert program.low_rank is not None
     low_rank = program.low_rank
     if low_rank.lookup:
-        reading.check_bytes(f"{module.name}.lora_magnitude_vector", 2 * weight.numel())
+        context.check_bytes(f"{module.name}.lora_magnitude_vector", 2 * weight.numel())
         return _table(weight, program, low_rank, magnitude)
     tuned = torch.addmm(weight, low_rank.b, low_rank.a.float())
     gain = magnitude.float() / torch.linalg.vector_norm(tuned, dim=1)
     bias = program.bias
-    if module.name in reading.base.biases:
-        kept = (1 - gain) * reading.base.biases[module.name]
+    if module.name in context.base.biases:
+        kept = (1 - gain) * context.base.biases[module.name]
         bias = kept if bias is None else bias + kept
     scaled = replace(low_rank, b=low_rank.b * gain[:, None])
     return replace(program, low_rank=scaled, output_scale=gain, bias=bias)

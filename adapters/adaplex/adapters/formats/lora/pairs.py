@@ -22,69 +22,69 @@ TABLE = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
 
 
 def lower_pair(
-    reading: LoweringContext, tensors: LoraTensors, names: Mapping[str, str]
+    context: LoweringContext, tensors: LoraTensors, names: Mapping[str, str]
 ) -> ModuleProgram | None:
     """The primitives of the pair at a module of the base; None, with refusals, when its tensors do
     not fit. `names` has the names that patterns know modules by, where they are others.
     """
-    module = reading.base.modules[tensors.name]
-    halves = _halves(reading, module, tensors)
+    module = context.base.modules[tensors.name]
+    halves = _halves(context, module, tensors)
     if halves is None:
         return None
     a, b = halves
     name = names.get(module.name, module.name)
     rank = pattern_value(
-        reading.config, "rank_pattern", name, reading.config["r"], reading.patterns
+        context.config, "rank_pattern", name, context.config["r"], context.patterns
     )
-    pooled = qalora.pooling(reading, module, a)
-    if not _fit(reading, module, tensors, rank, pooled):
+    pooled = qalora.pooling(context, module, a)
+    if not _fit(context, module, tensors, rank, pooled):
         return None
-    scale = scale_of(reading, name, rank)
+    scale = scale_of(context, name, rank)
     if pooled is not None:
         scale *= pooled.factor
         a = pooled.expanded(a)
-        reading.note(qalora.note(reading, pooled))
+        context.add_note(qalora.note(context, pooled))
     if module.kind == "experts":
         b = by_expert(b, module.experts)
     group = 1 if pooled is None else pooled.group
     pair = LowRank(a, b.float() * scale, group, lookup=module.kind == "embedding")
-    program = ModuleProgram(module.name, pair, _bias(reading, module, tensors, scale), scale)
-    magnitude = _extra(reading, tensors, "magnitude", "lora_magnitude_vector", "use_dora")
-    if magnitude is None or not reading.fits(
+    program = ModuleProgram(module.name, pair, _bias(context, module, tensors, scale), scale)
+    magnitude = _extra(context, tensors, "magnitude", "lora_magnitude_vector", "use_dora")
+    if magnitude is None or not context.check_shape(
         tensors.keys["magnitude"], magnitude, module.out_features
     ):
         return program
-    return dora.magnified(reading, module, program, magnitude)
+    return dora.magnified(context, module, program, magnitude)
 
 
-def scale_of(reading: LoweringContext, name: str, rank: int) -> float:
+def scale_of(context: LoweringContext, name: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) for rsLoRA; alpha may differ by module."""
-    config = reading.config
-    alpha = pattern_value(config, "alpha_pattern", name, config["lora_alpha"], reading.patterns)
+    config = context.config
+    alpha = pattern_value(config, "alpha_pattern", name, config["lora_alpha"], context.patterns)
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _halves(
-    reading: LoweringContext, module: BaseModule, tensors: LoraTensors
+    context: LoweringContext, module: BaseModule, tensors: LoraTensors
 ) -> tuple[Tensor, Tensor] | None:
     """a and b; None, with refusals, where one is missing, or they are those of another kind."""
     is_table = module.kind == "embedding"
     other = [kind for kind in ("a", "b", "table_a", "table_b") if kind.startswith("t") != is_table]
     for kind in other:
         if tensors.has(kind):
-            reading.refuse(tensors.keys[kind], f"does not fit a module of kind {module.kind}")
+            context.refuse(tensors.keys[kind], f"does not fit a module of kind {module.kind}")
     if tensors.has(*other):
         return None
     a, b = (tensors.get(f"table_{half}" if is_table else half) for half in "ab")
     if a is None or b is None:
         missing = (TABLE if is_table else LINEAR)["a" if a is None else "b"]
-        reading.refuse(f"{PREFIX}{module.name}.{missing}", "half of a pair is missing")
+        context.refuse(f"{PREFIX}{module.name}.{missing}", "half of a pair is missing")
         return None
     return a, b
 
 
 def _fit(
-    reading: LoweringContext,
+    context: LoweringContext,
     module: BaseModule,
     tensors: LoraTensors,
     rank: int,
@@ -95,29 +95,29 @@ def _fit(
     width = module.in_features if pooled is None else module.in_features // pooled.group
     a, b = ("table_a", "table_b") if module.kind == "embedding" else ("a", "b")
     fits = (
-        reading.fits(tensors.keys[a], tensors.found[a], rank, width),
-        reading.fits(tensors.keys[b], tensors.found[b], module.out_features, rank),
+        context.check_shape(tensors.keys[a], tensors.found[a], rank, width),
+        context.check_shape(tensors.keys[b], tensors.found[b], module.out_features, rank),
     )
     return all(fits)
 
 
 def _bias(
-    reading: LoweringContext, module: BaseModule, tensors: LoraTensors, scale: float
+    context: LoweringContext, module: BaseModule, tensors: LoraTensors, scale: float
 ) -> Tensor | None:
     """What the bias of `lora_B` adds."""
-    bias = _extra(reading, tensors, "b_bias", "lora_B.bias", "lora_bias")
-    if bias is None or not reading.fits(tensors.keys["b_bias"], bias, module.out_features):
+    bias = _extra(context, tensors, "b_bias", "lora_B.bias", "lora_bias")
+    if bias is None or not context.check_shape(tensors.keys["b_bias"], bias, module.out_features):
         return None
     return bias.float() * scale
 
 
 def _extra(
-    reading: LoweringContext, tensors: LoraTensors, kind: str, end: str, field: str
+    context: LoweringContext, tensors: LoraTensors, kind: str, end: str, field: str
 ) -> Tensor | None:
     """A tensor that is there when the config's field says so, or else refused."""
-    tensor, wanted = tensors.get(kind), bool(reading.config.get(field))
+    tensor, wanted = tensors.get(kind), bool(context.config.get(field))
     if wanted and tensor is None:
-        reading.refuse(f"{PREFIX}{tensors.name}.{end}", f"is missing, but {field} is set")
+        context.refuse(f"{PREFIX}{tensors.name}.{end}", f"is missing, but {field} is set")
     elif tensor is not None and not wanted:
-        reading.refuse(tensors.keys[kind], f"is there, but {field} is not set")
+        context.refuse(tensors.keys[kind], f"is there, but {field} is not set")
     return tensor if wanted else None

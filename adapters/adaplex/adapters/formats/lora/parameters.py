@@ -26,19 +26,19 @@ class Place:
     """Its full name, which patterns are matched with."""
 
 
-def targeted_parameters(reading: LoweringContext) -> dict[tuple[str, int], Place]:
+def targeted_parameters(context: LoweringContext) -> dict[tuple[str, int], Place]:
     """(name of the owner, depth of the nesting) -> parameter."""
-    wanted = reading.config.get("target_parameters") or ()
+    wanted = context.config.get("target_parameters") or ()
     owned: dict[str, list[Place]] = {}
-    for module in reading.base.modules.values():
+    for module in context.base.modules.values():
         parameter = parameter_of(module)
         if any(parameter == name or parameter.endswith(f".{name}") for name in wanted):
             owner = parameter.rpartition(".")[0]
             owned.setdefault(owner, []).append(Place(module.name, parameter))
     if wanted and not owned:
-        reading.refuse(
+        context.refuse(
             "target_parameters",
-            f"matches no parameter of the base {reading.base.name} that can be adapted",
+            f"matches no parameter of the base {context.base.name} that can be adapted",
         )
     return {
         (owner, depth): place

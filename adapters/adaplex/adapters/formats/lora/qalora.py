@@ -29,11 +29,11 @@ class Pooling:
         return a.repeat_interleave(self.group, dim=1)
 
 
-def pooling(reading: LoweringContext, module: BaseModule, a: Tensor) -> Pooling | None:
+def pooling(context: LoweringContext, module: BaseModule, a: Tensor) -> Pooling | None:
     """How the module's `a` wants its inputs pooled; None where it is that of plain LoRA, or fits
     no group of the config's.
     """
-    config = reading.config
+    config = context.config
     group = config.get(PEFTS) if PEFTS in config else config.get(AUTHORS)
     if type(group) is not int or group < 2 or module.in_features % group:
         return None
@@ -45,8 +45,8 @@ def pooling(reading: LoweringContext, module: BaseModule, a: Tensor) -> Pooling 
     return None if "use_qalora" in config else Pooling(group, 1 / group)
 
 
-def note(reading: LoweringContext, pooled: Pooling) -> str:
+def note(context: LoweringContext, pooled: Pooling) -> str:
     """Whose scaling it was read by."""
-    if reading.config.get("use_qalora"):
+    if context.config.get("use_qalora"):
         return f"QA-LoRA by PEFT: averages over {pooled.group} inputs, times the number of groups"
     return f"QA-LoRA by its authors: averages over {pooled.group} inputs"

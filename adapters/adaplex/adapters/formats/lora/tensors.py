@@ -59,7 +59,7 @@ class LoraTensors:
 
 
 def sort_tensors(
-    reading: LoweringContext, parameters: Mapping[tuple[str, int], Place]
+    context: LoweringContext, parameters: Mapping[tuple[str, int], Place]
 ) -> dict[str, LoraTensors]:
     """Name of a module -> its tensors; refuses tensors that fit no place.
 
@@ -67,18 +67,18 @@ def sort_tensors(
     name of the owner, and how deep they are nested there.
     """
     modules: dict[str, LoraTensors] = {}
-    for key, tensor in reading.tensors.items():
+    for key, tensor in context.tensors.items():
         name = key.removeprefix(PREFIX)
         if name == key:
-            reading.refuse(key, f"does not begin with {PREFIX}")
+            context.refuse(key, f"does not begin with {PREFIX}")
             continue
         module, kind = _place(name, parameters)
         if module is None:
-            reading.refuse(key, "is not a tensor of LoRA that this server knows")
+            context.refuse(key, "is not a tensor of LoRA that this server knows")
             continue
         tensors = modules.setdefault(module, LoraTensors(module))
         if kind in tensors.found:
-            reading.refuse(key, "is given twice")
+            context.refuse(key, "is given twice")
         tensors.found[kind], tensors.keys[kind] = tensor, key
     return modules
 

@@ -8,22 +8,22 @@ from __future__ import annotations
 from functools import partial
 
 from adaplex.adapters.checkpoint import Checkpoint
-from adaplex.adapters.formats import lowering_context as shared
 from adaplex.adapters.formats.base import FormatRow, Lowered
 from adaplex.adapters.formats.lowering_context import (
+    COMMON_FIELDS,
     MAX_NUMBER,
     PREFIX,
-    TARGETS,
+    TARGET_FIELDS,
     LoweringContext,
     is_rank,
 )
 from adaplex.adapters.formats.peft_modules import (
     Roles,
-    all_there,
-    by_module,
     check_bias_field,
     check_has_targets,
+    check_present,
     lower_modules,
+    tensors_by_module,
 )
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
@@ -32,10 +32,10 @@ from adaplex.adapters.program.program import ModuleProgram
 
 ROLES = ("lora_A", "lora_B", "lora_E")
 ONLY = "lora_only"
-USED = TARGETS | frozenset(
+USED = TARGET_FIELDS | frozenset(
     ["peft_type", "init_r", "lora_alpha", "rank_pattern", "bias", "modules_to_save"]
 )
-HARMLESS = shared.HARMLESS | frozenset(
+HARMLESS = COMMON_FIELDS | frozenset(
     [
         "target_r",
         "tinit",
@@ -70,45 +70,45 @@ class AdaLora:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = LoweringContext(checkpoint, base, limits)
-        reading.check_known("AdaLoRA", USED, HARMLESS)
-        _check_used(reading)
-        reading.raise_refused()
-        found = by_module(reading, "AdaLoRA", ROLES)
-        programs = lower_modules(reading, found, partial(_lower, reading), only=ONLY)
+        context = LoweringContext(checkpoint, base, limits)
+        context.check_fields("AdaLoRA", USED, HARMLESS)
+        _check_used(context)
+        context.raise_refusals()
+        found = tensors_by_module(context, "AdaLoRA", ROLES)
+        programs = lower_modules(context, found, partial(_lower, context), only=ONLY)
         if not programs:
-            reading.refuse("rank_pattern", "leaves no rank of any module: nothing would change")
-            reading.raise_refused()
-        reading.check_ranks(programs, "init_r")
+            context.refuse("rank_pattern", "leaves no rank of any module: nothing would change")
+            context.raise_refusals()
+        context.check_ranks(programs, "init_r")
         return Lowered(programs)
 
 
-def _check_used(reading: LoweringContext) -> None:
+def _check_used(context: LoweringContext) -> None:
     """Refuses fields of the wrong kind."""
-    config = reading.config
+    config = context.config
     alpha, ranks = config.get("lora_alpha", ""), config.get("rank_pattern") or {}
-    reading.check_kind("init_r", is_rank(config.get("init_r")), "a positive integer")
+    context.check_kind("init_r", is_rank(config.get("init_r")), "a positive integer")
     fits = type(alpha) in (int, float) and abs(alpha) < MAX_NUMBER
-    reading.check_kind("lora_alpha", fits, "a number")
+    context.check_kind("lora_alpha", fits, "a number")
     fits = isinstance(ranks, dict) and all(
         isinstance(kept, list) and all(type(k) is bool for k in kept) for kept in ranks.values()
     )
-    reading.check_kind("rank_pattern", fits, "a map from names to lists of true and false")
-    check_bias_field(reading, ONLY)
-    check_has_targets(reading)
+    context.check_kind("rank_pattern", fits, "a map from names to lists of true and false")
+    check_bias_field(context, ONLY)
+    check_has_targets(context)
 
 
-def _lower(reading: LoweringContext, module: BaseModule, roles: Roles) -> ModuleProgram | None:
+def _lower(context: LoweringContext, module: BaseModule, roles: Roles) -> ModuleProgram | None:
     """One module; None when all its ranks are pruned."""
-    if not all_there(reading, module, roles, *ROLES):
+    if not check_present(context, module, roles, *ROLES):
         return None
-    config, key = reading.config, f"{PREFIX}{module.name}.lora_"
-    kept = _kept(reading, module.name)
+    config, key = context.config, f"{PREFIX}{module.name}.lora_"
+    kept = _kept(context, module.name)
     rank, a, b, e = sum(kept), roles["lora_A"], roles["lora_B"], roles["lora_E"]
     fits = (
-        reading.fits(f"{key}A", a, rank, module.in_features),
-        reading.fits(f"{key}B", b, module.out_features, rank),
-        reading.fits(f"{key}E", e, rank, 1),
+        context.check_shape(f"{key}A", a, rank, module.in_features),
+        context.check_shape(f"{key}B", b, module.out_features, rank),
+        context.check_shape(f"{key}E", e, rank, 1),
     )
     if not all(fits) or rank == 0:
         return None
@@ -119,14 +119,14 @@ def _lower(reading: LoweringContext, module: BaseModule, roles: Roles) -> Module
     )
 
 
-def _kept(reading: LoweringContext, name: str) -> list[bool]:
+def _kept(context: LoweringContext, name: str) -> list[bool]:
     """Which of a module's initial ranks were kept."""
-    patterns, init_r = reading.config.get("rank_pattern") or {}, reading.config["init_r"]
+    patterns, init_r = context.config.get("rank_pattern") or {}, context.config["init_r"]
     for key in (f"{name}.lora_E", f"{name}.lora_E.default"):
         if key in patterns:
             kept: list[bool] = patterns[key]
             if len(kept) != init_r:
-                reading.refuse(
+                context.refuse(
                     "rank_pattern", f"has {len(kept)} ranks for {name}, but init_r is {init_r}"
                 )
             return kept

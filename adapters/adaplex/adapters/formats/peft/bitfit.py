@@ -10,21 +10,20 @@ from __future__ import annotations
 from functools import partial
 
 from adaplex.adapters.checkpoint import Checkpoint
-from adaplex.adapters.formats import lowering_context as shared
 from adaplex.adapters.formats.base import FormatRow, Lowered
-from adaplex.adapters.formats.lowering_context import PREFIX, LoweringContext
+from adaplex.adapters.formats.lowering_context import COMMON_FIELDS, PREFIX, LoweringContext
 from adaplex.adapters.formats.peft_modules import (
     Roles,
-    by_module,
     check_has_targets,
-    is_linear,
+    check_linear,
     lower_modules,
+    tensors_by_module,
 )
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.program.program import ModuleProgram
 
-HARMLESS = shared.HARMLESS | frozenset(["init_weights"])
+HARMLESS = COMMON_FIELDS | frozenset(["init_weights"])
 
 
 class BitFit:
@@ -36,11 +35,11 @@ class BitFit:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = LoweringContext(checkpoint, base, limits)
-        reading.check_known("BitFit", self.semantic_fields)
-        found = by_module(reading, "BitFit", ("bias",), more={})
-        programs = [_trained(reading, name, found[name]) for name in sorted(found)]
-        reading.raise_refused()
+        context = LoweringContext(checkpoint, base, limits)
+        context.check_fields("BitFit", self.semantic_fields)
+        found = tensors_by_module(context, "BitFit", ("bias",), more={})
+        programs = [_trained(context, name, found[name]) for name in sorted(found)]
+        context.raise_refusals()
         return Lowered(tuple(program for program in programs if program is not None))
 
 
@@ -53,28 +52,28 @@ class Beft:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = LoweringContext(checkpoint, base, limits)
-        reading.check_known("BEFT", self.semantic_fields, HARMLESS)
-        check_has_targets(reading)
-        reading.raise_refused()
-        found = by_module(reading, "BEFT", ("beft_bias",))
-        return Lowered(lower_modules(reading, found, partial(_added, reading)))
+        context = LoweringContext(checkpoint, base, limits)
+        context.check_fields("BEFT", self.semantic_fields, HARMLESS)
+        check_has_targets(context)
+        context.raise_refusals()
+        found = tensors_by_module(context, "BEFT", ("beft_bias",))
+        return Lowered(lower_modules(context, found, partial(_added, context)))
 
 
-def _trained(reading: LoweringContext, name: str, roles: Roles) -> ModuleProgram | None:
-    module, bias, key = reading.base.modules.get(name), roles["bias"], f"{PREFIX}{name}.bias"
+def _trained(context: LoweringContext, name: str, roles: Roles) -> ModuleProgram | None:
+    module, bias, key = context.base.modules.get(name), roles["bias"], f"{PREFIX}{name}.bias"
     if module is None or module.kind not in ("linear", "norm"):
-        reading.refuse(key, f"the base {reading.base.name} has no linear or norm of this name")
+        context.refuse(key, f"the base {context.base.name} has no linear or norm of this name")
         return None
-    if not reading.fits(key, bias, module.out_features):
+    if not context.check_shape(key, bias, module.out_features):
         return None
-    base = reading.base.biases.get(name)
+    base = context.base.biases.get(name)
     return ModuleProgram(name, bias=bias.float() if base is None else bias.float() - base)
 
 
-def _added(reading: LoweringContext, module: BaseModule, roles: Roles) -> ModuleProgram | None:
+def _added(context: LoweringContext, module: BaseModule, roles: Roles) -> ModuleProgram | None:
     bias, key = roles["beft_bias"], f"{PREFIX}{module.name}.beft_bias"
-    if not is_linear(reading, module, "BEFT") or not reading.fits(
+    if not check_linear(context, module, "BEFT") or not context.check_shape(
         key, bias, 1, module.out_features
     ):
         return None

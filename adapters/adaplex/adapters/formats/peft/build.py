@@ -27,7 +27,7 @@ ADAPTER = "default"
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedTensor:
     """A tensor that PEFT would save."""
 
     shape: tuple[int, ...]
@@ -62,7 +62,7 @@ class Recipe:
         peft = _peft()
         known = list(modules)
         place: AbstractContextManager[object] = torch.device("meta") if meta else nullcontext()
-        with _told_by(self.kind.name), place:
+        with _peft_errors(self.kind.name), place:
             tree = _tree(known, weights or {}, self.biases)
             model = peft.PeftModel(tree, self._config(known), ADAPTER)
         return model.eval()
@@ -96,22 +96,22 @@ def _peft() -> Any:
     return peft
 
 
-def saved(model: Any) -> dict[str, Saved]:
+def saved_tensors(model: Any) -> dict[str, SavedTensor]:
     """Every tensor that PEFT would save of the model."""
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {key: Saved(tuple(t.shape), t.is_floating_point()) for key, t in state.items()}
+    return {key: SavedTensor(tuple(t.shape), t.is_floating_point()) for key, t in state.items()}
 
 
-def load(model: Any, tensors: Mapping[str, Tensor], *, assign: bool = False) -> None:
+def load_tensors(model: Any, tensors: Mapping[str, Tensor], *, assign: bool = False) -> None:
     """Puts a checkpoint's tensors in. With `assign` they replace those of a model on the meta
     device. Raises AdapterInvalid.
     """
     from peft import set_peft_model_state_dict
 
     state = {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
-    with _told_by(model.peft_config[ADAPTER].peft_type.value):
+    with _peft_errors(model.peft_config[ADAPTER].peft_type.value):
         result: Any = set_peft_model_state_dict(model, state, ADAPTER, low_cpu_mem_usage=assign)
     for key in result.unexpected_keys:
         raise AdapterInvalid.because(key, "is not a tensor that PEFT takes for this config")
@@ -122,9 +122,9 @@ def merge_alone(
 ) -> Any:
     """A linear of this weight with the adapter merged in, from a tree of its own."""
     model = recipe.build([module], {module.name: weight})
-    load(model, tensors)
+    load_tensors(model, tensors)
     layer = _layer(model, module.name)
-    with torch.no_grad(), _told_by(recipe.kind.name):
+    with torch.no_grad(), _peft_errors(recipe.kind.name):
         layer.merge()
     return layer.get_base_layer()
 
@@ -151,7 +151,7 @@ class SharedTree:
         layer._modules = dict(found._modules)
         layer.base_layer = _linear(module, weight, self._recipe.biases.get(module.name))
         layer.merged_adapters = []
-        with torch.no_grad(), _told_by(self._recipe.kind.name):
+        with torch.no_grad(), _peft_errors(self._recipe.kind.name):
             layer.merge()
         return layer.get_base_layer()
 
@@ -159,13 +159,13 @@ class SharedTree:
         """With zeros for weights, or on the meta device where the checkpoint holds all the rest."""
         if not self._recipe.kind.saves_all:
             model = self._recipe.build(self._modules)
-            load(model, self._tensors)
+            load_tensors(model, self._tensors)
             return model
         model = self._recipe.build(self._modules, meta=True)
         for module in self._modules:  # PEFT moves what it loads to where the linear is
             bias = self._recipe.biases.get(module.name)
             _layer(model, module.name).base_layer = _linear(module, None, bias)
-        load(model, self._tensors, assign=True)
+        load_tensors(model, self._tensors, assign=True)
         assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
         return model
 
@@ -215,7 +215,7 @@ def _linear(module: BaseModule, weight: Tensor | None, bias: Tensor | None) -> A
 
 
 @contextmanager
-def _told_by(kind: str) -> Iterator[None]:
+def _peft_errors(kind: str) -> Iterator[None]:
     """Whatever PEFT raises about an adapter, as our error."""
     try:
         yield

@@ -8,10 +8,14 @@ from __future__ import annotations
 from functools import partial
 
 from adaplex.adapters.checkpoint import Checkpoint
-from adaplex.adapters.formats import lowering_context as shared
 from adaplex.adapters.formats.base import FormatRow, Lowered
-from adaplex.adapters.formats.lowering_context import PREFIX, LoweringContext
-from adaplex.adapters.formats.peft_modules import Roles, by_module, check_has_targets, lower_modules
+from adaplex.adapters.formats.lowering_context import COMMON_FIELDS, PREFIX, LoweringContext
+from adaplex.adapters.formats.peft_modules import (
+    Roles,
+    check_has_targets,
+    lower_modules,
+    tensors_by_module,
+)
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec, ModuleKind
 from adaplex.adapters.program.program import ModuleProgram
@@ -30,22 +34,22 @@ class LNTuning:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = LoweringContext(checkpoint, base, limits)
-        reading.check_known("LN tuning", USED, shared.HARMLESS)
-        check_has_targets(reading)
-        reading.raise_refused()
-        found = by_module(reading, "LN tuning", (WEIGHT, BIAS))
-        return Lowered(lower_modules(reading, found, partial(_lower, reading), kinds=KINDS))
+        context = LoweringContext(checkpoint, base, limits)
+        context.check_fields("LN tuning", USED, COMMON_FIELDS)
+        check_has_targets(context)
+        context.raise_refusals()
+        found = tensors_by_module(context, "LN tuning", (WEIGHT, BIAS))
+        return Lowered(lower_modules(context, found, partial(_lower, context), kinds=KINDS))
 
 
-def _lower(reading: LoweringContext, module: BaseModule, roles: Roles) -> ModuleProgram | None:
+def _lower(context: LoweringContext, module: BaseModule, roles: Roles) -> ModuleProgram | None:
     weight, bias, key = roles.get(WEIGHT), roles.get(BIAS), f"{PREFIX}{module.name}."
     if weight is not None:
-        if not reading.fits(f"{key}{WEIGHT}", weight, *_shape(module)):
+        if not context.check_shape(f"{key}{WEIGHT}", weight, *_shape(module)):
             return None
         weight = (weight.T if module.transposed else weight).float()
     if bias is not None:
-        bias = reading.bias_difference(module, f"{key}{BIAS}", bias)
+        bias = context.bias_difference(module, f"{key}{BIAS}", bias)
     return ModuleProgram(module.name, weight=weight, bias=bias)
 
 

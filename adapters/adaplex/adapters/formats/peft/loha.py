@@ -13,7 +13,7 @@ from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats.base import FormatRow, Lowered
 from adaplex.adapters.formats.lowering_context import PREFIX, LoweringContext
 from adaplex.adapters.formats.peft.lycoris import HARMLESS, USED, lower_pairs, rank_and_scale, thin
-from adaplex.adapters.formats.peft_modules import Roles, WrittenOut, all_there, is_linear
+from adaplex.adapters.formats.peft_modules import ExpandedSize, Roles, check_linear, check_present
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.program.primitives import LowRank
@@ -31,25 +31,27 @@ class Loha:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = LoweringContext(checkpoint, base, limits)
-        return lower_pairs(reading, "LoHa", ROLES, _lower, harmless=HARMLESS, convolution=".hada_t")
+        context = LoweringContext(checkpoint, base, limits)
+        return lower_pairs(context, "LoHa", ROLES, _lower, harmless=HARMLESS, convolution=".hada_t")
 
 
 def _lower(
-    reading: LoweringContext, written: WrittenOut, module: BaseModule, roles: Roles
+    context: LoweringContext, expanded: ExpandedSize, module: BaseModule, roles: Roles
 ) -> ModuleProgram | None:
-    if not is_linear(reading, module, "LoHa") or not all_there(reading, module, roles, *ROLES):
+    if not check_linear(context, module, "LoHa") or not check_present(
+        context, module, roles, *ROLES
+    ):
         return None
-    rank, scale = rank_and_scale(reading, module.name)
+    rank, scale = rank_and_scale(context, module.name)
     shapes = {"a": (module.out_features, rank), "b": (rank, module.in_features)}
     fits = [
-        reading.fits(f"{PREFIX}{module.name}.{role}", roles[role], *shapes[role[-1]])
+        context.check_shape(f"{PREFIX}{module.name}.{role}", roles[role], *shapes[role[-1]])
         for role in ROLES
     ]
     if not all(fits):
         return None
     smaller = min(module.in_features, module.out_features)
-    written.add(module, min(rank * rank, smaller))
+    expanded.add(module, min(rank * rank, smaller))
     w1_a, w1_b, w2_a, w2_b = (roles[role].float() for role in ROLES)
     if rank * rank < smaller:
         b, a = _columns(w1_a, w2_a), _columns(w1_b.T, w2_b.T).T.contiguous()

@@ -14,7 +14,7 @@ from adaplex.adapters.formats.base import FormatRow, Lowered
 from adaplex.adapters.formats.lowering_context import PREFIX, LoweringContext
 from adaplex.adapters.formats.peft import lycoris
 from adaplex.adapters.formats.peft.lycoris import USED, lower_pairs, rank_and_scale, thin
-from adaplex.adapters.formats.peft_modules import Roles, WrittenOut, is_linear
+from adaplex.adapters.formats.peft_modules import ExpandedSize, Roles, check_linear
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.program.primitives import LowRank
@@ -40,66 +40,66 @@ class Lokr:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = LoweringContext(checkpoint, base, limits)
+        context = LoweringContext(checkpoint, base, limits)
         return lower_pairs(
-            reading, "LoKr", ROLES, _lower, harmless=HARMLESS, convolution=".lokr_t2"
+            context, "LoKr", ROLES, _lower, harmless=HARMLESS, convolution=".lokr_t2"
         )
 
 
 def _lower(
-    reading: LoweringContext, written: WrittenOut, module: BaseModule, roles: Roles
+    context: LoweringContext, expanded: ExpandedSize, module: BaseModule, roles: Roles
 ) -> ModuleProgram | None:
-    if not is_linear(reading, module, "LoKr"):
+    if not check_linear(context, module, "LoKr"):
         return None
-    rank, scale = rank_and_scale(reading, module.name)
-    first, second = (_factor(reading, module, roles, factor, rank) for factor in FACTORS)
+    rank, scale = rank_and_scale(context, module.name)
+    first, second = (_factor(context, module, roles, factor, rank) for factor in FACTORS)
     if first is None or second is None:
         return None
     (b1, a1), (b2, a2) = first, second
     out, inputs = b1.shape[0] * b2.shape[0], a1.shape[1] * a2.shape[1]
     if (out, inputs) != (module.out_features, module.in_features):
-        reading.refuse(
+        context.refuse(
             f"{PREFIX}{module.name}.lokr_w1",
             f"and lokr_w2 make a weight of {[out, inputs]}, "
             f"expected {[module.out_features, module.in_features]}",
         )
         return None
-    written.add(module, b1.shape[1] * b2.shape[1])
+    expanded.add(module, b1.shape[1] * b2.shape[1])
     low_rank = LowRank(torch.kron(a1, a2), torch.kron(b1, b2) * scale)
     return ModuleProgram(module.name, low_rank, scale=scale)
 
 
 def _factor(
-    reading: LoweringContext, module: BaseModule, roles: Roles, factor: str, rank: int
+    context: LoweringContext, module: BaseModule, roles: Roles, factor: str, rank: int
 ) -> Pair | None:
     """One factor as a pair; None, with refusals, when it is not there or does not fit."""
     key = f"{PREFIX}{module.name}.{factor}"
     whole, a, b = (roles.get(f"{factor}{part}") for part in ("", "_a", "_b"))
     if whole is not None and (a is not None or b is not None):
-        reading.refuse(key, "is given whole and decomposed")
+        context.refuse(key, "is given whole and decomposed")
     elif whole is None and (a is None or b is None):
-        reading.refuse(key, "is missing, and so is a half of its decomposition")
+        context.refuse(key, "is missing, and so is a half of its decomposition")
     elif whole is not None:
-        if _is_matrix(reading, key, whole):
+        if _is_matrix(context, key, whole):
             return thin(whole.float())
     elif a is not None and b is not None:
-        matrices = _is_matrix(reading, f"{key}_a", a), _is_matrix(reading, f"{key}_b", b)
-        if all(matrices) and _has_rank(reading, key, a, b, rank):
+        matrices = _is_matrix(context, f"{key}_a", a), _is_matrix(context, f"{key}_b", b)
+        if all(matrices) and _has_rank(context, key, a, b, rank):
             a, b = a.float(), b.float()
             return (a, b) if rank < min(a.shape[0], b.shape[1]) else thin(a @ b)
     return None
 
 
-def _is_matrix(reading: LoweringContext, key: str, tensor: Tensor) -> bool:
+def _is_matrix(context: LoweringContext, key: str, tensor: Tensor) -> bool:
     if tensor.dim() != 2:
-        reading.refuse(key, f"has shape {list(tensor.shape)}, expected a matrix")
+        context.refuse(key, f"has shape {list(tensor.shape)}, expected a matrix")
     return tensor.dim() == 2
 
 
-def _has_rank(reading: LoweringContext, key: str, a: Tensor, b: Tensor, rank: int) -> bool:
+def _has_rank(context: LoweringContext, key: str, a: Tensor, b: Tensor, rank: int) -> bool:
     """Whether a decomposition is of the config's rank."""
     fits = (
-        reading.fits(f"{key}_a", a, a.shape[0], rank),
-        reading.fits(f"{key}_b", b, rank, b.shape[1]),
+        context.check_shape(f"{key}_a", a, a.shape[0], rank),
+        context.check_shape(f"{key}_b", b, rank, b.shape[1]),
     )
     return all(fits)

@@ -9,33 +9,38 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters.errors import AdapterTooLarge
-from adaplex.adapters.formats import lowering_context as shared
 from adaplex.adapters.formats.base import Lowered
-from adaplex.adapters.formats.lowering_context import TARGETS, LoweringContext, is_number, is_rank
+from adaplex.adapters.formats.lowering_context import (
+    COMMON_FIELDS,
+    TARGET_FIELDS,
+    LoweringContext,
+    is_number,
+    is_rank,
+)
 from adaplex.adapters.formats.peft_modules import (
+    ExpandedSize,
     Roles,
-    WrittenOut,
-    by_module,
     check_has_targets,
     lower_modules,
+    tensors_by_module,
 )
 from adaplex.adapters.formats.targets import pattern_value
 from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.adapters.program.program import ModuleProgram
 
-USED = TARGETS | frozenset(
+USED = TARGET_FIELDS | frozenset(
     ["peft_type", "r", "alpha", "rank_pattern", "alpha_pattern", "modules_to_save"]
 )
-HARMLESS = shared.HARMLESS | frozenset(
+HARMLESS = COMMON_FIELDS | frozenset(
     ["rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"]
 )
 CONVOLUTION = "is of a convolution, which no decoder has"
-LowerPair = Callable[[LoweringContext, WrittenOut, BaseModule, Roles], ModuleProgram | None]
+LowerPair = Callable[[LoweringContext, ExpandedSize, BaseModule, Roles], ModuleProgram | None]
 """Lowers one module; None, with refusals, when its tensors do not fit."""
 
 
 def lower_pairs(
-    reading: LoweringContext,
+    context: LoweringContext,
     title: str,
     roles: Collection[str],
     lower_pair: LowerPair,
@@ -44,30 +49,30 @@ def lower_pairs(
     convolution: str,
 ) -> Lowered:
     """See Format. `convolution` is in the keys of what only convolutions have."""
-    reading.check_known(title, USED, harmless)
-    _check_used(reading)
-    reading.raise_refused()
-    found = by_module(reading, title, roles, unsupported={convolution: CONVOLUTION})
-    lower_one = partial(lower_pair, reading, WrittenOut(reading.limits))
-    return Lowered(lower_modules(reading, found, lower_one))
+    context.check_fields(title, USED, harmless)
+    _check_used(context)
+    context.raise_refusals()
+    found = tensors_by_module(context, title, roles, unsupported={convolution: CONVOLUTION})
+    lower_one = partial(lower_pair, context, ExpandedSize(context.limits))
+    return Lowered(lower_modules(context, found, lower_one))
 
 
-def _check_used(reading: LoweringContext) -> None:
+def _check_used(context: LoweringContext) -> None:
     """Refuses fields of the wrong kind."""
-    config = reading.config
-    reading.check_kind("r", is_rank(config.get("r")), "a positive integer")
-    reading.check_kind("alpha", is_number(config.get("alpha")), "a positive number")
-    reading.check_patterns()
-    check_has_targets(reading)
+    config = context.config
+    context.check_kind("r", is_rank(config.get("r")), "a positive integer")
+    context.check_kind("alpha", is_number(config.get("alpha")), "a positive number")
+    context.check_patterns()
+    check_has_targets(context)
 
 
-def rank_and_scale(reading: LoweringContext, name: str) -> tuple[int, float]:
+def rank_and_scale(context: LoweringContext, name: str) -> tuple[int, float]:
     """The module's own rank, and alpha / rank. Raises AdapterTooLarge for a rank over the limit."""
-    config, patterns = reading.config, reading.patterns
+    config, patterns = context.config, context.patterns
     rank: int = pattern_value(config, "rank_pattern", name, config["r"], patterns)
-    if rank > reading.limits.max_rank:
+    if rank > context.limits.max_rank:
         raise AdapterTooLarge(
-            f"{name} has rank {rank}, the limit is {reading.limits.max_rank}", field="r"
+            f"{name} has rank {rank}, the limit is {context.limits.max_rank}", field="r"
         )
     return rank, pattern_value(config, "alpha_pattern", name, config["alpha"], patterns) / rank
 

@@ -18,20 +18,20 @@ from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.formats.base import FormatRow, Lowered
 from adaplex.adapters.formats.lowering_context import (
-    HARMLESS,
+    COMMON_FIELDS,
     PREFIX,
-    TARGETS,
+    TARGET_FIELDS,
     LoweringContext,
     is_names,
 )
 from adaplex.adapters.formats.modules_to_save import replacement, saved_modules, without_saved
 from adaplex.adapters.formats.peft.build import (
     Recipe,
-    Saved,
+    SavedTensor,
     SharedTree,
     is_installed,
     merge_alone,
-    saved,
+    saved_tensors,
 )
 from adaplex.adapters.formats.peft.kinds import KINDS, PeftKind
 from adaplex.adapters.formats.targets import pattern_value
@@ -41,7 +41,7 @@ from adaplex.adapters.program.program import ModuleProgram
 
 PATTERN = "_pattern"
 """Fields that end so map patterns of module names to values."""
-IDLE = frozenset(["fan_in_fan_out", "init_weights", "bias"])
+TRAINING_ONLY = frozenset(["fan_in_fan_out", "init_weights", "bias"])
 """Fields of most types: how training began, how the base stores weights, and what is checked."""
 UNSUPPORTED = {
     "trainable_token_indices": "needs replaced embedding rows beside merged weights",
@@ -65,7 +65,7 @@ class MergedOnly:
 
     def __init__(self, kind: PeftKind) -> None:
         self._kind, self.family = kind, kind.name.lower()
-        self.semantic_fields = kind.fields | TARGETS | {"peft_type", "modules_to_save"}
+        self.semantic_fields = kind.fields | TARGET_FIELDS | {"peft_type", "modules_to_save"}
         refused = ["trained biases"]
         refused += [f"{name} other than {str(value).lower()}" for name, value in kind.required]
         refused += ["quantized bases"] * kind.exact_base
@@ -80,65 +80,65 @@ class MergedOnly:
                 f"{self._kind.name} is merged by PEFT, which is not installed here: "
                 "pip install 'adaplex[peft]'",
             )
-        reading = LoweringContext(checkpoint, base, limits)
-        _check_config(reading, self._kind)
-        reading.raise_refused()
-        modules = _targets(reading)
-        replaced, keys = _replaced(reading)
-        recipe = _recipe(reading, self._kind, modules)
+        context = LoweringContext(checkpoint, base, limits)
+        _check_config(context, self._kind)
+        context.raise_refusals()
+        modules = _targets(context)
+        replaced, keys = _replaced(context)
+        recipe = _recipe(context, self._kind, modules)
         tensors = {key: t for key, t in checkpoint.tensors.items() if key not in keys}
-        _check_tensors(reading, tensors, _expected(recipe, modules))
-        reading.raise_refused()
+        _check_tensors(context, tensors, _expected(recipe, modules))
+        context.raise_refusals()
         merger = _Merger(recipe, modules, tensors)
         programs = [*replaced, *(merger.program(module, base) for module in modules)]
         programs.sort(key=lambda program: program.module)
         return Lowered(tuple(programs), warnings=(SIGNS,) if self._kind.exact_base else ())
 
 
-FALLBACKS: Mapping[str, MergedOnly] = {kind.name: MergedOnly(kind) for kind in KINDS}
+MERGED_ONLY: Mapping[str, MergedOnly] = {kind.name: MergedOnly(kind) for kind in KINDS}
 """PEFT's `peft_type` -> format."""
 
 
-def _check_config(reading: LoweringContext, kind: PeftKind) -> None:
+def _check_config(context: LoweringContext, kind: PeftKind) -> None:
     """Refuses fields that are unknown, of the wrong kind, or beyond what memory and time allow."""
-    config = reading.config
-    harmless = HARMLESS | kind.harmless | IDLE
-    used = kind.fields | TARGETS | {"peft_type", "modules_to_save"}
-    reading.check_known(kind.title, used, harmless, UNSUPPORTED)
+    config = context.config
+    harmless = COMMON_FIELDS | kind.harmless | TRAINING_ONLY
+    used = kind.fields | TARGET_FIELDS | {"peft_type", "modules_to_save"}
+    context.check_fields(kind.title, used, harmless, UNSUPPORTED)
     saved_too = config.get("modules_to_save")
-    reading.check_kind("modules_to_save", is_names(saved_too), "a list of strings")
+    context.check_kind("modules_to_save", is_names(saved_too), "a list of strings")
     if config.get("bias", "none") not in (None, "none"):
-        reading.refuse("bias", "trained biases beside merged weights are not served")
-    reading.check_target_fields()
+        context.refuse("bias", "trained biases beside merged weights are not served")
+    context.check_target_fields()
     if not config.get("target_modules"):
-        reading.refuse("target_modules", "is missing")
+        context.refuse("target_modules", "is missing")
     for name, value in kind.required:
         if config.get(name, value) is not value:
-            reading.refuse(name, f"must be {str(value).lower()} to be served")
-    if kind.exact_base and reading.base.quantization not in DENSE:
-        reading.refuse(
+            context.refuse(name, f"must be {str(value).lower()} to be served")
+    if kind.exact_base and context.base.quantization not in DENSE:
+        context.refuse(
             "peft_type",
             f"{kind.name} rests on a decomposition of the base's weights as they were when it was "
-            f"trained; this base is {reading.base.quantization}: serve it in bf16 or fp32",
+            f"trained; this base is {context.base.quantization}: serve it in bf16 or fp32",
         )
-    most = dict(kind.loops) | ({"r": reading.limits.max_rank} if kind.shared else {})
+    most = dict(kind.loops) | ({"r": context.limits.max_rank} if kind.shared else {})
     for name in sorted(kind.fields & config.keys()):
         values = config[name] or {} if name.endswith(PATTERN) else {"": config[name]}
         if not isinstance(values, dict):
-            reading.refuse(name, "must map patterns to numbers")
+            context.refuse(name, "must map patterns to numbers")
             continue
-        bound = most.get(name, _bound(reading, name))
+        bound = most.get(name, _bound(context, name))
         for value in values.values():
             if problem := _problem(value, bound):
-                reading.refuse(name, problem)
+                context.refuse(name, problem)
 
 
-def _bound(reading: LoweringContext, name: str) -> int:
+def _bound(context: LoweringContext, name: str) -> int:
     """The most that a whole number can mean: elements of all tensors, or of a side of a weight."""
     if name.endswith(SEEDS):
         return MAX_SEED
-    sides = (max(m.in_features, m.out_features) for m in reading.base.modules.values())
-    return max([*sides, sum(tensor.numel() for tensor in reading.tensors.values())])
+    sides = (max(m.in_features, m.out_features) for m in context.base.modules.values())
+    return max([*sides, sum(tensor.numel() for tensor in context.tensors.values())])
 
 
 def _problem(value: object, bound: int) -> str:
@@ -152,84 +152,84 @@ def _problem(value: object, bound: int) -> str:
     return "must be a number, a word, true or false"
 
 
-def _targets(reading: LoweringContext) -> tuple[BaseModule, ...]:
+def _targets(context: LoweringContext) -> tuple[BaseModule, ...]:
     """The linears that the config targets, in the base's order. Raises AdapterInvalid."""
-    names = without_saved(reading, reading.targets())
+    names = without_saved(context, context.targets())
     if not names:
         raise AdapterInvalid.because(
-            "target_modules", f"matches no linear of the base {reading.base.name}"
+            "target_modules", f"matches no linear of the base {context.base.name}"
         )
-    return tuple(module for name, module in reading.base.modules.items() if name in names)
+    return tuple(module for name, module in context.base.modules.items() if name in names)
 
 
-def _replaced(reading: LoweringContext) -> tuple[list[ModuleProgram], set[str]]:
+def _replaced(context: LoweringContext) -> tuple[list[ModuleProgram], set[str]]:
     """The programs of modules that `modules_to_save` names, and the keys of their tensors."""
     programs, keys = [], set[str]()
-    for name in sorted(saved_modules(reading)):
+    for name in sorted(saved_modules(context)):
         weight, bias = f"{PREFIX}{name}.weight", f"{PREFIX}{name}.bias"
-        get = reading.tensors.get
-        made = replacement(reading, reading.base.modules[name], weight, get(weight), get(bias))
+        get = context.tensors.get
+        made = replacement(context, context.base.modules[name], weight, get(weight), get(bias))
         programs += [made] if made is not None else []
         keys |= {weight, bias}
     return programs, keys
 
 
-def _recipe(reading: LoweringContext, kind: PeftKind, modules: Sequence[BaseModule]) -> Recipe:
+def _recipe(context: LoweringContext, kind: PeftKind, modules: Sequence[BaseModule]) -> Recipe:
     """What PEFT is told; each pattern as the modules that it matches. Raises AdapterInvalid."""
-    config, plain, patterns = reading.config, dict[str, Any](), dict[str, dict[str, Any]]()
+    config, plain, patterns = context.config, dict[str, Any](), dict[str, dict[str, Any]]()
     for name in sorted(kind.fields & config.keys()):
         if not name.endswith(PATTERN):
             plain[name] = config[name]
         elif config[name]:
             values = {
-                m.name: pattern_value(config, name, m.name, None, reading.patterns) for m in modules
+                m.name: pattern_value(config, name, m.name, None, context.patterns) for m in modules
             }
             patterns[name] = {m: value for m, value in values.items() if value is not None}
-    return Recipe(kind, plain, patterns, reading.base.biases)
+    return Recipe(kind, plain, patterns, context.base.biases)
 
 
-def _expected(recipe: Recipe, modules: Sequence[BaseModule]) -> dict[str, Saved]:
+def _expected(recipe: Recipe, modules: Sequence[BaseModule]) -> dict[str, SavedTensor]:
     """What PEFT would save for these modules. Of modules that are alike one is built, unless the
     kind shares tensors between them.
     """
     meta = recipe.kind.shapeless
     if recipe.kind.shared:
-        return saved(recipe.build(modules, meta=meta))
-    found: dict[str, Saved] = {}
-    alike: dict[object, dict[str, Saved]] = {}
+        return saved_tensors(recipe.build(modules, meta=meta))
+    found: dict[str, SavedTensor] = {}
+    alike: dict[object, dict[str, SavedTensor]] = {}
     for module in modules:
         own = f"{PREFIX}{module.name}"
         key = recipe.signature(module)
         if key not in alike:
-            built = saved(recipe.build([module], meta=meta))
+            built = saved_tensors(recipe.build([module], meta=meta))
             alike[key] = {name.removeprefix(own): entry for name, entry in built.items()}
         found |= {f"{own}{end}": entry for end, entry in alike[key].items()}
     return found
 
 
 def _check_tensors(
-    reading: LoweringContext, tensors: Mapping[str, Tensor], expected: Mapping[str, Saved]
+    context: LoweringContext, tensors: Mapping[str, Tensor], expected: Mapping[str, SavedTensor]
 ) -> None:
     """The checkpoint must hold just the tensors that PEFT would save."""
     for key in sorted(expected.keys() - tensors.keys()):
-        reading.refuse(key, "is missing")
+        context.refuse(key, "is missing")
     for key in sorted(tensors.keys() - expected.keys()):
-        reading.refuse(key, "is not a tensor that PEFT saves for this config on this base")
+        context.refuse(key, "is not a tensor that PEFT saves for this config on this base")
     for key in sorted(expected.keys() & tensors.keys()):
-        reading.fits(key, tensors[key], *expected[key].shape)
+        context.check_shape(key, tensors[key], *expected[key].shape)
         if expected[key].is_real and not tensors[key].is_floating_point():
-            reading.refuse(key, f"has dtype {tensors[key].dtype}, expected real numbers")
+            context.refuse(key, f"has dtype {tensors[key].dtype}, expected real numbers")
         if key.endswith(POSITIONS):
-            _check_positions(reading, key)
+            _check_positions(context, key)
 
 
-def _check_positions(reading: LoweringContext, key: str) -> None:
+def _check_positions(context: LoweringContext, key: str) -> None:
     """PEFT writes to the rows and columns [2, count] that the checkpoint names without looking."""
-    module = reading.base.modules[key.removeprefix(PREFIX).removesuffix(POSITIONS)]
+    module = context.base.modules[key.removeprefix(PREFIX).removesuffix(POSITIONS)]
     sides = torch.tensor([[module.out_features], [module.in_features]])
-    positions = reading.tensors[key]
+    positions = context.tensors[key]
     if positions.shape[:1] == (2,) and not bool(((positions >= 0) & (positions < sides)).all()):
-        reading.refuse(key, f"names an element outside of {sides.flatten().tolist()}")
+        context.refuse(key, f"names an element outside of {sides.flatten().tolist()}")
 
 
 class _Merger:

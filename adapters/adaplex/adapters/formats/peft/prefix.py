@@ -19,9 +19,9 @@ from adaplex.adapters.formats.peft.prompt import (
     TOKENS,
     USED,
     check_size,
-    check_tokens,
-    in_order,
-    saved_beside,
+    check_virtual_tokens,
+    lower_saved_modules,
+    sorted_by_module,
 )
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseSpec
@@ -43,44 +43,44 @@ class PrefixTuning:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = LoweringContext(checkpoint, base, limits)
-        reading.check_known(self.family, USED | LEARNED, self._harmless)
-        count = check_tokens(reading)
-        blocks = _attention(reading)
-        heads, features = _shape(reading)
-        whole = saved_beside(reading, self.family, [TOKENS])
-        check_size(reading, "num_layers", len(blocks))
-        check_size(reading, "num_attention_heads", heads)
-        check_size(reading, "token_dim", heads * features)
-        saved = reading.tensors[TOKENS]
-        reading.fits(TOKENS, saved, count, len(blocks) * 2 * heads * features)
-        reading.raise_refused()
+        context = LoweringContext(checkpoint, base, limits)
+        context.check_fields(self.family, USED | LEARNED, self._harmless)
+        count = check_virtual_tokens(context)
+        blocks = _attention(context)
+        heads, features = _shape(context)
+        whole = lower_saved_modules(context, self.family, [TOKENS])
+        check_size(context, "num_layers", len(blocks))
+        check_size(context, "num_attention_heads", heads)
+        check_size(context, "token_dim", heads * features)
+        saved = context.tensors[TOKENS]
+        context.check_shape(TOKENS, saved, count, len(blocks) * 2 * heads * features)
+        context.raise_refusals()
         states = saved.float().view(count, len(blocks), 2, heads, features)
         prefixes = (
             ModuleProgram(name, prefix=KVPrefix(states[:, layer, 0], states[:, layer, 1]))
             for layer, name in enumerate(blocks)
         )
-        return Lowered(in_order([*prefixes, *whole]))
+        return Lowered(sorted_by_module([*prefixes, *whole]))
 
 
-def _attention(reading: LoweringContext) -> list[str]:
+def _attention(context: LoweringContext) -> list[str]:
     """Names of the attention blocks, layer by layer; refuses a base that lacks one."""
-    modules = reading.base.modules.values()
+    modules = context.base.modules.values()
     blocks = {m.layer: m.name for m in modules if m.kind == "block" and m.part == "attention"}
-    layers = range(len(reading.base.kv_shapes))
+    layers = range(len(context.base.kv_shapes))
     if not blocks or sorted(blocks) != list(layers):
-        name = reading.base.name
-        reading.refuse("peft_type", f"needs the attention of every layer of {name}, not all known")
+        name = context.base.name
+        context.refuse("peft_type", f"needs the attention of every layer of {name}, not all known")
     return [blocks[layer] for layer in sorted(blocks)]
 
 
-def _shape(reading: LoweringContext) -> tuple[int, int]:
+def _shape(context: LoweringContext) -> tuple[int, int]:
     """Heads and features of a key; refuses a base whose layers or values differ in them."""
-    shapes = set(reading.base.kv_shapes)
+    shapes = set(context.base.kv_shapes)
     if len(shapes) == 1:
         heads, keys, values = shapes.pop()
         if keys == values:
             return heads, keys
-    if reading.base.kv_shapes:
-        reading.refuse("peft_type", "needs layers whose keys and values are all of one shape")
+    if context.base.kv_shapes:
+        context.refuse("peft_type", "needs layers whose keys and values are all of one shape")
     return 0, 0

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterTooLarge
-from adaplex.adapters.formats import lowering_context as shared
 from adaplex.adapters.formats.base import FormatRow, Lowered
-from adaplex.adapters.formats.lowering_context import LoweringContext, is_rank
-from adaplex.adapters.formats.peft_modules import by_module, saved_programs
+from adaplex.adapters.formats.lowering_context import COMMON_FIELDS, LoweringContext, is_rank
+from adaplex.adapters.formats.peft_modules import saved_programs, tensors_by_module
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.program.program import ModuleProgram
@@ -40,7 +39,7 @@ LEARNED = frozenset(
     ]
 )
 """Fields of every config of prompt learning; sizes, which are checked against the base."""
-HARMLESS = shared.HARMLESS | frozenset(
+HARMLESS = COMMON_FIELDS | frozenset(
     [
         "prompt_tuning_init",
         "prompt_tuning_init_text",
@@ -72,13 +71,13 @@ class PromptTuning:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = LoweringContext(checkpoint, base, limits)
-        reading.check_known(self.family, USED | LEARNED, HARMLESS)
-        count, embedding = check_tokens(reading), _embedding(reading)
-        saved = saved_beside(reading, self.family, [TOKENS])
-        tokens = reading.tensors[TOKENS]
-        reading.fits(TOKENS, tokens, count, embedding.out_features)
-        return _lowered(reading, embedding, tokens.float(), saved)
+        context = LoweringContext(checkpoint, base, limits)
+        context.check_fields(self.family, USED | LEARNED, HARMLESS)
+        count, embedding = check_virtual_tokens(context), _embedding(context)
+        saved = lower_saved_modules(context, self.family, [TOKENS])
+        tokens = context.tensors[TOKENS]
+        context.check_shape(TOKENS, tokens, count, embedding.out_features)
+        return _lowered(context, embedding, tokens.float(), saved)
 
 
 class MultitaskPromptTuning:
@@ -90,98 +89,98 @@ class MultitaskPromptTuning:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = LoweringContext(checkpoint, base, limits)
+        context = LoweringContext(checkpoint, base, limits)
         used = self.semantic_fields | LEARNED | {"num_tasks", "num_ranks"}
-        reading.check_known(self.family, used, HARMLESS)
-        count, tasks = check_tokens(reading), reading.config.get("num_tasks", 1)
-        ranks = reading.config.get("num_ranks", 1)
-        reading.check_kind("num_tasks", is_rank(tasks), "a positive integer")
-        reading.check_kind("num_ranks", is_rank(ranks), "a positive integer")
-        embedding = _embedding(reading)
-        saved = saved_beside(reading, self.family, [TOKENS, COLS, ROWS])
-        task, hidden = _task(reading, tasks), embedding.out_features
-        tokens, cols, rows = (reading.tensors[key] for key in (TOKENS, COLS, ROWS))
-        reading.fits(TOKENS, tokens, count, hidden)
-        reading.fits(COLS, cols, tasks, count, ranks)
-        reading.fits(ROWS, rows, tasks, ranks, hidden)
-        reading.raise_refused()
+        context.check_fields(self.family, used, HARMLESS)
+        count, tasks = check_virtual_tokens(context), context.config.get("num_tasks", 1)
+        ranks = context.config.get("num_ranks", 1)
+        context.check_kind("num_tasks", is_rank(tasks), "a positive integer")
+        context.check_kind("num_ranks", is_rank(ranks), "a positive integer")
+        embedding = _embedding(context)
+        saved = lower_saved_modules(context, self.family, [TOKENS, COLS, ROWS])
+        task, hidden = _task(context, tasks), embedding.out_features
+        tokens, cols, rows = (context.tensors[key] for key in (TOKENS, COLS, ROWS))
+        context.check_shape(TOKENS, tokens, count, hidden)
+        context.check_shape(COLS, cols, tasks, count, ranks)
+        context.check_shape(ROWS, rows, tasks, ranks, hidden)
+        context.raise_refusals()
         factor = cols[task].float() @ rows[task].float()
-        return _lowered(reading, embedding, tokens.float() * factor, saved)
+        return _lowered(context, embedding, tokens.float() * factor, saved)
 
 
-def check_tokens(reading: LoweringContext) -> int:
+def check_virtual_tokens(context: LoweringContext) -> int:
     """The count of virtual tokens; 0, with a refusal, when the field is of the wrong kind.
 
     Raises AdapterTooLarge for more than the limit.
     """
-    count = reading.config.get("num_virtual_tokens")
-    if not reading.check_kind("num_virtual_tokens", is_rank(count), "a positive integer"):
+    count = context.config.get("num_virtual_tokens")
+    if not context.check_kind("num_virtual_tokens", is_rank(count), "a positive integer"):
         return 0
     assert isinstance(count, int)
-    if count > reading.limits.max_virtual_tokens:
+    if count > context.limits.max_virtual_tokens:
         raise AdapterTooLarge(
-            f"num_virtual_tokens is {count}, the limit is {reading.limits.max_virtual_tokens}",
+            f"num_virtual_tokens is {count}, the limit is {context.limits.max_virtual_tokens}",
             field="num_virtual_tokens",
         )
-    if reading.config.get("num_transformer_submodules") not in (None, 1):
-        reading.refuse("num_transformer_submodules", "must be 1: a decoder has one")
+    if context.config.get("num_transformer_submodules") not in (None, 1):
+        context.refuse("num_transformer_submodules", "must be 1: a decoder has one")
     return count
 
 
-def saved_beside(
-    reading: LoweringContext, family: str, keys: Collection[str]
+def lower_saved_modules(
+    context: LoweringContext, family: str, keys: Collection[str]
 ) -> list[ModuleProgram]:
     """Programs of the modules that were trained as a whole, the only ones that may have tensors
     beside those of `keys`. Raises AdapterInvalid with all that was refused so far.
     """
-    for key in sorted(set(keys) - reading.tensors.keys()):
-        reading.refuse(key, "is missing")
-    reading.check_modules_to_save()
-    reading.raise_refused()
-    found = by_module(reading, family, (), shared=keys, prefix=MODULES)
-    saved = saved_programs(reading, found)
-    for name in sorted(found.keys() - reading.base.modules.keys()):
-        reading.refuse(name, f"the base {reading.base.name} has no such module")
-    reading.raise_refused()
+    for key in sorted(set(keys) - context.tensors.keys()):
+        context.refuse(key, "is missing")
+    context.check_modules_to_save()
+    context.raise_refusals()
+    found = tensors_by_module(context, family, (), shared=keys, prefix=MODULES)
+    saved = saved_programs(context, found)
+    for name in sorted(found.keys() - context.base.modules.keys()):
+        context.refuse(name, f"the base {context.base.name} has no such module")
+    context.raise_refusals()
     return [program for program in saved if program is not None]
 
 
-def check_size(reading: LoweringContext, name: str, expected: int) -> None:
+def check_size(context: LoweringContext, name: str, expected: int) -> None:
     """A size that the config may tell must be the base's."""
-    found: Any = reading.config.get(name)
+    found: Any = context.config.get(name)
     if found not in (None, expected):
-        reading.refuse(name, f"is {found!r:.40}, but the base {reading.base.name} has {expected}")
+        context.refuse(name, f"is {found!r:.40}, but the base {context.base.name} has {expected}")
 
 
-def _embedding(reading: LoweringContext) -> BaseModule:
+def _embedding(context: LoweringContext) -> BaseModule:
     """The input embedding. Raises AdapterInvalid when the base has none that is known."""
-    for module in reading.base.modules.values():
+    for module in context.base.modules.values():
         if module.kind == "embedding":
-            check_size(reading, "token_dim", module.out_features)
+            check_size(context, "token_dim", module.out_features)
             return module
-    reading.refuse("peft_type", f"needs an input embedding; {reading.base.name} has none known")
-    reading.raise_refused()
+    context.refuse("peft_type", f"needs an input embedding; {context.base.name} has none known")
+    context.raise_refusals()
     raise AssertionError
 
 
-def _task(reading: LoweringContext, tasks: int) -> int:
+def _task(context: LoweringContext, tasks: int) -> int:
     """The task to serve. Raises AdapterInvalid."""
-    task = reading.config.get("task_id", 0 if tasks == 1 else None)
+    task = context.config.get("task_id", 0 if tasks == 1 else None)
     if type(task) is not int or not 0 <= task < tasks:
-        reading.refuse("task_id", f"must say which of the {tasks} tasks to serve, from 0")
-        reading.raise_refused()
+        context.refuse("task_id", f"must say which of the {tasks} tasks to serve, from 0")
+        context.raise_refusals()
     return int(task)
 
 
-def in_order(programs: Iterable[ModuleProgram]) -> tuple[ModuleProgram, ...]:
+def sorted_by_module(programs: Iterable[ModuleProgram]) -> tuple[ModuleProgram, ...]:
     """By name."""
     return tuple(sorted(programs, key=lambda program: program.module))
 
 
 def _lowered(
-    reading: LoweringContext, embedding: BaseModule, tokens: Tensor, saved: list[ModuleProgram]
+    context: LoweringContext, embedding: BaseModule, tokens: Tensor, saved: list[ModuleProgram]
 ) -> Lowered:
     if embedding.name in {program.module for program in saved}:
-        reading.refuse("modules_to_save", f"names {embedding.name}: {EMBEDDING}")
-    reading.raise_refused()
-    return Lowered(in_order([ModuleProgram(embedding.name, virtual=tokens), *saved]))
+        context.refuse("modules_to_save", f"names {embedding.name}: {EMBEDDING}")
+    context.raise_refusals()
+    return Lowered(sorted_by_module([ModuleProgram(embedding.name, virtual=tokens), *saved]))

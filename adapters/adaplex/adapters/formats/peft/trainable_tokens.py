@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats.base import FormatRow, Lowered
-from adaplex.adapters.formats.lowering_context import HARMLESS, PREFIX, LoweringContext
+from adaplex.adapters.formats.lowering_context import COMMON_FIELDS, PREFIX, LoweringContext
 from adaplex.adapters.formats.modules_to_save import check_copy
 from adaplex.adapters.formats.token_rows import lower_rows, token_rows
 from adaplex.adapters.limits import AdapterLimits
@@ -34,46 +34,48 @@ class TrainableTokens:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = LoweringContext(checkpoint, base, limits)
-        reading.check_known("trainable tokens", self.semantic_fields, HARMLESS | {"init_weights"})
-        reading.check_target_fields()
-        ids: Any = reading.config.get("token_indices")
-        reading.check_tokens("token_indices", ids)
-        reading.raise_refused()
+        context = LoweringContext(checkpoint, base, limits)
+        context.check_fields(
+            "trainable tokens", self.semantic_fields, COMMON_FIELDS | {"init_weights"}
+        )
+        context.check_target_fields()
+        ids: Any = context.config.get("token_indices")
+        context.check_tokens("token_indices", ids)
+        context.raise_refusals()
         programs: dict[str, ModuleProgram | None] = {}
-        with reading.collecting():
-            tensors = _sort_tensors(reading)
-            targets = dict.fromkeys(sorted(_targets(reading)), ids)
-            programs = lower_rows(reading, token_rows(reading, targets), tensors)
-        reading.raise_refused()
+        with context.collect_refusals():
+            tensors = _sort_tensors(context)
+            targets = dict.fromkeys(sorted(_targets(context)), ids)
+            programs = lower_rows(context, token_rows(context, targets), tensors)
+        context.raise_refusals()
         return Lowered(tuple(filter(None, programs.values())))
 
 
-def _sort_tensors(reading: LoweringContext) -> dict[str, tuple[str, Tensor]]:
+def _sort_tensors(context: LoweringContext) -> dict[str, tuple[str, Tensor]]:
     """Name of a module -> key and tensor; refuses tensors that fit no place."""
     found: dict[str, tuple[str, Tensor]] = {}
-    for key, tensor in reading.tensors.items():
+    for key, tensor in context.tensors.items():
         name = key.removeprefix(PREFIX)
         copy = COPY.fullmatch(name)
         if name == key:
-            reading.refuse(key, f"does not begin with {PREFIX}")
+            context.refuse(key, f"does not begin with {PREFIX}")
         elif rows := ROWS.fullmatch(name):
             if rows["module"] in found:
-                reading.refuse(key, "is given twice")
+                context.refuse(key, "is given twice")
             found[rows["module"]] = (key, tensor)
-        elif copy is not None and (module := reading.base.modules.get(copy["module"])) is not None:
-            check_copy(reading, module, key, tensor)
+        elif copy is not None and (module := context.base.modules.get(copy["module"])) is not None:
+            check_copy(context, module, key, tensor)
         else:
-            reading.refuse(key, "is not a tensor of trainable tokens that this server knows")
+            context.refuse(key, "is not a tensor of trainable tokens that this server knows")
     return found
 
 
-def _targets(reading: LoweringContext) -> frozenset[str]:
+def _targets(context: LoweringContext) -> frozenset[str]:
     """Names of the modules that the config targets: by default, the embedding."""
-    if reading.config.get("target_modules"):
-        targets = reading.targets(("linear", "embedding"))
+    if context.config.get("target_modules"):
+        targets = context.targets(("linear", "embedding"))
     else:
-        targets = frozenset([] if reading.embedding is None else [reading.embedding.name])
+        targets = frozenset([] if context.embedding is None else [context.embedding.name])
     if not targets:
-        reading.refuse("target_modules", f"matches no module of the base {reading.base.name}")
+        context.refuse("target_modules", f"matches no module of the base {context.base.name}")
     return targets

@@ -15,18 +15,23 @@ from torch import Tensor
 
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.errors import AdapterTooLarge
-from adaplex.adapters.formats import lowering_context as shared
 from adaplex.adapters.formats.base import FormatRow, Lowered
-from adaplex.adapters.formats.lowering_context import PREFIX, TARGETS, LoweringContext, is_rank
+from adaplex.adapters.formats.lowering_context import (
+    COMMON_FIELDS,
+    PREFIX,
+    TARGET_FIELDS,
+    LoweringContext,
+    is_rank,
+)
 from adaplex.adapters.formats.peft_modules import (
+    ExpandedSize,
     Roles,
-    WrittenOut,
-    all_there,
-    by_module,
     check_bias_field,
     check_has_targets,
+    check_present,
     lower_modules,
     shared_tensor,
+    tensors_by_module,
 )
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
@@ -36,10 +41,10 @@ from adaplex.adapters.program.program import ModuleProgram
 SHARED = ("base_model.vera_A", "base_model.vera_B")
 ROLES = ("vera_lambda_b", "vera_lambda_d")
 ONLY = "vera_only"
-USED = (TARGETS - {"exclude_modules"}) | frozenset(
+USED = (TARGET_FIELDS - {"exclude_modules"}) | frozenset(
     ["peft_type", "r", "projection_prng_key", "save_projection", "bias", "modules_to_save"]
 )
-HARMLESS = shared.HARMLESS | frozenset(
+HARMLESS = COMMON_FIELDS | frozenset(
     ["vera_dropout", "d_initial", "fan_in_fan_out", "init_weights"]
 )
 
@@ -53,17 +58,17 @@ class Vera:
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
-        reading = LoweringContext(checkpoint, base, limits)
-        reading.check_known("VeRA", USED, HARMLESS)
-        _check_used(reading)
-        reading.raise_refused()
-        found = by_module(reading, "VeRA", ROLES, shared=SHARED)
+        context = LoweringContext(checkpoint, base, limits)
+        context.check_fields("VeRA", USED, HARMLESS)
+        _check_used(context)
+        context.raise_refusals()
+        found = tensors_by_module(context, "VeRA", ROLES, shared=SHARED)
         adapted = [
             base.modules[n] for n in found if n in base.modules and found[n].keys() & {*ROLES}
         ]
-        projections = _projections(reading, adapted)
-        lower_one = partial(_lower, reading, projections, WrittenOut(limits))
-        return Lowered(lower_modules(reading, found, lower_one, only=ONLY), tuple(reading.notes))
+        projections = _projections(context, adapted)
+        lower_one = partial(_lower, context, projections, ExpandedSize(limits))
+        return Lowered(lower_modules(context, found, lower_one, only=ONLY), tuple(context.notes))
 
 
 def random_projections(key: int, rank: int, wide: int, tall: int) -> tuple[Tensor, Tensor]:
@@ -77,65 +82,65 @@ def random_projections(key: int, rank: int, wide: int, tall: int) -> tuple[Tenso
     return draw(rank, wide), draw(tall, rank)
 
 
-def _check_used(reading: LoweringContext) -> None:
+def _check_used(context: LoweringContext) -> None:
     """Refuses fields of the wrong kind, and a rank above the limit."""
-    config = reading.config
+    config = context.config
     rank, key = config.get("r", 0), config.get("projection_prng_key", 0)
-    fits = reading.check_kind("r", is_rank(rank), "a positive integer")
-    if fits and rank > reading.limits.max_rank:
+    fits = context.check_kind("r", is_rank(rank), "a positive integer")
+    if fits and rank > context.limits.max_rank:
         raise AdapterTooLarge(
-            f"the rank is {rank}, the limit is {reading.limits.max_rank}", field="r"
+            f"the rank is {rank}, the limit is {context.limits.max_rank}", field="r"
         )
     fits = type(key) is int and -(1 << 63) <= key < 1 << 63
-    reading.check_kind("projection_prng_key", fits, "an integer of 64 bits")
+    context.check_kind("projection_prng_key", fits, "an integer of 64 bits")
     fits = isinstance(config.get("save_projection", True), bool)
-    reading.check_kind("save_projection", fits, "true or false")
-    check_bias_field(reading, ONLY)
-    check_has_targets(reading)
+    context.check_kind("save_projection", fits, "true or false")
+    check_bias_field(context, ONLY)
+    check_has_targets(context)
 
 
 def _projections(
-    reading: LoweringContext, modules: Iterable[BaseModule]
+    context: LoweringContext, modules: Iterable[BaseModule]
 ) -> tuple[Tensor, Tensor] | None:
     """A and B for these modules; None, with refusals, when they are not there or do not fit."""
     sizes = [(module.in_features, module.out_features) for module in modules]
     if not sizes:
         return None
     wide, tall = (max(size) for size in zip(*sizes, strict=True))
-    config, (a, b) = reading.config, (shared_tensor(reading, name) for name in SHARED)
+    config, (a, b) = context.config, (shared_tensor(context, name) for name in SHARED)
     if not config.get("save_projection", True):
         if a is not None or b is not None:
-            reading.notes.append("vera_A and vera_B are not read, as save_projection is false")
+            context.notes.append("vera_A and vera_B are not read, as save_projection is false")
         return random_projections(config.get("projection_prng_key", 0), config["r"], wide, tall)
     if a is None or b is None:
         name = SHARED[0] if a is None else SHARED[1]
-        reading.refuse(name, "is missing, although save_projection is true")
+        context.refuse(name, "is missing, although save_projection is true")
         return None
     fits = (
-        reading.fits(SHARED[0], a, config["r"], wide),
-        reading.fits(SHARED[1], b, tall, config["r"]),
+        context.check_shape(SHARED[0], a, config["r"], wide),
+        context.check_shape(SHARED[1], b, tall, config["r"]),
     )
     return (a.float(), b.float()) if all(fits) else None
 
 
 def _lower(
-    reading: LoweringContext,
+    context: LoweringContext,
     projections: tuple[Tensor, Tensor] | None,
-    written: WrittenOut,
+    expanded: ExpandedSize,
     module: BaseModule,
     roles: Roles,
 ) -> ModuleProgram | None:
     """One module, both vectors folded into B."""
-    if projections is None or not all_there(reading, module, roles, *ROLES):
+    if projections is None or not check_present(context, module, roles, *ROLES):
         return None
-    (a, b), rank, key = projections, reading.config["r"], f"{PREFIX}{module.name}."
+    (a, b), rank, key = projections, context.config["r"], f"{PREFIX}{module.name}."
     inner, outer = roles["vera_lambda_d"], roles["vera_lambda_b"]
     fits = (
-        reading.fits(f"{key}vera_lambda_d", inner, rank),
-        reading.fits(f"{key}vera_lambda_b", outer, module.out_features),
+        context.check_shape(f"{key}vera_lambda_d", inner, rank),
+        context.check_shape(f"{key}vera_lambda_b", outer, module.out_features),
     )
     if not all(fits):
         return None
-    written.add(module, rank)
+    expanded.add(module, rank)
     scaled = outer.float()[:, None] * b[: module.out_features] * inner.float()
     return ModuleProgram(module.name, LowRank(a[:, : module.in_features], scaled))
