@@ -1,4 +1,4 @@
-"""AdapterHub's files: how they come in, and what they are combined with."""
+"""AdapterHub's files: how they come in, and what they are mixed with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from adaplex.adapters.checkpoint import ADAPTERHUB_WEIGHTS, CONFIG, WEIGHTS, read_checkpoint
 from adaplex.adapters.errors import AdapterInvalid
-from adaplex.adapters.formats.bundle import join
+from adaplex.adapters.formats.bundle import bundle
 from adaplex.adapters.program.base_match import mismatches
 from adaplex.adapters.sources.transfer import choose_files
 from adaplex.client.errors import InvalidArgument
@@ -38,8 +38,8 @@ def test_the_base_that_it_names_is_compared() -> None:
     assert mismatches(outer("houlsby", model_name="any/tiny").config, BASE) == ()
     (found,) = mismatches(outer("houlsby", model_name="org/other").config, BASE)
     assert found[0] == "model_name"
-    hybrid = join([read("lora"), outer("houlsby", model_name="org/other")])
-    assert [field for field, _ in mismatches(hybrid.config, BASE)] == ["parts[1].model_name"]
+    bundled = bundle([read("lora"), outer("houlsby", model_name="org/other")])
+    assert [field for field, _ in mismatches(bundled.config, BASE)] == ["parts[1].model_name"]
 
 
 def test_the_client_sends_the_weights_under_the_common_name(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_remote_sources_fetch_one_file_of_weights() -> None:
     assert choose_files(dict.fromkeys([*names, WEIGHTS], 10), LIMITS) == [CONFIG, WEIGHTS]
 
 
-def test_adapters_of_different_families_are_combined_by_the_registry(tmp_path: Path) -> None:
+def test_adapters_of_different_families_are_mixed_by_the_registry(tmp_path: Path) -> None:
     registry = make_registry(tmp_path / "store", BASE)
     importer = make_importer(registry, [FIXTURES])
     for name in ("pfeiffer", "parallel", "lora", "mam"):
@@ -84,8 +84,8 @@ def test_adapters_of_different_families_are_combined_by_the_registry(tmp_path: P
     with registry.resolve_combination([("mam", 1.0), ("lora", 0.5)]) as lease:
         assert lease.record.leading == 5
     for weights, reason in (
-        ([("pfeiffer", 1.0), ("parallel", 1.0)], "differ in what they read"),
-        ([("mam", 0.5), ("lora", 1.0)], "KV prefix takes no weight but 1"),
+        ([("pfeiffer", 1.0), ("parallel", 1.0)], "differ in input or activation"),
+        ([("mam", 0.5), ("lora", 1.0)], "KV prefix must have weight 1"),
     ):
         with pytest.raises(AdapterInvalid, match=reason) as caught:
             registry.resolve_combination(weights)

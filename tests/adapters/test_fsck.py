@@ -10,7 +10,7 @@ import pytest
 from adaplex.adapters.checkpoint import WEIGHTS, Checkpoint
 from adaplex.adapters.digest import content_digest
 from adaplex.adapters.formats import FORMATS, identity
-from adaplex.adapters.formats.bundle import join
+from adaplex.adapters.formats.bundle import bundle
 from adaplex.adapters.registry.registry import AdapterRegistry
 from adaplex.adapters.storage.fsck import check_store
 from adapters.handmade import checkpoint, config, files, make_registry, push, tensors
@@ -32,14 +32,14 @@ def test_whole_adapters_have_no_problem_whether_or_not_their_digest_takes_the_ba
     registry: AdapterRegistry,
 ) -> None:
     push(registry, "plain")
-    both = join([checkpoint(), checkpoint(tensors(seed=3))])
+    both = bundle([checkpoint(), checkpoint(tensors(seed=3))])
     push(registry, "both", files(both.config, both.tensors))
     assert registry.resolve("both").record.family == "hybrid"
     assert problems(registry) == []
 
 
 def test_damage_is_found_in_both(registry: AdapterRegistry, tmp_path: Path) -> None:
-    both = join([checkpoint(), checkpoint(tensors(seed=3))])
+    both = bundle([checkpoint(), checkpoint(tensors(seed=3))])
     push(registry, "both", files(both.config, both.tensors))
     (stored,) = tmp_path.glob(f"objects/*/{WEIGHTS}")
     stored.chmod(0o644)

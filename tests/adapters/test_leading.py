@@ -13,7 +13,7 @@ import torch
 from adaplex.adapters import formats
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
-from adaplex.adapters.program.check_prefix import check_leading
+from adaplex.adapters.program.check_prefix import check_prefix
 from adaplex.adapters.program.primitives import KVPrefix
 from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.adapters.registry.registry import AdapterRegistry
@@ -55,19 +55,19 @@ def program(*prefixes: KVPrefix | None, **fields: Any) -> AdapterProgram:
 
 def refusals(made: AdapterProgram) -> list[str]:
     with pytest.raises(AdapterInvalid) as caught:
-        check_leading(made, TUNABLE)
+        check_prefix(made, TUNABLE)
     return [f"{r.where}: {r.reason}" for r in caught.value.refusals]
 
 
 def test_a_whole_prefix_passes() -> None:
-    check_leading(program(prefix(), prefix()), TUNABLE)
-    check_leading(program(), TUNABLE)
+    check_prefix(program(prefix(), prefix()), TUNABLE)
+    check_prefix(program(), TUNABLE)
 
 
 def test_a_prefix_that_leaves_out_a_layer_is_refused() -> None:
     """The cache would keep there what another request left."""
     assert refusals(program(prefix(), None)) == [
-        "layer 1: has no keys and values before the prompt, others do"
+        "layer 1: has no keys and values before the prompt, but other layers do"
     ]
 
 
@@ -75,19 +75,22 @@ def test_a_prefix_that_leaves_out_a_layer_is_refused() -> None:
 def test_a_prefix_of_another_shape_is_refused(other: KVPrefix) -> None:
     [refusal] = refusals(program(prefix(), other))
     assert refusal.startswith("model.layers.1.self_attn: its keys and values before the prompt are")
-    assert refusal.endswith("it takes (5, 2, 4) and (5, 2, 3)")
+    assert refusal.endswith("expected (5, 2, 4) and (5, 2, 3)")
 
 
 def test_a_prefix_at_no_attention_is_refused() -> None:
     stray = ModuleProgram("model.layers.0.mlp.down_proj", prefix=prefix())
     made = program(prefix(), prefix())
     [refusal] = refusals(replace(made, modules=(*made.modules, stray)))
-    assert refusal == "model.layers.0.mlp.down_proj: is no attention, and takes no keys and values"
+    assert (
+        refusal
+        == "model.layers.0.mlp.down_proj: is not an attention, so cannot have keys and values"
+    )
 
 
 def test_what_is_invoked_has_nothing_before_the_prompt() -> None:
     [refusal] = refusals(program(prefix(), prefix(), invocation=(7,)))
-    assert refusal.startswith("alora_invocation_tokens: cannot stand beside positions")
+    assert refusal.startswith("alora_invocation_tokens: cannot be combined with positions")
 
 
 def lowered_with(monkeypatch: pytest.MonkeyPatch, **facts: Any) -> None:
@@ -202,7 +205,7 @@ def test_what_can_only_be_merged_combines_with_nothing(
     registry.close()
 
 
-def test_a_combination_leads_with_what_one_of_it_does(
+def test_a_mix_leads_with_what_one_of_it_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = make_registry(tmp_path, TUNABLE)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from adaplex.adapters import formats
 from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint
-from adaplex.adapters.compose.mix import Component, Mix, check, mixed_program, packed_bytes
-from adaplex.adapters.formats.bundle import join
+from adaplex.adapters.compose.mix import Component, Mix, check_mix, mix_packed_bytes, mixed_program
+from adaplex.adapters.formats.bundle import bundle
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.report import describe
 from adaplex.engine.request import AdapterRef
@@ -93,23 +93,23 @@ def split(united: Checkpoint) -> list[Checkpoint]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_a_union_equals_its_parts_as_a_hybrid_and_as_a_combination(
+def test_a_union_equals_its_parts_as_a_bundle_and_as_a_mix(
     architecture: str, rigs: Callable[[str, bool], Rig]
 ) -> None:
     rig, limits = rigs(architecture, True), AdapterLimits()
     spec = rig.base.spec
     parts = split(read_checkpoint(FIXTURES / architecture / "union", limits))
-    hybrid = formats.lower(join(parts), spec, limits)
+    bundled = formats.lower(bundle(parts), spec, limits)
     programs = {p.digest: p for p in (formats.lower(part, spec, limits) for part in parts)}
-    combination = Mix.of(Component(digest, 1.0) for digest in programs)
-    chosen = [programs[part.digest] for part in combination.components]
+    mix = Mix.of(Component(digest, 1.0) for digest in programs)
+    chosen = [programs[part.digest] for part in mix.components]
     reports = [describe(program, spec, 4) for program in chosen]
-    check(combination, reports, dict.fromkeys(programs, "part"))
-    combined = mixed_program(combination, chosen, spec)
-    assert packed_bytes(reports, 4) == combined.packed_bytes(4) == hybrid.packed_bytes(4)
+    check_mix(mix, reports, dict.fromkeys(programs, "part"))
+    mixed = mixed_program(mix, chosen, spec)
+    assert mix_packed_bytes(reports, 4) == mixed.packed_bytes(4) == bundled.packed_bytes(4)
     tokens = said(architecture)["tokens"].tolist()
     expected = said(architecture)["union"][PREFILLED - 1 :]
-    for program in (hybrid, combined):
+    for program in (bundled, mixed):
         assert (logits(rig, tokens, rig.add(program)) - expected).abs().max() < 1e-4
 
 

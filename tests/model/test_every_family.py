@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS, read_checkpoint
-from adaplex.adapters.formats.bundle import join
+from adaplex.adapters.formats.bundle import bundle
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.request import AdapterMode, AdapterRef
@@ -86,12 +86,12 @@ def saved(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         made[kind] = work / kind
     hub = {f"hub-{name}": HUB / name for name in BOTTLENECKS}
     parts = [made["dora"], made["prefix-tuning"], hub["hub-houlsby"]]
-    return made | hub | {"hybrid": joined(parts, work / "hybrid")}
+    return made | hub | {"hybrid": bundled(parts, work / "hybrid")}
 
 
-def joined(parts: list[Path], into: Path) -> Path:
+def bundled(parts: list[Path], into: Path) -> Path:
     """One adapter out of several."""
-    made = join([read_checkpoint(part, AdapterLimits()) for part in parts])
+    made = bundle([read_checkpoint(part, AdapterLimits()) for part in parts])
     into.mkdir()
     (into / CONFIG).write_text(json.dumps(made.config))
     save_file(dict(made.tensors), into / WEIGHTS)

@@ -1,1 +1,1 @@
-"""Several adapters together: a weighted mix in one request, and merges into a new one."""
+"""Composition of adapters: a weighted mix in one request, and merges into a new adapter."""

@@ -1,4 +1,4 @@
-"""Mix: several adapters of any families at once, weighted: exact, see summed.py."""
+"""Mix: several weighted adapters of any families in one request, as their exact sum."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from adaplex.adapters.limits import ALIGNMENT
 from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.adapters.program.program import AdapterProgram, TensorRole
 from adaplex.adapters.program.report import ModuleReport, Report
-from adaplex.adapters.program.sum import Effect, conflict, summed
+from adaplex.adapters.program.sum import Effect, conflict, sum_programs
 
 MAX_COMPONENTS = 8
 MAX_WEIGHT = 10.0
-"""Of one adapter, either way."""
-GROWING: frozenset[TensorRole] = frozenset(["a", "b"])
-"""Tensors that stand beside each other; of the other roles a module has one."""
+"""Largest absolute weight of an adapter."""
+CONCATENATED: frozenset[TensorRole] = frozenset(["a", "b"])
+"""Roles whose tensors are concatenated; tensors of other roles are added."""
 
 
 @dataclass(frozen=True)
 class Component:
-    """One adapter's content, and its weight."""
+    """Digest and weight of one adapter in a mix."""
 
     digest: str
     weight: float
@@ -34,90 +34,89 @@ class Component:
 
 @dataclass(frozen=True)
 class Mix:
-    """What is combined: by digest, each once, no weight zero. Equal ones are equal values."""
+    """Adapters in canonical form: sorted by digest, each once, no weight zero. Mixes with equal
+    digests and weights are equal.
+    """
 
     components: tuple[Component, ...]
 
     @classmethod
-    def of(cls, parts: Iterable[Component]) -> Mix:
-        """The combination in its canonical form. Raises AdapterInvalid naming `adapters`."""
-        given = tuple(parts)
+    def of(cls, components: Iterable[Component]) -> Mix:
+        """Returns the mix in canonical form. Raises AdapterInvalid naming `adapters`."""
+        given = tuple(components)
         if not 1 <= len(given) <= MAX_COMPONENTS:
-            raise AdapterInvalid.because("adapters", f"must be 1 to {MAX_COMPONENTS} adapters")
+            reason = f"must be 1 to {MAX_COMPONENTS} adapters, not {len(given)}"
+            raise AdapterInvalid.because("adapters", reason)
         weights: defaultdict[str, list[float]] = defaultdict(list)
-        for part in given:
-            weights[part.digest].append(_checked(part.weight))
-        summed = {digest: _checked(math.fsum(found)) for digest, found in weights.items()}
-        components = tuple(Component(d, w) for d, w in sorted(summed.items()) if w != 0.0)
-        if not components:
-            raise AdapterInvalid.because("adapters", "have no weight other than 0")
-        return cls(components)
+        for component in given:
+            weights[component.digest].append(_checked(component.weight))
+        totals = {digest: _checked(math.fsum(found)) for digest, found in weights.items()}
+        canonical = tuple(Component(d, w) for d, w in sorted(totals.items()) if w != 0.0)
+        if not canonical:
+            raise AdapterInvalid.because("adapters", "must have a weight other than 0")
+        return cls(canonical)
 
     @property
     def digest(self) -> str:
-        """Identity: SHA-256 of the contents and their weights."""
+        """Digest of the mix: SHA-256 of the digests and weights of its components."""
         total = hashlib.sha256(b"adaplex-combination-v1")
-        for part in self.components:
-            name = part.digest.encode()
-            total.update(struct.pack("<Q", len(name)) + name + struct.pack("<d", part.weight))
+        for component in self.components:
+            name = component.digest.encode()
+            total.update(struct.pack("<Q", len(name)) + name + struct.pack("<d", component.weight))
         return PREFIX + total.hexdigest()
 
     @property
     def alone(self) -> str | None:
-        """The content that this is nothing but; None for a real combination."""
+        """Digest of the only adapter, if there is one and its weight is 1; else None."""
         first, *others = self.components
         return first.digest if not others and first.weight == 1.0 else None
 
 
-def mixed_program(
-    combination: Mix, programs: Sequence[AdapterProgram], base: BaseSpec
-) -> AdapterProgram:
-    """One program out of those of the components, given in their order; in fp32.
+def mixed_program(mix: Mix, programs: Sequence[AdapterProgram], base: BaseSpec) -> AdapterProgram:
+    """Returns the sum of the components' programs, given in their order, in fp32.
 
-    Raises AdapterInvalid when they cannot be combined, or a weighted tensor overflows bf16.
+    Raises AdapterInvalid if they cannot be summed, or a weighted tensor overflows bf16.
     """
-    pairs = list(zip(combination.components, programs, strict=True))
-    assert all(part.digest == program.digest for part, program in pairs)
-    parts = [(part.weight, program) for part, program in pairs]
-    return summed(parts, base, digest=combination.digest, family="combination")
+    pairs = list(zip(mix.components, programs, strict=True))
+    assert all(component.digest == program.digest for component, program in pairs)
+    terms = [(component.weight, program) for component, program in pairs]
+    return sum_programs(terms, base, digest=mix.digest, family="combination")
 
 
-def check(combination: Mix, reports: Sequence[Report], names: Mapping[str, str]) -> None:
-    """Whether the components that these reports describe can be combined; reads no tensor.
+def check_mix(mix: Mix, reports: Sequence[Report], names: Mapping[str, str]) -> None:
+    """Raises AdapterInvalid, naming `adapters`, if the components cannot be mixed. Reads no tensor.
 
-    `names` are those of the adapters, by digest. Raises AdapterInvalid naming `adapters`.
+    `reports` describe the components in their order; `names` are the adapters' names by digest.
     """
-    found: defaultdict[str, list[Effect]] = defaultdict(list)
-    for part, report in zip(combination.components, reports, strict=True):
+    effects: defaultdict[str, list[Effect]] = defaultdict(list)
+    for component, report in zip(mix.components, reports, strict=True):
         if report.merged_only:
-            reason = f"{names[part.digest]} can only be served merged, and by itself"
+            reason = f"{names[component.digest]} can only be served merged, and by itself"
             raise AdapterInvalid.because("adapters", reason)
         for module in report.modules:
-            effect = Effect(part.weight, module.primitives, module.bottleneck)
-            found[module.module].append(effect)
-    together = " and ".join(names[part.digest] for part in combination.components)
-    # whose tokens came first would depend on digests
+            effect = Effect(component.weight, module.primitives, module.bottleneck)
+            effects[module.module].append(effect)
+    together = " and ".join(names[component.digest] for component in mix.components)
+    # the order of two adapters' virtual tokens would depend on their digests
     if sum(report.virtual_tokens > 0 for report in reports) > 1:
         raise AdapterInvalid.because("adapters", f"{together} all put tokens before the prompt")
     if len({report.invocation for report in reports}) > 1:
         raise AdapterInvalid.because("adapters", f"{together} begin at different invocations")
-    for name, effects in found.items():
-        if problem := conflict(effects):
+    for name, found in effects.items():
+        if problem := conflict(found):
             reason = f"{together} cannot be combined: {name}: {problem}"
             raise AdapterInvalid.because("adapters", reason)
 
 
-def packed_bytes(reports: Sequence[Report], element_bytes: int) -> int:
-    """Bytes of the packed combination of what these reports, one a component, describe; reads no
-    tensor.
-    """
+def mix_packed_bytes(reports: Sequence[Report], element_bytes: int) -> int:
+    """Returns the bytes of the packed mix, from one report for each component. Reads no tensor."""
     step = ALIGNMENT // element_bytes
     sizes = (size for module in _modules(reports).values() for size in _elements(module))
     return sum(-(-size // step) * step for size in sizes) * element_bytes
 
 
-def module_ranks(reports: Sequence[Report]) -> dict[str, int]:
-    """The rank that the combination has at each module; 0 where it only adds a bias."""
+def mix_ranks(reports: Sequence[Report]) -> dict[str, int]:
+    """Returns the rank of the mix at each module; 0 without low-rank pairs."""
     return {name: sum(m.rank for m in found) for name, found in _modules(reports).items()}
 
 
@@ -130,19 +129,19 @@ def _modules(reports: Sequence[Report]) -> dict[str, list[ModuleReport]]:
 
 
 def _elements(modules: Sequence[ModuleReport]) -> list[int]:
-    """Elements of each tensor that the combination has at one module."""
+    """Returns the number of elements of each tensor of the mix at one module."""
     sizes = [dict(module.sizes) for module in modules]
     total = {role: max(found.get(role, 0) for found in sizes) for role in set().union(*sizes)}
-    for role in GROWING & total.keys():
+    for role in CONCATENATED & total.keys():
         total[role] = sum(found.get(role, 0) for found in sizes)
-    if "inner" in total:  # the zeros of those without one, too
+    if "inner" in total:  # includes zeros for bottlenecks without a down bias
         total["inner"] = total["a"] // modules[0].in_features
     return list(total.values())
 
 
 def _checked(weight: float) -> float:
-    """The weight. Raises AdapterInvalid."""
-    if not abs(weight) <= MAX_WEIGHT:  # NaN is not, either
+    """Returns the weight. Raises AdapterInvalid if it is out of range."""
+    if not abs(weight) <= MAX_WEIGHT:  # also true for NaN
         reason = f"a weight must be in [-{MAX_WEIGHT:g}, {MAX_WEIGHT:g}], not {weight:g}"
         raise AdapterInvalid.because("adapters", reason)
     return weight

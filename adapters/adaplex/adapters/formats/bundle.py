@@ -1,8 +1,8 @@
-"""Bundle: several adapters of any formats in one, each adding its change; see summed.py.
+"""Bundle: several adapters of any formats in one, lowered to the sum of their programs.
 
-adapter_config.json is {"peft_type": "HYBRID", "parts": [<adapter_config>, ...]}, with the base's
-name beside them; the tensors of part i are named `parts.<i>.<its own name>`. `adaplex adapters
-join` writes it.
+Users know a bundle as a hybrid: adapter_config.json is {"peft_type": "HYBRID", "parts":
+[<adapter_config>, ...]}, plus the base's name; tensors of part i are named `parts.<i>.<own name>`.
+`adaplex adapters join` writes bundles.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_match import FINGERPRINT, NAME
 from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.adapters.program.program import AdapterProgram
-from adaplex.adapters.program.sum import summed
+from adaplex.adapters.program.sum import sum_programs
 
 TYPE = "HYBRID"
 USED = frozenset(["peft_type", "parts"])
+"""Config fields that change the answer."""
 KEY = re.compile(r"parts\.(?P<index>0|[1-9]\d{0,3})\.(?P<name>.+)")
 MAX_PARTS = 8
 
@@ -32,15 +33,22 @@ Lower = Callable[[Checkpoint, BaseSpec, AdapterLimits], AdapterProgram]
 
 
 class Bundle:
-    """The format; see the module's docstring."""
+    """Format of bundles; see the module's docstring."""
 
     family = "hybrid"
     semantic_fields = None
     about = FormatRow(
         "Hybrids: any of these together in one adapter",
         (
-            *("low-rank", "bias", "output scale", "input scale", "replaced weight"),
-            *("replaced rows", "bottleneck", "virtual tokens", "KV prefix"),
+            "low-rank",
+            "bias",
+            "output scale",
+            "input scale",
+            "replaced weight",
+            "replaced rows",
+            "bottleneck",
+            "virtual tokens",
+            "KV prefix",
         ),
         "parts whose changes cannot be added: two replaced weights, an input scale beside another "
         "part's pair",
@@ -48,7 +56,7 @@ class Bundle:
     )
 
     def __init__(self, lower: Lower) -> None:
-        """`lower` lowers a part by its own format."""
+        """`lower` lowers a part with the part's own format."""
         self._lower = lower
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
@@ -66,7 +74,8 @@ class Bundle:
                     Refusal(f"parts[{i}].{r.where}", r.reason) for r in error.refusals
                 ]
         context.raise_refusals()
-        made = summed([(1.0, program) for program in programs], base, digest="", family="hybrid")
+        terms = [(1.0, program) for program in programs]
+        made = sum_programs(terms, base, digest="", family="hybrid")
         return Lowered(
             made.modules,
             made.notes,
@@ -76,13 +85,14 @@ class Bundle:
         )
 
 
-def join(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
-    """A hybrid of adapters. It names the base that its parts name, if they agree.
+def bundle(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+    """Returns a bundle of adapters, which names the base that all parts name, if they agree.
 
     Raises AdapterInvalid naming `parts`.
     """
     if not 1 <= len(checkpoints) <= MAX_PARTS:
-        raise AdapterInvalid.because("parts", f"must be 1 to {MAX_PARTS} adapters")
+        reason = f"must be 1 to {MAX_PARTS} adapters, not {len(checkpoints)}"
+        raise AdapterInvalid.because("parts", reason)
     configs = [checkpoint.config for checkpoint in checkpoints]
     config: dict[str, Any] = {"peft_type": TYPE, "parts": [dict(config) for config in configs]}
     for field in (NAME, FINGERPRINT):
@@ -98,7 +108,7 @@ def join(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
 
 
 def _parts(context: LoweringContext) -> list[Checkpoint]:
-    """Each part's config and tensors; refuses tensors of no part."""
+    """Returns the checkpoints of the parts; refuses tensors that belong to no part."""
     configs = context.config.get("parts")
     if not isinstance(configs, list) or not 1 <= len(configs) <= MAX_PARTS:
         context.refuse("parts", f"must be a list of 1 to {MAX_PARTS} adapter configs")
@@ -107,12 +117,13 @@ def _parts(context: LoweringContext) -> list[Checkpoint]:
         if not isinstance(config, dict):
             context.refuse(f"parts[{i}]", "must be an object")
         elif config.get("peft_type") == TYPE:
-            context.refuse(f"parts[{i}].peft_type", "a hybrid has no hybrids in it")
+            context.refuse(f"parts[{i}].peft_type", "a hybrid cannot contain a hybrid")
     tensors: list[dict[str, Tensor]] = [{} for _ in configs]
     for key, tensor in context.tensors.items():
         match = KEY.fullmatch(key)
         if match is None or int(match["index"]) >= len(configs):
-            context.refuse(key, f"does not begin with parts.0. to parts.{len(configs) - 1}.")
+            last = len(configs) - 1
+            context.refuse(key, f"does not begin with a prefix from parts.0. to parts.{last}.")
         else:
             tensors[int(match["index"])][match["name"]] = tensor
     for i, (config, found) in enumerate(zip(configs, tensors, strict=True)):

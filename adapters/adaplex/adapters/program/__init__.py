@@ -1,1 +1,1 @@
-"""What an adapter is once lowered: primitives for each module of the base."""
+"""Programs: adapters lowered to primitives for each module of the base."""

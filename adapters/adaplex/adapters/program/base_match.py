@@ -1,8 +1,8 @@
-"""Whether an adapter was trained on the base that is served, as far as it says so itself.
+"""Checks that an adapter's config names the base that is served.
 
 PEFT writes `base_model_name_or_path`. A trainer may also write `base_model_fingerprint`, the value
-that GetServerInfo gives for a base: SHA-256 of its config and weights before any quantization; and
-`base_model_quantization`, how the base's linears were kept while the adapter was trained (QLoRA).
+that GetServerInfo returns for a base (SHA-256 of its config and weights before any quantization),
+and `base_model_quantization`, the format of the base's linears during training (QLoRA).
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from adaplex.adapters.program.base_spec import BaseSpec
 FINGERPRINT = "base_model_fingerprint"
 NAME = "base_model_name_or_path"
 ADAPTERHUB_NAME = "model_name"
-"""As AdapterHub calls the other; empty where the model was not loaded by a name."""
+"""AdapterHub's field for the base's name; empty if the model was not loaded by a name."""
 QUANTIZATION = "base_model_quantization"
 
 
 class BasePolicy(StrEnum):
-    """What to do about an adapter of another base. One whose shapes do not fit is refused."""
+    """What to do with an adapter trained on another base. Shapes that do not fit are always
+    refused.
+    """
 
     OFF = "off"
     WARN = "warn"
@@ -29,22 +31,22 @@ class BasePolicy(StrEnum):
 
 
 def mismatches(config: Mapping[str, Any], base: BaseSpec) -> tuple[tuple[str, str], ...]:
-    """(config field, how it differs from the base that is served). A fingerprint beats a name.
+    """Returns (config field, how it differs from the base that is served) for each mismatch.
 
-    Of a hybrid, the parts' fields too.
+    A fingerprint takes precedence over a name. The parts of a bundle are checked too.
     """
     parts = config.get("parts")
-    within = (
+    in_parts = (
         (f"parts[{i}].{field}", how)
         for i, part in enumerate(parts if isinstance(parts, list) else ())
         if isinstance(part, Mapping)
         for field, how in mismatches(part, base)
     )
-    return (*_other_weights(config, base), *_other_quantization(config, base), *within)
+    return (*_other_weights(config, base), *_other_quantization(config, base), *in_parts)
 
 
 def agreement(config: Mapping[str, Any]) -> str:
-    """A note of how a config that has no mismatches says which base it is for."""
+    """Returns a note of how a config without mismatches identifies its base."""
     if config.get(FINGERPRINT):
         return "trained on the base that is served, by its fingerprint"
     if config.get(NAME) or config.get(ADAPTERHUB_NAME):
@@ -53,7 +55,7 @@ def agreement(config: Mapping[str, Any]) -> str:
 
 
 def recorded_quantization(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """A note of how the base was kept in training, where the config says it."""
+    """Returns a note of the base's quantization during training, if the config records it."""
     kept = config.get(QUANTIZATION)
     return (f"trained on a base kept as {kept:.40}",) if isinstance(kept, str) and kept else ()
 
@@ -83,12 +85,14 @@ def _other_quantization(config: Mapping[str, Any], base: BaseSpec) -> tuple[tupl
 
 
 def other_base(recorded: str, base: BaseSpec) -> str:
-    """How the base that an adapter was checked against differs from the one of now; or nothing."""
+    """Returns how the base that an adapter was checked against differs from the one served now;
+    empty if it does not, or either fingerprint is unknown.
+    """
     if not recorded or not base.fingerprint or recorded == base.fingerprint:
         return ""
     return f"it was checked against the base {recorded}, served now is {base.fingerprint}"
 
 
 def _plain(name: str) -> str:
-    """A hub id, a path or a bare name, without its organisation and in one case."""
+    """Returns a hub id, path or name in lower case, without its organisation or folder."""
     return name.rstrip("/").rpartition("/")[2].casefold()

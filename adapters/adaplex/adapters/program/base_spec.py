@@ -1,4 +1,4 @@
-"""BaseSpec: what lowering knows of the base model, module by module."""
+"""BaseSpec: the modules and sizes of the base model, as lowering needs them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 ModuleKind = Literal["linear", "norm", "embedding", "experts", "block"]
-"""A `block` is attention or MLP as a whole, whose output joins the residual stream; `experts` one
+"""`block`: a whole attention or MLP, whose output is added to the residual stream; `experts`: one
 weight of all experts of a layer."""
 
 
@@ -23,18 +23,18 @@ class BaseModule:
     out_features: int
     has_bias: bool = False
     is_head: bool = False
-    """The output layer, which `all-linear` leaves out."""
+    """True for the output layer, which `all-linear` leaves out."""
     transposed: bool = False
-    """Stored as [in, out] by the base (GPT-2's Conv1D)."""
+    """True if the base stores the weight as [in, out] (GPT-2's Conv1D)."""
     layer: int = -1
-    """Of a block: which layer it is in."""
+    """Layer index of a block."""
     part: Literal["", "attention", "mlp"] = ""
-    """Of a block."""
+    """Which of its layer's blocks a block is."""
     joins: bool = False
-    """Of a block: it follows a norm of the residual stream, and its output is added to that as it
-    is; bottlenecks need that."""
+    """True for a block that follows a norm of the residual stream and whose output is added to the
+    stream unchanged, which bottlenecks require."""
     experts: int = 0
-    """Of the kind `experts`: how many there are; the features are those of one."""
+    """Number of experts, for the kind `experts`; the features are those of one expert."""
 
 
 def _unknown(name: str) -> Tensor:
@@ -43,7 +43,7 @@ def _unknown(name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """What lowering needs to know of the base model."""
+    """The base model, as lowering needs it."""
 
     name: str
     digest: str
@@ -54,25 +54,24 @@ class BaseSpec:
     fingerprint: str = ""
     """SHA-256 of config and weights, before any quantization."""
     aliases: tuple[str, ...] = ()
-    """Other names that the same base goes by."""
+    """Other names of the same base."""
     heads: int = 0
-    """Attention heads of the queries; 0 where the config does not say."""
+    """Query heads of the attention; 0 if the config does not specify them."""
     kv_heads: int = 0
     kv_shapes: tuple[tuple[int, int, int], ...] = ()
     """(heads, features of a key, features of a value) of each layer."""
     rotary: Tensor | None = None
-    """fp32 [features of a key / 2]: radians a position by which a key's features i and i + half are
-    turned; None where there is no such table, or it changes with the length."""
+    """fp32 [features of a key / 2]: radians per position by which RoPE rotates features i and
+    i + half of a key; None without RoPE, or if the angles depend on the length."""
     tied: bool = False
-    """Whether the output layer uses the weight of the embedding."""
+    """True if the output layer shares the weight of the embedding."""
     quantization: str = ""
-    """How the linears are kept; empty where it is not known."""
+    """Format of the linears' weights; empty if unknown."""
     weight: Callable[[str], Tensor] = _unknown
-    """fp32 weight in effect of a module by name: linear and embedding [out, in] ([vocabulary,
-    hidden] for the embedding), norm [features]; where the base runs. KeyError for one that has
-    none."""
+    """Returns the fp32 effective weight of a module by name, on the base's device: linear
+    [out, in], embedding [vocabulary, hidden], norm [features]. KeyError if there is none."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name of the base."""
+        """All names of the base."""
         return (self.name, *self.aliases)

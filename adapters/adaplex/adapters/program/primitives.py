@@ -1,4 +1,4 @@
-"""The primitives that the runtime knows: all that an adapter can do to a module of the base."""
+"""Primitives: the operations that the runtime can apply at a module of the base."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LowRank:
-    """y += b (a x). The adapter's scale is folded into b.
+    """y += b (a x), with the adapter's scale folded into b.
 
-    On an embedding x is the one-hot token: in_features is the vocabulary. On experts the ranks of
-    all experts lie behind each other: a [experts * rank, in], b [out, experts * rank].
+    On an embedding, x is the one-hot token and in_features the vocabulary. On experts, the pairs
+    are concatenated expert by expert: a [experts * rank, in], b [out, experts * rank].
     """
 
     a: Tensor  # [rank, in_features]
     b: Tensor  # [out_features, rank]
     group: int = 1
-    """So many neighbouring columns of `a` are equal, always (QA-LoRA)."""
+    """Number of neighbouring columns of `a` that are equal (QA-LoRA); 1 otherwise."""
     lookup: bool = False
-    """Of an embedding: a column of `a` is looked up, so they are packed one after the other."""
+    """True on an embedding, where columns of `a` are looked up: `a` is packed transposed."""
 
     @property
     def rank(self) -> int:
@@ -31,12 +31,12 @@ class LowRank:
 
 
 class Activation(StrEnum):
-    """What a bottleneck does to its narrow middle."""
+    """Activation between the two projections of a bottleneck."""
 
     IDENTITY = "identity"
     RELU = "relu"
     GELU = "gelu"
-    """By erf."""
+    """Exact, with erf."""
     GELU_TANH = "gelu_tanh"
     SILU = "silu"
     TANH = "tanh"
@@ -46,21 +46,23 @@ class Activation(StrEnum):
 
 
 class Reads(StrEnum):
-    """What a bottleneck reads. The block's output y joins the residual stream r: r + y."""
+    """Input of a bottleneck. The block's output y is added to the residual stream r."""
 
     OUTPUT = "output"
     """y."""
     SUM = "sum"
     """r + y."""
     INPUT = "input"
-    """What the block reads: r after its norm."""
+    """The block's input: r after its norm."""
     RESIDUAL = "residual"
     """r."""
 
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """y += up f(down x + down_bias) + up_bias, at a block, its scale folded into both of up."""
+    """y += up f(down x + down_bias) + up_bias at a block, with the adapter's scale folded into up
+    and up_bias.
+    """
 
     down: Tensor  # [width, hidden]
     up: Tensor  # [hidden, width]
@@ -72,7 +74,7 @@ class Bottleneck:
 
 @dataclass(frozen=True)
 class ReplacedRows:
-    """Some rows of an embedding's table, or of the output layer's weight, are others."""
+    """Replaces rows of the embedding's or the output layer's weight [vocabulary, features]."""
 
     ids: tuple[int, ...]
     """Ascending."""
@@ -81,11 +83,11 @@ class ReplacedRows:
 
 @dataclass(frozen=True)
 class KVPrefix:
-    """Keys and values before the first token, of one attention block, as the cache keeps them."""
+    """Keys and values before the first token of one attention block, in the KV cache's layout."""
 
     keys: Tensor  # [tokens, kv_heads, features]
     values: Tensor  # [tokens, kv_heads, features]
 
 
 Transform = Callable[[Tensor], Tensor]
-"""The base's weight, fp32 [out, in] -> the one that stands in for it."""
+"""Maps the base's weight, fp32 [out, in], to the weight that replaces it."""

@@ -1,7 +1,7 @@
-"""AdapterProgram: an adapter lowered to the few primitives that the runtime knows.
+"""AdapterProgram: an adapter lowered to the primitives of the runtime.
 
-A format module reads a checked checkpoint and emits, for each module of the base it touches,
-the primitives to apply there. Layers, kernels and the arena know only these.
+A format reads a checked checkpoint and emits the primitives to apply at each module of the base.
+Layers, kernels and the arena handle only primitives.
 """
 
 from __future__ import annotations
@@ -28,41 +28,42 @@ TensorRole = Literal[
     "values",
 ]  # fmt: skip
 ELEMENT_BYTES = (2, 4)
-"""Of the compute dtypes."""
+"""Bytes of an element of the compute dtypes."""
 PANEL = 16
-"""Replaced weights of linears are packed as so many rows at a time, the last ones zero."""
+"""Rows of a panel. A replaced weight [out, in] is packed in whole panels, padded with zeros."""
 
 
 @dataclass(frozen=True)
 class ModuleProgram:
-    """The primitives applied at one module: y = output_scale * (W (input_scale * x) + base bias)
-    + b (a (input_scale * x)) + bias, with `weight` for W where it is given.
+    """Primitives applied at one module: y = output_scale * (W (input_scale * x) + base bias)
+    + b (a (input_scale * x)) + bias, where `weight` replaces W if given.
     """
 
     module: str
     low_rank: LowRank | None = None
     bias: Tensor | None = None  # [out_features], added to the output
     scale: float = 1.0
-    """The scale folded into `low_rank.b`; kept for reports."""
-    output_scale: Tensor | None = None  # [out_features], of linears
-    input_scale: Tensor | None = None  # [in_features], of linears
+    """Scale that is folded into `low_rank.b`, for reports."""
+    output_scale: Tensor | None = None  # [out_features], linears only
+    input_scale: Tensor | None = None  # [in_features], linears only
     weight: Tensor | None = None
-    """Replaces the base's: [out, in] of a linear, [features] of a norm, [vocabulary, hidden] of the
-    embedding."""
+    """Replaces the base's weight: linear [out, in], norm [features], embedding [vocabulary,
+    hidden]."""
     rows: ReplacedRows | None = None
-    """Of the embedding and of the output layer."""
+    """Embedding and output layer only."""
     bottleneck: Bottleneck | None = None
-    """Of a block."""
+    """Blocks only."""
     virtual: Tensor | None = None
-    """[tokens, hidden] of the embedding: tokens before the prompt."""
+    """[tokens, hidden], embedding only: virtual tokens before the prompt."""
     prefix: KVPrefix | None = None
-    """Of an attention block."""
+    """Attention blocks only."""
     transform: Transform | None = None
-    """Of a linear: it can only be merged."""
+    """Linears only. An adapter with a transform can only be merged."""
 
     def tensors(self) -> Iterator[tuple[TensorRole, Tensor]]:
-        """The tensors in canonical order, as they are packed: a [rank, in], b [rank, out]; of an
-        embedding a [vocabulary, rank]; of a bottleneck a is `down`, b `up`, bias `up_bias`.
+        """Yields the tensors in canonical order and packed layout: a [rank, in], b [rank, out]; for
+        an embedding a [vocabulary, rank]; for a bottleneck `down` as a, `up` as b, `up_bias` as
+        bias.
         """
         if self.low_rank is not None:
             yield "a", self.low_rank.a.T if self.low_rank.lookup else self.low_rank.a
@@ -89,7 +90,7 @@ class ModuleProgram:
 
     @property
     def primitives(self) -> tuple[str, ...]:
-        """Names of what is applied here, for reports."""
+        """Names of the primitives, for reports."""
         found = {
             "low-rank": self.low_rank,
             "bias": self.bias,
@@ -107,7 +108,7 @@ class ModuleProgram:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """Where one tensor lies in a packed adapter; `offset` in elements of the compute dtype.
+    """Place of one tensor in a packed adapter; `offset` in elements of the compute dtype.
 
     The rows of a replaced weight [out, in] are rounded up to whole panels.
     """
@@ -120,31 +121,31 @@ class PackedTensor:
 
 @dataclass(frozen=True)
 class AdapterProgram:
-    """A whole adapter: identity, family, and what it does to each module (sorted by name)."""
+    """A lowered adapter: digest, family, and a program for each module, sorted by name."""
 
     digest: str
     family: str
     modules: tuple[ModuleProgram, ...]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    """Why its answers may not be what its author meant."""
+    """Reasons why the answers may differ from what the adapter's author meant."""
 
     invocation: tuple[int, ...] = ()
     """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
 
     @property
     def max_rank(self) -> int:
-        """The largest rank of any module, 0 when there is no low-rank delta."""
+        """Largest rank of any module; 0 without low-rank pairs."""
         return max((m.low_rank.rank for m in self.modules if m.low_rank is not None), default=0)
 
     @cached_property
     def prefix_tokens(self) -> int:
-        """Positions before the prompt whose keys and values are given."""
+        """Positions of the KV prefix, before the prompt."""
         return max((len(m.prefix.keys) for m in self.modules if m.prefix is not None), default=0)
 
     @cached_property
     def virtual_tokens(self) -> int:
-        """Positions before the prompt, behind the prefix, whose embeddings are given."""
+        """Virtual tokens, between the KV prefix and the prompt."""
         return max((len(m.virtual) for m in self.modules if m.virtual is not None), default=0)
 
     @property
@@ -158,8 +159,8 @@ class AdapterProgram:
         return any(m.transform is not None for m in self.modules)
 
     def layout(self, element_bytes: int, order: Mapping[str, int]) -> tuple[PackedTensor, ...]:
-        """Places every tensor as a step reads it, each aligned to ALIGNMENT bytes: all `a`, one
-        after the other, then all else. `order` numbers the modules of the base.
+        """Returns the places of all tensors, aligned to ALIGNMENT bytes, in the order in which a
+        step reads them: every `a` first, then all others. `order` numbers the base's modules.
         """
         step = ALIGNMENT // element_bytes
         placed, offset = [], 0
@@ -170,7 +171,7 @@ class AdapterProgram:
         return tuple(placed)
 
     def packed_bytes(self, element_bytes: int) -> int:
-        """Bytes of the packed adapter: the extent it needs in the arena."""
+        """Returns the bytes of the packed adapter: the size of its extent in the arena."""
         step = ALIGNMENT // element_bytes
         shapes = (_packed_shape(*pair) for module in self.modules for pair in module.tensors())
         return sum(-(-math.prod(shape) // step) * step for shape in shapes) * element_bytes
@@ -178,14 +179,14 @@ class AdapterProgram:
     def pack_into(self, extent: Tensor, order: Mapping[str, int]) -> None:
         """Copies every tensor into `extent`, a flat tensor of zeros in the compute dtype.
 
-        `extent` holds at least packed_bytes() / element size elements; `order` as in `layout`.
+        `extent` has at least packed_bytes() / element size elements; `order` as in `layout`.
         """
         tensors = (tensor for _, _, tensor in self._tensors(order))
         for place, tensor in zip(self.layout(extent.element_size(), order), tensors, strict=True):
             extent[place.offset : place.offset + tensor.numel()].copy_(tensor.reshape(-1))
 
     def _tensors(self, order: Mapping[str, int]) -> list[tuple[str, TensorRole, Tensor]]:
-        """Module, role and tensor of all that is packed, as `layout` places them."""
+        """Returns module, role and tensor of every packed tensor, in the order of `layout`."""
         found = [(m.module, role, tensor) for m in self.modules for role, tensor in m.tensors()]
         return sorted(found, key=lambda each: (each[1] != "a", order[each[0]]))
 

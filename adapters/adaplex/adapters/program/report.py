@@ -1,4 +1,4 @@
-"""Report: what a checkpoint says and how the base takes it. Mirrors AdapterReport."""
+"""Report: how the base applies a checkpoint, or why it cannot. Mirrors AdapterReport."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import TypeVar
 from adaplex.adapters.errors import Refusal
 from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.adapters.program.program import AdapterProgram, TensorRole
-from adaplex.adapters.program.sum import kind
+from adaplex.adapters.program.sum import bottleneck_kind
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
-    """What an adapter does to one module; rank 0 when it has no low-rank delta there."""
+    """Effect of an adapter on one module; rank 0 without a low-rank pair."""
 
     module: str
     rank: int
@@ -27,16 +27,16 @@ class ModuleReport:
     out_features: int
     bias: bool
     primitives: tuple[str, ...] = ()
-    """Names of what is applied there."""
+    """Names of the primitives applied to the module."""
     bottleneck: str = ""
-    """What the bottleneck reads, and its activation; empty without one."""
+    """Input and activation of the bottleneck; empty without one."""
     sizes: tuple[tuple[TensorRole, int], ...] = ()
-    """Elements of each packed tensor."""
+    """Number of elements of each packed tensor."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The same for a dry run and an upload. Not servable when there is any refusal."""
+    """Result of checking an adapter, in a dry run or an upload. Valid only without refusals."""
 
     family: str = ""
     digest: str = ""
@@ -45,16 +45,16 @@ class Report:
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    """Why its answers may not be what its author meant."""
+    """Reasons why the answers may differ from what the adapter's author meant."""
     prefix_tokens: int = 0
-    """Positions before the prompt whose keys and values are given."""
+    """Positions of the KV prefix, before the prompt."""
     virtual_tokens: int = 0
-    """Positions before the prompt, behind the prefix, whose embeddings are given."""
+    """Virtual tokens, between the KV prefix and the prompt."""
     invocation: tuple[int, ...] = ()
     """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
     merged_only: bool = False
     merged_bytes: int = 0
-    """Of its merged weights, at most, where it can only be served so."""
+    """Upper bound of the bytes of its merged weights; 0 if it can be served unmerged."""
 
     @property
     def leading(self) -> int:
@@ -63,12 +63,12 @@ class Report:
 
     @property
     def valid(self) -> bool:
-        """Whether the adapter can be served."""
+        """True if the adapter can be served."""
         return not self.refusals
 
 
 def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Report:
-    """The report of an adapter that can be served."""
+    """Returns the report of an adapter that can be served."""
     sizes: defaultdict[str, list[tuple[TensorRole, int]]] = defaultdict(list)
     order = {name: number for number, name in enumerate(base.modules)}
     for place in program.layout(element_bytes, order):
@@ -82,7 +82,7 @@ def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Rep
             out_features=base.modules[module.module].out_features,
             bias=module.bias is not None,
             primitives=_shared(module.primitives),
-            bottleneck=kind(module.bottleneck),
+            bottleneck=bottleneck_kind(module.bottleneck),
             sizes=_shared(tuple(sizes[module.module])),
         )
         for module in program.modules
@@ -104,7 +104,7 @@ def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Rep
 
 
 def _merged_bytes(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> int:
-    """Bytes with every linear dense, and packed what is at other modules."""
+    """Returns bytes of dense weights for all linears, and of packed tensors for other modules."""
     linears = [m for p in program.modules if (m := base.modules[p.module]).kind == "linear"]
     rest = tuple(p for p in program.modules if base.modules[p.module].kind != "linear")
     dense = sum(linear.out_features * linear.in_features for linear in linears)
@@ -113,32 +113,32 @@ def _merged_bytes(program: AdapterProgram, base: BaseSpec, element_bytes: int) -
 
 @lru_cache(maxsize=4096)
 def _shared(value: T) -> T:
-    """The first of equal values: many modules have few different ones, and reports are kept."""
+    """Returns one object for all equal values, since the modules of cached reports are alike."""
     return value
 
 
 class ReportCache:
-    """Reports by digest; those used last stay. Callers hold a lock."""
+    """LRU cache of reports by digest. Not thread-safe: callers hold a lock."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._reports: OrderedDict[str, Report] = OrderedDict()
 
     def get(self, digest: str) -> Report | None:
-        """The report, if it is still here."""
+        """Returns the report, or None if it is not cached."""
         if digest in self._reports:
             self._reports.move_to_end(digest)
         return self._reports.get(digest)
 
     def put(self, report: Report) -> None:
-        """Keeps a report; the one not used for longest may go for it."""
+        """Adds a report, evicting the least recently used one if the cache is full."""
         self._reports[report.digest] = report
         self._reports.move_to_end(report.digest)
         if len(self._reports) > self._capacity:
             self._reports.popitem(last=False)
 
     def drop(self, digest: str) -> None:
-        """Forgets a report, if it is here."""
+        """Removes a report, if it is cached."""
         self._reports.pop(digest, None)
 
     def __len__(self) -> int:

@@ -14,7 +14,7 @@ from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound, Refusal, St
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_match import BasePolicy, agreement, mismatches
 from adaplex.adapters.program.base_spec import BaseSpec
-from adaplex.adapters.program.check_prefix import check_leading
+from adaplex.adapters.program.check_prefix import check_prefix
 from adaplex.adapters.program.program import AdapterProgram
 from adaplex.adapters.program.report import Report, ReportCache, describe
 from adaplex.adapters.registry.try_merge import try_merging
@@ -164,7 +164,7 @@ def read_adapter(
 
 def _lowered(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:
     program = formats.lower(checkpoint, base, limits)
-    check_leading(program, base)
+    check_prefix(program, base)
     if mismatches(checkpoint.config, base):
         return program
     return replace(program, notes=(*program.notes, agreement(checkpoint.config)))

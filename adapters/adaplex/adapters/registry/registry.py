@@ -8,7 +8,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from adaplex.adapters.compose.mix import Component, Mix, check, module_ranks, packed_bytes
+from adaplex.adapters.compose.mix import Component, Mix, check_mix, mix_packed_bytes, mix_ranks
 from adaplex.adapters.errors import (
     AdapterNotFound,
     AdapterTooLarge,
@@ -215,15 +215,15 @@ class AdapterRegistry:
             return next(p.record for p in parts if p.record.digest == combination.alone)
         digests = [component.digest for component in combination.components]
         reports = [self.programs.report(digest) for digest in digests]
-        check(combination, reports, {part.record.digest: part.record.name for part in parts})
-        size = packed_bytes(reports, self._room.element_bytes)
+        check_mix(combination, reports, {part.record.digest: part.record.name for part in parts})
+        size = mix_packed_bytes(reports, self._room.element_bytes)
         most = self._room.max_packed_bytes
         if most is not None and size > most:
             raise AdapterTooLarge(
                 f"the combination takes {size} bytes in memory, the arena has {most}",
                 field="adapters",
             )
-        ranks = module_ranks(reports)
+        ranks = mix_ranks(reports)
         return AdapterRecord(
             name="+".join(part.record.name for part in parts),
             version=0,

@@ -21,7 +21,7 @@ def join(
     """
     from adaplex.adapters.checkpoint import read_checkpoint, write_checkpoint
     from adaplex.adapters.errors import AdapterError
-    from adaplex.adapters.formats.bundle import join as joined
+    from adaplex.adapters.formats.bundle import bundle
     from adaplex.adapters.limits import AdapterLimits
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -33,9 +33,9 @@ def join(
         except AdapterError as error:
             raise typer.BadParameter(f"{part}: {error}", param_hint="PART") from error
     try:
-        hybrid = joined(checkpoints)
+        made = bundle(checkpoints)
     except AdapterError as error:
         raise typer.BadParameter(str(error), param_hint="PART") from error
     out.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(hybrid, out)
-    typer.echo(f"{out}: {len(parts)} parts, {len(hybrid.tensors)} tensors")
+    write_checkpoint(made, out)
+    typer.echo(f"{out}: {len(parts)} parts, {len(made.tensors)} tensors")

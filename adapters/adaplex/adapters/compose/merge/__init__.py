@@ -1,6 +1,6 @@
-"""Merging: makes one stored adapter out of several, for good.
+"""Merging: makes one new stored adapter from several.
 
-A weighted combination per request needs none of this: see combination.py.
+For weighted adapters in a single request see mix.py, which needs no merge.
 """
 
 from adaplex.adapters.compose.merge.merge import merge_adapters, merge_checkpoints

@@ -1,7 +1,7 @@
-"""Arithmetic: the pairs that several adapters have at one module, merged into one.
+"""Arithmetic: merges the low-rank pairs of several adapters at one module into one pair.
 
 Task arithmetic (arXiv 2212.04089), TIES (2306.01708), DARE (2311.03099) and magnitude pruning, on
-the factors or on the whole delta, as PEFT's `add_weighted_adapter` does them.
+the factors or on the whole delta, as in PEFT's `add_weighted_adapter`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Factors:
-    """One source's pair at a module; it adds weight * scale * b a."""
+    """Pair of one source at a module, which adds weight * scale * b a."""
 
     a: Tensor  # [rank, in], fp32
     b: Tensor  # [out, rank], fp32, without the scale
@@ -30,40 +30,40 @@ class Factors:
 
     @property
     def strength(self) -> float:
-        """What the product is multiplied by."""
+        """Factor of the product b a."""
         return self.weight * self.scale
 
 
 class Arithmetic:
-    """One plan at work. Draws in PEFT's order: module by module, a before b, source by source."""
+    """Applies one plan. Draws random numbers in PEFT's order: by module, a before b, by source."""
 
     def __init__(self, plan: MergePlan, rank: int) -> None:
-        """`rank` is the most that an SVD method's result may have."""
+        """`rank` bounds the rank of the result of an SVD method."""
         self._plan, self._rank = plan, rank
-        self._dice = torch.Generator().manual_seed(plan.seed)
+        self._generator = torch.Generator().manual_seed(plan.seed)
 
-    def merged(self, parts: Sequence[Factors]) -> Pair:
-        """The merged pair of one module, in fp32, with scale 1. Raises OverflowError."""
-        a, b = self._merged(parts)
+    def merged(self, sources: Sequence[Factors]) -> Pair:
+        """Returns the merged pair of one module, in fp32, with scale 1. Raises OverflowError."""
+        a, b = self._merged(sources)
         return finite(a), finite(b)
 
-    def _merged(self, parts: Sequence[Factors]) -> Pair:
+    def _merged(self, sources: Sequence[Factors]) -> Pair:
         if self._plan.method is MergeMethod.CAT:
-            return concatenated(parts)
+            return concatenated(sources)
         if self._plan.method is MergeMethod.SVD:
-            return truncated(*concatenated(parts), self._rank)
+            return truncated(*concatenated(sources), self._rank)
         if self._plan.method.on_deltas:
-            deltas = [part.b @ part.a * part.scale for part in parts]
-            return factored(self._sum(deltas, [part.weight for part in parts]), self._rank)
-        # half of the strength goes into each factor, its sign into a alone
-        roots = [math.sqrt(abs(part.strength)) for part in parts]
-        signed = [math.copysign(root, p.strength) for root, p in zip(roots, parts, strict=True)]
-        a = self._sum([part.a for part in parts], signed)
-        return a, self._sum([part.b for part in parts], roots)
+            deltas = [source.b @ source.a * source.scale for source in sources]
+            return factored(self._sum(deltas, [source.weight for source in sources]), self._rank)
+        # each factor is scaled by the root of the strength, and a also by its sign
+        roots = [math.sqrt(abs(source.strength)) for source in sources]
+        signed = [math.copysign(root, s.strength) for root, s in zip(roots, sources, strict=True)]
+        a = self._sum([source.a for source in sources], signed)
+        return a, self._sum([source.b for source in sources], roots)
 
     def _sum(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """The weighted sum of what pruning leaves of the tensors; of those that agree with the
-        elected sign, the weighted mean.
+        """Returns the weighted sum of the pruned tensors; with sign election, the weighted mean of
+        those that agree with the elected sign.
         """
         stack = torch.stack([self._pruned(tensor) for tensor in tensors])  # [sources, ...]
         weighted = stack * torch.tensor(weights)[:, None, None]
@@ -75,12 +75,12 @@ class Arithmetic:
         return (weighted * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
 
     def _pruned(self, tensor: Tensor) -> Tensor:
-        """The tensor without what the method drops."""
+        """Returns the tensor with the values that the method drops set to 0."""
         density = self._plan.density
         if density is None:
             return tensor
         if self._plan.method.draws:
-            kept = torch.bernoulli(torch.full_like(tensor, density), generator=self._dice)
+            kept = torch.bernoulli(torch.full_like(tensor, density), generator=self._generator)
             return tensor * kept / density
         count = int(density * tensor.numel())
         mask = torch.zeros(tensor.numel())
@@ -88,30 +88,30 @@ class Arithmetic:
         return tensor * mask.view_as(tensor)
 
 
-def concatenated(parts: Sequence[Factors]) -> Pair:
-    """The exact sum: a stacked, with the strengths, and b side by side."""
-    a = torch.cat([part.a * part.strength for part in parts])
-    return a, torch.cat([part.b for part in parts], dim=1)
+def concatenated(sources: Sequence[Factors]) -> Pair:
+    """Returns the exact sum: a stacked and scaled by the strengths, b side by side."""
+    a = torch.cat([source.a * source.strength for source in sources])
+    return a, torch.cat([source.b for source in sources], dim=1)
 
 
 def finite(tensor: Tensor) -> Tensor:
-    """The tensor. Raises OverflowError when it holds NaN or infinity."""
+    """Returns the tensor. Raises OverflowError if it contains NaN or infinity."""
     if not bool(torch.isfinite(tensor).all()):
         raise OverflowError
     return tensor
 
 
 def factored(delta: Tensor, rank: int) -> Pair:
-    """The pair of the rank, or less, whose product is nearest to delta [out, in].
+    """Returns the pair of at most this rank whose product is closest to delta [out, in].
 
-    Takes a full SVD, whose time grows with the cube of the size. Raises OverflowError.
+    Uses a full SVD, whose time grows with the cube of the size. Raises OverflowError.
     """
     u, s, vh = torch.linalg.svd(finite(delta), full_matrices=False)
     return vh[:rank].contiguous(), (u[:, :rank] * s[:rank]).contiguous()
 
 
 def truncated(a: Tensor, b: Tensor, rank: int) -> Pair:
-    """As `factored(b @ a, rank)`, in the time of an SVD of the pair's own rank."""
+    """Returns `factored(b @ a, rank)`, in the time of an SVD of the pair's own rank."""
     q_a, r_a = torch.linalg.qr(a.T)  # [in, k], [k, rank of the pair]
     q_b, r_b = torch.linalg.qr(b)
     inner_a, inner_b = factored(r_b @ r_a.T, rank)

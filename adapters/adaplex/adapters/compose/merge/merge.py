@@ -1,4 +1,4 @@
-"""Merging: a LoRA checkpoint out of those of several adapters."""
+"""Merges the LoRA checkpoints of several adapters into one."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 def merge_checkpoints(
     plan: MergePlan, checkpoints: Sequence[Checkpoint], base: BaseSpec
 ) -> Checkpoint:
-    """A LoRA checkpoint of the merged adapter, in fp32, every module with scale 1.
+    """Returns a LoRA checkpoint of the merged adapter, in fp32, every module with scale 1.
 
-    It names the base that its sources name, if they agree.
+    The checkpoint names the base that all sources name, if they agree.
     Raises AdapterInvalid naming the field of the plan, or the source.
     """
     limits = AdapterLimits().for_stored()
@@ -37,15 +37,16 @@ def merge_checkpoints(
 def merge_adapters(
     plan: MergePlan, programs: Sequence[AdapterProgram], modules: Mapping[str, BaseModule]
 ) -> Checkpoint:
-    """As `merge_checkpoints`, of adapters that are lowered already. `modules` are those of the
-    base, whose order decides which values chance drops.
+    """Returns what `merge_checkpoints` does, for lowered adapters.
+
+    `modules` are the base's; their order determines which values are dropped at random.
     """
     plan.check(len(programs))
-    parts = _parts(plan, programs, modules)
+    factors = _factors_by_module(plan, programs, modules)
     largest = max(program.max_rank for program in programs)
     arithmetic = Arithmetic(plan, plan.rank or largest)
-    pairs = {name: _merged(arithmetic, name, parts[name]) for name in modules if name in parts}
-    assert pairs.keys() == parts.keys()
+    pairs = {name: _merged(arithmetic, name, factors[name]) for name in modules if name in factors}
+    assert pairs.keys() == factors.keys()
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in pairs.items():
         tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
@@ -63,11 +64,11 @@ def _lowered(
         ) from None
 
 
-def _parts(
+def _factors_by_module(
     plan: MergePlan, programs: Sequence[AdapterProgram], modules: Mapping[str, BaseModule]
 ) -> dict[str, list[Factors]]:
-    """The factors of each module, in the order of the sources. Raises AdapterInvalid."""
-    parts: dict[str, list[Factors]] = {}
+    """Returns the factors of each module, in the order of the sources. Raises AdapterInvalid."""
+    factors: dict[str, list[Factors]] = {}
     refusals = []
     for i, (weight, program) in enumerate(zip(plan.weights, programs, strict=True)):
         if program.invocation:
@@ -77,25 +78,25 @@ def _parts(
             if reasons := list(_unmergeable(module, modules[module.module])):
                 refusals += [Refusal(f"sources[{i}].{module.module}", r) for r in reasons]
             else:
-                parts.setdefault(module.module, []).append(_factors(module, weight))
+                factors.setdefault(module.module, []).append(_factors(module, weight))
     if not plan.method.any_ranks:
-        for name, found in parts.items():
-            if len(ranks := sorted({len(part.a) for part in found})) > 1:
+        for name, found in factors.items():
+            if len(ranks := sorted({len(source.a) for source in found})) > 1:
                 listed = ", ".join(map(str, ranks))
                 reason = f"{plan.method} needs equal ranks, {name} has {listed}; use cat or svd"
                 refusals.append(Refusal("method", reason))
     if refusals:
         raise AdapterInvalid(refusals)
-    return parts
+    return factors
 
 
 def _unmergeable(module: ModuleProgram, base: BaseModule) -> Iterator[str]:
-    """Why a source's part at a module is no plain LoRA."""
+    """Yields reasons why a source's program at a module is not plain LoRA of a linear."""
     for name in module.primitives:
         if name != "low-rank":
             yield f"{'an' if name[0] in 'io' else 'a'} {name} cannot be merged"
     if base.kind != "linear":
-        yield f"of the kind {base.kind}; only linears can be merged"
+        yield f"is of kind {base.kind}; only linears can be merged"
 
 
 def _factors(module: ModuleProgram, weight: float) -> Factors:
@@ -104,16 +105,16 @@ def _factors(module: ModuleProgram, weight: float) -> Factors:
     return Factors(module.low_rank.a.float(), b, module.scale, weight)
 
 
-def _merged(arithmetic: Arithmetic, name: str, parts: Sequence[Factors]) -> Pair:
-    """The pair of one module. Raises AdapterInvalid when it overflows."""
+def _merged(arithmetic: Arithmetic, name: str, sources: Sequence[Factors]) -> Pair:
+    """Returns the merged pair of one module. Raises AdapterInvalid if it overflows."""
     try:
-        return arithmetic.merged(parts)
+        return arithmetic.merged(sources)
     except OverflowError:
         raise AdapterInvalid.because("weights", f"make {name} overflow") from None
 
 
 def _base_names(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
-    """What all sources say of their base."""
+    """Returns the fields naming the base on which all sources agree."""
     first, *others = (checkpoint.config for checkpoint in checkpoints)
     return {
         field: first[field]
@@ -123,7 +124,7 @@ def _base_names(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
 
 
 def _config(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """A PEFT config that names these modules alone, every one with alpha equal to its rank."""
+    """Returns a PEFT config that targets just these modules, each with alpha equal to its rank."""
     most = max(ranks.values())
     patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != most}
     return {

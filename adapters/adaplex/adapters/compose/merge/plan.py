@@ -1,6 +1,4 @@
-"""MergePlan: how several adapters become one. The methods are those of PEFT's
-`add_weighted_adapter`.
-"""
+"""MergePlan: parameters of a merge. The methods are those of PEFT's `add_weighted_adapter`."""
 
 from __future__ import annotations
 
@@ -15,9 +13,9 @@ MAX_SOURCES = 8
 
 
 class MergeMethod(StrEnum):
-    """How the values of several adapters become one.
+    """How the values of several adapters are merged.
 
-    Those on factors work on A and B by themselves, those with SVD on the product B A.
+    Methods with SVD in their name work on the product B A, the others on A and B separately.
     """
 
     LINEAR = "linear"
@@ -34,47 +32,48 @@ class MergeMethod(StrEnum):
 
     @property
     def on_deltas(self) -> bool:
-        """Whether it works on whole deltas, and an SVD makes factors of the result."""
+        """True if the method merges whole deltas, and factors the result by SVD."""
         return self.value.endswith("svd")
 
     @property
     def any_ranks(self) -> bool:
-        """Whether the ranks that meet at a module may differ."""
+        """True if the sources' ranks at a module may differ."""
         return self.on_deltas or self is MergeMethod.CAT
 
     @property
     def prunes(self) -> bool:
-        """Whether it drops values, and so needs a density."""
+        """True if the method drops values, and so needs a density."""
         return self.value not in ("linear", "cat", "svd")
 
     @property
     def elects(self) -> bool:
-        """Whether a majority decides each value's sign."""
+        """True if a majority of the sources determines each value's sign."""
         return "ties" in self.value
 
     @property
     def draws(self) -> bool:
-        """Whether chance decides what is dropped."""
+        """True if values are dropped at random."""
         return "dare" in self.value
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What to make of the sources."""
+    """Method and parameters of a merge."""
 
     method: MergeMethod
     weights: tuple[float, ...]
     density: float | None = None
-    """Share of values that pruning keeps."""
+    """Fraction of values that pruning keeps."""
     majority_sign: Literal["total", "frequency"] = "total"
-    """Whether values elect a sign by their sum, or by their number."""
+    """Whether the sign is elected by the sum of the values, or by their number."""
     rank: int | None = None
-    """Of an SVD method's result, which may need less; by default the largest of the sources."""
+    """Largest rank of an SVD method's result; None: the largest rank of the sources."""
     seed: int = 0
-    """Of what is dropped by chance; 64 bits, of which torch uses the lower half."""
+    """Seed of random dropping; 64 bits, of which torch uses the lower half."""
 
     def check(self, sources: int) -> None:
         """Raises AdapterInvalid naming the field."""
+        unused = f"has no effect with {self.method}; leave it out"
         if not 1 <= sources <= MAX_SOURCES:
             raise AdapterInvalid.because("sources", f"must be 1 to {MAX_SOURCES}, not {sources}")
         if len(self.weights) != sources:
@@ -84,12 +83,12 @@ class MergePlan:
         if self.method.prunes and not (self.density is not None and 0 < self.density <= 1):
             raise AdapterInvalid.because("density", f"must be in (0, 1] for {self.method}")
         if not self.method.prunes and self.density is not None:
-            raise AdapterInvalid.because("density", f"means nothing to {self.method}")
+            raise AdapterInvalid.because("density", unused)
         if self.majority_sign == "frequency" and not self.method.elects:
-            raise AdapterInvalid.because("majority_sign", f"means nothing to {self.method}")
+            raise AdapterInvalid.because("majority_sign", unused)
         if self.rank is not None and not self.method.on_deltas:
-            raise AdapterInvalid.because("rank", f"means nothing to {self.method}")
+            raise AdapterInvalid.because("rank", unused)
         if self.rank is not None and self.rank < 1:
             raise AdapterInvalid.because("rank", f"must be at least 1, not {self.rank}")
         if not 0 <= self.seed < 1 << 64:
-            raise AdapterInvalid.because("seed", "must be an unsigned number of 64 bits")
+            raise AdapterInvalid.because("seed", f"must be in [0, 2**64), not {self.seed}")

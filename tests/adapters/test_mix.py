@@ -1,4 +1,4 @@
-"""Combinations: their canonical form, their identity, and what they make of programs."""
+"""Mixes: their canonical form, their digest, and the sums of their programs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaplex.adapters.compose.mix import Component, Mix, mixed_program, module_ranks, packed_bytes
+from adaplex.adapters.compose.mix import Component, Mix, mix_packed_bytes, mix_ranks, mixed_program
 from adaplex.adapters.digest import PATTERN
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.program.primitives import LowRank
@@ -57,10 +57,10 @@ def bias(program: AdapterProgram, name: str) -> torch.Tensor:
 
 
 def test_the_canonical_form_is_sorted_and_summed_without_zeros() -> None:
-    combination = of((B, 0.5), (A, 1.0), (C, 2.0), (B, 0.25), (C, -2.0), (A, 0.0))
-    assert combination.components == (Component(A, 1.0), Component(B, 0.75))
-    assert combination == of((A, 1.0), (B, 0.75))
-    assert combination.digest == of((B, 0.75), (A, 1.0)).digest
+    mix = of((B, 0.5), (A, 1.0), (C, 2.0), (B, 0.25), (C, -2.0), (A, 0.0))
+    assert mix.components == (Component(A, 1.0), Component(B, 0.75))
+    assert mix == of((A, 1.0), (B, 0.75))
+    assert mix.digest == of((B, 0.75), (A, 1.0)).digest
 
 
 def test_sums_do_not_depend_on_the_order() -> None:
@@ -82,7 +82,7 @@ def test_sums_do_not_depend_on_the_order() -> None:
     ],
     ids=["none", "nine", "nan", "infinity", "below", "sum-above", "zeros", "cancelled"],
 )
-def test_what_cannot_be_combined_is_refused(parts: list[tuple[str, float]]) -> None:
+def test_what_cannot_be_mixed_is_refused(parts: list[tuple[str, float]]) -> None:
     with pytest.raises(AdapterInvalid) as refused:
         of(*parts)
     assert refused.value.field == "adapters"
@@ -103,7 +103,7 @@ def test_identity_is_contents_and_weights() -> None:
         of((A, 1.0), (B, 0.5)),
         of((A, 0.5), (B, 1.0)),
     ]
-    digests = {combination.digest for combination in different}
+    digests = {mix.digest for mix in different}
     assert len(digests) == len(different)
     assert A not in digests
     assert all(map(PATTERN.fullmatch, digests))
@@ -125,7 +125,7 @@ def test_alone_is_one_component_of_weight_one() -> None:
     assert of((A, 1.0), (B, 1.0)).alone is None
 
 
-def test_a_combination_is_the_weighted_sum_of_deltas_and_biases() -> None:
+def test_a_mix_is_the_weighted_sum_of_deltas_and_biases() -> None:
     programs = [
         program(A, module(QUERY, 2, bias=True, seed=1), module(VALUE, 3, seed=2)),
         program(B, module(QUERY, 5, bias=True, seed=3), module(DOWN, 1, seed=4)),
@@ -149,11 +149,11 @@ def test_a_combination_is_the_weighted_sum_of_deltas_and_biases() -> None:
 
 
 def test_the_program_says_what_it_is() -> None:
-    combination = of((A, 0.5), (B, 0.5))
+    mix = of((A, 0.5), (B, 0.5))
     first = program(A, module(QUERY, 1), notes=("same", "first"), warnings=("other base",))
     second = program(B, module(QUERY, 1), notes=("same",), warnings=("other base", "late"))
-    made = mixed_program(combination, [first, second], BASE)
-    assert (made.digest, made.family, made.max_rank) == (combination.digest, "combination", 2)
+    made = mixed_program(mix, [first, second], BASE)
+    assert (made.digest, made.family, made.max_rank) == (mix.digest, "combination", 2)
     assert (made.notes, made.warnings) == (("same", "first"), ("other base", "late"))
     assert [m.scale for m in made.modules] == [1.0]
 
@@ -177,11 +177,11 @@ def test_components_are_left_as_they_were() -> None:
     source = module(QUERY, 2, bias=True)
     before = [tensor.clone() for _, tensor in source.tensors()]
     made = mixed_program(of((A, 3.0)), [program(A, source)], BASE)
-    for (_, tensor), kept, (_, combined) in zip(
+    for (_, tensor), kept, (_, mixed) in zip(
         source.tensors(), before, made.modules[0].tensors(), strict=True
     ):
         assert torch.equal(tensor, kept)
-        combined.zero_()
+        mixed.zero_()
         assert torch.equal(tensor, kept)
 
 
@@ -220,7 +220,7 @@ def test_reports_are_enough_to_know_the_size(
     ]
     made = mixed_program(of(*((p.digest, 0.5) for p in programs)), programs, BASE)
     reports = [describe(p, BASE, element_bytes) for p in programs]
-    assert packed_bytes(reports, element_bytes) == made.packed_bytes(element_bytes)
-    ranks = module_ranks(reports)
+    assert mix_packed_bytes(reports, element_bytes) == made.packed_bytes(element_bytes)
+    ranks = mix_ranks(reports)
     assert max(ranks.values()) == made.max_rank
     assert ranks == {m.module: m.low_rank.rank if m.low_rank else 0 for m in made.modules}

@@ -1,4 +1,4 @@
-"""Hybrids: parts of any formats, each lowered by its own, and joined."""
+"""Bundles: parts of any formats, each lowered by its own format, and summed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from adaplex.adapters import formats
 from adaplex.adapters.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
-from adaplex.adapters.formats.bundle import join
+from adaplex.adapters.formats.bundle import bundle
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.program import AdapterProgram
 from adaplex.server.cli.join import join as join_command
@@ -47,9 +47,9 @@ def refusal(found: Checkpoint) -> AdapterInvalid:
     return caught.value
 
 
-def test_parts_are_lowered_by_their_own_formats_and_joined() -> None:
+def test_parts_are_lowered_by_their_own_formats_and_summed() -> None:
     lora, scales = checkpoint(), ia3()
-    made = lower(join([lora, scales]))
+    made = lower(bundle([lora, scales]))
     parts = lower(lora), lower(scales)
     assert made.family == "hybrid"
     by_name = {module.module: module for module in made.modules}
@@ -65,7 +65,7 @@ def test_parts_are_lowered_by_their_own_formats_and_joined() -> None:
 
 def test_two_parts_of_one_format_add() -> None:
     first, second = checkpoint(tensors(seed=1)), checkpoint(tensors(seed=2, rank=4), r=4)
-    found = {m.module: m for m in lower(join([first, second])).modules}[VALUE].low_rank
+    found = {m.module: m for m in lower(bundle([first, second])).modules}[VALUE].low_rank
     pairs = [{m.module: m for m in lower(part).modules}[VALUE].low_rank for part in (first, second)]
     assert found is not None
     expected = sum(pair.b.float() @ pair.a for pair in pairs if pair is not None)
@@ -75,34 +75,34 @@ def test_two_parts_of_one_format_add() -> None:
 
 def test_the_identity_is_that_of_the_parts_in_their_order() -> None:
     lora, scales = checkpoint(), ia3()
-    digest = lower(join([lora, scales])).digest
+    digest = lower(bundle([lora, scales])).digest
     harmless = Checkpoint({**lora.config, "inference_mode": True}, lora.tensors)
-    assert lower(join([harmless, scales])).digest == digest
+    assert lower(bundle([harmless, scales])).digest == digest
     twice = Checkpoint({**lora.config, "lora_alpha": 8}, lora.tensors)
-    orders = [lower(join(list(parts))).digest for parts in ((lora, twice), (twice, lora))]
-    others = [lower(join([twice, scales])).digest, lower(join([scales, lora])).digest, *orders]
+    orders = [lower(bundle(list(parts))).digest for parts in ((lora, twice), (twice, lora))]
+    others = [lower(bundle([twice, scales])).digest, lower(bundle([scales, lora])).digest, *orders]
     assert len({digest, lower(lora).digest, *others}) == 6
 
 
 def test_the_base_is_named_when_the_parts_agree() -> None:
-    agreeing = join([checkpoint(**NAME), ia3(), ia3(**NAME)])
+    agreeing = bundle([checkpoint(**NAME), ia3(), ia3(**NAME)])
     assert agreeing.config["base_model_name_or_path"] == "org/tiny-base"
     other = ia3(base_model_name_or_path="org/other")
-    assert "base_model_name_or_path" not in join([checkpoint(**NAME), other]).config
+    assert "base_model_name_or_path" not in bundle([checkpoint(**NAME), other]).config
 
 
 def changed(**fields: Any) -> Checkpoint:
-    made = join([checkpoint(), ia3()])
+    made = bundle([checkpoint(), ia3()])
     return Checkpoint({**made.config, **fields}, made.tensors)
 
 
 def more(**extra: Tensor) -> Checkpoint:
-    made = join([checkpoint(), ia3()])
+    made = bundle([checkpoint(), ia3()])
     return Checkpoint(made.config, {**made.tensors, **extra})
 
 
 X = torch.ones(2)
-PARTS = join([checkpoint(), ia3()]).config["parts"]
+PARTS = bundle([checkpoint(), ia3()]).config["parts"]
 BAD: dict[str, tuple[Checkpoint, str, str]] = {
     "no list": (changed(parts={}), "parts", "must be a list of 1 to 8"),
     "none": (changed(parts=[]), "parts", "must be a list of 1 to 8"),
@@ -111,7 +111,7 @@ BAD: dict[str, tuple[Checkpoint, str, str]] = {
     "within itself": (
         changed(parts=[PARTS[0], {"peft_type": "HYBRID"}]),
         "parts[1].peft_type",
-        "has no hybrids in it",
+        "a hybrid cannot contain a hybrid",
     ),
     "without tensors": (changed(parts=[*PARTS, {}]), "parts[2]", "has no tensors"),
     "unknown field": (changed(lora_alpha=1), "lora_alpha", "is not a field of a hybrid"),
@@ -121,14 +121,18 @@ BAD: dict[str, tuple[Checkpoint, str, str]] = {
         "is not served",
     ),
     "bad part": (changed(parts=[PARTS[0] | {"r": 0}, PARTS[1]]), "parts[0].r", "positive integer"),
-    "no part's tensor": (more(lone=X), "lone", "does not begin with parts.0. to parts.1."),
+    "no part's tensor": (
+        more(lone=X),
+        "lone",
+        "does not begin with a prefix from parts.0. to parts.1.",
+    ),
     "tensor of a part too many": (more(**{"parts.2.x": X}), "parts.2.x", "does not begin with"),
     "tensor behind a zero": (more(**{"parts.00.x": X}), "parts.00.x", "does not begin with"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_hybrid_is_refused_by_name(name: str) -> None:
+def test_what_is_no_bundle_is_refused_by_name(name: str) -> None:
     found, where, reason = BAD[name]
     error = refusal(found)
     assert error.field == where
@@ -137,7 +141,7 @@ def test_what_is_no_hybrid_is_refused_by_name(name: str) -> None:
 
 def test_parts_whose_changes_cannot_be_added_are_refused_by_module() -> None:
     lora = checkpoint(tensors("down_proj"), target_modules=["down_proj"])
-    error = refusal(join([lora, ia3(module=DOWN)]))
+    error = refusal(bundle([lora, ia3(module=DOWN)]))
     assert error.field == DOWN
     assert "input scale would change another's low-rank" in str(error)
 
@@ -145,7 +149,7 @@ def test_parts_whose_changes_cannot_be_added_are_refused_by_module() -> None:
 def test_limits_hold_for_parts() -> None:
     lora = checkpoint(tensors(rank=4), r=4)
     with pytest.raises(AdapterTooLarge, match="the limit is 3"):
-        formats.lower(join([lora, ia3()]), BASE, AdapterLimits(max_rank=3))
+        formats.lower(bundle([lora, ia3()]), BASE, AdapterLimits(max_rank=3))
 
 
 # The command.
@@ -175,7 +179,7 @@ def test_the_command_writes_the_same_files_every_time(tmp_path: Path) -> None:
     )
     assert first == second
     read = read_checkpoint(tmp_path / "one", LIMITS)
-    assert lower(read).digest == lower(join([checkpoint(**NAME), ia3()])).digest
+    assert lower(read).digest == lower(bundle([checkpoint(**NAME), ia3()])).digest
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
@@ -185,7 +189,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     for arguments, reason in (
         (["--out", part, part], "is not empty"),
         (["--out", tmp_path / "out", part, empty], "the file is missing"),
-        (["--out", tmp_path / "out", *[part] * 9], "must be 1 to 8 adapters"),
+        (["--out", tmp_path / "out", *[part] * 9], "must be 1 to 8 adapters, not 9"),
     ):
         result = run(*arguments)
         assert result.exit_code == 2

@@ -1,4 +1,4 @@
-"""Weighted combinations beside single adapters and base rows, against HF PEFT's `cat`."""
+"""Weighted mixes beside single adapters and base rows, against HF PEFT's `cat`."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ class Peft:
         return self.model(torch.tensor([tokens])).logits[0, -1].float()  # type: ignore[no-any-return]
 
 
-def combined(
+def mixed(
     rig: Rig, programs: dict[str, AdapterProgram], weights: dict[str, float]
 ) -> AdapterProgram:
     by_digest = {programs[name].digest: programs[name] for name in weights}
-    combination = Mix.of(Component(programs[n].digest, w) for n, w in weights.items())
-    chosen = [by_digest[part.digest] for part in combination.components]
-    return mixed_program(combination, chosen, rig.base.spec)
+    mix = Mix.of(Component(programs[n].digest, w) for n, w in weights.items())
+    chosen = [by_digest[part.digest] for part in mix.components]
+    return mixed_program(mix, chosen, rig.base.spec)
 
 
 def saved(model: Path, work: Path, names: list[str]) -> dict[str, Path]:
@@ -86,7 +86,7 @@ def saved(model: Path, work: Path, names: list[str]) -> dict[str, Path]:
 def refs_of(
     rig: Rig, programs: dict[str, AdapterProgram], rows: list[dict[str, float]], mode: AdapterMode
 ) -> list[AdapterRef | None]:
-    """Makes each row's adapter resident; those of several or weighted ones are combined."""
+    """Makes each row's adapter resident; those of several or weighted ones are mixed."""
     refs: list[AdapterRef | None] = []
     for weights in rows:
         if not weights:
@@ -94,7 +94,7 @@ def refs_of(
         elif list(weights.values()) == [1.0]:
             refs.append(rig.add(programs[next(iter(weights))], mode))
         else:
-            refs.append(rig.add(combined(rig, programs, weights), mode))
+            refs.append(rig.add(mixed(rig, programs, weights), mode))
     return refs
 
 
@@ -103,7 +103,7 @@ def refs_of(
     [(AdapterMode.UNMERGED, True), (AdapterMode.UNMERGED, False), (AdapterMode.MERGED, True)],
     ids=["native", "reference", "merged"],
 )
-def test_combinations_in_a_mixed_batch_equal_peft(
+def test_mixes_in_a_batch_equal_peft(
     mode: AdapterMode, native: bool, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
@@ -137,7 +137,7 @@ def test_combinations_in_a_mixed_batch_equal_peft(
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "bf16"])
-def test_a_combination_is_bit_equal_alone_and_in_any_batch(
+def test_a_mix_is_bit_equal_alone_and_in_any_batch(
     quantization: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
@@ -158,7 +158,7 @@ def test_a_combination_is_bit_equal_alone_and_in_any_batch(
         assert torch.equal(row, lone[i]), rows[i]
 
 
-def test_a_combination_with_biases_is_the_plain_sum(
+def test_a_mix_with_biases_is_the_plain_sum(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = tiny_model("qwen2")
@@ -186,5 +186,5 @@ def test_a_combination_with_biases_is_the_plain_sum(
     assert changed > 0
     expected = Oracle(summed, None).logits(tokens)
     assert (expected - idle).abs().max() > 1e-2
-    ref = rig.add(combined(rig, programs, weights))
+    ref = rig.add(mixed(rig, programs, weights))
     assert (rig.prefill(rig.sequence(tokens, ref))[0] - expected).abs().max() < 1e-4

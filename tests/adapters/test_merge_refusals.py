@@ -137,7 +137,7 @@ def test_pairs_of_other_modules_and_invocations_are_refused_by_name() -> None:
     made = lower(source(0))
     name = made.modules[0].module
     modules = {**BASE.modules, name: replace(BASE.modules[name], kind="experts", experts=2)}
-    with pytest.raises(AdapterInvalid, match=f"{name}: of the kind experts"):
+    with pytest.raises(AdapterInvalid, match=f"{name}: is of kind experts"):
         merge_adapters(plan(MergeMethod.CAT, 1.0), [made], modules)
     with pytest.raises(AdapterInvalid, match="an invocation cannot be merged"):
         merge_adapters(plan(MergeMethod.CAT, 1.0), [replace(made, invocation=(7,))], BASE.modules)

@@ -1,4 +1,4 @@
-"""Joined adapters: each adds its own change, at every kind of module; the rest is refused."""
+"""Sums of adapters: each adds its own change, at every kind of module; the rest is refused."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.nn import functional
 from adaplex.adapters.compose.mix import (
     Component,
     Mix,
-    check,
+    check_mix,
+    mix_packed_bytes,
+    mix_ranks,
     mixed_program,
-    module_ranks,
-    packed_bytes,
 )
 from adaplex.adapters.errors import AdapterInvalid
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
@@ -30,7 +30,7 @@ from adaplex.adapters.program.primitives import (
 )
 from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.adapters.program.report import describe
-from adaplex.adapters.program.sum import summed
+from adaplex.adapters.program.sum import sum_programs
 
 HIDDEN, VOCAB, OUT, EXPERTS = 8, 12, 6, 3
 EMBEDDING, LINEAR, NORM = "model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.norm"
@@ -86,9 +86,9 @@ def program(*modules: ModuleProgram, digest: str = A, **fields: Any) -> AdapterP
     return AdapterProgram(digest, "any", modules, **fields)
 
 
-def join(*parts: tuple[float, ModuleProgram]) -> ModuleProgram:
+def add(*parts: tuple[float, ModuleProgram]) -> ModuleProgram:
     """Of one module."""
-    made = summed(
+    made = sum_programs(
         [(weight, program(module)) for weight, module in parts], BASE, digest="", family="hybrid"
     )
     (module,) = made.modules
@@ -140,13 +140,13 @@ def test_changes_of_a_linear_add(name: str) -> None:
     x, weight, bias = dice.tensor(5, HIDDEN), dice.tensor(OUT, HIDDEN), dice.tensor(OUT)
     idle = linear(ModuleProgram(LINEAR), x, weight, bias)
     expected = idle + sum(w * (linear(part, x, weight, bias) - idle) for w, part in parts)
-    torch.testing.assert_close(linear(join(*parts), x, weight, bias), expected)
+    torch.testing.assert_close(linear(add(*parts), x, weight, bias), expected)
 
 
 def test_bottlenecks_add_whether_they_have_biases_or_not() -> None:
     dice = Dice(1)
     parts = [(0.5, dice.bottleneck(2)), (-2.0, dice.bottleneck(3, bias=False))]
-    made = join(*((w, ModuleProgram(MLP, bottleneck=part)) for w, part in parts)).bottleneck
+    made = add(*((w, ModuleProgram(MLP, bottleneck=part)) for w, part in parts)).bottleneck
     assert made is not None
     assert (made.reads, made.activation, len(made.down)) == (Reads.SUM, Activation.TANH, 5)
     x = dice.tensor(4, HIDDEN)
@@ -160,7 +160,7 @@ def test_pairs_of_experts_stack_expert_by_expert() -> None:
         (0.5, dice.pair(2 * EXPERTS)),
         (3.0, dice.pair(1 * EXPERTS)),
     ]
-    made = join(*((w, ModuleProgram(GROUPED, part)) for w, part in parts)).low_rank
+    made = add(*((w, ModuleProgram(GROUPED, part)) for w, part in parts)).low_rank
     assert made is not None
     for expert in range(EXPERTS):
         expected = sum(w * delta(part, expert) for w, part in parts)
@@ -175,14 +175,14 @@ def delta(pair: LowRank, expert: int) -> Tensor:
 
 def test_what_is_known_of_pairs_is_kept() -> None:
     dice = Dice(3)
-    made = join(
+    made = add(
         (1.0, ModuleProgram(LINEAR, dice.pair(1, group=4))),
         (1.0, ModuleProgram(LINEAR, dice.pair(1, group=6))),
     ).low_rank
     assert made is not None
     assert (made.group, made.lookup) == (2, False)
     pair = dice.pair(2, VOCAB, HIDDEN, lookup=True)
-    made = join((0.5, ModuleProgram(EMBEDDING, pair)), (1.0, ModuleProgram(EMBEDDING, pair)))
+    made = add((0.5, ModuleProgram(EMBEDDING, pair)), (1.0, ModuleProgram(EMBEDDING, pair)))
     assert made.low_rank is not None
     assert made.low_rank.lookup
 
@@ -191,7 +191,7 @@ def test_what_stands_by_itself_is_kept_beside_the_others() -> None:
     dice = Dice(4)
     rows, tokens = ReplacedRows((1, 5), dice.tensor(2, HIDDEN)), dice.tensor(4, HIDDEN)
     pair = dice.pair(2, VOCAB, HIDDEN, lookup=True)
-    made = join(
+    made = add(
         (1.0, ModuleProgram(EMBEDDING, rows=rows)),
         (1.0, ModuleProgram(EMBEDDING, virtual=tokens)),
         (0.5, ModuleProgram(EMBEDDING, pair)),
@@ -201,7 +201,7 @@ def test_what_stands_by_itself_is_kept_beside_the_others() -> None:
     assert made.virtual is not None
     assert torch.equal(made.virtual, torch.cat([tokens, tokens[:1]]))
     prefix, bottleneck = dice.prefix(), dice.bottleneck(2)
-    made = join(
+    made = add(
         (1.0, ModuleProgram(ATTENTION, prefix=prefix)),
         (0.5, ModuleProgram(ATTENTION, bottleneck=bottleneck)),
     )
@@ -212,9 +212,9 @@ def test_what_stands_by_itself_is_kept_beside_the_others() -> None:
 def test_the_invocation_that_all_have_is_kept() -> None:
     module = ModuleProgram(LINEAR, Dice(5).pair(1))
     parts = [(1.0, program(module, invocation=(7, 8)))] * 2
-    assert summed(parts, BASE, digest="", family="").invocation == (7, 8)
+    assert sum_programs(parts, BASE, digest="", family="").invocation == (7, 8)
     with pytest.raises(AdapterInvalid, match="alora_invocation_tokens: differ"):
-        summed([*parts, (1.0, program(module))], BASE, digest="", family="")
+        sum_programs([*parts, (1.0, program(module))], BASE, digest="", family="")
 
 
 def one(times: float, module: str, /, **primitives: Any) -> tuple[float, ModuleProgram]:
@@ -228,13 +228,34 @@ ROWS = {"rows": ReplacedRows((1,), DICE.tensor(1, HIDDEN))}
 TOKENS, PREFIX = {"virtual": DICE.tensor(2, HIDDEN)}, {"prefix": DICE.prefix()}
 MERGED = {"transform": lambda weight: weight * 2}
 REFUSED: dict[str, tuple[list[tuple[float, ModuleProgram]], str]] = {
-    "half a weight": ([one(0.5, LINEAR, **WEIGHT)], "replaced weight takes no weight but 1"),
-    "half a norm": ([one(0.5, NORM, weight=DICE.tensor(HIDDEN))], "takes no weight but 1"),
-    "half of rows": ([one(0.5, EMBEDDING, **ROWS)], "replaced rows takes no weight but 1"),
-    "half of tokens": ([one(0.5, EMBEDDING, **TOKENS)], "virtual tokens takes no weight but 1"),
-    "half a prefix": ([one(0.5, ATTENTION, **PREFIX)], "KV prefix takes no weight but 1"),
-    "half a transform": ([one(0.5, LINEAR, **MERGED)], "merged weight takes no weight but 1"),
-    "half of both scales": ([one(0.5, LINEAR, **SCALE, **GAIN)], "output scale takes no weight"),
+    "half a weight": (
+        [one(0.5, LINEAR, **WEIGHT)],
+        "replaced weight must have weight 1",
+    ),
+    "half a norm": (
+        [one(0.5, NORM, weight=DICE.tensor(HIDDEN))],
+        "must have weight 1",
+    ),
+    "half of rows": (
+        [one(0.5, EMBEDDING, **ROWS)],
+        "replaced rows must have weight 1",
+    ),
+    "half of tokens": (
+        [one(0.5, EMBEDDING, **TOKENS)],
+        "virtual tokens must have weight 1",
+    ),
+    "half a prefix": (
+        [one(0.5, ATTENTION, **PREFIX)],
+        "KV prefix must have weight 1",
+    ),
+    "half a transform": (
+        [one(0.5, LINEAR, **MERGED)],
+        "merged weight must have weight 1",
+    ),
+    "half of both scales": (
+        [one(0.5, LINEAR, **SCALE, **GAIN)],
+        "output scale must have weight 1",
+    ),
     "two weights": ([one(1, LINEAR, **WEIGHT)] * 2, "more than one adapter has a replaced weight"),
     "two rows": ([one(1, EMBEDDING, **ROWS)] * 2, "more than one adapter has a replaced rows"),
     "two prefixes": ([one(1, ATTENTION, **PREFIX)] * 2, "more than one adapter has a KV prefix"),
@@ -265,7 +286,7 @@ REFUSED: dict[str, tuple[list[tuple[float, ModuleProgram]], str]] = {
     ),
     "bottlenecks that read other things": (
         [one(1, MLP, bottleneck=DICE.bottleneck(2, reads)) for reads in (Reads.SUM, Reads.OUTPUT)],
-        "differ in what they read",
+        "differ in input or activation",
     ),
 }
 
@@ -274,15 +295,15 @@ REFUSED: dict[str, tuple[list[tuple[float, ModuleProgram]], str]] = {
 def test_what_has_no_sum_is_refused_with_tensors_and_without(name: str) -> None:
     parts, reason = REFUSED[name]
     with pytest.raises(AdapterInvalid, match=reason) as refused:
-        join(*parts)
+        add(*parts)
     assert [refusal.where for refusal in refused.value.refusals] == [parts[0][1].module]
     programs = {f"sha256:{i:064x}": program(m, digest=f"sha256:{i:064x}") for i, (_, m) in
                 enumerate(parts)}  # fmt: skip
     weights = [weight for weight, _ in parts]
-    combination = Mix.of(Component(*p) for p in zip(programs, weights, strict=True))
+    mix = Mix.of(Component(*p) for p in zip(programs, weights, strict=True))
     reports = [describe(part, BASE, 4) for part in programs.values()]
     with pytest.raises(AdapterInvalid) as refused:
-        check(combination, reports, dict.fromkeys(programs, "tone"))
+        check_mix(mix, reports, dict.fromkeys(programs, "tone"))
     assert refused.value.field == "adapters"
     assert "tone" in str(refused.value)
 
@@ -295,7 +316,7 @@ def test_what_has_no_sum_is_refused_with_tensors_and_without(name: str) -> None:
         ([{"merged": True}, {}], "one can only be served merged"),
     ],
 )
-def test_combinations_whose_order_or_place_would_not_be_clear(
+def test_mixes_whose_order_or_place_would_not_be_clear(
     fields: list[dict[str, Any]], reason: str
 ) -> None:
     def made(digest: str, wanted: dict[str, Any]) -> AdapterProgram:
@@ -306,9 +327,9 @@ def test_combinations_whose_order_or_place_would_not_be_clear(
 
     programs = [made(digest, wanted) for digest, wanted in zip((A, B), fields, strict=True)]
     reports = [describe(part, BASE, 4) for part in programs]
-    combination = Mix.of([Component(A, 1.0), Component(B, 1.0)])
+    mix = Mix.of([Component(A, 1.0), Component(B, 1.0)])
     with pytest.raises(AdapterInvalid, match=reason) as refused:
-        check(combination, reports, {A: "one", B: "two"})
+        check_mix(mix, reports, {A: "one", B: "two"})
     assert refused.value.field == "adapters"
 
 
@@ -331,12 +352,12 @@ def test_reports_are_enough_to_know_the_size_of_any_family(element_bytes: int) -
         ModuleProgram(LINEAR, dice.pair(4), dice.tensor(OUT)),
         digest=B,
     )
-    combination = Mix.of([Component(A, 1.0), Component(B, 1.0)])
+    mix = Mix.of([Component(A, 1.0), Component(B, 1.0)])
     reports = [describe(part, BASE, element_bytes) for part in (first, second)]
-    check(combination, reports, {A: "one", B: "two"})
-    made = mixed_program(combination, [first, second], BASE)
-    assert packed_bytes(reports, element_bytes) == made.packed_bytes(element_bytes)
-    assert module_ranks(reports) == {
+    check_mix(mix, reports, {A: "one", B: "two"})
+    made = mixed_program(mix, [first, second], BASE)
+    assert mix_packed_bytes(reports, element_bytes) == made.packed_bytes(element_bytes)
+    assert mix_ranks(reports) == {
         m.module: m.low_rank.rank if m.low_rank else 0 for m in made.modules
     }
     assert (made.prefix_tokens, made.virtual_tokens) == (3, 2)
