@@ -228,34 +228,13 @@ ROWS = {"rows": ReplacedRows((1,), DICE.tensor(1, HIDDEN))}
 TOKENS, PREFIX = {"virtual": DICE.tensor(2, HIDDEN)}, {"prefix": DICE.prefix()}
 MERGED = {"transform": lambda weight: weight * 2}
 REFUSED: dict[str, tuple[list[tuple[float, ModuleProgram]], str]] = {
-    "half a weight": (
-        [one(0.5, LINEAR, **WEIGHT)],
-        "replaced weight must have weight 1",
-    ),
-    "half a norm": (
-        [one(0.5, NORM, weight=DICE.tensor(HIDDEN))],
-        "must have weight 1",
-    ),
-    "half of rows": (
-        [one(0.5, EMBEDDING, **ROWS)],
-        "replaced rows must have weight 1",
-    ),
-    "half of tokens": (
-        [one(0.5, EMBEDDING, **TOKENS)],
-        "virtual tokens must have weight 1",
-    ),
-    "half a prefix": (
-        [one(0.5, ATTENTION, **PREFIX)],
-        "KV prefix must have weight 1",
-    ),
-    "half a transform": (
-        [one(0.5, LINEAR, **MERGED)],
-        "merged weight must have weight 1",
-    ),
-    "half of both scales": (
-        [one(0.5, LINEAR, **SCALE, **GAIN)],
-        "output scale must have weight 1",
-    ),
+    "half a weight": ([one(0.5, LINEAR, **WEIGHT)], "replaced weight must have weight 1"),
+    "half a norm": ([one(0.5, NORM, weight=DICE.tensor(HIDDEN))], "must have weight 1"),
+    "half of rows": ([one(0.5, EMBEDDING, **ROWS)], "replaced rows must have weight 1"),
+    "half of tokens": ([one(0.5, EMBEDDING, **TOKENS)], "virtual tokens must have weight 1"),
+    "half a prefix": ([one(0.5, ATTENTION, **PREFIX)], "KV prefix must have weight 1"),
+    "half a transform": ([one(0.5, LINEAR, **MERGED)], "merged weight must have weight 1"),
+    "half of both scales": ([one(0.5, LINEAR, **SCALE, **GAIN)], "output scale must have weight 1"),
     "two weights": ([one(1, LINEAR, **WEIGHT)] * 2, "more than one adapter has a replaced weight"),
     "two rows": ([one(1, EMBEDDING, **ROWS)] * 2, "more than one adapter has a replaced rows"),
     "two prefixes": ([one(1, ATTENTION, **PREFIX)] * 2, "more than one adapter has a KV prefix"),
