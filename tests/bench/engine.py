@@ -42,8 +42,8 @@ from adaplex.engine.request import (
 )
 from adaplex.server.build import build
 from adaplex.server.components import Components
-from adaplex.server.config import load_config
 from adaplex.server.convert import adapter_ref
+from adaplex.server.load_config import load_config
 
 MIXES = {"base": "base", "one": "identical", "distinct": "distinct"}
 ARENA = 512 << 20

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from adaplex.server.config import ServerConfig, load_config
+from adaplex.server.config import ServerConfig
+from adaplex.server.load_config import load_config
 from deploy.conftest import DEPLOY
 
 Json = dict[str, Any]

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from adaplex.server.config import ServerConfig, load_config
+from adaplex.server.config import ServerConfig
 from adaplex.server.http import HttpServer
+from adaplex.server.load_config import load_config
 from deploy.conftest import DEPLOY, ROOT
 
 Check = Callable[[str], "subprocess.CompletedProcess[str]"]

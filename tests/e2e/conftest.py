@@ -15,7 +15,7 @@ from adaplex.client import AsyncClient
 from adaplex.server.app import Server, serve
 from adaplex.server.build import build
 from adaplex.server.components import Components
-from adaplex.server.config import load_config
+from adaplex.server.load_config import load_config
 from peft_adapters import everything, load_plain, save_adapter
 
 Serving = Callable[..., AbstractAsyncContextManager["Rig"]]

@@ -9,7 +9,8 @@ import yaml
 from typer.testing import CliRunner
 
 from adaplex.server.cli.serve import serve
-from adaplex.server.config import ConfigError, ServerConfig, describe, load_config
+from adaplex.server.config import ConfigError, ServerConfig
+from adaplex.server.load_config import describe, load_config
 
 MIB = 1024**2
 

@@ -2,80 +2,40 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BeforeValidator, ByteSize, Field, ValidationError
+from pydantic import ByteSize, Field
 from pydantic_settings import (
     BaseSettings,
-    EnvSettingsSource,
-    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
 
+from adaplex.server.config_types import (
+    MAX_CONNECTION_AGE,
+    MIB,
+    Count,
+    GroupSize,
+    NamedPaths,
+    Names,
+    Paths,
+    Port,
+    PositiveSeconds,
+    Seconds,
+    Share,
+    available_cpus,
+    default_store,
+)
 from adaplex.server.settings_file import SettingsFile
 
-MIB = 1024**2
 MAX_CHUNK_BYTES = MIB
 """Largest data of one upload chunk. The largest gRPC message, so also the longest prompt text, is a
 little more: app.MAX_MESSAGE_BYTES."""
-MAX_AGE_SECONDS = 2**31 // 1000
-"""gRPC takes milliseconds that fit into 32 bits."""
 
 
 class ConfigError(Exception):
     """The configuration cannot be served. Names every field at fault and its limit."""
-
-
-def default_store() -> Path:
-    """`adaplex/store` in the user's XDG data folder."""
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(data) / "adaplex" / "store"
-
-
-def available_cpus() -> int:
-    """Cores this process may use: its affinity, bounded by the container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores or 1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file, or "max": no quota
-        return cores or 1
-
-
-def split_list(value: object) -> object:
-    """A comma-separated string as a list; anything else as it is."""
-    return [part for part in value.split(",") if part] if isinstance(value, str) else value
-
-
-def whole(value: object) -> object:
-    """The text of a number as the number; anything else as it is."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
-
-
-def split_pairs(value: object) -> object:
-    """`name=path` strings as a mapping; a mapping as it is."""
-    pairs = split_list(value)
-    if not isinstance(pairs, list | tuple):
-        return pairs
-    broken = [pair for pair in pairs if "=" not in str(pair)]
-    if broken:
-        raise ValueError(f"{broken[0]!r} is not name=path")
-    return dict(str(pair).split("=", 1) for pair in pairs)
-
-
-Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(split_list)]
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_list)]
-NamedPaths = Annotated[dict[str, Path], NoDecode, BeforeValidator(split_pairs)]
-GroupSize = Annotated[Literal[16, 32, 64, 128], BeforeValidator(whole)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class ServerConfig(BaseSettings):
@@ -116,11 +76,11 @@ class ServerConfig(BaseSettings):
     port: Port = Field(50051, description="gRPC port; 0 picks a free one.")
     http_host: str = Field("127.0.0.1", description="Address that /metrics and /health bind.")
     http_port: Port = Field(9400, description="Their port; 0 picks a free one.")
-    max_connection_age: Annotated[float, Field(ge=1, le=MAX_AGE_SECONDS)] = Field(
+    max_connection_age: Annotated[float, Field(ge=1, le=MAX_CONNECTION_AGE)] = Field(
         3600, description="Seconds after which a connection is asked to move on."
     )
     shutdown_timeout: Seconds = Field(30, description="Seconds that running requests get on stop.")
-    stall_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+    stall_timeout: PositiveSeconds = Field(
         60, description="Seconds without an engine heartbeat until health says NOT_SERVING."
     )
 
@@ -181,7 +141,7 @@ class ServerConfig(BaseSettings):
     prefetch_ahead: Annotated[int, Field(ge=0)] = Field(
         64, description="Requests in the queue whose adapters are fetched into host memory early."
     )
-    max_pinned_share: Annotated[float, Field(ge=0, le=1)] = Field(
+    max_pinned_share: Share = Field(
         0.5, description="Share of arena_bytes that pinned adapters may take."
     )
     merged_bytes: ByteSize = Field(
@@ -201,13 +161,11 @@ class ServerConfig(BaseSettings):
         gt=0,
         description="Bytes of the shared store's adapters kept on this disk.",
     )
-    gc_interval: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+    gc_interval: PositiveSeconds = Field(
         600, description="Seconds between two searches for content that nothing names."
     )
     max_uploads: Count = Field(4, description="Uploads and loads at once.")
-    upload_idle_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        30, description="Seconds an upload may be silent."
-    )
+    upload_idle_timeout: PositiveSeconds = Field(30, description="Seconds an upload may be silent.")
 
     kv_cache_bytes: ByteSize = Field(
         ByteSize(512 * MIB), gt=0, description="Bytes of the KV cache."
@@ -261,43 +219,3 @@ class ServerConfig(BaseSettings):
         """Flags, environment, then the YAML file that one of them names."""
         file = {**env_settings(), **init_settings()}.get("config")
         return init_settings, env_settings, SettingsFile(settings_cls, yaml_file=file)
-
-
-def load_config(flags: Mapping[str, object]) -> ServerConfig:
-    """The effective settings, given the flags that were set. Raises ConfigError."""
-    try:
-        file = _sources(flags)[0]
-        if file is not None and not file.is_file():
-            raise ConfigError(f"config: no such file: {file}")
-        return _checked(ServerConfig(**dict[str, Any](flags)))
-    except ValidationError as error:
-        lines = (f"{'.'.join(map(str, e['loc'][:1]))}: {e['msg']}" for e in error.errors())
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise ConfigError(f"config: not a YAML mapping of settings: {error}") from error
-
-
-def _checked(config: ServerConfig) -> ServerConfig:
-    """`config`, if its settings fit together."""
-    if config.adapter_mode == "merged" and not config.merged_bytes:
-        raise ConfigError("adapter_mode: merged needs merged_bytes above 0")
-    return config
-
-
-def describe(config: ServerConfig, flags: Mapping[str, object]) -> str:
-    """`config` as YAML that can be read back; a comment says where each value came from."""
-    file, env = _sources(flags)
-    origin = dict.fromkeys(SettingsFile(ServerConfig, yaml_file=file)(), str(file))
-    origin |= {name: f"ADAPLEX_{name.upper()}" for name in env}
-    origin |= dict.fromkeys(flags, "flag")
-    return "\n".join(
-        f"{name}: {json.dumps(value)}  # {origin.get(name, 'default')}"  # JSON is YAML
-        for name, value in config.model_dump(mode="json", exclude={"config"}).items()
-    )
-
-
-def _sources(flags: Mapping[str, object]) -> tuple[Path | None, dict[str, Any]]:
-    """The YAML file in use, and what the environment sets."""
-    env = EnvSettingsSource(ServerConfig, env_ignore_empty=True)()
-    named = flags.get("config", env.get("config"))
-    return (Path(str(named)) if named else None), env

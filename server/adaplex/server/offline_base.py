@@ -19,7 +19,8 @@ from adaplex.model.base.loader import BaseModel
 from adaplex.model.perplexity import window_blocks
 from adaplex.model.runner import ModelRunner
 from adaplex.server.build import BLOCK_TOKENS, load, use_threads
-from adaplex.server.config import ConfigError, ServerConfig, load_config
+from adaplex.server.config import ConfigError, ServerConfig
+from adaplex.server.load_config import load_config
 from adaplex.server.open_store import adapter_limits, existing, open_store
 
 

@@ -13,7 +13,8 @@ import typer
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
-from adaplex.server.config import ConfigError, ServerConfig, describe, load_config
+from adaplex.server.config import ConfigError, ServerConfig
+from adaplex.server.load_config import describe, load_config
 
 METAVARS = {ByteSize: "BYTES", int: "N", float: "SECONDS", Path: "PATH", str: "TEXT"}
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adaplex.server.config import ConfigError, load_config
+from adaplex.server.config import ConfigError
+from adaplex.server.load_config import load_config
 
 if TYPE_CHECKING:
     from adaplex.adapters.storage.catalog import Catalog
