@@ -17,9 +17,8 @@ from adaplex.adapters.storage.catalog import StoreUsage
 from adaplex.engine.errors import QueueFull
 from adaplex.engine.observer import EngineStats
 from adaplex.engine.request import AdapterRef, Timing
-from adaplex.server.metrics import Metrics
+from adaplex.server.metrics import Metrics, RpcMetrics
 from adaplex.server.rpc_context import RpcContext
-from adaplex.server.rpc_metrics import RpcMetrics
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -21,8 +21,8 @@ from adaplex.server.generator import Generator
 from adaplex.server.health import Health
 from adaplex.server.http import HttpServer
 from adaplex.server.interceptors import EdgeInterceptor
+from adaplex.server.metrics import RpcMetrics
 from adaplex.server.pin_follower import PinFollower
-from adaplex.server.rpc_metrics import RpcMetrics
 from adaplex.server.services.adapters import AdapterService
 from adaplex.server.services.generation import GenerationService
 from adaplex.server.services.info import AdapterSizes, InfoService

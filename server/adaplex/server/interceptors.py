@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha.reflection import SERVICE_NAME as REFLECTION_SERVIC
 from grpc_status import rpc_status
 
 from adaplex.engine.errors import ServerUnavailable
+from adaplex.server.metrics import RpcMetrics
 from adaplex.server.rpc_context import (
     REQUEST_ID,
     Context,
@@ -25,7 +26,6 @@ from adaplex.server.rpc_context import (
     enter_rpc,
     request_id_of,
 )
-from adaplex.server.rpc_metrics import RpcMetrics
 from adaplex.server.status import mapping_of, status_of
 
 log = structlog.get_logger("adaplex.rpc")
