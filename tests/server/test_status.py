@@ -21,7 +21,8 @@ from adaplex.adapters.errors import (
 )
 from adaplex.engine.errors import EngineFailed, QueueFull, RequestError
 from adaplex.model.errors import ModelError
-from adaplex.server.status import TABLE, UNEXPECTED, mapping_of, status_of
+from adaplex.server.rich_status import status_of
+from adaplex.server.status import TABLE, UNEXPECTED, Mapping, mapping_of
 
 ROOTS = {AdaplexError, AdapterError, RequestError}
 """Never raised themselves."""
@@ -51,6 +52,13 @@ def test_every_line_is_an_error_of_ours_with_its_own_reason() -> None:
     assert all_errors() >= TABLE.keys() - {AdaplexError}
     reasons = [mapping.reason for mapping in TABLE.values()]
     assert len(set(reasons)) == len(reasons)
+
+
+@pytest.mark.parametrize("mapping", [*TABLE.values(), UNEXPECTED], ids=lambda m: m.reason)
+def test_every_line_explains_itself(mapping: Mapping) -> None:
+    for text in (mapping.cause, mapping.remedy):
+        assert len(text.split()) >= 4
+        assert text.endswith(".")
 
 
 def test_what_is_not_ours_is_internal_and_says_nothing() -> None:

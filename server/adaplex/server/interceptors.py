@@ -16,6 +16,7 @@ from grpc_status import rpc_status
 
 from adaplex.engine.errors import ServerUnavailable
 from adaplex.server.metrics import RpcMetrics
+from adaplex.server.rich_status import status_of
 from adaplex.server.rpc_context import (
     REQUEST_ID,
     Context,
@@ -26,7 +27,7 @@ from adaplex.server.rpc_context import (
     enter_rpc,
     request_id_of,
 )
-from adaplex.server.status import mapping_of, status_of
+from adaplex.server.status import mapping_of
 
 log = structlog.get_logger("adaplex.rpc")
 

@@ -1,139 +1,186 @@
-"""The one table from errors to gRPC statuses, with google.rpc details."""
+"""The one table from our errors to gRPC statuses, with the cause and the remedy of each."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.duration_pb2 import Duration
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo, RetryInfo
-from google.rpc.status_pb2 import Status
+from grpc import StatusCode
 
 from adaplex.adapters import errors as adapters
 from adaplex.engine import errors as engine
 from adaplex.model import errors as model
 from adaplex.server import errors as edge
 
-DOMAIN = "adaplex"
-# Details travel in trailing metadata, of which gRPC peers take 8 KiB unless told otherwise.
-MAX_MESSAGE_BYTES = 500
-MAX_VIOLATION_BYTES = 3500
-"""Of all field violations together."""
-
 
 @dataclass(frozen=True)
 class Mapping:
-    """What a client is told of a class of errors: the code, and a reason for programs."""
+    """Status of a class of errors. `cause` and `remedy` are documented in server/ERRORS.md."""
 
-    code: grpc.StatusCode
+    code: StatusCode
     reason: str
+    """The `reason` of google.rpc.ErrorInfo, for programs."""
+    cause: str
+    remedy: str
 
+
+REPORT = "Report it with the log lines of the request id: no client should see this class."
 
 TABLE: dict[type[BaseException], Mapping] = {
-    adapters.AdapterInvalid: Mapping(grpc.StatusCode.INVALID_ARGUMENT, "ADAPTER_INVALID"),
-    adapters.AdapterNotFound: Mapping(grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND"),
-    adapters.AdapterExists: Mapping(grpc.StatusCode.ALREADY_EXISTS, "ADAPTER_EXISTS"),
-    adapters.BaseMismatch: Mapping(grpc.StatusCode.FAILED_PRECONDITION, "BASE_MISMATCH"),
-    adapters.StoreFull: Mapping(grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"),
-    adapters.AdapterTooLarge: Mapping(grpc.StatusCode.INVALID_ARGUMENT, "ADAPTER_TOO_LARGE"),
-    adapters.SourceUnavailable: Mapping(grpc.StatusCode.UNAVAILABLE, "SOURCE_UNAVAILABLE"),
-    adapters.StoreCorrupt: Mapping(grpc.StatusCode.DATA_LOSS, "STORE_CORRUPT"),
-    engine.RequestInvalid: Mapping(grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID"),
-    engine.QueueFull: Mapping(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
-    engine.PinsFull: Mapping(grpc.StatusCode.RESOURCE_EXHAUSTED, "PINS_FULL"),
-    engine.NoRoomBesidePins: Mapping(grpc.StatusCode.RESOURCE_EXHAUSTED, "NO_ROOM_BESIDE_PINS"),
-    engine.ServerUnavailable: Mapping(grpc.StatusCode.UNAVAILABLE, "SERVER_UNAVAILABLE"),
-    engine.DeadlineExpired: Mapping(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"),
-    engine.LogitsOverflowed: Mapping(grpc.StatusCode.FAILED_PRECONDITION, "LOGITS_OVERFLOWED"),
-    engine.AdapterLoadFailed: Mapping(grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_LOAD_FAILED"),
-    engine.EngineFailed: Mapping(grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
-    edge.UploadsBusy: Mapping(grpc.StatusCode.RESOURCE_EXHAUSTED, "UPLOADS_BUSY"),
-    edge.UploadIdle: Mapping(grpc.StatusCode.DEADLINE_EXCEEDED, "UPLOAD_IDLE"),
-    # A base that cannot be served ends the start; no client should ever see one.
-    model.ModelError: Mapping(grpc.StatusCode.INTERNAL, "MODEL_ERROR"),
-    # Their subclasses are above; a new one must not go unnamed.
-    adapters.AdapterError: Mapping(grpc.StatusCode.INTERNAL, "ADAPTER_ERROR"),
-    engine.RequestError: Mapping(grpc.StatusCode.INTERNAL, "REQUEST_ERROR"),
-    adapters.AdaplexError: Mapping(grpc.StatusCode.INTERNAL, "ERROR"),
+    adapters.AdapterInvalid: Mapping(
+        StatusCode.INVALID_ARGUMENT,
+        "ADAPTER_INVALID",
+        "The checkpoint cannot be served on this base: a config field, a tensor, a hash or the "
+        "signature is refused, or the adapters of a request cannot be mixed.",
+        "Read the field violations, which list every refusal; `adaplex adapters verify` checks a "
+        "directory without a server, `adaplex adapters formats` lists what is served.",
+    ),
+    adapters.AdapterNotFound: Mapping(
+        StatusCode.NOT_FOUND,
+        "ADAPTER_NOT_FOUND",
+        "No adapter has the requested name, version, alias or digest.",
+        "List the names with `adaplex adapters ls` and upload the adapter, or let `resolve_from` "
+        "find it on first use.",
+    ),
+    adapters.AdapterExists: Mapping(
+        StatusCode.ALREADY_EXISTS,
+        "ADAPTER_EXISTS",
+        "The name already stands for other content, or is the base model's.",
+        "Send UPLOAD_POLICY_REPLACE to add a version, or choose another name.",
+    ),
+    adapters.BaseMismatch: Mapping(
+        StatusCode.FAILED_PRECONDITION,
+        "BASE_MISMATCH",
+        "The stored adapter was checked against another base model than the one served, and "
+        "`base_policy` is `refuse`.",
+        "Serve the base that the adapter was trained on, upload the adapter again, or set "
+        "`base_policy` to `warn`.",
+    ),
+    adapters.StoreFull: Mapping(
+        StatusCode.RESOURCE_EXHAUSTED,
+        "STORE_FULL",
+        "A quota of the store (`max_adapters`, `max_versions`, `max_store_bytes`) or its disk is "
+        "used up.",
+        "Delete adapters or versions, or raise the quota; then upload again.",
+    ),
+    adapters.AdapterTooLarge: Mapping(
+        StatusCode.INVALID_ARGUMENT,
+        "ADAPTER_TOO_LARGE",
+        "The adapter exceeds a limit: bytes of its files (`max_adapter_bytes`), its rank "
+        "(`max_adapter_rank`), or the whole arena (`arena_bytes`).",
+        "Raise the limit that the message names, or train a smaller adapter.",
+    ),
+    adapters.SourceUnavailable: Mapping(
+        StatusCode.UNAVAILABLE,
+        "SOURCE_UNAVAILABLE",
+        "The hub or the bucket that holds the adapter cannot be reached, or answers with an error.",
+        "Check network, credentials and address from the server's machine; try again after the "
+        "delay.",
+    ),
+    adapters.StoreCorrupt: Mapping(
+        StatusCode.DATA_LOSS,
+        "STORE_CORRUPT",
+        "Stored files are missing or do not match the digest that they are stored under.",
+        "Upload the same adapter again, which repairs it; `adaplex adapters fsck` lists everything "
+        "damaged.",
+    ),
+    engine.RequestInvalid: Mapping(
+        StatusCode.INVALID_ARGUMENT,
+        "REQUEST_INVALID",
+        "A field of the request is missing, out of range, or does not fit the model.",
+        "Correct the field that the violation names; protos/API.md gives every range.",
+    ),
+    engine.QueueFull: Mapping(
+        StatusCode.RESOURCE_EXHAUSTED,
+        "QUEUE_FULL",
+        "As many requests wait as `max_waiting` allows.",
+        "Try again after the delay; raise `max_waiting` or `max_running`, or add a server.",
+    ),
+    engine.PinsFull: Mapping(
+        StatusCode.RESOURCE_EXHAUSTED,
+        "PINS_FULL",
+        "Pinned adapters would exceed `max_pinned_share` of the arena, or leave no contiguous "
+        "extent for this one.",
+        "Unpin another adapter, or raise `arena_bytes` or `max_pinned_share`.",
+    ),
+    engine.NoRoomBesidePins: Mapping(
+        StatusCode.RESOURCE_EXHAUSTED,
+        "NO_ROOM_BESIDE_PINS",
+        "The adapter does not fit into the part of the arena that pinned adapters leave.",
+        "Unpin an adapter, or raise `arena_bytes`.",
+    ),
+    engine.ServerUnavailable: Mapping(
+        StatusCode.UNAVAILABLE,
+        "SERVER_UNAVAILABLE",
+        "The server is shutting down, or its engine has stopped.",
+        "Send the request to another server, or try again once health says SERVING.",
+    ),
+    engine.DeadlineExpired: Mapping(
+        StatusCode.DEADLINE_EXCEEDED,
+        "DEADLINE_EXPIRED",
+        "The client's deadline passed before the request was done.",
+        "Allow more time or generate fewer tokens; if requests wait in the queue, lower the load.",
+    ),
+    engine.LogitsOverflowed: Mapping(
+        StatusCode.FAILED_PRECONDITION,
+        "LOGITS_OVERFLOWED",
+        "The logits of this request are not finite, most likely because its adapter overflows.",
+        "Check the adapter's scale and training; a smaller weight in a mix may keep it finite.",
+    ),
+    engine.AdapterLoadFailed: Mapping(
+        StatusCode.FAILED_PRECONDITION,
+        "ADAPTER_LOAD_FAILED",
+        "The stored adapter could not be loaded into memory.",
+        "Read the reason in the message; check the store with `adaplex adapters fsck`.",
+    ),
+    engine.EngineFailed: Mapping(
+        StatusCode.INTERNAL,
+        "ENGINE_FAILED",
+        "A step of the engine failed; the requests in it are lost.",
+        "Send the request again. The server's log has the traceback under the request id.",
+    ),
+    edge.UploadsBusy: Mapping(
+        StatusCode.RESOURCE_EXHAUSTED,
+        "UPLOADS_BUSY",
+        "`max_uploads` uploads, loads and merges are running.",
+        "Try again after the delay, or raise `max_uploads`.",
+    ),
+    edge.UploadIdle: Mapping(
+        StatusCode.DEADLINE_EXCEEDED,
+        "UPLOAD_IDLE",
+        "The client of an upload sent nothing for `upload_idle_timeout` seconds.",
+        "Send the upload again without pauses, or raise `upload_idle_timeout`.",
+    ),
+    model.ModelError: Mapping(
+        StatusCode.INTERNAL,
+        "MODEL_ERROR",
+        "The base model cannot be served; this ends the start, before any client can connect.",
+        REPORT,
+    ),
+    # Roots, of which every subclass is above; a new subclass gets its root's line.
+    adapters.AdapterError: Mapping(
+        StatusCode.INTERNAL,
+        "ADAPTER_ERROR",
+        "An adapter failed without a class of its own.",
+        REPORT,
+    ),
+    engine.RequestError: Mapping(
+        StatusCode.INTERNAL, "REQUEST_ERROR", "A request failed without a class of its own.", REPORT
+    ),
+    adapters.AdaplexError: Mapping(
+        StatusCode.INTERNAL, "ERROR", "An error of adaplex has no class of its own.", REPORT
+    ),
 }
-UNEXPECTED = Mapping(grpc.StatusCode.INTERNAL, "INTERNAL")
+UNEXPECTED = Mapping(
+    StatusCode.INTERNAL,
+    "INTERNAL",
+    "A bug: an exception that is not one of ours. The client sees only the request id.",
+    "Report it with the traceback, which the server logs under the request id.",
+)
+
+RETRIED = engine.QueueFull | edge.UploadsBusy | adapters.StoreFull | adapters.SourceUnavailable
+"""Errors with `retry_after`, whose statuses carry a RetryInfo."""
 
 
 def mapping_of(error: BaseException) -> Mapping:
-    """The table's entry for an error's nearest class; UNEXPECTED for what is not ours."""
+    """Returns the line of the error's nearest class, UNEXPECTED if the error is not ours."""
     return next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), UNEXPECTED)
-
-
-def status_of(error: BaseException, request_id: str) -> Status:
-    """The rich status of an error. Internal ones give away nothing but the request id."""
-    mapping = mapping_of(error)
-    internal = mapping.code is grpc.StatusCode.INTERNAL
-    message = f"internal error; request id {request_id}" if internal else str(error)
-    status = Status(code=_number(mapping.code), message=_cut(message))
-    _attach(status, ErrorInfo(reason=mapping.reason, domain=DOMAIN))
-    _attach(status, RequestInfo(request_id=request_id))
-    violations = _bounded(_violations(error)) if mapping.code in _NAMES_FIELDS else []
-    if violations:
-        _attach(status, BadRequest(field_violations=violations))
-    if isinstance(error, _RETRIED):
-        _attach(status, RetryInfo(retry_delay=_duration(error.retry_after)))
-    return status
-
-
-_RETRIED = engine.QueueFull | edge.UploadsBusy | adapters.StoreFull | adapters.SourceUnavailable
-_NAMES_FIELDS = (
-    grpc.StatusCode.INVALID_ARGUMENT,
-    grpc.StatusCode.NOT_FOUND,
-    grpc.StatusCode.ALREADY_EXISTS,
-)
-
-
-def _violations(error: BaseException) -> list[BadRequest.FieldViolation]:
-    """Every field at fault and why."""
-    if isinstance(error, adapters.AdapterInvalid):
-        pairs = [(refusal.where, refusal.reason) for refusal in error.refusals]
-    elif isinstance(error, adapters.AdapterError):
-        pairs = [(error.field, str(error))]
-    elif isinstance(error, engine.RequestInvalid):
-        pairs = [(error.field, error.reason)]
-    else:
-        pairs = []
-    return [
-        BadRequest.FieldViolation(field=_cut(field), description=_cut(why)) for field, why in pairs
-    ]
-
-
-def _cut(text: str) -> str:
-    """At most MAX_MESSAGE_BYTES of it, in whole characters."""
-    return text.encode()[:MAX_MESSAGE_BYTES].decode(errors="ignore")
-
-
-def _bounded(violations: list[BadRequest.FieldViolation]) -> list[BadRequest.FieldViolation]:
-    """As many as fit, the first in any case; then how many are left out."""
-    kept: list[BadRequest.FieldViolation] = []
-    room = MAX_VIOLATION_BYTES
-    for violation in violations:
-        room -= violation.ByteSize()
-        if room < 0 and kept:
-            rest = f"{len(violations) - len(kept)} more"
-            return [*kept, BadRequest.FieldViolation(field="...", description=rest)]
-        kept.append(violation)
-    return kept
-
-
-def _number(code: grpc.StatusCode) -> int:
-    number: int = code.value[0]
-    return number
-
-
-def _duration(seconds: float) -> Duration:
-    whole = math.floor(seconds)
-    return Duration(seconds=whole, nanos=int((seconds - whole) * 1e9))
-
-
-def _attach(status: Status, detail: ErrorInfo | RequestInfo | BadRequest | RetryInfo) -> None:
-    packed = AnyMessage()
-    packed.Pack(detail)
-    status.details.append(packed)
