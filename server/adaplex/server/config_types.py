@@ -58,5 +58,7 @@ GroupSize = Annotated[Literal[16, 32, 64, 128], BeforeValidator(parse_integer)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+SECONDS = "SECONDS"
+"""Marks a number of seconds; help shows it as the unit."""
+Seconds = Annotated[float, SECONDS, Field(ge=0, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, SECONDS, Field(gt=0, allow_inf_nan=False)]

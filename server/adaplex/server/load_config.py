@@ -16,7 +16,7 @@ from adaplex.server.settings_file import SettingsFile
 
 
 def load_config(flags: Mapping[str, object]) -> ServerConfig:
-    """The effective settings, given the flags that were set. Raises ConfigError."""
+    """Returns the effective settings, given the flags that were set. Raises ConfigError."""
     try:
         file = _sources(flags)[0]
         if file is not None and not file.is_file():
@@ -30,14 +30,14 @@ def load_config(flags: Mapping[str, object]) -> ServerConfig:
 
 
 def _checked(config: ServerConfig) -> ServerConfig:
-    """`config`, if its settings fit together."""
+    """Returns `config`. Raises ConfigError if its settings contradict each other."""
     if config.adapter_mode == "merged" and not config.merged_bytes:
         raise ConfigError("adapter_mode: merged needs merged_bytes above 0")
     return config
 
 
 def describe(config: ServerConfig, flags: Mapping[str, object]) -> str:
-    """`config` as YAML that can be read back; a comment says where each value came from."""
+    """Returns `config` as YAML that can be read back, each value with its origin as a comment."""
     file, env = _sources(flags)
     origin = dict.fromkeys(SettingsFile(ServerConfig, yaml_file=file)(), str(file))
     origin |= {name: f"ADAPLEX_{name.upper()}" for name in env}
@@ -49,7 +49,7 @@ def describe(config: ServerConfig, flags: Mapping[str, object]) -> str:
 
 
 def _sources(flags: Mapping[str, object]) -> tuple[Path | None, dict[str, Any]]:
-    """The YAML file in use, and what the environment sets."""
+    """Returns the YAML file in use, and the settings of the environment."""
     env = EnvSettingsSource(ServerConfig, env_ignore_empty=True)()
     named = flags.get("config", env.get("config"))
     return (Path(str(named)) if named else None), env
