@@ -155,5 +155,5 @@ def test_a_store_that_the_system_refuses_is_refused_by_name(
         raise error
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(ConfigError, match="store_dir: cannot keep adapters in"):
+    with pytest.raises(ConfigError, match="store_dir: cannot store adapters in"):
         open_store(ServerConfig(store_dir=tmp_path / "s"), BASE, element_bytes=4)

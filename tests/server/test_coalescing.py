@@ -80,11 +80,11 @@ async def scripted(folder: Path, *groups: list[StepOutput]) -> AsyncIterator[Any
         registry=parts.registry,
         tokenizer=parts.tokenizer,
         limits=parts.limits,
-        max_entering=1,
+        max_preparing=1,
         metrics=parts.metrics,
         model_name="toy",
         mode=AdapterMode.UNMERGED,
-        bring=_nowhere,
+        fetch_missing=_nowhere,
     )
 
     def value(name: str) -> float:

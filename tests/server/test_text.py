@@ -215,7 +215,7 @@ def test_a_stop_string_counts_from_the_first_text_that_is_looked_at(
     blind: list[str], pieces: list[str], stops: list[str]
 ) -> None:
     matcher = StopStrings(stops)
-    out = "".join(matcher.push(piece, looking=False) for piece in blind)
+    out = "".join(matcher.push(piece, matching=False) for piece in blind)
     assert matcher.found is None
     for piece in pieces:
         out += matcher.push(piece)

@@ -1,4 +1,4 @@
-"""Between adapter messages and our own values. Every range of adapters.proto is checked here."""
+"""Conversion between messages of adapters.proto and our values; checks all its ranges."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from adaplex.v1 import adapters_pb2
 
 MAX_PAGE = 1000
 MAX_FILES = 16
-"""Announced files that are looked at one by one; an adapter has far fewer."""
+"""Announced files of one upload; an adapter has far fewer."""
 MAX_FILTER_LABELS = 16
 ORDERS: tuple[Order, ...] = ("name", "create_time", "update_time", "stored_bytes")
 METHODS = {
@@ -27,33 +27,33 @@ METHODS = {
 
 
 def replaces(field: str, policy: adapters_pb2.UploadPolicy.ValueType) -> bool:
-    """Whether a taken name gets a new version."""
+    """Returns True if an existing name gets a new version. Raises RequestInvalid."""
     known = policy in adapters_pb2.UploadPolicy.values()
     check(field, known, "must be a value of UploadPolicy")
     return policy == adapters_pb2.UPLOAD_POLICY_REPLACE
 
 
 def file_specs(upload: adapters_pb2.AdapterUpload) -> list[FileSpec]:
-    """The announced files, not too many; the registry checks them."""
+    """Returns the announced files, their number checked; the intake checks the rest."""
     fits = len(upload.files) <= MAX_FILES
     check("metadata.files", fits, f"must be at most {MAX_FILES} files")
     return [FileSpec(name=f.name, size=f.size_bytes, sha256=f.sha256) for f in upload.files]
 
 
 def query(request: adapters_pb2.ListAdaptersRequest) -> Query:
-    """What to list, checked."""
+    """Returns the checked query of a list."""
     check("page_size", request.page_size <= MAX_PAGE, f"must be 1 to {MAX_PAGE}, or 0 for 100")
-    column, _, way = (request.order_by or "name").partition(" ")
+    column, _, direction = (request.order_by or "name").partition(" ")
     order = next((order for order in ORDERS if order == column), None)
-    known = order is not None and way in ("", "asc", "desc")
-    check("order_by", known, f"must be one of {', '.join(ORDERS)}, then ` desc` or nothing")
+    known = order is not None and direction in ("", "asc", "desc")
+    check("order_by", known, f"must be one of {', '.join(ORDERS)}, optionally with ` desc`")
     assert order is not None
     fits = len(request.filter.labels) <= MAX_FILTER_LABELS
-    check("filter.labels", fits, f"must be at most {MAX_FILTER_LABELS}")
+    check("filter.labels", fits, f"must be at most {MAX_FILTER_LABELS} labels")
     return Query(
         limit=request.page_size or 100,
         order=order,
-        descending=way == "desc",
+        descending=direction == "desc",
         after=_after(request),
         prefix=request.filter.name_prefix,
         labels=dict(request.filter.labels),
@@ -62,38 +62,38 @@ def query(request: adapters_pb2.ListAdaptersRequest) -> Query:
 
 
 def page_token(request: adapters_pb2.ListAdaptersRequest, after: tuple[str | int, str]) -> str:
-    """The token of the page that begins behind `after`."""
-    token = json.dumps([_asked(request), *after])
+    """Returns the token of the page that begins after `after`."""
+    token = json.dumps([_list_identity(request), *after])
     return base64.urlsafe_b64encode(token.encode()).decode()
 
 
 def _after(request: adapters_pb2.ListAdaptersRequest) -> tuple[str | int, str] | None:
-    """What a page token holds; it must be one of the same filter and order."""
+    """Returns the position of a page token, which must be of the same filter and order."""
     if not request.page_token:
         return None
     try:
-        asked, value, name = json.loads(base64.urlsafe_b64decode(request.page_token))
+        identity, value, name = json.loads(base64.urlsafe_b64decode(request.page_token))
         fits = isinstance(value, str) or (type(value) is int and abs(value) < 1 << 63)
-        ours = fits and isinstance(name, str) and bool(f"{value}{name}".encode())
+        valid = fits and isinstance(name, str) and bool(f"{value}{name}".encode())
     except (ValueError, TypeError, RecursionError, binascii.Error):
-        ours, asked, value, name = False, None, "", ""
-    check("page_token", ours, "must be a next_page_token of this server")
-    same = asked == _asked(request)
-    check("page_token", same, "belongs to a list with another filter or order")
+        valid, identity, value, name = False, None, "", ""
+    check("page_token", valid, "must be a next_page_token of this server")
+    same = identity == _list_identity(request)
+    check("page_token", same, "must be used with the filter and order of its list")
     return value, name
 
 
-def _asked(request: adapters_pb2.ListAdaptersRequest) -> list[object]:
-    """What all pages of one list share."""
+def _list_identity(request: adapters_pb2.ListAdaptersRequest) -> list[object]:
+    """Returns order and filter, which all pages of one list share."""
     chosen = request.filter
     labels = sorted(chosen.labels.items())
     return [request.order_by, chosen.name_prefix, chosen.family, [list(pair) for pair in labels]]
 
 
 def merge_plan(request: adapters_pb2.MergeAdaptersRequest) -> tuple[list[str], MergePlan]:
-    """Selectors, and how to merge what they name."""
+    """Returns the selectors of the sources and the checked plan of their merge."""
     fits = 1 <= len(request.sources) <= MAX_SOURCES
-    check("sources", fits, f"must be 1 to {MAX_SOURCES}")
+    check("sources", fits, f"must be 1 to {MAX_SOURCES} adapters")
     for i, source in enumerate(request.sources):
         check(f"sources[{i}].adapter", bool(source.adapter), "must name an adapter")
     check("method", request.method in METHODS, "must be a value of MergeMethod")
@@ -111,16 +111,16 @@ def merge_plan(request: adapters_pb2.MergeAdaptersRequest) -> tuple[list[str], M
 
 
 def targets(sent: Iterable[adapters_pb2.AliasTarget]) -> list[Target]:
-    """Where an alias shall point; the registry checks the rest."""
-    found = [Target(target.version, target.weight or 1.0) for target in sent]
-    check("targets", 1 <= len(found) <= MAX_TARGETS, f"must be 1 to {MAX_TARGETS}")
-    return found
+    """Returns the targets of an alias, their number checked; the registry checks the rest."""
+    split = [Target(target.version, target.weight or 1.0) for target in sent]
+    check("targets", 1 <= len(split) <= MAX_TARGETS, f"must be 1 to {MAX_TARGETS} targets")
+    return split
 
 
 def adapter(
     record: AdapterRecord, entry: NameRecord, tier: adapters_pb2.ResidencyTier.ValueType
 ) -> adapters_pb2.Adapter:
-    """A stored adapter as clients see it."""
+    """Converts a stored adapter."""
     message = adapters_pb2.Adapter(
         name=record.name,
         version=record.version,
@@ -150,7 +150,7 @@ def adapter(
 
 
 def versions(entry: NameRecord) -> list[adapters_pb2.AdapterVersion]:
-    """Every version of a name, oldest first."""
+    """Converts every version of a name, oldest first."""
     messages = []
     for version in entry.versions:
         message = adapters_pb2.AdapterVersion(
@@ -165,25 +165,25 @@ def versions(entry: NameRecord) -> list[adapters_pb2.AdapterVersion]:
     return messages
 
 
-def event(found: Event) -> adapters_pb2.AdapterEvent:
-    """One change as clients see it."""
+def event(change: Event) -> adapters_pb2.AdapterEvent:
+    """Converts one event of a name's history."""
     message = adapters_pb2.AdapterEvent(
-        kind=found.kind,
-        version=found.version,
-        digest=found.digest,
-        alias=found.alias,
-        before=_targets(found.before),
-        after=_targets(found.after),
-        actor=found.actor,
-        source=found.source,
-        detail=found.detail,
+        kind=change.kind,
+        version=change.version,
+        digest=change.digest,
+        alias=change.alias,
+        before=_targets(change.before),
+        after=_targets(change.after),
+        actor=change.actor,
+        source=change.source,
+        detail=change.detail,
     )
-    message.time.FromDatetime(found.time)
+    message.time.FromDatetime(change.time)
     return message
 
 
 def report(found: Report) -> adapters_pb2.AdapterReport:
-    """What a checkpoint says, as clients see it."""
+    """Converts the report on a checkpoint."""
     return adapters_pb2.AdapterReport(
         family=found.family,
         digest=found.digest,

@@ -1,4 +1,4 @@
-"""The running server: parts wired to a gRPC and an HTTP port, and how it stops."""
+"""Server: the components wired to a gRPC and an HTTP port; start, drain and stop."""
 
 from __future__ import annotations
 
@@ -44,43 +44,35 @@ SERVICES = tuple(
     for service in file.DESCRIPTOR.services_by_name.values()
 )
 MAX_MESSAGE_BYTES = MAX_CHUNK_BYTES + 64 * 1024
-"""A chunk of the largest size and what surrounds it."""
+"""Largest gRPC message: an upload chunk with the fields around it."""
 FETCH_THREADS = 4
-"""For adapters that a request names before anybody loaded them."""
+"""Threads that fetch unknown adapters on first use."""
 SETTLE_SECONDS = 10.0
-"""For cancelled handlers to finish what a thread does for them."""
+"""Time at a stop for cancelled handlers to finish the work of their threads."""
 
 
 class Server:
-    """Listens once started. Stops for good."""
+    """Serves from `start` to `stop`, once."""
 
-    def __init__(self, parts: Components) -> None:
-        self._parts, self._config = parts, parts.config
-        parts.metrics.watch(parts.engine.stats, max_lora=parts.engine_config.max_running)
-        parts.metrics.watch_store(
-            parts.registry,
-            store_bytes=parts.config.max_store_bytes,
-            cache_bytes=parts.config.cache_bytes,
+    def __init__(self, components: Components) -> None:
+        self._components, self._config = components, components.config
+        components.metrics.watch(
+            components.engine.stats, max_lora=components.engine_config.max_running
         )
-        self._edge = EdgeInterceptor(RpcMetrics(parts.prometheus))
+        components.metrics.watch_store(
+            components.registry,
+            store_bytes=components.config.max_store_bytes,
+            cache_bytes=components.config.cache_bytes,
+        )
+        self._edge = EdgeInterceptor(RpcMetrics(components.prometheus))
         self._health = Health(SERVICES, self._engine_alive)
-        self._pins = PinFollower(parts.registry, parts.engine)
-        self._fetching = ThreadPoolExecutor(FETCH_THREADS, "fetch")
-        self._generator = Generator(
-            engine=parts.engine,
-            registry=parts.registry,
-            tokenizer=parts.tokenizer,
-            limits=parts.limits,
-            max_entering=parts.engine_config.max_waiting + parts.engine_config.max_running,
-            metrics=parts.metrics,
-            model_name=parts.model.name,
-            mode=AdapterMode(parts.config.adapter_mode),
-            bring=self._bring,
-        )
-        self._grpc = grpc.aio.server(interceptors=[self._edge], options=_options(parts.config))
+        self._pins = PinFollower(components.registry, components.engine)
+        self._fetch_threads = ThreadPoolExecutor(FETCH_THREADS, "fetch")
+        self._generator = self._make_generator()
+        self._grpc = grpc.aio.server(interceptors=[self._edge], options=_options(components.config))
         self._add_services()
         self._http: HttpServer | None = None
-        self._watches: list[asyncio.Task[None]] = []
+        self._watchers: list[asyncio.Task[None]] = []
         self._stopped = False
         self.port = 0
         """Bound gRPC port."""
@@ -92,33 +84,35 @@ class Server:
         return self._http.port
 
     async def start(self) -> None:
-        """Binds both ports and takes work. Raises ConfigError for a port that is not free."""
+        """Binds both ports and starts to serve. Raises ConfigError for a port that is not free."""
         config = self._config
         self.port = _bind(self._grpc, config)
         try:
             self._http = HttpServer(
                 config.http_host,
                 config.http_port,
-                self._parts.prometheus,
+                self._components.prometheus,
                 lambda: self._health.ready,
             )
         except OSError as error:
             where = f"{config.http_host}:{config.http_port}"
             raise ConfigError(f"http_port: cannot bind {where}: {error.strerror}") from error
-        await self._parts.engine.start()
+        await self._components.engine.start()
         await self._grpc.start()
         await self._health.open()
-        collector = GcTimer(self._parts.registry, config.gc_interval)
-        self._watches = [
+        collector = GcTimer(self._components.registry, config.gc_interval)
+        self._watchers = [
             asyncio.create_task(watch())
             for watch in (self._health.watch, self._pins.watch, collector.watch)
         ]
 
     async def drain(self, hard: asyncio.Event) -> None:
-        """Takes no new work; returns when the rest is done, its time is up, or `hard` is set."""
+        """Refuses new requests, and waits for the running ones: at most `shutdown_timeout`, and not
+        once `hard` is set.
+        """
         await self._health.close()
         self._edge.draining = True
-        self._parts.engine.drain()
+        self._components.engine.drain()
         log.info("draining", in_flight=len(self._edge.inflight))
         waits = [
             asyncio.ensure_future(self._edge.inflight.idle()),
@@ -131,7 +125,7 @@ class Server:
             wait.cancel()
 
     async def stop(self) -> None:
-        """Ends what still runs and frees everything. Safe to call again."""
+        """Cancels what still runs and frees everything. Idempotent."""
         if self._stopped:
             return
         self._stopped = True
@@ -141,44 +135,61 @@ class Server:
             await asyncio.wait_for(self._edge.inflight.idle(), SETTLE_SECONDS)
         except TimeoutError:
             log.warning("handlers still run", in_flight=len(self._edge.inflight))
-        for watch in self._watches:
-            watch.cancel()
-        await asyncio.gather(*self._watches, return_exceptions=True)
-        await self._parts.engine.stop()
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        await self._components.engine.stop()
         if self._http is not None:
             await asyncio.to_thread(self._http.close)
         self._generator.close()
-        self._fetching.shutdown(wait=False, cancel_futures=True)
-        await asyncio.to_thread(self._parts.registry.close)
+        self._fetch_threads.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self._components.registry.close)
 
-    async def _bring(self, selector: str) -> bool:
-        """Looks for an unknown adapter elsewhere; see Importer.bring."""
+    async def _fetch_missing(self, selector: str) -> bool:
+        """Fetches an unknown adapter by `resolve_from`; see Importer."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._fetching, self._parts.importer.bring, selector)
+        return await loop.run_in_executor(
+            self._fetch_threads, self._components.importer.bring, selector
+        )
 
     def _engine_alive(self) -> bool:
-        engine = self._parts.engine
+        engine = self._components.engine
         return engine.healthy and engine.heartbeat_age < self._config.stall_timeout
 
+    def _make_generator(self) -> Generator:
+        components = self._components
+        limits = components.engine_config
+        return Generator(
+            engine=components.engine,
+            registry=components.registry,
+            tokenizer=components.tokenizer,
+            limits=components.limits,
+            max_preparing=limits.max_waiting + limits.max_running,
+            metrics=components.metrics,
+            model_name=components.model.name,
+            mode=AdapterMode(self._config.adapter_mode),
+            fetch_missing=self._fetch_missing,
+        )
+
     def _add_services(self) -> None:
-        parts, config, server = self._parts, self._config, self._grpc
+        components, config, server = self._components, self._config, self._grpc
         generation = GenerationService(self._generator, self._config.stream_interval)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
         receiver = Receiver(
-            parts.registry.intake,
+            components.registry.intake,
             max_uploads=config.max_uploads,
             idle_timeout=config.upload_idle_timeout,
         )
         adapters = AdapterService(
-            parts.registry, parts.importer, parts.engine, receiver, self._pins
+            components.registry, components.importer, components.engine, receiver, self._pins
         )
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, server)
         info = InfoService(
             version=_version(),
-            model=parts.model,
-            engine=parts.engine,
-            engine_config=parts.engine_config,
-            registry=parts.registry,
+            model=components.model,
+            engine=components.engine,
+            engine_config=components.engine_config,
+            registry=components.registry,
             sizes=AdapterSizes(config.max_adapter_bytes, config.max_adapter_rank),
             store_bytes=config.max_store_bytes,
         )
@@ -189,9 +200,9 @@ class Server:
 
 
 @asynccontextmanager
-async def serve(parts: Components) -> AsyncIterator[Server]:
-    """A started server; stopped at the end."""
-    server = Server(parts)
+async def serve(components: Components) -> AsyncIterator[Server]:
+    """Yields a started server, and stops it at the end of the block."""
+    server = Server(components)
     try:
         await server.start()
         yield server
@@ -215,17 +226,17 @@ def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:
-    """Channel arguments."""
+    """Returns the gRPC channel arguments."""
     return [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        # Two servers on one port would each get half of the connections.
+        # With port reuse, two servers on one port would each get half of the connections.
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_permit_without_calls", 1),
-        # Notices within minutes that a streaming client is gone without a word.
+        # Detects within minutes that a streaming client has vanished.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-        # Balancers move clients when connections end; running requests get the same time again.
+        # Load balancers move clients when connections end; running RPCs get the same time again.
         ("grpc.max_connection_age_ms", int(config.max_connection_age * 1e3)),
         ("grpc.max_connection_age_grace_ms", int(config.max_connection_age * 1e3)),
     ]

@@ -1,4 +1,4 @@
-"""From the configuration to parts: the only place that knows every package."""
+"""Builds the components from the configuration: the only module that knows every package."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ Progress = Callable[[str], None]
 
 
 def build(config: ServerConfig, progress: Progress) -> Components:
-    """Loads the base, opens the store, makes the engine. Takes seconds to minutes.
+    """Loads the base, opens the store and makes the engine, in seconds to minutes.
 
-    Raises ConfigError for settings that do not fit the model, and AdaplexErrors of the model
+    Raises ConfigError for settings that do not fit the model, and the AdaplexErrors of the model
     and of the adapters to import.
     """
     base = load(config, progress)
@@ -81,7 +81,7 @@ def build(config: ServerConfig, progress: Progress) -> Components:
 
 
 def load(config: ServerConfig, progress: Progress) -> BaseModel:
-    """Loads the base. Raises AdaplexErrors of the model."""
+    """Loads the base model. Raises ModelError."""
     torch.set_num_threads(config.compute_threads)
     return load_base(
         config.model,
@@ -96,28 +96,30 @@ def load(config: ServerConfig, progress: Progress) -> BaseModel:
 
 
 def use_threads(config: ServerConfig, base: BaseModel) -> None:
-    """Gives the kernels the compute threads."""
+    """Gives the compute threads to the kernels in C, if the base has them, else to torch."""
     if base.kernels is not None:
         base.kernels.use_threads(config.compute_threads)
-        torch.set_num_threads(1)  # two teams of threads would take the cores from each other
+        torch.set_num_threads(1)  # two teams of threads would compete for the cores
 
 
 def _saved_bases(config: ServerConfig) -> Path | None:
-    """Where quantized bases are kept; dense ones would take more room than they save time."""
+    """Returns the folder of saved quantized bases. A dense base is not saved: its file would be
+    large and save little time.
+    """
     if not config.save_quantized or config.quantization in ("bf16", "fp32"):
         return None
     return (config.cache or default_cache()) / "quantized"
 
 
 def engine_limits(config: ServerConfig, base: BaseModel) -> EngineConfig:
-    """The engine's limits for this base. Raises ConfigError naming the setting."""
+    """Returns the engine's limits for this base. Raises ConfigError that names the setting."""
     num_blocks = config.kv_cache_bytes // base.kv_block_bytes(BLOCK_TOKENS)
     if num_blocks < 2:
         raise ConfigError(
             f"kv_cache_bytes: must be at least {2 * base.kv_block_bytes(BLOCK_TOKENS)} bytes"
         )
-    longest = config.max_model_len or min(base.max_positions, (num_blocks - 1) * BLOCK_TOKENS)
-    if longest > base.max_positions:
+    max_model_len = config.max_model_len or min(base.max_positions, (num_blocks - 1) * BLOCK_TOKENS)
+    if max_model_len > base.max_positions:
         raise ConfigError(f"max_model_len: must be at most the model's {base.max_positions}")
     try:
         return EngineConfig(
@@ -128,7 +130,7 @@ def engine_limits(config: ServerConfig, base: BaseModel) -> EngineConfig:
             max_pinned_share=config.max_pinned_share,
             prefetch_ahead=config.prefetch_ahead,
             block_tokens=BLOCK_TOKENS,
-            max_model_len=longest,
+            max_model_len=max_model_len,
             max_running=config.max_running,
             max_waiting=config.max_waiting,
             max_step_tokens=config.max_step_tokens,
@@ -159,6 +161,6 @@ def _model_info(spec: BaseSpec, base: BaseModel) -> ModelInfo:
 
 
 def _embedding_bytes(base: BaseModel) -> int:
-    """Bytes of the table of input embeddings, of which a step gathers a row a token."""
+    """Bytes of the input embeddings, of which a step reads one row per token."""
     table: torch.Tensor = base.module.get_input_embeddings().weight  # type: ignore[operator]
     return table.numel() * table.element_size()

@@ -1,4 +1,4 @@
-"""Components: everything a server is made of, built from the configuration or by a test."""
+"""Components: the objects that a server consists of, built from the configuration or by a test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from adaplex.server.text import Tokenizer
 
 @dataclass(frozen=True)
 class Components:
-    """What the app wires together. The server closes `engine` and `registry` when it stops."""
+    """The objects that app.Server wires. The server closes `engine` and `registry` at its stop."""
 
     config: ServerConfig
     model: ModelInfo

@@ -1,4 +1,4 @@
-"""Between generation messages and our own values; every range of generation.proto is checked."""
+"""Conversion between messages of generation.proto and our values; checks all its ranges."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_LOGPROBS = 20
 MAX_PRIORITY = 100
 MAX_SALT_CHARS = 256
 MAX_MESSAGES = 1024
-MAX_ROUTING_KEY = 256
+MAX_ROUTING_KEY_CHARS = 256
 
 MODES = {
     generation_pb2.ADAPTER_MODE_UNMERGED: AdapterMode.UNMERGED,
@@ -43,14 +43,14 @@ FINISH = {
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number; `above` excludes the lower one."""
+    """Inclusive bounds of a number; `above` excludes the lower bound."""
 
     low: float
     high: float
     above: bool = False
 
     def __contains__(self, value: float) -> bool:
-        # Written so that NaN is outside.
+        # NaN fails every comparison, so it is outside.
         return self.low <= value <= self.high and not (self.above and value == self.low)
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ FLOATS = {
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """What of the model requests are checked against."""
+    """Limits of the model that requests are checked against."""
 
     vocab_size: int
     max_model_len: int
@@ -77,16 +77,16 @@ class ModelLimits:
 
 
 def check(field: str, fits: bool, reason: str) -> None:
-    """Raises RequestInvalid when the field does not fit."""
+    """Raises RequestInvalid that names the field, unless `fits`."""
     if not fits:
         raise RequestInvalid(field, reason)
 
 
 def sampling_params(spec: generation_pb2.GenerationSpec, limits: ModelLimits) -> SamplingParams:
-    """`spec.sampling`, checked. An absent field takes the default of SamplingParams."""
+    """Returns the checked `spec.sampling`; absent fields have the defaults of SamplingParams."""
     sent, path = spec.sampling, "spec.sampling"
     default = SamplingParams()
-    # ListFields holds each optional field that was sent, also one sent as zero.
+    # ListFields has each optional field that was sent, also one sent as zero.
     given = {field.name for field, _ in sent.ListFields()}
     numbers = {name: float(getattr(sent, name)) for name in FLOATS if name in given}
     for name, value in numbers.items():
@@ -94,7 +94,9 @@ def sampling_params(spec: generation_pb2.GenerationSpec, limits: ModelLimits) ->
     max_tokens = sent.max_tokens if "max_tokens" in given else default.max_tokens
     check(f"{path}.max_tokens", max_tokens >= 1, "must be at least 1")
     check(
-        f"{path}.min_tokens", sent.min_tokens <= max_tokens, f"must be at most {max_tokens} tokens"
+        f"{path}.min_tokens",
+        sent.min_tokens <= max_tokens,
+        f"must be at most max_tokens={max_tokens}",
     )
     check(f"{path}.logprobs", sent.logprobs <= MAX_LOGPROBS, f"must be 0 to {MAX_LOGPROBS}")
     _check_stops(sent, limits)
@@ -129,26 +131,26 @@ def _check_stops(sent: generation_pb2.SamplingParams, limits: ModelLimits) -> No
 
 def _check_vocabulary(field: str, ids: Sequence[int], limits: ModelLimits) -> None:
     unknown = next((i for i, token in enumerate(ids) if token >= limits.vocab_size), None)
-    reason = f"must be below the vocabulary's size of {limits.vocab_size}"
+    reason = f"must be below the vocabulary size, {limits.vocab_size}"
     check(f"{field}[{unknown}]", unknown is None, reason)
 
 
 def check_length(field: str, tokens: int, limits: ModelLimits) -> None:
-    """Raises RequestInvalid unless a prompt has tokens and leaves room for one more."""
-    check(field, tokens > 0, "must give at least one token")
-    longest = limits.max_model_len - 1
-    reason = f"has {tokens} tokens; at most {longest} leave room for an answer"
-    check(field, tokens <= longest, reason)
+    """Raises RequestInvalid unless a prompt has tokens and leaves room for one more token."""
+    check(field, tokens > 0, "must have at least one token")
+    limit = limits.max_model_len - 1
+    reason = f"has {tokens} tokens; at most {limit} leave room to generate"
+    check(field, tokens <= limit, reason)
 
 
 def check_prompt_ids(spec: generation_pb2.GenerationSpec, limits: ModelLimits) -> None:
-    """Raises RequestInvalid unless `spec.token_ids` can be a prompt: first their number."""
+    """Raises RequestInvalid unless `spec.token_ids` is a valid prompt; checks the number first."""
     check_length("spec.token_ids", len(spec.token_ids.ids), limits)
     _check_vocabulary("spec.token_ids.ids", spec.token_ids.ids, limits)
 
 
 def check_chat(spec: generation_pb2.GenerationSpec) -> None:
-    """Raises RequestInvalid unless `spec.chat` can be a prompt: first its number of messages."""
+    """Raises RequestInvalid unless `spec.chat` is a valid prompt; checks the number first."""
     fits = 1 <= len(spec.chat.messages) <= MAX_MESSAGES
     check("spec.chat.messages", fits, f"must be 1 to {MAX_MESSAGES} messages")
     for i, message in enumerate(spec.chat.messages):
@@ -157,12 +159,12 @@ def check_chat(spec: generation_pb2.GenerationSpec) -> None:
 
 
 def chat_messages(spec: generation_pb2.GenerationSpec) -> list[dict[str, str]]:
-    """`spec.chat` as a chat template takes it."""
+    """Returns `spec.chat` as chat templates expect it."""
     return [{"role": m.role, "content": m.content} for m in spec.chat.messages]
 
 
 def adapter_mode(spec: generation_pb2.GenerationSpec) -> AdapterMode | None:
-    """`spec.mode`, None where the request leaves it to the server."""
+    """Returns the checked `spec.mode`, None if the request leaves it unspecified."""
     if spec.mode == generation_pb2.ADAPTER_MODE_UNSPECIFIED:
         return None
     check("spec.mode", spec.mode in MODES, "must be a value of AdapterMode")
@@ -170,21 +172,21 @@ def adapter_mode(spec: generation_pb2.GenerationSpec) -> AdapterMode | None:
 
 
 def cache_salt(spec: generation_pb2.GenerationSpec) -> str:
-    """`spec.cache_salt`, checked."""
+    """Returns the checked `spec.cache_salt`."""
     fits = len(spec.cache_salt) <= MAX_SALT_CHARS
     check("spec.cache_salt", fits, f"must be at most {MAX_SALT_CHARS} characters")
     return spec.cache_salt
 
 
 def priority(spec: generation_pb2.GenerationSpec) -> int:
-    """`spec.priority`, checked."""
+    """Returns the checked `spec.priority`."""
     fits = abs(spec.priority) <= MAX_PRIORITY
     check("spec.priority", fits, f"must be -{MAX_PRIORITY} to {MAX_PRIORITY}")
     return spec.priority
 
 
-def wanted_adapters(spec: generation_pb2.GenerationSpec) -> list[tuple[str, float]]:
-    """Selectors and weights; empty for the base. The registry checks both."""
+def requested_adapters(spec: generation_pb2.GenerationSpec) -> list[tuple[str, float]]:
+    """Returns selectors and weights, none for the base. The registry checks both."""
     if not spec.adapters:
         return [(spec.adapter, 1.0)] if spec.adapter else []
     check("spec.adapters", not spec.adapter, "must be empty beside spec.adapter")
@@ -196,9 +198,9 @@ def wanted_adapters(spec: generation_pb2.GenerationSpec) -> list[tuple[str, floa
 
 
 def routing_key(spec: generation_pb2.GenerationSpec) -> str:
-    """`spec.routing_key`, checked."""
-    fits = len(spec.routing_key) <= MAX_ROUTING_KEY
-    check("spec.routing_key", fits, f"must be at most {MAX_ROUTING_KEY} characters")
+    """Returns the checked `spec.routing_key`."""
+    fits = len(spec.routing_key) <= MAX_ROUTING_KEY_CHARS
+    check("spec.routing_key", fits, f"must be at most {MAX_ROUTING_KEY_CHARS} characters")
     return spec.routing_key
 
 
@@ -224,7 +226,7 @@ def adapter_ref(
 
 
 def applied(ref: AdapterRef, lease: Lease) -> generation_pb2.AppliedAdapter:
-    """The proof of what answers."""
+    """Returns the proof of the content that generates."""
     components = [
         generation_pb2.AppliedComponent(
             name=part.record.name,
@@ -248,6 +250,6 @@ def applied(ref: AdapterRef, lease: Lease) -> generation_pb2.AppliedAdapter:
 
 
 def token_logprob(logprob: Logprob) -> generation_pb2.TokenLogprob:
-    """One token's log probabilities."""
+    """Converts the log probabilities of one token."""
     top = [generation_pb2.TopLogprob(token_id=t, logprob=p) for t, p in logprob.top]
     return generation_pb2.TokenLogprob(token_id=logprob.token, logprob=logprob.logprob, top=top)

@@ -2,8 +2,8 @@
 
 AdaplexError            (adaplex.adapters.errors)
 └── RequestError        (adaplex.engine.errors)
-    ├── UploadsBusy     too many uploads at once; says when to try again
-    └── UploadIdle      the client of an upload fell silent
+    ├── UploadsBusy     too many uploads at once; has the delay to try again
+    └── UploadIdle      the client of an upload stopped sending
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from adaplex.engine.errors import RequestError
 
 
 class UploadsBusy(RequestError):
-    """As many adapters as allowed are being taken in already."""
+    """As many uploads, loads and merges as allowed are running."""
 
     def __init__(self, limit: int, retry_after: float = 1.0) -> None:
-        super().__init__(f"{limit} uploads are under way already; try again in {retry_after:.1f} s")
+        super().__init__(f"{limit} uploads run, the limit; try again in {retry_after:.1f} s")
         self.retry_after = retry_after
         """Seconds."""
 
 
 class UploadIdle(RequestError):
-    """Nothing came from the client of an upload for too long."""
+    """The client of an upload sent nothing for too long."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__(f"nothing was received for {seconds:g} s")
+        super().__init__(f"upload: nothing received for {seconds:g} s; send chunks without pauses")

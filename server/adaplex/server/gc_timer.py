@@ -1,4 +1,4 @@
-"""GcTimer: from time to time, removes content that a killed process left without a name."""
+"""GcTimer: removes stored content without a name at regular intervals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ log = structlog.get_logger("adaplex.garbage")
 
 
 class GcTimer:
-    """What a server deletes itself goes at once; this is for what others leave behind."""
+    """Runs the garbage collector. A server removes what it deletes at once; the timer removes what
+    killed processes leave.
+    """
 
     def __init__(self, registry: AdapterRegistry, interval: float) -> None:
         """`interval` in seconds."""
@@ -24,9 +26,9 @@ class GcTimer:
         while True:
             await asyncio.sleep(self._interval)
             try:
-                gone = await in_thread(self._registry.garbage.sweep)
-            except Exception as error:  # a full disk, a busy catalog: the next one may do better
+                removed = await in_thread(self._registry.garbage.sweep)
+            except Exception as error:  # a full disk or a busy catalog: the next sweep may succeed
                 log.warning("sweep failed", error=str(error))
                 continue
-            if gone:
-                log.info("removed content that nothing names", count=len(gone))
+            if removed:
+                log.info("removed content that nothing names", count=len(removed))

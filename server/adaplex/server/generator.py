@@ -1,4 +1,4 @@
-"""Generator: from a checked specification to the messages of its answer."""
+"""Generator: runs a request on the engine and yields the messages of its response."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingPar
 from adaplex.server import convert
 from adaplex.server.convert import ModelLimits
 from adaplex.server.metrics import FinishedReason, Metrics
-from adaplex.server.prompts import Places, Prompts
+from adaplex.server.prompt_encoder import PromptEncoder
 from adaplex.server.response import Response
 from adaplex.server.rpc_context import RpcContext
+from adaplex.server.slots import Slots
 from adaplex.server.text import Tokenizer
 from adaplex.server.threads import owned
 from adaplex.v1.generation_pb2 import (
@@ -41,14 +42,16 @@ from adaplex.v1.generation_pb2 import (
 
 Event = GenerationStarted | GenerationDelta | GenerationFinished
 AsyncEvents = AsyncGenerator[Event, None]
-Bring = Callable[[str], Awaitable[bool]]
-"""Fetches the adapter that a selector names, if it can be found; whether it is known now."""
+FetchMissing = Callable[[str], Awaitable[bool]]
+"""Fetches the unknown adapter that a selector names. Returns True if it is known now."""
 LEASE_THREADS = 4
-"""For resolving and releasing adapters."""
+"""Threads that resolve and release adapters."""
+RETRY_SECONDS = 1.0
+"""Delay that a client is given when too many requests are being prepared."""
 
 
 class Generator:
-    """Runs requests on the engine. Nothing it does blocks the event loop."""
+    """Runs requests on the engine. Nothing blocks the event loop."""
 
     def __init__(
         self,
@@ -57,76 +60,77 @@ class Generator:
         registry: AdapterRegistry,
         tokenizer: Tokenizer,
         limits: ModelLimits,
-        max_entering: int,
+        max_preparing: int,
         metrics: Metrics,
         model_name: str,
         mode: AdapterMode,
-        bring: Bring,
+        fetch_missing: FetchMissing,
     ) -> None:
-        """`max_entering` bounds the requests that are not with the engine yet; `bring` looks
-        elsewhere for an adapter that is unknown here.
+        """`max_preparing` bounds the requests that are not in the engine yet; `fetch_missing`
+        fetches an adapter that the registry does not know.
         """
-        self._engine, self._registry, self._bring = engine, registry, bring
+        self._engine, self._registry, self._fetch_missing = engine, registry, fetch_missing
         self._limits, self._metrics = limits, metrics
         self._model_name, self._mode = model_name, mode
         self._numbers = itertools.count()
-        self._prompts, self._places = Prompts(tokenizer, limits), Places(max_entering)
-        # The event loop decodes with a copy of its own, as each thread of Prompts encodes.
+        self._prompts = PromptEncoder(tokenizer, limits)
+        self._preparing = Slots(max_preparing, lambda: QueueFull(max_preparing, RETRY_SECONDS))
+        # The event loop decodes with its own copy, as each thread of the encoder does.
         self._detokenizer = copy.deepcopy(tokenizer)
-        # Other RPCs fill the shared threads for as long as they like.
-        self._leasing = ThreadPoolExecutor(LEASE_THREADS, "lease")
+        # The shared pool may be full of slow work of other RPCs.
+        self._lease_threads = ThreadPoolExecutor(LEASE_THREADS, "lease")
         self._unloading: set[asyncio.Task[None]] = set()
 
     async def generate(
-        self, spec: GenerationSpec, call: RpcContext, *, interval: int = 1
+        self, spec: GenerationSpec, rpc: RpcContext, *, interval: int = 1
     ) -> AsyncEvents:
-        """One `started` once the engine has admitted the request, deltas of `interval` tokens but
-        for the first and the last, one `finished`.
+        """Yields one `started` once the engine has admitted the request, then deltas of `interval`
+        tokens except the first and the last, then one `finished`.
 
         Closing it aborts the request and releases the adapter.
         """
         sampling = convert.sampling_params(spec, self._limits)
         mode = convert.adapter_mode(spec)
         salt, priority = convert.cache_salt(spec), convert.priority(spec)
-        wanted, key = convert.wanted_adapters(spec), convert.routing_key(spec)
+        selectors, key = convert.requested_adapters(spec), convert.routing_key(spec)
         self._prompts.check(spec)
-        with self._entered() as entered:
+        with self._preparation() as preparation:
             begun = time.monotonic()
-            async with self._leased(wanted, key) as lease:
+            async with self._lease(selectors, key) as lease:
                 fetched = time.monotonic() - begun
                 adapter = convert.adapter_ref(lease.record, mode, self._mode) if lease else None
-                call.log |= _bound(adapter)
-                prompt = await self._prompts.ids(spec)
+                rpc.log |= _adapter_fields(adapter)
+                prompt = await self._prompts.encode(spec)
                 room = (
                     self._limits.max_model_len - len(prompt) - (adapter.leading if adapter else 0)
                 )
                 request = Request(
                     # Client ids may repeat; the engine's may not.
-                    request_id=f"{call.request_id}#{next(self._numbers)}",
+                    request_id=f"{rpc.request_id}#{next(self._numbers)}",
                     prompt=prompt,
-                    sampling=_fitted(sampling, room),
+                    sampling=_within(sampling, room),
                     adapter=adapter,
                     cache_salt=salt,
                     priority=priority,
-                    arrival=call.started,
-                    deadline=call.deadline,
+                    arrival=rpc.started,
+                    deadline=rpc.deadline,
                 )
-                entered.close()
-                answer = Response(
+                preparation.close()
+                response = Response(
                     self._detokenizer,
                     request,
                     list(spec.sampling.stop),
                     lease=lease,
                     fetch_seconds=fetched if lease else 0.0,
                 )
-                async with aclosing(self._run(request, answer, call, interval)) as events:
+                async with aclosing(self._run(request, response, rpc, interval)) as events:
                     async for event in events:
                         yield event
 
     async def _run(
-        self, request: Request, answer: Response, call: RpcContext, interval: int
+        self, request: Request, response: Response, rpc: RpcContext, interval: int
     ) -> AsyncEvents:
-        """The engine's outputs as messages, counted and timed."""
+        """Yields the engine's outputs as messages, counted and timed."""
         admitted = False
         reason: FinishedReason | None = "abort"
         try:
@@ -135,15 +139,15 @@ class Generator:
                     if not admitted:
                         admitted = True
                         self._metrics.request_admitted(request.adapter, len(request.prompt))
-                        call.log |= _bound(outputs[0].adapter)
-                        yield answer.started(outputs[0], call.request_id, self._model_name)
-                    if delta := answer.take(outputs):
-                        self._metrics.tokens_generated(len(delta.token_ids), answer.gaps)
+                        rpc.log |= _adapter_fields(outputs[0].adapter)
+                        yield response.started(outputs[0], rpc.request_id, self._model_name)
+                    if delta := response.add(outputs):
+                        self._metrics.tokens_generated(len(delta.token_ids), response.gaps)
                         yield delta
-                    if answer.ended:
+                    if response.ended:
                         break
-            reason = answer.finish.value
-            yield answer.finished()
+            reason = response.finish.value
+            yield response.finished()
         except Exception as error:
             if isinstance(error, EngineFailed | LogitsOverflowed):
                 reason = "error"  # work was done, if only in the step that failed
@@ -154,70 +158,74 @@ class Generator:
                 reason = "error"
             raise
         finally:
-            timing = answer.timing() if answer.ended else None
+            timing = response.timing() if response.ended else None
             if reason is not None:
-                self._metrics.request_ended(reason, answer.tokens, timing)
-            call.log |= _spent(request, answer, timing)
+                self._metrics.request_ended(reason, response.tokens, timing)
+            rpc.log |= _usage_fields(request, response, timing)
 
-    def _entered(self) -> ExitStack:
-        """A place for a request until it is the engine's. Raises QueueFull."""
-        with ExitStack() as entered:
+    def _preparation(self) -> ExitStack:
+        """Returns a slot that a request occupies until the engine has it. Raises QueueFull."""
+        with ExitStack() as stack:
             try:
-                entered.enter_context(self._places.place())
+                stack.enter_context(self._preparing.slot())
             except QueueFull as error:
                 self._metrics.request_rejected(error)
                 raise
-            return entered.pop_all()
+            return stack.pop_all()
 
     @asynccontextmanager
-    async def _leased(
-        self, wanted: Sequence[tuple[str, float]], routing_key: str
+    async def _lease(
+        self, selectors: Sequence[tuple[str, float]], routing_key: str
     ) -> AsyncIterator[Lease | None]:
-        """The adapters' content, kept from removal; nothing for the base. NOT_FOUND if unknown."""
-        if not wanted:
+        """Leases the adapters' content for the block; None for the base. Raises AdapterNotFound."""
+        if not selectors:
             yield None
             return
         release = partial(self._release, asyncio.get_running_loop())
-        open_ = partial(self._resolve, wanted, routing_key)
+        resolve = partial(self._resolve, selectors, routing_key)
         async with AsyncExitStack() as stack:
             try:
-                lease = await stack.enter_async_context(owned(open_, release, self._leasing))
+                lease = await stack.enter_async_context(
+                    owned(resolve, release, self._lease_threads)
+                )
             except AdapterNotFound:
-                if not any([await self._bring(selector) for selector, _ in wanted]):
+                if not any([await self._fetch_missing(selector) for selector, _ in selectors]):
                     raise
-                lease = await stack.enter_async_context(owned(open_, release, self._leasing))
+                lease = await stack.enter_async_context(
+                    owned(resolve, release, self._lease_threads)
+                )
             yield lease
 
-    def _resolve(self, wanted: Sequence[tuple[str, float]], routing_key: str) -> Lease:
-        """In a thread: one adapter as it is, or several combined."""
-        (selector, weight), *others = wanted
+    def _resolve(self, selectors: Sequence[tuple[str, float]], routing_key: str) -> Lease:
+        """Leases one adapter or a mix. Called in a thread."""
+        (selector, weight), *others = selectors
         if others or weight != 1.0:
-            return self._registry.resolve_combination(wanted, routing_key=routing_key)
+            return self._registry.resolve_combination(selectors, routing_key=routing_key)
         return self._registry.resolve(selector, routing_key=routing_key)
 
     def _release(self, loop: asyncio.AbstractEventLoop, lease: Lease) -> None:
-        """In a thread: ends a lease, and what nobody can ask for any more leaves the memory."""
+        """Ends a lease and unloads content that no name leads to any more. Called in a thread."""
         for digest in lease.release():
             loop.call_soon_threadsafe(self._unload, digest)
 
     def _unload(self, digest: str) -> None:
-        """Tells the engine; nobody waits for it."""
-        task = asyncio.get_running_loop().create_task(self._unloaded(digest))
+        """Unloads content in a task that nobody awaits."""
+        task = asyncio.get_running_loop().create_task(self._unload_now(digest))
         self._unloading.add(task)
         task.add_done_callback(self._unloading.discard)
 
-    async def _unloaded(self, digest: str) -> None:
-        with suppress(ServerUnavailable):  # the engine stops: its memory goes with it
+    async def _unload_now(self, digest: str) -> None:
+        with suppress(ServerUnavailable):  # the engine stops, and its memory is freed with it
             await self._engine.unload(digest)
 
     def close(self) -> None:
         """Ends the threads."""
         self._prompts.close()
-        self._leasing.shutdown(wait=False)
+        self._lease_threads.shutdown(wait=False)
 
 
-def _fitted(sampling: SamplingParams, room: int) -> SamplingParams:
-    """With no more tokens asked for than the context holds."""
+def _within(sampling: SamplingParams, room: int) -> SamplingParams:
+    """Returns `sampling` with its token counts bounded by the room that the context has left."""
     return replace(
         sampling,
         max_tokens=min(sampling.max_tokens, room),
@@ -225,21 +233,21 @@ def _fitted(sampling: SamplingParams, room: int) -> SamplingParams:
     )
 
 
-def _bound(adapter: AdapterRef | None) -> dict[str, object]:
-    """Log fields of a request whose adapter is known."""
+def _adapter_fields(adapter: AdapterRef | None) -> dict[str, object]:
+    """Returns the log fields of a request's adapter."""
     if adapter is None:
         return {"adapter": ""}
     return {"adapter": adapter.name, "digest": adapter.digest, "mode": adapter.mode.value}
 
 
-def _spent(request: Request, answer: Response, timing: Timing | None) -> dict[str, object]:
-    """Log fields of a request that left."""
+def _usage_fields(request: Request, response: Response, timing: Timing | None) -> dict[str, object]:
+    """Returns the log fields of a request that has ended."""
     fields: dict[str, object] = {
         "prompt_tokens": len(request.prompt),
-        "completion_tokens": answer.tokens,
+        "completion_tokens": response.tokens,
     }
     if timing is not None:
-        fields["finish"] = answer.finish.value
+        fields["finish"] = response.finish.value
         fields["queue_ms"] = round(timing.queued * 1e3, 2)
         fields["first_token_ms"] = round(timing.first_token * 1e3, 2)
     return fields

@@ -1,4 +1,4 @@
-"""Health: grpc.health.v1 for the server and each service, liveness by the engine's heartbeat."""
+"""Health: grpc.health.v1 of the server and its services, and liveness by the engine's heartbeat."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 log = structlog.get_logger("adaplex.health")
 
 LIVENESS = "liveness"
-"""A health service name: SERVING while the engine beats, also when the server drains."""
+"""A service name of grpc.health.v1: SERVING while the engine's heartbeat is recent, also during a
+drain."""
 CHECK_SECONDS = 1.0
+"""Interval at which the heartbeat is read."""
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -28,7 +30,8 @@ class Health:
         *,
         every: float = CHECK_SECONDS,
     ) -> None:
-        self._servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # absent from grpc-stubs
+        # grpc-stubs lack `aio`.
+        self._servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._services = ("", *services)
         self._engine_alive, self._every = engine_alive, every
         self._open = False
@@ -36,25 +39,25 @@ class Health:
 
     @property
     def ready(self) -> bool:
-        """Whether new work is welcome; from any thread."""
+        """True if the server accepts requests. Safe to read from any thread."""
         return self._open and self._alive
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Registers grpc.health.v1."""
+        """Registers grpc.health.v1 at the server."""
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
     async def open(self) -> None:
-        """The server can take work."""
+        """Reports SERVING."""
         self._open = True
         await self._publish()
 
     async def close(self) -> None:
-        """The server drains: NOT_SERVING, but alive."""
+        """Reports NOT_SERVING; liveness stays SERVING."""
         self._open = False
         await self._publish()
 
     async def watch(self) -> None:
-        """Follows the engine's heartbeat until cancelled."""
+        """Publishes changes of the engine's heartbeat until cancelled."""
         while True:
             alive = self._engine_alive()
             if alive != self._alive:

@@ -1,4 +1,4 @@
-"""The HTTP side port: /metrics and /health, on a thread of its own."""
+"""HttpServer: /metrics and /health on a port and a thread of their own."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class HttpServer:
-    """Serves until closed. Scrapes run on their own threads and only read."""
+    """Serves until closed. Each request runs on its own thread and only reads."""
 
     def __init__(
         self, host: str, port: int, registry: CollectorRegistry, ready: Callable[[], bool]
     ) -> None:
-        """Binds at once; `port` 0 picks a free one. Raises OSError."""
+        """Binds at once; port 0 picks a free one. Raises OSError."""
         app = _routes(make_wsgi_app(registry), ready)
         self._server = make_server(host, port, app, _ThreadingServer, _QuietHandler)
         self._thread = threading.Thread(
@@ -30,18 +30,18 @@ class HttpServer:
 
     @property
     def port(self) -> int:
-        """The port it is bound to."""
+        """Bound port."""
         return self._server.server_port
 
     def close(self) -> None:
-        """Stops and unbinds; waits for the thread."""
+        """Stops, unbinds and waits for the thread."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
 
 def _routes(metrics: WSGIApplication, ready: Callable[[], bool]) -> WSGIApplication:
-    """The WSGI application of the port."""
+    """Returns the WSGI application of the port."""
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
@@ -50,9 +50,9 @@ def _routes(metrics: WSGIApplication, ready: Callable[[], bool]) -> WSGIApplicat
         elif path == "/metrics":
             return metrics(environ, start_response)
         elif path == "/health":
-            fit = ready()
-            status = "200 OK" if fit else "503 Service Unavailable"
-            body = b"serving\n" if fit else b"not serving\n"
+            is_ready = ready()
+            status = "200 OK" if is_ready else "503 Service Unavailable"
+            body = b"serving\n" if is_ready else b"not serving\n"
         else:
             status, body = "404 Not Found", b"not found\n"
         start_response(status, [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
@@ -68,7 +68,7 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
 
 class _QuietHandler(WSGIRequestHandler):
     timeout = 10
-    """Seconds a client may take over its request."""
+    """Seconds that a client has to send its request."""
 
     def log_message(self, format: str, *args: object) -> None:
-        """Scrapes are not worth a line."""
+        """Logs nothing: a scrape is not worth a line."""

@@ -1,4 +1,4 @@
-"""What every RPC goes through: request id, drain, error statuses, metrics, one log line."""
+"""EdgeInterceptor: request id, drain, error status, metrics and one log line for every RPC."""
 
 from __future__ import annotations
 
@@ -34,32 +34,32 @@ log = structlog.get_logger("adaplex.rpc")
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 UNCOUNTED = {HEALTH_SERVICE, REFLECTION_SERVICE}
-"""Answered also while draining, and not waited for."""
+"""Services that stay available during a drain, which does not wait for them."""
 KINDS = {
     (False, False): ("unary", "unary_unary", grpc.unary_unary_rpc_method_handler),
     (False, True): ("server_stream", "unary_stream", grpc.unary_stream_rpc_method_handler),
     (True, False): ("client_stream", "stream_unary", grpc.stream_unary_rpc_method_handler),
     (True, True): ("bidi_stream", "stream_stream", grpc.stream_stream_rpc_method_handler),
 }
-"""(request streams, response streams) -> name in metrics, handler attribute, constructor."""
+"""(request streams, response streams) -> metric label, handler attribute, constructor."""
 
 
 # The base is generic in grpc-stubs only; at run time it takes no parameters.
 class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Wraps each handler; the only place where exceptions become statuses."""
+    """Wraps every handler; the only place that turns exceptions into statuses."""
 
     def __init__(self, metrics: RpcMetrics) -> None:
         self._metrics = metrics
         self.inflight = Inflight()
         self.draining = False
-        """From now on refuse new work."""
+        """True once new RPCs are refused."""
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
-        """The handler of a method, wrapped; None for an unknown method."""
+        """Returns the wrapped handler of a method, None for an unknown method."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
@@ -68,12 +68,12 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         _, service, method = handler_call_details.method.split("/", 2)
 
         async def wrapped(request: Any, context: Context) -> Any:
-            async with self._call(service, method, kind, context):
+            async with self._rpc(service, method, kind, context):
                 result = behaviour(request, context)
                 if not isinstance(result, AsyncIterator):
                     return await result
-                # Written here, not yielded: a cancelled RPC then unwinds the handler at once.
-                # The handlers of streams are generators, which have the aclose that aclosing wants.
+                # Messages are written here, not yielded, so that a cancelled RPC unwinds the
+                # handler at once. Handlers of streams are generators, which have `aclose`.
                 async with aclosing(result) as messages:  # type: ignore[type-var]
                     async for message in messages:
                         await context.write(message)
@@ -86,19 +86,19 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         )
 
     @asynccontextmanager
-    async def _call(
+    async def _rpc(
         self, service: str, method: str, kind: str, context: Context
     ) -> AsyncIterator[None]:
-        """The life of one RPC around its handler."""
+        """Runs one RPC around its handler: context, drain, status, metrics and log."""
         now = time.monotonic()
-        call = RpcContext(service, method, kind, "", now, deadline_of(context, now))
+        rpc = RpcContext(service, method, kind, "", now, deadline_of(context, now))
         code, failure = grpc.StatusCode.OK, None
-        self._metrics.started(call)
+        self._metrics.started(rpc)
         try:
-            call.request_id = request_id_of(context)
-            call.actor = actor_of(context)
-            enter_rpc(call)
-            echo = ((REQUEST_ID, call.request_id),)
+            rpc.request_id = request_id_of(context)
+            rpc.actor = actor_of(context)
+            enter_rpc(rpc)
+            echo = ((REQUEST_ID, rpc.request_id),)
             context.set_trailing_metadata(echo)
             await context.send_initial_metadata(echo)
             if service in UNCOUNTED:
@@ -109,41 +109,39 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 with self.inflight:
                     yield
         except asyncio.CancelledError:
-            late = call.expired
+            late = rpc.expired
             code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
             raise
-        except grpc.aio.AbortError:  # the handler chose its status; health does
+        except grpc.aio.AbortError:  # the handler set its own status, as health does
             code = context.code()
             raise
         except Exception as error:
             failure, code = error, mapping_of(error).code
-            await _abort(context, error, call.request_id)
+            await _abort(context, error, rpc.request_id)
         finally:
-            seconds = time.monotonic() - call.started
-            self._metrics.handled(call, code.name, seconds)
-            _log(call, code, seconds, failure)
+            seconds = time.monotonic() - rpc.started
+            self._metrics.handled(rpc, code.name, seconds)
+            _log(rpc, code, seconds, failure)
 
 
 async def _abort(context: Context, error: Exception, request_id: str) -> None:
-    """Ends the RPC with the error's rich status."""
+    """Aborts the RPC with the rich status of the error."""
     status = rpc_status.to_status(status_of(error, request_id))
     trailing = (*status.trailing_metadata, *(((REQUEST_ID, request_id),) if request_id else ()))
     await context.abort(status.code, status.details, trailing)
 
 
-def _log(
-    call: RpcContext, code: grpc.StatusCode, seconds: float, failure: Exception | None
-) -> None:
-    """One line an RPC; health and reflection only when debugging."""
+def _log(rpc: RpcContext, code: grpc.StatusCode, seconds: float, failure: Exception | None) -> None:
+    """Logs one line per RPC, for health and reflection at level debug."""
     fields = {
-        "request_id": call.request_id,
-        "method": f"{call.service}/{call.method}",
+        "request_id": rpc.request_id,
+        "method": f"{rpc.service}/{rpc.method}",
         "code": code.name,
         "total_ms": round(seconds * 1e3, 2),
-        **call.log,
+        **rpc.log,
     }
     if failure is None:
-        (log.debug if call.service in UNCOUNTED else log.info)("rpc", **fields)
+        (log.debug if rpc.service in UNCOUNTED else log.info)("rpc", **fields)
     elif code is grpc.StatusCode.INTERNAL:
         log.error("rpc", **fields, exc_info=failure)
     else:

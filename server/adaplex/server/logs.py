@@ -1,4 +1,4 @@
-"""Logging: one line an event, JSON for machines or coloured for people. Never prompt text."""
+"""Logging: one line per event, JSON for machines or coloured for people; never prompt text."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import structlog
 from structlog.typing import Processor
 
 
-def configure(level: str, form: Literal["auto", "json", "console"]) -> None:
-    """Sends structlog's and the standard library's records to stderr in one form."""
-    console = form == "console" or (form == "auto" and sys.stderr.isatty())
+def configure(level: str, log_format: Literal["auto", "json", "console"]) -> None:
+    """Writes the records of structlog and of the standard library to stderr in one format."""
+    console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -42,12 +42,12 @@ def configure(level: str, form: Literal["auto", "json", "console"]) -> None:
     )
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("adaplex").setLevel(level.upper())
-    # It warns that an optional kernel hub is not installed; its own kernels serve.
+    # bitsandbytes warns that an optional kernel hub is missing; its own kernels are used.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _console_renderer() -> Processor:
-    """Colours for terminals only. Plain tracebacks: rich ones show locals, so prompts too."""
+    """Returns a renderer with plain tracebacks: rich ones show local variables, so prompts too."""
     return structlog.dev.ConsoleRenderer(
         colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
     )

@@ -1,4 +1,4 @@
-"""OfflineBase: a base and one adapter without a server, for commands that look at an adapter."""
+"""OfflineBase: a base model and one adapter without a server, for offline commands."""
 
 from __future__ import annotations
 
@@ -21,35 +21,39 @@ from adaplex.model.runner import ModelRunner
 from adaplex.server.build import BLOCK_TOKENS, load, use_threads
 from adaplex.server.config import ConfigError, ServerConfig
 from adaplex.server.load_config import load_config
-from adaplex.server.open_store import adapter_limits, existing, open_store
+from adaplex.server.open_store import adapter_limits, open_store, require_store
 
 
 @dataclass(frozen=True)
 class OfflineBase:
-    """A loaded base, and the settings of `adaplex serve` that it was loaded by."""
+    """A loaded base, with the settings that it was loaded by."""
 
     config: ServerConfig
     base: BaseModel
 
     @classmethod
     def of(cls, flags: Mapping[str, object]) -> OfflineBase:
-        """Loads the base that flags, environment or file name; progress goes to standard error."""
+        """Loads the base that flags, environment or YAML file select. Progress goes to stderr."""
         config = load_config({name: value for name, value in flags.items() if value is not None})
         base = load(config, lambda line: print(line, file=sys.stderr, flush=True))
         use_threads(config, base)
         return cls(config, base)
 
     def read(self, directory: Path) -> AdapterProgram:
-        """The adapter, checked as at an upload. Raises AdapterInvalid or AdapterTooLarge."""
+        """Reads and checks an adapter as an upload does.
+
+        Raises AdapterInvalid or AdapterTooLarge.
+        """
         policy = BasePolicy(self.config.base_policy)
         return read_adapter(directory, self.base.spec, adapter_limits(self.config), policy)
 
     def stored(self, selector: str) -> tuple[str, AdapterProgram]:
-        """`name@version` and program of what a selector names in the store, by the settings of a
-        server. Raises ConfigError for the store, and AdapterErrors.
+        """Returns `name@version` and program of a stored adapter. Raises ConfigError for the
+        store, and AdapterErrors.
         """
+        require_store(self.config)
         registry = open_store(
-            existing(self.config), self.base.spec, element_bytes=self.base.dtype.itemsize
+            self.config, self.base.spec, element_bytes=self.base.dtype.itemsize
         ).registry
         try:
             lease = registry.resolve(selector)
@@ -62,7 +66,7 @@ class OfflineBase:
         return f"{record.name}@{record.version}", replace(program, warnings=lease.warnings)
 
     def runner(self, program: AdapterProgram, ref: AdapterRef, positions: int) -> ModelRunner:
-        """A runner with room for so many positions, and the adapter in memory."""
+        """Returns a runner with room for this many positions and the adapter loaded."""
         runner = ModelRunner(
             self.base,
             num_blocks=window_blocks(positions, BLOCK_TOKENS),
@@ -77,7 +81,7 @@ class OfflineBase:
         return runner
 
     def ref(self, name: str, program: AdapterProgram, *, merged: bool) -> AdapterRef:
-        """The adapter in a mode: merged also where it cannot be otherwise."""
+        """Returns a reference to the adapter, merged if asked or if it can only be merged."""
         mode = AdapterMode.MERGED if merged or program.merged_only else AdapterMode.UNMERGED
         return AdapterRef(
             *(name, 0, program.digest, program.packed_bytes(self.base.dtype.itemsize)),
@@ -91,7 +95,7 @@ class OfflineBase:
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """Shows what is wrong in one line for each reason, and ends with exit code 2."""
+    """Prints an error, one line per reason, and exits with code 2."""
     try:
         yield
     except (ConfigError, AdaplexError, ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""From the configuration to the store of adapters, and to what brings adapters into it."""
+"""Opens the adapter store of a configuration, with the importer that fills it."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from adaplex.adapters.storage.sqlite_catalog import SqliteCatalog
 from adaplex.server.config import ConfigError, ServerConfig
 
 AT_START = "start"
-"""Who imports the adapters of `--adapters`."""
+"""Actor in the history of adapters that `--adapters` imports."""
 
 
 @dataclass(frozen=True)
 class OpenStore:
-    """The registry, and where its adapters come from."""
+    """An open store: the registry, its content, and the importer from other sources."""
 
     registry: AdapterRegistry
     importer: Importer
@@ -44,7 +44,7 @@ class OpenStore:
 
 
 def open_store(config: ServerConfig, spec: BaseSpec, *, element_bytes: int) -> OpenStore:
-    """The store of the configuration. Raises ConfigError when it cannot be kept there."""
+    """Opens the store of the configuration. Raises ConfigError if its place is unusable."""
     limits = adapter_limits(config)
     contents, catalog = open_contents(config)
     registry = AdapterRegistry(
@@ -59,15 +59,14 @@ def open_store(config: ServerConfig, spec: BaseSpec, *, element_bytes: int) -> O
     return OpenStore(registry, Importer(registry, contents, sources), contents)
 
 
-def existing(config: ServerConfig) -> ServerConfig:
-    """The same configuration, if its store is there. Raises ConfigError."""
+def require_store(config: ServerConfig) -> None:
+    """Raises ConfigError if the store does not exist yet."""
     if config.shared_store is None and not config.store_dir.is_dir():
         raise ConfigError(f"store_dir: there is no store in {config.store_dir}")
-    return config
 
 
 def open_contents(config: ServerConfig) -> tuple[ContentStore, Catalog]:
-    """Files and names, in a folder of this machine or shared. Raises ConfigError."""
+    """Opens content and catalog, in a folder of this machine or in a bucket. Raises ConfigError."""
     root = config.store_dir
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -75,11 +74,11 @@ def open_contents(config: ServerConfig) -> tuple[ContentStore, Catalog]:
             return FolderContent(root), SqliteCatalog(root / "catalog.sqlite3")
         return _shared(config.shared_store, root, config)
     except (OSError, sqlite3.Error, AdapterError) as error:
-        raise ConfigError(f"store_dir: cannot keep adapters in {root}: {error}") from error
+        raise ConfigError(f"store_dir: cannot store adapters in {root}: {error}") from error
 
 
 def _shared(uri: str, root: Path, config: ServerConfig) -> tuple[ContentStore, Catalog]:
-    """A bucket, with a cache on this machine that belongs to it alone."""
+    """Opens content and catalog in a bucket, with a cache on this machine for this bucket only."""
     try:
         bucket = Bucket(uri)
     except AdapterError as error:
@@ -96,8 +95,8 @@ def _shared(uri: str, root: Path, config: ServerConfig) -> tuple[ContentStore, C
 def import_adapters(
     config: ServerConfig, store: OpenStore, progress: Callable[[str], None]
 ) -> None:
-    """Takes in the adapters of `--adapters`. Raises AdapterErrors."""
-    # The operator chose the paths, so links may lead anywhere, as in the hub's cache.
+    """Imports the adapters of `--adapters`. Raises AdapterErrors."""
+    # The operator chose the paths, so links may point anywhere, as in the hub's cache.
     anywhere = _sources(config, store.registry.base, adapter_limits(config), (Path("/"),))
     importer = Importer(store.registry, store.contents, anywhere)
     for name, path in config.adapters.items():
@@ -107,7 +106,7 @@ def import_adapters(
 
 
 def adapter_limits(config: ServerConfig) -> AdapterLimits:
-    """What an adapter may take."""
+    """Returns the limits on one adapter and on the store."""
     return AdapterLimits(
         max_adapter_bytes=config.max_adapter_bytes,
         max_rank=config.max_adapter_rank,

@@ -1,4 +1,4 @@
-"""The process of a server: what it asks of the system, and the signals that end it."""
+"""The server process: interpreter and system settings, and the signals that end it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from adaplex.server.components import Components
 log = structlog.get_logger("adaplex.app")
 
 SWITCH_SECONDS = 0.0005
-"""How long one thread may keep the interpreter from another. Python's 5 ms is a whole step, which
-the engine would wait for the event loop."""
+"""Interval at which threads exchange the interpreter lock. With Python's 5 ms, the engine would
+wait for the event loop as long as a whole step takes.
+"""
 
 
-async def run(parts: Components) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal cuts the drain short."""
+async def run(components: Components) -> None:
+    """Serves until SIGTERM or SIGINT, then drains. A second signal ends the drain."""
     _raise_file_limit()
     gc.collect()
     sys.setswitchinterval(SWITCH_SECONDS)
-    gc.freeze()  # a full collection over the model and its libraries stops everybody for 0.3 s
+    gc.freeze()  # a full collection over the model and its libraries takes 0.3 s
     stop, hard = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)
@@ -35,16 +36,16 @@ async def run(parts: Components) -> None:
             stop.set()
             return
         hard.set()
-        for number in signals:  # a third one kills
+        for number in signals:  # a third signal kills
             loop.remove_signal_handler(number)
 
     for number in signals:
         loop.add_signal_handler(number, on_signal)
-    config = parts.config
-    async with serve(parts) as server:
+    config = components.config
+    async with serve(components) as server:
         log.info(
             "serving",
-            model=parts.model.name,
+            model=components.model.name,
             grpc=f"{config.host}:{server.port}",
             http=f"{config.http_host}:{server.http_port}",
         )
@@ -54,6 +55,6 @@ async def run(parts: Components) -> None:
 
 
 def _raise_file_limit() -> None:
-    """As many open files as the system lets us have: one a connection, one an adapter in use."""
+    """Raises the limit of open files as far as allowed: a connection or used adapter has one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,4 +1,4 @@
-"""Progress at start: a live line on a terminal, log lines elsewhere."""
+"""Progress of the start: a live line on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ log = structlog.get_logger("adaplex.start")
 
 
 @contextmanager
-def shown_progress() -> Iterator[Callable[[str], None]]:
-    """A function to call with each step's name."""
+def report_progress() -> Iterator[Callable[[str], None]]:
+    """Yields a function that reports the name of each step."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda step: log.info(step)

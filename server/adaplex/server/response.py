@@ -1,4 +1,9 @@
-"""Response: one request's way from engine outputs to messages."""
+"""Response: turns the engine's outputs for one request into protobuf messages.
+
+The end of a request is decided in two places. The engine ends it at a stop token, an
+end-of-sequence token, `max_tokens` or the context length. A stop string is found here, as only the
+edge knows text: the generator then aborts the request in the engine.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ from adaplex.v1.generation_pb2 import GenerationDelta, GenerationFinished, Gener
 
 
 class Response:
-    """Text, tokens and timing of one answer as they come."""
+    """Text, tokens and timing of one response so far."""
 
     def __init__(
         self,
@@ -25,8 +30,8 @@ class Response:
         lease: Lease | None = None,
         fetch_seconds: float = 0.0,
     ) -> None:
-        """`fetch_seconds` is what bringing the adapter to this machine took before the engine knew
-        of the request.
+        """`fetch_seconds` is the time to resolve or fetch the adapter, before the engine got the
+        request.
         """
         self._request, self._lease, self._fetch_seconds = request, lease, fetch_seconds
         self._text = Detokenizer(tokenizer, request.prompt)
@@ -34,27 +39,27 @@ class Response:
         self._finish: FinishReason | None = None
         self._stop_token: int | None = None
         self._timing = Timing()
-        """What the engine said last; a stop string ends the answer before the engine does."""
+        """Latest timing from the engine; it lacks the end if a stop string ended the request."""
         self._first_token: float | None = None
         self._last_token: float | None = None
         self.tokens = 0
         """Tokens so far."""
         self.gaps: list[float] = []
-        """Seconds before each step with tokens of the last `take`, but the answer's first."""
+        """Seconds between consecutive steps with tokens, of the last `add`."""
 
     @property
     def ended(self) -> bool:
-        """Whether no more tokens are wanted."""
+        """True once the engine or a stop string has ended the response."""
         return self._finish is not None
 
     @property
     def finish(self) -> FinishReason:
-        """Why the answer ended."""
+        """Reason of the end: STOP also for a stop string."""
         assert self._finish is not None
         return self._finish
 
     def started(self, output: StepOutput, request_id: str, model: str) -> GenerationStarted:
-        """The first message: what is applied."""
+        """Returns the first message, which proves what is applied."""
         ref, lease = output.adapter, self._lease
         return GenerationStarted(
             request_id=request_id,
@@ -63,13 +68,15 @@ class Response:
             prompt_tokens=len(self._request.prompt),
         )
 
-    def take(self, outputs: Sequence[StepOutput]) -> GenerationDelta | None:
-        """What steps add together, up to the end of the answer; None when that is nothing."""
+    def add(self, outputs: Sequence[StepOutput]) -> GenerationDelta | None:
+        """Adds the outputs of steps, up to the end of the response. Returns what they add to it,
+        None if that is nothing. Sets `ended` at the engine's end and at a stop string.
+        """
         text, self.gaps = "", []
         tokens: list[int] = []
         logprobs: list[Logprob] = []
         for output in outputs:
-            text += self._take(output)
+            text += self._add(output)
             tokens += output.tokens
             logprobs += output.logprobs
             if self.ended:
@@ -80,7 +87,7 @@ class Response:
         return GenerationDelta(text=text, token_ids=tokens, logprobs=entries)
 
     def finished(self) -> GenerationFinished:
-        """The last message."""
+        """Returns the last message."""
         timing = self.timing()
         return GenerationFinished(
             reason=convert.FINISH[self.finish],
@@ -95,7 +102,7 @@ class Response:
         )
 
     def timing(self) -> Timing:
-        """The engine's figures, with ours where a stop string kept it from saying them."""
+        """Returns the engine's timing; its end is measured here if a stop string was found."""
         wait = self._timing.adapter_wait + self._fetch_seconds
         timing = replace(self._timing, adapter_wait=wait)
         if self._stops.found is None:
@@ -104,8 +111,8 @@ class Response:
         first = (self._first_token or now) - arrival
         return replace(timing, first_token=first, total=now - arrival)
 
-    def _take(self, output: StepOutput) -> str:
-        """The text that one step makes certain; the answer may end with it."""
+    def _add(self, output: StepOutput) -> str:
+        """Adds one step. Returns the text that can be sent; sets the finish reason at the end."""
         self._timing = output.timing or self._timing
         text = self._push(output)
         if output.finish is not None and self._stops.found is None:
@@ -119,7 +126,7 @@ class Response:
         return text
 
     def _push(self, output: StepOutput) -> str:
-        """Counts the tokens of a step and returns the text that they make certain."""
+        """Counts the tokens of a step. Returns the text that can be sent."""
         if not output.tokens:
             return ""
         if self._last_token is not None:
@@ -127,17 +134,17 @@ class Response:
         self._last_token = output.at
         self._first_token = self._first_token or output.at
         self.tokens += len(output.tokens)
-        shown = output.tokens
-        if output.finish is FinishReason.STOP:
-            self._stop_token, shown = shown[-1], shown[:-1]
-        return self._match(self._text.push(shown))
+        tokens = output.tokens
+        if output.finish is FinishReason.STOP:  # the stop token is no text
+            self._stop_token, tokens = tokens[-1], tokens[:-1]
+        return self._match(self._text.push(tokens))
 
     def _match(self, text: str) -> str:
-        """What is certain to come before any stop string; none counts up to `min_tokens`."""
-        return self._stops.push(text, looking=self.tokens > self._request.sampling.min_tokens)
+        """Returns the text that no stop string can contain; up to `min_tokens`, none matches."""
+        return self._stops.push(text, matching=self.tokens > self._request.sampling.min_tokens)
 
     def _stop(self) -> str:
-        """The stop string or token that ended the answer."""
+        """Returns the stop string, or the stop token as decimal digits, or nothing."""
         if self._stops.found is not None:
             return self._stops.found
         return "" if self._stop_token is None else str(self._stop_token)

@@ -1,4 +1,4 @@
-"""RpcContext: what is known of the RPC being handled, from the interceptor to the log line."""
+"""RpcContext: facts of the RPC being handled, shared by interceptor, services and access log."""
 
 from __future__ import annotations
 
@@ -18,48 +18,47 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 REQUEST_ID = "x-request-id"
 ACTOR = "x-adaplex-actor"
-MAX_ACTOR = 128
-"""Characters."""
+MAX_ACTOR_CHARS = 128
 _VALID_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+=@-]{0,127}")
 
 
 @dataclass(eq=False)
 class RpcContext:
-    """One RPC. `log` gathers what its access line will say."""
+    """One RPC. `log` collects the fields of its access log line."""
 
     service: str
     method: str
     kind: str
-    """`unary`, `client_stream`, `server_stream` or `bidi_stream`, as metrics name it."""
+    """`unary`, `client_stream`, `server_stream` or `bidi_stream`: the metric label `grpc_type`."""
     request_id: str
     started: float
-    """`time.monotonic()` seconds, like `deadline`."""
+    """`time.monotonic()` seconds, as is `deadline`."""
     deadline: float | None
     actor: str = ""
-    """Who asks, by its own account; for the history of adapters."""
+    """Caller's self-reported identity (unauthenticated); recorded in adapter history."""
     log: dict[str, object] = field(default_factory=dict)
 
     @property
     def expired(self) -> bool:
-        """Whether the deadline has passed."""
+        """True if the deadline has passed."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
 
-_current: ContextVar[RpcContext] = ContextVar("call")
+_current: ContextVar[RpcContext] = ContextVar("rpc")
 
 
 def current_rpc() -> RpcContext:
-    """The RPC that the running handler serves."""
+    """Returns the RPC that the running handler serves."""
     return _current.get()
 
 
-def enter_rpc(call: RpcContext) -> None:
-    """Makes `call` the current one of this task."""
-    _current.set(call)
+def enter_rpc(rpc: RpcContext) -> None:
+    """Makes `rpc` the current RPC of this task."""
+    _current.set(rpc)
 
 
 def request_id_of(context: Context) -> str:
-    """The client's request id, or a new one. Raises RequestInvalid for one unfit for logs."""
+    """Returns the client's request id, or a new one. Raises RequestInvalid for an unsafe one."""
     sent = _metadata(context, REQUEST_ID)
     if sent is None:
         return uuid.uuid4().hex
@@ -69,29 +68,29 @@ def request_id_of(context: Context) -> str:
 
 
 def actor_of(context: Context) -> str:
-    """Who asks; empty when nobody is named. Raises RequestInvalid for a name unfit for logs."""
+    """Returns the caller's self-reported identity, empty if not sent. Raises RequestInvalid."""
     sent = _metadata(context, ACTOR)
     if sent is None:
         return ""
-    if not isinstance(sent, str) or not sent.isprintable() or len(sent) > MAX_ACTOR:
-        raise RequestInvalid(ACTOR, f"must be at most {MAX_ACTOR} printable characters")
+    if not isinstance(sent, str) or not sent.isprintable() or len(sent) > MAX_ACTOR_CHARS:
+        raise RequestInvalid(ACTOR, f"must be at most {MAX_ACTOR_CHARS} printable characters")
     return sent
 
 
 def _metadata(context: Context, key: str) -> str | bytes | None:
-    """The first value that the client sent under a key."""
+    """Returns the first value of a metadata key, None if the client did not send it."""
     return next((v for k, v in context.invocation_metadata() or () if k == key), None)
 
 
 def deadline_of(context: Context, now: float) -> float | None:
-    """When the client stops waiting, if it ever does."""
+    """Returns the deadline in `time.monotonic()` seconds, None if the client set none."""
     remaining: float | None = context.time_remaining()
-    year = 365 * 24 * 3600.0
+    year = 365 * 24 * 3600.0  # gRPC reports a missing deadline as centuries
     return None if remaining is None or remaining > year else now + remaining
 
 
 class Inflight:
-    """Counts the RPCs in progress, and tells when there are none."""
+    """Counts the RPCs in progress, each a `with` block."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -112,5 +111,5 @@ class Inflight:
             self._idle.set()
 
     async def idle(self) -> None:
-        """Returns once nothing is in progress."""
+        """Waits until no RPC is in progress."""
         await self._idle.wait()

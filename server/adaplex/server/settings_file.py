@@ -1,4 +1,4 @@
-"""The YAML file of settings: each name once, and no file that names another."""
+"""SettingsFile: settings from a YAML file, in which each name occurs once."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from pydantic_settings import YamlConfigSettingsSource
 
 
 class SettingsFile(YamlConfigSettingsSource):
-    """Settings of one file. Raises yaml.YAMLError or ValueError when it holds none."""
+    """Settings of one file. Raises yaml.YAMLError or ValueError if it is no mapping of settings."""
 
     def _read_file(self, file_path: Any) -> dict[str, Any]:
         with Path(file_path).open(encoding=self.yaml_file_encoding) as file:
-            # A subclass of the safe loader.
+            # _UniqueKeys is a safe loader.
             settings = yaml.load(file, _UniqueKeys)
         if settings is None:
             return {}
         if not isinstance(settings, dict):
-            raise ValueError(f"it holds a {type(settings).__name__}")
-        strange = [key for key in settings if not isinstance(key, str)]
-        if strange:
-            raise ValueError(f"{strange[0]!r} is not a setting")
+            raise ValueError(f"the file is a {type(settings).__name__}, not a mapping")
+        bad_keys = [key for key in settings if not isinstance(key, str)]
+        if bad_keys:
+            raise ValueError(f"{bad_keys[0]!r} is not a setting")
         if "config" in settings:
             raise ValueError("'config' cannot be set in a file; a flag or ADAPLEX_CONFIG names it")
         return settings
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML without repeated keys, of which the last would count silently."""
+    """Refuses repeated keys, of which YAML would silently use the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

@@ -1,4 +1,4 @@
-"""Text in and out: prompts to token ids, tokens back to text as they come."""
+"""Text: encodes prompts into token ids, decodes tokens step by step, and finds stop strings."""
 
 from __future__ import annotations
 
@@ -10,56 +10,62 @@ from tokenizers.pre_tokenizers import ByteLevel
 from adaplex.engine.errors import RequestInvalid
 
 CONTEXT_TOKENS = 5
-"""Prompt tokens decoded before the answer, so that its first space is not lost."""
-MAX_HELD_TOKENS = 16
-"""A character takes at most four tokens of one byte; more held back than this is not text."""
+"""Prompt tokens decoded before the response, so that its first space is not lost."""
+MAX_PENDING_TOKENS = 16
+"""Tokens held back for an incomplete character. A character has at most four tokens of one byte;
+more tokens without a character are not text.
+"""
 MAX_TEXTLESS_TOKENS = 16
-"""Tokens without text that the window takes in. One can matter to what follows, as a first space
-does; a run that is longer is of special tokens, which never do.
+"""Tokens without text that stay in the window. One of them can matter to the next text, as a first
+space does; a longer run consists of special tokens, which never matter.
 """
 REPLACEMENT = "\ufffd"
 TOKEN_BYTES = 128
-"""Of the longest token, where a tokenizer does not tell."""
+"""Bytes of the longest token of a tokenizer that does not list its vocabulary."""
 
 
 class Tokenizer(Protocol):
-    """What the edge uses of a Hugging Face tokenizer."""
+    """The methods of a Hugging Face tokenizer that the edge uses."""
 
     chat_template: Any
 
     def __call__(self, text: str) -> Any:
-        """`.input_ids`, with the special tokens the model expects around a text."""
+        """Returns an object whose `input_ids` include the special tokens that the model expects."""
         ...
 
     def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any:
-        """Ids of a conversation."""
+        """Returns the token ids of a conversation."""
         ...
 
     def decode(self, token_ids: list[int], **options: Any) -> Any:
-        """Text of ids."""
+        """Returns the text of token ids."""
         ...
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Ids of a prompt text, special tokens as the tokenizer adds them by default."""
+    """Returns the token ids of a prompt, with the special tokens that the tokenizer adds."""
     return tuple(tokenizer(text).input_ids)
 
 
 def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> tuple[int, ...]:
-    """Ids of a conversation, with the opening of the assistant's turn. Raises RequestInvalid."""
+    """Returns the token ids of a conversation and of the opening of the assistant's turn.
+
+    Raises RequestInvalid if the model has no chat template, or its template refuses.
+    """
     if not tokenizer.chat_template:
         raise RequestInvalid("spec.chat", "this model has no chat template; send text")
     try:
         ids = tokenizer.apply_chat_template(
             messages, tokenize=True, add_generation_prompt=True, return_dict=False
         )
-    except Exception as error:  # templates are the model's code and refuse in their own ways
-        raise RequestInvalid("spec.chat.messages", f"the chat template says: {error}") from error
+    except Exception as error:  # a template is the model's code and may raise anything
+        reason = f"refused by the chat template: {error}"
+        raise RequestInvalid("spec.chat.messages", reason) from error
     return tuple(ids)
 
 
 def longest_token_bytes(tokenizer: Tokenizer) -> int:
-    """The most bytes of text that one token can stand for. Reads the whole vocabulary."""
+    """Returns the most bytes of text that one token can encode. Reads the whole vocabulary."""
     read = getattr(tokenizer, "get_vocab", None)
     vocabulary: dict[str, int] = read() if read is not None else {}
     if not vocabulary:
@@ -70,49 +76,49 @@ def longest_token_bytes(tokenizer: Tokenizer) -> int:
 
 
 def _is_byte_level(tokenizer: Tokenizer, vocabulary: dict[str, int]) -> bool:
-    """Whether a letter of a token stands for a byte, as in GPT-2: there Ġ is a space."""
+    """Returns True if a letter of a token is a byte, as in GPT-2, where Ġ is a space."""
     space = vocabulary.get("Ġ")
     return space is not None and tokenizer.decode([space]) == " "
 
 
 class Detokenizer:
-    """Turns one answer's tokens into text, never half a character.
+    """Decodes the tokens of one response step by step, in whole characters.
 
-    Decodes a short window twice, with and without the new tokens, and gives out the difference:
-    whatever a tokenizer does at a beginning, such as dropping a space, it does in both.
+    Decodes a short window twice, with and without the new tokens, and returns the difference: what
+    a tokenizer does at the beginning of a text, such as dropping a space, it does in both.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt[-CONTEXT_TOKENS:])
         self._start = 0
-        """Where the window begins."""
-        self._given = len(self._ids)
-        """Tokens whose text was given out."""
+        """Index of the window's first token."""
+        self._emitted = len(self._ids)
+        """Number of tokens whose text was returned."""
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Takes tokens; returns the text that is certain now."""
+        """Adds tokens. Returns their text up to the last complete character."""
         self._ids.extend(tokens)
-        held = len(self._ids) - self._given
+        pending = len(self._ids) - self._emitted
         text = self._new_text()
-        if text.endswith(REPLACEMENT) and held <= MAX_HELD_TOKENS:
+        if text.endswith(REPLACEMENT) and pending <= MAX_PENDING_TOKENS:
             return ""
         if text:
-            self._start = self._given
+            self._start = self._emitted
         elif len(self._ids) - self._start > CONTEXT_TOKENS + MAX_TEXTLESS_TOKENS:
-            del self._ids[self._given :]
-        self._given = len(self._ids)
+            del self._ids[self._emitted :]
+        self._emitted = len(self._ids)
         return text
 
     def flush(self, *, cut: bool) -> str:
-        """The rest. When the answer was `cut` short, half a character at its end is dropped."""
+        """Returns the rest; drops an incomplete last character if the response was `cut` short."""
         text = self._new_text()
-        self._given = len(self._ids)
+        self._emitted = len(self._ids)
         return text.rstrip(REPLACEMENT) if cut else text
 
     def _new_text(self) -> str:
-        """Text of the tokens not given out yet."""
-        before = self._decode(self._ids[self._start : self._given])
+        """Returns the text of the tokens after the emitted ones."""
+        before = self._decode(self._ids[self._start : self._emitted])
         return self._decode(self._ids[self._start :])[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
@@ -123,41 +129,42 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Finds the first stop string to be complete, however the text arrives in pieces."""
+    """Finds the first complete stop string in a text that arrives in pieces of any size."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
-        self._held = ""
+        self._pending = ""
+        """Text that may be the beginning of a stop string."""
         self.found: str | None = None
-        """The stop string that ended the answer."""
+        """The stop string that was found."""
 
-    def push(self, text: str, *, looking: bool = True) -> str:
-        """Takes text; returns what is certain to come before any stop string.
+    def push(self, text: str, *, matching: bool = True) -> str:
+        """Adds text. Returns the text that no stop string can contain.
 
-        A stop string that is complete with text that came while not `looking` is text.
+        A stop string that is completed by text pushed with `matching=False` counts as text.
         """
-        before = len(self._held)
-        text = self._held + text
+        before = len(self._pending)
+        text = self._pending + text
         ends = [
             (at + len(s), at, s)
             for s in self._stops
             if (at := text.find(s, max(0, before - len(s) + 1))) >= 0
         ]
-        if ends and looking:
+        if ends and matching:
             _, at, self.found = min(ends)
-            self._held = ""
+            self._pending = ""
             return text[:at]
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+        pending = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._pending = text[len(text) - pending :]
+        return text[: len(text) - pending]
 
     def flush(self) -> str:
-        """What was held back; no stop string came of it."""
-        held, self._held = self._held, ""
-        return held
+        """Returns the pending text, which no stop string completed."""
+        pending, self._pending = self._pending, ""
+        return pending
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Returns the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""Blocking work off the event loop. A thread cannot be cancelled, so nobody leaves one behind."""
+"""Blocking work in threads. A thread cannot be cancelled, so a cancelled caller waits for it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ T = TypeVar("T")
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Runs a function in a thread. When cancelled, waits for the function to end first."""
-    return await _finished(None, partial(function, *args, **kwargs))
+    """Returns the result of a function run in a thread of the shared pool.
+
+    A cancelled caller waits until the function has ended.
+    """
+    return await _run(None, partial(function, *args, **kwargs))
 
 
-async def _finished(threads: Executor | None, function: Callable[[], T]) -> T:
-    """See in_thread; None is the pool that everybody shares."""
-    task = _begun(threads, function)
+async def _run(threads: Executor | None, function: Callable[[], T]) -> T:
+    """Like in_thread, with a pool; None is the event loop's shared pool."""
+    task = _start(threads, function)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await _ended(task)
+        await _wait(task)
         raise
 
 
@@ -33,32 +36,33 @@ async def _finished(threads: Executor | None, function: Callable[[], T]) -> T:
 async def owned(
     open_: Callable[[], T], close: Callable[[T], None], threads: Executor | None = None
 ) -> AsyncIterator[T]:
-    """A resource opened and closed in threads; closed also when cancelled while it opens.
+    """Opens a resource in a thread and closes it in a thread at the end of the block.
 
-    Without `threads` of its own, it waits behind everybody else.
+    A resource whose caller is cancelled while it opens is closed too. `threads` None is the event
+    loop's shared pool.
     """
-    opening = _begun(threads, open_)
+    opening = _start(threads, open_)
     try:
         resource = await asyncio.shield(opening)
     except asyncio.CancelledError:
-        await _ended(opening)
+        await _wait(opening)
         if opening.exception() is None:
-            await _finished(threads, partial(close, opening.result()))
+            await _run(threads, partial(close, opening.result()))
         raise
     try:
         yield resource
     finally:
-        await _finished(threads, partial(close, resource))
+        await _run(threads, partial(close, resource))
 
 
-def _begun(threads: Executor | None, function: Callable[[], T]) -> asyncio.Future[T]:
-    """Starts a function in a thread, in the caller's context."""
+def _start(threads: Executor | None, function: Callable[[], T]) -> asyncio.Future[T]:
+    """Starts a function in a thread, with the caller's context variables."""
     run: Callable[[], T] = partial(copy_context().run, function)
     return asyncio.get_running_loop().run_in_executor(threads, run)
 
 
-async def _ended(task: asyncio.Future[T]) -> None:
-    """Waits for a task, however often the waiting is cancelled."""
+async def _wait(task: asyncio.Future[T]) -> None:
+    """Waits until a task is done, ignoring cancellations."""
     while not task.done():
         with suppress(asyncio.CancelledError):
             await asyncio.wait([task])

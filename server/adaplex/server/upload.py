@@ -1,10 +1,10 @@
-"""Receiving an adapter: metadata first, then every byte of every file, in order, no gaps."""
+"""Receiver: receives uploads: metadata, then every byte of every file in order, without gaps."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,16 +14,17 @@ from adaplex.server import adapter_messages as messages
 from adaplex.server.config import MAX_CHUNK_BYTES
 from adaplex.server.convert import check
 from adaplex.server.errors import UploadIdle, UploadsBusy
+from adaplex.server.slots import Slots
 from adaplex.server.threads import in_thread, owned
 from adaplex.v1.adapters_pb2 import AdapterChunk, UploadAdapterRequest, ValidateAdapterRequest
 
 UploadMessage = UploadAdapterRequest | ValidateAdapterRequest
-"""Metadata in the first message, a chunk in every other."""
+"""The first message has metadata, every later one a chunk."""
 
 
 @dataclass(frozen=True)
 class Received:
-    """A whole upload, staged; its hashes are verified when it is checked or stored."""
+    """A complete upload in a staging folder. Check and commit verify its hashes."""
 
     name: str
     replace: bool
@@ -31,29 +32,24 @@ class Received:
 
 
 class Receiver:
-    """Takes uploads in, a bounded number at once."""
+    """Receives a bounded number of uploads at once."""
 
     def __init__(self, intake: Intake, *, max_uploads: int, idle_timeout: float) -> None:
-        self._intake = intake
-        self._max_uploads, self._idle_timeout = max_uploads, idle_timeout
-        self._under_way = 0
+        self._intake, self._idle_timeout = intake, idle_timeout
+        self._slots = Slots(max_uploads, lambda: UploadsBusy(max_uploads))
+
+    def slot(self) -> AbstractContextManager[None]:
+        """Occupies one of the upload slots for the block. Raises UploadsBusy, never waits."""
+        return self._slots.slot()
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
-        """One of the places for taking an adapter in. Raises UploadsBusy, never waits."""
-        if self._under_way >= self._max_uploads:
-            raise UploadsBusy(self._max_uploads)
-        self._under_way += 1
-        try:
-            yield
-        finally:
-            self._under_way -= 1
+    async def receive(self, stream: AsyncIterator[UploadMessage]) -> AsyncIterator[Received]:
+        """Reads a stream to its end, and removes the staged files unless they were committed.
 
-    @asynccontextmanager
-    async def receive(self, parts: AsyncIterator[UploadMessage]) -> AsyncIterator[Received]:
-        """Reads a stream to its end. What was not committed is discarded afterwards."""
-        async with self.slot():
-            first = await self._next(parts)
+        Raises RequestInvalid, UploadsBusy, UploadIdle, and as Intake.
+        """
+        with self.slot():
+            first = await self._next(stream)
             given = first is not None and first.HasField("metadata")
             check("metadata", given, "must be the first message")
             assert first is not None
@@ -63,15 +59,15 @@ class Receiver:
             files = messages.file_specs(upload)
             stage = partial(self._intake.stage, files)
             async with owned(stage, Staging.discard) as staging:
-                await self._fill(staging, files, parts)
+                await self._fill(staging, files, stream)
                 yield Received(upload.name, replace, staging)
 
     async def _fill(
-        self, staging: Staging, files: list[FileSpec], parts: AsyncIterator[UploadMessage]
+        self, staging: Staging, files: list[FileSpec], stream: AsyncIterator[UploadMessage]
     ) -> None:
-        """Writes every chunk, each checked against what must come next."""
+        """Writes the chunks, each checked to be the next one."""
         index, offset = 0, 0
-        while (message := await self._next(parts)) is not None:
+        while (message := await self._next(stream)) is not None:
             check("metadata", message.HasField("chunk"), "must be sent once, then only chunks")
             chunk = message.chunk
             while index < len(files) and offset == files[index].size:
@@ -81,18 +77,18 @@ class Receiver:
             offset += len(chunk.data)
         _check_complete(files, index, offset)
 
-    async def _next(self, parts: AsyncIterator[UploadMessage]) -> UploadMessage | None:
-        """The next message, None at the end. Raises UploadIdle when none comes."""
+    async def _next(self, stream: AsyncIterator[UploadMessage]) -> UploadMessage | None:
+        """Returns the next message, None at the end. Raises UploadIdle after `idle_timeout`."""
         try:
             async with asyncio.timeout(self._idle_timeout):
-                return await anext(parts, None)
+                return await anext(stream, None)
         except TimeoutError:
             raise UploadIdle(self._idle_timeout) from None
 
 
 def _check_chunk(chunk: AdapterChunk, files: list[FileSpec], index: int, offset: int) -> None:
-    """Whether a chunk is the next one: of this file, at this offset, within its size."""
-    check("chunk.file_index", index < len(files), "every announced byte was sent already")
+    """Raises RequestInvalid unless the chunk continues this file at this offset."""
+    check("chunk.file_index", index < len(files), "must not follow the last announced byte")
     check("chunk.file_index", chunk.file_index == index, f"must be {index}")
     check("chunk.offset", chunk.offset == offset, f"must be {offset}")
     size = len(chunk.data)
@@ -106,7 +102,7 @@ def _check_chunk(chunk: AdapterChunk, files: list[FileSpec], index: int, offset:
 
 
 def _check_complete(files: list[FileSpec], index: int, offset: int) -> None:
-    """Whether the stream ended where the last file does."""
+    """Raises RequestInvalid unless the stream ended with the last file."""
     sent = sum(file.size for file in files[:index]) + offset
     total = sum(file.size for file in files)
-    check("chunk", sent == total, f"the stream ended after {sent} of {total} bytes")
+    check("chunk", sent == total, f"the stream ended after {sent} of {total} announced bytes")

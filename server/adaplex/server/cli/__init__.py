@@ -1,1 +1,1 @@
-"""Commands that need the server: serve, and what works on adapters without one."""
+"""Commands that need the server's packages: `serve`, and offline commands for adapters."""

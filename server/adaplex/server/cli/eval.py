@@ -1,4 +1,4 @@
-"""`adaplex adapters eval`: what an adapter gained and forgot, as perplexities of texts."""
+"""`adaplex adapters eval`: perplexities of texts under the base and under an adapter."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 Adapter = Annotated[
     str,
     typer.Argument(
-        help="Adapter directory; else what is stored as name, name@version, name@alias or digest."
+        help="Adapter directory, or a stored adapter: name, name@version, name@alias or digest."
     ),
 ]
 Files = Annotated[
     list[Path],
-    typer.Option("--file", exists=True, dir_okay=False, help="Text in UTF-8; repeat for more."),
+    typer.Option("--file", exists=True, dir_okay=False, help="Text file in UTF-8; repeatable."),
 ]
 Model = Annotated[str | None, typer.Option(help="Base model, as for `adaplex serve`.")]
-Quantization = Annotated[str | None, typer.Option(help="How the base is kept.")]
+Quantization = Annotated[str | None, typer.Option(help="Weight format of the base.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -43,28 +43,28 @@ class TextScore:
 
     file: str
     tokens: int
-    """That were scored: each has some before it in its window."""
+    """Scored tokens: each has at least one token before it in its window."""
     base: float
     adapter: float
 
     @property
     def ratio(self) -> float:
-        """Below 1 the adapter expects the text more than the base does, above 1 less."""
+        """Adapter / base: below 1, the adapter predicts the text better than the base does."""
         return self.adapter / self.base
 
 
 def evaluate(
     adapter: Adapter,
     file: Files,
-    window: Annotated[int, typer.Option(min=2, help="Tokens that are seen at once.")] = 512,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of one window.")] = 512,
     stride: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens from one window to the next; half of one if unset."),
+        typer.Option(min=1, help="Tokens from one window to the next; by default half a window."),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Of each text, the first ones.")
+        int | None, typer.Option(min=2, help="Tokens to score from the beginning of each text.")
     ] = None,
-    merged: Annotated[bool, typer.Option("--merged", help="Measure the merged mode.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="Evaluate merged mode.")] = False,
     model: Model = None,
     quantization: Quantization = None,
     store_dir: StoreDir = None,
@@ -73,33 +73,36 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure the perplexity of texts by the base and by an adapter, without a server."""
-    from adaplex.server.offline_base import OfflineBase, errors_as_messages  # brings torch
+    from adaplex.server.offline_base import OfflineBase, errors_as_messages  # imports torch
 
     with errors_as_messages():
         texts = {path: path.read_text(encoding="utf-8") for path in file}
         directory = _directory(adapter)
-        bench = OfflineBase.of(
+        offline = OfflineBase.of(
             {
-                **{"model": model, "quantization": quantization, "config": config},
-                **{"store_dir": store_dir, "shared_store": shared_store},
+                "model": model,
+                "quantization": quantization,
+                "config": config,
+                "store_dir": store_dir,
+                "shared_store": shared_store,
             }
         )
         if directory is None:
-            name, program = bench.stored(adapter)
+            name, program = offline.stored(adapter)
         else:
-            name, program = directory.name, bench.read(directory)
-        ids = {path: _tokens(bench, path, text, max_tokens) for path, text in texts.items()}
+            name, program = directory.name, offline.read(directory)
+        ids = {path: _tokens(offline, path, text, max_tokens) for path, text in texts.items()}
         step = min(stride or max(window // 2, 1), window)
-        scores = _scores(bench, name, program, ids, window, step, merged=merged)
+        scores = _scores(offline, name, program, ids, window, step, merged=merged)
     render.warnings(program.warnings)
     if as_json:
-        shown = {
-            "model": bench.base.spec.name,
-            "quantization": bench.base.quantization,
+        document = {
+            "model": offline.base.spec.name,
+            "quantization": offline.base.quantization,
             "adapter": {"name": name, "family": program.family, "digest": program.digest},
             "texts": [asdict(score) | {"ratio": score.ratio} for score in scores],
         }
-        typer.echo(json.dumps(shown, indent=2))
+        typer.echo(json.dumps(document, indent=2))
         return
     render.table(
         ("TEXT", "TOKENS", "BASE", "ADAPTER", "ADAPTER / BASE"),
@@ -108,7 +111,7 @@ def evaluate(
 
 
 def _directory(adapter: str) -> Path | None:
-    """The directory, None where it is a selector. Raises ConfigError when it can be neither."""
+    """Returns the directory, None for a selector. Raises ConfigError if it is neither."""
     from adaplex.adapters.storage.selector import Selector
 
     if Path(adapter).is_dir():
@@ -118,18 +121,18 @@ def _directory(adapter: str) -> Path | None:
     return None
 
 
-def _tokens(bench: OfflineBase, path: Path, text: str, most: int | None) -> tuple[int, ...]:
-    """The first tokens of a text."""
+def _tokens(offline: OfflineBase, path: Path, text: str, limit: int | None) -> tuple[int, ...]:
+    """Returns the first `limit` token ids of a text. Raises ConfigError for fewer than two."""
     from adaplex.server.text import encode_text
 
-    ids = encode_text(bench.base.tokenizer, text)[:most]
+    ids = encode_text(offline.base.tokenizer, text)[:limit]
     if len(ids) < 2:
         raise ConfigError(f"{path}: has {len(ids)} tokens, at least 2 are needed")
     return ids
 
 
 def _scores(
-    bench: OfflineBase,
+    offline: OfflineBase,
     name: str,
     program: AdapterProgram,
     texts: dict[Path, tuple[int, ...]],
@@ -138,18 +141,18 @@ def _scores(
     *,
     merged: bool,
 ) -> list[TextScore]:
-    """Every text by the base, then by the adapter."""
+    """Scores every text under the base and under the adapter. Raises ConfigError."""
     from adaplex.model.perplexity import token_losses
     from adaplex.server.build import BLOCK_TOKENS
 
     positions = program.leading + min(window, max(map(len, texts.values())))
-    if positions > bench.base.max_positions:
+    if positions > offline.base.max_positions:
         raise ConfigError(
-            f"window: {positions} positions with those of the adapter, "
-            f"the model has {bench.base.max_positions}"
+            f"window: {positions} positions, those of the adapter included, exceed the model's "
+            f"{offline.base.max_positions}"
         )
-    ref = bench.ref(name, program, merged=merged)
-    runner = bench.runner(program, ref, positions)
+    ref = offline.ref(name, program, merged=merged)
+    runner = offline.runner(program, ref, positions)
 
     def losses(ids: Sequence[int], adapter: AdapterRef | None) -> Tensor:
         return token_losses(
@@ -164,5 +167,5 @@ def _scores(
 
 
 def _perplexity(losses: Tensor) -> float:
-    """e to the mean of nats."""
+    """Returns the perplexity: e to the mean loss in nats."""
     return math.exp(float(losses.double().mean()))

@@ -1,4 +1,4 @@
-"""What commands about adapters do without a server: list families, check a directory."""
+"""`adaplex adapters formats` and `verify`: list families, check a directory, without a server."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def formats(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the adapter families that are served, as what, and what of them is refused."""
-    from adaplex.adapters.formats import table  # brings torch, which --help does without
+    """List the adapter families: as which primitives each is served, and what is refused."""
+    from adaplex.adapters.formats import table  # imports torch, which --help does not need
 
     rows = table.rows()
     if as_json:
@@ -33,25 +33,25 @@ def formats(
 
 
 def verify(directory: Path, model: str, quantization: str | None) -> Validation:
-    """What a server of this base would say of an adapter directory."""
-    from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge  # brings torch
+    """Returns the report that a server of this base would give on an adapter directory."""
+    from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge  # imports torch
     from adaplex.adapters.program.report import Report, describe
     from adaplex.server.offline_base import OfflineBase, errors_as_messages
 
     with errors_as_messages():
-        bench = OfflineBase.of({"model": model, "quantization": quantization})
+        offline = OfflineBase.of({"model": model, "quantization": quantization})
     try:
-        program = bench.read(directory)
+        program = offline.read(directory)
     except AdapterInvalid as error:
         return _validation(Report(), [Refusal(r.where, r.reason) for r in error.refusals])
     except AdapterTooLarge as error:
         return _validation(Report(), [Refusal(error.field, str(error))])
-    return _validation(describe(program, bench.base.spec, bench.base.dtype.itemsize), [])
+    return _validation(describe(program, offline.base.spec, offline.base.dtype.itemsize), [])
 
 
 def _validation(report: Report, refusals: list[Refusal]) -> Validation:
-    """A report in the client's words."""
-    shown = AdapterReport(
+    """Converts a report to the client's types."""
+    converted = AdapterReport(
         family=report.family,
         digest=report.digest,
         modules=tuple(
@@ -68,4 +68,4 @@ def _validation(report: Report, refusals: list[Refusal]) -> Validation:
         merged_only=report.merged_only,
         merged_bytes=report.merged_bytes,
     )
-    return Validation(not refusals, shown)
+    return Validation(not refusals, converted)

@@ -1,4 +1,4 @@
-"""`adaplex adapters join`: one adapter directory out of several, without a server."""
+"""`adaplex adapters join`: bundles several adapter directories into one, without a server."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def join(
     parts: Annotated[
         list[Path], typer.Argument(exists=True, file_okay=False, help="Adapter directories.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write; it must not be there, or be empty.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; absent or empty.")],
 ) -> None:
-    """Write a hybrid: every part adds its own change, by the rules of its own format.
+    """Bundle adapters into one: each part adds its own change, by the rules of its own format.
 
-    The same parts in the same order give the same files. Whether their changes can be added on a
-    base is checked where the hybrid is pushed, and by `adaplex adapters verify`.
+    The same parts in the same order give the same files. `adaplex adapters push` and
+    `adaplex adapters verify` check whether the changes can be added on a base.
     """
     from adaplex.adapters.checkpoint import read_checkpoint, write_checkpoint
     from adaplex.adapters.errors import AdapterError
@@ -33,9 +33,9 @@ def join(
         except AdapterError as error:
             raise typer.BadParameter(f"{part}: {error}", param_hint="PART") from error
     try:
-        made = bundle(checkpoints)
+        bundled = bundle(checkpoints)
     except AdapterError as error:
         raise typer.BadParameter(str(error), param_hint="PART") from error
     out.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(made, out)
-    typer.echo(f"{out}: {len(parts)} parts, {len(made.tensors)} tensors")
+    write_checkpoint(bundled, out)
+    typer.echo(f"{out}: {len(parts)} parts, {len(bundled.tensors)} tensors")

@@ -28,8 +28,8 @@ def serve(**options: Any) -> None:
 
 
 def _run(config: ServerConfig) -> None:
-    """Builds and serves until a signal."""
-    # Imported here: they bring torch, which --help and --print-config do without.
+    """Builds the server and serves until a signal."""
+    # Imported here: these import torch, which --help and --print-config do not need.
     from adaplex.server import logs
 
     logs.configure(config.log_level, config.log_format)  # before libraries that log on import
@@ -37,19 +37,19 @@ def _run(config: ServerConfig) -> None:
     from adaplex.adapters.errors import AdaplexError
     from adaplex.server import process
     from adaplex.server.build import build
-    from adaplex.server.progress import shown_progress
+    from adaplex.server.progress import report_progress
 
     try:
-        with shown_progress() as progress:
-            parts = build(config, progress)
+        with report_progress() as progress:
+            components = build(config, progress)
     except AdaplexError as error:
         _fail(str(error))
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(process.run(parts))
+        runner.run(process.run(components))
 
 
 def _loop_factory() -> Any:
-    """uvloop's event loop where there is one: almost twice the stream messages a second."""
+    """Returns uvloop's event loop if installed: it sends almost twice the messages per second."""
     try:
         import uvloop
     except ImportError:  # not built for this platform

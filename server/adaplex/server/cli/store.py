@@ -1,4 +1,4 @@
-"""`adaplex adapters fsck` and `gc`: commands that work on the store itself, beside its servers."""
+"""`adaplex adapters fsck` and `gc`: maintain a store, also while servers use it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from adaplex.adapters.storage.content_store import ContentStore
 
 StoreDir = Annotated[
-    Path | None, typer.Option(help="Folder of the store; by default that of `adaplex serve`.")
+    Path | None, typer.Option(help="Folder of the store; by default the store of `adaplex serve`.")
 ]
-SharedStore = Annotated[str | None, typer.Option(help="s3://bucket/prefix, if it is shared.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of the server.")]
+SharedStore = Annotated[str | None, typer.Option(help="s3://bucket/prefix of a shared store.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")]
 
 
 def fsck(
@@ -31,7 +31,7 @@ def fsck(
     config: ConfigFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Read every stored adapter and say what is wrong. Exit code 1 when something is."""
+    """Read every stored adapter and list the problems. Exits with 1 if one is harmful."""
     with _opened(store_dir, shared_store, config) as (contents, catalog):
         from adaplex.adapters.storage.fsck import check_store
 
@@ -57,22 +57,23 @@ def gc(
         collector = GarbageCollector(
             catalog, contents, in_use=lambda _: False, forget=lambda _: None
         )
-        gone = collector.sweep()
-    typer.echo(f"removed {len(gone)} contents that nothing named")
+        removed = collector.sweep()
+    typer.echo(f"removed {len(removed)} contents that nothing named")
 
 
 @contextmanager
 def _opened(
     store_dir: Path | None, shared_store: str | None, config: Path | None
 ) -> Iterator[tuple[ContentStore, Catalog]]:
-    """The store of the flags, the environment or the file."""
+    """Opens the store that flags, environment or YAML file select."""
     from adaplex.adapters.errors import AdaplexError
-    from adaplex.server.open_store import existing, open_contents
+    from adaplex.server.open_store import open_contents, require_store
 
     given = {"store_dir": store_dir, "shared_store": shared_store, "config": config}
     try:
         settings = load_config({name: value for name, value in given.items() if value is not None})
-        contents, catalog = open_contents(existing(settings))
+        require_store(settings)
+        contents, catalog = open_contents(settings)
         try:
             yield contents, catalog
         finally:

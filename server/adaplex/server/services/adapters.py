@@ -1,4 +1,4 @@
-"""AdapterService."""
+"""AdapterService: uploads, imports, names, aliases, pins and deletions of adapters."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from adaplex.server.threads import in_thread
 from adaplex.server.upload import Receiver
 from adaplex.v1 import adapters_pb2, adapters_pb2_grpc
 
-MAX_LOGGED = 200
-"""Characters of a name that a client sent, known to us or not."""
+MAX_LOGGED_CHARS = 200
+"""Length at which a client's adapter name is cut in the log."""
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
-    """The life of adapters. Everything that reads or writes a disk runs in a thread."""
+    """Implements AdapterService. Everything that reads or writes a disk runs in a thread."""
 
     def __init__(
         self,
@@ -41,21 +41,21 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest], context: Any
     ) -> adapters_pb2.UploadAdapterResponse:
-        """Stores what it receives under a name."""
-        async with self._receiver.receive(request_iterator) as got:
-            _note(got.name)
+        """Stores an uploaded adapter."""
+        async with self._receiver.receive(request_iterator) as upload:
+            _log_adapter(upload.name)
             commit, origin = self._registry.intake.commit, _origin("upload")
-            done = await in_thread(
-                commit, got.staging, got.name, replace=got.replace, origin=origin
+            committed = await in_thread(
+                commit, upload.staging, upload.name, replace=upload.replace, origin=origin
             )
-        return adapters_pb2.UploadAdapterResponse(**await self._committed(done))
+        return adapters_pb2.UploadAdapterResponse(**await self._committed(committed))
 
     async def ValidateAdapter(
         self, request_iterator: AsyncIterator[adapters_pb2.ValidateAdapterRequest], context: Any
     ) -> adapters_pb2.ValidateAdapterResponse:
-        """Reports on what it receives and drops it."""
-        async with self._receiver.receive(request_iterator) as got:
-            report = await in_thread(self._registry.intake.check, got.staging)
+        """Reports on an uploaded adapter without storing it."""
+        async with self._receiver.receive(request_iterator) as upload:
+            report = await in_thread(self._registry.intake.check, upload.staging)
         return adapters_pb2.ValidateAdapterResponse(
             valid=report.valid, report=messages.report(report)
         )
@@ -63,34 +63,36 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def LoadAdapter(
         self, request: adapters_pb2.LoadAdapterRequest, context: Any
     ) -> adapters_pb2.LoadAdapterResponse:
-        """Stores what a URI names."""
-        _note(request.name)
-        taken = messages.replaces("policy", request.policy)
-        async with self._receiver.slot():
+        """Stores the adapter that a URI names."""
+        _log_adapter(request.name)
+        replaces = messages.replaces("policy", request.policy)
+        with self._receiver.slot():
             load, origin = self._importer.load, _origin()
-            done = await in_thread(load, request.uri, request.name, replace=taken, origin=origin)
-        return adapters_pb2.LoadAdapterResponse(**await self._committed(done))
+            committed = await in_thread(
+                load, request.uri, request.name, replace=replaces, origin=origin
+            )
+        return adapters_pb2.LoadAdapterResponse(**await self._committed(committed))
 
     async def MergeAdapters(
         self, request: adapters_pb2.MergeAdaptersRequest, context: Any
     ) -> adapters_pb2.MergeAdaptersResponse:
-        """Stores an adapter made of stored ones."""
-        _note(request.name)
-        taken = messages.replaces("policy", request.policy)
+        """Stores an adapter merged from stored ones."""
+        _log_adapter(request.name)
+        replaces = messages.replaces("policy", request.policy)
         selectors, plan = messages.merge_plan(request)
-        async with self._receiver.slot():
+        with self._receiver.slot():
             merge, origin = self._importer.merge, _origin()
-            done = await in_thread(
-                merge, selectors, plan, request.name, replace=taken, origin=origin
+            committed = await in_thread(
+                merge, selectors, plan, request.name, replace=replaces, origin=origin
             )
-        return adapters_pb2.MergeAdaptersResponse(**await self._committed(done))
+        return adapters_pb2.MergeAdaptersResponse(**await self._committed(committed))
 
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: Any
     ) -> adapters_pb2.GetAdapterResponse:
-        """One adapter, its report, and the versions of its name."""
-        _note(request.name)
-        # Of a split it shows one side, always the same.
+        """Returns one adapter, its report, and the versions of its name."""
+        _log_adapter(request.name)
+        # The name as routing key always selects the same side of a split.
         record = await in_thread(self._names.get, request.name, routing_key=request.name)
         report = await in_thread(self._registry.programs.report, record.digest)
         entry = await in_thread(self._names.entry, record.name)
@@ -103,7 +105,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, context: Any
     ) -> adapters_pb2.ListAdaptersResponse:
-        """A page of adapters, each by its newest version."""
+        """Returns a page of adapters, each by its newest version."""
         query = messages.query(request)
         entries = await in_thread(self._names.query, replace(query, limit=query.limit + 1))
         page, more = entries[: query.limit], len(entries) > query.limit
@@ -116,8 +118,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def GetAdapterHistory(
         self, request: adapters_pb2.GetAdapterHistoryRequest, context: Any
     ) -> adapters_pb2.GetAdapterHistoryResponse:
-        """What happened to a name."""
-        _note(request.name)
+        """Returns the events of a name."""
+        _log_adapter(request.name)
         history = await in_thread(self._names.history, request.name)
         return adapters_pb2.GetAdapterHistoryResponse(events=map(messages.event, history))
 
@@ -125,8 +127,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.UpdateAdapterRequest, context: Any
     ) -> adapters_pb2.UpdateAdapterResponse:
         """Changes description, labels and pin."""
-        _note(request.name)
-        if request.pinned:  # only what finds room is noted as pinned
+        _log_adapter(request.name)
+        if request.pinned:  # recorded as pinned only if the arena has room
             await self._pins.add(request.name)
         entry = await in_thread(
             self._names.update,
@@ -142,8 +144,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def SetAlias(
         self, request: adapters_pb2.SetAliasRequest, context: Any
     ) -> adapters_pb2.SetAliasResponse:
-        """Points an alias elsewhere."""
-        _note(request.name)
+        """Points an alias to versions."""
+        _log_adapter(request.name)
         targets = messages.targets(request.targets)
         set_alias = self._names.set_alias
         entry = await in_thread(set_alias, request.name, request.alias, targets, _origin())
@@ -152,8 +154,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def DeleteAlias(
         self, request: adapters_pb2.DeleteAliasRequest, context: Any
     ) -> adapters_pb2.DeleteAliasResponse:
-        """Forgets an alias."""
-        _note(request.name)
+        """Deletes an alias."""
+        _log_adapter(request.name)
         delete = self._names.delete_alias
         entry = await in_thread(delete, request.name, request.alias, _origin())
         return adapters_pb2.DeleteAliasResponse(adapter=await self._changed(entry))
@@ -162,15 +164,15 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.RollbackAliasRequest, context: Any
     ) -> adapters_pb2.RollbackAliasResponse:
         """Undoes the last change of an alias."""
-        _note(request.name)
+        _log_adapter(request.name)
         entry = await in_thread(self._names.rollback, request.name, request.alias, _origin())
         return adapters_pb2.RollbackAliasResponse(adapter=await self._changed(entry))
 
     async def UnloadAdapter(
         self, request: adapters_pb2.UnloadAdapterRequest, context: Any
     ) -> adapters_pb2.UnloadAdapterResponse:
-        """Frees the adapter's memory once running requests are done."""
-        _note(request.name)
+        """Frees the adapter's memory once its running requests are done."""
+        _log_adapter(request.name)
         records = await in_thread(self._names.sides, request.name)
         unloaded = [await self._engine.unload(record.digest) for record in records]
         return adapters_pb2.UnloadAdapterResponse(was_resident=any(unloaded))
@@ -178,26 +180,26 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def DeleteAdapter(
         self, request: adapters_pb2.DeleteAdapterRequest, context: Any
     ) -> adapters_pb2.DeleteAdapterResponse:
-        """Forgets a name or a version, and frees the memory of contents that no other name has."""
-        _note(request.name)
+        """Deletes a name or a version, and frees the memory of content without another name."""
+        _log_adapter(request.name)
         deleted = await in_thread(self._names.delete, request.name, _origin())
         for digest in deleted.digests:
             await self._engine.unload(digest)
         await self._pins.follow_up()
         return adapters_pb2.DeleteAdapterResponse(versions_deleted=deleted.versions)
 
-    async def _committed(self, done: Committed) -> dict[str, Any]:
-        """The fields that every response about a new version has."""
-        entry = await in_thread(self._names.entry, done.record.name)
+    async def _committed(self, committed: Committed) -> dict[str, Any]:
+        """Returns the fields of a response about a new version, after pins have followed it."""
+        entry = await in_thread(self._names.entry, committed.record.name)
         await self._pins.follow_up()
         return {
-            "adapter": self._adapter(done.record, entry),
-            "report": messages.report(done.report),
-            "created": done.created,
+            "adapter": self._adapter(committed.record, entry),
+            "report": messages.report(committed.report),
+            "created": committed.created,
         }
 
     async def _changed(self, entry: NameRecord) -> adapters_pb2.Adapter:
-        """An entry after a change, which pins follow."""
+        """Returns the adapter of a changed name, after pins have followed the change."""
         await self._pins.follow_up()
         return self._newest(entry)
 
@@ -205,7 +207,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return self._adapter(self._names.newest(entry), entry)
 
     def _adapter(self, record: AdapterRecord, entry: NameRecord) -> adapters_pb2.Adapter:
-        """The adapter as clients see it."""
+        """Returns the adapter as a protobuf message, with its residency now."""
         now = self._engine.stats()
         if record.digest in now.in_memory:
             tier = adapters_pb2.RESIDENCY_TIER_ARENA
@@ -219,10 +221,10 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
 
 def _origin(source: str = "") -> Origin:
-    """Who asks for a change, and when."""
+    """Returns the origin of a change: now, by the caller's self-reported identity."""
     return Origin(datetime.now(UTC), current_rpc().actor, source)
 
 
-def _note(name: str) -> None:
-    """Names the adapter in the log line of this RPC."""
-    current_rpc().log["adapter"] = name[:MAX_LOGGED]
+def _log_adapter(name: str) -> None:
+    """Adds the adapter's name to the log line of this RPC."""
+    current_rpc().log["adapter"] = name[:MAX_LOGGED_CHARS]

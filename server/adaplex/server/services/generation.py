@@ -1,4 +1,4 @@
-"""GenerationService."""
+"""GenerationService: text generation, whole or streamed."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from adaplex.v1.generation_pb2 import (
 )
 
 UNARY_INTERVAL = 16
-"""Tokens that are taken in at once where nobody sees them one by one: often enough for metrics."""
+"""Tokens per delta of a unary response, which nobody sees one by one; small enough for metrics."""
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
-    """Text generation."""
+    """Converts requests and events; the Generator does the work."""
 
     def __init__(self, generator: Generator, stream_interval: int) -> None:
-        """`stream_interval`: tokens in a message of a stream."""
+        """`stream_interval` is the number of tokens per message of a stream."""
         self._generator, self._stream_interval = generator, stream_interval
 
     async def Generate(self, request: GenerateRequest, context: Any) -> GenerateResponse:
-        """The stream's messages in one."""
+        """Returns the messages of a stream as one."""
         response = GenerateResponse()
-        # What comes after a stop string would be computed for nothing.
+        # Tokens after a stop string would be computed for nothing.
         interval = 1 if request.spec.sampling.stop else UNARY_INTERVAL
-        answer = self._generator.generate(request.spec, current_rpc(), interval=interval)
-        async with aclosing(answer) as events:
+        generation = self._generator.generate(request.spec, current_rpc(), interval=interval)
+        async with aclosing(generation) as events:
             async for event in events:
                 _add(response, event)
         return response
@@ -41,16 +41,16 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def GenerateStream(
         self, request: GenerateStreamRequest, context: Any
     ) -> AsyncIterator[GenerateStreamResponse]:
-        """One `started`, deltas, one `finished`."""
+        """Yields one `started`, deltas and one `finished`."""
         interval = self._stream_interval
-        answer = self._generator.generate(request.spec, current_rpc(), interval=interval)
-        async with aclosing(answer) as events:
+        generation = self._generator.generate(request.spec, current_rpc(), interval=interval)
+        async with aclosing(generation) as events:
             async for event in events:
                 yield _wrapped(event)
 
 
 def _add(response: GenerateResponse, event: Event) -> None:
-    """Adds one event of the stream to the whole answer."""
+    """Adds one event of the stream to the unary response."""
     match event:
         case generation_pb2.GenerationStarted():
             response.started.CopyFrom(event)
@@ -63,7 +63,7 @@ def _add(response: GenerateResponse, event: Event) -> None:
 
 
 def _wrapped(event: Event) -> GenerateStreamResponse:
-    """One event as a message of the stream."""
+    """Wraps one event in a message of the stream."""
     match event:
         case generation_pb2.GenerationStarted():
             return GenerateStreamResponse(started=event)

@@ -1,4 +1,4 @@
-"""ServerService."""
+"""InfoService: facts, limits and current load of this server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from adaplex.v1 import server_pb2, server_pb2_grpc
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the server says of its base. Field names are those of BaseModelInfo."""
+    """Facts of the base model. Fields have the names of BaseModelInfo."""
 
     name: str
     architecture: str
@@ -35,7 +35,7 @@ class ModelInfo:
     modules: tuple[BaseModule, ...]
 
     def message(self, max_model_len: int) -> server_pb2.BaseModelInfo:
-        """As the protocol has it."""
+        """Returns the facts as a protobuf message."""
         facts = {**vars(self), "modules": [_module(module) for module in self.modules]}
         return server_pb2.BaseModelInfo(**facts, max_model_len=max_model_len)
 
@@ -49,7 +49,7 @@ class AdapterSizes:
 
 
 class InfoService(server_pb2_grpc.ServerServiceServicer):
-    """What this server is and how full it is."""
+    """Implements ServerService."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class InfoService(server_pb2_grpc.ServerServiceServicer):
     async def GetServerInfo(
         self, request: server_pb2.GetServerInfoRequest, context: Any
     ) -> server_pb2.GetServerInfoResponse:
-        """Facts, limits and how full it is now."""
+        """Returns facts and limits of the server, and its load now."""
         usage = await in_thread(self._registry.names.usage)
         return server_pb2.GetServerInfoResponse(
             version=self._version,

@@ -1,88 +1,69 @@
-"""Prompts: a specification's prompt as token ids, made in threads, bounded in number and size."""
+"""PromptEncoder: checks prompts and encodes them into token ids, in threads."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
-from adaplex.engine.errors import QueueFull
 from adaplex.server import convert, text
 from adaplex.server.convert import ModelLimits
 from adaplex.v1.generation_pb2 import GenerationSpec
 
 LONG_BYTES = 8 * 1024
-"""A longer prompt is encoded beside the short ones, not before them."""
-RETRY_SECONDS = 1.0
-"""What a client that found no place is told."""
+"""Size from which a prompt is encoded in the thread of long prompts."""
 
 
-class Places:
-    """The requests that the engine does not know of yet, a bounded number."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._taken = limit, 0
-
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        """One of the places. Raises QueueFull, never waits."""
-        if self._taken >= self._limit:
-            raise QueueFull(self._limit, RETRY_SECONDS)
-        self._taken += 1
-        try:
-            yield
-        finally:
-            self._taken -= 1
-
-
-class Lane:
-    """A thread that encodes, with a tokenizer of its own: a Hugging Face tokenizer must not be
-    used by two threads at once.
-    """
+class EncoderThread:
+    """A thread with a tokenizer of its own: two threads must not share a Hugging Face tokenizer."""
 
     def __init__(self, tokenizer: text.Tokenizer, name: str) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
         self._thread = ThreadPoolExecutor(1, f"tokenizer-{name}")
 
     async def run(self, encode: Callable[[text.Tokenizer], tuple[int, ...]]) -> tuple[int, ...]:
-        """What `encode` makes, once the prompts before it are done."""
+        """Returns the result of `encode`, which runs after the calls before it."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, encode, self._tokenizer)
 
     def close(self) -> None:
-        """Ends the thread; prompts that nobody waits for any more are dropped."""
+        """Ends the thread and drops the prompts that it has not begun."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-class Prompts:
-    """From `spec.prompt` to token ids."""
+class PromptEncoder:
+    """Encodes `spec.prompt`. Short prompts have a thread of their own and never wait for long ones.
+
+    The caller bounds the number of prompts, `check` their size.
+    """
 
     def __init__(self, tokenizer: text.Tokenizer, limits: ModelLimits) -> None:
         self._limits = limits
         self._max_bytes = limits.max_model_len * text.longest_token_bytes(tokenizer)
-        self._short, self._long = Lane(tokenizer, "short"), Lane(tokenizer, "long")
+        self._short = EncoderThread(tokenizer, "short")
+        self._long = EncoderThread(tokenizer, "long")
 
     def check(self, spec: GenerationSpec) -> None:
-        """Raises RequestInvalid for what can be refused without encoding. Takes little time."""
+        """Raises RequestInvalid for a prompt that can be refused without encoding it."""
         kind = spec.WhichOneof("prompt")
-        convert.check("spec.prompt", kind is not None, "set text, token_ids or chat")
+        convert.check("spec.prompt", kind is not None, "must be set: text, token_ids or chat")
         if kind == "token_ids":
             convert.check_prompt_ids(spec, self._limits)
             return
         if kind == "chat":
             convert.check_chat(spec)
-        size, most = _size(spec), self._max_bytes
-        reason = f"has {size} bytes; {most} are more than any prompt of this model takes"
-        convert.check(f"spec.{kind}", size <= most, reason)
+        size, limit = _size(spec), self._max_bytes
+        reason = f"has {size} bytes; no prompt of this model has more than {limit}"
+        convert.check(f"spec.{kind}", size <= limit, reason)
 
-    async def ids(self, spec: GenerationSpec) -> tuple[int, ...]:
-        """Token ids of a prompt that `check` let pass; they leave room for an answer."""
+    async def encode(self, spec: GenerationSpec) -> tuple[int, ...]:
+        """Returns the token ids of a checked prompt. Raises RequestInvalid if they do not fit."""
         kind = spec.WhichOneof("prompt")
         if kind == "token_ids":
             return tuple(spec.token_ids.ids)
-        ids = await (self._long if _size(spec) > LONG_BYTES else self._short).run(_encoder(spec))
+        thread = self._long if _size(spec) > LONG_BYTES else self._short
+        ids = await thread.run(_encoder(spec))
         convert.check_length(f"spec.{kind}", len(ids), self._limits)
         return ids
 
@@ -93,7 +74,7 @@ class Prompts:
 
 
 def _encoder(spec: GenerationSpec) -> Callable[[text.Tokenizer], tuple[int, ...]]:
-    """What turns the prompt into ids, in a thread."""
+    """Returns the function that encodes the prompt, to be called in a thread."""
     if spec.WhichOneof("prompt") == "chat":
         messages = convert.chat_messages(spec)
         return lambda tokenizer: text.encode_chat(tokenizer, messages)

@@ -52,7 +52,7 @@ class Case:
 
 @dataclass
 class Heard:
-    """What a client and the metrics hear of an answer."""
+    """What a client and the metrics hear of an response."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -62,17 +62,17 @@ class Heard:
 
 
 def heard(case: Case, groups: Sequence[Sequence[StepOutput]]) -> Heard:
-    answer, found = Response(ByteTokenizer(), case.request, case.stops), Heard()
+    response, found = Response(ByteTokenizer(), case.request, case.stops), Heard()
     for group in groups:
-        delta = answer.take(group)
-        found.gaps += len(answer.gaps)
+        delta = response.add(group)
+        found.gaps += len(response.gaps)
         if delta is not None:
             found.text += delta.text
             found.tokens += delta.token_ids
             found.logprobs += [entry.token_id for entry in delta.logprobs]
-        if answer.ended:
+        if response.ended:
             break
-    found.finished = answer.finished()
+    found.finished = response.finished()
     for name in TIMINGS:
         found.finished.ClearField(name)  # type: ignore[arg-type]
     return found
@@ -121,11 +121,11 @@ def test_a_stop_string_within_min_tokens_is_text_in_a_group_too() -> None:
 
 def test_the_gaps_are_those_between_the_steps_however_they_come() -> None:
     case = Case(tuple(b"abcd"))
-    answer = Response(ByteTokenizer(), case.request, ())
+    response = Response(ByteTokenizer(), case.request, ())
     outputs = [replace(output, at=1 + 0.25 * n) for n, output in enumerate(case.outputs)]
-    answer.take(outputs[:2])
-    assert answer.gaps == []
-    answer.take(outputs[2:])
-    assert answer.gaps == [0.25] * 3
-    answer.take([])
-    assert answer.gaps == []
+    response.add(outputs[:2])
+    assert response.gaps == []
+    response.add(outputs[2:])
+    assert response.gaps == [0.25] * 3
+    response.add([])
+    assert response.gaps == []

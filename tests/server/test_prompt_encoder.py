@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 import grpc
 import pytest
 
-from adaplex.engine.errors import QueueFull, RequestInvalid
+from adaplex.engine.errors import RequestInvalid
 from adaplex.server import adapter_messages, convert
 from adaplex.server.convert import ModelLimits
-from adaplex.server.prompts import LONG_BYTES, Places, Prompts
+from adaplex.server.prompt_encoder import LONG_BYTES, PromptEncoder
 from adaplex.server.text import TOKEN_BYTES
 from adaplex.v1.generation_pb2 import ChatMessage, ChatPrompt, GenerateRequest, GenerationSpec
 from server.calls import status, until
@@ -68,7 +68,7 @@ def chat(*contents: str) -> GenerationSpec:
 async def test_text_that_cannot_fit_is_refused_before_it_is_encoded(
     field: str, spec: GenerationSpec
 ) -> None:
-    prompts = Prompts(Gated(), LIMITS)
+    prompts = PromptEncoder(Gated(), LIMITS)
     with pytest.raises(RequestInvalid, match=str(MOST)) as caught:
         prompts.check(spec)
     assert caught.value.field == field
@@ -108,7 +108,7 @@ async def test_the_requests_before_the_engine_are_bounded(tmp_path: Path) -> Non
         entering = [
             asyncio.ensure_future(status(toy.generation.Generate(request))) for _ in range(2)
         ]
-        await until(lambda: toy.server._generator._places._taken == 2)
+        await until(lambda: toy.server._generator._preparing.occupied == 2)
         code, details = await status(toy.generation.Generate(request))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert details["ErrorInfo"].reason == "QUEUE_FULL"
@@ -121,13 +121,6 @@ async def test_the_requests_before_the_engine_are_bounded(tmp_path: Path) -> Non
             "adaplex_admission_rejections_total", {"reason": "queue_full", "model_name": MODEL}
         )
     assert refused == 1
-
-
-def test_a_place_is_free_again_after_use() -> None:
-    places = Places(1)
-    for _ in range(2):
-        with places.place(), pytest.raises(QueueFull), places.place():
-            pass
 
 
 def test_many_token_ids_are_counted_before_they_are_looked_at() -> None:
