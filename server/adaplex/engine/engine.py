@@ -11,7 +11,6 @@ from itertools import count
 
 from adaplex.engine.batch import Batch
 from adaplex.engine.block_manager import BlockManager
-from adaplex.engine.checks import check_request
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.errors import (
     DeadlineExpired,
@@ -102,7 +101,7 @@ class Engine:
         """
         if request.request_id in self._sequences:
             raise RequestInvalid("request_id", f"{request.request_id} is in use")
-        check_request(request, self.config)
+        request.check(self.config)
         if request.adapter is not None:
             self._residency.check(request.adapter)
         if self._places() <= 0:

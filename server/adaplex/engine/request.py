@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
+from adaplex.engine.config import EngineConfig
+from adaplex.engine.errors import RequestInvalid
+
 
 class AdapterMode(StrEnum):
     """How an adapter meets the base weights."""
@@ -17,6 +20,8 @@ class AdapterMode(StrEnum):
 
 GREEDY_BELOW = 1e-5
 """Temperature."""
+SHOWN_TOKENS = 16
+"""Tokens of an invocation that an error message shows at most."""
 
 
 class FinishReason(StrEnum):
@@ -122,6 +127,27 @@ class Request:
         last = len(self.prompt) - len(tokens)
         starts = range(last, -1, -1) if tokens else (0,)
         return next((i for i in starts if self.prompt[i : i + len(tokens)] == tokens), None)
+
+    def check(self, config: EngineConfig) -> None:
+        """Raises RequestInvalid if an engine with these limits can never serve the request."""
+        tokens, leading, adapter = len(self.prompt), self.leading, self.adapter
+        if not tokens:
+            raise RequestInvalid("prompt", "is empty")
+        if leading + tokens >= config.max_model_len:
+            before = (
+                f" behind the {leading} of adapter {adapter.name}" if adapter and leading else ""
+            )
+            reason = f"has {tokens} tokens{before}; with one to generate, the limit is "
+            raise RequestInvalid("prompt", f"{reason}{config.max_model_len}")
+        if adapter and self.invoked_at is None:
+            shown = ", ".join(map(str, adapter.invocation[:SHOWN_TOKENS]))
+            more = ", ..." if len(adapter.invocation) > SHOWN_TOKENS else ""
+            reason = (
+                f"does not have the tokens {shown}{more}, which adapter {adapter.name} begins at"
+            )
+            raise RequestInvalid("prompt", reason)
+        if self.sampling.max_tokens < 1:
+            raise RequestInvalid("max_tokens", "must be at least 1")
 
 
 @dataclass(frozen=True)
