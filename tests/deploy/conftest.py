@@ -15,8 +15,8 @@ from prometheus_client import CollectorRegistry
 
 from adaplex.adapters.storage.catalog import StoreUsage
 from adaplex.engine.errors import QueueFull
-from adaplex.engine.observer import EngineStats
 from adaplex.engine.request import AdapterRef, Timing
+from adaplex.engine.stats import EngineStats
 from adaplex.server.metrics import Metrics, RpcMetrics
 from adaplex.server.rpc_context import RpcContext
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry
 
 from adaplex.engine.errors import QueueFull, ServerUnavailable
-from adaplex.engine.observer import EngineStats, Observer
+from adaplex.engine.observer import Observer
 from adaplex.engine.request import AdapterRef, Timing
+from adaplex.engine.stats import EngineStats
 from adaplex.server.metrics import Metrics
 
 

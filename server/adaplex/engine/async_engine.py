@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from adaplex.adapters.errors import AdaplexError
 from adaplex.engine.engine import Engine
 from adaplex.engine.errors import EngineFailed, ServerUnavailable
-from adaplex.engine.observer import EngineStats
 from adaplex.engine.output_stream import OutputStream
 from adaplex.engine.request import Request, StepOutput
+from adaplex.engine.stats import EngineStats
 
 T = TypeVar("T")
 HEARTBEAT_SECONDS = 1.0

@@ -19,7 +19,7 @@ from adaplex.engine.errors import (
     QueueFull,
     RequestInvalid,
 )
-from adaplex.engine.observer import EngineStats, Observer, SilentObserver
+from adaplex.engine.observer import Observer, SilentObserver
 from adaplex.engine.prefill_budget import PrefillPolicy
 from adaplex.engine.request import (
     OVERFLOWED,
@@ -32,7 +32,7 @@ from adaplex.engine.residency import Residency
 from adaplex.engine.runner import Runner
 from adaplex.engine.scheduler import Scheduler
 from adaplex.engine.sequence import Sequence
-from adaplex.engine.stats import count_engine
+from adaplex.engine.stats import EngineStats, count_engine
 
 RETRY_SECONDS = (0.5, 30.0)
 """Bounds of what QueueFull advises."""

@@ -1,15 +1,50 @@
-"""The engine's statistics, counted from its parts."""
+"""EngineStats: how full the engine is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from adaplex.engine.block_manager import BlockManager
 from adaplex.engine.config import EngineConfig
-from adaplex.engine.observer import EngineStats
 from adaplex.engine.residency import Residency
 from adaplex.engine.scheduler import Scheduler
 from adaplex.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """How full the engine is now. Safe to read from any thread."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_used: int = 0
+    arena_bytes_total: int = 0
+    arena_bytes_used: int = 0
+    host_bytes_total: int = 0
+    host_bytes_used: int = 0
+    merged_bytes_total: int = 0
+    merged_bytes_used: int = 0
+    pinned_bytes_total: int = 0
+    """Bytes of the arena that pins may take."""
+    pinned_bytes_used: int = 0
+    resident: frozenset[str] = frozenset()
+    """Digests in the arena."""
+    host: frozenset[str] = frozenset()
+    """Digests in host memory."""
+    pinned: frozenset[str] = frozenset()
+    """Digests that are kept in the arena, or on their way there."""
+    merged: frozenset[str] = frozenset()
+    """Digests with merged weights."""
+    running_adapters: tuple[str, ...] = ()
+    """Names of adapters that running sequences use."""
+    waiting_adapters: tuple[str, ...] = ()
+
+    @property
+    def in_memory(self) -> frozenset[str]:
+        """Digests in the arena, or with merged weights, or both."""
+        return self.resident | self.merged
 
 
 def count_engine(

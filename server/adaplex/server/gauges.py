@@ -10,8 +10,9 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from adaplex.adapters.registry.registry import AdapterRegistry
-from adaplex.engine.observer import CacheName, EngineStats
+from adaplex.engine.observer import CacheName
 from adaplex.engine.request import AdapterRef
+from adaplex.engine.stats import EngineStats
 from adaplex.server.metric_table import MAX_ADAPTER_LABELS, METRICS
 
 OTHER = "other"

@@ -17,8 +17,9 @@ from adaplex.engine.errors import (
     QueueFull,
     ServerUnavailable,
 )
-from adaplex.engine.observer import CacheName, EngineStats, Outcome
+from adaplex.engine.observer import CacheName, Outcome
 from adaplex.engine.request import AdapterRef, Timing
+from adaplex.engine.stats import EngineStats
 from adaplex.server.gauges import AdapterLabels, EngineGauges, StoreGauges
 from adaplex.server.metric_table import METRICS, OURS, RPC_METRICS
 from adaplex.server.rpc_context import RpcContext
