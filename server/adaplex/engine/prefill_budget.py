@@ -7,9 +7,8 @@ from collections import OrderedDict, deque
 from statistics import median
 
 from adaplex.engine.batch import Batch
-from adaplex.engine.chunk_cost_model import ChunkCostModel
+from adaplex.engine.chunk_cost_model import LEAST, RECENT, ChunkCostModel
 from adaplex.engine.config import EngineConfig
-from adaplex.engine.small_chunks import LEAST, RECENT
 
 ROW_COUNTS = 16
 """Numbers of decoding rows whose steps are remembered, the latest."""

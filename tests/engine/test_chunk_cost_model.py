@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adaplex.engine.small_chunks import LEAST, RECENT, SmallChunkCosts
+from adaplex.engine.chunk_cost_model import LEAST, RECENT, SmallChunkCosts
 
 BLOCK = 16
 CHUNK, TOKEN = 2.5, 0.5

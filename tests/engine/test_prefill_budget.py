@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaplex.engine.batch import Batch, Chunk
-from adaplex.engine.chunk_cost_model import ChunkCostModel
+from adaplex.engine.chunk_cost_model import LEAST, RECENT, ChunkCostModel
 from adaplex.engine.engine import Engine
 from adaplex.engine.prefill_budget import ROW_COUNTS, PrefillBudget
 from adaplex.engine.request import SampledToken
 from adaplex.engine.sequence import Sequence
-from adaplex.engine.small_chunks import LEAST, RECENT
 from engine.fakes import FakeRunner, InlineExecutor, make_config, make_request
 
 BLOCK = 16
