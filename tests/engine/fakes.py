@@ -260,7 +260,7 @@ def make_engine(
         clock=lambda: runner.now,
     )
     if merge_after:
-        engine._residency.merged.popularity = EagerPopularity(merge_after)
+        engine._residency._merged.popularity = EagerPopularity(merge_after)
     return engine, runner
 
 

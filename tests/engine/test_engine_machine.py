@@ -146,8 +146,8 @@ class EngineMachine(RuleBasedStateMachine):
         except PinsFull:
             stats = self.engine.stats()
             too_many = stats.pinned_bytes_used + SIZES[name] > stats.pinned_bytes_total - UNIT
-            arena = self.engine._residency.unmerged.arena
-            assert too_many or not arena.could_hold(SIZES[name])
+            unmerged = self.engine._residency._unmerged
+            assert too_many or not unmerged.fits_beside_pins(digest(name), SIZES[name])
         else:
             assert digest(name) in self.engine.stats().pinned
 
@@ -185,7 +185,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.ledger.drain_with(self.executor)
         for pinned in self.engine.stats().pinned - self.engine.stats().resident:
             size = SIZES[pinned.removeprefix("sha256:")]
-            assert not self.engine._residency.unmerged.arena.could_hold(size), "a pin was forgotten"
+            unmerged = self.engine._residency._unmerged
+            assert not unmerged.fits_beside_pins(pinned, size), "a pin was forgotten"
         assert self.runner.extents.keys() == self.engine.stats().resident
         assert self.runner.host == self.engine.stats().host
         assert self.runner.merged == self.engine.stats().merged

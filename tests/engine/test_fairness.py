@@ -36,7 +36,7 @@ def test_adapters_take_turns_and_each_line_goes_by_arrival() -> None:
 def test_priority_comes_before_shares() -> None:
     requests = [make_request("low", adapter="a"), make_request("high", adapter="b", priority=1)]
     queue = queue_of(*requests)
-    queue.fairness.served("b", output=1000)
+    queue.charge(Sequence(requests[1]), output=1000)
     assert order(queue) == ["high", "low"]
 
 

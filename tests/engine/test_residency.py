@@ -163,8 +163,8 @@ def test_what_has_a_host_copy_leaves_the_arena_first() -> None:
     ledger = Ledger(engine)
     for name in "ab":
         run_all(engine, [make_request(name, adapter=name)])
-    engine._residency.unmerged.host.unload(digest("a"))
-    engine._residency.unmerged._costs.note("host", 1, 1000.0)
+    engine._residency._unmerged._host.unload(digest("a"))
+    engine._residency._unmerged._costs.note("host", 1, 1000.0)
     engine.add(make_request("c", adapter="c"))
     ledger.drain()
     assert set(runner.extents) == {digest("a"), digest("c")}, "b came later, but is cheap"
@@ -182,9 +182,9 @@ def test_copies_do_not_queue_behind_slow_fetches() -> None:
         engine.add(make_request(f"slow{i}", adapter=f"slow{i}", arrival=i))
     engine.add(make_request("again", adapter="warm", arrival=99))
     ledger.step()
-    loader = engine._residency.loader
-    assert loader.full(Job.FETCH)
-    assert not loader.full(Job.COPY)
+    jobs = engine._residency._jobs
+    assert jobs.full(Job.FETCH)
+    assert not jobs.full(Job.COPY)
     assert len(runner.loads) == 2
     executor.run(len(executor.jobs) - 1)
     assert runner.loads[-1] == digest("warm")

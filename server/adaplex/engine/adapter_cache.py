@@ -46,6 +46,18 @@ class CachedAdapter:
         return self.resident and not self.leases and not self.readers
 
 
+@dataclass(frozen=True)
+class CacheStats:
+    """How full one cache is."""
+
+    capacity: int
+    """Bytes."""
+    used: int
+    """Bytes of resident and loading adapters."""
+    resident: frozenset[str]
+    """Digests."""
+
+
 class AdapterCache:
     """Entries by digest. `remove` forgets the content of one; `cost` says how many seconds bringing
     back a digest of so many bytes would take.
@@ -60,27 +72,35 @@ class AdapterCache:
         cost: Callable[[str, int], float] = lambda _digest, nbytes: float(nbytes),
     ) -> None:
         self.name: CacheName = name
-        self.space = space
+        self._space = space
         self._remove = remove
         self._observer = observer
         self._cost = cost
         self._policy = GreedyDual()
         self._entries: dict[str, CachedAdapter] = {}
-        self.wanted: set[str] = set()
-        """Adapters that the waiting sequences asked for so far this round; not evicted in it."""
+        self._protected: set[str] = set()
+        """Digests that are not evicted in this step: waiting sequences need them."""
         self.blocked: Waiter | None = None
-        """The first of this round for whom there is no room."""
+        """The first waiter of this step without room for its adapter."""
         self._resident: frozenset[str] | None = None
         """None after a change."""
 
-    def start_round(self) -> None:
-        """Forgets what the last round wanted."""
-        self.wanted.clear()
+    def begin_step(self) -> None:
+        """Ends the protections and the blocking of the last step."""
+        self._protected.clear()
         self.blocked = None
 
-    def open(self, max_bypass: int) -> bool:
-        """Whether sequences behind a blocked one may lease; the blocked one counts who does."""
-        return self.blocked is None or self.blocked.bypassed < max_bypass
+    def protect(self, digest: str) -> None:
+        """Keeps an adapter, resident, loading or absent, from being evicted in this step."""
+        self._protected.add(digest)
+
+    def leasable(self, digest: str, max_bypass: int) -> bool:
+        """Protects an adapter in this step; returns True if a sequence may lease it now.
+
+        Behind a blocked waiter, which counts them, at most `max_bypass` sequences may lease.
+        """
+        self.protect(digest)
+        return self.has(digest) and (self.blocked is None or self.blocked.bypassed < max_bypass)
 
     def get(self, digest: str) -> CachedAdapter | None:
         """The entry of an adapter, None when it is absent."""
@@ -99,8 +119,17 @@ class AdapterCache:
         return self._resident
 
     @property
+    def capacity(self) -> int:
+        """Bytes of the cache."""
+        return self._space.capacity
+
+    def stats(self) -> CacheStats:
+        """Returns how full the cache is now."""
+        return CacheStats(self._space.capacity, self._space.used, self.resident)
+
+    @property
     def loading(self) -> int:
-        """Adapters on their way."""
+        """Number of adapters that load."""
         return sum(not entry.resident for entry in self._entries.values())
 
     def reserve(
@@ -112,7 +141,7 @@ class AdapterCache:
         None, and nothing is evicted, when that would not make enough room.
         """
         assert digest not in self._entries
-        if (handle := self.space.allocate(nbytes)) is None:
+        if (handle := self._space.allocate(nbytes)) is None:
             victims = self._victims(nbytes, keep)
             if victims is None:
                 return None
@@ -120,17 +149,21 @@ class AdapterCache:
                 self._policy.evicted(self._value(victim))
                 self._drop(victim)
                 self._observer.adapter_evicted(tier=self.name)
-            handle = self.space.allocate(nbytes)
+            handle = self._space.allocate(nbytes)
             assert handle is not None
         entry = self._entries[digest] = CachedAdapter(
             digest, handle, nbytes, self._policy.first_use()
         )
         return entry
 
-    def could_hold(self, nbytes: int) -> bool:
-        """Whether there would be room if everything that is not pinned were gone."""
+    def fits_empty(self, nbytes: int) -> bool:
+        """Returns True if the cache would have room if it were empty."""
+        return self._space.could_hold(nbytes)
+
+    def fits_beside_pins(self, nbytes: int) -> bool:
+        """Returns True if the cache would have room if all but pinned adapters were gone."""
         prices = {e.handle: 0.0 for e in self._entries.values() if not e.pinned}
-        return self.space.victims(nbytes, prices) is not None
+        return self._space.victims(nbytes, prices) is not None
 
     def loaded(self, digest: str) -> None:
         """The content is there."""
@@ -140,7 +173,7 @@ class AdapterCache:
 
     def failed(self, digest: str) -> None:
         """The content will not come; the adapter is absent again."""
-        self.space.free(self._entries.pop(digest).handle)
+        self._space.free(self._entries.pop(digest).handle)
 
     def lease(self, digest: str, sequence: Sequence) -> None:
         """Keeps a resident adapter in place until the sequence releases it."""
@@ -203,7 +236,7 @@ class AdapterCache:
             assert entry.resident or not (entry.leases or entry.readers)
             assert not (entry.leaving and entry.idle)
             assert entry.readers >= 0
-        self.space.check_integrity([entry.handle for entry in self._entries.values()])
+        self._space.check_integrity([entry.handle for entry in self._entries.values()])
 
     def _victims(self, nbytes: int, keep: Collection[str]) -> list[CachedAdapter] | None:
         """The cheapest entries whose place is enough."""
@@ -212,11 +245,11 @@ class AdapterCache:
             for entry in self._entries.values()
             if entry.idle
             and not entry.pinned
-            and entry.digest not in self.wanted
+            and entry.digest not in self._protected
             and entry.digest not in keep
         }
         prices = {handle: self._value(entry) for handle, entry in evictable.items()}
-        chosen = self.space.victims(nbytes, prices)
+        chosen = self._space.victims(nbytes, prices)
         return None if chosen is None else [evictable[handle] for handle in chosen]
 
     def _value(self, entry: CachedAdapter) -> float:
@@ -231,4 +264,4 @@ class AdapterCache:
         """Forgets the content first: the bytes may be reused right after."""
         self._resident = None
         self._remove(entry.digest)
-        self.space.free(self._entries.pop(entry.digest).handle)
+        self._space.free(self._entries.pop(entry.digest).handle)

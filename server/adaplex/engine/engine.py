@@ -107,7 +107,7 @@ class Engine:
         if self._places() <= 0:
             raise QueueFull(self.config.max_waiting, self._retry_after())
         if request.adapter is not None:
-            self._residency.note(request.adapter)
+            self._residency.record_request(request.adapter)
         sequence = Sequence(request, number=next(self._numbers))
         self._sequences[request.request_id] = sequence
         self._scheduler.add(sequence)
@@ -129,30 +129,30 @@ class Engine:
         """Brings an adapter into the arena unasked, and keeps it there until it is unpinned,
         unloaded or found impossible to load. Raises PinsFull.
         """
-        self._residency.unmerged.pin(digest, packed_bytes, name)
+        self._residency.pin(digest, packed_bytes, name)
         self._update_stats()
 
     def unpin(self, digest: str) -> None:
         """Makes a pinned adapter one like others."""
-        self._residency.unmerged.unpin(digest)
+        self._residency.unpin(digest)
         self._update_stats()
 
     def step(self) -> list[StepOutput]:
         """Takes in loads, ends what is late, runs one batch; at most one output a request."""
         now = time.monotonic()
-        self._take_in_loads()
+        self._collect_loads()
         self._expire(now)
         batch = self._scheduler.schedule(now)
         if batch.chunks:
             self._run(batch, now)
-        self.stalled = not batch.chunks and not self._residency.hopeless
+        self.stalled = not batch.chunks and not self._residency.has_failures
         self._update_stats()
         outputs, self._outputs = self._outputs, []
         return outputs
 
     def close(self) -> None:
         """Waits for the loader; to be called last."""
-        self._residency.loader.close()
+        self._residency.close()
 
     def check_integrity(self) -> None:
         """Asserts that blocks, leases and arena bytes balance with the sequences in work."""
@@ -174,7 +174,7 @@ class Engine:
         shortest, longest = RETRY_SECONDS
         return min(max(mean * self.config.max_waiting / self.config.max_running, shortest), longest)
 
-    def _take_in_loads(self) -> None:
+    def _collect_loads(self) -> None:
         for failure in self._residency.collect():
             for sequence in filter(failure.hits, tuple(self._scheduler.waiting)):
                 self._fail(sequence, failure.error())
@@ -199,7 +199,7 @@ class Engine:
                 self._fail(chunk.sequence, error)
             return
         self._pace.note(batch, self._clock() - begun)
-        self._residency.ran(batch)
+        self._residency.record_step(batch)
         self._postprocess(batch, sampled, now, time.monotonic())
         self._observer.stepped(rows=batch.tokens)
 
@@ -244,7 +244,7 @@ class Engine:
     def _append(self, sequence: Sequence, token: int, now: float) -> FinishReason | None:
         """Books a new token; why it is the last one, if it is."""
         sequence.tokens.append(token)
-        self._scheduler.waiting.fairness.served(sequence.fair_key, output=1)
+        self._scheduler.charge_output(sequence)
         if sequence.first_token_at is None:
             sequence.first_token_at = now
         return self._finish_reason(sequence)

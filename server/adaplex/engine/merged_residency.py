@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from adaplex.engine.adapter_cache import AdapterCache
+from adaplex.engine.adapter_cache import AdapterCache, CacheStats
 from adaplex.engine.auto_merge import AutoMerge
+from adaplex.engine.batch import Batch
 from adaplex.engine.byte_budget import ByteBudget
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.errors import RequestInvalid
@@ -32,7 +33,7 @@ class MergedResidency:
     ) -> None:
         self._config, self._runner, self._loader, self._costs = config, runner, loader, costs
         self._observer = observer
-        self.tier = AdapterCache(
+        self._cache = AdapterCache(
             "merged",
             ByteBudget(config.merged_bytes),
             runner.remove_merged,
@@ -51,32 +52,56 @@ class MergedResidency:
         if refusal := self._too_large(adapter.digest):
             raise refusal
 
-    def note(self, digest: str) -> None:
+    def record_request(self, digest: str) -> None:
         """A request that may be served merged has come in."""
         if self._config.merged_bytes:
-            self._observer.merged_looked_up(hit=self.tier.has(digest))
+            self._observer.merged_looked_up(hit=self._cache.has(digest))
 
-    def bring(self, sequence: Sequence, digest: str) -> None:
+    def begin_step(self) -> None:
+        """Ends the protections and the blocking of the last step."""
+        self._cache.begin_step()
+
+    def pays(self, digest: str) -> bool:
+        """Returns True if recent steps would have been faster with the adapter merged."""
+        return self.popularity.pays(digest)
+
+    def leasable(self, digest: str) -> bool:
+        """Keeps merged weights for this step; returns True if a sequence may lease them."""
+        return self._cache.leasable(digest, self._config.max_bypass)
+
+    def lease(self, digest: str, sequence: Sequence) -> None:
+        """Keeps merged weights in memory until the sequence releases them."""
+        self._cache.lease(digest, sequence)
+
+    def release(self, digest: str, sequence: Sequence) -> None:
+        """Ends the lease of a sequence, if it has one."""
+        self._cache.release(digest, sequence)
+
+    def record_step(self, batch: Batch) -> None:
+        """Records a step that ran, for `pays`."""
+        self.popularity.note(batch)
+
+    def load(self, sequence: Sequence, digest: str) -> None:
         """Brings the merged weights that a waiting sequence needs nearer."""
-        if self.tier.get(digest) or self.tier.blocked or self._loader.full(Job.BUILD):
+        if self._cache.get(digest) or self._cache.blocked or self._loader.full(Job.BUILD):
             return
         merge = self._merge(digest)
         if merge is not None and not self._build(digest, merge.nbytes, keep=frozenset()):
-            self.tier.blocked = sequence
+            self._cache.blocked = sequence
 
     def build_if_it_pays(self, digest: str) -> None:
         """Builds merged weights that nobody waits for, if that delays no load and evicts no
         others that pay.
         """
-        if self._loader.pending or self.tier.get(digest) or self.tier.blocked:
+        if self._loader.pending or self._cache.get(digest) or self._cache.blocked:
             return
         if not self.popularity.judges(digest):
             return
         merge = self._merge(digest)
         if merge is None or not self.popularity.pays(digest):
             return
-        if self.tier.space.could_hold(merge.nbytes):
-            self._build(digest, merge.nbytes, keep=self.popularity.paying(self.tier.resident))
+        if self._cache.fits_empty(merge.nbytes):
+            self._build(digest, merge.nbytes, keep=self.popularity.paying(self._cache.resident))
 
     def unload(self, digest: str) -> bool:
         """Drops merged weights as soon as nobody leases them; whether they were there."""
@@ -84,9 +109,9 @@ class MergedResidency:
             del self._merges[digest]
             self.popularity.learn(digest, None)
         self.popularity.forget(digest)
-        return self.tier.unload(digest)
+        return self._cache.unload(digest)
 
-    def settle(self, done: Completion) -> BaseException | None:
+    def complete(self, done: Completion) -> BaseException | None:
         """Takes in what a job has done; why those who wait for merged weights must fail."""
         error = done.error
         if done.job is Job.MEASURE:
@@ -100,27 +125,31 @@ class MergedResidency:
             tier="merged", outcome="error" if error else "ok", seconds=done.seconds
         )
         if error is None:
-            entry = self.tier.get(done.digest)
+            entry = self._cache.get(done.digest)
             assert entry is not None
             self._costs.note("merged", entry.nbytes, done.seconds)
-            self.tier.loaded(done.digest)
+            self._cache.loaded(done.digest)
             return None
         if done.job is Job.BUILD:
-            self.tier.failed(done.digest)
+            self._cache.failed(done.digest)
         self.popularity.forget(done.digest)
         return error
 
     @property
-    def measuring(self) -> int:
-        """Adapters of which it is being asked what merging makes of them."""
-        return sum(merge is None for merge in self._merges.values())
+    def pending(self) -> int:
+        """Number of adapters whose merged weights are measured or built."""
+        return self._cache.loading + sum(merge is None for merge in self._merges.values())
+
+    def stats(self) -> CacheStats:
+        """Returns how full the budget of merged weights is now."""
+        return self._cache.stats()
 
     def check_integrity(self, leases: Iterable[tuple[str, Sequence]]) -> None:
         """Asserts that the tier balances."""
-        self.tier.check_integrity(leases)
+        self._cache.check_integrity(leases)
 
     def _build(self, digest: str, size: int, *, keep: frozenset[str]) -> bool:
-        if self.tier.reserve(digest, size, keep=keep) is None:
+        if self._cache.reserve(digest, size, keep=keep) is None:
             return False
 
         def build() -> None:
@@ -139,9 +168,9 @@ class MergedResidency:
 
     def _too_large(self, digest: str) -> RequestInvalid | None:
         merge = self._merges.get(digest)
-        if merge is None or self.tier.space.could_hold(merge.nbytes):
+        if merge is None or self._cache.fits_empty(merge.nbytes):
             return None
-        budget = self.tier.space.capacity
+        budget = self._cache.capacity
         return RequestInvalid(
             "mode", f"merged weights take {merge.nbytes} bytes of a budget of {budget}"
         )

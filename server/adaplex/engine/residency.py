@@ -1,13 +1,14 @@
-"""Residency: which adapters are in memory, for those who wait and those who run."""
+"""Residency: which adapters are in memory, for sequences that wait and that run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from enum import Enum, auto
 
 from adaplex.adapters.errors import AdaplexError
-from adaplex.engine.adapter_cache import AdapterCache
+from adaplex.engine.adapter_cache import CacheStats
 from adaplex.engine.batch import Batch
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.errors import AdapterLoadFailed, RequestInvalid
@@ -21,16 +22,27 @@ from adaplex.engine.sequence import Sequence
 from adaplex.engine.unmerged_residency import UnmergedResidency
 
 
+class Admission(Enum):
+    """The outcome of `Residency.try_admit`."""
+
+    ADMITTED = auto()
+    """The sequence has its mode, its KV blocks and a lease on its adapter."""
+    NO_ADAPTER = auto()
+    """The adapter is not in memory; sequences behind this one may start."""
+    NO_BLOCKS = auto()
+    """Too few KV blocks are free; no sequence behind this one may start."""
+
+
 @dataclass(frozen=True)
 class LoadFailure:
-    """An adapter did not come; the sequences that wait for it must fail."""
+    """An adapter that cannot be loaded; the sequences that wait for it must fail."""
 
     digest: str
     merged: bool
     cause: BaseException
 
     def hits(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence waits for just this: `auto` waits for the arena only."""
+        """Returns True if a waiting sequence waits for this; one in `auto` waits for the arena."""
         adapter = sequence.adapter
         return (
             adapter is not None
@@ -39,7 +51,7 @@ class LoadFailure:
         )
 
     def error(self) -> AdaplexError:
-        """What to tell one of them."""
+        """Returns the error of a request that waited for the adapter."""
         if isinstance(self.cause, AdaplexError):
             return self.cause
         error = AdapterLoadFailed(f"adapter {self.digest} could not be loaded: {self.cause}")
@@ -47,14 +59,30 @@ class LoadFailure:
         return error
 
 
-class Residency:
-    """Brings adapters into memory for waiting sequences and keeps them there for running ones.
+@dataclass(frozen=True)
+class ResidencyStats:
+    """How full the memory of adapters is."""
 
-    Running sequences hold leases; waiting ones hold nothing, but are asked for in queue order
-    every round, and no later one gets the room of an earlier one. An earlier one that finds no
-    room lets at most `max_bypass` later ones use what is resident, then the tier closes until
-    enough leases have ended: no adapter is kept in memory for ever by a stream of requests. One
-    that would find none if every lease ended, because of pins, fails.
+    arena: CacheStats
+    host: CacheStats
+    merged: CacheStats
+    pinned: frozenset[str]
+    """Digests of pinned adapters, resident or not."""
+    pinned_bytes: int
+    """Bytes of the arena that pins take."""
+    max_pinned_bytes: int
+
+
+class Residency:
+    """Loads adapters into memory for waiting sequences and leases them to running ones.
+
+    Each step begins with `begin_step`, then every waiting sequence is passed in queue order to one
+    of `try_admit`, `load` and `prefetch`; a sequence that ends or is preempted, to `release`.
+    Running sequences hold leases, waiting ones nothing. A sequence gets no room for its adapter
+    that an earlier one waits for. An earlier one without room lets at most `max_bypass` later ones
+    lease resident adapters, then the cache admits no more until enough leases have ended: no stream
+    of requests keeps an adapter in memory for ever. A sequence that would find no room even if
+    every lease ended, because of pins, fails.
     """
 
     def __init__(
@@ -67,144 +95,177 @@ class Residency:
         executor: Executor | None = None,
     ) -> None:
         self._config = config
-        self.loader = LoadJobs(on_completion, executor)
+        self._jobs = LoadJobs(on_completion, executor)
         costs = LoadCosts()
-        self.unmerged = UnmergedResidency(config, runner, self.loader, observer, costs)
-        self.merged = MergedResidency(config, runner, self.loader, observer, costs)
-        self._hopeless: list[LoadFailure] = []
-        self.start_round()
+        self._unmerged = UnmergedResidency(config, runner, self._jobs, observer, costs)
+        self._merged = MergedResidency(config, runner, self._jobs, observer, costs)
+        self._failures: list[LoadFailure] = []
+        self._now = 0.0
+        self._prefetches = 0
+        """Sequences of this step whose adapters were prefetched."""
 
     @property
-    def hopeless(self) -> bool:
-        """Whether `collect` would tell of sequences that wait in vain."""
-        return bool(self._hopeless)
+    def has_failures(self) -> bool:
+        """True if `collect` would return failures even without a completed job."""
+        return bool(self._failures)
 
     def check(self, adapter: AdapterRef) -> None:
-        """Raises AdapterTooLarge, NoRoomBesidePins or RequestInvalid when the adapter can never be
-        served so.
+        """Raises AdapterTooLarge, NoRoomBesidePins or RequestInvalid if the adapter can never be
+        served in its mode.
         """
         if adapter.mode is AdapterMode.MERGED:
-            self.merged.check(adapter)
+            self._merged.check(adapter)
         elif adapter.merged_only:
             raise RequestInvalid("mode", f"adapter {adapter.name} can only be served merged")
         else:
-            self.unmerged.check(adapter)
+            self._unmerged.check(adapter)
 
-    def note(self, adapter: AdapterRef) -> None:
-        """A request for this adapter has come in."""
+    def record_request(self, adapter: AdapterRef) -> None:
+        """Records that a request for the adapter was added."""
         if adapter.mode is not AdapterMode.UNMERGED:
-            self.merged.note(adapter.digest)
+            self._merged.record_request(adapter.digest)
 
-    def ran(self, batch: Batch) -> None:
-        """A step ran: what recent ones were made of decides what `auto` means."""
-        self.merged.popularity.note(batch)
+    def record_step(self, batch: Batch) -> None:
+        """Records a step that ran; recent steps decide the mode of `auto`."""
+        self._merged.record_step(batch)
 
-    def start_round(self) -> None:
-        """From now on `ready` is asked for waiting sequences in queue order."""
-        self._ahead = 0
-        self.merged.tier.start_round()
-        self.unmerged.start_round()
+    def begin_step(self, now: float) -> None:
+        """Begins a step at `now`: loads pinned adapters before those of waiting sequences."""
+        self._now, self._prefetches = now, 0
+        self._merged.begin_step()
+        self._unmerged.begin_step()
 
-    def ready(self, sequence: Sequence) -> bool:
-        """Whether the sequence may lease its adapter now. If not, brings the adapter nearer."""
-        adapter = sequence.adapter
-        if adapter is None:
-            return True
-        if self._tier_for(adapter) is self.merged.tier:
-            self.merged.bring(sequence, adapter.digest)
-            return self._usable(self.merged.tier, adapter.digest)
-        if adapter.mode is AdapterMode.AUTO:
-            self.merged.build_if_it_pays(adapter.digest)
-        if self.unmerged.arena.blocked is not None:
-            self.prefetch(sequence)
-        elif not self.unmerged.bring(sequence, adapter.digest, adapter.packed_bytes):
-            self._check_hope(adapter)
-        return self._usable(self.unmerged.arena, adapter.digest)
+    def try_admit(self, sequence: Sequence, allocate: Callable[[Sequence], bool]) -> Admission:
+        """Admits a waiting sequence if its adapter is in memory and `allocate` finds KV blocks.
+
+        The order matters: the mode, decided for good, is part of the hashes of the blocks, and a
+        sequence without blocks holds no lease.
+        """
+        if not self.load(sequence):
+            return Admission.NO_ADAPTER
+        if sequence.adapter is not None:
+            merged = self._place(sequence.adapter) is self._merged
+            sequence.bind(AdapterMode.MERGED if merged else AdapterMode.UNMERGED)
+        if not allocate(sequence):
+            return Admission.NO_BLOCKS
+        if adapter := sequence.adapter:
+            self._place(adapter).lease(adapter.digest, sequence)
+        return Admission.ADMITTED
+
+    def load(self, sequence: Sequence) -> bool:
+        """Starts the next job that brings the adapter of a waiting sequence into memory, if it
+        needs one; returns True if the sequence may lease the adapter in this step.
+        """
+        if sequence.adapter_wanted_at is None:
+            sequence.adapter_wanted_at = self._now
+        ready = sequence.adapter is None or self._load(sequence, sequence.adapter)
+        if ready and sequence.adapter_ready_at is None:
+            sequence.adapter_ready_at = self._now
+        return ready
 
     def prefetch(self, sequence: Sequence) -> bool:
-        """Fetches the adapter of a sequence behind those whose adapters may be loaded now; False
-        when no more can be in this round.
+        """Fetches the adapter of a sequence into host memory, behind those that are loaded now;
+        returns False if no further adapter can be prefetched in this step.
         """
-        self._ahead += 1
-        if self._ahead > self._config.prefetch_ahead:
+        self._prefetches += 1
+        if self._prefetches > self._config.prefetch_ahead:
             return False
         adapter = sequence.adapter
         if adapter is None or adapter.mode is AdapterMode.MERGED:
             return True
-        return self.unmerged.prefetch(adapter.digest, adapter.packed_bytes)
-
-    def bind(self, sequence: Sequence) -> None:
-        """Decides the mode of a sequence that is `ready`, for good."""
-        if adapter := sequence.adapter:
-            merged = self._tier_for(adapter) is self.merged.tier
-            mode = AdapterMode.MERGED if merged else AdapterMode.UNMERGED
-            sequence.request = replace(sequence.request, adapter=replace(adapter, mode=mode))
-
-    def lease(self, sequence: Sequence) -> None:
-        """Keeps the adapter of a bound sequence in memory until it is released."""
-        if adapter := sequence.adapter:
-            self._tier_for(adapter).lease(adapter.digest, sequence)
+        return self._unmerged.prefetch(adapter.digest, adapter.packed_bytes)
 
     def release(self, sequence: Sequence) -> None:
         """Ends the sequence's lease, if it has one."""
-        if sequence.adapter is not None:
-            for tier in (self.unmerged.arena, self.merged.tier):
-                tier.release(sequence.adapter.digest, sequence)
+        if adapter := sequence.adapter:
+            self._unmerged.release(adapter.digest, sequence)
+            self._merged.release(adapter.digest, sequence)
+
+    def pin(self, digest: str, packed_bytes: int, name: str) -> None:
+        """Loads an adapter into the arena and keeps it there; see UnmergedResidency.pin."""
+        self._unmerged.pin(digest, packed_bytes, name)
+
+    def unpin(self, digest: str) -> None:
+        """Makes an adapter evictable again."""
+        self._unmerged.unpin(digest)
 
     def unload(self, digest: str) -> bool:
-        """Drops an adapter from all tiers once unleased; whether it was in the arena or merged."""
-        unmerged, merged = self.unmerged.unload(digest), self.merged.unload(digest)
+        """Drops an adapter from all caches once no sequence leases it; returns True if it was in
+        the arena or merged.
+        """
+        unmerged, merged = self._unmerged.unload(digest), self._merged.unload(digest)
         return unmerged or merged
 
     def collect(self) -> list[LoadFailure]:
-        """Takes in what the loader has completed; what failed is absent again."""
-        failures, self._hopeless = self._hopeless, []
-        for done in self.loader.collect():
-            if failure := self._settle(done):
+        """Applies the jobs that have completed; an adapter whose job failed is absent again."""
+        failures, self._failures = self._failures, []
+        for done in self._jobs.collect():
+            if failure := self._complete(done):
                 failures.append(failure)
         return failures
 
+    def close(self) -> None:
+        """Waits for the jobs that run."""
+        self._jobs.close()
+
+    def stats(self) -> ResidencyStats:
+        """Returns how full the memory of adapters is now."""
+        return ResidencyStats(
+            arena=self._unmerged.arena_stats(),
+            host=self._unmerged.host_stats(),
+            merged=self._merged.stats(),
+            pinned=self._unmerged.pinned,
+            pinned_bytes=self._unmerged.pinned_bytes,
+            max_pinned_bytes=self._unmerged.max_pinned_bytes,
+        )
+
     def check_integrity(self, running: Iterable[Sequence]) -> None:
-        """Asserts that just the running sequences hold leases, and that bytes and jobs balance."""
+        """Asserts that exactly running sequences hold leases, and that bytes and jobs balance."""
         leases: dict[AdapterMode, list[tuple[str, Sequence]]] = {mode: [] for mode in AdapterMode}
         for sequence in running:
             if adapter := sequence.adapter:
                 leases[adapter.mode].append((adapter.digest, sequence))
         assert not leases[AdapterMode.AUTO]
-        self.unmerged.check_integrity(leases[AdapterMode.UNMERGED])
-        self.merged.check_integrity(leases[AdapterMode.MERGED])
-        tiers = (self.unmerged.arena, self.unmerged.host, self.merged.tier)
-        loading = sum(tier.loading for tier in tiers)
-        assert self.loader.pending == loading + self.merged.measuring
+        self._unmerged.check_integrity(leases[AdapterMode.UNMERGED])
+        self._merged.check_integrity(leases[AdapterMode.MERGED])
+        assert self._jobs.pending == self._unmerged.loading + self._merged.pending
 
-    def _tier_for(self, adapter: AdapterRef) -> AdapterCache:
-        """Where the adapter is served from; `auto` takes merged weights where they pay and are
-        there.
+    def _load(self, sequence: Sequence, adapter: AdapterRef) -> bool:
+        place = self._place(adapter)
+        if place is self._merged:
+            self._merged.load(sequence, adapter.digest)
+            return place.leasable(adapter.digest)
+        if adapter.mode is AdapterMode.AUTO:
+            self._merged.build_if_it_pays(adapter.digest)
+        if self._unmerged.blocked:
+            self.prefetch(sequence)
+        elif not self._unmerged.load(sequence, adapter.digest, adapter.packed_bytes):
+            self._check_room(adapter)
+        return place.leasable(adapter.digest)
+
+    def _place(self, adapter: AdapterRef) -> UnmergedResidency | MergedResidency:
+        """Returns where the adapter is served from; in `auto` from merged weights if they pay and
+        are in memory.
         """
         merged = adapter.mode is AdapterMode.MERGED or (
             adapter.mode is AdapterMode.AUTO
-            and self.merged.popularity.pays(adapter.digest)
-            and self._usable(self.merged.tier, adapter.digest)
+            and self._merged.pays(adapter.digest)
+            and self._merged.leasable(adapter.digest)
         )
-        return self.merged.tier if merged else self.unmerged.arena
+        return self._merged if merged else self._unmerged
 
-    def _usable(self, tier: AdapterCache, digest: str) -> bool:
-        """Whether the next in the queue may lease it; whoever comes later may not evict it."""
-        tier.wanted.add(digest)
-        return tier.has(digest) and tier.open(self._config.max_bypass)
-
-    def _check_hope(self, adapter: AdapterRef) -> None:
-        """Notes a failure when pins leave no room for an adapter, whatever else ends."""
+    def _check_room(self, adapter: AdapterRef) -> None:
+        """Adds a failure if pins leave no room for an adapter, whatever else is released."""
         try:
-            self.unmerged.check(adapter)
+            self._unmerged.check(adapter)
         except AdaplexError as error:
-            self._hopeless.append(LoadFailure(adapter.digest, False, error))
+            self._failures.append(LoadFailure(adapter.digest, False, error))
 
-    def _settle(self, done: Completion) -> LoadFailure | None:
+    def _complete(self, done: Completion) -> LoadFailure | None:
         merged = done.job in (Job.MEASURE, Job.BUILD)
         if merged:
-            error = self.merged.settle(done)
+            error = self._merged.complete(done)
         else:
-            self.unmerged.settle(done)
+            self._unmerged.complete(done)
             error = done.error
         return LoadFailure(done.digest, merged, error) if error else None

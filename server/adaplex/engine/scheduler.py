@@ -11,7 +11,7 @@ from adaplex.engine.block_manager import BlockManager
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.observer import Observer
 from adaplex.engine.prefill_budget import PrefillBudget, PrefillPolicy
-from adaplex.engine.residency import Residency
+from adaplex.engine.residency import Admission, Residency
 from adaplex.engine.sequence import Sequence, Status
 from adaplex.engine.waiting_queue import WaitingQueue
 
@@ -83,6 +83,10 @@ class Scheduler:
         queue.remove(sequence)
         sequence.status = Status.FINISHED
 
+    def charge_output(self, sequence: Sequence) -> None:
+        """Charges one generated token to the share of the sequence's adapter."""
+        self.waiting.charge(sequence, output=1)
+
     def schedule(self, now: float) -> Batch:
         """The next step: every decoding sequence, and prompts, under way and new, in turn.
 
@@ -90,17 +94,18 @@ class Scheduler:
         """
         self._step += 1
         decodes = self._decode()
+        self._residency.begin_step(now)
         prompts: list[Chunk] = []
         budget = self._pace.budget(len(decodes), self._joining() if decodes else 0)
         turns = self._turns()
         for index, turn in enumerate(turns):
             equals = sum(other.priority == turn.priority for other in turns[index:])
             if turn.sequence is None:
-                self._admit(prompts, budget.split(equals), now)
+                self._admit(prompts, budget.split(equals))
             else:
                 self._add_chunk(prompts, turn.sequence, budget.split(equals))
         if all(turn.sequence for turn in turns):
-            self._admit(prompts, budget, now)
+            self._admit(prompts, budget)
         return Batch((*_by_adapter(decodes), *_by_adapter(prompts)))
 
     def _joining(self) -> int:
@@ -141,53 +146,43 @@ class Scheduler:
             turns.insert(0, PrefillTurn(self.waiting.priority, self._last_start, None))
         return sorted(turns, key=lambda turn: turn.order)
 
-    def _admit(self, chunks: list[Chunk], budget: PrefillBudget, now: float) -> None:
+    def _admit(self, chunks: list[Chunk], budget: PrefillBudget) -> None:
         """Starts waiting sequences in turn while rows, places and blocks last.
 
         One whose adapter is not there is passed over; one that finds no blocks is not, so that
         long prompts get their turn. When nothing more can start, the next few are still asked
         for, and adapters of more are fetched, so that they are there in time.
         """
-        self._residency.start_round()
         more = True
         for index, sequence in enumerate(self.waiting.in_turn()):
             more = more and budget.open and len(self.running) < self._config.max_running
-            if not more and index >= self._config.max_running:
-                if not self._residency.prefetch(sequence):
-                    return
-            elif not self._ready(sequence, now):
-                continue
-            elif more and self._start(sequence):
-                self._add_chunk(chunks, sequence, budget)
-                self._last_start = self._step
-            else:
-                more = False
+            if more:
+                admission = self._residency.try_admit(sequence, self._allocate)
+                more = admission is not Admission.NO_BLOCKS
+                if admission is Admission.ADMITTED:
+                    self._start(sequence)
+                    self._add_chunk(chunks, sequence, budget)
+            elif index < self._config.max_running:
+                self._residency.load(sequence)
+            elif not self._residency.prefetch(sequence):
+                return
 
-    def _ready(self, sequence: Sequence, now: float) -> bool:
-        if sequence.adapter_asked_at is None:
-            sequence.adapter_asked_at = now
-        ready = self._residency.ready(sequence)
-        if ready and sequence.adapter_ready_at is None:
-            sequence.adapter_ready_at = now
-        return ready
-
-    def _start(self, sequence: Sequence) -> bool:
-        """Gives a ready sequence its blocks and its lease, one block being left for each of those
-        that run already; False when there are too few.
+    def _allocate(self, sequence: Sequence) -> bool:
+        """Allocates the blocks of a sequence that starts; returns False if fewer than one for each
+        running sequence would be left.
         """
-        self._residency.bind(sequence)  # the mode decides which prefixes it shares
-        if not self._blocks.allocate(sequence, reserve=len(self.running)):
-            return False
-        self._residency.lease(sequence)
+        return self._blocks.allocate(sequence, reserve=len(self.running))
+
+    def _start(self, sequence: Sequence) -> None:
+        """Moves an admitted sequence from the queue to the running ones."""
         self.remove(sequence)
         sequence.status = Status.RUNNING
         insort(self.running, sequence, key=_rank)
+        self._last_start = self._step
         if sequence.admitted_at is None:
             cached = sequence.cached_tokens = max(0, sequence.computed - sequence.leading)
             self._observer.prefix_looked_up(tokens=sequence.prompt_len, hits=cached)
-            fresh = sequence.prompt_len - cached
-            self.waiting.fairness.served(sequence.fair_key, prompt=fresh)
-        return True
+            self.waiting.charge(sequence, prompt=sequence.prompt_len - cached)
 
     def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: PrefillBudget) -> None:
         """Adds as much of a prompt as the budget has room for."""

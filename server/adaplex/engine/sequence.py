@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
-from adaplex.engine.request import AdapterRef, Request, Timing
+from adaplex.engine.request import AdapterMode, AdapterRef, Request, Timing
 
 VIRTUAL = 1 << 32
 """VIRTUAL + i stands for position i of those that an adapter puts before the prompt; no token id of
@@ -48,7 +48,7 @@ class Sequence:
     """Later sequences that leased an adapter while there was no room for the one of this."""
     last_turn: int = 0
     """The last step that computed some of its prompt."""
-    adapter_asked_at: float | None = None
+    adapter_wanted_at: float | None = None
     adapter_ready_at: float | None = None
     admitted_at: float | None = None
     first_token_at: float | None = None
@@ -99,13 +99,18 @@ class Sequence:
         """Tokens generated so far."""
         return self.tokens[self.leading + self.prompt_len :]
 
+    def bind(self, mode: AdapterMode) -> None:
+        """Sets the mode of the adapter for good."""
+        assert self.adapter is not None
+        self.request = replace(self.request, adapter=replace(self.adapter, mode=mode))
+
     def timing(self, now: float) -> Timing:
         """Seconds from arrival to each event, 0 for one that never came."""
         arrival = self.request.arrival
-        asked, ready = self.adapter_asked_at, self.adapter_ready_at
+        wanted, ready = self.adapter_wanted_at, self.adapter_ready_at
         return Timing(
             queued=(self.admitted_at or arrival) - arrival,
-            adapter_wait=ready - asked if ready is not None and asked is not None else 0.0,
+            adapter_wait=ready - wanted if ready is not None and wanted is not None else 0.0,
             first_token=(self.first_token_at or arrival) - arrival,
             total=now - arrival,
             cached_tokens=self.cached_tokens,

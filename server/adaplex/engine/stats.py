@@ -51,26 +51,24 @@ def count_engine(
     config: EngineConfig, blocks: BlockManager, residency: Residency, scheduler: Scheduler
 ) -> EngineStats:
     """How full each part is now; on the engine thread."""
-    running, waiting = scheduler.running, scheduler.waiting
-    unmerged, merged = residency.unmerged, residency.merged.tier
-    arena, host = unmerged.arena, unmerged.host
+    running, waiting, adapters = scheduler.running, scheduler.waiting, residency.stats()
     return EngineStats(
         running=len(running),
         waiting=len(waiting),
         kv_blocks_total=config.usable_blocks,
         kv_blocks_used=blocks.held,
-        arena_bytes_total=arena.space.capacity,
-        arena_bytes_used=arena.space.used,
-        host_bytes_total=host.space.capacity,
-        host_bytes_used=host.space.used,
-        merged_bytes_total=merged.space.capacity,
-        merged_bytes_used=merged.space.used,
-        pinned_bytes_total=unmerged.max_pinned_bytes,
-        pinned_bytes_used=unmerged.pinned_bytes,
-        resident=arena.resident,
-        host=host.resident,
-        pinned=unmerged.pinned,
-        merged=merged.resident,
+        arena_bytes_total=adapters.arena.capacity,
+        arena_bytes_used=adapters.arena.used,
+        host_bytes_total=adapters.host.capacity,
+        host_bytes_used=adapters.host.used,
+        merged_bytes_total=adapters.merged.capacity,
+        merged_bytes_used=adapters.merged.used,
+        pinned_bytes_total=adapters.max_pinned_bytes,
+        pinned_bytes_used=adapters.pinned_bytes,
+        resident=adapters.arena.resident,
+        host=adapters.host.resident,
+        pinned=adapters.pinned,
+        merged=adapters.merged.resident,
         running_adapters=_adapter_names(running),
         waiting_adapters=_adapter_names(waiting),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from adaplex.adapters.errors import AdapterTooLarge
-from adaplex.engine.adapter_cache import AdapterCache
+from adaplex.engine.adapter_cache import AdapterCache, CacheStats
 from adaplex.engine.arena_allocator import ArenaAllocator, aligned
 from adaplex.engine.byte_budget import ByteBudget
 from adaplex.engine.config import EngineConfig
@@ -48,12 +48,12 @@ class UnmergedResidency:
         self._config, self._runner, self._loader, self._costs = config, runner, loader, costs
         self._observer = observer
         space = ArenaAllocator(config.arena_bytes)
-        self.arena = AdapterCache(
+        self._arena = AdapterCache(
             "arena", space, runner.remove_adapter, observer, self._reload_seconds
         )
         budget = ByteBudget(config.host_bytes)
         fetch_seconds = partial(costs.seconds, "host")
-        self.host = AdapterCache(
+        self._host = AdapterCache(
             "host", budget, runner.remove_host, observer, lambda _, n: fetch_seconds(n)
         )
         self._pins: dict[str, Pin] = {}
@@ -67,7 +67,7 @@ class UnmergedResidency:
     @property
     def max_pinned_bytes(self) -> int:
         """Bytes of the arena that pins may take."""
-        return int(self._config.max_pinned_share * self.arena.space.capacity)
+        return int(self._config.max_pinned_share * self._arena.capacity)
 
     @property
     def pinned_bytes(self) -> int:
@@ -77,40 +77,61 @@ class UnmergedResidency:
     def check(self, adapter: AdapterRef) -> None:
         """Raises AdapterTooLarge or NoRoomBesidePins when the adapter can never be served."""
         name, nbytes = adapter.name, adapter.packed_bytes
-        if not self.arena.space.could_hold(nbytes):
+        if not self._arena.fits_empty(nbytes):
             raise AdapterTooLarge(
                 f"adapter {name} takes {nbytes} bytes in memory; "
-                f"the arena has {self.arena.space.capacity}"
+                f"the arena has {self._arena.capacity}"
             )
-        if not self._fits(adapter.digest, nbytes):
-            raise NoRoomBesidePins(name, nbytes, self.pinned_bytes, self.arena.space.capacity)
+        if not self.fits_beside_pins(adapter.digest, nbytes):
+            raise NoRoomBesidePins(name, nbytes, self.pinned_bytes, self._arena.capacity)
 
-    def start_round(self) -> None:
+    def fits_beside_pins(self, digest: str, nbytes: int) -> bool:
+        """Returns True if an adapter is in the arena, or would fit if all but pins were gone."""
+        return self._arena.get(digest) is not None or self._arena.fits_beside_pins(nbytes)
+
+    def begin_step(self) -> None:
         """Brings what is pinned nearer, before anybody else asks. A pin that finds no room counts
         who bypasses it as a waiting sequence does; one that other pins leave no room does not hold
         the others up.
         """
-        for tier in (self.arena, self.host):
-            tier.start_round()
+        self._arena.begin_step()
+        self._host.begin_step()
         for digest, pin in self._pins.items():
-            if self.arena.get(digest) is None and not self._bring(digest, pin.nbytes):
-                self.arena.blocked = pin if self.arena.could_hold(pin.nbytes) else None
+            if self._arena.get(digest) is None and not self._start_job(digest, pin.nbytes):
+                self._arena.blocked = pin if self._arena.fits_beside_pins(pin.nbytes) else None
 
-    def bring(self, sequence: Sequence, digest: str, nbytes: int) -> bool:
+    @property
+    def blocked(self) -> bool:
+        """True if a pin or a sequence of this step waits for room in the arena."""
+        return self._arena.blocked is not None
+
+    def leasable(self, digest: str) -> bool:
+        """Keeps an adapter in the arena for this step; returns True if a sequence may lease it."""
+        return self._arena.leasable(digest, self._config.max_bypass)
+
+    def lease(self, digest: str, sequence: Sequence) -> None:
+        """Keeps an adapter in the arena until the sequence releases it."""
+        self._arena.lease(digest, sequence)
+
+    def release(self, digest: str, sequence: Sequence) -> None:
+        """Ends the lease of a sequence, if it has one."""
+        self._arena.release(digest, sequence)
+
+    def load(self, sequence: Sequence, digest: str, nbytes: int) -> bool:
         """Brings the adapter of a waiting sequence a step nearer to the arena. False when there is
         no room: whoever is behind must not take what room there will be.
         """
-        if self.arena.get(digest) is None and not self._bring(digest, nbytes):
-            self.arena.blocked = sequence
+        if self._arena.get(digest) is None and not self._start_job(digest, nbytes):
+            self._arena.blocked = sequence
             return False
         return True
 
     def prefetch(self, digest: str, nbytes: int) -> bool:
         """Fetches an adapter into host memory for later; False when that must wait."""
-        if self.arena.get(digest):
+        if self._arena.get(digest):
             return True
-        self.host.wanted.add(digest)
-        if self.host.get(digest) or not self.host.space.could_hold(nbytes):
+        self._host.protect(digest)
+        if self._host.get(digest) or not self._host.fits_empty(nbytes):
             return True
         return self._loader.spare(Job.FETCH) and self._fetch(digest, nbytes)
 
@@ -122,29 +143,29 @@ class UnmergedResidency:
         if digest in self._pins:
             return
         pinned, limit = self.pinned_bytes, self.max_pinned_bytes
-        if pinned + aligned(nbytes) > limit or not self._fits(digest, nbytes):
+        if pinned + aligned(nbytes) > limit or not self.fits_beside_pins(digest, nbytes):
             raise PinsFull(name, nbytes, pinned, limit)
         self._pins[digest] = Pin(nbytes)
-        self.arena.pin(digest)
+        self._arena.pin(digest)
 
     def unpin(self, digest: str) -> None:
         """The adapter is one like others again."""
         self._pins.pop(digest, None)
-        self.arena.unpin(digest)
+        self._arena.unpin(digest)
 
     def unload(self, digest: str) -> bool:
         """Drops an adapter from arena and host as soon as nobody needs it; whether it was in the
         arena. It is pinned no more.
         """
         self.unpin(digest)
-        self.host.unload(digest)
-        return self.arena.unload(digest)
+        self._host.unload(digest)
+        return self._arena.unload(digest)
 
-    def settle(self, done: Completion) -> None:
+    def complete(self, done: Completion) -> None:
         """Takes in what a job has done; what failed is absent again."""
-        tier = self.host if done.job is Job.FETCH else self.arena
+        tier = self._host if done.job is Job.FETCH else self._arena
         if done.job is Job.COPY:
-            self.host.read_ended(done.digest)
+            self._host.read_ended(done.digest)
         entry = tier.get(done.digest)
         assert entry is not None
         self._observer.adapter_loaded(
@@ -158,29 +179,42 @@ class UnmergedResidency:
         self._costs.note(cost, entry.nbytes, done.seconds)
         tier.loaded(done.digest)
 
+    @property
+    def loading(self) -> int:
+        """Number of adapters that load into host memory or into the arena."""
+        return self._host.loading + self._arena.loading
+
+    def arena_stats(self) -> CacheStats:
+        """Returns how full the arena is now."""
+        return self._arena.stats()
+
+    def host_stats(self) -> CacheStats:
+        """Returns how full host memory is now."""
+        return self._host.stats()
+
     def check_integrity(self, leases: Iterable[tuple[str, Sequence]]) -> None:
         """Asserts that both tiers balance, and that pins keep to their bound."""
-        self.arena.check_integrity(leases)
-        self.host.check_integrity(())
+        self._arena.check_integrity(leases)
+        self._host.check_integrity(())
         assert self.pinned_bytes <= self.max_pinned_bytes
 
-    def _bring(self, digest: str, nbytes: int) -> bool:
+    def _start_job(self, digest: str, nbytes: int) -> bool:
         """Begins the next job for an adapter that is absent from the arena, if there is one to
         begin. False when the arena has no room for it.
         """
-        self.host.wanted.add(digest)
-        copy = self.host.get(digest)
+        self._host.protect(digest)
+        copy = self._host.get(digest)
         if copy is None and self._loader.full(Job.FETCH):
             return True
         if copy is None and self._fetch(digest, nbytes):
             return True
         if copy is not None and not copy.resident:
             return True  # it is being fetched
-        return self.arena.blocked is not None or self._load(digest, nbytes)
+        return self.blocked or self._load(digest, nbytes)
 
     def _fetch(self, digest: str, nbytes: int) -> bool:
         """Begins to fetch an absent adapter into the host; False when there is no room for it."""
-        if not self.host.space.could_hold(nbytes) or self.host.reserve(digest, nbytes) is None:
+        if not self._host.fits_empty(nbytes) or self._host.reserve(digest, nbytes) is None:
             return False
         self._loader.submit(Job.FETCH, digest, partial(self._runner.fetch_adapter, digest))
         return True
@@ -189,23 +223,19 @@ class UnmergedResidency:
         """Begins to bring an adapter into the arena, from the host if there is a copy, unless the
         loader is busy; False when there is no room for it.
         """
-        job = Job.COPY if self.host.has(digest) else Job.LOAD
+        job = Job.COPY if self._host.has(digest) else Job.LOAD
         if self._loader.full(job):
             return True
-        if (place := self.arena.reserve(digest, nbytes)) is None:
+        if (place := self._arena.reserve(digest, nbytes)) is None:
             return False
         place.pinned = digest in self._pins
         if job is Job.COPY:
-            self.host.read(digest)
+            self._host.read(digest)
         load = partial(self._runner.load_adapter, digest, place.handle, nbytes)
         self._loader.submit(job, digest, load)
         return True
 
-    def _fits(self, digest: str, nbytes: int) -> bool:
-        """Whether an adapter is in the arena, or would find room if all but pins were gone."""
-        return self.arena.get(digest) is not None or self.arena.could_hold(nbytes)
-
     def _reload_seconds(self, digest: str, nbytes: int) -> float:
         """What bringing an adapter back into the arena would take."""
         copy = self._costs.seconds("copy", nbytes)
-        return copy if self.host.has(digest) else copy + self._costs.seconds("host", nbytes)
+        return copy if self._host.has(digest) else copy + self._costs.seconds("host", nbytes)

@@ -20,7 +20,7 @@ class WaitingQueue:
     """
 
     def __init__(self) -> None:
-        self.fairness = VirtualTokenCounter()
+        self._fairness = VirtualTokenCounter()
         self._lines: dict[tuple[int, str], list[Sequence]] = {}
         """By priority and adapter, each by arrival."""
         self._size = 0
@@ -42,7 +42,7 @@ class WaitingQueue:
         """Queues a sequence behind those of its line that came before it."""
         insort(self._lines.setdefault(_line(sequence), []), sequence, key=_arrival)
         self._size += 1
-        self.fairness.joined(sequence.fair_key)
+        self._fairness.joined(sequence.fair_key)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is."""
@@ -51,7 +51,11 @@ class WaitingQueue:
         if not line:
             del self._lines[_line(sequence)]
         self._size -= 1
-        self.fairness.left(sequence.fair_key)
+        self._fairness.left(sequence.fair_key)
+
+    def charge(self, sequence: Sequence, *, prompt: int = 0, output: int = 0) -> None:
+        """Charges tokens that were computed for a sequence to its adapter's share."""
+        self._fairness.served(sequence.fair_key, prompt=prompt, output=output)
 
     def in_turn(self) -> Iterator[Sequence]:
         """All of them, as they should start. What was yielded last may be removed meanwhile.
@@ -60,7 +64,7 @@ class WaitingQueue:
         no earlier for it.
         """
         turns = [
-            (-priority, self.fairness.counter(key), _arrival(line[0]), priority, key, 0)
+            (-priority, self._fairness.counter(key), _arrival(line[0]), priority, key, 0)
             for (priority, key), line in self._lines.items()
         ]
         heapq.heapify(turns)
