@@ -84,13 +84,11 @@ def test_pinned_ones_and_those_that_are_read_stay() -> None:
     bench = Bench(2)
     assert bench.load("pinned")
     assert bench.load("read")
-    entry = bench.cache.get("pinned")
-    assert entry is not None
-    entry.pinned = True
+    pins = {"pinned"}
     bench.cache.read("read")
-    assert not bench.load("new")
-    assert bench.cache.fits_beside_pins(UNIT)
-    assert not bench.cache.fits_beside_pins(2 * UNIT)
+    assert bench.cache.reserve("new", UNIT, keep=pins) is None
+    assert bench.cache.fits_beside(pins, UNIT)
+    assert not bench.cache.fits_beside(pins, 2 * UNIT)
     bench.cache.unload("read")
     assert bench.removed == []
     bench.cache.read_ended("read")

@@ -37,9 +37,9 @@ def test_what_merging_makes_of_an_adapter_is_judged_again_when_it_is_known() -> 
     popularity = AutoMerge(NF4_CPU)
     remember(popularity, "a", REMEMBERED)
     assert not popularity.pays(digest("a"))
-    popularity.learn(digest("a"), ZEROS)
+    popularity.record_share(digest("a"), ZEROS)
     assert popularity.pays(digest("a"))
-    popularity.learn(digest("a"), None)
+    popularity.record_share(digest("a"), None)
     assert not popularity.pays(digest("a"))
 
 

@@ -35,7 +35,6 @@ class CachedAdapter:
     """False while it loads."""
     leaving: bool = False
     """To be dropped once nobody leases it; a new lease cancels that."""
-    pinned: bool = False
     readers: int = 0
     """Loads into a faster tier that copy from it."""
     leases: set[Sequence] = field(default_factory=set)
@@ -137,8 +136,8 @@ class AdapterCache:
     ) -> CachedAdapter | None:
         """Room for an absent adapter, which is loading from now on.
 
-        Evicts the adapters that are worth least, none that is in use, pinned, wanted or in `keep`.
-        None, and nothing is evicted, when that would not make enough room.
+        Evicts the adapters of least value, none that is in use, protected or in `keep`. Returns
+        None, and evicts nothing, if that would not make enough room.
         """
         assert digest not in self._entries
         if (handle := self._space.allocate(nbytes)) is None:
@@ -160,9 +159,9 @@ class AdapterCache:
         """Returns True if the cache would have room if it were empty."""
         return self._space.could_hold(nbytes)
 
-    def fits_beside_pins(self, nbytes: int) -> bool:
-        """Returns True if the cache would have room if all but pinned adapters were gone."""
-        prices = {e.handle: 0.0 for e in self._entries.values() if not e.pinned}
+    def fits_beside(self, kept: Collection[str], nbytes: int) -> bool:
+        """Returns True if the cache would have room if all adapters but `kept` were gone."""
+        prices = {e.handle: 0.0 for e in self._entries.values() if e.digest not in kept}
         return self._space.victims(nbytes, prices) is not None
 
     def loaded(self, digest: str) -> None:
@@ -209,24 +208,19 @@ class AdapterCache:
         entry.readers -= 1
         self._drop_if_leaving(entry)
 
-    def pin(self, digest: str) -> None:
-        """Keeps an adapter that is here, or on its way, from being evicted or dropped."""
-        if entry := self._entries.get(digest):
-            entry.pinned, entry.leaving = True, False
-
-    def unpin(self, digest: str) -> None:
-        """Makes an adapter one like others."""
-        if entry := self._entries.get(digest):
-            entry.pinned = False
-
     def unload(self, digest: str) -> bool:
         """Drops an adapter as soon as nobody needs it here; whether it was resident."""
         entry = self._entries.get(digest)
         if entry is None:
             return False
-        resident, entry.leaving, entry.pinned = entry.resident, True, False
+        resident, entry.leaving = entry.resident, True
         self._drop_if_leaving(entry)
         return resident
+
+    def cancel_unload(self, digest: str) -> None:
+        """Keeps an adapter that was to be dropped after its last lease."""
+        if entry := self._entries.get(digest):
+            entry.leaving = False
 
     def check_integrity(self, leases: Iterable[tuple[str, Sequence]]) -> None:
         """Asserts that exactly these leases exist, and that the bytes are those of the entries."""
@@ -243,10 +237,7 @@ class AdapterCache:
         evictable = {
             entry.handle: entry
             for entry in self._entries.values()
-            if entry.idle
-            and not entry.pinned
-            and entry.digest not in self._protected
-            and entry.digest not in keep
+            if entry.idle and entry.digest not in self._protected and entry.digest not in keep
         }
         prices = {handle: self._value(entry) for handle, entry in evictable.items()}
         chosen = self._space.victims(nbytes, prices)

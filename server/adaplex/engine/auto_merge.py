@@ -57,8 +57,12 @@ class AutoMerge:
         """Whether enough of those steps have rows of the adapter."""
         return self._costs is not None and len(self._mixes_with(digest)) >= ENOUGH
 
-    def learn(self, digest: str, merge: FoldedShare | None) -> None:
-        """What merging makes of the adapter; None when it is of no interest any more."""
+    def share(self, digest: str) -> FoldedShare | None:
+        """Returns what merging makes of an adapter, as recorded; None if nothing is."""
+        return self._merges.get(digest)
+
+    def record_share(self, digest: str, merge: FoldedShare | None) -> None:
+        """Records what merging makes of an adapter, None to forget it; judges the adapter anew."""
         if merge is None:
             self._merges.pop(digest, None)
         else:

@@ -41,8 +41,8 @@ class MergedResidency:
             lambda _, nbytes: costs.seconds("merged", nbytes),
         )
         self.popularity = AutoMerge(runner.step_costs() if config.merged_bytes else None)
-        self._merges: dict[str, FoldedShare | None] = {}
-        """What merging makes of adapters; None while that is being asked for."""
+        self._measuring: set[str] = set()
+        """Digests of adapters whose merging is measured now."""
 
     def check(self, adapter: AdapterRef) -> None:
         """Raises RequestInvalid when the adapter can never be served merged."""
@@ -105,9 +105,7 @@ class MergedResidency:
 
     def unload(self, digest: str) -> bool:
         """Drops merged weights as soon as nobody leases them; whether they were there."""
-        if self._merges.get(digest) is not None:
-            del self._merges[digest]
-            self.popularity.learn(digest, None)
+        self.popularity.record_share(digest, None)
         self.popularity.forget(digest)
         return self._cache.unload(digest)
 
@@ -115,12 +113,11 @@ class MergedResidency:
         """Takes in what a job has done; why those who wait for merged weights must fail."""
         error = done.error
         if done.job is Job.MEASURE:
+            self._measuring.remove(done.digest)
             if error is None:
                 assert done.result is not None
-                self._merges[done.digest] = done.result
-                self.popularity.learn(done.digest, done.result)
+                self.popularity.record_share(done.digest, done.result)
                 return self._too_large(done.digest)
-            del self._merges[done.digest]
         self._observer.adapter_loaded(
             tier="merged", outcome="error" if error else "ok", seconds=done.seconds
         )
@@ -138,7 +135,7 @@ class MergedResidency:
     @property
     def pending(self) -> int:
         """Number of adapters whose merged weights are measured or built."""
-        return self._cache.loading + sum(merge is None for merge in self._merges.values())
+        return self._cache.loading + len(self._measuring)
 
     def stats(self) -> CacheStats:
         """Returns how full the budget of merged weights is now."""
@@ -161,13 +158,14 @@ class MergedResidency:
 
     def _merge(self, digest: str) -> FoldedShare | None:
         """What merging makes of the adapter; None while the loader finds out."""
-        if digest not in self._merges:
-            self._merges[digest] = None
+        share = self.popularity.share(digest)
+        if share is None and digest not in self._measuring:
+            self._measuring.add(digest)
             self._loader.submit(Job.MEASURE, digest, partial(self._runner.measure_merge, digest))
-        return self._merges[digest]
+        return share
 
     def _too_large(self, digest: str) -> RequestInvalid | None:
-        merge = self._merges.get(digest)
+        merge = self.popularity.share(digest)
         if merge is None or self._cache.fits_empty(merge.nbytes):
             return None
         budget = self._cache.capacity

@@ -87,7 +87,7 @@ class UnmergedResidency:
 
     def fits_beside_pins(self, digest: str, nbytes: int) -> bool:
         """Returns True if an adapter is in the arena, or would fit if all but pins were gone."""
-        return self._arena.get(digest) is not None or self._arena.fits_beside_pins(nbytes)
+        return self._arena.get(digest) is not None or self._arena.fits_beside(self._pins, nbytes)
 
     def begin_step(self) -> None:
         """Brings what is pinned nearer, before anybody else asks. A pin that finds no room counts
@@ -98,7 +98,8 @@ class UnmergedResidency:
         self._host.begin_step()
         for digest, pin in self._pins.items():
             if self._arena.get(digest) is None and not self._start_job(digest, pin.nbytes):
-                self._arena.blocked = pin if self._arena.fits_beside_pins(pin.nbytes) else None
+                fits = self._arena.fits_beside(self._pins, pin.nbytes)
+                self._arena.blocked = pin if fits else None
 
     @property
     def blocked(self) -> bool:
@@ -146,12 +147,11 @@ class UnmergedResidency:
         if pinned + aligned(nbytes) > limit or not self.fits_beside_pins(digest, nbytes):
             raise PinsFull(name, nbytes, pinned, limit)
         self._pins[digest] = Pin(nbytes)
-        self._arena.pin(digest)
+        self._arena.cancel_unload(digest)
 
     def unpin(self, digest: str) -> None:
         """The adapter is one like others again."""
         self._pins.pop(digest, None)
-        self._arena.unpin(digest)
 
     def unload(self, digest: str) -> bool:
         """Drops an adapter from arena and host as soon as nobody needs it; whether it was in the
@@ -226,9 +226,8 @@ class UnmergedResidency:
         job = Job.COPY if self._host.has(digest) else Job.LOAD
         if self._loader.full(job):
             return True
-        if (place := self._arena.reserve(digest, nbytes)) is None:
+        if (place := self._arena.reserve(digest, nbytes, keep=self._pins)) is None:
             return False
-        place.pinned = digest in self._pins
         if job is Job.COPY:
             self._host.read(digest)
         load = partial(self._runner.load_adapter, digest, place.handle, nbytes)

@@ -15,17 +15,19 @@ from adaplex.server.threads import in_thread
 log = structlog.get_logger("adaplex.pins")
 
 INTERVAL_SECONDS = 1.0
-"""Between two looks at what other processes on the same store have changed."""
+"""Seconds between two reads of the catalog, which other processes change too."""
 
 
 class PinFollower:
-    """Belongs to one event loop."""
+    """Copies pins from the catalog, which decides them, to the engine, which has the set.
+
+    Belongs to one event loop.
+    """
 
     def __init__(self, registry: AdapterRegistry, engine: AsyncEngine) -> None:
         self._registry, self._engine = registry, engine
-        self._pinned: dict[str, AdapterRecord] = {}
         self._refused: set[str] = set()
-        """What found no room and was logged."""
+        """Digests whose refusal was logged; they are tried again without another log line."""
         self._lock = asyncio.Lock()
 
     async def watch(self) -> None:
@@ -35,43 +37,47 @@ class PinFollower:
             await asyncio.sleep(INTERVAL_SECONDS)
 
     async def follow_up(self) -> None:
-        """Follows after a change that is done; what hinders that is logged, and tried again."""
+        """Calls `follow`; logs errors instead of raising them, since `watch` tries again."""
         try:
             await self.follow()
-        except Exception as error:  # a full disk, a busy catalog, a bucket that is away
+        except Exception as error:  # a full disk, a busy catalog, an unreachable bucket
             log.warning("pins not followed", error=str(error))
 
     async def follow(self) -> None:
-        """Pins and unpins adapters as the catalog says now. An adapter without room is logged once;
-        one that was unloaded, or could not be loaded, is tried again.
+        """Pins and unpins adapters of the engine until they are those that the catalog pins.
+
+        Logs an adapter without room once, and tries it again at each call, as one that the engine
+        has unloaded or could not load.
         """
         async with self._lock:
             records = await in_thread(self._registry.names.pinned)
-            for digest in self._pinned.keys() - self._engine.stats().pinned:
-                del self._pinned[digest]
             wanted = {record.digest: record for record in records}
-            for digest in self._pinned.keys() - wanted.keys():
-                await self._unpin(digest)
+            pinned = self._engine.stats().pinned
+            for digest in pinned - wanted.keys():
+                await self._engine.unpin(digest)
             self._refused &= wanted.keys()
             for digest, record in wanted.items():
-                if digest not in self._pinned:
+                if digest not in pinned:
                     await self._try(record)
 
     async def add(self, name: str) -> None:
-        """Pins every adapter that a name can lead to, or none. Raises PinsFull, NoRoomBesidePins,
-        AdapterNotFound, or RequestInvalid for what has nothing in the arena.
+        """Pins every adapter that a name can resolve to, or none.
+
+        Raises PinsFull, NoRoomBesidePins, AdapterNotFound, or RequestInvalid for an adapter that
+        can only be served merged.
         """
         records = await in_thread(self._registry.names.reachable, name)
         async with self._lock:
+            pinned = self._engine.stats().pinned
             added: list[str] = []
             try:
                 for record in records:
-                    if record.digest not in self._pinned:
+                    if record.digest not in pinned:
                         await self._pin(record)
                         added.append(record.digest)
             except BaseException:
                 for digest in added:
-                    await self._unpin(digest)
+                    await self._engine.unpin(digest)
                 raise
 
     async def _try(self, record: AdapterRecord) -> None:
@@ -88,8 +94,3 @@ class PinFollower:
             reason = f"{record.name}@{record.version} can only be served merged; the arena has none"
             raise RequestInvalid("pinned", reason)
         await self._engine.pin(record.digest, record.packed_bytes, record.name)
-        self._pinned[record.digest] = record
-
-    async def _unpin(self, digest: str) -> None:
-        await self._engine.unpin(digest)
-        del self._pinned[digest]
