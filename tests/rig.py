@@ -30,6 +30,13 @@ BLOCK = 16
 ARENA = 64 << 20
 
 
+class Programs(dict[str, AdapterProgram]):
+    """Adapters by digest, as a source for an engine."""
+
+    def program(self, digest: str) -> AdapterProgram:
+        return self[digest]
+
+
 class Rig:
     """Owns blocks and arena extents in the simplest way: none is ever given back."""
 
@@ -59,7 +66,7 @@ class Rig:
             native=native and not triton,
             saved=saved,
         )
-        self.programs: dict[str, AdapterProgram] = {}
+        self.programs = Programs()
         kernel = attention.paged_kernel(torch.device("cuda")) if triton else reference.attend
         attention.install(self.base.module, attention.PagedAttention(self.base.step, kernel))
         low_rank = self._low_rank(triton=triton)
@@ -68,7 +75,6 @@ class Rig:
             num_blocks=num_blocks,
             block_tokens=BLOCK,
             arena_bytes=arena_bytes,
-            load_program=self.programs.__getitem__,
             low_rank=low_rank,
             decode=decode_steps(
                 self.base,
@@ -93,9 +99,9 @@ class Rig:
         self.programs[program.digest] = program
         size = program.packed_bytes(self.base.dtype.itemsize)
         if mode is AdapterMode.MERGED:
-            self.runner.build_merged(program.digest)
+            self.runner.build_merged(program)
         else:
-            self.runner.load_adapter(program.digest, self._offset, size)
+            self.runner.load_adapter(program, self._offset, size)
             self._offset += size
         return AdapterRef(
             *("a", 1, program.digest, size, len(program.modules), mode),

@@ -124,14 +124,14 @@ class Bench:
         runner, size = self.rig.runner, self.adapters[0].packed_bytes
         digests = [adapter.digest for adapter in self.adapters[:2]]
         for digest in digests:
-            runner.fetch_adapter(digest)
+            runner.pack_adapter(self.rig.programs[digest])
             runner.remove_adapter(digest)
-        runner.load_adapter(digests[1], 0, size)
+        runner.copy_adapter(digests[1], 0, size)
 
         def swap() -> None:
             runner.remove_adapter(digests[1])
             digests.reverse()
-            runner.load_adapter(digests[1], 0, size)
+            runner.copy_adapter(digests[1], 0, size)
 
         took = self._median(swap)
         return Point("swap", 1, took, size / self._options.bus / GB * 1000)

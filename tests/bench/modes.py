@@ -33,6 +33,7 @@ from adaplex.engine.engine import Engine
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
 from adaplex.model.base.loader import BaseModel, load_base
 from adaplex.model.runner import ModelRunner
+from rig import Programs
 
 BLOCKS = 1024
 MIXES = ("identical", "zipf", "distinct")
@@ -44,7 +45,7 @@ class Traffic:
     def __init__(
         self,
         base: BaseModel,
-        programs: dict[str, AdapterProgram],
+        programs: Programs,
         choose: Callable[[int], str],
         mode: AdapterMode,
         options: argparse.Namespace,
@@ -57,7 +58,6 @@ class Traffic:
             num_blocks=BLOCKS,
             block_tokens=16,
             arena_bytes=256 << 20,
-            load_program=programs.__getitem__,
         )
         config = EngineConfig(
             num_blocks=BLOCKS,
@@ -66,7 +66,7 @@ class Traffic:
             max_model_len=1024,
             prefix_cache=False,
         )
-        self.engine = Engine(config, runner, base_digest="base")
+        self.engine = Engine(config, runner, programs, base_digest="base")
         for _ in range(options.streams):
             self._ask()
 
@@ -120,7 +120,7 @@ def lowered(directory: Path, base: BaseModel) -> AdapterProgram:
 
 
 def compare(
-    base: BaseModel, programs: dict[str, AdapterProgram], mix: str, options: argparse.Namespace
+    base: BaseModel, programs: Programs, mix: str, options: argparse.Namespace
 ) -> dict[str, float]:
     """Tokens a second of each mode, and auto's over the better's: medians over rounds in which the
     modes take turns, so that a noisy machine is noisy for all.
@@ -171,7 +171,8 @@ def main() -> None:
                 write_checkpoint(Path(work) / f"{quantization}{i}", modules, options.rank, i)
                 for i in range(options.streams)
             ]
-            programs = {p.digest: p for p in (lowered(folder, base) for folder in folders)}
+            lowers = (lowered(folder, base) for folder in folders)
+            programs = Programs((program.digest, program) for program in lowers)
             for mix in options.mixes:
                 row = compare(base, programs, mix, options)
                 figures[f"{quantization} {mix}"] = row

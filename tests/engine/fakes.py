@@ -11,6 +11,7 @@ from functools import partial
 from threading import Event
 from typing import Any, NamedTuple
 
+from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.auto_merge import AutoMerge
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.config import EngineConfig
@@ -102,7 +103,8 @@ class FakeRunner:
         """A machine on which merging pays for an adapter that has the steps for itself."""
         return StepCosts((1, 16), (1.0, 2.0), (1.0, 2.0), (0.2, 0.4), 0.1)
 
-    def fetch_adapter(self, digest: str) -> None:
+    def pack_adapter(self, program: AdapterProgram) -> None:
+        digest = program.digest
         self.fetches.append(digest)
         if digest in self.failing:
             raise self.failing[digest]
@@ -112,7 +114,14 @@ class FakeRunner:
     def remove_host(self, digest: str) -> None:
         self.host.remove(digest)
 
-    def load_adapter(self, digest: str, offset: int, nbytes: int) -> None:
+    def copy_adapter(self, digest: str, offset: int, nbytes: int) -> None:
+        assert digest in self.host, "there is no host copy"
+        self._load(digest, offset, nbytes)
+
+    def load_adapter(self, program: AdapterProgram, offset: int, nbytes: int) -> None:
+        self._load(program.digest, offset, nbytes)
+
+    def _load(self, digest: str, offset: int, nbytes: int) -> None:
         self.loads.append(digest)
         if digest in self.failing:
             raise self.failing[digest]
@@ -124,10 +133,11 @@ class FakeRunner:
     def remove_adapter(self, digest: str) -> None:
         del self.extents[digest]
 
-    def measure_merge(self, digest: str) -> FoldedShare:
+    def measure_merge(self, program: AdapterProgram) -> FoldedShare:
         return FoldedShare(self.merged_size)
 
-    def build_merged(self, digest: str) -> int:
+    def build_merged(self, program: AdapterProgram) -> int:
+        digest = program.digest
         self.loads.append(digest)
         if digest in self.failing:
             raise self.failing[digest]
@@ -169,6 +179,18 @@ class FakeRunner:
             if position >= chunk.start:
                 self.cells[cell] = right
             assert self.cells[cell] == right, "stale KV"
+
+
+class FakeSource:
+    """Has every adapter but those of `failing`; a program does nothing."""
+
+    def __init__(self) -> None:
+        self.failing: dict[str, Exception] = {}
+
+    def program(self, digest: str) -> AdapterProgram:
+        if digest in self.failing:
+            raise self.failing[digest]
+        return AdapterProgram(digest, "fake", ())
 
 
 class ManualExecutor(Executor):
@@ -244,6 +266,7 @@ def make_config(**changes: Any) -> EngineConfig:
 def make_engine(
     executor: Executor | None = None,
     runner: FakeRunner | None = None,
+    source: FakeSource | None = None,
     *,
     merge_after: int = 0,
     **changes: Any,
@@ -254,7 +277,7 @@ def make_engine(
     runner = runner or FakeRunner()
     engine = Engine(
         make_config(**changes),
-        runner,
+        *(runner, source or FakeSource()),
         base_digest="base",
         executor=executor or InlineExecutor(),
         clock=lambda: runner.now,

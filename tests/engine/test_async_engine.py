@@ -25,6 +25,7 @@ from adaplex.engine.request import Request
 from engine.fakes import (
     UNIT,
     FakeRunner,
+    FakeSource,
     ManualExecutor,
     expected,
     make_adapter,
@@ -56,7 +57,7 @@ class Bench:
     def __init__(self, executor: ManualExecutor | None = None, **changes: Any) -> None:
         self.runner = FakeRunner()
         self.engine = Engine(
-            make_config(**changes), self.runner, base_digest="base", executor=executor
+            make_config(**changes), self.runner, FakeSource(), base_digest="base", executor=executor
         )
         self.server = AsyncEngine(self.engine)
 

@@ -7,11 +7,12 @@ import threading
 
 import pytest
 
+from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.engine import Engine
 from adaplex.engine.errors import PinsFull, ServerUnavailable
 from adaplex.engine.request import Request
-from engine.fakes import UNIT, FakeRunner, digest, expected, make_config, make_request
+from engine.fakes import UNIT, FakeRunner, FakeSource, digest, expected, make_config, make_request
 
 
 class GatedRunner(FakeRunner):
@@ -23,14 +24,14 @@ class GatedRunner(FakeRunner):
         self.hanging = threading.Semaphore(0)
         self.arrived = threading.Event()
 
-    def fetch_adapter(self, digest: str) -> None:
-        if digest.startswith("sha256:cold"):
+    def pack_adapter(self, program: AdapterProgram) -> None:
+        if program.digest.startswith("sha256:cold"):
             self.hanging.release()
             assert self.gate.wait(10)
-        super().fetch_adapter(digest)
+        super().pack_adapter(program)
 
-    def load_adapter(self, digest: str, offset: int, nbytes: int) -> None:
-        super().load_adapter(digest, offset, nbytes)
+    def _load(self, digest: str, offset: int, nbytes: int) -> None:
+        super()._load(digest, offset, nbytes)
         self.arrived.set()
 
     async def hang(self, count: int) -> None:
@@ -51,7 +52,7 @@ async def collect(server: AsyncEngine, request: Request) -> list[int]:
 async def test_steps_and_copies_go_on_while_every_fetch_hangs() -> None:
     runner = GatedRunner()
     config = make_config(arena_bytes=2 * UNIT, host_bytes=16 * UNIT)
-    server = AsyncEngine(Engine(config, runner, base_digest="base"))
+    server = AsyncEngine(Engine(config, runner, FakeSource(), base_digest="base"))
     await server.start()
     try:
         for name in "abc":  # the arena has room for two
@@ -76,7 +77,7 @@ async def test_steps_and_copies_go_on_while_every_fetch_hangs() -> None:
 async def test_pins_cross_to_the_engine_thread_and_their_errors_come_back() -> None:
     runner = GatedRunner()
     config = make_config(arena_bytes=4 * UNIT, host_bytes=4 * UNIT)
-    server = AsyncEngine(Engine(config, runner, base_digest="base"))
+    server = AsyncEngine(Engine(config, runner, FakeSource(), base_digest="base"))
     await server.start()
     try:
         await server.pin(digest("p"), 2 * UNIT, "p")

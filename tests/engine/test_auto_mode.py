@@ -8,6 +8,7 @@ from itertools import count
 
 import pytest
 
+from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.auto_merge import REMEMBERED, STRIDE
 from adaplex.engine.batch import Batch
 from adaplex.engine.engine import Engine
@@ -16,6 +17,7 @@ from adaplex.engine.request import AdapterMode, SampledToken
 from engine.fakes import (
     UNIT,
     FakeRunner,
+    FakeSource,
     InlineExecutor,
     digest,
     make_adapter,
@@ -62,7 +64,7 @@ class ModelledRunner(FakeRunner):
         super().__init__()
         self.costs, self.merge = costs, merge
 
-    def measure_merge(self, digest: str) -> FoldedShare:
+    def measure_merge(self, program: AdapterProgram) -> FoldedShare:
         return self.merge
 
     def step_costs(self) -> StepCosts:
@@ -95,7 +97,7 @@ class Traffic:
                 max_chunk_tokens=128,
                 prefix_cache=False,
             ),
-            self.runner,
+            *(self.runner, FakeSource()),
             base_digest="base",
             executor=InlineExecutor(),
             clock=lambda: self.runner.now,

@@ -7,6 +7,7 @@ from adaplex.engine.errors import AdapterLoadFailed, RequestInvalid
 from engine.fakes import (
     AUTO,
     MERGED,
+    FakeSource,
     Ledger,
     ManualExecutor,
     expected,
@@ -52,6 +53,19 @@ def test_an_error_of_ours_is_passed_on_as_it_is() -> None:
     ledger = Ledger(engine)
     ledger.drain()
     assert ledger.error("r") is runner.failing["sha256:bad"]
+
+
+@pytest.mark.parametrize("host_bytes", [0, 1000])
+def test_an_adapter_that_the_store_cannot_read_is_in_no_memory(host_bytes: int) -> None:
+    source = FakeSource()
+    engine, runner = make_engine(source=source, host_bytes=host_bytes)
+    source.failing["sha256:bad"] = StoreCorrupt("bits")
+    engine.add(make_request("r", adapter="bad"))
+    ledger = Ledger(engine)
+    ledger.drain()
+    assert ledger.error("r") is source.failing["sha256:bad"]
+    assert (runner.host, runner.extents, runner.loads) == (set(), {}, [])
+    assert engine.stats().host_bytes_used == engine.stats().arena_bytes_used == 0
 
 
 def test_unload_waits_for_those_who_run_and_drops_then() -> None:

@@ -9,7 +9,7 @@ from adaplex.engine.load_jobs import Completion, Job, LoadJobs
 from adaplex.engine.merged_residency import MergedResidency
 from adaplex.engine.observer import SilentObserver
 from adaplex.engine.sequence import Sequence
-from engine.fakes import FakeRunner, InlineExecutor, digest, make_config, make_request
+from engine.fakes import FakeRunner, FakeSource, InlineExecutor, digest, make_config, make_request
 
 
 def test_uses_and_cost_raise_the_value_and_bytes_lower_it() -> None:
@@ -54,7 +54,7 @@ def test_the_first_measurement_counts_whole_and_later_ones_in_part() -> None:
 
 def test_a_build_is_measured_by_its_bytes_even_if_it_is_unloaded_meanwhile() -> None:
     runner, costs = FakeRunner(), LoadCosts()
-    loader = LoadJobs(lambda: None, InlineExecutor())
+    loader = LoadJobs(FakeSource(), lambda: None, InlineExecutor())
     config = make_config(merged_bytes=250)
     merged = MergedResidency(config, runner, loader, SilentObserver(), costs)
     waiting = Sequence(make_request(adapter="a"))

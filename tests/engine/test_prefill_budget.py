@@ -16,7 +16,7 @@ from adaplex.engine.engine import Engine
 from adaplex.engine.prefill_budget import ROW_COUNTS, PrefillBudget
 from adaplex.engine.request import SampledToken
 from adaplex.engine.sequence import Sequence
-from engine.fakes import FakeRunner, InlineExecutor, make_config, make_request
+from engine.fakes import FakeRunner, FakeSource, InlineExecutor, make_config, make_request
 
 BLOCK = 16
 
@@ -105,7 +105,7 @@ class Run:
         }
         self.engine = Engine(
             make_config(**limits | changes),
-            self.runner,
+            *(self.runner, FakeSource()),
             base_digest="base",
             executor=InlineExecutor(),
             clock=lambda: self.runner.now,

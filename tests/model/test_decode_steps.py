@@ -94,8 +94,7 @@ def test_replays_are_exact_while_adapters_come_and_go(rigs: tuple[Rig, Rig]) -> 
     def run(rig: Rig, places: dict[int, int], rows: list[int | None]) -> Tensor:
         """Loads programs into extents (place -> program), decodes the rows, unloads them."""
         for place, which in places.items():
-            rig.programs[programs[which].digest] = programs[which]
-            rig.runner.load_adapter(programs[which].digest, place * extent, extent)
+            rig.runner.load_adapter(programs[which], place * extent, extent)
         sequences = []
         for i, which in enumerate(rows):
             digest = None if which is None else programs[which].digest
@@ -158,14 +157,12 @@ def test_replays_of_everything_are_exact_while_adapters_come_and_go(rigs: tuple[
     capture = recorded(fast)
     programs = [made(fast, 3, 9), *(anything(fast, seed) for seed in range(4))]
     extent = max(p.packed_bytes(4) for p in programs)
-    for program in programs:
-        fast.programs[program.digest] = program
     lone: dict[tuple[int, int], Tensor] = {}
 
     def run(places: list[int], chosen: list[int | None]) -> None:
         """Loads programs into extents, decodes rows of the chosen, unloads them."""
         for place, which in enumerate(places):
-            fast.runner.load_adapter(programs[which].digest, place * extent, extent)
+            fast.runner.load_adapter(programs[which], place * extent, extent)
         rows = []
         for i, which in enumerate(chosen):
             digest = None if which is None else programs[which].digest

@@ -140,7 +140,6 @@ class Placed:
             num_blocks=64,
             block_tokens=BLOCK,
             arena_bytes=8 << 20,
-            load_program=self.rig.programs.__getitem__,
             low_rank=kernels,
             decode=DecodeSteps(base, kernels, block_tokens=BLOCK, capture=self.captured),
         )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from adaplex.adapters.errors import AdapterNotFound
 from adaplex.adapters.program.program import AdapterProgram
 from adaplex.model.adapters.packing import HostCache, Packer
 from peft_adapters import load_plain, save_adapter, spread
@@ -67,10 +67,9 @@ def test_logits_are_the_same_by_way_of_the_host(rig: Rig, programs: list[Adapter
         sequence = rig.sequence(prompt(17, seed), direct)
         before = rig.prefill(sequence)
         rig.runner.remove_adapter(program.digest)
-        rig.runner.fetch_adapter(program.digest)
-        del rig.programs[program.digest]  # the store is not read again
+        rig.runner.pack_adapter(program)
         again, size = rig.sequence(prompt(17, seed), direct), direct.packed_bytes
-        rig.runner.load_adapter(program.digest, 32 << 20, size)
+        rig.runner.copy_adapter(program.digest, 32 << 20, size)
         rig.runner.remove_host(program.digest)
         assert torch.equal(rig.prefill(again), before), "the arena needs no host copy"
         base = rig.prefill(rig.sequence(prompt(17, seed)))
@@ -78,13 +77,10 @@ def test_logits_are_the_same_by_way_of_the_host(rig: Rig, programs: list[Adapter
         rig.runner.remove_adapter(program.digest)
 
 
-def test_a_fetch_that_fails_keeps_nothing(rig: Rig, programs: list[AdapterProgram]) -> None:
-    def missing(digest: str) -> AdapterProgram:
-        raise AdapterNotFound(digest)
-
-    rig.runner._load_program = missing
-    with pytest.raises(AdapterNotFound):
-        rig.runner.fetch_adapter(programs[0].digest)
+def test_packing_that_fails_keeps_nothing(rig: Rig, programs: list[AdapterProgram]) -> None:
+    nowhere = tuple(replace(module, module="nowhere") for module in programs[0].modules)
+    with pytest.raises(KeyError, match="nowhere"):
+        rig.runner.pack_adapter(replace(programs[0], modules=nowhere))
     assert rig.runner._host.get(programs[0].digest) is None
 
 

@@ -171,7 +171,7 @@ def test_a_merged_copy_is_its_zeros(native: bool, model: Path) -> None:
         assert linear.tensors()[shared].data_ptr() == kept.tensors()[shared].data_ptr()
     assert not merged["zeros"].rest.sites
     made = sum(linear.nbytes for linear in merged["zeros"].linears.values())
-    found = rig.runner.measure_merge("zeros")
+    found = rig.runner.measure_merge(zeros)
     assert found.nbytes == made
     sizes = {name: linear.out_features * linear.in_features for name, linear in base.items()}
     inner = sum(size for name, size in sizes.items() if not rig.base.spec.modules[name].is_head)
@@ -179,6 +179,6 @@ def test_a_merged_copy_is_its_zeros(native: bool, model: Path) -> None:
     assert 0 < part < 0.5
     assert (found.dense, found.kept) == (0.0, part)
     weights = sum(base[m.module].out_features * base[m.module].in_features for m in dense.modules)
-    found = rig.runner.measure_merge("dense")
+    found = rig.runner.measure_merge(dense)
     assert found.nbytes == weights * 4
     assert (found.dense, found.kept) == (part, 0.0)

@@ -83,7 +83,12 @@ def answers(rig: Rig, requests: list[Request], **limits: int) -> tuple[dict[str,
     sizes |= {"max_step_tokens": 96, "max_chunk_tokens": 64, "merged_bytes": 1 << 24}
     config = EngineConfig(block_tokens=BLOCK, arena_bytes=ARENA, **sizes | limits)
     clock = map(float, count())  # every step takes a second: what runs together is always the same
-    engine = Engine(config, rig.runner, base_digest="base", observer=observer, clock=clock.__next__)
+    engine = Engine(
+        *(config, rig.runner, rig.programs),
+        base_digest="base",
+        observer=observer,
+        clock=clock.__next__,
+    )
     tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
     for request in requests:
         engine.add(request)

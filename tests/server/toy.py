@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from safetensors.torch import save
 
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.batch import Batch
 from adaplex.engine.config import EngineConfig
@@ -102,18 +103,20 @@ class FakeRunner:
         logprob = None if wanted is None else Logprob(token, -0.5, ((token, -0.5),) * wanted)
         return SampledToken(token, logprob)
 
-    def fetch_adapter(self, digest: str) -> None: ...
+    def pack_adapter(self, program: AdapterProgram) -> None: ...
 
     def remove_host(self, digest: str) -> None: ...
 
-    def load_adapter(self, digest: str, offset: int, nbytes: int) -> None: ...
+    def copy_adapter(self, digest: str, offset: int, nbytes: int) -> None: ...
+
+    def load_adapter(self, program: AdapterProgram, offset: int, nbytes: int) -> None: ...
 
     def remove_adapter(self, digest: str) -> None: ...
 
-    def build_merged(self, digest: str) -> int:
+    def build_merged(self, program: AdapterProgram) -> int:
         return 100
 
-    def measure_merge(self, digest: str) -> FoldedShare:
+    def measure_merge(self, program: AdapterProgram) -> FoldedShare:
         return FoldedShare(100)
 
     def remove_merged(self, digest: str) -> None: ...
@@ -223,7 +226,9 @@ def toy_parts(
     store = open_store(config, BASE, element_bytes=4)
     prometheus = CollectorRegistry()
     metrics = Metrics(prometheus, model_name=MODEL, vllm_names=config.vllm_metric_names)
-    core = Engine(limits, runner, base_digest=BASE.digest, observer=metrics)
+    core = Engine(
+        *(limits, runner, store.registry.programs), base_digest=BASE.digest, observer=metrics
+    )
     parts = Components(
         config=config,
         model=ModelInfo(

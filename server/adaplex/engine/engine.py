@@ -19,6 +19,7 @@ from adaplex.engine.errors import (
     QueueFull,
     RequestInvalid,
 )
+from adaplex.engine.load_jobs import AdapterSource
 from adaplex.engine.observer import Observer, SilentObserver
 from adaplex.engine.prefill_budget import PrefillPolicy
 from adaplex.engine.request import (
@@ -53,6 +54,7 @@ class Engine:
         self,
         config: EngineConfig,
         runner: Runner,
+        source: AdapterSource,
         *,
         base_digest: str,
         observer: Observer | None = None,
@@ -67,7 +69,9 @@ class Engine:
         self._observer = observer or SilentObserver()
         self._blocks = BlockManager(config, base_digest)
         self._residency = Residency(
-            config, runner, self._observer, on_completion=lambda: self.on_load(), executor=executor
+            *(config, runner, source, self._observer),
+            on_completion=lambda: self.on_load(),
+            executor=executor,
         )
         self._clock, self._pace = clock, PrefillPolicy(config)
         self._scheduler = Scheduler(

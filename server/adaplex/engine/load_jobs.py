@@ -9,8 +9,20 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum, auto
 from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Protocol
 
 from adaplex.engine.merge_cost_model import FoldedShare
+
+if TYPE_CHECKING:  # it imports torch, which the engine does not
+    from adaplex.adapters.program.program import AdapterProgram
+
+
+class AdapterSource(Protocol):
+    """Where adapters are stored. Called on the threads of LoadJobs."""
+
+    def program(self, digest: str) -> AdapterProgram:
+        """Reads and lowers a stored adapter. Raises an AdaplexError if it cannot be read."""
+        ...
 
 
 class Job(Enum):
@@ -51,7 +63,13 @@ class LoadJobs:
     `on_completion` is called on the loader's thread when `collect` would yield something.
     """
 
-    def __init__(self, on_completion: Callable[[], None], executor: Executor | None = None) -> None:
+    def __init__(
+        self,
+        source: AdapterSource,
+        on_completion: Callable[[], None],
+        executor: Executor | None = None,
+    ) -> None:
+        self._source = source
         self._pending: Counter[bool] = Counter()
         """Jobs submitted and not collected, by lane: copies, and the others."""
         self._on_completion = on_completion
@@ -76,11 +94,16 @@ class LoadJobs:
         fast = job is Job.COPY
         return self._pending[fast] < THREADS[fast] - 1
 
-    def submit(self, job: Job, digest: str, work: Callable[[], FoldedShare | None]) -> None:
-        """Runs `work` soon, on another thread."""
-        fast = job is Job.COPY
-        self._pending[fast] += 1
-        self._lanes[fast].submit(self._run, job, digest, work)
+    def submit(
+        self, job: Job, digest: str, work: Callable[[AdapterProgram], FoldedShare | None]
+    ) -> None:
+        """Reads an adapter from the source and passes it to `work`, on another thread."""
+        assert job is not Job.COPY
+        self._submit(job, digest, lambda: work(self._source.program(digest)))
+
+    def submit_copy(self, digest: str, copy: Callable[[], None]) -> None:
+        """Runs `copy`, a COPY, on another thread; the source is not read."""
+        self._submit(Job.COPY, digest, copy)
 
     def collect(self) -> list[Completion]:
         """What has been completed since the last call, in order."""
@@ -96,6 +119,11 @@ class LoadJobs:
         """Drops jobs that have not begun and waits for those that have."""
         for lane in self._own:
             lane.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self, job: Job, digest: str, work: Callable[[], FoldedShare | None]) -> None:
+        fast = job is Job.COPY
+        self._pending[fast] += 1
+        self._lanes[fast].submit(self._run, job, digest, work)
 
     def _run(self, job: Job, digest: str, work: Callable[[], FoldedShare | None]) -> None:
         start = time.monotonic()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from typing import TYPE_CHECKING
 
 from adaplex.engine.adapter_cache import AdapterCache, CacheStats
 from adaplex.engine.auto_merge import AutoMerge
@@ -19,6 +19,9 @@ from adaplex.engine.request import AdapterRef
 from adaplex.engine.runner import Runner
 from adaplex.engine.sequence import Sequence
 
+if TYPE_CHECKING:  # it imports torch, which the engine does not
+    from adaplex.adapters.program.program import AdapterProgram
+
 
 class MergedResidency:
     """One tier under a byte budget. The runner is asked once what merging makes of an adapter."""
@@ -27,11 +30,11 @@ class MergedResidency:
         self,
         config: EngineConfig,
         runner: Runner,
-        loader: LoadJobs,
+        jobs: LoadJobs,
         observer: Observer,
         costs: LoadCosts,
     ) -> None:
-        self._config, self._runner, self._loader, self._costs = config, runner, loader, costs
+        self._config, self._runner, self._jobs, self._costs = config, runner, jobs, costs
         self._observer = observer
         self._cache = AdapterCache(
             "merged",
@@ -83,7 +86,7 @@ class MergedResidency:
 
     def load(self, sequence: Sequence, digest: str) -> None:
         """Brings the merged weights that a waiting sequence needs nearer."""
-        if self._cache.get(digest) or self._cache.blocked or self._loader.full(Job.BUILD):
+        if self._cache.get(digest) or self._cache.blocked or self._jobs.full(Job.BUILD):
             return
         merge = self._merge(digest)
         if merge is not None and not self._build(digest, merge.nbytes, keep=frozenset()):
@@ -93,7 +96,7 @@ class MergedResidency:
         """Builds merged weights that nobody waits for, if that delays no load and evicts no
         others that pay.
         """
-        if self._loader.pending or self._cache.get(digest) or self._cache.blocked:
+        if self._jobs.pending or self._cache.get(digest) or self._cache.blocked:
             return
         if not self.popularity.judges(digest):
             return
@@ -149,11 +152,11 @@ class MergedResidency:
         if self._cache.reserve(digest, size, keep=keep) is None:
             return False
 
-        def build() -> None:
-            built = self._runner.build_merged(digest)
+        def build(program: AdapterProgram) -> None:
+            built = self._runner.build_merged(program)
             assert built <= size, f"merged weights take {built} bytes, not {size}"
 
-        self._loader.submit(Job.BUILD, digest, build)
+        self._jobs.submit(Job.BUILD, digest, build)
         return True
 
     def _merge(self, digest: str) -> FoldedShare | None:
@@ -161,7 +164,7 @@ class MergedResidency:
         share = self.popularity.share(digest)
         if share is None and digest not in self._measuring:
             self._measuring.add(digest)
-            self._loader.submit(Job.MEASURE, digest, partial(self._runner.measure_merge, digest))
+            self._jobs.submit(Job.MEASURE, digest, self._runner.measure_merge)
         return share
 
     def _too_large(self, digest: str) -> RequestInvalid | None:

@@ -13,7 +13,7 @@ from adaplex.engine.batch import Batch
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.errors import AdapterLoadFailed, RequestInvalid
 from adaplex.engine.eviction import LoadCosts
-from adaplex.engine.load_jobs import Completion, Job, LoadJobs
+from adaplex.engine.load_jobs import AdapterSource, Completion, Job, LoadJobs
 from adaplex.engine.merged_residency import MergedResidency
 from adaplex.engine.observer import Observer
 from adaplex.engine.request import AdapterMode, AdapterRef
@@ -89,13 +89,14 @@ class Residency:
         self,
         config: EngineConfig,
         runner: Runner,
+        source: AdapterSource,
         observer: Observer,
         *,
         on_completion: Callable[[], None],
         executor: Executor | None = None,
     ) -> None:
         self._config = config
-        self._jobs = LoadJobs(on_completion, executor)
+        self._jobs = LoadJobs(source, on_completion, executor)
         costs = LoadCosts()
         self._unmerged = UnmergedResidency(config, runner, self._jobs, observer, costs)
         self._merged = MergedResidency(config, runner, self._jobs, observer, costs)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from adaplex.engine.batch import Batch
 from adaplex.engine.merge_cost_model import FoldedShare, StepCosts
 from adaplex.engine.request import SampledToken
+
+if TYPE_CHECKING:  # it imports torch, which the engine does not
+    from adaplex.adapters.program.program import AdapterProgram
 
 
 class Runner(Protocol):
@@ -24,22 +27,25 @@ class Runner(Protocol):
         """Measures what linears and deltas take here. Called once, before the first step."""
         ...
 
-    def fetch_adapter(self, digest: str) -> None:
-        """Reads the adapter and keeps it packed in host memory.
-
-        Raises an AdaplexError when it cannot; nothing of it is kept then.
-        """
+    def pack_adapter(self, program: AdapterProgram) -> None:
+        """Packs the adapter into host memory. After an error host memory has nothing of it."""
         ...
 
     def remove_host(self, digest: str) -> None:
-        """Forgets the host copy of an adapter; never while `load_adapter` may read it."""
+        """Drops the host copy of an adapter; never called while `copy_adapter` may read it."""
         ...
 
-    def load_adapter(self, digest: str, offset: int, nbytes: int) -> None:
-        """Packs the adapter into arena bytes [offset, offset + nbytes), from its host copy if there
-        is one, else from where it is stored.
+    def copy_adapter(self, digest: str, offset: int, nbytes: int) -> None:
+        """Copies the host copy of an adapter into arena bytes [offset, offset + nbytes).
 
-        Raises an AdaplexError when it cannot; the extent is then free to reuse.
+        After an error the extent is free to reuse.
+        """
+        ...
+
+    def load_adapter(self, program: AdapterProgram, offset: int, nbytes: int) -> None:
+        """Packs the adapter into arena bytes [offset, offset + nbytes), without a host copy.
+
+        After an error the extent is free to reuse.
         """
         ...
 
@@ -47,14 +53,14 @@ class Runner(Protocol):
         """Forgets a resident adapter; its extent is about to be reused."""
         ...
 
-    def build_merged(self, digest: str) -> int:
-        """Makes the merged weights of an adapter; returns their bytes, at most those that were
-        measured. After an error nothing of them is kept.
+    def build_merged(self, program: AdapterProgram) -> int:
+        """Builds the merged weights of an adapter and returns their bytes, at most those that
+        `measure_merge` returned. After an error nothing of them is kept.
         """
         ...
 
-    def measure_merge(self, digest: str) -> FoldedShare:
-        """What merging would make of this stored adapter."""
+    def measure_merge(self, program: AdapterProgram) -> FoldedShare:
+        """Returns what merging would make of the adapter."""
         ...
 
     def remove_merged(self, digest: str) -> None:

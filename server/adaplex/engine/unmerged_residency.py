@@ -41,11 +41,11 @@ class UnmergedResidency:
         self,
         config: EngineConfig,
         runner: Runner,
-        loader: LoadJobs,
+        jobs: LoadJobs,
         observer: Observer,
         costs: LoadCosts,
     ) -> None:
-        self._config, self._runner, self._loader, self._costs = config, runner, loader, costs
+        self._config, self._runner, self._jobs, self._costs = config, runner, jobs, costs
         self._observer = observer
         space = ArenaAllocator(config.arena_bytes)
         self._arena = AdapterCache(
@@ -134,7 +134,7 @@ class UnmergedResidency:
         self._host.protect(digest)
         if self._host.get(digest) or not self._host.fits_empty(nbytes):
             return True
-        return self._loader.spare(Job.FETCH) and self._fetch(digest, nbytes)
+        return self._jobs.spare(Job.FETCH) and self._fetch(digest, nbytes)
 
     def pin(self, digest: str, nbytes: int, name: str) -> None:
         """From now on the adapter is brought into the arena and kept there, until it is unpinned,
@@ -204,7 +204,7 @@ class UnmergedResidency:
         """
         self._host.protect(digest)
         copy = self._host.get(digest)
-        if copy is None and self._loader.full(Job.FETCH):
+        if copy is None and self._jobs.full(Job.FETCH):
             return True
         if copy is None and self._fetch(digest, nbytes):
             return True
@@ -216,7 +216,7 @@ class UnmergedResidency:
         """Begins to fetch an absent adapter into the host; False when there is no room for it."""
         if not self._host.fits_empty(nbytes) or self._host.reserve(digest, nbytes) is None:
             return False
-        self._loader.submit(Job.FETCH, digest, partial(self._runner.fetch_adapter, digest))
+        self._jobs.submit(Job.FETCH, digest, self._runner.pack_adapter)
         return True
 
     def _load(self, digest: str, nbytes: int) -> bool:
@@ -224,14 +224,16 @@ class UnmergedResidency:
         loader is busy; False when there is no room for it.
         """
         job = Job.COPY if self._host.has(digest) else Job.LOAD
-        if self._loader.full(job):
+        if self._jobs.full(job):
             return True
         if (place := self._arena.reserve(digest, nbytes, keep=self._pins)) is None:
             return False
+        runner, offset = self._runner, place.handle
         if job is Job.COPY:
             self._host.read(digest)
-        load = partial(self._runner.load_adapter, digest, place.handle, nbytes)
-        self._loader.submit(job, digest, load)
+            self._jobs.submit_copy(digest, partial(runner.copy_adapter, digest, offset, nbytes))
+        else:
+            self._jobs.submit(job, digest, lambda p: runner.load_adapter(p, offset, nbytes))
         return True
 
     def _reload_seconds(self, digest: str, nbytes: int) -> float:

@@ -18,7 +18,7 @@ from adaplex.engine.sequence import Sequence
 from adaplex.model import measure_costs, measure_native_costs
 from adaplex.model.adapters.arena import Arena
 from adaplex.model.adapters.fold import FoldedWeights, merge, merged_bytes, merged_parts
-from adaplex.model.adapters.packing import HostCache, PackedAdapter, Packer
+from adaplex.model.adapters.packing import HostCache, Packer
 from adaplex.model.adapters.prefix import Prefixes, Write, panel_writer
 from adaplex.model.base.loader import BaseModel, silent
 from adaplex.model.forward.decode_steps import DecodeSteps
@@ -40,16 +40,14 @@ class ModelRunner:
         num_blocks: int,
         block_tokens: int,
         arena_bytes: int,
-        load_program: Callable[[str], AdapterProgram],
         low_rank: LowRankKernel | None = None,
         decode: DecodeSteps | None = None,
         progress: Callable[[str], None] = silent,
     ) -> None:
-        """`load_program` lowers a stored adapter; `low_rank` is by default the fastest here;
-        `decode` takes the steps it serves; `progress` is told why a step is not one call into C.
+        """`low_rank` is by default the fastest here; `decode` takes the steps it serves; `progress`
+        is told why a step is not one call into C.
         """
         self._base = base
-        self._load_program = load_program
         self._block_tokens, self._progress = block_tokens, progress
         self._modules = {name: index for index, name in enumerate(base.spec.modules)}
         self._arena = Arena(arena_bytes, dtype=base.dtype, device=base.device)
@@ -137,36 +135,40 @@ class ModelRunner:
             kernels=base.kernels,
         )
 
-    def fetch_adapter(self, digest: str) -> None:
+    def pack_adapter(self, program: AdapterProgram) -> None:
         """See Runner."""
-        self._host.keep(self._packed(digest))
+        self._host.keep(self._packer.pack(program))
 
     def remove_host(self, digest: str) -> None:
         """See Runner."""
         self._host.remove(digest)
 
-    def load_adapter(self, digest: str, offset: int, nbytes: int) -> None:
+    def copy_adapter(self, digest: str, offset: int, nbytes: int) -> None:
         """See Runner."""
-        packed = self._host.get(digest) or self._packed(digest)
+        packed = self._host.get(digest)
+        assert packed is not None
         self._arena.load(packed, offset, nbytes)
+
+    def load_adapter(self, program: AdapterProgram, offset: int, nbytes: int) -> None:
+        """See Runner."""
+        self._arena.load(self._packer.pack(program), offset, nbytes)
 
     def remove_adapter(self, digest: str) -> None:
         """See Runner."""
         self._arena.remove(digest)
 
     @torch.inference_mode()
-    def build_merged(self, digest: str) -> int:
+    def build_merged(self, program: AdapterProgram) -> int:
         """See Runner."""
-        base, program = self._base, self._load_program(digest)
-        self._merged[digest] = merge(
+        base = self._base
+        self._merged[program.digest] = merge(
             program, base.backends, packer=self._packer, device=base.device
         )
         return merged_bytes(program, base.backends, base.dtype)
 
-    def measure_merge(self, digest: str) -> FoldedShare:
+    def measure_merge(self, program: AdapterProgram) -> FoldedShare:
         """See Runner."""
-        base, program = self._base, self._load_program(digest)
-        modules = base.spec.modules
+        base, modules = self._base, self._base.spec.modules
         inner = {name: b for name, b in base.backends.items() if not modules[name].is_head}
         nbytes = merged_bytes(program, base.backends, base.dtype)
         return FoldedShare(nbytes, *merged_parts(program, inner))
@@ -175,9 +177,6 @@ class ModelRunner:
         """See Runner."""
         del self._merged[digest]
         self._merged_tables.pop(digest, None)
-
-    def _packed(self, digest: str) -> PackedAdapter:
-        return self._packer.pack(self._load_program(digest))
 
     def _weights(self, adapter: AdapterRef) -> AdapterWeights:
         """What an adapter in memory does beside dense weights."""

@@ -51,7 +51,6 @@ def build(config: ServerConfig, progress: Progress) -> Components:
         num_blocks=engine_config.num_blocks,
         block_tokens=engine_config.block_tokens,
         arena_bytes=engine_config.arena_bytes,
-        load_program=store.registry.programs.program,
         low_rank=low_rank,
         decode=decode_steps(
             base,
@@ -65,7 +64,8 @@ def build(config: ServerConfig, progress: Progress) -> Components:
     runner.warm_up()
     prometheus = CollectorRegistry()
     metrics = Metrics(prometheus, model_name=spec.name, vllm_names=config.vllm_metric_names)
-    engine = AsyncEngine(Engine(engine_config, runner, base_digest=spec.digest, observer=metrics))
+    source = store.registry.programs
+    engine = Engine(engine_config, runner, source, base_digest=spec.digest, observer=metrics)
     return Components(
         config=config,
         model=_model_info(spec, base),
@@ -74,7 +74,7 @@ def build(config: ServerConfig, progress: Progress) -> Components:
         registry=store.registry,
         importer=store.importer,
         engine_config=engine_config,
-        engine=engine,
+        engine=AsyncEngine(engine),
         metrics=metrics,
         prometheus=prometheus,
     )

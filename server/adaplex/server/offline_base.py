@@ -72,12 +72,11 @@ class OfflineBase:
             num_blocks=window_blocks(positions, BLOCK_TOKENS),
             block_tokens=BLOCK_TOKENS,
             arena_bytes=max(ref.packed_bytes, 1),
-            load_program=lambda _: program,
         )
         if ref.mode is AdapterMode.MERGED:
-            runner.build_merged(program.digest)
+            runner.build_merged(program)
         else:
-            runner.load_adapter(program.digest, 0, ref.packed_bytes)
+            runner.load_adapter(program, 0, ref.packed_bytes)
         return runner
 
     def ref(self, name: str, program: AdapterProgram, *, merged: bool) -> AdapterRef:
