@@ -103,12 +103,7 @@ class Rig:
         else:
             self.runner.load_adapter(program, self._offset, size)
             self._offset += size
-        return AdapterRef(
-            *("a", 1, program.digest, size, len(program.modules), mode),
-            leading=program.leading,
-            invocation=program.invocation,
-            merged_only=program.merged_only,
-        )
+        return AdapterRef("a", 1, program.digest, size, program.traits, mode)
 
     def sequence(
         self,

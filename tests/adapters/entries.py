@@ -5,7 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from adaplex.adapters.storage.name_record import NameRecord, Origin, Version
+from adaplex.adapters.program.traits import AdapterTraits
+from adaplex.adapters.storage.event import Origin
+from adaplex.adapters.storage.name_record import NameRecord
+from adaplex.adapters.storage.version import Version
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -23,8 +26,7 @@ def version(seed: int = 0, **fields: Any) -> Version:
         "number": 0,
         "digest": digest(seed),
         "family": "lora",
-        "modules": 4,
-        "max_rank": 8,
+        "traits": AdapterTraits(modules=4, max_rank=8),
         "stored_bytes": 1000,
         "packed_bytes": {2: 640, 4: 1280},
         "created": EPOCH + timedelta(minutes=seed),

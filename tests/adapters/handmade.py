@@ -21,9 +21,10 @@ from adaplex.adapters.registry.importer import Importer
 from adaplex.adapters.registry.intake import Committed
 from adaplex.adapters.registry.registry import AdapterRegistry
 from adaplex.adapters.sources import Sources
-from adaplex.adapters.storage.catalog import AdapterRecord, Query
+from adaplex.adapters.storage.adapter_record import AdapterRecord
+from adaplex.adapters.storage.catalog import Query
+from adaplex.adapters.storage.event import Origin
 from adaplex.adapters.storage.folder_content import ALIVE
-from adaplex.adapters.storage.name_record import Origin
 from adaplex.adapters.storage.staging import FileSpec, Staging
 
 UPLOAD = Origin(datetime(2026, 1, 1, tzinfo=UTC), actor="ada", source="upload")

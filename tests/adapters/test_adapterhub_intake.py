@@ -82,7 +82,7 @@ def test_adapters_of_different_families_are_mixed_by_the_registry(tmp_path: Path
         assert torch.equal(half.down, whole.down)
         assert made.packed_bytes(4) == lease.record.packed_bytes
     with registry.resolve_combination([("mam", 1.0), ("lora", 0.5)]) as lease:
-        assert lease.record.leading == 5
+        assert lease.record.traits.leading == 5
     for weights, reason in (
         ([("pfeiffer", 1.0), ("parallel", 1.0)], "differ in input or activation"),
         ([("mam", 0.5), ("lora", 1.0)], "KV prefix must have weight 1"),

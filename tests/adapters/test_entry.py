@@ -2,16 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from adaplex.adapters.errors import AdapterError, AdapterInvalid, AdapterNotFound, StoreFull
+from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound, StoreFull
 from adaplex.adapters.storage.alias_split import Target, split_of
-from adaplex.adapters.storage.name_record import (
-    MAX_ALIASES,
-    MAX_EVENTS,
-    MAX_LABELS,
-    NameRecord,
-    from_json,
-    to_json,
-)
+from adaplex.adapters.storage.name_record import MAX_ALIASES, MAX_EVENTS, MAX_LABELS, NameRecord
 from adapters.entries import digest, entry, origin, version
 
 
@@ -101,15 +94,6 @@ def test_removing_the_last_version_removes_the_name() -> None:
         gone.remove(origin())
     with pytest.raises(AdapterNotFound):
         gone.resolve("")
-
-
-def test_a_document_gives_the_entry_back() -> None:
-    a = entry(versions=3).set_alias("prod", split_of([Target(1, 0.1), Target(3, 0.2)]), origin())
-    a = a.describe(origin(), description="x", labels={"team": "blue", "ü": "ß"}, pinned=True)
-    assert from_json(to_json(a)) == a
-    assert from_json(to_json(a.remove(origin()))) == a.remove(origin())
-    with pytest.raises(AdapterError, match="cannot be read"):
-        from_json(b'{"name": 3}')
 
 
 def test_history_is_bounded() -> None:

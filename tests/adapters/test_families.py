@@ -97,7 +97,7 @@ def test_a_prefix_is_cut_by_layer_then_keys_and_values() -> None:
     base, size = base_of(2), HEADS * FEATURES
     saved = torch.arange(3.0 * 4 * size).view(3, 4 * size)
     program = lower("PREFIX_TUNING", {"prompt_embeddings": saved}, base=base)
-    assert program.prefix_tokens == program.leading == 3
+    assert program.prefix_tokens == program.traits.leading == 3
     for layer, module in enumerate(program.modules):
         assert module.module == f"model.layers.{layer}.self_attn"
         assert module.prefix is not None

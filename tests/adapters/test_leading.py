@@ -16,8 +16,9 @@ from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.program.check_prefix import check_prefix
 from adaplex.adapters.program.primitives import KVPrefix
 from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.program.traits import AdapterTraits
 from adaplex.adapters.registry.registry import AdapterRegistry
-from adaplex.adapters.storage.name_record import from_json, to_json
+from adaplex.adapters.storage.name_document import from_json, to_json
 from adapters.entries import entry
 from adapters.handmade import BASE, make_registry, push, stage, tensors
 from adapters.handmade import files as made_files
@@ -133,12 +134,13 @@ def test_facts_reach_records_and_reports(
         facts.get("merged_only", False),
     )
     report = done.report
-    assert (report.leading, report.invocation, report.merged_only) == wanted
+    traits = report.traits
+    assert (traits.leading, traits.invocation, traits.merged_only) == wanted
     assert (report.prefix_tokens, report.virtual_tokens) == (wanted[0], 0)
     registry.close()
     registry = make_registry(tmp_path, TUNABLE)
     for record in (done.record, registry.names.get("tone")):
-        assert (record.leading, record.invocation, record.merged_only) == wanted
+        assert record.traits == traits
     registry.close()
 
 
@@ -160,9 +162,8 @@ def test_entries_from_before_there_were_facts_can_be_read() -> None:
             del version[field]
     found = from_json(json.dumps(document))
     assert found == entry(versions=2)
-    assert [(v.leading, v.invocation, v.merged_only) for v in found.versions] == [
-        (0, (), False)
-    ] * 2
+    traits = AdapterTraits(modules=4, max_rank=8, leading=0, invocation=(), merged_only=False)
+    assert [v.traits for v in found.versions] == [traits] * 2
 
 
 def test_what_is_only_merged_needs_no_arena(
@@ -214,5 +215,5 @@ def test_a_mix_leads_with_what_one_of_it_does(
         lowered_with(patch, prefix_tokens=5)
         push(registry, "tuned", made_files(weights=tensors(seed=1)))
     with registry.resolve_combination([("plain", 0.5), ("tuned", 1.0)]) as lease:
-        assert lease.record.leading == 5
+        assert lease.record.traits.leading == 5
     registry.close()

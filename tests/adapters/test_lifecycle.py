@@ -297,7 +297,7 @@ def test_combinations(registry: AdapterRegistry) -> None:
         assert [(p.record.name, p.weight) for p in lease.parts] == [("a", 0.7), ("b", 0.3)]
         program = registry.programs.program(record.digest)
         assert program.packed_bytes(4) == record.packed_bytes
-        assert program.max_rank == record.max_rank == 4
+        assert program.traits.max_rank == record.traits.max_rank == 4
         assert len(program.modules) == record.modules
         with registry.resolve_combination([("b", 0.3), ("a", 0.7)]) as same:
             assert same.record.digest == record.digest

@@ -28,7 +28,7 @@ from adapters.plain_lora import A_QUERY, B_QUERY, lower, refusals, without
 def test_a_plain_adapter_lowers_to_its_pairs() -> None:
     program = lower()
     assert program.family == "lora"
-    assert program.max_rank == 2
+    assert program.traits.max_rank == 2
     assert [module.module for module in program.modules] == sorted(
         name for name in BASE.modules if name.endswith(("q_proj", "v_proj"))
     )

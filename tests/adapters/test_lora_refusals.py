@@ -144,7 +144,7 @@ def test_parameters() -> None:
     fields: dict[str, Any] = {"target_modules": [], "target_parameters": ["gate_up_proj", DOWN]}
     made = lower(inner | outer, **fields)
     assert [m.module for m in made.modules] == [DOWN, UP]
-    assert made.max_rank == 6
+    assert made.traits.max_rank == 6
     found = refused(outer, **fields)
     assert found == {UP: "is named by target_modules, but has no tensors"}
     found = refused(inner | outer, target_modules=[], target_parameters=["gate_up_proj"])

@@ -16,7 +16,7 @@ def test_ranks_differ_by_pattern() -> None:
     ranks = {m.module: m.low_rank.rank for m in program.modules if m.low_rank is not None}
     assert ranks[QUERY] == 5
     assert ranks[VALUE] == 2
-    assert program.max_rank == 5
+    assert program.traits.max_rank == 5
     scales = {m.module: m.scale for m in program.modules}
     assert scales[QUERY] == pytest.approx(4 / 5)
 

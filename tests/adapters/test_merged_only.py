@@ -66,7 +66,7 @@ class Upload:
             max_merged_bytes=None,
             is_wanted=lambda _: False,
         )
-        assert programs.read(self.folder).merged_only
+        assert programs.read(self.folder).traits.merged_only
 
     def refused(self, reason: str) -> None:
         with pytest.raises(AdapterInvalid, match=reason):

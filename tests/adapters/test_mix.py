@@ -153,7 +153,7 @@ def test_the_program_says_what_it_is() -> None:
     first = program(A, module(QUERY, 1), notes=("same", "first"), warnings=("other base",))
     second = program(B, module(QUERY, 1), notes=("same",), warnings=("other base", "late"))
     made = mixed_program(mix, [first, second], BASE)
-    assert (made.digest, made.family, made.max_rank) == (mix.digest, "combination", 2)
+    assert (made.digest, made.family, made.traits.max_rank) == (mix.digest, "combination", 2)
     assert (made.notes, made.warnings) == (("same", "first"), ("other base", "late"))
     assert [m.scale for m in made.modules] == [1.0]
 
@@ -194,7 +194,7 @@ def test_a_weight_that_makes_a_tensor_overflow_is_refused(role: str) -> None:
         whole = replace(whole, low_rank=LowRank(whole.low_rank.a, whole.low_rank.b * 0 + 1e38))
     else:
         whole = replace(whole, bias=whole.bias * 0 + 1e38)
-    assert mixed_program(of((A, 2.0)), [program(A, whole)], BASE).max_rank == 2
+    assert mixed_program(of((A, 2.0)), [program(A, whole)], BASE).traits.max_rank == 2
     with pytest.raises(AdapterInvalid) as refused:
         mixed_program(of((A, 10.0)), [program(A, whole)], BASE)
     assert [(r.where, role in r.reason) for r in refused.value.refusals] == [(QUERY, True)]
@@ -222,5 +222,5 @@ def test_reports_are_enough_to_know_the_size(
     reports = [describe(p, BASE, element_bytes) for p in programs]
     assert mix_packed_bytes(reports, element_bytes) == made.packed_bytes(element_bytes)
     ranks = mix_ranks(reports)
-    assert max(ranks.values()) == made.max_rank
+    assert max(ranks.values()) == made.traits.max_rank
     assert ranks == {m.module: m.low_rank.rank if m.low_rank else 0 for m in made.modules}

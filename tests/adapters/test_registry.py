@@ -51,7 +51,7 @@ def test_an_upload_is_checked_committed_and_found(registry: AdapterRegistry) -> 
     assert done.created
     assert done.report == checked == registry.programs.report(record.digest)
     assert (record.name, record.version, record.family) == ("tone", 1, "lora")
-    assert (record.modules, record.max_rank) == (4, 2)
+    assert (record.traits.modules, record.traits.max_rank) == (4, 2)
     assert record.stored_bytes == sum(map(len, contents.values()))
     assert record.packed_bytes == checked.packed_bytes
     for selector in ("tone", "tone@1", record.digest):

@@ -26,7 +26,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from adaplex.adapters.storage.name_record import Origin
+from adaplex.adapters.storage.event import Origin
 from adaplex.client.bench.checkpoint import write_checkpoint
 from adaplex.client.bench.machine import Machine, read_bandwidth
 from adaplex.client.bench.report import rounded
@@ -34,7 +34,6 @@ from adaplex.client.bench.roofline import Roofline, StepBytes
 from adaplex.client.bench.workload import assigned
 from adaplex.engine.engine import Engine
 from adaplex.engine.request import (
-    AdapterMode,
     AdapterRef,
     Request,
     SamplingParams,
@@ -42,7 +41,6 @@ from adaplex.engine.request import (
 )
 from adaplex.server.build import build
 from adaplex.server.components import Components
-from adaplex.server.convert import adapter_ref
 from adaplex.server.load_config import load_config
 
 MIXES = {"base": "base", "one": "identical", "distinct": "distinct"}
@@ -157,7 +155,7 @@ class Bench:
         self.parts.importer.load(str(directory), directory.name, replace=False, origin=origin)
         lease = self.parts.registry.resolve(directory.name)
         try:
-            return adapter_ref(lease.record, None, AdapterMode.UNMERGED)
+            return AdapterRef.of(lease.record)
         finally:
             lease.release()
 

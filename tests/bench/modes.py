@@ -95,7 +95,7 @@ class Traffic:
         number = next(self._numbers)
         program = self._programs[self._choose(number)]
         size = program.packed_bytes(self._base.dtype.itemsize)
-        adapter = AdapterRef("a", 1, program.digest, size, len(program.modules), self._mode)
+        adapter = AdapterRef("a", 1, program.digest, size, program.traits, self._mode)
         prompt = tuple(self._random.randrange(1000, 40000) for _ in range(self._tokens))
         length = self._random.randint(self._tokens // 2, self._tokens * 3 // 2)
         sampling = SamplingParams(max_tokens=length)

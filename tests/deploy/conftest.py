@@ -13,6 +13,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
+from adaplex.adapters.program.traits import NO_TRAITS
 from adaplex.adapters.storage.catalog import StoreUsage
 from adaplex.engine.errors import QueueFull
 from adaplex.engine.request import AdapterRef, Timing
@@ -85,7 +86,7 @@ def report_everything(metrics: Metrics, rpc: RpcMetrics) -> None:
     metrics.adapter_loaded(tier="arena", outcome="error", seconds=0.01)
     metrics.adapter_evicted(tier="arena")
     metrics.merged_looked_up(hit=True)
-    metrics.request_admitted(AdapterRef("poet", 1, DIGEST, 1024, 2), 32)
+    metrics.request_admitted(AdapterRef("poet", 1, DIGEST, 1024, NO_TRAITS), 32)
     metrics.request_rejected(QueueFull(1, 1.0))
     metrics.tokens_generated(1, [0.02])
     metrics.request_ended("stop", 4, Timing(queued=0.01, first_token=0.05, total=0.2))

@@ -27,8 +27,7 @@ from adaplex.adapters.storage.alias_split import Target
 from adaplex.adapters.storage.lease import Lease
 from adaplex.engine.engine import Engine
 from adaplex.engine.errors import NoRoomBesidePins, PinsFull
-from adaplex.engine.request import AdapterMode, Request
-from adaplex.server.convert import adapter_ref
+from adaplex.engine.request import AdapterRef, Request
 from adapters.handmade import UPLOAD, files, make_registry, objects, push, staged, tensors
 from engine.fakes import FakeRunner, Ledger, expected, make_engine, make_request
 
@@ -188,7 +187,7 @@ class LifecycleMachine(RuleBasedStateMachine):
             return
         assert lease.record.digest in possible
         self.count += 1
-        adapter = adapter_ref(lease.record, None, AdapterMode.UNMERGED)
+        adapter = AdapterRef.of(lease.record)
         request = make_request(f"r{self.count}", range(length), adapter, max_tokens)
         try:
             self.engine.add(request)

@@ -12,6 +12,7 @@ from threading import Event
 from typing import Any, NamedTuple
 
 from adaplex.adapters.program.program import AdapterProgram
+from adaplex.adapters.program.traits import AdapterTraits
 from adaplex.engine.auto_merge import AutoMerge
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.config import EngineConfig
@@ -288,9 +289,9 @@ def make_engine(
 
 
 def make_adapter(
-    name: str = "a", nbytes: int = UNIT, mode: AdapterMode = AdapterMode.UNMERGED, **facts: Any
+    name: str = "a", nbytes: int = UNIT, mode: AdapterMode = AdapterMode.UNMERGED, **traits: Any
 ) -> AdapterRef:
-    return AdapterRef(name, 1, digest(name), nbytes, 1, mode, **facts)
+    return AdapterRef(name, 1, digest(name), nbytes, AdapterTraits(modules=1, **traits), mode)
 
 
 def make_request(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from adaplex.adapters.program.traits import NO_TRAITS
 from adaplex.engine.block_manager import BlockManager, digest_fields
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.engine.sequence import Sequence
@@ -172,8 +173,14 @@ def test_two_who_compute_the_same_keep_their_own_blocks() -> None:
         ((make_adapter("a"), ""), (make_adapter("a", mode=AdapterMode.MERGED), "")),
         ((None, ""), (None, "tenant")),
         ((make_adapter("a"), "b"), (make_adapter("a"), "c")),
-        ((AdapterRef("n", 1, "b", 1, 1), "a"), (AdapterRef("n", 1, "", 1, 1), "ab")),
-        ((AdapterRef("n", 1, "ab", 1, 1), ""), (AdapterRef("n", 1, "a", 1, 1), "b")),
+        (
+            (AdapterRef("n", 1, "b", 1, NO_TRAITS), "a"),
+            (AdapterRef("n", 1, "", 1, NO_TRAITS), "ab"),
+        ),
+        (
+            (AdapterRef("n", 1, "ab", 1, NO_TRAITS), ""),
+            (AdapterRef("n", 1, "a", 1, NO_TRAITS), "b"),
+        ),
     ],
 )
 def test_prefixes_are_keyed_by_adapter_mode_and_salt(

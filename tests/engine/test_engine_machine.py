@@ -108,10 +108,10 @@ class EngineMachine(RuleBasedStateMachine):
         except RequestInvalid as refusal:
             assert request.adapter is not None
             if refusal.field == "mode":
-                assert request.adapter.merged_only
+                assert request.adapter.traits.merged_only
                 assert mode is not AdapterMode.MERGED
             else:
-                assert request.adapter.invocation
+                assert request.adapter.traits.invocation
                 assert not {3, 4} <= set(request.prompt)
             return
         except NoRoomBesidePins:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
+from adaplex.adapters.program.traits import NO_TRAITS
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.model.forward.decode_steps import DecodeSteps, Replay
@@ -98,7 +99,7 @@ def test_replays_are_exact_while_adapters_come_and_go(rigs: tuple[Rig, Rig]) -> 
         sequences = []
         for i, which in enumerate(rows):
             digest = None if which is None else programs[which].digest
-            adapter = digest and AdapterRef("a", 1, digest, extent, 1, AdapterMode.UNMERGED)
+            adapter = digest and AdapterRef("a", 1, digest, extent, NO_TRAITS, AdapterMode.UNMERGED)
             sequences.append(rig.sequence(tokens[i], adapter or None))
         rig.prefill(*sequences)
         for sequence in sequences:
@@ -166,7 +167,7 @@ def test_replays_of_everything_are_exact_while_adapters_come_and_go(rigs: tuple[
         rows = []
         for i, which in enumerate(chosen):
             digest = None if which is None else programs[which].digest
-            adapter = digest and AdapterRef("a", 1, digest, extent, 1, AdapterMode.UNMERGED)
+            adapter = digest and AdapterRef("a", 1, digest, extent, NO_TRAITS, AdapterMode.UNMERGED)
             rows.append(fast.sequence(prompt(3, seed=i), adapter or None))
             rows[-1].tokens.append(30 if i % 2 else 5)
         fast.forward(*(Chunk(row, 0, 3) for row in rows))

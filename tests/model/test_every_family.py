@@ -150,7 +150,7 @@ def test_rows_of_every_family_in_one_batch_have_the_bits_of_each_alone(
 
 def added(rig: Rig, program: AdapterProgram) -> AdapterRef:
     """Resident, merged where it can only be so."""
-    mode = AdapterMode.MERGED if program.merged_only else AdapterMode.UNMERGED
+    mode = AdapterMode.MERGED if program.traits.merged_only else AdapterMode.UNMERGED
     return rig.add(program, mode)
 
 

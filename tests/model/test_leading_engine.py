@@ -69,11 +69,8 @@ def programs(rig: Rig) -> list[AdapterProgram]:
 
 
 def ref(program: AdapterProgram, mode: AdapterMode) -> AdapterRef:
-    return AdapterRef(
-        *(program.family, 1, program.digest, program.packed_bytes(4), 1, mode),
-        leading=program.leading,
-        invocation=program.invocation,
-    )
+    size = program.packed_bytes(4)
+    return AdapterRef(program.family, 1, program.digest, size, program.traits, mode)
 
 
 def answers(rig: Rig, requests: list[Request], **limits: int) -> tuple[dict[str, list[int]], int]:

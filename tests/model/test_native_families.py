@@ -213,7 +213,7 @@ def test_activations_equal_those_of_torch_over_their_range(
 
 
 def beyond(ref: AdapterRef) -> list[int]:
-    return [VIRTUAL + ref.leading]
+    return [VIRTUAL + ref.traits.leading]
 
 
 def of_the_base(_: AdapterRef) -> list[int]:

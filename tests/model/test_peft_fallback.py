@@ -87,7 +87,7 @@ def check(kind: str, rig: Rig, model: Path, folder: Path, **fields: object) -> N
     expected = save_kind(load_plain(model), folder, kind, **fields)
     idle = Oracle(load_plain(model), None).logits(TOKENS)
     program = lowered(folder, rig.base.spec)
-    assert program.merged_only
+    assert program.traits.merged_only
     ref = rig.add(program, AdapterMode.MERGED)
     found, plain = rig.prefill(rig.sequence(TOKENS, ref), rig.sequence(TOKENS))
     assert (idle - expected).abs().max() > 1e-2, "the adapter does nothing"

@@ -167,7 +167,7 @@ def test_virtual_tokens_come_behind_the_prefix(
     rig = make_rig(model, native)
     made = program(rig, ModuleProgram("model.embed_tokens", virtual=rand(6, 64, seed=92)))
     tokens, ref = prompt(13), rig.add(made)
-    assert ref.leading == TOKENS + 6
+    assert ref.traits.leading == TOKENS + 6
     logits = rig.prefill(rig.sequence(tokens, ref))[0]
     assert (logits - expected(load_plain(model), made, tokens)).abs().max() < 1e-4
     cut = rig.sequence(tokens, ref)

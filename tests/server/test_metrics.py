@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
+from adaplex.adapters.program.traits import NO_TRAITS
 from adaplex.engine.errors import QueueFull, ServerUnavailable
 from adaplex.engine.observer import Observer
 from adaplex.engine.request import AdapterRef, Timing
@@ -10,7 +11,7 @@ from adaplex.server.metrics import Metrics
 
 
 def ref(name: str) -> AdapterRef:
-    return AdapterRef(name, 1, f"sha256:{name}", 10, 1)
+    return AdapterRef(name, 1, f"sha256:{name}", 10, NO_TRAITS)
 
 
 def made(stats: EngineStats | None = None) -> tuple[Metrics, CollectorRegistry]:

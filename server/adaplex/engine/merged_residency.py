@@ -50,7 +50,11 @@ class MergedResidency:
     def check(self, adapter: AdapterRef) -> None:
         """Raises RequestInvalid when the adapter can never be served merged."""
         if not self._config.merged_bytes:
-            how = f"; adapter {adapter.name} can only be served so" if adapter.merged_only else ""
+            how = (
+                f"; adapter {adapter.name} can only be served so"
+                if adapter.traits.merged_only
+                else ""
+            )
             raise RequestInvalid("mode", f"this server keeps no merged weights{how}")
         if refusal := self._too_large(adapter.digest):
             raise refusal

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
+from adaplex.adapters.program.traits import AdapterTraits
+from adaplex.adapters.storage.adapter_record import AdapterRecord
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.errors import RequestInvalid
 
@@ -81,18 +83,40 @@ class AdapterRef:
     version: int
     digest: str
     packed_bytes: int
-    modules: int
+    traits: AdapterTraits
     mode: AdapterMode = AdapterMode.UNMERGED
     """Never AUTO once the engine has admitted the request."""
-    leading: int = 0
-    """Positions that it puts before the prompt."""
-    invocation: tuple[int, ...] = ()
-    """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
-    merged_only: bool = False
 
     def __post_init__(self) -> None:
         """Asserts that nothing that is invoked has positions of its own before the prompt."""
-        assert not (self.leading and self.invocation)
+        assert not (self.traits.leading and self.traits.invocation)
+
+    @classmethod
+    def of(
+        cls,
+        record: AdapterRecord,
+        mode: AdapterMode | None = None,
+        *,
+        default: AdapterMode = AdapterMode.UNMERGED,
+    ) -> AdapterRef:
+        """Binds a request to a record. Without `mode`, an adapter that can only be merged is
+        merged, and any other is served as `default` says.
+
+        Raises RequestInvalid, naming `spec.mode`, for UNMERGED where merging is the only way.
+        """
+        if record.traits.merged_only:
+            if mode is AdapterMode.UNMERGED:
+                reason = f"adapter {record.name} can only be served merged"
+                raise RequestInvalid("spec.mode", reason)
+            mode = AdapterMode.MERGED
+        return cls(
+            name=record.name,
+            version=record.version,
+            digest=record.digest,
+            packed_bytes=record.packed_bytes,
+            traits=record.traits,
+            mode=mode or default,
+        )
 
     @cached_property
     def key(self) -> str:
@@ -116,14 +140,14 @@ class Request:
     @property
     def leading(self) -> int:
         """Positions that the adapter puts before the prompt; they count towards the context."""
-        return self.adapter.leading if self.adapter else 0
+        return self.adapter.traits.leading if self.adapter else 0
 
     @property
     def invoked_at(self) -> int | None:
         """The position from which on the adapter is applied: 0, or where its invocation last begins
         in the prompt; None when it does not.
         """
-        tokens = self.adapter.invocation if self.adapter else ()
+        tokens = self.adapter.traits.invocation if self.adapter else ()
         last = len(self.prompt) - len(tokens)
         starts = range(last, -1, -1) if tokens else (0,)
         return next((i for i in starts if self.prompt[i : i + len(tokens)] == tokens), None)
@@ -140,8 +164,8 @@ class Request:
             reason = f"has {tokens} tokens{before}; with one to generate, the limit is "
             raise RequestInvalid("prompt", f"{reason}{config.max_model_len}")
         if adapter and self.invoked_at is None:
-            shown = ", ".join(map(str, adapter.invocation[:SHOWN_TOKENS]))
-            more = ", ..." if len(adapter.invocation) > SHOWN_TOKENS else ""
+            shown = ", ".join(map(str, adapter.traits.invocation[:SHOWN_TOKENS]))
+            more = ", ..." if len(adapter.traits.invocation) > SHOWN_TOKENS else ""
             reason = (
                 f"does not have the tokens {shown}{more}, which adapter {adapter.name} begins at"
             )

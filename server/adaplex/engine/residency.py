@@ -116,7 +116,7 @@ class Residency:
         """
         if adapter.mode is AdapterMode.MERGED:
             self._merged.check(adapter)
-        elif adapter.merged_only:
+        elif adapter.traits.merged_only:
             raise RequestInvalid("mode", f"adapter {adapter.name} can only be served merged")
         else:
             self._unmerged.check(adapter)

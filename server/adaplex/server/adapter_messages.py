@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping
 
 from adaplex.adapters.compose.merge import MAX_SOURCES, MergeMethod, MergePlan
 from adaplex.adapters.program.report import Report
+from adaplex.adapters.storage.adapter_record import AdapterRecord
 from adaplex.adapters.storage.alias_split import MAX_TARGETS, Split, Target
-from adaplex.adapters.storage.catalog import AdapterRecord, Order, Query
-from adaplex.adapters.storage.name_record import Event, NameRecord
+from adaplex.adapters.storage.catalog import Order, Query
+from adaplex.adapters.storage.event import Event
+from adaplex.adapters.storage.name_record import NameRecord
 from adaplex.adapters.storage.staging import FileSpec
 from adaplex.server.convert import check
 from adaplex.v1 import adapters_pb2
@@ -126,8 +128,8 @@ def adapter(
         version=record.version,
         digest=record.digest,
         family=record.family,
-        modules=record.modules,
-        max_rank=record.max_rank,
+        modules=record.traits.modules,
+        max_rank=record.traits.max_rank,
         stored_bytes=record.stored_bytes,
         packed_bytes=record.packed_bytes,
         resident=tier == adapters_pb2.RESIDENCY_TIER_ARENA,
@@ -140,9 +142,9 @@ def adapter(
         labels=dict(entry.labels),
         pinned=entry.pinned,
         aliases=_aliases(entry.aliases),
-        leading_tokens=record.leading,
-        invocation_tokens=record.invocation,
-        merged_only=record.merged_only,
+        leading_tokens=record.traits.leading,
+        invocation_tokens=record.traits.invocation,
+        merged_only=record.traits.merged_only,
     )
     message.create_time.FromDatetime(record.created)
     message.update_time.FromDatetime(entry.updated)
@@ -205,8 +207,8 @@ def report(found: Report) -> adapters_pb2.AdapterReport:
         ],
         prefix_tokens=found.prefix_tokens,
         virtual_tokens=found.virtual_tokens,
-        invocation_tokens=found.invocation,
-        merged_only=found.merged_only,
+        invocation_tokens=found.traits.invocation,
+        merged_only=found.traits.merged_only,
         merged_bytes=found.merged_bytes,
     )
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adaplex.adapters.compose.mix import MAX_COMPONENTS
-from adaplex.adapters.storage.catalog import AdapterRecord
 from adaplex.adapters.storage.lease import Lease
 from adaplex.engine.errors import RequestInvalid
 from adaplex.engine.request import (
@@ -204,27 +203,6 @@ def routing_key(spec: generation_pb2.GenerationSpec) -> str:
     return spec.routing_key
 
 
-def adapter_ref(
-    record: AdapterRecord, mode: AdapterMode | None, default: AdapterMode
-) -> AdapterRef:
-    """What a request is bound to. What can only be merged is, unless `mode` asks for another."""
-    if record.merged_only:
-        reason = f"adapter {record.name} can only be served merged"
-        check("spec.mode", mode is not AdapterMode.UNMERGED, reason)
-        mode = AdapterMode.MERGED
-    return AdapterRef(
-        name=record.name,
-        version=record.version,
-        digest=record.digest,
-        packed_bytes=record.packed_bytes,
-        modules=record.modules,
-        mode=mode or default,
-        leading=record.leading,
-        invocation=record.invocation,
-        merged_only=record.merged_only,
-    )
-
-
 def applied(ref: AdapterRef, lease: Lease) -> generation_pb2.AppliedAdapter:
     """Returns the proof of the content that generates."""
     components = [
@@ -242,7 +220,7 @@ def applied(ref: AdapterRef, lease: Lease) -> generation_pb2.AppliedAdapter:
         version=ref.version,
         digest=ref.digest,
         mode=MODES_OUT[ref.mode],
-        modules=ref.modules,
+        modules=ref.traits.modules,
         alias=lease.record.alias,
         components=components,
         warnings=lease.warnings,

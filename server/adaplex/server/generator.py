@@ -98,12 +98,11 @@ class Generator:
             begun = time.monotonic()
             async with self._lease(selectors, key) as lease:
                 fetched = time.monotonic() - begun
-                adapter = convert.adapter_ref(lease.record, mode, self._mode) if lease else None
+                adapter = AdapterRef.of(lease.record, mode, default=self._mode) if lease else None
                 rpc.log |= _adapter_fields(adapter)
                 prompt = await self._prompts.encode(spec)
-                room = (
-                    self._limits.max_model_len - len(prompt) - (adapter.leading if adapter else 0)
-                )
+                leading = adapter.traits.leading if adapter else 0
+                room = self._limits.max_model_len - len(prompt) - leading
                 request = Request(
                     # Client ids may repeat; the engine's may not.
                     request_id=f"{rpc.request_id}#{next(self._numbers)}",

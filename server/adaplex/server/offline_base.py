@@ -81,15 +81,9 @@ class OfflineBase:
 
     def ref(self, name: str, program: AdapterProgram, *, merged: bool) -> AdapterRef:
         """Returns a reference to the adapter, merged if asked or if it can only be merged."""
-        mode = AdapterMode.MERGED if merged or program.merged_only else AdapterMode.UNMERGED
-        return AdapterRef(
-            *(name, 0, program.digest, program.packed_bytes(self.base.dtype.itemsize)),
-            len(program.modules),
-            mode,
-            leading=program.leading,
-            invocation=program.invocation,
-            merged_only=program.merged_only,
-        )
+        mode = AdapterMode.MERGED if merged or program.traits.merged_only else AdapterMode.UNMERGED
+        size = program.packed_bytes(self.base.dtype.itemsize)
+        return AdapterRef(name, 0, program.digest, size, program.traits, mode)
 
 
 @contextmanager

@@ -25,8 +25,8 @@ from adaplex.adapters.storage.bucket_catalog import BucketCatalog
 from adaplex.adapters.storage.bucket_content import BucketContent
 from adaplex.adapters.storage.catalog import Catalog
 from adaplex.adapters.storage.content_store import ContentStore
+from adaplex.adapters.storage.event import Origin
 from adaplex.adapters.storage.folder_content import FolderContent
-from adaplex.adapters.storage.name_record import Origin
 from adaplex.adapters.storage.sqlite_catalog import SqliteCatalog
 from adaplex.server.config import ConfigError, ServerConfig
 

@@ -7,7 +7,7 @@ import asyncio
 import structlog
 
 from adaplex.adapters.registry.registry import AdapterRegistry
-from adaplex.adapters.storage.catalog import AdapterRecord
+from adaplex.adapters.storage.adapter_record import AdapterRecord
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.errors import NoRoomBesidePins, PinsFull, RequestInvalid
 from adaplex.server.threads import in_thread
@@ -90,7 +90,7 @@ class PinFollower:
             self._refused.add(record.digest)
 
     async def _pin(self, record: AdapterRecord) -> None:
-        if record.merged_only:
+        if record.traits.merged_only:
             reason = f"{record.name}@{record.version} can only be served merged; the arena has none"
             raise RequestInvalid("pinned", reason)
         await self._engine.pin(record.digest, record.packed_bytes, record.name)

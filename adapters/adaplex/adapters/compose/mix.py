@@ -90,7 +90,7 @@ def check_mix(mix: Mix, reports: Sequence[Report], names: Mapping[str, str]) -> 
     """
     effects: defaultdict[str, list[Effect]] = defaultdict(list)
     for component, report in zip(mix.components, reports, strict=True):
-        if report.merged_only:
+        if report.traits.merged_only:
             reason = f"{names[component.digest]} can only be served merged, and by itself"
             raise AdapterInvalid.because("adapters", reason)
         for module in report.modules:
@@ -100,7 +100,7 @@ def check_mix(mix: Mix, reports: Sequence[Report], names: Mapping[str, str]) -> 
     # the order of two adapters' virtual tokens would depend on their digests
     if sum(report.virtual_tokens > 0 for report in reports) > 1:
         raise AdapterInvalid.because("adapters", f"{together} all put tokens before the prompt")
-    if len({report.invocation for report in reports}) > 1:
+    if len({report.traits.invocation for report in reports}) > 1:
         raise AdapterInvalid.because("adapters", f"{together} begin at different invocations")
     for name, found in effects.items():
         if problem := conflict(found):

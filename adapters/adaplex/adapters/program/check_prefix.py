@@ -18,7 +18,7 @@ def check_prefix(program: AdapterProgram, base: BaseSpec) -> None:
     refusals: list[Refusal] = []
     if program.prefix_tokens:
         refusals += _incomplete(program, base)
-    if program.leading and program.invocation:
+    if program.traits.leading and program.invocation:
         reason = "cannot be combined with positions before the prompt, which precede any invocation"
         refusals.append(Refusal("alora_invocation_tokens", reason))
     if refusals:

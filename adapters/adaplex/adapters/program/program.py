@@ -22,6 +22,7 @@ from adaplex.adapters.program.primitives import (
     ReplacedRows,
     Transform,
 )
+from adaplex.adapters.program.traits import AdapterTraits
 
 TensorRole = Literal[
     "a", "b", "inner", "bias", "output_scale", "input_scale", "weight", "rows", "virtual", "keys",
@@ -131,12 +132,19 @@ class AdapterProgram:
     """Reasons why the answers may differ from what the adapter's author meant."""
 
     invocation: tuple[int, ...] = ()
-    """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
+    """See AdapterTraits."""
 
-    @property
-    def max_rank(self) -> int:
-        """Largest rank of any module; 0 without low-rank pairs."""
-        return max((m.low_rank.rank for m in self.modules if m.low_rank is not None), default=0)
+    @cached_property
+    def traits(self) -> AdapterTraits:
+        """Facts of the adapter that its report, its catalog record and requests carry."""
+        ranks = (m.low_rank.rank for m in self.modules if m.low_rank is not None)
+        return AdapterTraits(
+            modules=len(self.modules),
+            max_rank=max(ranks, default=0),
+            leading=self.prefix_tokens + self.virtual_tokens,
+            invocation=self.invocation,
+            merged_only=any(m.transform is not None for m in self.modules),
+        )
 
     @cached_property
     def prefix_tokens(self) -> int:
@@ -147,16 +155,6 @@ class AdapterProgram:
     def virtual_tokens(self) -> int:
         """Virtual tokens, between the KV prefix and the prompt."""
         return max((len(m.virtual) for m in self.modules if m.virtual is not None), default=0)
-
-    @property
-    def leading(self) -> int:
-        """Positions before the prompt."""
-        return self.prefix_tokens + self.virtual_tokens
-
-    @property
-    def merged_only(self) -> bool:
-        """Whether some module has nothing but a merged weight."""
-        return any(m.transform is not None for m in self.modules)
 
     def layout(self, element_bytes: int, order: Mapping[str, int]) -> tuple[PackedTensor, ...]:
         """Returns the places of all tensors, aligned to ALIGNMENT bytes, in the order in which a

@@ -12,6 +12,7 @@ from adaplex.adapters.errors import Refusal
 from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.adapters.program.program import AdapterProgram, TensorRole
 from adaplex.adapters.program.sum import bottleneck_kind
+from adaplex.adapters.program.traits import NO_TRAITS, AdapterTraits
 
 T = TypeVar("T")
 
@@ -50,16 +51,9 @@ class Report:
     """Positions of the KV prefix, before the prompt."""
     virtual_tokens: int = 0
     """Virtual tokens, between the KV prefix and the prompt."""
-    invocation: tuple[int, ...] = ()
-    """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
-    merged_only: bool = False
+    traits: AdapterTraits = NO_TRAITS
     merged_bytes: int = 0
     """Upper bound of the bytes of its merged weights; 0 if it can be served unmerged."""
-
-    @property
-    def leading(self) -> int:
-        """Positions before the prompt."""
-        return self.prefix_tokens + self.virtual_tokens
 
     @property
     def valid(self) -> bool:
@@ -88,6 +82,7 @@ def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Rep
         for module in program.modules
     )
     packed = program.packed_bytes(element_bytes)
+    merged = _merged_bytes(program, base, element_bytes) if program.traits.merged_only else 0
     return Report(
         program.family,
         program.digest,
@@ -97,9 +92,8 @@ def describe(program: AdapterProgram, base: BaseSpec, element_bytes: int) -> Rep
         warnings=program.warnings,
         prefix_tokens=program.prefix_tokens,
         virtual_tokens=program.virtual_tokens,
-        invocation=program.invocation,
-        merged_only=program.merged_only,
-        merged_bytes=_merged_bytes(program, base, element_bytes) if program.merged_only else 0,
+        traits=program.traits,
+        merged_bytes=merged,
     )
 
 

@@ -18,8 +18,8 @@ from adaplex.adapters.registry.intake import Committed
 from adaplex.adapters.registry.registry import AdapterRegistry
 from adaplex.adapters.sources import Fetched, Sources
 from adaplex.adapters.storage.content_store import ContentStore
+from adaplex.adapters.storage.event import Origin
 from adaplex.adapters.storage.lease import Lease
-from adaplex.adapters.storage.name_record import Origin
 from adaplex.adapters.storage.selector import DEFAULT, LATEST, Selector
 
 FIRST_USE = "first use"

@@ -20,12 +20,15 @@ from adaplex.adapters.program.program import ELEMENT_BYTES, AdapterProgram
 from adaplex.adapters.program.report import Report
 from adaplex.adapters.registry.program_cache import ProgramCache
 from adaplex.adapters.sources.signatures import SignatureVerifier, Verdict
-from adaplex.adapters.storage.catalog import AdapterRecord, Catalog
+from adaplex.adapters.storage.adapter_record import AdapterRecord
+from adaplex.adapters.storage.catalog import Catalog
 from adaplex.adapters.storage.content_store import ContentStore, is_damaged
+from adaplex.adapters.storage.event import Origin
 from adaplex.adapters.storage.garbage_collector import GarbageCollector
-from adaplex.adapters.storage.name_record import NameRecord, Origin, Version
+from adaplex.adapters.storage.name_record import NameRecord
 from adaplex.adapters.storage.selector import NAME
 from adaplex.adapters.storage.staging import FileSpec, Staging, check_files
+from adaplex.adapters.storage.version import Version
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class Intake:
             raise
         if kept:
             self._programs.remember(report)
-        record = AdapterRecord.of(name, entry.latest, self._room.element_bytes)
+        record = entry.latest.record(name, self._room.element_bytes)
         return Committed(record, report, created=added)
 
     def take_in(
@@ -165,7 +168,7 @@ class Intake:
         program = self._programs.read(directory)
         packed = program.packed_bytes(self._room.element_bytes)
         most = self._room.max_packed_bytes
-        if most is not None and packed > most and not program.merged_only:
+        if most is not None and packed > most and not program.traits.merged_only:
             raise AdapterTooLarge(
                 f"the adapter takes {packed} bytes in memory, the arena has {most}",
                 field="arena_bytes",
@@ -180,8 +183,7 @@ class Intake:
             number=0,
             digest=program.digest,
             family=program.family,
-            modules=len(program.modules),
-            max_rank=program.max_rank,
+            traits=program.traits,
             stored_bytes=staging.size,
             packed_bytes={n: program.packed_bytes(n) for n in ELEMENT_BYTES},
             created=origin.time,
@@ -190,9 +192,6 @@ class Intake:
             base=self._base.fingerprint,
             signer=signer,
             warnings=program.warnings,
-            leading=program.leading,
-            invocation=program.invocation,
-            merged_only=program.merged_only,
         )
 
     def _keep(self, staging: Staging, digest: str, *, damaged: bool) -> bool:

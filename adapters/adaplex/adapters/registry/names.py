@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from adaplex.adapters.durable_files import full_disk_is_store_full
 from adaplex.adapters.errors import AdapterNotFound
+from adaplex.adapters.storage.adapter_record import AdapterRecord
 from adaplex.adapters.storage.alias_split import Target, split_of
-from adaplex.adapters.storage.catalog import AdapterRecord, Catalog, Query, StoreUsage
+from adaplex.adapters.storage.catalog import Catalog, Query, StoreUsage
+from adaplex.adapters.storage.event import Event, Origin
 from adaplex.adapters.storage.garbage_collector import GarbageCollector
-from adaplex.adapters.storage.name_record import Event, NameRecord, Origin
+from adaplex.adapters.storage.name_record import NameRecord
 from adaplex.adapters.storage.selector import DEFAULT, NAME, Selector
 
 
@@ -40,13 +42,13 @@ class Names:
             if found is None:
                 raise AdapterNotFound(f"no adapter {selector}")
             entry, version = found
-            return AdapterRecord.of(entry.name, version, self._element_bytes)
+            return version.record(entry.name, self._element_bytes)
         entry, alias = self.entry(parts.name), ""
         if parts.version:
             version = entry.version(parts.version)
         else:
             version, alias = entry.resolve(parts.alias, routing_key)
-        return AdapterRecord.of(entry.name, version, self._element_bytes, alias)
+        return version.record(entry.name, self._element_bytes, alias)
 
     def entry(self, name: str) -> NameRecord:
         """All that is known under a name. Raises AdapterNotFound."""
@@ -86,12 +88,12 @@ class Names:
 
     def newest(self, entry: NameRecord) -> AdapterRecord:
         """The newest version of an entry that is alive."""
-        return AdapterRecord.of(entry.name, entry.latest, self._element_bytes)
+        return entry.latest.record(entry.name, self._element_bytes)
 
     def reachable(self, name: str) -> list[AdapterRecord]:
         """What a bare name can lead to now. Raises AdapterNotFound."""
         versions = self.entry(name).reachable()
-        return [AdapterRecord.of(name, version, self._element_bytes) for version in versions]
+        return [version.record(name, self._element_bytes) for version in versions]
 
     def sides(self, selector: str) -> list[AdapterRecord]:
         """All that a selector can lead to: several where it follows a split. Raises
@@ -105,7 +107,7 @@ class Names:
     def pinned(self) -> list[AdapterRecord]:
         """What the pinned names can lead to now."""
         return [
-            AdapterRecord.of(entry.name, version, self._element_bytes)
+            version.record(entry.name, self._element_bytes)
             for entry in self._catalog.pinned()
             for version in entry.reachable()
         ]

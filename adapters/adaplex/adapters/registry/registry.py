@@ -18,11 +18,13 @@ from adaplex.adapters.errors import (
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_match import BasePolicy, other_base
 from adaplex.adapters.program.base_spec import BaseSpec
+from adaplex.adapters.program.traits import AdapterTraits
 from adaplex.adapters.registry.intake import Intake, Room
 from adaplex.adapters.registry.names import Names
 from adaplex.adapters.registry.program_cache import ProgramCache
 from adaplex.adapters.sources.signatures import SignaturePolicy, SignatureVerifier
-from adaplex.adapters.storage.catalog import AdapterRecord, Catalog
+from adaplex.adapters.storage.adapter_record import AdapterRecord
+from adaplex.adapters.storage.catalog import Catalog
 from adaplex.adapters.storage.content_store import ContentStore
 from adaplex.adapters.storage.folder_content import FolderContent
 from adaplex.adapters.storage.garbage_collector import GarbageCollector
@@ -229,11 +231,13 @@ class AdapterRegistry:
             version=0,
             digest=combination.digest,
             family="combination",
-            modules=len(ranks),
-            max_rank=max(ranks.values()),
+            traits=AdapterTraits(
+                modules=len(ranks),
+                max_rank=max(ranks.values()),
+                leading=sum(report.traits.leading for report in reports),
+                invocation=reports[0].traits.invocation,
+            ),
             stored_bytes=0,
             packed_bytes=size,
             created=datetime.now(UTC),
-            leading=sum(report.leading for report in reports),
-            invocation=reports[0].invocation,
         )

@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from adaplex.adapters.errors import AdapterError, SourceUnavailable
 from adaplex.adapters.storage.bucket import Blob, Bucket, Conflict
 from adaplex.adapters.storage.catalog import Order, Query, StoreUsage
-from adaplex.adapters.storage.name_record import NameRecord, Version, from_json, to_json
+from adaplex.adapters.storage.name_document import from_json, to_json
+from adaplex.adapters.storage.name_record import NameRecord
 from adaplex.adapters.storage.sqlite_catalog import SqliteCatalog
+from adaplex.adapters.storage.version import Version
 
 log = logging.getLogger(__name__)
 

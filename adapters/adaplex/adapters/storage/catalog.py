@@ -5,66 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Literal, Protocol
 
-from adaplex.adapters.storage.name_record import NameRecord, Version
+from adaplex.adapters.storage.name_record import NameRecord
+from adaplex.adapters.storage.version import Version
 
 Order = Literal["name", "create_time", "update_time", "stored_bytes"]
-
-
-@dataclass(frozen=True)
-class AdapterRecord:
-    """One version of one name, as a request is bound to it. Never changes."""
-
-    name: str
-    version: int
-    digest: str
-    family: str
-    modules: int
-    max_rank: int
-    stored_bytes: int
-    packed_bytes: int
-    """In the compute dtype of now."""
-    created: datetime
-    actor: str = ""
-    source: str = ""
-    base: str = ""
-    """Fingerprint of the base that it was checked against."""
-    signer: str = ""
-    warnings: tuple[str, ...] = ()
-    """What was doubtful about it when it came in."""
-    leading: int = 0
-    """Positions that it puts before the prompt."""
-    invocation: tuple[int, ...] = ()
-    """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
-    merged_only: bool = False
-    alias: str = field(default="", compare=False)
-    """The alias that led here, if one did."""
-
-    @classmethod
-    def of(cls, name: str, version: Version, element_bytes: int, alias: str = "") -> AdapterRecord:
-        """The record of a version, for a compute dtype of `element_bytes`."""
-        return cls(
-            name=name,
-            version=version.number,
-            digest=version.digest,
-            family=version.family,
-            modules=version.modules,
-            max_rank=version.max_rank,
-            stored_bytes=version.stored_bytes,
-            packed_bytes=version.packed_bytes[element_bytes],
-            created=version.created,
-            actor=version.actor,
-            source=version.source,
-            base=version.base,
-            signer=version.signer,
-            warnings=version.warnings,
-            leading=version.leading,
-            invocation=version.invocation,
-            merged_only=version.merged_only,
-            alias=alias,
-        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from adaplex.adapters.storage.catalog import AdapterRecord
+from adaplex.adapters.storage.adapter_record import AdapterRecord
 from adaplex.adapters.storage.content_store import ContentStore, Hold
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Literal
 
-from pydantic import TypeAdapter
-
-from adaplex.adapters.errors import AdapterError, AdapterInvalid, AdapterNotFound, StoreFull
+from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound, StoreFull
 from adaplex.adapters.storage.alias_split import Split, Target, choose
+from adaplex.adapters.storage.event import Event, Origin
 from adaplex.adapters.storage.selector import ALIAS, DEFAULT, LATEST
+from adaplex.adapters.storage.version import Version
 
 MAX_EVENTS = 500
 """Events that an entry remembers; the oldest go."""
@@ -22,61 +21,6 @@ MAX_ALIASES = 64
 MAX_LABELS = 64
 MAX_LABEL_KEY, MAX_LABEL_VALUE = 63, 256
 MAX_DESCRIPTION = 1024
-
-EventKind = Literal["upload", "alias", "update", "delete_version", "delete"]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Who asks for a change and when, and where content comes from."""
-
-    time: datetime
-    actor: str = ""
-    source: str = ""
-    """`upload`, `merge` or a URI; empty for changes that bring no content."""
-
-
-@dataclass(frozen=True)
-class Version:
-    """One content under the name. Never changes."""
-
-    number: int
-    digest: str
-    family: str
-    modules: int
-    max_rank: int
-    stored_bytes: int
-    packed_bytes: Mapping[int, int]
-    """By bytes of an element of the compute dtype, which a restart may change."""
-    created: datetime
-    actor: str = ""
-    source: str = ""
-    base: str = ""
-    """Fingerprint of the base that it was checked against."""
-    signer: str = ""
-    warnings: tuple[str, ...] = ()
-    """What was doubtful about it when it came in."""
-    leading: int = 0
-    """Positions that it puts before the prompt."""
-    invocation: tuple[int, ...] = ()
-    """Tokens from whose last occurrence in the prompt on it is applied; empty: from the start."""
-    merged_only: bool = False
-
-
-@dataclass(frozen=True)
-class Event:
-    """One change. `before` and `after` are an alias's targets, empty when it was not set."""
-
-    time: datetime
-    kind: EventKind
-    version: int = 0
-    digest: str = ""
-    alias: str = ""
-    before: Split = ()
-    after: Split = ()
-    actor: str = ""
-    source: str = ""
-    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -269,22 +213,6 @@ class NameRecord:
             raise AdapterInvalid.because("alias", reason)
         if alias == LATEST:
             raise AdapterInvalid.because("alias", f"{LATEST} is always the newest version")
-
-
-_DOCUMENT = TypeAdapter(NameRecord)
-
-
-def to_json(entry: NameRecord) -> bytes:
-    """The document of an entry."""
-    return _DOCUMENT.dump_json(entry)
-
-
-def from_json(document: bytes | str) -> NameRecord:
-    """The entry of a document. Raises AdapterError for what is none."""
-    try:
-        return _DOCUMENT.validate_json(document)
-    except ValueError as error:
-        raise AdapterError(f"an entry of the catalog cannot be read: {error}") from error
 
 
 def _check_description(description: str) -> None:

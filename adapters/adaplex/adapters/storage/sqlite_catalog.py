@@ -17,7 +17,9 @@ from typing import Any
 
 from adaplex.adapters.errors import AdapterError
 from adaplex.adapters.storage.catalog import Order, Query, StoreUsage
-from adaplex.adapters.storage.name_record import NameRecord, Version, from_json, to_json
+from adaplex.adapters.storage.name_document import from_json, to_json
+from adaplex.adapters.storage.name_record import NameRecord
+from adaplex.adapters.storage.version import Version
 
 SCHEMA = 2
 BUSY_SECONDS = 30

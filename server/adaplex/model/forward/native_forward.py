@@ -157,7 +157,7 @@ class NativeForward:
     def _tokens(self, chunk: Chunk) -> list[int]:
         """Token ids of a chunk; -1 - i stands for virtual token i of its adapter."""
         tokens, adapter = chunk.sequence.tokens[chunk.start : chunk.end], chunk.sequence.adapter
-        if adapter is None or chunk.start >= adapter.leading:
+        if adapter is None or chunk.start >= adapter.traits.leading:
             return tokens
         behind = VIRTUAL + self._prefixes(adapter) - 1
         return [token if token < VIRTUAL else behind - token for token in tokens]

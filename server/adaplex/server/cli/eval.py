@@ -145,7 +145,7 @@ def _scores(
     from adaplex.model.perplexity import token_losses
     from adaplex.server.build import BLOCK_TOKENS
 
-    positions = program.leading + min(window, max(map(len, texts.values())))
+    positions = program.traits.leading + min(window, max(map(len, texts.values())))
     if positions > offline.base.max_positions:
         raise ConfigError(
             f"window: {positions} positions, those of the adapter included, exceed the model's "

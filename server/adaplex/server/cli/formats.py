@@ -64,8 +64,8 @@ def _validation(report: Report, refusals: list[Refusal]) -> Validation:
         warnings=report.warnings,
         prefix_tokens=report.prefix_tokens,
         virtual_tokens=report.virtual_tokens,
-        invocation_tokens=report.invocation,
-        merged_only=report.merged_only,
+        invocation_tokens=report.traits.invocation,
+        merged_only=report.traits.merged_only,
         merged_bytes=report.merged_bytes,
     )
     return Validation(not refusals, converted)

@@ -43,7 +43,7 @@ def merge_adapters(
     """
     plan.check(len(programs))
     factors = _factors_by_module(plan, programs, modules)
-    largest = max(program.max_rank for program in programs)
+    largest = max(program.traits.max_rank for program in programs)
     arithmetic = Arithmetic(plan, plan.rank or largest)
     pairs = {name: _merged(arithmetic, name, factors[name]) for name in modules if name in factors}
     assert pairs.keys() == factors.keys()
