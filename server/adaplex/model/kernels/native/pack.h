@@ -1,4 +1,4 @@
-// Packing weights into the panels of linear.h, at load. Columns beyond `out` are zero.
+// Packing of weights into the panels of linear.h, when they are loaded. Columns beyond `out` are zero.
 
 #pragma once
 
@@ -7,17 +7,16 @@
 
 #include "vectors.h"
 
-// Dense: weight [out, in] of 4 / per_unit bytes an element.
+// weight [out, in] of elements of 4 / per_unit bytes -> panels [panels, in / per_unit, 16] units.
 void pack_dense(const char *weight, int64_t out, int64_t in, int64_t per_unit, char *panels) {
   int64_t units = in / per_unit;
   memset(panels, 0, (size_t)((out + LANES - 1) / LANES * units * 64));
   for (int64_t n = 0; n < out; n++)
     for (int64_t u = 0; u < units; u++)
-      memcpy(panels + ((n / LANES * units + u) * LANES + n % LANES) * 4, weight + (n * units + u) * 4,
-             4);
+      memcpy(panels + ((n / LANES * units + u) * LANES + n % LANES) * 4, weight + (n * units + u) * 4, 4);
 }
 
-// Four bits a weight: `codes` [out, in / 2], the first weight of a byte in its high half.
+// codes [out, in / 2] bytes of two 4-bit codes, the first in the high half -> panels [panels, in / 8, 32].
 void pack_codes(const uint8_t *codes, int64_t out, int64_t in, uint16_t *panels) {
   int64_t lines = in / 8;
   memset(panels, 0, (size_t)((out + LANES - 1) / LANES * lines * 64));
@@ -35,7 +34,7 @@ void pack_codes(const uint8_t *codes, int64_t out, int64_t in, uint16_t *panels)
     }
 }
 
-// What belongs to a group of inputs of a column: `values` [out, groups] of four bytes.
+// values [out, groups] of four bytes -> packed [panels, groups, 16].
 void pack_groups(const uint32_t *values, int64_t out, int64_t groups, uint32_t *packed) {
   memset(packed, 0, (size_t)((out + LANES - 1) / LANES * groups * 64));
   for (int64_t n = 0; n < out; n++)
@@ -43,7 +42,7 @@ void pack_groups(const uint32_t *values, int64_t out, int64_t groups, uint32_t *
       packed[(n / LANES * groups + g) * LANES + n % LANES] = values[n * groups + g];
 }
 
-// The b of a low-rank delta, [rank, out] elements of 4 / per_unit bytes, as low_rank.h reads it.
+// b [rank, out] of elements of 4 / per_unit bytes -> packed [rank * out] in the panels of low_rank.h.
 void pack_low_rank(const char *b, int64_t rank, int64_t out, int64_t per_unit, char *packed) {
   size_t size = (size_t)(4 / per_unit);
   for (int64_t first = 0; first < out; first += LANES) {

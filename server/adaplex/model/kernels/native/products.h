@@ -1,154 +1,173 @@
-// Included once for each element type: the products of a step, with what adapters do to them.
+// Included once for each element type: the products of a step and the changes of adapters to them.
 
+// One step, as every thread of the team sees it.
 typedef struct {
   const Model *model;
   const Step *step;
-  Work_space space;
-} NAME(Task);
+  Workspace space;
+} NAME(StepTask);
 
-// The products of a phase.
+// The products of a phase, which read the same x: q, k and v; o; gate and up; down; or the output layer.
 typedef struct {
-  NAME(Part) part[3];
-  long parts;
+  NAME(ProductTask) product[3];
+  long count;
 } NAME(Products);
 
-// A product of rows [.., in] of `x` into columns from `column` on of rows of `width`; `slot` of `low`.
-static NAME(Part) NAME(part_of)(const NAME(Task) * task, const Weight *weight, long module, const void *x,
-                                long column, long width, long slot) {
-  const Work_space *space = &task->space;
-  return (NAME(Part)){weight, x, weight->in, space->wide + column, width, space->sites, module,
-                      (ELEMENT *)space->low + slot * task->step->rows * space->rank_stride,
-                      space->rank_stride, 0};
+// x [rows, in]. A product whose y are the columns from `column` on of `wide` [rows, width], and whose h is
+// part `slot` of `shrunk`.
+static NAME(ProductTask) NAME(product_task)(const NAME(StepTask) *task, const Weight *weight, long module,
+                                            const void *x, long column, long width, long slot) {
+  const Workspace *space = &task->space;
+  return (NAME(ProductTask)){
+      .weight = weight,
+      .x = x,
+      .x_stride = weight->in_features,
+      .y = space->wide + column,
+      .y_stride = width,
+      .sites = space->sites,
+      .module = module,
+      .h = (ELEMENT *)space->shrunk + slot * task->step->rows * space->rank_stride,
+      .h_stride = space->rank_stride,
+  };
 }
 
-static NAME(Products) NAME(heads_of)(const NAME(Task) * task, const Layer *l) {
+// The products of queries, keys and values, side by side in `wide`.
+static NAME(Products) NAME(qkv_products)(const NAME(StepTask) *task, const Layer *l) {
   const void *x = task->space.normed;
-  long q = l->q.out, kv = l->k.out, width = q + 2 * kv;
-  return (NAME(Products)){{NAME(part_of)(task, &l->q, l->modules[Q], x, 0, width, 0),
-                           NAME(part_of)(task, &l->k, l->modules[K], x, q, width, 1),
-                           NAME(part_of)(task, &l->v, l->modules[V], x, q + kv, width, 2)},
+  long q = l->q.out_features, kv = l->k.out_features, width = q + 2 * kv;
+  return (NAME(Products)){{NAME(product_task)(task, &l->q, l->modules[Q], x, 0, width, 0),
+                           NAME(product_task)(task, &l->k, l->modules[K], x, q, width, 1),
+                           NAME(product_task)(task, &l->v, l->modules[V], x, q + kv, width, 2)},
                           3};
 }
 
-static NAME(Products) NAME(gates_of)(const NAME(Task) * task, const Layer *l) {
+// The products of gate and up, side by side in `wide`.
+static NAME(Products) NAME(gate_up_products)(const NAME(StepTask) *task, const Layer *l) {
   const void *x = task->space.normed;
-  long middle = l->gate.out;
-  return (NAME(Products)){{NAME(part_of)(task, &l->gate, l->modules[GATE], x, 0, 2 * middle, 0),
-                           NAME(part_of)(task, &l->up, l->modules[UP], x, middle, 2 * middle, 1)},
+  long middle = l->gate.out_features;
+  return (NAME(Products)){{NAME(product_task)(task, &l->gate, l->modules[GATE], x, 0, 2 * middle, 0),
+                           NAME(product_task)(task, &l->up, l->modules[UP], x, middle, 2 * middle, 1)},
                           2};
 }
 
-static NAME(Products) NAME(product_of)(const NAME(Task) * task, const Weight *weight, long module,
-                                       const void *x) {
-  return (NAME(Products)){{NAME(part_of)(task, weight, module, x, 0, weight->out, 0)}, 1};
+// x [rows, in]. A phase of one product.
+static NAME(Products) NAME(single_product)(const NAME(StepTask) *task, const Weight *weight, long module,
+                                           const void *x) {
+  return (NAME(Products)){{NAME(product_task)(task, weight, module, x, 0, weight->out_features, 0)}, 1};
 }
 
-// Tells the products of a phase which come after them; fills `coming`.
-static void NAME(announce)(const Member *me, NAME(Products) * now, const NAME(Products) * next, long rows,
-                           Coming *coming) {
-  int thread = me->draw.thread;
-  *coming = (Coming){next->parts, next->part[0].weight->in, .row = team_share(thread, rows),
-                     .stop = team_share(thread + 1, rows)};
-  for (long i = 0; i < next->parts; i++) coming->module[i] = next->part[i].module;
-  // Of eight rows, or four, and two panels each.
-  for (long i = 0; i < now->parts; i++)
-    coming->tiles += panels_of(now->part[i].weight) / 2 * ((rows + 4) / 8) / rows;
-  for (long i = 0; coming->tiles && i < now->parts; i++) now->part[i].coming = coming;
+// Makes the tiles of `products` prefetch the `a` of the phase `next`; fills in `next_product`, which must
+// live as long as `products`.
+static void NAME(set_next_product)(const ThreadContext *me, NAME(Products) *products,
+                                   const NAME(Products) *next, long rows, NextProduct *next_product) {
+  int thread = me->cursor.thread;
+  *next_product =
+      (NextProduct){next->count, next->product[0].weight->in_features, .row = team_share_start(thread, rows),
+                    .stop = team_share_start(thread + 1, rows)};
+  for (long i = 0; i < next->count; i++) next_product->module[i] = next->product[i].module;
+  // Only tiles of at least four rows prefetch; most have eight rows and two panels.
+  for (long i = 0; i < products->count; i++)
+    next_product->tiles += panel_count(products->product[i].weight) / 2 * ((rows + 4) / 8) / rows;
+  for (long i = 0; next_product->tiles && i < products->count; i++)
+    products->product[i].next_product = next_product;
 }
 
-// to[i] = x[i] * scale[i], or x[i] without a scale.
+// x [n], scale [n] or null, to [n]. to = x * scale; to = x without a scale.
 static void NAME(scale_row)(const ELEMENT *x, const ELEMENT *scale, long n, ELEMENT *to) {
   if (!scale) {
     memcpy(to, x, sizeof(ELEMENT) * (size_t)n);
     return;
   }
   for (long i = 0; i < n; i += LANES)
-    NAME(store_part)(to + i, NAME(load_part)(x + i, n - i) * NAME(load_part)(scale + i, n - i), n - i);
+    NAME(store_partial)(to + i, NAME(load_partial)(x + i, n - i) * NAME(load_partial)(scale + i, n - i),
+                        n - i);
 }
 
-// The products with a scaled copy of what they read, where an adapter scales it.
-static NAME(Products) NAME(scale_inputs)(Member *me, const Work_space *space,
-                                         const NAME(Products) * now, const Run *runs,
-                                         long run_count) {
-  NAME(Products) scaled = *now;
+// runs [run_count]. The products of a phase, each of which reads a scaled copy of x if an adapter scales its
+// input. A ticket is a row.
+static NAME(Products) NAME(scale_inputs)(ThreadContext *me, const Workspace *space,
+                                         const NAME(Products) *products, const Run *runs, long run_count) {
+  NAME(Products) scaled = *products;
   long rows = runs[run_count - 1].stop;
-  for (int i = 0; i < now->parts; i++) {
-    NAME(Part) *part = scaled.part + i;
-    if (!scales_input(runs, run_count, part->module)) continue;
-    long in = part->weight->in;
+  for (int i = 0; i < products->count; i++) {
+    NAME(ProductTask) *product = scaled.product + i;
+    if (!any_input_scale(runs, run_count, product->module)) continue;
+    long in = product->weight->in_features;
     ELEMENT *copy = (ELEMENT *)space->scaled + i * rows * in;
-    for (long row; (row = team_next(&me->draw, rows)) >= 0;) {
-      const Site *site = site_of(part->sites, row, part->module);
-      NAME(scale_row)(part->x + row * in, site ? site->input_scale : NULL, in, copy + row * in);
+    for (long row; (row = team_next_ticket(&me->cursor, rows)) >= 0;) {
+      const Site *site = site_of(product->sites, row, product->module);
+      NAME(scale_row)(product->x + row * in, site ? site->input_scale : NULL, in, copy + row * in);
     }
-    part->x = copy;
+    product->x = copy;
   }
   return scaled;
 }
 
-// h = a x for all rows of adapters that touch a product. A ticket is a few rows of one, by all that it has
-// for the phase; or by what it has for one part, when there are few.
-static void NAME(shrink_all)(Member *me, const NAME(Products) * now, const Run *runs, long run_count) {
+// runs [run_count]. h = a x for all rows of adapters that have a rank at a product of the phase. A ticket is
+// up to SHRINK_ROWS rows of one adapter, for all products of the phase; for one of them if tickets are few.
+static void NAME(shrink_all)(ThreadContext *me, const NAME(Products) *products, const Run *runs,
+                             long run_count) {
   long module[3];
-  for (long i = 0; i < now->parts; i++) module[i] = now->part[i].module;
-  long groups = rank_passes(me->passes, module, now->parts, runs, run_count, SHRINK_ROWS);
+  for (long i = 0; i < products->count; i++) module[i] = products->product[i].module;
+  long groups = rank_ranges(me->ranges, module, products->count, runs, run_count, SHRINK_ROWS);
   if (!groups) return;
 
-  long split = groups >= 4 * team.threads ? 1 : now->parts;
-  const Pass *pass = me->passes;
-  for (long ticket; (ticket = team_next(&me->draw, groups * split)) >= 0;) {
-    pass = pass_of(me->passes, pass, ticket / split);
-    long start = pass->start + (ticket / split - pass->first_ticket) * SHRINK_ROWS;
-    long rows = at_most(pass->stop - start, SHRINK_ROWS);
-    long from = split == 1 ? 0 : ticket % split, to = split == 1 ? now->parts : from + 1;
-    for (const NAME(Part) *part = now->part + from; part < now->part + to; part++) {
-      const Site *site = site_of(part->sites, start, part->module);
-      NAME(shrink)(part->x + start * part->x_stride, part->x_stride, part->weight->in, site->a,
-                   site->rank, rows, part->h + start * part->h_stride, part->h_stride);
+  long split = groups >= 4 * team.threads ? 1 : products->count;
+  const TicketRange *range = me->ranges;
+  for (long ticket; (ticket = team_next_ticket(&me->cursor, groups * split)) >= 0;) {
+    range = range_of_ticket(me->ranges, range, ticket / split);
+    long start = range->start + (ticket / split - range->first_ticket) * SHRINK_ROWS;
+    long rows = min_long(range->stop - start, SHRINK_ROWS);
+    long from = split == 1 ? 0 : ticket % split, to = split == 1 ? products->count : from + 1;
+    for (const NAME(ProductTask) *product = products->product + from; product < products->product + to;
+         product++) {
+      const Site *site = site_of(product->sites, start, product->module);
+      NAME(shrink)(product->x + start * product->x_stride, product->x_stride, product->weight->in_features,
+                   site->a, site->rank, rows, product->h + start * product->h_stride, product->h_stride);
     }
   }
 }
 
-// All products of a phase, whole. A run of rows that has a weight of its own is multiplied by that; the
-// others share passes over the base.
-static void NAME(project)(Member *me, const Work_space *space, const NAME(Products) * now, const Run *runs,
-                          long run_count) {
+// runs [run_count]. Computes all products of a phase with the changes of adapters. Runs that have their own
+// weight are multiplied by it; neighbouring other runs share the tickets of the base's weight.
+static void NAME(run_products)(ThreadContext *me, const Workspace *space, const NAME(Products) *products,
+                               const Run *runs, long run_count) {
   NAME(Products) scaled;
   if (space->needs.input_scales) {
-    scaled = NAME(scale_inputs)(me, space, now, runs, run_count);
-    now = &scaled;
+    scaled = NAME(scale_inputs)(me, space, products, runs, run_count);
+    products = &scaled;
   }
-  if (now->part[0].sites) NAME(shrink_all)(me, now, runs, run_count);
-  Pass *end = me->passes;
+  if (products->product[0].sites) NAME(shrink_all)(me, products, runs, run_count);
+  TicketRange *end = me->ranges;
   long tickets = 0;
-  for (int i = 0; i < now->parts; i++) {
-    long groups = panel_groups(now->part[i].weight), base = -1;
+  for (int i = 0; i < products->count; i++) {
+    long groups = panel_group_count(products->product[i].weight), base = -1;
     for (long r = 0; r <= run_count; r++) {
       const Site *own = r < run_count ? runs[r].sites : NULL;
-      if (own) own += now->part[i].module;
-      if (own && !has_own(own, now->part[i].weight)) own = NULL;
+      if (own) own += products->product[i].module;
+      if (own && !has_own_weight(own, products->product[i].weight)) own = NULL;
       if (base >= 0 && (r == run_count || own)) {
-        *end++ = (Pass){i, runs[base].start, runs[r - 1].stop, NULL, tickets};
+        *end++ = (TicketRange){i, runs[base].start, runs[r - 1].stop, NULL, tickets};
         tickets += groups;
         base = -1;
       }
       if (r == run_count) break;
       if (own) {
-        *end++ = (Pass){i, runs[r].start, runs[r].stop, own, tickets};
+        *end++ = (TicketRange){i, runs[r].start, runs[r].stop, own, tickets};
         tickets += groups;
       } else if (base < 0) {
         base = r;
       }
     }
   }
-  *end = (Pass){.first_ticket = tickets};
+  *end = (TicketRange){.first_ticket = tickets};
 
-  const Pass *pass = me->passes;
-  for (long ticket; (ticket = team_next(&me->draw, tickets)) >= 0;) {
-    pass = pass_of(me->passes, pass, ticket);
-    const NAME(Part) *part = now->part + pass->part;
-    long first = (ticket - pass->first_ticket) * PANEL_GROUP;
-    long last = at_most(first + PANEL_GROUP, panels_of(part->weight));
-    NAME(panels)(part, pass->own, pass->start, pass->stop, first, last);
+  const TicketRange *range = me->ranges;
+  for (long ticket; (ticket = team_next_ticket(&me->cursor, tickets)) >= 0;) {
+    range = range_of_ticket(me->ranges, range, ticket);
+    const NAME(ProductTask) *product = products->product + range->product;
+    long first = (ticket - range->first_ticket) * PANEL_GROUP;
+    long last = min_long(first + PANEL_GROUP, panel_count(product->weight));
+    NAME(multiply_panels)(product, range->own, range->start, range->stop, first, last);
   }
 }

@@ -1,4 +1,4 @@
-// What adapters do: the line of a row, and what a step's adapters need of it beside products.
+// Access to sites (types.h), and which kinds of change the adapters of a step need besides products.
 
 #pragma once
 
@@ -6,13 +6,26 @@
 
 #include "types.h"
 
-// What the adapter of a row does at a module; null for the base. `sites` is null when all rows are.
+// sites [rows] of [modules]. The site of a row's adapter at a module; null for the base. `sites` is null if
+// every row has the base.
 static inline const Site *site_of(const Site *const *sites, long row, long module) {
   return sites && sites[row] ? sites[row] + module : NULL;
 }
 
-// The first replaced row whose id is at least `id`; row_count when there is none.
-static long first_row(const Site *site, long id) {
+// True if the rows of a site are multiplied by another weight than the base's.
+static inline int has_own_weight(const Site *site, const Weight *weight) {
+  return site->dense || (site->zeros && weight->group);
+}
+
+// sites [modules], module [modules]. True if a site of the listed modules has a rank.
+static int has_rank(const Site *sites, const long *module, long modules) {
+  for (long i = 0; i < modules; i++)
+    if (sites[module[i]].rank) return 1;
+  return 0;
+}
+
+// Index of the first replaced row whose id is at least `id`; row_count if there is none.
+static long first_replaced_row(const Site *site, long id) {
   long from = 0, to = site->row_count;
   while (from < to) {
     long middle = (from + to) / 2;
@@ -24,19 +37,22 @@ static long first_row(const Site *site, long id) {
   return from;
 }
 
-// Whether any adapter scales what a module reads.
-static int scales_input(const Run *runs, long run_count, long module) {
+// runs [run_count]. True if an adapter scales the input of a module.
+static int any_input_scale(const Run *runs, long run_count, long module) {
   for (long r = 0; r < run_count; r++)
     if (runs[r].sites && runs[r].sites[module].input_scale) return 1;
   return 0;
 }
 
+// Largest rank of any site, and whether any adapter has an input scale, a bottleneck, or replaced rows of the
+// output layer.
 typedef struct {
-  long rank;                                 // the widest
-  int input_scales, bottlenecks, head_rows;  // whether any adapter has some
-} Needs;
+  long rank;
+  int input_scales, bottlenecks, head_rows;
+} StepNeeds;
 
-static void survey(const Model *m, const Run *runs, long count, Needs *needs) {
+// runs [count]. Adds the needs of their adapters to `needs`.
+static void scan_sites(const Model *m, const Run *runs, long count, StepNeeds *needs) {
   for (long r = 0; r < count; r++) {
     const Site *sites = runs[r].sites;
     if (!sites) continue;

@@ -1,8 +1,9 @@
-// Team: threads that run one function together, and share its work by tickets.
+// Team: threads that run one function together.
 //
-// A thread takes a share of neighbouring tickets first, the same of each round, so that it finds in its
-// caches what it asked memory for. Whoever has done its own takes from the others, so a thread that the
-// system holds up delays them by one ticket, not by its share.
+// A round is one pass over work that is divided into numbered tickets. Each thread first draws the tickets of
+// its own share, neighbours whose numbers are the same in each round, so that data it prefetched is in its
+// caches. Then it draws from the shares of other threads, so a thread that the system suspends delays the
+// team by one ticket, not by its share.
 
 #pragma once
 
@@ -13,23 +14,24 @@
 #include <stdlib.h>
 
 #define MAX_THREADS 256
-// About half a millisecond; then the core goes to whoever else wants it. Not sooner: who gets a core by
-// sched_yield keeps it for milliseconds, and most waits are over in microseconds.
+// Polls of a barrier before a thread yields its core: about half a millisecond. Not fewer, since a process
+// that gets the core by sched_yield runs for milliseconds, and most waits end within microseconds.
 #define SPINS 30000
 
-typedef void (*Work)(void *context, int thread);
+typedef void (*WorkFunction)(void *context, int thread);
 
+// The team of the process. `generation` counts rounds, `arrived` threads at the barrier of this round.
 static struct {
   pthread_mutex_t one_at_a_time, sleeping;
   pthread_cond_t wake;
   pthread_t thread[MAX_THREADS];
   int threads;
   int64_t epoch;  // counts the calls of team_run; negative ends the threads
-  Work work;
+  WorkFunction work;
   void *context;
   struct {
     _Alignas(64) atomic_long drawn;
-  } share[MAX_THREADS];  // tickets drawn of each thread's share, in this round
+  } share[MAX_THREADS];  // number of tickets drawn from each thread's share in this round
   _Alignas(64) atomic_int arrived;
   _Alignas(64) atomic_uint generation;
 } team = {.one_at_a_time = PTHREAD_MUTEX_INITIALIZER,
@@ -37,23 +39,24 @@ static struct {
           .wake = PTHREAD_COND_INITIALIZER,
           .threads = 1};
 
+// Lets the core's other hardware thread run.
 static inline void pause_briefly(void) {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
 #endif
 }
 
-static void team_start_round(void) {
-  for (int i = 0; i < team.threads; i++)
-    atomic_store_explicit(&team.share[i].drawn, 0, memory_order_relaxed);
+// Marks every ticket as not drawn.
+static void team_reset_tickets(void) {
+  for (int i = 0; i < team.threads; i++) atomic_store_explicit(&team.share[i].drawn, 0, memory_order_relaxed);
 }
 
-// Ends a round: waits until all threads are there.
+// Ends a round: waits until every thread has called it.
 static void team_barrier(void) {
   unsigned generation = atomic_load(&team.generation);
   if (atomic_fetch_add(&team.arrived, 1) + 1 == team.threads) {
     atomic_store(&team.arrived, 0);
-    team_start_round();
+    team_reset_tickets();
     atomic_store(&team.generation, generation + 1);
     return;
   }
@@ -65,30 +68,32 @@ static void team_barrier(void) {
   }
 }
 
+// The place of one thread in a round.
 typedef struct {
   int thread;
-  int helped;  // threads whose shares are all drawn, itself first
-} Draw;
+  int exhausted;  // number of threads, from itself on, whose shares are drawn completely
+} TicketCursor;
 
-// The first of the share of a thread in so many tickets.
-static inline long team_share(int thread, long count) { return count * thread / team.threads; }
+// The first ticket of a thread's share of `count` tickets.
+static inline long team_share_start(int thread, long count) { return count * thread / team.threads; }
 
-// The next of `count` tickets, or -1 after the last, when all threads have done theirs.
-static inline long team_next(Draw *draw, long count) {
-  for (; draw->helped < team.threads; draw->helped++) {
-    int whose = (draw->thread + draw->helped) % team.threads;
-    long first = team_share(whose, count), left = team_share(whose + 1, count) - first;
-    long drawn = atomic_fetch_add_explicit(&team.share[whose].drawn, 1, memory_order_relaxed);
+// The next of `count` tickets; after the last, -1 once every thread has finished its tickets.
+static inline long team_next_ticket(TicketCursor *cursor, long count) {
+  for (; cursor->exhausted < team.threads; cursor->exhausted++) {
+    int owner = (cursor->thread + cursor->exhausted) % team.threads;
+    long first = team_share_start(owner, count), left = team_share_start(owner + 1, count) - first;
+    long drawn = atomic_fetch_add_explicit(&team.share[owner].drawn, 1, memory_order_relaxed);
     if (drawn < left) return first + drawn;
   }
-  draw->helped = 0;
+  cursor->exhausted = 0;
   team_barrier();
   return -1;
 }
 
-// With a thread for each core, keeps each member on a core of its own: the system would at times run
-// two on one, which then wait for each other. Returns whether it did; `before` is where it was.
-static int team_take_core(int member, cpu_set_t *before) {
+// If the team has a thread for each core, pins the calling thread to core number `member`: otherwise the
+// system sometimes runs two threads on one core, which then wait for each other. True if pinned; `before`
+// gets the previous affinity.
+static int team_pin_to_core(int member, cpu_set_t *before) {
   cpu_set_t one;
   if (sched_getaffinity(0, sizeof *before, before) || CPU_COUNT(before) != team.threads) return 0;
   for (int cpu = 0, passed = 0; cpu < CPU_SETSIZE; cpu++) {
@@ -100,7 +105,8 @@ static int team_take_core(int member, cpu_set_t *before) {
   return 0;
 }
 
-static void *team_member(void *number) {
+// Main function of a thread of the team, whose number is `number`: waits for calls of team_run.
+static void *team_thread(void *number) {
   int me = (int)(intptr_t)number;
   int64_t seen = 0;
   cpu_set_t before;
@@ -110,16 +116,17 @@ static void *team_member(void *number) {
     seen = team.epoch;
     pthread_mutex_unlock(&team.sleeping);
     if (seen < 0) return NULL;
-    if (!placed) team_take_core(me, &before);  // the team is complete now
+    if (!placed) team_pin_to_core(me, &before);  // only now is team.threads final
     team.work(team.context, me);
     team_barrier();
   }
 }
 
-// Runs `work` on every thread of the team; returns when all are done. One call at a time.
-static void team_run(Work work, void *context) {
+// Runs `work` on every thread of the team, the caller included; returns when all have finished. Calls are
+// serialized.
+static void team_run(WorkFunction work, void *context) {
   pthread_mutex_lock(&team.one_at_a_time);
-  team_start_round();
+  team_reset_tickets();
   if (team.threads > 1) {
     pthread_mutex_lock(&team.sleeping);
     team.work = work;
@@ -129,14 +136,15 @@ static void team_run(Work work, void *context) {
     pthread_mutex_unlock(&team.sleeping);
   }
   cpu_set_t before;
-  int took = team.threads > 1 && team_take_core(0, &before);
+  int took = team.threads > 1 && team_pin_to_core(0, &before);
   work(context, 0);
   team_barrier();
   if (took) sched_setaffinity(0, sizeof before, &before);
   pthread_mutex_unlock(&team.one_at_a_time);
 }
 
-static void team_end(void) {
+// Ends every thread of the team but the caller.
+static void team_stop(void) {
   pthread_mutex_lock(&team.sleeping);
   team.epoch = -1;
   pthread_cond_broadcast(&team.wake);
@@ -146,14 +154,15 @@ static void team_end(void) {
   team.epoch = 0;
 }
 
-// Makes the team `threads` strong, the caller of team_run counted; returns how strong it is.
+// Resizes the team to `threads`, including the caller of team_run; returns its size, smaller if the system
+// refuses a thread.
 int team_resize(int threads) {
   pthread_mutex_lock(&team.one_at_a_time);
-  team_end();
+  team_stop();
   if (threads > MAX_THREADS) threads = MAX_THREADS;
   for (; team.threads < threads; team.threads++) {
     intptr_t number = team.threads;
-    if (pthread_create(&team.thread[number], NULL, team_member, (void *)number)) break;
+    if (pthread_create(&team.thread[number], NULL, team_thread, (void *)number)) break;
   }
   int strong = team.threads;
   pthread_mutex_unlock(&team.one_at_a_time);

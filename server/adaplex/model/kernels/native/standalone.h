@@ -1,0 +1,74 @@
+// Included once for each element type: the library's functions for layers outside of the decoder.
+
+// A product of `rows` rows, whose fp32 outputs are narrowed to y [rows, out], rows y_stride apart.
+typedef struct {
+  NAME(ProductTask) task;
+  long rows;
+  ELEMENT *y;
+  long y_stride;
+} NAME(LinearCall);
+
+// Work of one thread of the team; `context` is a LinearCall. A ticket is a group of panels.
+static void NAME(linear_on_thread)(void *context, int thread) {
+  const NAME(LinearCall) *call = context;
+  const Weight *w = call->task.weight;
+  long panels = panel_count(w);
+  TicketCursor cursor = {.thread = thread};
+  for (long group; (group = team_next_ticket(&cursor, panel_group_count(w))) >= 0;) {
+    long first = group * PANEL_GROUP, last = min_long(first + PANEL_GROUP, panels);
+    NAME(multiply_panels)(&call->task, NULL, 0, call->rows, first, last);
+    long from = first * LANES, to = min_long(last * LANES, w->out_features);
+    for (long row = 0; row < call->rows; row++)
+      NAME(narrow_row)(call->task.y + row * w->out_features + from, to - from,
+                       call->y + row * call->y_stride + from);
+  }
+}
+
+// x [rows, in], y [rows, out], strides in elements. y = x W' + bias. Returns DONE or NO_MEMORY.
+int NAME(linear)(const Weight *weight, const ELEMENT *x, int64_t x_stride, int64_t rows, ELEMENT *y,
+                 int64_t y_stride) {
+  float *wide = aligned_alloc(64, (sizeof(float) * (size_t)(rows * weight->out_features) + 63) / 64 * 64);
+  if (!wide) return NO_MEMORY;
+  NAME(ProductTask) task = {
+      .weight = weight, .x = x, .x_stride = x_stride, .y = wide, .y_stride = weight->out_features};
+  NAME(LinearCall) call = {task, rows, y, y_stride};
+  team_run(NAME(linear_on_thread), &call);
+  free(wide);
+  return DONE;
+}
+
+// h [rank], y [out]. y += b h.
+static void NAME(add_low_rank_row)(const ELEMENT *h, const Site *site, long out, ELEMENT *y) {
+  for (long n = 0; n < out; n += LANES) {
+    F32x16 acc[8][4];
+    float wide[LANES];
+    long width = min_long(out - n, LANES);
+    NAME(widen_row)(y + n, width, wide);
+    acc[0][0] = f32_load_partial(wide, width);
+    NAME(expand)(h, 0, site, out, n / LANES, 1, 1, acc);
+    f32_store(wide, acc[0][0]);
+    NAME(narrow_row)(wide, width, y + n);
+  }
+}
+
+// x [rows, in], y [rows, out], strides in elements; spans [count, 2]: start and stop; sites [count]: the site
+// of each span's adapter. y[row] += b (a x[row]) for every row of every span. Returns DONE or NO_MEMORY.
+int NAME(low_rank)(const ELEMENT *x, int64_t x_stride, int64_t in, ELEMENT *y, int64_t y_stride, int64_t out,
+                   const int64_t *spans, const Site *const *sites, int64_t count) {
+  long widest = 0;
+  for (long s = 0; s < count; s++) widest = max_long(widest, sites[s]->rank);
+  if (!widest) return DONE;
+  long stride = widest + widest % PER_UNIT;
+  ELEMENT *h = malloc(sizeof(ELEMENT) * BLOCK_ROWS * (size_t)stride);
+  if (!h) return NO_MEMORY;
+  for (long s = 0; s < count; s++)
+    for (long row = spans[2 * s]; sites[s]->rank && row < spans[2 * s + 1];) {
+      long rows = spans[2 * s + 1] - row >= BLOCK_ROWS ? BLOCK_ROWS : 1;
+      NAME(shrink)(x + row * x_stride, x_stride, in, sites[s]->a, sites[s]->rank, rows, h, stride);
+      for (long r = 0; r < rows; r++)
+        NAME(add_low_rank_row)(h + r * stride, sites[s], out, y + (row + r) * y_stride);
+      row += rows;
+    }
+  free(h);
+  return DONE;
+}

@@ -1,0 +1,201 @@
+// Random models and adapters of odd shapes, in buffers of exactly their size.
+
+#include "kernels.c"
+
+enum { BLOCKS = 17, POSITIONS = 64 };
+
+typedef struct {
+  size_t element;  // 4 or 2 bytes
+  long layers, hidden, heads, kv_heads, head_dim, middle, vocabulary, window;
+  int group, head_norms, biased;  // group: 0 for dense weights, 1 for nf4, else inputs of an int4 group
+} Shape;
+
+static void *allocated[4096];
+static long allocations;
+static uint64_t state = 88172645463325252u;
+
+// A random number of [0, below); xorshift.
+static long random_below(long below) {
+  state ^= state << 13;
+  state ^= state >> 7;
+  state ^= state << 17;
+  return (long)(state >> 33) % below;
+}
+
+// Memory that free_all frees.
+static void *allocate(size_t bytes) {
+  if (allocations == sizeof allocated / sizeof *allocated) abort();
+  return allocated[allocations++] = malloc(bytes);
+}
+
+static void free_all(void) {
+  while (allocations) free(allocated[--allocations]);
+}
+
+// [count] random elements of `size` bytes in [-0.25, 0.25].
+static void *elements(size_t size, long count) {
+  char *made = allocate(size * (size_t)count);
+  for (long i = 0; i < count; i++) {
+    float value = (float)(random_below(2001) - 1000) / 4000;
+    uint16_t narrow = bf16_narrow(value);
+    memcpy(made + size * (size_t)i, size == 4 ? (void *)&value : (void *)&narrow, size);
+  }
+  return made;
+}
+
+// A random weight [out, in] in dense panels.
+static void *dense_panels(const Shape *s, long in, long out) {
+  long per_unit = s->element == 4 ? 1 : 2;
+  char *panels = allocate((size_t)((out + LANES - 1) / LANES * (in / per_unit) * 64));
+  pack_dense(elements(s->element, out * in), out, in, per_unit, panels);
+  return panels;
+}
+
+// Random group values [out, count] of four bytes, packed; of `size` bytes an element.
+static float *groups(size_t size, long count, long out) {
+  float *packed = allocate(sizeof(float) * (size_t)((out + LANES - 1) / LANES * count * LANES));
+  pack_groups(elements(size, out * count * (4 / (long)size)), out, count, (uint32_t *)packed);
+  return packed;
+}
+
+// A random weight [out, in]; dense if its width does not divide into groups.
+static Weight weight(const Shape *s, long in, long out, int group) {
+  Weight w = {.in_features = in, .out_features = out, .bias = s->biased ? elements(4, out) : NULL};
+  long each = group == 1 ? 64 : group;
+  if (!group || in % each) {
+    w.panels = dense_panels(s, in, out);
+    return w;
+  }
+  long panels = (out + LANES - 1) / LANES;
+  uint8_t *codes = allocate((size_t)(out * in / 2));
+  for (long i = 0; i < out * in / 2; i++) codes[i] = (uint8_t)random_below(256);
+  void *packed = allocate((size_t)(panels * in / 8 * 64));
+  pack_codes(codes, out, in, packed);
+  w.panels = packed;
+  w.scales = groups(group == 1 ? 4 : 2, in / each, out);
+  if (group > 1) w.group = group;
+  return w;
+}
+
+// A random model of a shape.
+static Model model_of(const Shape *s) {
+  long q = s->heads * s->head_dim, kv = s->kv_heads * s->head_dim, h = s->hidden, mid = s->middle;
+  Layer *layers = allocate(sizeof(Layer) * (size_t)s->layers);
+  for (long i = 0; i < s->layers; i++) {
+    size_t cache = s->element * (size_t)(kv * BLOCKS * LANES);
+    layers[i] = (Layer){
+        .q = weight(s, h, q, s->group),
+        .k = weight(s, h, kv, s->group),
+        .v = weight(s, h, kv, s->group),
+        .o = weight(s, q, h, s->group),
+        .gate = weight(s, h, mid, s->group),
+        .up = weight(s, h, mid, s->group),
+        .down = weight(s, mid, h, s->group),
+        .attention_norm = elements(4, h),
+        .mlp_norm = elements(4, h),
+        .q_norm = s->head_norms ? elements(4, s->head_dim) : NULL,
+        .k_norm = s->head_norms ? elements(4, s->head_dim) : NULL,
+        .keys = memset(allocate(cache), 0, cache),
+        .values = memset(allocate(cache), 0, cache),
+        .window = s->window,
+    };
+    for (int part = 0; part < LAYER_MODULES; part++) layers[i].modules[part] = 3 + LAYER_MODULES * i + part;
+  }
+  long half = s->head_dim / 2;
+  return (Model){
+      .embedding = elements(s->element, s->vocabulary * h),
+      .final_norm = elements(4, h),
+      .cosines = elements(4, POSITIONS * half),
+      .sines = elements(4, POSITIONS * half),
+      .layer = layers,
+      .head = weight(s, h, s->vocabulary, 0),
+      .layers = s->layers,
+      .hidden = h,
+      .heads = s->heads,
+      .kv_heads = s->kv_heads,
+      .head_dim = s->head_dim,
+      .middle = mid,
+      .vocabulary = s->vocabulary,
+      .positions = POSITIONS,
+      .blocks = BLOCKS,
+      .modules = 3 + LAYER_MODULES * s->layers,
+      .embedding_module = 0,
+      .final_norm_module = 1,
+      .head_module = 2,
+      .epsilon = 1e-5,
+      .scale = 0.25,
+  };
+}
+
+// [count] random elements in one of three calls, else null.
+static void *maybe(const Shape *s, long count) {
+  return random_below(3) ? NULL : elements(s->element, count);
+}
+
+// A pair a [rank, in], b [rank, out] of a random rank, which is returned.
+static long low_rank(const Shape *s, Site *site, long in, long out) {
+  static const long ranks[] = {0, 1, 3, 5, 8};
+  long rank = ranks[random_below(5)];
+  if (!rank) return 0;
+  site->a = elements(s->element, rank * in);
+  site->b = elements(s->element, rank * out);
+  return site->rank = rank;
+}
+
+// Replaces three rows of a table [rows, features], the first and the last among them.
+static void replace_some(const Shape *s, Site *site, long rows, long features) {
+  int32_t ids[] = {0, (int32_t)(rows / 3), (int32_t)(rows - 1)};
+  site->row_count = 3;
+  site->row_ids = memcpy(allocate(sizeof ids), ids, sizeof ids);
+  site->rows = elements(s->element, 3 * features);
+}
+
+static void at_linear(const Shape *s, Site *site, const Weight *w, int merged) {
+  if (merged && w->group && random_below(2))
+    site->zeros = groups(4, w->in_features / w->group, w->out_features);
+  else if (merged && random_below(2))
+    site->dense = dense_panels(s, w->in_features, w->out_features);
+  if (!merged) low_rank(s, site, w->in_features, w->out_features);
+  site->output_scale = maybe(s, w->out_features);
+  site->input_scale = maybe(s, w->in_features);
+  site->bias = maybe(s, w->out_features);
+}
+
+static void at_norm(const Shape *s, Site *site, long features) {
+  site->dense = maybe(s, features);
+  site->bias = maybe(s, features);
+}
+
+static void at_block(const Shape *s, Site *site, long hidden) {
+  long width = low_rank(s, site, hidden, hidden);
+  if (!width) return;
+  site->inner = maybe(s, width);
+  site->bias = maybe(s, hidden);
+  site->shape = random_below(8) + 16 * random_below(4);
+}
+
+static void at_embedding(const Shape *s, Site *site, long vocabulary, long hidden) {
+  low_rank(s, site, vocabulary, hidden);
+  site->dense = maybe(s, vocabulary * hidden);
+  if (random_below(2)) replace_some(s, site, vocabulary, hidden);
+  site->virtual_count = random_below(4);
+  if (site->virtual_count) site->virtual = elements(s->element, site->virtual_count * hidden);
+}
+
+// Random sites [modules]; if `merged`, linears have their own weights instead of a low-rank delta.
+static Site *adapter(const Shape *s, const Model *m, int merged) {
+  Site *sites = allocate(sizeof(Site) * (size_t)m->modules);
+  memset(sites, 0, sizeof(Site) * (size_t)m->modules);
+  at_embedding(s, sites + m->embedding_module, m->vocabulary, m->hidden);
+  at_norm(s, sites + m->final_norm_module, m->hidden);
+  at_linear(s, sites + m->head_module, &m->head, merged);
+  if (random_below(2)) replace_some(s, sites + m->head_module, m->vocabulary, m->hidden);
+  for (const Layer *l = m->layer; l < m->layer + m->layers; l++) {
+    const Weight *parts[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
+    for (int i = Q; i <= DOWN; i++) at_linear(s, sites + l->modules[i], parts[i], merged);
+    for (int i = ATTENTION_NORM; i <= MLP_NORM; i++) at_norm(s, sites + l->modules[i], m->hidden);
+    for (int i = ATTENTION; i <= MLP; i++) at_block(s, sites + l->modules[i], m->hidden);
+    for (int i = Q_NORM; i <= K_NORM; i++) at_norm(s, sites + l->modules[i], m->head_dim);
+  }
+  return sites;
+}
