@@ -25,18 +25,33 @@ INLINE void NAME(store_value)(ELEMENT *block, long token, const float *value, lo
   }
 }
 
-// q [R, dim]; keys, values [blocks, 16 * dim]; table [last]; scores [R, stride].
-// scores[r][t] = scale * q[r] keys[t] for R queries and the tokens t of B blocks of the table from `b` on.
-// Prefetches the next blocks of keys and the values of these, whose addresses hardware cannot predict.
-INLINE void NAME(score_blocks)(const ELEMENT *q, long dim, const ELEMENT *keys, const ELEMENT *values,
-                               const int32_t *table, long b, long last, float scale, const int R, const int B,
-                               float *scores, long stride) {
-  long units = dim / PER_UNIT, size = LANES * dim;
+// The queries of `tokens` consecutive tokens from position `position` on, `group` heads of each, and the keys
+// and values of their sequence for one head of keys.
+typedef struct {
+  const ELEMENT *q;              // [tokens * group, dim]
+  const ELEMENT *keys, *values;  // [blocks, 16 * dim]
+  const int32_t *table;          // blocks of the sequence
+  long tokens, group, dim, position;
+  long window;  // visible keys, 0 for all
+  float scale;
+  float *scores;     // scratch [tokens * group, stride]
+  ELEMENT *weights;  // scratch [tokens * group, stride]
+  long stride;       // a multiple of LANES, at least the number of keys
+  float *weighted;   // [tokens * group, dim]: the result
+} NAME(HeadAttention);
+
+// scores[row + r][t] = scale * q[row + r] keys[t], for R queries from `row` on and the tokens t of B blocks
+// of the table from `b` on; `last` is the end of the table. Prefetches the next blocks of keys and the values
+// of these, whose addresses hardware cannot predict.
+INLINE void NAME(score_blocks)(const NAME(HeadAttention) *a, long row, long b, long last, const int R,
+                               const int B) {
+  const long dim = a->dim, units = dim / PER_UNIT, size = LANES * dim;
+  const ELEMENT *q = a->q + row * dim;
   const char *line[2], *next[2], *value[2];
   UNROLL for (int i = 0; i < B; i++) {
-    line[i] = (const char *)(keys + table[b + i] * size);
-    next[i] = (const char *)(keys + table[min_long(b + B + i, last - 1)] * size);
-    value[i] = (const char *)(values + table[b + i] * size);
+    line[i] = (const char *)(a->keys + a->table[b + i] * size);
+    next[i] = (const char *)(a->keys + a->table[min_long(b + B + i, last - 1)] * size);
+    value[i] = (const char *)(a->values + a->table[b + i] * size);
   }
   F32x16 acc[8][2];
   UNROLL for (int r = 0; r < R; r++)
@@ -53,32 +68,32 @@ INLINE void NAME(score_blocks)(const ELEMENT *q, long dim, const ELEMENT *keys, 
       UNROLL for (int i = 0; i < B; i++) acc[r][i] = NAME(mac)(acc[r][i], w[i], unit);
     }
   }
+  float *scores = a->scores + row * a->stride;
+  const float scale = a->scale;
+  const long stride = a->stride;
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int i = 0; i < B; i++) f32_store(scores + r * stride + (b + i) * LANES, acc[r][i] * scale);
 }
 
 // As score_blocks, for blocks [first, last) of the table: two at a time for eight queries, which are
 // compute-bound; one at a time for fewer, which are memory-bound and read consecutive lines faster.
-INLINE void NAME(score_rows)(const ELEMENT *q, long dim, const ELEMENT *keys, const ELEMENT *values,
-                             const int32_t *table, long first, long last, float scale, const int R,
-                             float *scores, long stride) {
+INLINE void NAME(score_rows)(const NAME(HeadAttention) *a, long row, long first, long last, const int R) {
   long b = first;
-  for (; R == 8 && b + 2 <= last; b += 2)
-    NAME(score_blocks)(q, dim, keys, values, table, b, last, scale, R, 2, scores, stride);
-  for (; b < last; b++) NAME(score_blocks)(q, dim, keys, values, table, b, last, scale, R, 1, scores, stride);
+  for (; R == 8 && b + 2 <= last; b += 2) NAME(score_blocks)(a, row, b, last, R, 2);
+  for (; b < last; b++) NAME(score_blocks)(a, row, b, last, R, 1);
 }
 
-// weights [R, stride]; values [blocks, 16 * dim]; table [last]; weighted [R, dim].
-// weighted[r][i] = the sum of weights[r][t] * values[t][i] over blocks [first, last), for R queries and
-// 16 * D dimensions i from `d` on.
-INLINE void NAME(weighted_value_lines)(const ELEMENT *weights, long stride, const ELEMENT *values, long dim,
-                                       const int32_t *table, long first, long last, long d, const int R,
-                                       const int D, float *weighted) {
+// weighted[row + r][i] = the sum of weights[row + r][t] * values[t][i] over the tokens t of blocks [first,
+// last) of the table, for R queries from `row` on and 16 * D dimensions i from `d` on.
+INLINE void NAME(weighted_value_lines)(const NAME(HeadAttention) *a, long row, long first, long last, long d,
+                                       const int R, const int D) {
+  const long dim = a->dim, stride = a->stride;
+  const ELEMENT *weights = a->weights + row * stride;
   F32x16 acc[8][2];
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int i = 0; i < D; i++) acc[r][i] = (F32x16){0};
   for (long b = first; b < last; b++) {
-    const char *line = (const char *)(values + (long)table[b] * LANES * dim + d * PER_UNIT);
+    const char *line = (const char *)(a->values + (long)a->table[b] * LANES * dim + d * PER_UNIT);
     for (long u = 0; u < LANES / PER_UNIT; u++) {
       U32x16 w[2];
       UNROLL for (int i = 0; i < D; i++) w[i] = load_words(line + u * dim * 4 + i * 64);
@@ -88,18 +103,17 @@ INLINE void NAME(weighted_value_lines)(const ELEMENT *weights, long stride, cons
       }
     }
   }
+  float *weighted = a->weighted + row * dim + d;
   UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int i = 0; i < D; i++) f32_store(weighted + r * dim + d + i * LANES, acc[r][i]);
+    UNROLL for (int i = 0; i < D; i++) f32_store(weighted + r * dim + i * LANES, acc[r][i]);
 }
 
 // As weighted_value_lines, for all dimensions.
-INLINE void NAME(weighted_values)(const ELEMENT *weights, long stride, const ELEMENT *values, long dim,
-                                  const int32_t *table, long first, long last, const int R, float *weighted) {
+INLINE void NAME(weighted_values)(const NAME(HeadAttention) *a, long row, long first, long last,
+                                  const int R) {
   long d = 0;
-  for (; d + 2 * LANES <= dim; d += 2 * LANES)
-    NAME(weighted_value_lines)(weights, stride, values, dim, table, first, last, d, R, 2, weighted);
-  for (; d < dim; d += LANES)
-    NAME(weighted_value_lines)(weights, stride, values, dim, table, first, last, d, R, 1, weighted);
+  for (; d + 2 * LANES <= a->dim; d += 2 * LANES) NAME(weighted_value_lines)(a, row, first, last, d, R, 2);
+  for (; d < a->dim; d += LANES) NAME(weighted_value_lines)(a, row, first, last, d, R, 1);
 }
 
 // scores [end], weights [end]. weights[t] = exp(scores[t] - largest score) for keys [first, end), zero for
@@ -127,50 +141,41 @@ static float NAME(softmax_weights)(float *scores, long first, long end, long fro
 }
 
 #define REMAINDER(call, R) \
-  case R: call(R); break;
+  case R: NAME(call)(a, r, first, last, R); break;
 
-// Calls call(R) for groups of eight queries, then for the rest as one group, since each call reads all keys
-// or values.
-#define FOR_QUERY_GROUPS(call)                \
-  {                                           \
-    long r = 0;                               \
-    for (; r + 8 <= queries; r += 8) call(8); \
-    switch (queries - r) {                    \
-      REMAINDER(call, 7)                      \
-      REMAINDER(call, 6)                      \
-      REMAINDER(call, 5)                      \
-      REMAINDER(call, 4)                      \
-      REMAINDER(call, 3)                      \
-      REMAINDER(call, 2)                      \
-      REMAINDER(call, 1)                      \
-    }                                         \
+// Calls call(a, r, first, last, R) for groups of R = 8 queries from query r on, then for the rest as one
+// group, since each call reads all keys or values.
+#define FOR_QUERY_GROUPS(call)                                         \
+  {                                                                    \
+    long r = 0;                                                        \
+    for (; r + 8 <= queries; r += 8) NAME(call)(a, r, first, last, 8); \
+    switch (queries - r) {                                             \
+      REMAINDER(call, 7)                                               \
+      REMAINDER(call, 6)                                               \
+      REMAINDER(call, 5)                                               \
+      REMAINDER(call, 4)                                               \
+      REMAINDER(call, 3)                                               \
+      REMAINDER(call, 2)                                               \
+      REMAINDER(call, 1)                                               \
+    }                                                                  \
   }
-#define SCORE_ROWS(R) \
-  NAME(score_rows)(q + r * dim, dim, keys, values, table, first, last, scale, R, scores + r * stride, stride)
-#define WEIGHTED_VALUES(R) \
-  NAME(weighted_values)(weights + r * stride, stride, values, dim, table, first, last, R, weighted + r * dim)
 
-// q [tokens * group, dim]; keys, values [blocks, 16 * dim]; table [blocks of the sequence]; scratch scores
-// and weights [tokens * group, stride], stride a multiple of LANES and at least the number of keys. weighted
-// [tokens * group, dim] = attention of `tokens` consecutive tokens from position `at` on, `group` heads of
-// each, to one head of keys.
-static void NAME(attend)(const ELEMENT *q, long tokens, long group, long dim, const ELEMENT *keys,
-                         const ELEMENT *values, const int32_t *table, long at, long window, float scale,
-                         float *scores, ELEMENT *weights, long stride, float *weighted) {
-  long queries = tokens * group, last = (at + tokens - 1) / LANES + 1;
-  long first = window && at + 1 > window ? (at + 1 - window) / LANES : 0;
-  FOR_QUERY_GROUPS(SCORE_ROWS)
+// Computes a->weighted. Keys outside of a query's window or after its position do not count.
+static void NAME(attend)(const NAME(HeadAttention) *a) {
+  const long queries = a->tokens * a->group, stride = a->stride, dim = a->dim;
+  const long position = a->position, window = a->window;
+  const long last = (position + a->tokens - 1) / LANES + 1;
+  const long first = window && position + 1 > window ? (position + 1 - window) / LANES : 0;
+  FOR_QUERY_GROUPS(score_rows)
   for (long r = 0; r < queries; r++) {
-    long seen = at + r / group + 1, from = window && seen > window ? seen - window : 0;
-    float total = NAME(softmax_weights)(scores + r * stride, first * LANES, last * LANES, from, seen,
-                                        weights + r * stride);
-    scores[r * stride] = total;
+    long seen = position + r / a->group + 1, from = window && seen > window ? seen - window : 0;
+    float total = NAME(softmax_weights)(a->scores + r * stride, first * LANES, last * LANES, from, seen,
+                                        a->weights + r * stride);
+    a->scores[r * stride] = total;
   }
-  FOR_QUERY_GROUPS(WEIGHTED_VALUES)
+  FOR_QUERY_GROUPS(weighted_values)
   for (long r = 0; r < queries; r++)
-    for (long d = 0; d < dim; d++) weighted[r * dim + d] /= scores[r * stride];
+    for (long d = 0; d < dim; d++) a->weighted[r * dim + d] /= a->scores[r * stride];
 }
 #undef FOR_QUERY_GROUPS
 #undef REMAINDER
-#undef SCORE_ROWS
-#undef WEIGHTED_VALUES

@@ -50,7 +50,14 @@ static void NAME(add_bottlenecks)(ThreadContext *me, const NAME(StepTask) *task,
     const ELEMENT *x =
         NAME(bottleneck_input)(&task->space, &block, site->shape / 16, start, rows, me->bottleneck_input);
     ELEMENT *h = block.h + start * block.h_stride;
-    NAME(shrink)(x, hidden, hidden, site->a, site->rank, rows, h, block.h_stride);
+    const NAME(ShrinkTask) shrink = {.x = x,
+                                     .x_stride = hidden,
+                                     .in_features = hidden,
+                                     .a = site->a,
+                                     .rank = site->rank,
+                                     .h = h,
+                                     .h_stride = block.h_stride};
+    NAME(shrink)(shrink, rows);
     for (long r = 0; r < rows; r++) NAME(activate_bottleneck)(site, h + r * block.h_stride);
     for (long panel = 0; panel < panels; panel += 2)
       NAME(add_adapters)(&block, start, rows, panel, min_long(panels - panel, 2));

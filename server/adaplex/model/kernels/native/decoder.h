@@ -60,10 +60,21 @@ static void NAME(attention)(ThreadContext *me, const NAME(StepTask) *task, const
       memcpy(q + r * group * dim, query + (span->start + r) * width + kv * group * dim,
              sizeof(ELEMENT) * (size_t)(group * dim));
     long plane = kv * m->blocks * LANES * dim;
-    NAME(attend)(q, rows, group, dim, (const ELEMENT *)layer->keys + plane,
-                 (const ELEMENT *)layer->values + plane, step->table + span->sequence * step->width,
-                 step->position[span->start], layer->window, (float)m->scale, me->scores, me->weights,
-                 space->score_stride, me->weighted);
+    NAME(HeadAttention) head = {.q = q,
+                                .keys = (const ELEMENT *)layer->keys + plane,
+                                .values = (const ELEMENT *)layer->values + plane,
+                                .table = step->table + span->sequence * step->width,
+                                .tokens = rows,
+                                .group = group,
+                                .dim = dim,
+                                .position = step->position[span->start],
+                                .window = layer->window,
+                                .scale = (float)m->scale,
+                                .scores = me->scores,
+                                .weights = me->weights,
+                                .stride = space->score_stride,
+                                .weighted = me->weighted};
+    NAME(attend)(&head);
     for (long r = 0; r < rows; r++)
       NAME(narrow_row)(me->weighted + r * group * dim, group * dim,
                        attended + (span->start + r) * width + kv * group * dim);

@@ -31,27 +31,26 @@ INLINE F32x16 NAME(minus_sums)(const ELEMENT *x, long x_stride, long group, cons
   return lane_sums(sum, R);
 }
 
-// x [R, in], rows x_stride apart; own_zeros [panels, in / group, 16] replaces the zeros of the weight unless
-// it is null; acc [R, P] vectors of 16 columns. acc[r][p] = x[r] W[columns of panel + p]'.
-INLINE void NAME(int4_tile)(const ELEMENT *x, long x_stride, const Weight *weight, const float *own_zeros,
-                            long panel, const PrefetchPlan *plan, RowBlock row_block, const int R,
-                            const int P, F32x16 acc[8][4]) {
+// own_zeros [panels, in / group, 16] replaces the zeros of the weight unless it is null; acc [R, P] vectors
+// of 16 columns. acc[r][p] = x[r] W[columns of panel + p]'.
+INLINE void NAME(int4_tile)(NAME(TileRows) rows, const Weight *weight, const float *own_zeros, long panel,
+                            const int R, const int P, F32x16 acc[8][4]) {
   const long groups = weight->in_features / weight->group, lines = weight->group / 8;
   const char *codes = (const char *)weight->panels + panel * groups * lines * 64;
-  const char *next = share_start(codes + P * groups * lines * 64, groups * lines, row_block);
-  const long next_stride = share_stride(row_block);
+  const char *next = share_start(codes + P * groups * lines * 64, groups * lines, rows.block);
+  const long next_stride = share_stride(rows.block);
   const char *pairs = (const char *)weight->scales + panel * groups * 64;
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int p = 0; p < P; p++) acc[r][p] = (F32x16){0};
   for (long group = 0; group < groups; group++) {
     F32x16 group_sum[8][4];
     float minus_sum[LANES];
-    f32_store(minus_sum, NAME(minus_sums)(x + group * weight->group, x_stride, weight->group, R));
+    f32_store(minus_sum, NAME(minus_sums)(rows.x + group * weight->group, rows.x_stride, weight->group, R));
     UNROLL for (int r = 0; r < R; r++)
       UNROLL for (int p = 0; p < P; p++) group_sum[r][p] = (F32x16){0};
     for (long line = lines * group; line < lines * (group + 1); line++) {
       U32x16 packed[4];
-      if (plan) prefetch_share(plan, line);
+      if (rows.plan) prefetch_share(rows.plan, line);
       UNROLL for (int p = 0; p < P; p++) {
         packed[p] = load_words(codes + (p * groups * lines + line) * 64);
         prefetch(next + p * groups * lines * 64 + line * next_stride);
@@ -60,7 +59,7 @@ INLINE void NAME(int4_tile)(const ELEMENT *x, long x_stride, const Weight *weigh
         U32x16 w[4];
         UNROLL for (int p = 0; p < P; p++) w[p] = NAME(int4_decode)(packed[p], k);
         UNROLL for (int r = 0; r < R; r++) {
-          U32x16 unit = NAME(broadcast_unit)(x + r * x_stride, 8 / PER_UNIT * line + k);
+          U32x16 unit = NAME(broadcast_unit)(rows.x + r * rows.x_stride, 8 / PER_UNIT * line + k);
           UNROLL for (int p = 0; p < P; p++) group_sum[r][p] = NAME(mac)(group_sum[r][p], w[p], unit);
         }
       }

@@ -7,37 +7,35 @@
 //
 // Each output is one chain of operations, whose order does not depend on the number of rows.
 
-// x [R, in], rows x_stride apart; panel: dense panels [P, units, 16]; acc [R, P] vectors of 16 columns.
+// panel: dense panels [P, units, 16]; acc [R, P] vectors of 16 columns.
 // acc[r][p] = x[r] W[columns of panel p]'.
-INLINE void NAME(dense_tile)(const ELEMENT *x, long x_stride, const char *panel, long units,
-                             const PrefetchPlan *plan, RowBlock row_block, const int R, const int P,
+INLINE void NAME(dense_tile)(NAME(TileRows) rows, const char *panel, long units, const int R, const int P,
                              F32x16 acc[8][4]) {
-  const char *next = share_start(panel + P * units * 64, units, row_block);
-  const long next_stride = share_stride(row_block);
+  const char *next = share_start(panel + P * units * 64, units, rows.block);
+  const long next_stride = share_stride(rows.block);
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int p = 0; p < P; p++) acc[r][p] = (F32x16){0};
   for (long u = 0; u < units; u++) {
     U32x16 w[4];
-    if (plan && u % (8 / PER_UNIT) == 0) prefetch_share(plan, u / (8 / PER_UNIT));
+    if (rows.plan && u % (8 / PER_UNIT) == 0) prefetch_share(rows.plan, u / (8 / PER_UNIT));
     UNROLL for (int p = 0; p < P; p++) {
       w[p] = load_words(panel + (p * units + u) * 64);
       prefetch(next + p * units * 64 + u * next_stride);
     }
     UNROLL for (int r = 0; r < R; r++) {
-      U32x16 unit = NAME(broadcast_unit)(x + r * x_stride, u);
+      U32x16 unit = NAME(broadcast_unit)(rows.x + r * rows.x_stride, u);
       UNROLL for (int p = 0; p < P; p++) acc[r][p] = NAME(mac)(acc[r][p], w[p], unit);
     }
   }
 }
 
 #if PER_UNIT == 2
-// x [R, in], rows x_stride apart; panel: nf4 panels [P, 8 * blocks, 32]; scales [P, blocks, 16]; acc [R, P]
-// vectors of 16 columns. acc[r][p] = x[r] W[columns of panel p]'.
-INLINE void NAME(nf4_tile)(const ELEMENT *x, long x_stride, const char *panel, const float *scales,
-                           long blocks, const PrefetchPlan *plan, RowBlock row_block, const int R,
-                           const int P, F32x16 acc[8][4]) {
-  const char *next = share_start(panel + P * blocks * 512, 8 * blocks, row_block);
-  const long next_stride = share_stride(row_block);
+// panel: nf4 panels [P, 8 * blocks, 32]; scales [P, blocks, 16]; acc [R, P] vectors of 16 columns.
+// acc[r][p] = x[r] W[columns of panel p]'.
+INLINE void NAME(nf4_tile)(NAME(TileRows) rows, const char *panel, const float *scales, long blocks,
+                           const int R, const int P, F32x16 acc[8][4]) {
+  const char *next = share_start(panel + P * blocks * 512, 8 * blocks, rows.block);
+  const long next_stride = share_stride(rows.block);
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int p = 0; p < P; p++) acc[r][p] = (F32x16){0};
   for (long block = 0; block < blocks; block++) {
@@ -46,7 +44,7 @@ INLINE void NAME(nf4_tile)(const ELEMENT *x, long x_stride, const char *panel, c
       UNROLL for (int p = 0; p < P; p++) block_sum[r][p] = (F32x16){0};
     for (long line = 8 * block; line < 8 * block + 8; line++) {
       U16x32 packed[4];
-      if (plan) prefetch_share(plan, line);
+      if (rows.plan) prefetch_share(rows.plan, line);
       UNROLL for (int p = 0; p < P; p++) {
         packed[p] = (U16x32)load_words(panel + (p * 8 * blocks + line) * 64);
         prefetch(next + p * blocks * 512 + line * next_stride);
@@ -55,7 +53,7 @@ INLINE void NAME(nf4_tile)(const ELEMENT *x, long x_stride, const char *panel, c
         U32x16 w[4];
         UNROLL for (int p = 0; p < P; p++) w[p] = look_up(&NF4, packed[p], j);
         UNROLL for (int r = 0; r < R; r++) {
-          U32x16 unit = NAME(broadcast_unit)(x + r * x_stride, 4 * line + j);
+          U32x16 unit = NAME(broadcast_unit)(rows.x + r * rows.x_stride, 4 * line + j);
           UNROLL for (int p = 0; p < P; p++) block_sum[r][p] = NAME(mac)(block_sum[r][p], w[p], unit);
         }
       }
@@ -149,27 +147,30 @@ static __attribute__((noinline)) void NAME(add_adapters)(const NAME(ProductTask)
 INLINE void NAME(product_tile)(const NAME(ProductTask) *task, const Site *own, long row, RowBlock row_block,
                                long panel, const int R, const int P) {
   const Weight *w = task->weight;
-  const ELEMENT *x = task->x + row * task->x_stride;
-  PrefetchPlan filled;
-  const PrefetchPlan *plan =
-      task->sites && NAME(fill_prefetch_plan)(task, row, R, panel, &filled) ? &filled : NULL;
+  PrefetchPlan plan;
+  const NAME(TileRows) rows = {
+      .x = task->x + row * task->x_stride,
+      .x_stride = task->x_stride,
+      .plan = task->sites && NAME(fill_prefetch_plan)(task, row, R, panel, &plan) ? &plan : NULL,
+      .block = row_block,
+  };
   F32x16 acc[8][4];
   const void *dense = own ? own->dense : NULL;
   if (w->group && !dense) {
     const float *zeros = own ? own->zeros : w->zeros;
-    NAME(int4_tile)(x, task->x_stride, w, zeros, panel, plan, row_block, R, P, acc);
+    NAME(int4_tile)(rows, w, zeros, panel, R, P, acc);
   } else
 #if PER_UNIT == 2
   if (w->scales && !dense) {
     long blocks = w->in_features / 64;
-    NAME(nf4_tile)(x, task->x_stride, (const char *)w->panels + panel * blocks * 512,
-                   w->scales + panel * blocks * LANES, blocks, plan, row_block, R, P, acc);
+    NAME(nf4_tile)(rows, (const char *)w->panels + panel * blocks * 512, w->scales + panel * blocks * LANES,
+                   blocks, R, P, acc);
   } else
 #endif
   {
     long units = w->in_features / PER_UNIT;
     const char *panels = dense ? dense : w->panels;
-    NAME(dense_tile)(x, task->x_stride, panels + panel * units * 64, units, plan, row_block, R, P, acc);
+    NAME(dense_tile)(rows, panels + panel * units * 64, units, R, P, acc);
   }
   if (w->bias)
     UNROLL for (int p = 0; p < P; p++) {

@@ -7,11 +7,20 @@
 // The operations of a row and their order are the same alone and in a block of BLOCK_ROWS, so its bits do not
 // depend on its neighbours.
 
-// x [R, in], a [rank, in], h [R, rank], rows x_stride and h_stride apart.
-// h[r][j + p] = a[j + p] x[r] for R rows and P ranks.
-INLINE void NAME(shrink_tile)(const ELEMENT *x, long x_stride, long in, const ELEMENT *a, long j, const int R,
-                              const int P, ELEMENT *h, long h_stride) {
-  const long step = LANES * PER_UNIT;
+// The product h = a x of some rows of one adapter; h is zero from the rank up to a whole unit.
+typedef struct {
+  const ELEMENT *x;  // [rows, in], rows x_stride apart
+  long x_stride, in_features;
+  const ELEMENT *a;  // [rank, in]
+  long rank;
+  ELEMENT *h;  // [rows, rank rounded up to a whole unit], rows h_stride apart
+  long h_stride;
+} NAME(ShrinkTask);
+
+// h[row + r][j + p] = a[j + p] x[row + r] for R rows and P ranks.
+INLINE void NAME(shrink_tile)(NAME(ShrinkTask) task, long row, long j, const int R, const int P) {
+  const long step = LANES * PER_UNIT, in = task.in_features;
+  const ELEMENT *x = task.x + row * task.x_stride;
   F32x16 acc[BLOCK_ROWS][4];
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int p = 0; p < P; p++) acc[r][p] = (F32x16){0};
@@ -19,39 +28,35 @@ INLINE void NAME(shrink_tile)(const ELEMENT *x, long x_stride, long in, const EL
     long bytes = (in - k < step ? in - k : step) * (long)sizeof(ELEMENT);
     U32x16 line[4];
     UNROLL for (int p = 0; p < P; p++) {
-      const ELEMENT *from = a + (j + p) * in + k;
+      const ELEMENT *from = task.a + (j + p) * in + k;
       line[p] = bytes == 64 ? load_words(from) : load_partial(from, bytes);
       prefetch(from + P * in);
     }
     UNROLL for (int r = 0; r < R; r++) {
-      const ELEMENT *from = x + r * x_stride + k;
-      U32x16 row = bytes == 64 ? load_words(from) : load_partial(from, bytes);
-      UNROLL for (int p = 0; p < P; p++) acc[r][p] = NAME(mac)(acc[r][p], line[p], row);
+      const ELEMENT *from = x + r * task.x_stride + k;
+      U32x16 part = bytes == 64 ? load_words(from) : load_partial(from, bytes);
+      UNROLL for (int p = 0; p < P; p++) acc[r][p] = NAME(mac)(acc[r][p], line[p], part);
     }
   }
+  ELEMENT *h = task.h + row * task.h_stride + j;
   UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int p = 0; p < P; p++) h[r * h_stride + j + p] = NAME(narrow)(sum_lanes(acc[r][p]));
+    UNROLL for (int p = 0; p < P; p++) h[r * task.h_stride + p] = NAME(narrow)(sum_lanes(acc[r][p]));
 }
 
-// x [R, in], a [rank, in], h [R, rank rounded up to a whole unit]. h[r] = a x[r], zero beyond the rank.
-INLINE void NAME(shrink_rows)(const ELEMENT *x, long x_stride, long in, const ELEMENT *a, long rank,
-                              const int R, ELEMENT *h, long h_stride) {
+// Computes h of R rows from `row` on.
+INLINE void NAME(shrink_rows)(NAME(ShrinkTask) task, long row, const int R) {
   long j = 0;
-  for (; j + 4 <= rank; j += 4) NAME(shrink_tile)(x, x_stride, in, a, j, R, 4, h, h_stride);
-  for (; j < rank; j++) NAME(shrink_tile)(x, x_stride, in, a, j, R, 1, h, h_stride);
+  for (; j + 4 <= task.rank; j += 4) NAME(shrink_tile)(task, row, j, R, 4);
+  for (; j < task.rank; j++) NAME(shrink_tile)(task, row, j, R, 1);
   for (; j % PER_UNIT; j++)
-    for (int r = 0; r < R; r++) h[r * h_stride + j] = 0;
+    for (int r = 0; r < R; r++) task.h[(row + r) * task.h_stride + j] = 0;
 }
 
-// x [rows, in], a [rank, in], h [rows, rank rounded up to a whole unit]. h[row] = a x[row], zero beyond the
-// rank.
-static void NAME(shrink)(const ELEMENT *x, long x_stride, long in, const ELEMENT *a, long rank, long rows,
-                         ELEMENT *h, long h_stride) {
+// Computes h of `rows` rows.
+static void NAME(shrink)(NAME(ShrinkTask) task, long rows) {
   long row = 0;
-  for (; row + BLOCK_ROWS <= rows; row += BLOCK_ROWS)
-    NAME(shrink_rows)(x + row * x_stride, x_stride, in, a, rank, BLOCK_ROWS, h + row * h_stride, h_stride);
-  for (; row < rows; row++)
-    NAME(shrink_rows)(x + row * x_stride, x_stride, in, a, rank, 1, h + row * h_stride, h_stride);
+  for (; row + BLOCK_ROWS <= rows; row += BLOCK_ROWS) NAME(shrink_rows)(task, row, BLOCK_ROWS);
+  for (; row < rows; row++) NAME(shrink_rows)(task, row, 1);
 }
 
 // h [R, rank], the site's b [rank, out], acc [R, P] vectors of 16 columns.

@@ -15,6 +15,14 @@ typedef struct {
   NextProduct *next_product;  // or null
 } NAME(ProductTask);
 
+// The inputs of the R rows of a tile.
+typedef struct {
+  const ELEMENT *x;  // [R, in], rows x_stride apart
+  long x_stride;
+  const PrefetchPlan *plan;  // or null
+  RowBlock block;
+} NAME(TileRows);
+
 // True if rows [row, row + rows) have the same adapter.
 static int NAME(rows_share_site)(const NAME(ProductTask) *task, long row, long rows) {
   const Site *const *sites = task->sites + row;

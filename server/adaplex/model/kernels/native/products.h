@@ -122,23 +122,24 @@ static void NAME(shrink_all)(ThreadContext *me, const NAME(Products) *products, 
     for (const NAME(ProductTask) *product = products->product + from; product < products->product + to;
          product++) {
       const Site *site = site_of(product->sites, start, product->module);
-      NAME(shrink)(product->x + start * product->x_stride, product->x_stride, product->weight->in_features,
-                   site->a, site->rank, rows, product->h + start * product->h_stride, product->h_stride);
+      const NAME(ShrinkTask) shrink = {.x = product->x + start * product->x_stride,
+                                       .x_stride = product->x_stride,
+                                       .in_features = product->weight->in_features,
+                                       .a = site->a,
+                                       .rank = site->rank,
+                                       .h = product->h + start * product->h_stride,
+                                       .h_stride = product->h_stride};
+      NAME(shrink)(shrink, rows);
     }
   }
 }
 
-// runs [run_count]. Computes all products of a phase with the changes of adapters. Runs that have their own
-// weight are multiplied by it; neighbouring other runs share the tickets of the base's weight.
-static void NAME(run_products)(ThreadContext *me, const Workspace *space, const NAME(Products) *products,
-                               const Run *runs, long run_count) {
-  NAME(Products) scaled;
-  if (space->needs.input_scales) {
-    scaled = NAME(scale_inputs)(me, space, products, runs, run_count);
-    products = &scaled;
-  }
-  if (products->product[0].sites) NAME(shrink_all)(me, products, runs, run_count);
-  TicketRange *end = me->ranges;
+// ranges [count of products * (2 * run_count + 1) + 1], runs [run_count]. For each product, makes a range of
+// each run that has its own weight and of each group of neighbouring other runs, with a ticket for each group
+// of panels; returns the number of tickets.
+static long NAME(weight_ranges)(TicketRange *ranges, const NAME(Products) *products, const Run *runs,
+                                long run_count) {
+  TicketRange *end = ranges;
   long tickets = 0;
   for (int i = 0; i < products->count; i++) {
     long groups = panel_group_count(products->product[i].weight), base = -1;
@@ -161,7 +162,20 @@ static void NAME(run_products)(ThreadContext *me, const Workspace *space, const 
     }
   }
   *end = (TicketRange){.first_ticket = tickets};
+  return tickets;
+}
 
+// runs [run_count]. Computes all products of a phase with the changes of adapters. Runs that have their own
+// weight are multiplied by it; neighbouring other runs share the tickets of the base's weight.
+static void NAME(run_products)(ThreadContext *me, const Workspace *space, const NAME(Products) *products,
+                               const Run *runs, long run_count) {
+  NAME(Products) scaled;
+  if (space->needs.input_scales) {
+    scaled = NAME(scale_inputs)(me, space, products, runs, run_count);
+    products = &scaled;
+  }
+  if (products->product[0].sites) NAME(shrink_all)(me, products, runs, run_count);
+  long tickets = NAME(weight_ranges)(me->ranges, products, runs, run_count);
   const TicketRange *range = me->ranges;
   for (long ticket; (ticket = team_next_ticket(&me->cursor, tickets)) >= 0;) {
     range = range_of_ticket(me->ranges, range, ticket);

@@ -64,7 +64,14 @@ int NAME(low_rank)(const ELEMENT *x, int64_t x_stride, int64_t in, ELEMENT *y, i
   for (long s = 0; s < count; s++)
     for (long row = spans[2 * s]; sites[s]->rank && row < spans[2 * s + 1];) {
       long rows = spans[2 * s + 1] - row >= BLOCK_ROWS ? BLOCK_ROWS : 1;
-      NAME(shrink)(x + row * x_stride, x_stride, in, sites[s]->a, sites[s]->rank, rows, h, stride);
+      const NAME(ShrinkTask) shrink = {.x = x + row * x_stride,
+                                       .x_stride = x_stride,
+                                       .in_features = in,
+                                       .a = sites[s]->a,
+                                       .rank = sites[s]->rank,
+                                       .h = h,
+                                       .h_stride = stride};
+      NAME(shrink)(shrink, rows);
       for (long r = 0; r < rows; r++)
         NAME(add_low_rank_row)(h + r * stride, sites[s], out, y + (row + r) * y_stride);
       row += rows;

@@ -1,5 +1,5 @@
-// The structs that Python passes, mirrored by structs.py. Integers are 64 bits wide except in arrays of tokens,
-// positions and blocks, so that no struct has padding.
+// The structs that Python passes, mirrored by structs.py. Integers are 64 bits wide except in arrays of
+// tokens, positions and blocks, so that no struct has padding.
 
 #pragma once
 
