@@ -18,7 +18,9 @@ import obstore
 import pytest
 from obstore.store import S3Store
 
-START_SECONDS = 90
+from time_limits import WAIT_SECONDS
+
+POLL_SECONDS = 0.1
 PORTS = ("master", "volume", "filer", "s3")
 BUCKET = "tests"
 KEY, SECRET = "adaplex", "loopback-only"
@@ -93,18 +95,18 @@ def _wait(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None
         retry_config={"max_retries": 0},
     )
     last: Exception | None = None
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < deadline:
         assert process.poll() is None, f"weed has ended: {log.read_text()[-2000:]}"
         try:
             obstore.put(store, "probe", b"x")
         except Exception as error:  # not listening yet, or no volume yet
             last = error
-            time.sleep(0.1)
+            time.sleep(POLL_SECONDS)
         else:
             return
     raise TimeoutError(
-        f"weed took no write in {START_SECONDS} s: {last}\n{log.read_text()[-2000:]}"
+        f"weed took no write in {WAIT_SECONDS:g} s: {last}\n{log.read_text()[-2000:]}"
     )
 
 

@@ -18,11 +18,11 @@ from adaplex.server.components import Components
 from adaplex.server.load_config import load_config
 from peft_adapters import everything, load_plain, save_adapter
 
-Serving = Callable[..., AbstractAsyncContextManager["Rig"]]
+Serving = Callable[..., AbstractAsyncContextManager["ModelServerRig"]]
 
 
 @dataclass
-class Rig:
+class ModelServerRig:
     """A running server and a client of it."""
 
     server: Server
@@ -44,7 +44,7 @@ def serving(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Serving:
     """
 
     @asynccontextmanager
-    async def running(**settings: Any) -> AsyncIterator[Rig]:
+    async def running(**settings: Any) -> AsyncIterator[ModelServerRig]:
         flags = {
             "model": str(tiny_model("llama")),
             "quantization": "fp32",
@@ -58,7 +58,7 @@ def serving(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Serving:
         }
         parts = build(load_config(flags | settings), lambda _: None)
         async with serve(parts) as server, AsyncClient(f"127.0.0.1:{server.port}") as client:
-            rig = Rig(server, parts, client)
+            rig = ModelServerRig(server, parts, client)
             yield rig
         rig.check_idle()
 

@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 
 from adaplex.client import AsyncClient, DeadlineExceeded, Generation, NotFound
-from e2e.conftest import Rig, Serving
+from e2e.conftest import ModelServerRig, Serving
+from time_limits import TEST_SECONDS
 
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
+PACE_SECONDS = 0.01
+"""Pause between two changes or two disturbances, so that they do not use up a core."""
 PROMPTS = ["Once upon a time", "hello, world", "x" * 90, "The quick brown fox " * 8]
 TOKENS = 8
 
@@ -98,18 +102,18 @@ async def test_every_answer_under_churn_is_that_of_its_digest(
         assert seen == {"", *modes}
 
 
-async def churn(rig: Rig, adapters: list[Path], chance: random.Random) -> None:
+async def churn(rig: ModelServerRig, adapters: list[Path], chance: random.Random) -> None:
     """Uploads, replaces, unloads and deletes without end."""
     client = rig.client.adapters
     while True:
         await client.upload("churned", adapters[8 + chance.randrange(12)], replace=True)
         await client.unload(f"steady{chance.randrange(8)}")
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(PACE_SECONDS)
         if chance.random() < 0.4:
             await client.delete("churned")
 
 
-async def disturb(rig: Rig, chance: random.Random) -> None:
+async def disturb(rig: ModelServerRig, chance: random.Random) -> None:
     """Starts requests and lets them die: cancelled in mid-stream, or out of time."""
     while True:
         adapter = chance.choice([None, "steady1", "steady5"])
@@ -123,7 +127,7 @@ async def disturb(rig: Rig, chance: random.Random) -> None:
                 await rig.client.generate(
                     "z" * 200, adapter=adapter, max_tokens=300, timeout=0.05, ignore_eos=True
                 )
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(PACE_SECONDS)
 
 
 async def test_a_replaced_name_answers_anew_and_runs_on_old_content_until_done(

@@ -11,6 +11,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -30,7 +31,9 @@ from adaplex.engine.errors import NoRoomBesidePins, PinsFull
 from adaplex.engine.request import AdapterRef, Request
 from adapters.handmade import UPLOAD, files, make_registry, objects, push, staged, tensors
 from engine.fakes import FakeRunner, Ledger, expected, make_engine, make_request
+from time_limits import TEST_SECONDS
 
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 NAMES = ["a", "b"]
 ALIASES = ["default", "prod"]
 CONTENTS = [files(weights=tensors(seed=seed)) for seed in range(4)]

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,43 +14,65 @@ from typing import Any
 
 import pytest
 
-from adaplex.client import AdaplexClientError, Client, Delta, NotFound, Unavailable
-from adaplex.client.local import LocalServer
+from adaplex.client import AdaplexClientError, Client, NotFound, Unavailable
+from adaplex.client.local import LocalServer, Record
 from adapters.handmade import staged
+from time_limits import TEST_SECONDS, WAIT_SECONDS
 
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 ADAPLEX = [str(Path(sys.executable).with_name("adaplex"))]
 
 
-class Process(LocalServer):
-    """A server of the tiny model whose log is kept."""
+class ProcessRig(LocalServer):
+    """A server process of the tiny model; `events` are the events that it has logged."""
 
     def __init__(self, model: Path, store: Path) -> None:
         self.events: list[str] = []
+        self._logged = threading.Condition()
         super().__init__(
-            on_log=lambda record: self.events.append(str(record["event"])),
+            on_log=self._record,
             model=model,
             quantization="fp32",
             store_dir=store,
             threads=1,
+            shutdown_timeout=WAIT_SECONDS,
         )
 
     def client(self) -> Client:
-        self.wait_ready(60)
-        return Client(self.target, timeout=60)
+        """A client, once the server is SERVING."""
+        self.wait_ready(WAIT_SECONDS)
+        return Client(self.target, timeout=WAIT_SECONDS)
+
+    def wait_logged(self, event: str) -> None:
+        """Waits until the server has logged the event."""
+        with self._logged:
+            found = self._logged.wait_for(lambda: event in self.events, WAIT_SECONDS)
+        assert found, f"{event!r} is not among {self.events}"
 
     def cli(self, *args: str) -> subprocess.CompletedProcess[str]:
+        """Runs an `adaplex` command against the server."""
         return subprocess.run(
-            [*ADAPLEX, "--target", self.target, *args], capture_output=True, text=True, timeout=60
+            [*ADAPLEX, "--target", self.target, *args],
+            capture_output=True,
+            text=True,
+            timeout=WAIT_SECONDS,
         )
+
+    def _record(self, record: Record) -> None:
+        with self._logged:
+            self.events.append(str(record["event"]))
+            self._logged.notify_all()
 
 
 @pytest.fixture
 def starting(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Any:
-    """`with starting() as process`: always on the same store; killed at the end."""
+    """`with starting() as process` starts a server on the test's one store and kills it at the
+    end.
+    """
 
     @contextmanager
-    def start() -> Iterator[Process]:
-        process = Process(tiny_model("llama"), tmp_path / "store")
+    def start() -> Iterator[ProcessRig]:
+        process = ProcessRig(tiny_model("llama"), tmp_path / "store")
         try:
             yield process
         finally:
@@ -106,22 +127,28 @@ def test_kill_9_during_uploads_loses_nothing_acknowledged(
                 assert answers.setdefault(digest, tuple(got.token_ids)) == tuple(got.token_ids)
             assert {a.name for a in client.adapters.list()} >= acknowledged.keys()
 
-            def upload(client: Client = client, round_: int = round_) -> None:
+            uploaded = threading.Semaphore(0)
+
+            def upload(
+                client: Client = client,
+                round_: int = round_,
+                uploaded: threading.Semaphore = uploaded,
+            ) -> None:
                 try:
                     for turn in range(1000):
                         name = f"r{round_}-{turn}"
                         done = client.adapters.upload(name, adapters[turn % len(adapters)])
                         acknowledged[name] = done.adapter.digest
+                        uploaded.release()
                 except AdaplexClientError:
                     return  # the server is gone
 
             uploading = threading.Thread(target=upload)
             uploading.start()
-            before = len(acknowledged)
-            while len(acknowledged) < before + 5:
-                time.sleep(0.005)
+            for _ in range(5):
+                assert uploaded.acquire(timeout=WAIT_SECONDS)
             process.kill()
-            uploading.join(60)
+            uploading.join(WAIT_SECONDS)
             assert not uploading.is_alive()
     with starting() as process:
         client = process.client()
@@ -139,16 +166,13 @@ def test_sigterm_lets_a_running_stream_finish_and_takes_no_new_work(starting: An
         with client.stream("hello", max_tokens=400, ignore_eos=True) as stream:
             next(iter(stream))
             process.process.send_signal(signal.SIGTERM)
-            refused = False
-            for event in stream:
-                if isinstance(event, Delta) and not refused:
-                    try:
-                        client.generate("more", max_tokens=1)
-                    except Unavailable:
-                        refused = True
-        assert refused
+            process.wait_logged("draining")
+            with pytest.raises(Unavailable):
+                client.generate("more", max_tokens=1)
+            for _ in stream:
+                pass
         assert stream.generation.usage.completion_tokens == 400
-        assert process.process.wait(timeout=30) == 0
+        assert process.process.wait(WAIT_SECONDS) == 0
 
 
 def test_unknown_adapter_is_not_found_and_never_the_base(starting: Any) -> None:

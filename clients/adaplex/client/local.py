@@ -16,8 +16,8 @@ from typing import Any, Self
 from adaplex.client.client import Client
 from adaplex.client.errors import DeadlineExceeded, Unavailable
 
-START_SECONDS = 300.0
-STOP_SECONDS = 60.0
+START_SECONDS = 600.0
+STOP_SECONDS = 600.0
 LOOK_SECONDS = 1.0
 """Between two looks at whether the process still lives."""
 
