@@ -20,6 +20,8 @@ from adaplex.engine.request import AdapterRef, Timing
 from adaplex.engine.stats import EngineStats
 from adaplex.server.metrics import Metrics, RpcMetrics
 from adaplex.server.rpc_context import RpcContext
+from adaplex.server.rpc_metrics import RpcMetrics
+from time_limits import WAIT_SECONDS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -52,7 +54,11 @@ def compose() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def promtool_path() -> Path:
     done = subprocess.run(
-        [DEPLOY / "get_promtool.sh"], capture_output=True, text=True, check=False, timeout=240
+        [DEPLOY / "get_promtool.sh"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=WAIT_SECONDS,
     )
     if done.returncode:
         pytest.fail(f"these tests need promtool.\n{done.stderr}", pytrace=False)
@@ -71,7 +77,7 @@ def promtool(promtool_path: Path) -> Run:
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
-            timeout=60,
+            timeout=WAIT_SECONDS,
         )
 
     return run
@@ -109,8 +115,8 @@ class SharedStore:
 class ServerMetrics:
     """All that the server exposes, each metric with at least one series."""
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
         self._metrics = Metrics(self.registry, model_name="tiny")
         self._rpc = RpcMetrics(self.registry)
         stats = EngineStats(running=1, kv_blocks_total=8, resident=frozenset({DIGEST}))
@@ -127,7 +133,7 @@ class ServerMetrics:
 def exposed() -> dict[str, set[str]]:
     """Name of each series, suffix included -> its labels."""
     found: dict[str, set[str]] = {}
-    for family in ServerMetrics().registry.collect():
+    for family in ServerMetrics(CollectorRegistry()).registry.collect():
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)
     return found

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 from deploy.conftest import DEPLOY
+from time_limits import WAIT_SECONDS
 
 SCRIPT = DEPLOY / "get_promtool.sh"
 BASH = "/bin/bash"
@@ -17,7 +18,7 @@ def run(**environment: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=WAIT_SECONDS,
     )
 
 

@@ -18,6 +18,7 @@ from adaplex.server.config import ServerConfig
 from adaplex.server.http import HttpServer
 from adaplex.server.load_config import load_config
 from deploy.conftest import DEPLOY, ROOT
+from time_limits import WAIT_SECONDS
 
 Check = Callable[[str], "subprocess.CompletedProcess[str]"]
 
@@ -160,7 +161,7 @@ def check(final: list[tuple[str, str]]) -> Check:
             capture_output=True,
             text=True,
             check=False,
-            timeout=30,
+            timeout=WAIT_SECONDS,
         )
 
     return run
