@@ -32,9 +32,7 @@ from client.canned import (
     started,
     version,
 )
-
-WAIT = 10.0
-"""Seconds before a test that hangs fails instead."""
+from time_limits import WAIT_SECONDS
 
 
 class FakeHealth(health.HealthServicer):
@@ -108,7 +106,7 @@ class FakeServer(
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._server.stop(0).wait(WAIT)
+        self._server.stop(0).wait(WAIT_SECONDS)
 
     def fail(self, code: grpc.StatusCode, message: str, *details: Any) -> None:
         packed = []
@@ -141,7 +139,7 @@ class FakeServer(
         for delta in deltas(request.spec):
             yield message(delta=delta)
             if self.hold:
-                self.cancelled.wait(WAIT)
+                self.cancelled.wait(WAIT_SECONDS)
         yield message(finished=finished())
 
     # Adapters.
@@ -238,7 +236,7 @@ class FakeServer(
             if len(upload.chunks) == self.fail_after_chunks:
                 self._remember(first, context)
             if self.hold:
-                self.cancelled.wait(WAIT)
+                self.cancelled.wait(WAIT_SECONDS)
         return upload
 
     def _watch(self, context: Any) -> None:

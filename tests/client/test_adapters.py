@@ -23,7 +23,8 @@ from adaplex.client import (
 from adaplex.client.upload import CHUNK_BYTES
 from adaplex.v1 import adapters_pb2
 from client.canned import DIGEST
-from client.fake_server import WAIT, FakeServer
+from client.fake_server import FakeServer
+from time_limits import WAIT_SECONDS
 
 TONE = Adapter(
     name="tone",
@@ -147,11 +148,11 @@ async def test_cancelling_an_upload_reaches_the_server(
         uploading = asyncio.create_task(
             client.adapters.upload("tone", adapter_directory, progress=progress)
         )
-        await asyncio.wait_for(started.wait(), WAIT)
+        await asyncio.wait_for(started.wait(), WAIT_SECONDS)
         uploading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await uploading
-        assert await asyncio.to_thread(server.cancelled.wait, WAIT)
+        assert await asyncio.to_thread(server.cancelled.wait, WAIT_SECONDS)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

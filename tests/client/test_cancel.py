@@ -5,8 +5,17 @@ import threading
 
 import pytest
 
-from adaplex.client import AsyncClient, Cancelled, Client, Delta, Started
-from client.fake_server import WAIT, FakeServer
+from adaplex.client import (
+    AsyncClient,
+    AsyncGenerationStream,
+    Cancelled,
+    Client,
+    Delta,
+    GenerationEvent,
+    Started,
+)
+from client.fake_server import FakeServer
+from time_limits import WAIT_SECONDS
 
 
 @pytest.fixture
@@ -15,11 +24,24 @@ def held(server: FakeServer) -> FakeServer:
     return server
 
 
+async def begin_reading(stream: AsyncGenerationStream) -> asyncio.Task[GenerationEvent]:
+    """A task that waits for the stream's next event."""
+    began = asyncio.Event()
+
+    async def read() -> GenerationEvent:
+        began.set()
+        return await anext(stream)
+
+    task = asyncio.create_task(read())
+    await began.wait()
+    return task
+
+
 def test_leaving_a_stream_cancels_the_call(held: FakeServer) -> None:
     with Client(held.target) as client:
         with client.stream("hello") as stream:
             assert isinstance(next(stream), Started)
-        assert held.cancelled.wait(WAIT)
+        assert held.cancelled.wait(WAIT_SECONDS)
         with pytest.raises(Cancelled):
             next(stream)
         with pytest.raises(RuntimeError, match="read to its end"):
@@ -35,7 +57,7 @@ def test_closing_from_another_thread_ends_a_blocked_read(held: FakeServer) -> No
         with pytest.raises(Cancelled):
             next(stream)
         reading.join()
-        assert held.cancelled.wait(WAIT)
+        assert held.cancelled.wait(WAIT_SECONDS)
 
 
 def test_closing_the_client_cancels_its_streams(held: FakeServer) -> None:
@@ -44,7 +66,7 @@ def test_closing_the_client_cancels_its_streams(held: FakeServer) -> None:
     next(stream)
     client.close()
     client.close()
-    assert held.cancelled.wait(WAIT)
+    assert held.cancelled.wait(WAIT_SECONDS)
     with pytest.raises(RuntimeError, match="closed"):
         client.generate("hello")
 
@@ -61,7 +83,7 @@ async def test_leaving_an_async_stream_cancels_the_call(held: FakeServer) -> Non
     async with AsyncClient(held.target) as client:
         async with client.stream("hello") as stream:
             assert isinstance(await anext(stream), Started)
-        assert await asyncio.to_thread(held.cancelled.wait, WAIT)
+        assert await asyncio.to_thread(held.cancelled.wait, WAIT_SECONDS)
         with pytest.raises(Cancelled):
             await anext(stream)
 
@@ -71,8 +93,7 @@ async def test_closing_an_async_stream_ends_a_read_that_waits(held: FakeServer) 
         stream = client.stream("hello")
         assert isinstance(await anext(stream), Started)
         assert isinstance(await anext(stream), Delta)
-        reading = asyncio.create_task(anext(stream))  # type: ignore[arg-type]
-        await asyncio.sleep(0)
+        reading = await begin_reading(stream)
         await stream.close()
         with pytest.raises(Cancelled):
             await reading
@@ -83,12 +104,11 @@ async def test_cancelling_the_task_cancels_the_call_and_stays_a_cancel(held: Fak
         stream = client.stream("hello")
         assert isinstance(await anext(stream), Started)
         assert isinstance(await anext(stream), Delta)
-        reading = asyncio.create_task(anext(stream))  # type: ignore[arg-type]
-        await asyncio.sleep(0)
+        reading = await begin_reading(stream)
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reading
-        assert await asyncio.to_thread(held.cancelled.wait, WAIT)
+        assert await asyncio.to_thread(held.cancelled.wait, WAIT_SECONDS)
 
 
 async def test_a_closed_async_client_refuses_calls(server: FakeServer) -> None:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from adaplex.client.cli import app
 from client.fake_server import FakeServer
+from time_limits import WAIT_SECONDS
 
 # status
 
@@ -52,7 +53,9 @@ def test_an_error_is_one_line_with_field_and_reason(run: Any, server: FakeServer
 
 
 def test_a_server_that_is_not_there_is_one_line() -> None:
-    result = CliRunner().invoke(app, ["--target", "127.0.0.1:1", "--timeout", "5", "status"])
+    result = CliRunner().invoke(
+        app, ["--target", "127.0.0.1:1", "--timeout", str(WAIT_SECONDS), "status"]
+    )
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1

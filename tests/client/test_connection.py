@@ -11,6 +11,7 @@ import pytest
 from adaplex.client import AdaptableModule, AsyncClient, Client, InvalidArgument, Unavailable
 from adaplex.client._connection import Connection
 from client.fake_server import FakeServer
+from time_limits import WAIT_SECONDS
 
 
 def configured(target: str | None = None, **options: Any) -> Connection:
@@ -73,7 +74,7 @@ def test_tls_with_own_roots(connect: Any, certificate: tuple[bytes, Path]) -> No
         assert connect(server.target, tls=roots.read_bytes())("server_info").version == "0.1.0"
         for distrusting in (True, False):
             with pytest.raises(Unavailable):
-                connect(server.target, tls=distrusting)("server_info", timeout=10)
+                connect(server.target, tls=distrusting)("server_info", timeout=WAIT_SECONDS)
 
 
 def test_clients_close_with_their_block(server: FakeServer) -> None:

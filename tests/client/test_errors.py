@@ -10,6 +10,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo, Ret
 import adaplex.client
 from adaplex.client import errors
 from client.fake_server import FakeServer
+from time_limits import WAIT_SECONDS
 
 FAILURES = sorted(set(grpc.StatusCode) - {grpc.StatusCode.OK}, key=lambda code: code.name)
 
@@ -100,4 +101,4 @@ def test_damaged_details_do_not_hide_the_error() -> None:
 
 def test_a_server_that_is_not_there_is_unavailable(connect: Any) -> None:
     with pytest.raises(errors.Unavailable):
-        connect("127.0.0.1:1")("server_info", timeout=5)
+        connect("127.0.0.1:1")("server_info", timeout=WAIT_SECONDS)

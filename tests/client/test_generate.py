@@ -26,6 +26,7 @@ from adaplex.client import (
 from adaplex.v1 import generation_pb2
 from client.canned import DIGEST, WORDS, deltas, event, finished, started
 from client.fake_server import FakeServer
+from time_limits import WAIT_SECONDS
 
 
 def test_generate_returns_the_whole_answer(call: Any) -> None:
@@ -191,10 +192,11 @@ def test_metadata_of_a_base_call_names_no_adapter(call: Any, server: FakeServer)
 
 def test_a_deadline_ends_the_call(call: Any, server: FakeServer) -> None:
     server.hold = True
+    call("health")  # connects first, so that the call below reaches the server in time
     with pytest.raises(DeadlineExceeded) as raised:
-        call.stream("hello", timeout=0.1, request_id="late")
+        call.stream("hello", timeout=0.5, request_id="late")
     assert raised.value.request_id == "late"
-    assert server.cancelled.wait(10)
+    assert server.cancelled.wait(WAIT_SECONDS)
 
 
 @pytest.mark.parametrize("order", ["delta first", "started twice", "after the end", "no end"])
