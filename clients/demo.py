@@ -20,7 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from adaplex.client import AsyncClient, Delta, Generation
-from adaplex.client.local import LocalServer, Record
+from adaplex.client.local import LocalServer, LogRecord
 
 EXAMPLES = Path(__file__).parents[1] / "adapters" / "examples"
 PROMPTS = ("What is the capital of France?", "Why is the sky blue?")
@@ -36,7 +36,7 @@ class StartLog:
     def __init__(self) -> None:
         self._starting = True
 
-    def __call__(self, record: Record) -> None:
+    def __call__(self, record: LogRecord) -> None:
         """One record of the server's log."""
         event = str(record["event"])
         self._starting = self._starting and event != "serving"

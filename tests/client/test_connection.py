@@ -16,7 +16,7 @@ from time_limits import WAIT_SECONDS
 
 def configured(target: str | None = None, **options: Any) -> Connection:
     defaults: dict[str, Any] = {"timeout": None, "token": None, "metadata": None, "tls": False}
-    return Connection.configured(target, **defaults | options)
+    return Connection.from_options(target, **defaults | options)
 
 
 def test_the_target_is_the_argument_the_environment_or_loopback(
@@ -31,9 +31,9 @@ def test_the_target_is_the_argument_the_environment_or_loopback(
 
 def test_a_call_may_shorten_or_take_the_clients_timeout() -> None:
     connection = configured(timeout=30.0)
-    assert connection.call().timeout == 30.0
-    assert connection.call(timeout=0.5).timeout == 0.5
-    assert configured().call().timeout is None
+    assert connection.call_options().timeout == 30.0
+    assert connection.call_options(timeout=0.5).timeout == 0.5
+    assert configured().call_options().timeout is None
 
 
 def test_token_and_metadata_go_with_every_call(connect: Any, server: FakeServer) -> None:

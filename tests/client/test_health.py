@@ -67,8 +67,8 @@ def test_wait_ready_gives_up_on_a_server_that_is_not_there(connect: Any) -> None
 
 def test_readiness_waits_only_for_what_can_change() -> None:
     readiness = _health.Readiness("host:1", 60.0)
-    assert not readiness.ready(Unavailable("draining"))
-    assert not readiness.ready(Health.NOT_SERVING)
-    assert readiness.ready(Health.SERVING)
+    assert not readiness.is_ready(Unavailable("draining"))
+    assert not readiness.is_ready(Health.NOT_SERVING)
+    assert readiness.is_ready(Health.SERVING)
     with pytest.raises(PermissionDenied):
-        readiness.ready(PermissionDenied("no"))
+        readiness.is_ready(PermissionDenied("no"))

@@ -33,9 +33,7 @@ LOOK_SECONDS = 1.0
 
 
 def asker(port: int) -> Ask:
-    """A function that calls Prometheus' HTTP API and returns None while it does not answer or is not
-    ready.
-    """
+    """A function that calls Prometheus' HTTP API; it returns None until Prometheus is ready."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def ask(path: str, **parameters: str) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from adaplex.client import AdaplexClientError, Client, NotFound, Unavailable
-from adaplex.client.local import LocalServer, Record
+from adaplex.client.local import LocalServer, LogRecord
 from adapters.handmade import staged
 from time_limits import TEST_SECONDS, WAIT_SECONDS
 
@@ -58,7 +58,7 @@ class ProcessRig(LocalServer):
             timeout=WAIT_SECONDS,
         )
 
-    def _record(self, record: Record) -> None:
+    def _record(self, record: LogRecord) -> None:
         with self._logged:
             self.events.append(str(record["event"]))
             self._logged.notify_all()

@@ -1,4 +1,4 @@
-"""adaplex.client: call an adaplex server, blocking (Client) or from asyncio (AsyncClient)."""
+"""adaplex.client: clients of an adaplex server, blocking (Client) and for asyncio (AsyncClient)."""
 
 from adaplex.client.adapter_types import (
     Adapter,

@@ -1,4 +1,4 @@
-"""The calls of AdapterService as values: both clients make them, each in its own way."""
+"""The unary calls of AdapterService as values, which both clients send."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
-from adaplex.client._fields import flat, put, put_map, request
+from adaplex.client._fields import build_message, dataclass_from, set_field, set_map_field
 from adaplex.client._wire import weighted
 from adaplex.client.adapter_types import (
     Adapter,
@@ -38,12 +38,12 @@ _TIERS = {
 }
 
 Targets = int | Mapping[int, float] | Sequence[AliasTarget]
-"""One version, or several and their shares; also as `Adapter.aliases` has them."""
+"""Targets of an alias: one version, versions with their shares, or a value of `Adapter.aliases`."""
 
 
 @dataclass(frozen=True)
 class AdapterCall(Generic[T]):
-    """A unary call: the method of the stub, the message, and what the answer means."""
+    """A unary call: the stub's method, the request, and the function that reads the response."""
 
     method: str
     request: Message
@@ -51,8 +51,8 @@ class AdapterCall(Generic[T]):
 
 
 def load(name: str, uri: str, replace: bool) -> AdapterCall[UploadResult]:
-    """Has the server import what a URI names."""
-    message = request(
+    """Returns the call by which the server imports an adapter from a URI."""
+    message = build_message(
         adapters_pb2.LoadAdapterRequest, name=name, uri=uri, policy=upload_policy(replace)
     )
     return AdapterCall("LoadAdapter", message, upload_result)
@@ -69,13 +69,16 @@ def merge(
     seed: int | None = None,
     majority_sign: str = "",
 ) -> AdapterCall[UploadResult]:
-    """Has the server make an adapter out of stored ones."""
+    """Returns the call that merges stored adapters into a new one.
+
+    Raises InvalidArgument for an unknown method or a value that its field cannot hold.
+    """
     number = adapters_pb2.MergeMethod.DESCRIPTOR.values_by_name.get(
         f"MERGE_METHOD_{method.upper()}"
     )
     if number is None or not number.number:
-        raise InvalidArgument.because("method", f"{method!r} is no way to merge")
-    message = request(
+        raise InvalidArgument.because("method", f"{method!r} is not a merge method")
+    message = build_message(
         adapters_pb2.MergeAdaptersRequest,
         name=name,
         policy=upload_policy(replace),
@@ -84,20 +87,22 @@ def merge(
     )
     for field, value in (("density", density), ("rank", rank), ("seed", seed)):
         if value is not None:
-            put(message, field, value, "")
+            set_field(message, field, value, "")
     for i, (selector, weight) in enumerate(weighted(sources, "sources")):
         source = message.sources.add()
-        put(source, "adapter", selector, f"sources[{i}].")
-        put(source, "weight", weight, f"sources[{i}].")
+        set_field(source, "adapter", selector, f"sources[{i}].")
+        set_field(source, "weight", weight, f"sources[{i}].")
     return AdapterCall("MergeAdapters", message, upload_result)
 
 
 def get(name: str) -> AdapterCall[AdapterDetails]:
-    """Asks for one adapter."""
-    return AdapterCall("GetAdapter", request(adapters_pb2.GetAdapterRequest, name=name), _details)
+    """Returns the call that reads one adapter, its report and its versions."""
+    return AdapterCall(
+        "GetAdapter", build_message(adapters_pb2.GetAdapterRequest, name=name), _to_details
+    )
 
 
-def page(
+def list_page(
     *,
     page_size: int,
     page_token: str,
@@ -106,23 +111,23 @@ def page(
     family: str,
     order_by: str,
 ) -> AdapterCall[tuple[list[Adapter], str]]:
-    """Asks for one page of adapters, and the token of the next."""
-    message = request(
+    """Returns the call that reads one page of adapters and the token of the next page."""
+    message = build_message(
         adapters_pb2.ListAdaptersRequest,
         page_size=page_size,
         page_token=page_token,
         order_by=order_by,
     )
-    put(message.filter, "name_prefix", name_prefix, "filter.")
-    put(message.filter, "family", family, "filter.")
-    put_map(message.filter, "labels", labels or {}, "filter.")
-    return AdapterCall("ListAdapters", message, _page)
+    set_field(message.filter, "name_prefix", name_prefix, "filter.")
+    set_field(message.filter, "family", family, "filter.")
+    set_map_field(message.filter, "labels", labels or {}, "filter.")
+    return AdapterCall("ListAdapters", message, _to_page)
 
 
 def history(name: str) -> AdapterCall[tuple[AdapterEvent, ...]]:
-    """Asks what happened to a name."""
-    message = request(adapters_pb2.GetAdapterHistoryRequest, name=name)
-    return AdapterCall("GetAdapterHistory", message, lambda m: tuple(map(_event, m.events)))
+    """Returns the call that reads the history of a name."""
+    message = build_message(adapters_pb2.GetAdapterHistoryRequest, name=name)
+    return AdapterCall("GetAdapterHistory", message, lambda m: tuple(map(_to_event, m.events)))
 
 
 def update(
@@ -133,128 +138,132 @@ def update(
     remove_labels: Sequence[str],
     pinned: bool | None,
 ) -> AdapterCall[Adapter]:
-    """Changes what is not None."""
-    message = request(adapters_pb2.UpdateAdapterRequest, name=name, remove_labels=remove_labels)
+    """Returns the call that changes the fields of a name that are not None."""
+    message = build_message(
+        adapters_pb2.UpdateAdapterRequest, name=name, remove_labels=remove_labels
+    )
     for field, value in (("description", description), ("pinned", pinned)):
         if value is not None:
-            put(message, field, value, "")
-    put_map(message, "set_labels", set_labels or {}, "")
-    return AdapterCall("UpdateAdapter", message, _entry)
+            set_field(message, field, value, "")
+    set_map_field(message, "set_labels", set_labels or {}, "")
+    return AdapterCall("UpdateAdapter", message, _read_adapter)
 
 
 def set_alias(name: str, alias: str, targets: Targets) -> AdapterCall[Adapter]:
-    """Points an alias elsewhere."""
-    message = request(adapters_pb2.SetAliasRequest, name=name, alias=alias)
-    for i, chosen in enumerate(_chosen(targets)):
+    """Returns the call that sets the targets of an alias."""
+    message = build_message(adapters_pb2.SetAliasRequest, name=name, alias=alias)
+    for i, given in enumerate(_alias_targets(targets)):
         target = message.targets.add()
-        put(target, "version", chosen.version, f"targets[{i}].")
-        put(target, "weight", chosen.weight, f"targets[{i}].")
-    return AdapterCall("SetAlias", message, _entry)
+        set_field(target, "version", given.version, f"targets[{i}].")
+        set_field(target, "weight", given.weight, f"targets[{i}].")
+    return AdapterCall("SetAlias", message, _read_adapter)
 
 
 def delete_alias(name: str, alias: str) -> AdapterCall[Adapter]:
-    """Forgets an alias."""
-    message = request(adapters_pb2.DeleteAliasRequest, name=name, alias=alias)
-    return AdapterCall("DeleteAlias", message, _entry)
+    """Returns the call that deletes an alias."""
+    message = build_message(adapters_pb2.DeleteAliasRequest, name=name, alias=alias)
+    return AdapterCall("DeleteAlias", message, _read_adapter)
 
 
 def rollback(name: str, alias: str) -> AdapterCall[Adapter]:
-    """Undoes the last change of an alias."""
-    message = request(adapters_pb2.RollbackAliasRequest, name=name, alias=alias)
-    return AdapterCall("RollbackAlias", message, _entry)
+    """Returns the call that undoes the last change of an alias."""
+    message = build_message(adapters_pb2.RollbackAliasRequest, name=name, alias=alias)
+    return AdapterCall("RollbackAlias", message, _read_adapter)
 
 
 def unload(name: str) -> AdapterCall[bool]:
-    """Frees an adapter's memory."""
-    message = request(adapters_pb2.UnloadAdapterRequest, name=name)
+    """Returns the call that evicts an adapter from memory; True if it was there."""
+    message = build_message(adapters_pb2.UnloadAdapterRequest, name=name)
     return AdapterCall("UnloadAdapter", message, lambda m: bool(m.was_resident))
 
 
 def delete(name: str) -> AdapterCall[int]:
-    """Forgets a name, or a version."""
-    message = request(adapters_pb2.DeleteAdapterRequest, name=name)
+    """Returns the call that deletes a name or one version; the number of deleted versions."""
+    message = build_message(adapters_pb2.DeleteAdapterRequest, name=name)
     return AdapterCall("DeleteAdapter", message, lambda m: int(m.versions_deleted))
 
 
 def upload_policy(replace: bool) -> adapters_pb2.UploadPolicy.ValueType:
-    """What to do about a name that is taken."""
+    """Returns the policy for a name that exists: a new version if `replace`, else an error."""
     return adapters_pb2.UPLOAD_POLICY_REPLACE if replace else adapters_pb2.UPLOAD_POLICY_CREATE
 
 
 def upload_result(message: Any) -> UploadResult:
-    """What was stored: of an upload, a load or a merge."""
-    return UploadResult(_adapter(message.adapter), _report(message.report), message.created)
+    """Returns the stored adapter from the response of an upload, a load or a merge."""
+    return UploadResult(_to_adapter(message.adapter), _to_report(message.report), message.created)
 
 
 def validation(message: adapters_pb2.ValidateAdapterResponse) -> Validation:
-    """The answer to a dry run."""
-    return Validation(message.valid, _report(message.report))
+    """Returns the result of a dry run."""
+    return Validation(message.valid, _to_report(message.report))
 
 
-def _adapter(message: adapters_pb2.Adapter) -> Adapter:
-    return flat(
+def _to_adapter(message: adapters_pb2.Adapter) -> Adapter:
+    return dataclass_from(
         Adapter,
         message,
         create_time=message.create_time.ToDatetime(UTC),
         update_time=message.update_time.ToDatetime(UTC),
         labels=dict(message.labels),
-        aliases={alias.alias: _targets(alias.targets) for alias in message.aliases},
+        aliases={alias.alias: _to_targets(alias.targets) for alias in message.aliases},
         tier=_TIERS.get(message.tier),
         invocation_tokens=tuple(message.invocation_tokens),
     )
 
 
-def _report(message: adapters_pb2.AdapterReport) -> AdapterReport:
-    return flat(
+def _to_report(message: adapters_pb2.AdapterReport) -> AdapterReport:
+    return dataclass_from(
         AdapterReport,
         message,
         modules=tuple(
-            flat(ModuleReport, module, primitives=tuple(module.primitives))
+            dataclass_from(ModuleReport, module, primitives=tuple(module.primitives))
             for module in message.modules
         ),
-        refusals=tuple(flat(Refusal, refusal) for refusal in message.refusals),
+        refusals=tuple(dataclass_from(Refusal, refusal) for refusal in message.refusals),
         notes=tuple(message.notes),
         warnings=tuple(message.warnings),
         invocation_tokens=tuple(message.invocation_tokens),
     )
 
 
-def _details(message: adapters_pb2.GetAdapterResponse) -> AdapterDetails:
+def _to_details(message: adapters_pb2.GetAdapterResponse) -> AdapterDetails:
     versions = tuple(
-        flat(AdapterVersion, version, create_time=version.create_time.ToDatetime(UTC))
+        dataclass_from(AdapterVersion, version, create_time=version.create_time.ToDatetime(UTC))
         for version in message.versions
     )
-    return AdapterDetails(_adapter(message.adapter), _report(message.report), versions)
+    return AdapterDetails(_to_adapter(message.adapter), _to_report(message.report), versions)
 
 
-def _page(message: adapters_pb2.ListAdaptersResponse) -> tuple[list[Adapter], str]:
-    return [_adapter(each) for each in message.adapters], message.next_page_token
+def _to_page(message: adapters_pb2.ListAdaptersResponse) -> tuple[list[Adapter], str]:
+    return [_to_adapter(each) for each in message.adapters], message.next_page_token
 
 
-def _event(message: adapters_pb2.AdapterEvent) -> AdapterEvent:
-    return flat(
+def _to_event(message: adapters_pb2.AdapterEvent) -> AdapterEvent:
+    return dataclass_from(
         AdapterEvent,
         message,
         time=message.time.ToDatetime(UTC),
-        before=_targets(message.before),
-        after=_targets(message.after),
+        before=_to_targets(message.before),
+        after=_to_targets(message.after),
     )
 
 
-def _entry(message: Any) -> Adapter:
-    return _adapter(message.adapter)
+def _read_adapter(message: Any) -> Adapter:
+    return _to_adapter(message.adapter)
 
 
-def _targets(messages: Any) -> tuple[AliasTarget, ...]:
-    return tuple(flat(AliasTarget, target) for target in messages)
+def _to_targets(messages: Any) -> tuple[AliasTarget, ...]:
+    return tuple(dataclass_from(AliasTarget, target) for target in messages)
 
 
-def _chosen(targets: Targets) -> tuple[AliasTarget, ...]:
-    """Targets in any of their forms. Raises InvalidArgument for what is none."""
+def _alias_targets(targets: Targets) -> tuple[AliasTarget, ...]:
+    """Returns the targets as AliasTargets. Raises InvalidArgument for a list of other values."""
     if isinstance(targets, Mapping):
         return tuple(AliasTarget(version, weight) for version, weight in targets.items())
     if not isinstance(targets, Sequence):
         return (AliasTarget(targets),)
     if not all(isinstance(target, AliasTarget) for target in targets):
-        raise InvalidArgument.because("targets", "a list must be of AliasTarget")
+        raise InvalidArgument.because(
+            "targets", "must be a version, a mapping of versions to shares, or AliasTargets"
+        )
     return tuple(targets)

@@ -1,4 +1,4 @@
-"""Connection: where and how to call, the same for both clients."""
+"""Connection: a server's address, credentials and metadata, shared by both clients."""
 
 from __future__ import annotations
 
@@ -17,23 +17,21 @@ DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT = 600.0
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    # A generation is never run twice behind the caller's back, not even transparently.
+    # grpc must not retry a generation, not even transparently: it would run twice.
     ("grpc.enable_retries", 0),
-    # A report of a large adapter, or log probabilities of a long answer, exceed grpc's 4 MiB.
+    # Reports of large adapters and log probabilities of long answers exceed grpc's 4 MiB.
     ("grpc.max_receive_message_length", 64 << 20),
-    # A server that is still loading is found soon after it is up, not after two minutes.
+    # Reconnects within seconds to a server that was still loading; grpc's default is two minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
-
-
 MAX_ACTOR = 128
-"""Characters that the server takes."""
+"""Characters; the server's limit."""
 
 
 @dataclass(frozen=True)
-class Call:
-    """What goes with one call beside its message. `timeout` is in seconds."""
+class CallOptions:
+    """Request id, timeout in seconds (None: none) and metadata of one call."""
 
     request_id: str
     timeout: float | None
@@ -42,16 +40,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Connection:
-    """A server's address and what every call to it carries."""
+    """A server's address, and the timeout in seconds and metadata of every call to it."""
 
     target: str
     timeout: float | None
     metadata: tuple[tuple[str, str], ...]
     credentials: grpc.ChannelCredentials | None
-    """None is a connection without TLS."""
+    """TLS credentials; None connects without TLS."""
 
     @classmethod
-    def configured(
+    def from_options(
         cls,
         target: str | None,
         *,
@@ -61,7 +59,11 @@ class Connection:
         actor: str | None = None,
         tls: bool | bytes | str | os.PathLike[str],
     ) -> Connection:
-        """Resolves the options of a client (see Client)."""
+        """Resolves the options of a client (see Client).
+
+        Raises InvalidArgument for an actor of another length than 1 to 128 characters, and for
+        metadata that is not printable ASCII.
+        """
         sent = {key.lower(): value for key, value in (metadata or {}).items()}
         if token is not None:
             sent["authorization"] = f"Bearer {token}"
@@ -79,45 +81,50 @@ class Connection:
         )
 
     def blocking_channel(self) -> grpc.Channel:
-        """A channel of grpc's blocking stack; it connects when it is first used."""
+        """Returns a new channel of grpc's blocking API; it connects on first use."""
         if self.credentials is None:
             return grpc.insecure_channel(self.target, CHANNEL_OPTIONS)
         return grpc.secure_channel(self.target, self.credentials, CHANNEL_OPTIONS)
 
-    def call(
+    def call_options(
         self,
         *,
         timeout: float | None = None,
         request_id: str | None = None,
         adapter: str | None = None,
-    ) -> Call:
-        """One call. A proxy or router can choose the server by `adapter`, which is ASCII."""
+    ) -> CallOptions:
+        """Returns the options of one call; None selects a random request id, or this timeout.
+
+        `adapter`, printable ASCII, is sent as metadata by which a proxy can choose the server.
+        """
         request_id = request_id or str(uuid.uuid4())
         own = [("x-request-id", request_id)]
         if adapter:
             own += [("x-adapter-id", adapter), ("multiplexed_model_id", adapter)]
         _check_metadata("x-request-id", request_id)
-        return Call(
+        return CallOptions(
             request_id=request_id,
             timeout=self.timeout if timeout is None else timeout,
             metadata=self.metadata + tuple(own),
         )
 
-    def generation(self, planned: GenerationCall) -> Call:
-        """The call that carries a generation. InvalidArgument names a selector out of ASCII."""
-        spec = planned.spec
+    def generation_options(self, plan: GenerationCall) -> CallOptions:
+        """Returns the options of a generation's call. Raises InvalidArgument for a selector that is
+        not printable ASCII.
+        """
+        spec = plan.spec
         _check_metadata("spec.adapter", spec.adapter)
         for part in spec.adapters:
             _check_metadata("spec.adapters", part.adapter)
-        return self.call(
-            timeout=planned.timeout,
-            request_id=planned.request_id,
+        return self.call_options(
+            timeout=plan.timeout,
+            request_id=plan.request_id,
             adapter=spec.adapter or "+".join(sorted(part.adapter for part in spec.adapters)),
         )
 
 
 def _check_metadata(field: str, value: str) -> None:
-    """Refuses here, by name, what grpc would refuse for the whole call without one."""
+    """Raises InvalidArgument naming the field; grpc's own error would not name it."""
     if not (value.isascii() and value.isprintable()):
         raise InvalidArgument.because(field, "must be printable ASCII")
 

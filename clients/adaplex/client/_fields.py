@@ -1,4 +1,4 @@
-"""Fields of any message: set from values, and read into the dataclass that has the same ones."""
+"""Conversion between protobuf messages and dataclasses with fields of the same names."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
 
-def request(kind: type[M], **values: Any) -> M:
-    """A flat message. InvalidArgument names the field that cannot hold its value."""
+def build_message(kind: type[M], **values: Any) -> M:
+    """Builds a message from its fields. Raises InvalidArgument naming a field that cannot hold its
+    value.
+    """
     message = kind()
     for name, value in values.items():
-        put(message, name, value, "")
+        set_field(message, name, value, "")
     return message
 
 
-def put(message: Message, name: str, value: Any, within: str) -> None:
-    """Sets a field, or fills a repeated one; says which field cannot hold its value.
+def set_field(message: Message, name: str, value: Any, within: str) -> None:
+    """Sets a field, or extends a repeated one.
 
-    `within` is the path of the message, with its dot, as the server writes paths.
+    `within` is the path of the message with a trailing dot, as the server's errors have it. Raises
+    InvalidArgument naming the field if it cannot hold the value.
     """
     try:
         if message.DESCRIPTOR.fields_by_name[name].is_repeated:
@@ -36,8 +39,8 @@ def put(message: Message, name: str, value: Any, within: str) -> None:
         raise InvalidArgument.because(within + name, str(error)) from error
 
 
-def put_map(message: Message, name: str, values: Mapping[str, str], within: str) -> None:
-    """Fills a map field; says which key or value it cannot hold."""
+def set_map_field(message: Message, name: str, values: Mapping[str, str], within: str) -> None:
+    """Fills a map field. Raises InvalidArgument naming the key whose entry it cannot hold."""
     for key, value in values.items():
         try:
             getattr(message, name)[key] = value
@@ -45,8 +48,8 @@ def put_map(message: Message, name: str, values: Mapping[str, str], within: str)
             raise InvalidArgument.because(f"{within}{name}[{key!r}]", str(error)) from error
 
 
-def flat(kind: type[T], message: Message, **converted: Any) -> T:
-    """A dataclass from the message fields of the same names, but for those already converted."""
-    # T is one of our dataclasses; there is no bound that says so.
+def dataclass_from(kind: type[T], message: Message, **converted: Any) -> T:
+    """Builds a dataclass from a message's fields of the same names and the `converted` ones."""
+    # T is a dataclass, for which typing has no bound.
     names = [field.name for field in fields(kind) if field.name not in converted]  # type: ignore[arg-type]
     return kind(**{name: getattr(message, name) for name in names}, **converted)

@@ -1,4 +1,4 @@
-"""StreamState: what a stream of events has said so far, the same for both clients."""
+"""StreamState: the events of a generation received so far, shared by both clients."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from adaplex.v1 import generation_pb2
 
 
 class StreamState:
-    """Collects events and holds them to their order: started, deltas, finished."""
+    """Collects the events of a stream and checks their order: started, deltas, finished."""
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        """As sent with the call."""
+        """The id sent with the call."""
         self.started: Started | None = None
-        """What answers; None until the first event has been read."""
+        """The first event: model and adapter that answer. None until it has been read."""
         self._deltas: list[Delta] = []
         self._finished: Finished | None = None
         self._closed = False
 
     @property
     def generation(self) -> Generation:
-        """The whole answer. RuntimeError before the last event has been read."""
+        """The whole answer. Raises RuntimeError before the last event has been read."""
         if self.started is None or self._finished is None:
             raise RuntimeError("the stream has not been read to its end")
         return _wire.assemble(self.started, self._deltas, self._finished)

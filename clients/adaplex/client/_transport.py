@@ -1,4 +1,4 @@
-"""The channel of a client, and how a call is made on it: blocking and for asyncio."""
+"""Transport, AsyncTransport: a client's channel, and calls on it."""
 
 from __future__ import annotations
 
@@ -9,26 +9,31 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from adaplex.client._connection import CHANNEL_OPTIONS, Call, Connection
-from adaplex.client.errors import translated
+from adaplex.client._connection import CHANNEL_OPTIONS, CallOptions, Connection
+from adaplex.client.errors import translate_errors
 
 R = TypeVar("R")
 
 
 class Transport:
-    """A blocking channel; grpc's errors come out as the client's."""
+    """A blocking channel; raises grpc's errors as the client's."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.channel = connection.blocking_channel()
         self._closed = False
 
-    def call(self, method: Callable[..., R], request: object, call: Call, **how: Any) -> R:
-        """Makes a call. RuntimeError when the client is closed, else what `translated` raises."""
+    def call(
+        self, method: Callable[..., R], request: object, call: CallOptions, **grpc_options: Any
+    ) -> R:
+        """Makes a call and returns its response, or the iterator of a stream.
+
+        Raises RuntimeError if the client is closed, AdaplexClientError if the call fails.
+        """
         if self._closed:
             raise RuntimeError("the client is closed")
-        with translated(call.request_id):
-            return method(request, timeout=call.timeout, metadata=call.metadata, **how)
+        with translate_errors(call.request_id):
+            return method(request, timeout=call.timeout, metadata=call.metadata, **grpc_options)
 
     def close(self) -> None:
         """Ends all calls. Idempotent."""
@@ -37,7 +42,7 @@ class Transport:
 
 
 class AsyncTransport:
-    """As Transport, for asyncio."""
+    """A channel for asyncio; raises grpc's errors as the client's."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -51,21 +56,33 @@ class AsyncTransport:
 
     @cached_property
     def blocking_channel(self) -> grpc.Channel:
-        """A second channel, made when it is first used."""
+        """A channel of grpc's blocking API to the same server, opened on first use."""
         return self.connection.blocking_channel()
 
-    def start(self, method: Callable[..., R], request: object, call: Call, **how: Any) -> R:
-        """Begins a call; what it returns is awaited, or read, by the caller."""
+    def start(
+        self, method: Callable[..., R], request: object, call: CallOptions, **grpc_options: Any
+    ) -> R:
+        """Starts a call and returns grpc's call object, to be awaited or read.
+
+        Raises RuntimeError if the client is closed.
+        """
         if self._closed:
             raise RuntimeError("the client is closed")
-        return method(request, timeout=call.timeout, metadata=call.metadata, **how)
+        return method(request, timeout=call.timeout, metadata=call.metadata, **grpc_options)
 
     async def call(
-        self, method: Callable[..., Awaitable[R]], request: object, call: Call, **how: Any
+        self,
+        method: Callable[..., Awaitable[R]],
+        request: object,
+        call: CallOptions,
+        **grpc_options: Any,
     ) -> R:
-        """Makes a call. RuntimeError when the client is closed, else what `translated` raises."""
-        with translated(call.request_id):
-            return await self.start(method, request, call, **how)
+        """Makes a call and returns its response.
+
+        Raises RuntimeError if the client is closed, AdaplexClientError if the call fails.
+        """
+        with translate_errors(call.request_id):
+            return await self.start(method, request, call, **grpc_options)
 
     async def close(self) -> None:
         """Ends all calls. Idempotent."""

@@ -1,7 +1,4 @@
-"""Generations and the server's description of itself as protobuf messages, and back.
-
-Both clients use it, so that they differ in I/O only.
-"""
+"""Conversion of generations and server descriptions to and from protobuf, for both clients."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from adaplex.client._fields import flat, put
+from adaplex.client._fields import dataclass_from, set_field
 from adaplex.client.adapter_types import Weighted
 from adaplex.client.errors import Internal, InvalidArgument
 from adaplex.client.generation_types import (
@@ -46,12 +43,12 @@ _REASON_OF = {
 }
 
 
-# To the wire.
+# Values to messages.
 
 
 @dataclass(frozen=True)
 class GenerationCall:
-    """A generation ready to send: the message, and what is not part of it."""
+    """A generation to send: its message, and the timeout (seconds) and id of its call."""
 
     spec: generation_pb2.GenerationSpec
     timeout: float | None
@@ -75,32 +72,32 @@ def generation_call(
     """Builds the message for a prompt and the keywords of `GenerateOptions`.
 
     Raises InvalidArgument for a value that its field cannot hold, TypeError for an unknown
-    keyword. Ranges are the server's to check.
+    keyword. The server checks ranges.
     """
     spec = generation_pb2.GenerationSpec()
-    _put_prompt(spec, prompt)
-    put(spec, "adapter", adapter or "", "spec.")
-    put(spec, "routing_key", routing_key, "spec.")
+    _set_prompt(spec, prompt)
+    set_field(spec, "adapter", adapter or "", "spec.")
+    set_field(spec, "routing_key", routing_key, "spec.")
     if adapter and adapters:
-        raise InvalidArgument.because("spec.adapters", "must be empty beside adapter")
+        raise InvalidArgument.because("spec.adapters", "cannot be given together with adapter")
     for selector, weight in weighted(adapters or (), "spec.adapters"):
         part = spec.adapters.add()
-        put(part, "adapter", selector, f"spec.adapters[{len(spec.adapters) - 1}].")
-        put(part, "weight", weight, f"spec.adapters[{len(spec.adapters) - 1}].")
-    put(spec, "cache_salt", cache_salt, "spec.")
-    put(spec, "priority", priority, "spec.")
+        set_field(part, "adapter", selector, f"spec.adapters[{len(spec.adapters) - 1}].")
+        set_field(part, "weight", weight, f"spec.adapters[{len(spec.adapters) - 1}].")
+    set_field(spec, "cache_salt", cache_salt, "spec.")
+    set_field(spec, "priority", priority, "spec.")
     if mode is not None:
         spec.mode = _MODES[_mode(mode)]
     spec.sampling.SetInParent()
-    for name, value in _chosen(replace(sampling or SamplingParams(), **sampling_fields)):
-        put(spec.sampling, name, value, "spec.sampling.")
+    for name, value in _chosen_fields(replace(sampling or SamplingParams(), **sampling_fields)):
+        set_field(spec.sampling, name, value, "spec.sampling.")
     return GenerationCall(spec, timeout, request_id)
 
 
 def weighted(given: Weighted, field: str) -> list[tuple[str, float]]:
-    """Selectors and weights, from a mapping or from a list of pairs and selectors of weight 1.
+    """Returns pairs of selector and weight; a selector without a weight has 1.
 
-    Raises InvalidArgument naming the field.
+    Raises InvalidArgument naming the field if `given` is not a mapping or a list of them.
     """
     if isinstance(given, str) or not isinstance(given, Mapping | Iterable):
         raise InvalidArgument.because(field, f"must be a mapping or a list, not {given!r}")
@@ -110,7 +107,9 @@ def weighted(given: Weighted, field: str) -> list[tuple[str, float]]:
             case str(selector), weight:
                 pairs.append((selector, weight))
             case _:
-                raise InvalidArgument.because(field, f"{item!r} is no selector with its weight")
+                raise InvalidArgument.because(
+                    field, f"{item!r} is not a selector or (selector, weight)"
+                )
     return pairs
 
 
@@ -119,31 +118,31 @@ def _mode(mode: AdapterMode | str) -> AdapterMode:
         return AdapterMode(mode)
     except ValueError:
         choices = ", ".join(AdapterMode)
-        raise InvalidArgument.because("spec.mode", f"{mode!r} is none of {choices}") from None
+        raise InvalidArgument.because("spec.mode", f"{mode!r} is not one of {choices}") from None
 
 
-def _chosen(sampling: SamplingParams) -> list[tuple[str, Any]]:
-    """The fields that are set, so that an absent one stays absent on the wire."""
+def _chosen_fields(sampling: SamplingParams) -> list[tuple[str, Any]]:
+    """Returns the fields that are not None, so that an absent one stays absent in the message."""
     chosen = [(field.name, getattr(sampling, field.name)) for field in fields(sampling)]
     return [(name, value) for name, value in chosen if value is not None]
 
 
-def _put_prompt(spec: generation_pb2.GenerationSpec, prompt: Prompt) -> None:
+def _set_prompt(spec: generation_pb2.GenerationSpec, prompt: Prompt) -> None:
     if isinstance(prompt, str):
-        put(spec, "text", prompt, "spec.")
+        set_field(spec, "text", prompt, "spec.")
     elif isinstance(prompt, bytes | Mapping) or not hasattr(prompt, "__iter__"):
-        raise TypeError("a prompt is text, token ids, or a list of chat messages")
+        raise TypeError("prompt must be text, token ids, or a list of chat messages")
     else:
         items = list(prompt)
         if items and isinstance(items[0], ChatMessage | Mapping):
             spec.chat.messages.extend(_chat_message(item, at) for at, item in enumerate(items))
         else:
             spec.token_ids.SetInParent()
-            ids = [_index(item, at) for at, item in enumerate(items)]
-            put(spec.token_ids, "ids", ids, "spec.token_ids.")
+            ids = [_token_id(item, at) for at, item in enumerate(items)]
+            set_field(spec.token_ids, "ids", ids, "spec.token_ids.")
 
 
-def _index(item: Any, at: int) -> int:
+def _token_id(item: Any, at: int) -> int:
     try:
         return operator.index(item)
     except TypeError:
@@ -152,25 +151,25 @@ def _index(item: Any, at: int) -> int:
 
 
 def _chat_message(item: Any, at: int) -> generation_pb2.ChatMessage:
-    """One message; mappings must have exactly `role` and `content`."""
+    """Converts one message; a mapping must have exactly `role` and `content`."""
     path = f"spec.chat.messages[{at}]"
     if isinstance(item, Mapping):
         if set(item) != {"role", "content"}:
-            raise InvalidArgument.because(path, "a chat message has `role` and `content` only")
+            raise InvalidArgument.because(path, "must have `role` and `content` and nothing else")
         item = ChatMessage(item["role"], item["content"])
     if not isinstance(item, ChatMessage):
         raise InvalidArgument.because(path, f"{item!r} is not a chat message")
     message = generation_pb2.ChatMessage()
-    put(message, "role", item.role, f"{path}.")
-    put(message, "content", item.content, f"{path}.")
+    set_field(message, "role", item.role, f"{path}.")
+    set_field(message, "content", item.content, f"{path}.")
     return message
 
 
-# From the wire.
+# Messages to values.
 
 
 def event(message: generation_pb2.GenerateStreamResponse) -> GenerationEvent | None:
-    """The event of one stream message; None for a kind newer than this client."""
+    """Returns the event of a stream's message, None for a kind newer than this client."""
     match message.WhichOneof("event"):
         case "started":
             return _started(message.started)
@@ -183,15 +182,15 @@ def event(message: generation_pb2.GenerateStreamResponse) -> GenerationEvent | N
 
 
 def generation(message: generation_pb2.GenerateResponse) -> Generation:
-    """The whole answer of a unary call."""
+    """Returns the answer of a unary call. Raises Internal if its start or end is missing."""
     if not (message.HasField("started") and message.HasField("finished")):
-        raise Internal("the server's answer lacks its start or its end")
+        raise Internal("the server's response has no `started` or no `finished`")
     whole = Delta(message.text, tuple(message.token_ids), _logprobs(message.logprobs))
     return assemble(_started(message.started), [whole], _finished(message.finished))
 
 
 def assemble(started: Started, deltas: list[Delta], finished: Finished) -> Generation:
-    """The whole answer from the events of its stream."""
+    """Returns the whole answer from the events of its stream."""
     return Generation(
         text="".join(delta.text for delta in deltas),
         token_ids=tuple(token for delta in deltas for token in delta.token_ids),
@@ -207,17 +206,19 @@ def assemble(started: Started, deltas: list[Delta], finished: Finished) -> Gener
 
 
 def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
-    """What the server is and how full it is."""
-    return flat(
+    """Returns the server's description."""
+    return dataclass_from(
         ServerInfo,
         message,
-        model=flat(
+        model=dataclass_from(
             BaseModelInfo,
             message.model,
-            modules=tuple(flat(AdaptableModule, module) for module in message.model.modules),
+            modules=tuple(
+                dataclass_from(AdaptableModule, module) for module in message.model.modules
+            ),
         ),
-        capacity=flat(Capacity, message.capacity),
-        limits=flat(Limits, message.limits),
+        capacity=dataclass_from(Capacity, message.capacity),
+        limits=dataclass_from(Limits, message.limits),
     )
 
 
@@ -225,14 +226,16 @@ def _started(message: generation_pb2.GenerationStarted) -> Started:
     applied = None
     if message.HasField("adapter"):
         mode = _MODE_OF.get(message.adapter.mode)
-        applied = flat(
+        applied = dataclass_from(
             AppliedAdapter,
             message.adapter,
             mode=mode,
-            components=tuple(flat(AppliedComponent, part) for part in message.adapter.components),
+            components=tuple(
+                dataclass_from(AppliedComponent, part) for part in message.adapter.components
+            ),
             warnings=tuple(message.adapter.warnings),
         )
-    return flat(Started, message, adapter=applied)
+    return dataclass_from(Started, message, adapter=applied)
 
 
 def _delta(message: generation_pb2.GenerationDelta) -> Delta:
@@ -243,13 +246,15 @@ def _finished(message: generation_pb2.GenerationFinished) -> Finished:
     return Finished(
         finish_reason=_REASON_OF.get(message.reason),
         stop=message.stop,
-        usage=flat(Usage, message),
-        timing=flat(Timing, message),
+        usage=dataclass_from(Usage, message),
+        timing=dataclass_from(Timing, message),
     )
 
 
 def _logprobs(entries: Any) -> tuple[TokenLogprob, ...]:
     return tuple(
-        flat(TokenLogprob, entry, top=tuple(flat(TopLogprob, top) for top in entry.top))
+        dataclass_from(
+            TokenLogprob, entry, top=tuple(dataclass_from(TopLogprob, top) for top in entry.top)
+        )
         for entry in entries
     )

@@ -1,4 +1,4 @@
-"""What the server says of adapters: frozen values, no protobuf. See types.py."""
+"""The values of AdapterService: frozen dataclasses without protobuf. See types.py."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from enum import StrEnum
 from typing import TypedDict
 
 Weighted = Mapping[str, float] | Sequence[tuple[str, float] | str]
-"""Adapters by selector, with their weights; a selector alone has weight 1."""
+"""Weights of adapters by selector, or a list of selectors with weights; a selector alone has 1."""
 
 
 class MergeOptions(TypedDict, total=False):
-    """The keywords of `merge`.
+    """The keywords of `merge`; PEFT's `add_weighted_adapter` has the same.
 
-    `method` is one of linear, cat, svd, ties, ties_svd, dare_linear, dare_ties, dare_linear_svd,
-    dare_ties_svd, magnitude_prune and magnitude_prune_svd. `density` is the share of values that
-    pruning keeps, `rank` that of an SVD's result, `seed` that of what dare drops, `majority_sign`
-    `total` or `frequency`.
+    `method`: linear (default), cat, svd, ties, ties_svd, dare_linear, dare_ties, dare_linear_svd,
+    dare_ties_svd, magnitude_prune or magnitude_prune_svd.
+    `density`: fraction of the values that ties, dare and magnitude_prune keep.
+    `rank`: rank of the result of an svd method.
+    `seed`: seed of the values that dare drops at random.
+    `majority_sign`: how ties elects a sign: `total` (sum of the values) or `frequency`.
     """
 
     method: str
@@ -29,7 +31,9 @@ class MergeOptions(TypedDict, total=False):
 
 
 class ResidencyTier(StrEnum):
-    """The fastest memory that holds an adapter."""
+    """The fastest memory in which an adapter is: the device's arena, host memory, the server's disk
+    or its source.
+    """
 
     ARENA = "arena"
     HOST = "host"
@@ -39,7 +43,9 @@ class ResidencyTier(StrEnum):
 
 @dataclass(frozen=True)
 class AliasTarget:
-    """A version, and its share of requests relative to the other targets."""
+    """A version to which an alias points. `weight` is its share of requests, relative to those of
+    the other targets.
+    """
 
     version: int
     weight: float = 1.0
@@ -47,11 +53,16 @@ class AliasTarget:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One version of a stored adapter, and what is known of its name.
+    """One version of a stored adapter, and the metadata of its name.
 
-    `resident`: in the device's memory now. `base_fingerprint` is that of the base it was checked
-    against, `signer` the key that signed it. `leading_tokens` are positions that it puts before the
-    prompt; where `invocation_tokens` are, it applies from where they last begin in the prompt.
+    `digest` is `sha256:<64 hex digits>` of the content. `modules` is the number of modules of the
+    base that it changes, `packed_bytes` its size in the arena. `resident` is True while it is in
+    the device's memory. `pinned`, `description`, `labels` and `aliases` (alias to targets) belong
+    to the name. `source` says where the content came from, `actor` who stored it (unauthenticated).
+    `base_fingerprint` identifies the base it was checked against, `signer` the key that signed it.
+    `tier` is None for one that this client does not know. `leading_tokens` is the number of
+    positions that it puts before the prompt. With `invocation_tokens` it applies from their last
+    occurrence in the prompt on. `merged_only` adapters cannot be served unmerged.
     """
 
     name: str
@@ -81,7 +92,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class AdapterVersion:
-    """One version of a name."""
+    """One version of a name. `source` says where it came from, `actor` who stored it."""
 
     version: int
     digest: str
@@ -93,9 +104,10 @@ class AdapterVersion:
 
 @dataclass(frozen=True)
 class AdapterEvent:
-    """Something that happened to a name: `upload`, `alias`, `update`, `delete_version`, `delete`.
+    """A change of a name. `kind` is `upload`, `alias`, `update`, `delete_version` or `delete`.
 
-    `before` and `after` are an alias's targets, empty when it was not set.
+    `before` and `after` are the targets of a changed alias, empty if it was not set. `actor` is the
+    caller's self-reported identity (unauthenticated).
     """
 
     time: datetime
@@ -112,7 +124,9 @@ class AdapterEvent:
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """How one module of the base is changed; `primitives` names all that is applied to it."""
+    """How an adapter changes one module of the base. `primitives` names all that it applies there;
+    `rank` and `scale` are those of its low-rank pair.
+    """
 
     module: str
     rank: int
@@ -125,7 +139,7 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class Refusal:
-    """One reason not to serve a checkpoint: where (file, config field or tensor) and why."""
+    """A reason not to serve a checkpoint. `where` is a file, a config field or a tensor."""
 
     where: str
     reason: str
@@ -136,11 +150,13 @@ class Refusal:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What a checkpoint says and how the base takes it. `notes` had no effect on the answer.
+    """How a checkpoint was read, and what the server would apply to the base.
 
-    `prefix_tokens` and `virtual_tokens` are positions before the prompt, with keys and values of
-    their own and with embeddings of their own. `merged_bytes` is what merged weights take of one
-    that can only be served so.
+    `refusals` says why it cannot be served; empty if it can. `warnings` name doubts, `notes` fields
+    of the checkpoint that have no effect. `packed_bytes` is its size in the arena. `prefix_tokens`
+    is the number of positions before the prompt for which it has keys and values, `virtual_tokens`
+    the number for which it has embeddings. `merged_bytes` is the memory of its merged weights if
+    it is `merged_only`.
     """
 
     family: str
@@ -168,7 +184,7 @@ class AdapterDetails:
 
 @dataclass(frozen=True)
 class UploadResult:
-    """A stored adapter. `created` is False when the name already pointed to this content."""
+    """A stored adapter. `created` is False if the name already had this content."""
 
     adapter: Adapter
     report: AdapterReport
@@ -177,7 +193,7 @@ class UploadResult:
 
 @dataclass(frozen=True)
 class Validation:
-    """The answer to a dry run: `report.refusals` says why a checkpoint is not valid."""
+    """The result of a dry run. `report.refusals` says why a checkpoint is not valid."""
 
     valid: bool
     report: AdapterReport

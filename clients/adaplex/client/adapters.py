@@ -1,4 +1,4 @@
-"""Adapters: the calls of AdapterService, blocking."""
+"""Adapters: AdapterService, blocking."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from adaplex.client.adapter_types import (
     Validation,
     Weighted,
 )
-from adaplex.client.upload import AdapterFiles, Messages, Progress
+from adaplex.client.upload import AdapterFiles, ProgressCallback, UploadMessages
 from adaplex.v1 import adapters_pb2, adapters_pb2_grpc
 
 T = TypeVar("T")
@@ -26,9 +26,10 @@ R = TypeVar("R")
 
 
 class Adapters:
-    """The life of adapters on the server; `client.adapters`.
+    """The adapters of the server, as `client.adapters`.
 
-    `timeout` is in seconds, None takes the client's.
+    `timeout` is in seconds; None selects the client's. Every method raises AdaplexClientError, and
+    InvalidArgument for a value that its field cannot hold.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -41,10 +42,17 @@ class Adapters:
         directory: str | os.PathLike[str],
         *,
         replace: bool = False,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
         timeout: float | None = None,
     ) -> UploadResult:
-        """Sends a PEFT adapter directory. A taken name needs `replace` to get a new version."""
+        """Uploads an adapter directory: adapter_config.json, adapter_model.safetensors and, where
+        there is one, model.sig.
+
+        With `replace` an existing name gets a new version, and running requests finish on the old
+        one. `progress` is called with bytes sent and bytes in total. Raises AlreadyExists without
+        `replace` if the name exists with other content, InvalidArgument if a file is missing or the
+        server cannot serve the adapter.
+        """
         messages = AdapterFiles.read(directory).messages(
             adapters_pb2.UploadAdapterRequest, name, replace=replace, progress=progress
         )
@@ -55,10 +63,12 @@ class Adapters:
         directory: str | os.PathLike[str],
         *,
         name: str = "adapter",
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
         timeout: float | None = None,
     ) -> Validation:
-        """Sends a directory for a dry run: the report of an upload, and nothing stored."""
+        """Uploads an adapter directory for a dry run: returns the report of an upload and stores
+        nothing.
+        """
         messages = AdapterFiles.read(directory).messages(
             adapters_pb2.ValidateAdapterRequest, name, progress=progress
         )
@@ -67,10 +77,12 @@ class Adapters:
     def load(
         self, name: str, uri: str, *, replace: bool = False, timeout: float | None = None
     ) -> UploadResult:
-        """Has the server import a directory or GGUF file: a path under its allowed roots,
-        `hf://org/repo[/folder][@revision]` or `s3://bucket/prefix`.
+        """Imports a directory or GGUF file that the server can read: a path under its allowed
+        roots, `hf://org/repo[/folder][@revision]` or `s3://bucket/prefix`.
+
+        `replace` and errors as for `upload`.
         """
-        return self._ask(_adapter_calls.load(name, uri, replace), timeout)
+        return self._invoke(_adapter_calls.load(name, uri, replace), timeout)
 
     def merge(
         self,
@@ -81,12 +93,18 @@ class Adapters:
         timeout: float | None = None,
         **options: Unpack[MergeOptions],
     ) -> UploadResult:
-        """Makes an adapter out of stored ones, by selector and weight. Keywords: MergeOptions."""
-        return self._ask(_adapter_calls.merge(name, sources, replace, **options), timeout)
+        """Merges 1 to 8 stored adapters, by selector and weight, into a new one.
+
+        MergeOptions lists the keywords. `replace` and errors as for `upload`.
+        """
+        return self._invoke(_adapter_calls.merge(name, sources, replace, **options), timeout)
 
     def get(self, name: str, *, timeout: float | None = None) -> AdapterDetails:
-        """One adapter, by any selector, its report, and the versions of its name."""
-        return self._ask(_adapter_calls.get(name), timeout)
+        """Returns one adapter, its report and the versions of its name, oldest first.
+
+        `name` is a selector: `name`, `name@version`, `name@alias` or `sha256:<64 hex digits>`.
+        """
+        return self._invoke(_adapter_calls.get(name), timeout)
 
     def list(
         self,
@@ -98,13 +116,15 @@ class Adapters:
         page_size: int = 100,
         timeout: float | None = None,
     ) -> Iterator[Adapter]:
-        """The newest version of every adapter that fits; asks for a page when it is needed.
+        """Yields the newest version of every adapter that passes all filters given.
 
-        `order_by` is name, create_time, update_time or stored_bytes, then ` desc` or nothing.
+        `labels` must be present with exactly these values. `order_by` is `name` (the default),
+        `create_time`, `update_time` or `stored_bytes`, optionally with ` desc` after it. Pages of
+        `page_size` adapters (1 to 1000) are requested as they are needed.
         """
         token = ""
         while True:
-            call = _adapter_calls.page(
+            call = _adapter_calls.list_page(
                 page_size=page_size,
                 page_token=token,
                 name_prefix=name_prefix,
@@ -112,14 +132,14 @@ class Adapters:
                 family=family,
                 order_by=order_by,
             )
-            page, token = self._ask(call, timeout)
+            page, token = self._invoke(call, timeout)
             yield from page
             if not token:
                 return
 
     def history(self, name: str, *, timeout: float | None = None) -> tuple[AdapterEvent, ...]:
-        """What happened to a name, newest first; also of a deleted one."""
-        return self._ask(_adapter_calls.history(name), timeout)
+        """Returns the last changes of a name, at most 500, newest first; also of a deleted name."""
+        return self._invoke(_adapter_calls.history(name), timeout)
 
     def update(
         self,
@@ -131,7 +151,10 @@ class Adapters:
         pinned: bool | None = None,
         timeout: float | None = None,
     ) -> Adapter:
-        """Changes what is given; `pinned` keeps the adapter in device memory."""
+        """Changes what is given and returns the adapter; None leaves a field as it is.
+
+        `pinned` keeps the adapter in device memory, within the server's bound for all pins.
+        """
         call = _adapter_calls.update(
             name,
             description=description,
@@ -139,43 +162,48 @@ class Adapters:
             remove_labels=remove_labels,
             pinned=pinned,
         )
-        return self._ask(call, timeout)
+        return self._invoke(call, timeout)
 
     def set_alias(
         self, name: str, alias: str, targets: Targets, *, timeout: float | None = None
     ) -> Adapter:
-        """Points an alias to a version, or to several by share: `{3: 95, 4: 5}`.
+        """Points an alias to a version, or to 1 to 8 versions by share: `{3: 95, 4: 5}`.
 
-        The bare name follows the alias `default`.
+        A bare name follows its alias `default`, and without one its newest version.
         """
-        return self._ask(_adapter_calls.set_alias(name, alias, targets), timeout)
+        return self._invoke(_adapter_calls.set_alias(name, alias, targets), timeout)
 
     def delete_alias(self, name: str, alias: str, *, timeout: float | None = None) -> Adapter:
-        """Forgets an alias."""
-        return self._ask(_adapter_calls.delete_alias(name, alias), timeout)
+        """Deletes an alias. Raises NotFound if there is none."""
+        return self._invoke(_adapter_calls.delete_alias(name, alias), timeout)
 
     def rollback(
         self, name: str, alias: str = "default", *, timeout: float | None = None
     ) -> Adapter:
-        """Points an alias to what it pointed to before its last change."""
-        return self._ask(_adapter_calls.rollback(name, alias), timeout)
+        """Restores the targets that an alias had before its last change."""
+        return self._invoke(_adapter_calls.rollback(name, alias), timeout)
 
     def unload(self, name: str, *, timeout: float | None = None) -> bool:
-        """Drops an adapter from memory; it stays stored. Whether it was in memory."""
-        return self._ask(_adapter_calls.unload(name), timeout)
+        """Evicts an adapter from memory; it stays stored. Returns True if it was in memory."""
+        return self._invoke(_adapter_calls.unload(name), timeout)
 
     def delete(self, name: str, *, timeout: float | None = None) -> int:
-        """Forgets a name and all its versions, or `name@version`. How many versions went."""
-        return self._ask(_adapter_calls.delete(name), timeout)
+        """Deletes a name and all its versions, or one version by `name@version`.
 
-    def _ask(self, call: AdapterCall[T], timeout: float | None) -> T:
+        Returns the number of deleted versions. Running requests finish.
+        """
+        return self._invoke(_adapter_calls.delete(name), timeout)
+
+    def _invoke(self, call: AdapterCall[T], timeout: float | None) -> T:
         method = getattr(self._stub, call.method)
         return call.read(self._call(method, call.request, timeout))
 
     def _call(self, method: Callable[..., R], request: object, timeout: float | None) -> R:
-        call = self._transport.connection.call(timeout=timeout)
+        call = self._transport.connection.call_options(timeout=timeout)
         return self._transport.call(method, request, call)
 
-    def _send(self, method: Callable[..., R], messages: Messages[T], timeout: float | None) -> R:
-        with messages.failing_first():
+    def _send(
+        self, method: Callable[..., R], messages: UploadMessages[T], timeout: float | None
+    ) -> R:
+        with messages.raise_own_error():
             return self._call(method, messages, timeout)

@@ -1,23 +1,22 @@
-"""AsyncClient: the asyncio client. The same surface as Client, and the same values."""
-# ruff: noqa: ASYNC109 - a timeout here is the call's deadline, which the server must learn of
+"""AsyncClient: the asyncio client, with the methods and values of Client."""
+# ruff: noqa: ASYNC109 - a timeout here is the call's deadline, which grpc sends to the server
 
 from __future__ import annotations
 
 import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping
-from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
 import grpc.aio
 
 from adaplex.client import _health, _wire
-from adaplex.client._connection import DEFAULT_TIMEOUT, Call, Connection
+from adaplex.client._connection import DEFAULT_TIMEOUT, CallOptions, Connection
 from adaplex.client._stream import StreamState
 from adaplex.client._transport import AsyncTransport
 from adaplex.client.aio_adapters import AsyncAdapters
-from adaplex.client.errors import AdaplexClientError, translated
+from adaplex.client.errors import AdaplexClientError, translate_errors
 from adaplex.client.generation_types import GenerateOptions, Generation, GenerationEvent, Prompt
 from adaplex.client.types import Health, ServerInfo
 from adaplex.v1 import (
@@ -31,9 +30,10 @@ _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # absent from grpc-stubs
 
 
 class AsyncClient:
-    """Client for asyncio: the same options; make it inside a running loop, and close it.
+    """The client for asyncio, with the options and errors of Client.
 
-    Cancelling a task that awaits a call cancels the call on the server too.
+    Create it inside a running event loop, and close it or use it in `async with`. Cancelling a task
+    that awaits a call cancels the call on the server too.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class AsyncClient:
         tls: bool | bytes | str | os.PathLike[str] = False,
     ) -> None:
         self._transport = AsyncTransport(
-            Connection.configured(
+            Connection.from_options(
                 target, timeout=timeout, token=token, metadata=metadata, actor=actor, tls=tls
             )
         )
@@ -62,61 +62,62 @@ class AsyncClient:
         self.adapters = AsyncAdapters(self._transport)
 
     async def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
-        """Answers a prompt, whole. Keywords: see GenerateOptions and SamplingParams."""
-        planned = _wire.generation_call(prompt, **options)
-        request = generation_pb2.GenerateRequest(spec=planned.spec)
-        call = self._transport.connection.generation(planned)
+        """Generates the whole answer to a prompt. GenerateOptions lists the keywords."""
+        plan = _wire.generation_call(prompt, **options)
+        request = generation_pb2.GenerateRequest(spec=plan.spec)
+        call = self._transport.connection.generation_options(plan)
         return _wire.generation(
             await self._transport.call(self._generation.Generate, request, call)
         )
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncGenerationStream:
-        """Answers a prompt event by event; the call starts at once. Keywords as `generate`."""
-        planned = _wire.generation_call(prompt, **options)
-        request = generation_pb2.GenerateStreamRequest(spec=planned.spec)
-        call = self._transport.connection.generation(planned)
+        """Starts a generation and returns the stream of its events. Keywords as for `generate`.
+
+        The stream raises the errors of the call.
+        """
+        plan = _wire.generation_call(prompt, **options)
+        request = generation_pb2.GenerateStreamRequest(spec=plan.spec)
+        call = self._transport.connection.generation_options(plan)
         return AsyncGenerationStream(
             self._transport.start(self._generation.GenerateStream, request, call), call
         )
 
     async def server_info(self, *, timeout: float | None = None) -> ServerInfo:
-        """What the server is and how full it is."""
+        """Returns the server's base model, capacity, load and limits."""
         request = server_pb2.GetServerInfoRequest()
-        call = self._transport.connection.call(timeout=timeout)
+        call = self._transport.connection.call_options(timeout=timeout)
         return _wire.server_info(
             await self._transport.call(self._server.GetServerInfo, request, call)
         )
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> Health:
-        """Whether the server, or one service by its full name, takes calls."""
-        call = self._transport.connection.call(timeout=timeout)
+        """Returns the health of the server, or of one service by its full name.
+
+        Raises NotFound for a service that the server does not know.
+        """
+        call = self._transport.connection.call_options(timeout=timeout)
         health: Health = await self._transport.call(self._health, service, call)
         return health
 
     async def wait_ready(self, timeout: float = 60.0) -> None:
-        """Returns once the server is healthy; DeadlineExceeded after `timeout` seconds."""
+        """Waits until the server is SERVING. Raises DeadlineExceeded after `timeout` seconds."""
         readiness = _health.Readiness(self._transport.connection.target, timeout)
-        # Asks again and again: the other end is a server, which sets no event here.
-        while not readiness.ready(await self._look(readiness.remaining)):  # noqa: ASYNC110
-            await asyncio.sleep(_health.INTERVAL)
+        # Polls: a server sets no asyncio.Event.
+        while not readiness.is_ready(await self._check_health(readiness.remaining)):  # noqa: ASYNC110
+            await asyncio.sleep(_health.POLL_SECONDS)
 
     async def close(self) -> None:
-        """Ends all calls and the connection. Idempotent."""
+        """Cancels all calls and closes the connection. Idempotent."""
         await self._transport.close()
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _look(self, timeout: float) -> Health | AdaplexClientError:
-        call = self._transport.connection.call(timeout=timeout)
+    async def _check_health(self, timeout: float) -> Health | AdaplexClientError:
+        call = self._transport.connection.call_options(timeout=timeout)
         try:
             health: Health = await self._transport.call(self._health, "", call, wait_for_ready=True)
         except AdaplexClientError as error:
@@ -125,9 +126,13 @@ class AsyncClient:
 
 
 class AsyncGenerationStream(StreamState):
-    """Iterates over the events of one answer. Leaving `async with`, or `close`, cancels it."""
+    """An asynchronous iterator over the events of a generation: Started, Deltas, Finished.
 
-    def __init__(self, events: Any, call: Call) -> None:
+    `close`, or the end of `async with`, cancels the call if it has not ended. Raises
+    AdaplexClientError if the call fails, Cancelled after `close`.
+    """
+
+    def __init__(self, events: Any, call: CallOptions) -> None:
         super().__init__(call.request_id)
         self._events = events
 
@@ -136,7 +141,7 @@ class AsyncGenerationStream(StreamState):
 
     async def __anext__(self) -> GenerationEvent:
         self._check_open()
-        with translated(self.request_id):
+        with translate_errors(self.request_id):
             while (message := await self._read()) is not _EOF:
                 if event := self._received(message):
                     return event
@@ -144,26 +149,21 @@ class AsyncGenerationStream(StreamState):
         raise StopAsyncIteration
 
     async def close(self) -> None:
-        """Cancels the call unless it has ended. Idempotent."""
+        """Cancels the call if it has not ended. Idempotent."""
         self._closed = True
         self._events.cancel()
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def _read(self) -> Any:
         try:
             return await self._events.read()
         except asyncio.CancelledError:
-            # grpc raises it for a call that `close` ended as well as for this task's own end.
+            # grpc raises it for a call cancelled by `close` and for a cancelled task alike.
             task = asyncio.current_task()
             if task is None or not task.cancelling():
                 self._check_open()

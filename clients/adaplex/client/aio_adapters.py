@@ -1,5 +1,5 @@
-"""AsyncAdapters: the calls of AdapterService, for asyncio. The same surface as Adapters."""
-# ruff: noqa: ASYNC109 - a timeout here is the call's deadline, which the server must learn of
+"""AsyncAdapters: AdapterService, for asyncio, with the methods of Adapters."""
+# ruff: noqa: ASYNC109 - a timeout here is the call's deadline, which grpc sends to the server
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from adaplex.client.adapter_types import (
     Validation,
     Weighted,
 )
-from adaplex.client.errors import translated
-from adaplex.client.upload import AdapterFiles, Messages, Progress
+from adaplex.client.errors import translate_errors
+from adaplex.client.upload import AdapterFiles, ProgressCallback, UploadMessages
 from adaplex.v1 import adapters_pb2, adapters_pb2_grpc
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ R = TypeVar("R")
 
 
 class AsyncAdapters:
-    """The life of adapters on the server; `client.adapters`. As Adapters, for asyncio."""
+    """The adapters of the server, as `client.adapters`; see Adapters."""
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport = transport
@@ -40,10 +40,10 @@ class AsyncAdapters:
 
     @cached_property
     def _uploads(self) -> adapters_pb2_grpc.AdapterServiceStub:
-        """A stub on grpc's blocking stack, whose threads read the files and write the chunks.
+        """A stub on grpc's blocking API, whose threads read the files and send the chunks.
 
-        When a server refuses in the middle of an upload, grpc.aio reports the write that failed
-        instead of the server's answer.
+        If a server refuses an upload before its end, grpc.aio reports the write that failed
+        instead of the server's status.
         """
         return adapters_pb2_grpc.AdapterServiceStub(self._transport.blocking_channel)
 
@@ -53,10 +53,17 @@ class AsyncAdapters:
         directory: str | os.PathLike[str],
         *,
         replace: bool = False,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
         timeout: float | None = None,
     ) -> UploadResult:
-        """Sends a PEFT adapter directory. A taken name needs `replace` to get a new version."""
+        """Uploads an adapter directory: adapter_config.json, adapter_model.safetensors and, where
+        there is one, model.sig.
+
+        With `replace` an existing name gets a new version, and running requests finish on the old
+        one. `progress` is called with bytes sent and bytes in total. Raises AlreadyExists without
+        `replace` if the name exists with other content, InvalidArgument if a file is missing or the
+        server cannot serve the adapter.
+        """
         files = await asyncio.to_thread(AdapterFiles.read, directory)
         messages = files.messages(
             adapters_pb2.UploadAdapterRequest, name, replace=replace, progress=progress
@@ -69,10 +76,12 @@ class AsyncAdapters:
         directory: str | os.PathLike[str],
         *,
         name: str = "adapter",
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
         timeout: float | None = None,
     ) -> Validation:
-        """Sends a directory for a dry run: the report of an upload, and nothing stored."""
+        """Uploads an adapter directory for a dry run: returns the report of an upload and stores
+        nothing.
+        """
         files = await asyncio.to_thread(AdapterFiles.read, directory)
         messages = files.messages(adapters_pb2.ValidateAdapterRequest, name, progress=progress)
         return _adapter_calls.validation(
@@ -82,10 +91,12 @@ class AsyncAdapters:
     async def load(
         self, name: str, uri: str, *, replace: bool = False, timeout: float | None = None
     ) -> UploadResult:
-        """Has the server import a directory or GGUF file: a path under its allowed roots,
-        `hf://org/repo[/folder][@revision]` or `s3://bucket/prefix`.
+        """Imports a directory or GGUF file that the server can read: a path under its allowed
+        roots, `hf://org/repo[/folder][@revision]` or `s3://bucket/prefix`.
+
+        `replace` and errors as for `upload`.
         """
-        return await self._ask(_adapter_calls.load(name, uri, replace), timeout)
+        return await self._invoke(_adapter_calls.load(name, uri, replace), timeout)
 
     async def merge(
         self,
@@ -96,12 +107,18 @@ class AsyncAdapters:
         timeout: float | None = None,
         **options: Unpack[MergeOptions],
     ) -> UploadResult:
-        """Makes an adapter out of stored ones, by selector and weight. Keywords: MergeOptions."""
-        return await self._ask(_adapter_calls.merge(name, sources, replace, **options), timeout)
+        """Merges 1 to 8 stored adapters, by selector and weight, into a new one.
+
+        MergeOptions lists the keywords. `replace` and errors as for `upload`.
+        """
+        return await self._invoke(_adapter_calls.merge(name, sources, replace, **options), timeout)
 
     async def get(self, name: str, *, timeout: float | None = None) -> AdapterDetails:
-        """One adapter, by any selector, its report, and the versions of its name."""
-        return await self._ask(_adapter_calls.get(name), timeout)
+        """Returns one adapter, its report and the versions of its name, oldest first.
+
+        `name` is a selector: `name`, `name@version`, `name@alias` or `sha256:<64 hex digits>`.
+        """
+        return await self._invoke(_adapter_calls.get(name), timeout)
 
     async def list(
         self,
@@ -113,13 +130,15 @@ class AsyncAdapters:
         page_size: int = 100,
         timeout: float | None = None,
     ) -> AsyncIterator[Adapter]:
-        """The newest version of every adapter that fits; asks for a page when it is needed.
+        """Yields the newest version of every adapter that passes all filters given.
 
-        `order_by` is name, create_time, update_time or stored_bytes, then ` desc` or nothing.
+        `labels` must be present with exactly these values. `order_by` is `name` (the default),
+        `create_time`, `update_time` or `stored_bytes`, optionally with ` desc` after it. Pages of
+        `page_size` adapters (1 to 1000) are requested as they are needed.
         """
         token = ""
         while True:
-            call = _adapter_calls.page(
+            call = _adapter_calls.list_page(
                 page_size=page_size,
                 page_token=token,
                 name_prefix=name_prefix,
@@ -127,15 +146,15 @@ class AsyncAdapters:
                 family=family,
                 order_by=order_by,
             )
-            page, token = await self._ask(call, timeout)
+            page, token = await self._invoke(call, timeout)
             for adapter in page:
                 yield adapter
             if not token:
                 return
 
     async def history(self, name: str, *, timeout: float | None = None) -> tuple[AdapterEvent, ...]:
-        """What happened to a name, newest first; also of a deleted one."""
-        return await self._ask(_adapter_calls.history(name), timeout)
+        """Returns the last changes of a name, at most 500, newest first; also of a deleted name."""
+        return await self._invoke(_adapter_calls.history(name), timeout)
 
     async def update(
         self,
@@ -147,7 +166,10 @@ class AsyncAdapters:
         pinned: bool | None = None,
         timeout: float | None = None,
     ) -> Adapter:
-        """Changes what is given; `pinned` keeps the adapter in device memory."""
+        """Changes what is given and returns the adapter; None leaves a field as it is.
+
+        `pinned` keeps the adapter in device memory, within the server's bound for all pins.
+        """
         call = _adapter_calls.update(
             name,
             description=description,
@@ -155,58 +177,61 @@ class AsyncAdapters:
             remove_labels=remove_labels,
             pinned=pinned,
         )
-        return await self._ask(call, timeout)
+        return await self._invoke(call, timeout)
 
     async def set_alias(
         self, name: str, alias: str, targets: Targets, *, timeout: float | None = None
     ) -> Adapter:
-        """Points an alias to a version, or to several by share: `{3: 95, 4: 5}`.
+        """Points an alias to a version, or to 1 to 8 versions by share: `{3: 95, 4: 5}`.
 
-        The bare name follows the alias `default`.
+        A bare name follows its alias `default`, and without one its newest version.
         """
-        return await self._ask(_adapter_calls.set_alias(name, alias, targets), timeout)
+        return await self._invoke(_adapter_calls.set_alias(name, alias, targets), timeout)
 
     async def delete_alias(self, name: str, alias: str, *, timeout: float | None = None) -> Adapter:
-        """Forgets an alias."""
-        return await self._ask(_adapter_calls.delete_alias(name, alias), timeout)
+        """Deletes an alias. Raises NotFound if there is none."""
+        return await self._invoke(_adapter_calls.delete_alias(name, alias), timeout)
 
     async def rollback(
         self, name: str, alias: str = "default", *, timeout: float | None = None
     ) -> Adapter:
-        """Points an alias to what it pointed to before its last change."""
-        return await self._ask(_adapter_calls.rollback(name, alias), timeout)
+        """Restores the targets that an alias had before its last change."""
+        return await self._invoke(_adapter_calls.rollback(name, alias), timeout)
 
     async def unload(self, name: str, *, timeout: float | None = None) -> bool:
-        """Drops an adapter from memory; it stays stored. Whether it was in memory."""
-        return await self._ask(_adapter_calls.unload(name), timeout)
+        """Evicts an adapter from memory; it stays stored. Returns True if it was in memory."""
+        return await self._invoke(_adapter_calls.unload(name), timeout)
 
     async def delete(self, name: str, *, timeout: float | None = None) -> int:
-        """Forgets a name and all its versions, or `name@version`. How many versions went."""
-        return await self._ask(_adapter_calls.delete(name), timeout)
+        """Deletes a name and all its versions, or one version by `name@version`.
 
-    async def _ask(self, call: AdapterCall[T], timeout: float | None) -> T:
+        Returns the number of deleted versions. Running requests finish.
+        """
+        return await self._invoke(_adapter_calls.delete(name), timeout)
+
+    async def _invoke(self, call: AdapterCall[T], timeout: float | None) -> T:
         method = getattr(self._stub, call.method)
         return call.read(await self._call(method, call.request, timeout))
 
     async def _call(
         self, method: Callable[..., Awaitable[R]], request: object, timeout: float | None
     ) -> R:
-        call = self._transport.connection.call(timeout=timeout)
+        call = self._transport.connection.call_options(timeout=timeout)
         return await self._transport.call(method, request, call)
 
     async def _send(
         self,
         method: grpc.StreamUnaryMultiCallable[T, R],
-        messages: Messages[T],
+        messages: UploadMessages[T],
         timeout: float | None,
     ) -> R:
-        info = self._transport.connection.call(timeout=timeout)
+        info = self._transport.connection.call_options(timeout=timeout)
         ended, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def end(_: object) -> None:
             loop.call_soon_threadsafe(ended.set)
 
-        with messages.failing_first(), translated(info.request_id):
+        with messages.raise_own_error(), translate_errors(info.request_id):
             call = self._transport.start(method.future, messages, info)
             call.add_done_callback(end)
             try:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from types import TracebackType
 from typing import Self, Unpack
 
 import grpc
 
 from adaplex.client import _health, _wire
-from adaplex.client._connection import DEFAULT_TIMEOUT, Call, Connection
+from adaplex.client._connection import DEFAULT_TIMEOUT, CallOptions, Connection
 from adaplex.client._stream import StreamState
 from adaplex.client._transport import Transport
 from adaplex.client.adapters import Adapters
-from adaplex.client.errors import AdaplexClientError, translated
+from adaplex.client.errors import AdaplexClientError, translate_errors
 from adaplex.client.generation_types import GenerateOptions, Generation, GenerationEvent, Prompt
 from adaplex.client.types import Health, ServerInfo
 from adaplex.v1 import (
@@ -27,13 +26,17 @@ from adaplex.v1 import (
 
 
 class Client:
-    """Calls one server. Safe to use from several threads; close it, or use it in `with`.
+    """The blocking client of one server. Thread-safe; close it, or use it in `with`.
 
-    `target` is host:port, by default `ADAPLEX_TARGET` or 127.0.0.1:50051. `timeout` is in
-    seconds, for every call that names none; None waits without bound. `token` is sent as a
-    bearer token, `metadata` with every call, `actor` as who asks, for the history of adapters.
-    `tls` is True for the system's roots, or PEM roots as bytes or as a file's path. Nothing is
-    retried.
+    `target`: host:port; by default `ADAPLEX_TARGET`, else 127.0.0.1:50051.
+    `timeout`: seconds of a call that sets none of its own; None waits without a bound.
+    `token`: sent as a bearer token.
+    `metadata`: sent with every call, printable ASCII.
+    `actor`: the caller's self-reported identity, recorded in adapter history; 1 to 128 characters.
+    `tls`: True trusts the system's roots; PEM roots can be given as bytes or as a file's path.
+
+    Every call raises AdaplexClientError if it fails (see `errors`), and InvalidArgument before
+    sending for a value that its field cannot hold. Nothing is retried.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class Client:
         tls: bool | bytes | str | os.PathLike[str] = False,
     ) -> None:
         self._transport = Transport(
-            Connection.configured(
+            Connection.from_options(
                 target, timeout=timeout, token=token, metadata=metadata, actor=actor, tls=tls
             )
         )
@@ -62,56 +65,57 @@ class Client:
         self.adapters = Adapters(self._transport)
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
-        """Answers a prompt, whole. Keywords: see GenerateOptions and SamplingParams."""
-        planned = _wire.generation_call(prompt, **options)
-        request = generation_pb2.GenerateRequest(spec=planned.spec)
-        call = self._transport.connection.generation(planned)
+        """Generates the whole answer to a prompt. GenerateOptions lists the keywords."""
+        plan = _wire.generation_call(prompt, **options)
+        request = generation_pb2.GenerateRequest(spec=plan.spec)
+        call = self._transport.connection.generation_options(plan)
         return _wire.generation(self._transport.call(self._generation.Generate, request, call))
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> GenerationStream:
-        """Answers a prompt event by event; the call starts at once. Keywords as `generate`."""
-        planned = _wire.generation_call(prompt, **options)
-        request = generation_pb2.GenerateStreamRequest(spec=planned.spec)
-        call = self._transport.connection.generation(planned)
+        """Starts a generation and returns the stream of its events. Keywords as for `generate`.
+
+        The stream raises the errors of the call.
+        """
+        plan = _wire.generation_call(prompt, **options)
+        request = generation_pb2.GenerateStreamRequest(spec=plan.spec)
+        call = self._transport.connection.generation_options(plan)
         return GenerationStream(
             self._transport.call(self._generation.GenerateStream, request, call), call
         )
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:
-        """What the server is and how full it is."""
+        """Returns the server's base model, capacity, load and limits."""
         request = server_pb2.GetServerInfoRequest()
-        call = self._transport.connection.call(timeout=timeout)
+        call = self._transport.connection.call_options(timeout=timeout)
         return _wire.server_info(self._transport.call(self._server.GetServerInfo, request, call))
 
     def health(self, service: str = "", *, timeout: float | None = None) -> Health:
-        """Whether the server, or one service by its full name, takes calls."""
-        call = self._transport.connection.call(timeout=timeout)
+        """Returns the health of the server, or of one service by its full name.
+
+        Raises NotFound for a service that the server does not know.
+        """
+        call = self._transport.connection.call_options(timeout=timeout)
         health: Health = self._transport.call(self._health, service, call)
         return health
 
     def wait_ready(self, timeout: float = 60.0) -> None:
-        """Returns once the server is healthy; DeadlineExceeded after `timeout` seconds."""
+        """Waits until the server is SERVING. Raises DeadlineExceeded after `timeout` seconds."""
         readiness = _health.Readiness(self._transport.connection.target, timeout)
-        while not readiness.ready(self._look(readiness.remaining)):
-            time.sleep(_health.INTERVAL)
+        while not readiness.is_ready(self._check_health(readiness.remaining)):
+            time.sleep(_health.POLL_SECONDS)
 
     def close(self) -> None:
-        """Ends all calls and the connection. Idempotent."""
+        """Cancels all calls and closes the connection. Idempotent."""
         self._transport.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _look(self, timeout: float) -> Health | AdaplexClientError:
-        call = self._transport.connection.call(timeout=timeout)
+    def _check_health(self, timeout: float) -> Health | AdaplexClientError:
+        call = self._transport.connection.call_options(timeout=timeout)
         try:
             health: Health = self._transport.call(self._health, "", call, wait_for_ready=True)
         except AdaplexClientError as error:
@@ -120,10 +124,14 @@ class Client:
 
 
 class GenerationStream(StreamState):
-    """Iterates over the events of one answer. Leaving `with`, or `close`, cancels what runs."""
+    """An iterator over the events of a generation: Started, Deltas, Finished.
+
+    `close`, or the end of `with`, cancels the call if it has not ended. Raises AdaplexClientError
+    if the call fails, Cancelled after `close`.
+    """
 
     def __init__(
-        self, events: grpc.CallIterator[generation_pb2.GenerateStreamResponse], call: Call
+        self, events: grpc.CallIterator[generation_pb2.GenerateStreamResponse], call: CallOptions
     ) -> None:
         super().__init__(call.request_id)
         self._events = events
@@ -133,7 +141,7 @@ class GenerationStream(StreamState):
 
     def __next__(self) -> GenerationEvent:
         self._check_open()
-        with translated(self.request_id):
+        with translate_errors(self.request_id):
             for message in self._events:
                 if event := self._received(message):
                     return event
@@ -141,17 +149,12 @@ class GenerationStream(StreamState):
         raise StopIteration
 
     def close(self) -> None:
-        """Cancels the call unless it has ended. Idempotent; may be called from any thread."""
+        """Cancels the call if it has not ended. Idempotent, and safe from any thread."""
         self._closed = True
         self._events.cancel()  # type: ignore[no-untyped-call]  # untyped in grpc-stubs
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,18 +1,18 @@
-"""Errors of a call, one class for each kind of status the server answers with.
+"""Errors of a call, one class for each gRPC status.
 
 AdaplexClientError
-├── InvalidArgument       a field, or a local file, is not acceptable; `violations` names each
+├── InvalidArgument       a field or a local file is not acceptable; `violations` names each
 ├── NotFound              no such adapter, version or digest
-├── AlreadyExists         the name is taken
-├── ResourceExhausted     queue full or no room; `retry_after` says when to try again
-├── FailedPrecondition    not possible in the server's present state
-├── Unavailable           not reachable, loading or draining
+├── AlreadyExists         the adapter name exists already
+├── ResourceExhausted     a full queue, quota or budget; `retry_after` may say when to try again
+├── FailedPrecondition    the server's present state does not allow the call
+├── Unavailable           the server cannot be reached, is loading or is draining
 ├── DeadlineExceeded      the call's timeout passed
 ├── Cancelled             the call was closed before its end
-├── PermissionDenied      the token does not allow this
+├── PermissionDenied      the token does not allow the call
 ├── Unauthenticated       no valid token
-├── Unimplemented         the server does not know this method
-└── Internal              a fault in the server or on the way
+├── Unimplemented         the server does not know the method
+└── Internal              a fault in the server or a response that breaks the protocol
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DETAILS_KEY = "grpc-status-details-bin"
 
 @dataclass(frozen=True)
 class FieldViolation:
-    """One field at fault: its path in the request, or a file's name, and why."""
+    """A field at fault: its path in the request, or a file's name, and the reason."""
 
     field: str
     description: str
@@ -41,11 +41,12 @@ class FieldViolation:
 
 
 class AdaplexClientError(Exception):
-    """A call that did not succeed.
+    """A call that failed.
 
-    `code` is the gRPC status, `reason` and `metadata` are the server's machine-readable
-    `ErrorInfo` (empty when it sent none), `retry_after` is in seconds. `str()` is one line that
-    names every field at fault.
+    `code` is the gRPC status, `message` the server's text. `reason` and `metadata` are the server's
+    machine-readable `ErrorInfo`, empty if it sent none. `violations` lists the fields at fault.
+    `retry_after` is in seconds, None if the server named no time. `str()` is one line that names
+    every field at fault.
     """
 
     default_code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
@@ -76,13 +77,13 @@ class AdaplexClientError(Exception):
 
 
 class InvalidArgument(AdaplexClientError):
-    """A field of the request, or a file to upload, is not acceptable; see `violations`."""
+    """A field of the request or a file to upload is not acceptable; see `violations`."""
 
     default_code = grpc.StatusCode.INVALID_ARGUMENT
 
     @classmethod
     def because(cls, field: str, description: str) -> Self:
-        """Builds the error for a single field, before anything was sent."""
+        """Builds the error of a single field that the client itself refuses."""
         violation = FieldViolation(field, description)
         return cls(str(violation), violations=[violation])
 
@@ -94,13 +95,13 @@ class NotFound(AdaplexClientError):
 
 
 class AlreadyExists(AdaplexClientError):
-    """The adapter name is taken by other content, or by the base model."""
+    """The adapter name exists with other content, or is that of the base model."""
 
     default_code = grpc.StatusCode.ALREADY_EXISTS
 
 
 class ResourceExhausted(AdaplexClientError):
-    """The queue is full or a quota or budget is used up; `retry_after` may say how long."""
+    """The queue is full, or a quota or budget is used up; see `retry_after`."""
 
     default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -118,7 +119,7 @@ class Unavailable(AdaplexClientError):
 
 
 class DeadlineExceeded(AdaplexClientError):
-    """The timeout passed before the call was done."""
+    """The timeout passed before the call had ended."""
 
     default_code = grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -130,7 +131,7 @@ class Cancelled(AdaplexClientError):
 
 
 class PermissionDenied(AdaplexClientError):
-    """The caller is known and may not do this."""
+    """The caller's token does not allow the call."""
 
     default_code = grpc.StatusCode.PERMISSION_DENIED
 
@@ -142,13 +143,13 @@ class Unauthenticated(AdaplexClientError):
 
 
 class Unimplemented(AdaplexClientError):
-    """The server does not know this method; it may be older than the client."""
+    """The server does not know the method; it may be older than the client."""
 
     default_code = grpc.StatusCode.UNIMPLEMENTED
 
 
 class Internal(AdaplexClientError):
-    """A fault in the server, or an answer that breaks the protocol."""
+    """A fault in the server, or a response that breaks the protocol."""
 
     default_code = grpc.StatusCode.INTERNAL
 
@@ -171,12 +172,12 @@ ERRORS: Mapping[grpc.StatusCode, type[AdaplexClientError]] = {
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DATA_LOSS: Internal,
 }
-"""Every status but OK."""
+"""The error of every status but OK."""
 
 
 @contextmanager
-def translated(request_id: str) -> Iterator[None]:
-    """Turns what grpc raises inside, sync or asyncio, into an error of this module."""
+def translate_errors(request_id: str) -> Iterator[None]:
+    """Raises grpc's errors, blocking or asyncio, as the errors of this module."""
     try:
         yield
     except grpc.RpcError as error:
@@ -184,7 +185,7 @@ def translated(request_id: str) -> Iterator[None]:
 
 
 def from_rpc(error: grpc.RpcError, request_id: str) -> AdaplexClientError:
-    """The error that says what `error` says, rich details included."""
+    """Converts grpc's error and its `google.rpc` details."""
     rich = _rich_status(error)
     info = error_details_pb2.ErrorInfo()
     retry: float | None = None
@@ -212,7 +213,7 @@ def from_rpc(error: grpc.RpcError, request_id: str) -> AdaplexClientError:
 
 
 def _rich_status(error: grpc.RpcError) -> status_pb2.Status:
-    """The `google.rpc.Status` of a call; an empty one when it is absent or damaged."""
+    """Returns the `google.rpc.Status` of a call; an empty one if it is absent or damaged."""
     trailing: Iterable[Any] = error.trailing_metadata() or ()
     for key, value in trailing:
         if key == DETAILS_KEY and isinstance(value, bytes):

@@ -1,7 +1,7 @@
-"""What goes into a generation and what comes out of it: frozen values, no protobuf.
+"""The arguments and results of a generation: frozen dataclasses without protobuf.
 
-Field names are those of generation.proto. An enum-typed field is None when the server sent a value
-that this client does not know.
+Field names are those of generation.proto. An enum field is None if the server sent a value that
+this client does not know.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from adaplex.client.adapter_types import Weighted
 
 
 class AdapterMode(StrEnum):
-    """How an adapter meets the base weights."""
+    """How an adapter is applied: beside the base's weights, folded into a dense copy of them, or as
+    the server chooses for each request.
+    """
 
     UNMERGED = "unmerged"
     MERGED = "merged"
@@ -23,30 +25,48 @@ class AdapterMode(StrEnum):
 
 
 class FinishReason(StrEnum):
-    """Why an answer ended: a stop token or string, or its greatest length."""
+    """Why an answer ended: STOP for an end-of-sequence token, a stop token or a stop string, LENGTH
+    for `max_tokens` or the context length.
+    """
 
     STOP = "stop"
     LENGTH = "length"
 
 
-# What goes in.
+# Arguments.
 
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """One turn of a conversation. `role` is `system`, `user` or `assistant`."""
+    """A message of a conversation. `role` is `system`, `user` or `assistant`."""
 
     role: str
     content: str
 
 
 Prompt = str | Sequence[int] | Sequence[ChatMessage | Mapping[str, str]]
-"""Plain text, token ids, or chat messages (mappings have `role` and `content`)."""
+"""Plain text, token ids, or chat messages; a mapping has `role` and `content`."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. None leaves a choice to the server; ranges are in generation.proto."""
+    """How to choose tokens. None selects the server's default.
+
+    `temperature`: 0 to 10, default 0; below 1e-5 is greedy.
+    `top_k`: sample from this many likeliest tokens; 0 is all.
+    `top_p`: sample from the likeliest tokens of this total probability, (0, 1], default 1.
+    `min_p`: drop tokens less likely than this times the likeliest, [0, 1], default 0.
+    `repetition_penalty`: over prompt and output, (0, 10], default 1.
+    `presence_penalty`, `frequency_penalty`: over the output, [-2, 2], default 0.
+    `seed`: the same seed gives the same output in the same mode; by default random.
+    `max_tokens`: greatest length of the answer, default 128, bounded by the context length.
+    `min_tokens`: end-of-sequence and stop tokens are suppressed before this many, default 0.
+    `stop`: at most 16 strings of at most 256 characters; the answer ends before the first found.
+    `stop_token_ids`: at most 64 tokens that end the answer.
+    `ignore_eos`: True does not end the answer at an end-of-sequence token.
+    `logprobs`: report this many likeliest tokens beside each chosen one, 0 to 20; None reports
+    nothing.
+    """
 
     temperature: float | None = None
     top_k: int | None = None
@@ -62,11 +82,10 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool | None = None
     logprobs: int | None = None
-    """Report this many likeliest tokens beside each chosen one; None reports nothing."""
 
 
 class SamplingFields(TypedDict, total=False):
-    """The fields of SamplingParams as keywords; they override those of `sampling`."""
+    """The fields of SamplingParams as keywords; they override the fields of `sampling`."""
 
     temperature: float | None
     top_k: int | None
@@ -85,13 +104,23 @@ class SamplingFields(TypedDict, total=False):
 
 
 class GenerateOptions(SamplingFields, total=False):
-    """The keywords of `generate` and `stream`.
+    """The keywords of `generate` and `stream`. None selects the default.
 
-    `adapter` is `name`, `name@version`, `name@alias` or `sha256:<hex>`; None asks the base model.
-    `adapters` are several of them with their weights, whose deltas are added. `routing_key` keeps
-    requests on one side of a weighted alias. `timeout` is in seconds, None takes the client's.
-    Prefix caches are shared only within one `cache_salt`. Larger `priority` goes first.
-    `request_id` is drawn when it is None.
+    `adapter`: `name`, `name@version`, `name@alias` or `sha256:<64 hex digits>`; by default the base
+    model alone. A bare name follows its alias `default`, and without one its newest version.
+    `adapters`: a mix of at most 8 adapters whose weighted deltas are added, by selector and weight
+    (-10 to 10); not together with `adapter`.
+    `routing_key`: requests of one key get the same version of a weighted alias; at most 256
+    characters, by default each request draws one.
+    `mode`: how the adapter is applied; by default the server's mode.
+    `sampling`: how to choose tokens; SamplingParams describes its fields.
+    `timeout`: seconds of the call; by default the client's.
+    `cache_salt`: requests share cached prompt prefixes only within one salt, such as a tenant's.
+    `priority`: -100 to 100, default 0; larger is scheduled first.
+    `request_id`: printable ASCII; by default a random UUID.
+    `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `presence_penalty`,
+    `frequency_penalty`, `seed`, `max_tokens`, `min_tokens`, `stop`, `stop_token_ids`, `ignore_eos`,
+    `logprobs`: fields of SamplingParams; they override the fields of `sampling`.
     """
 
     adapter: str | None
@@ -105,12 +134,12 @@ class GenerateOptions(SamplingFields, total=False):
     request_id: str | None
 
 
-# What comes out of a generation.
+# Results.
 
 
 @dataclass(frozen=True)
 class AppliedComponent:
-    """One adapter of a combination."""
+    """One adapter of a mix. `alias` is the alias that chose its version, if one did."""
 
     name: str
     version: int
@@ -121,10 +150,11 @@ class AppliedComponent:
 
 @dataclass(frozen=True)
 class AppliedAdapter:
-    """Proof of what answered: this content changed this many modules of the base.
+    """The adapter that answered.
 
-    `alias` is what chose the version, if an alias did; `components` what was combined; `warnings`
-    why the answer may not be what the adapter's author meant.
+    `digest` is `sha256:<64 hex digits>` of its content, `modules` the number of modules of the base
+    that it changed. `alias` is the alias that chose the version, if one did. `components` are the
+    adapters of a mix. `warnings` say why the answer may not be what the adapter's author meant.
     """
 
     name: str
@@ -139,7 +169,7 @@ class AppliedAdapter:
 
 @dataclass(frozen=True)
 class TopLogprob:
-    """A likely token and its log probability."""
+    """One of the likeliest tokens and its log probability."""
 
     token_id: int
     logprob: float
@@ -147,7 +177,7 @@ class TopLogprob:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A chosen token, its log probability and the likeliest tokens at its place."""
+    """A chosen token, its log probability and the likeliest tokens at its position."""
 
     token_id: int
     logprob: float
@@ -156,7 +186,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one request; `cached_tokens` of the prompt came from the prefix cache."""
+    """Token counts of one request. The prefix cache had `cached_tokens` of the prompt's tokens."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -165,7 +195,9 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds as the server measured them, from the request's arrival."""
+    """Seconds that the server measured: waiting in the queue, waiting for the adapter, and from the
+    request's arrival to its first token and to its end.
+    """
 
     queue_seconds: float
     adapter_wait_seconds: float
@@ -175,7 +207,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Started:
-    """First event of a stream: what answers. It carries no text of its own."""
+    """First event of a stream: the model and the adapter that answer. `text` is always empty."""
 
     request_id: str
     model: str
@@ -186,7 +218,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Delta:
-    """New text and the tokens behind it; `text` may be empty, and is never half a character."""
+    """New text and its tokens. `text` may be empty, and never ends within a character."""
 
     text: str
     token_ids: tuple[int, ...] = ()
@@ -195,7 +227,10 @@ class Delta:
 
 @dataclass(frozen=True)
 class Finished:
-    """Last event of a stream: why it ended and what it took. It carries no text of its own."""
+    """Last event of a stream: why it ended, its usage and timing. `text` is always empty.
+
+    `stop` is the stop string or decimal stop token that ended the answer, or empty.
+    """
 
     finish_reason: FinishReason | None
     stop: str
@@ -209,7 +244,7 @@ GenerationEvent = Started | Delta | Finished
 
 @dataclass(frozen=True)
 class Generation:
-    """A whole answer. `adapter` is None when the base model answered."""
+    """A whole answer. `adapter` is None if the base model alone answered."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -225,6 +260,6 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """Completion tokens over the request's whole time in the server, waiting included."""
+        """Completion tokens a second of the request's time in the server, waiting included."""
         seconds = self.timing.total_seconds
         return self.usage.completion_tokens / seconds if seconds > 0 else 0.0

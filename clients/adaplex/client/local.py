@@ -1,4 +1,4 @@
-"""LocalServer: `adaplex serve` as a child process, for demos, benchmarks and tests."""
+"""LocalServer: `adaplex serve` as a child process, for the demo, benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -18,31 +18,35 @@ from adaplex.client.errors import DeadlineExceeded, Unavailable
 
 START_SECONDS = 600.0
 STOP_SECONDS = 600.0
-LOOK_SECONDS = 1.0
-"""Between two looks at whether the process still lives."""
+"""Bounds of the waits for SERVING and for the end of the process; generous, for slow machines."""
+POLL_SECONDS = 1.0
+"""Time of one health check; the process is polled after each."""
 
-Record = Mapping[str, Any]
+LogRecord = Mapping[str, Any]
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on now."""
+    """Returns a loopback port on which no process listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def ignore(_record: Record) -> None:
+def ignore_record(_record: LogRecord) -> None:
     """Drops a log record."""
 
 
 class LocalServer:
-    """A server on free loopback ports; leaving `with` drains it and waits for its end.
+    """A server on free loopback ports; the end of `with` drains it and waits for its exit.
 
-    `settings` are those of `adaplex serve`, by name. `on_log` gets each log record, on a thread of
-    its own: `event`, `level` and more; a line that is no record comes as an event.
+    `settings` are those of `adaplex serve`, by name. `on_log` is called with each log record
+    (`event`, `level` and more) on a thread of its own; a line that is not a record is passed as an
+    event of level `unknown`.
     """
 
-    def __init__(self, *, on_log: Callable[[Record], None] = ignore, **settings: object) -> None:
+    def __init__(
+        self, *, on_log: Callable[[LogRecord], None] = ignore_record, **settings: object
+    ) -> None:
         self.port, self.http_port = free_port(), free_port()
         given = {"port": self.port, "http_port": self.http_port, "log_format": "json", **settings}
         command = [str(Path(sys.executable).with_name("adaplex")), "serve"]
@@ -54,13 +58,13 @@ class LocalServer:
 
     @property
     def target(self) -> str:
-        """Host and gRPC port."""
+        """Host and gRPC port, for a client."""
         return f"127.0.0.1:{self.port}"
 
     def wait_ready(self, timeout: float = START_SECONDS) -> None:
-        """Returns once the server takes calls.
+        """Waits until the server is SERVING.
 
-        Unavailable when it ends before, DeadlineExceeded after `timeout` seconds.
+        Raises Unavailable if the process ends before, DeadlineExceeded after `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -68,19 +72,19 @@ class LocalServer:
                 raise Unavailable(f"the server ended with code {code} before it was ready")
             with Client(self.target) as client:
                 try:
-                    return client.wait_ready(LOOK_SECONDS)
+                    return client.wait_ready(POLL_SECONDS)
                 except DeadlineExceeded:
                     if time.monotonic() > deadline:
                         raise
 
     def stop(self) -> int:
-        """Drains the server and waits; its exit code."""
+        """Drains the server, waits for its end and returns its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self._wait()
 
     def kill(self) -> int:
-        """Ends the server at once, as kill -9 does; its exit code."""
+        """Kills the server as kill -9 does and returns its exit code."""
         self.process.kill()
         return self._wait()
 
@@ -95,7 +99,7 @@ class LocalServer:
         self._reading.join(STOP_SECONDS)
         return code
 
-    def _read(self, on_log: Callable[[Record], None]) -> None:
+    def _read(self, on_log: Callable[[LogRecord], None]) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             try:

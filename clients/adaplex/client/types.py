@@ -1,7 +1,7 @@
-"""What goes into a call and what comes out of it: frozen values, no protobuf.
+"""The arguments and results of calls: frozen dataclasses without protobuf.
 
-Those of adapters and of generations have files of their own; those of the server are here. Field
-names are those of protos/adaplex/v1.
+Values of ServerService are defined here, those of adapters in adapter_types.py and those of
+generations in generation_types.py. Field names are those of protos/adaplex/v1.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from adaplex.client.generation_types import Usage as Usage
 
 
 class Health(StrEnum):
-    """What the server says of its own readiness."""
+    """The health that a server reports."""
 
     UNKNOWN = "unknown"
     SERVING = "serving"
@@ -52,7 +52,9 @@ class Health(StrEnum):
 
 @dataclass(frozen=True)
 class AdaptableModule:
-    """A module of the base that an adapter may change. `kind` is `linear` or `norm`."""
+    """A module of the base that an adapter may change. `kind` is `linear` or `norm`; `is_head` is
+    True for the output layer, which PEFT's `all-linear` leaves out.
+    """
 
     name: str
     kind: str
@@ -63,8 +65,12 @@ class AdaptableModule:
 
 @dataclass(frozen=True)
 class BaseModelInfo:
-    """The resident base model. A decode step reads `step_weight_bytes` of its `weight_bytes`;
-    `group_size` inputs share a scale where it is kept as `int4-group`, else it is 0.
+    """The resident base model.
+
+    `quantization` is nf4, int8, int4-group, bf16 or fp32; in int4-group `group_size` inputs share a
+    scale, else it is 0. `digest` identifies config and weights as loaded, `fingerprint` the same
+    however they are quantized. A decode step reads `step_weight_bytes` of the `weight_bytes`.
+    `kv_token_bytes` is the size of a token in the KV cache. Token ids are below `vocab_size`.
     """
 
     name: str
@@ -85,7 +91,11 @@ class BaseModelInfo:
 
 @dataclass(frozen=True)
 class Capacity:
-    """How full the server is."""
+    """The server's load, and the use of its memory and store.
+
+    `adapters_resident` counts adapters in device memory. `store_bytes_total` is the store's quota,
+    `pinned_bytes_total` the bound of pinned bytes in the arena.
+    """
 
     requests_running: int
     requests_waiting: int
@@ -108,7 +118,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server accepts."""
+    """The greatest requests, queue and adapters that the server accepts."""
 
     max_concurrent_sequences: int
     max_waiting_requests: int
@@ -119,7 +129,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What the server is and how full it is."""
+    """The server's version, base model, load, limits and uptime."""
 
     version: str
     model: BaseModelInfo

@@ -1,4 +1,4 @@
-"""AdapterFiles: the files of an adapter directory, and the messages that carry them."""
+"""AdapterFiles: the files of an adapter directory, and the messages of their upload."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from adaplex.client import _adapter_calls
-from adaplex.client._fields import request
+from adaplex.client._fields import build_message
 from adaplex.client.errors import AdaplexClientError, InvalidArgument
 from adaplex.v1 import adapters_pb2
 
 FILE_NAMES = ("adapter_config.json", "adapter_model.safetensors")
 ADAPTERHUB_WEIGHTS = "adapter.safetensors"
-"""AdapterHub's name of the second; it is sent under PEFT's."""
+"""AdapterHub's name of the weights file; it is uploaded under PEFT's."""
 SIGNATURE = "model.sig"
-"""OpenSSF model signature of the others; sent when it is there."""
+"""OpenSSF model signature of the other files; uploaded if it exists."""
 CHUNK_BYTES = 1 << 20
 
-Progress = Callable[[int, int], None]
-"""Called with bytes sent and bytes in total, from a thread of grpc's."""
+ProgressCallback = Callable[[int, int], None]
+"""Called with bytes sent and bytes in total, on one of grpc's threads."""
 
 T = TypeVar("T")
 UploadMessage = TypeVar(
@@ -33,7 +33,7 @@ UploadMessage = TypeVar(
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file to send, and as what. `size` is in bytes, `sha256` is 64 hex digits."""
+    """A file to upload under `name`. `size` is in bytes, `sha256` is 64 hex digits."""
 
     path: Path
     name: str
@@ -43,13 +43,13 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What is sent of an adapter directory: FILE_NAMES in that order, then SIGNATURE."""
+    """The files to upload from an adapter directory: FILE_NAMES in that order, then SIGNATURE."""
 
     files: tuple[LocalFile, ...]
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> AdapterFiles:
-        """Finds and hashes the files. InvalidArgument names the one that is missing."""
+        """Finds and hashes the files. Raises InvalidArgument naming one that cannot be read."""
         folder = Path(directory)
         if not folder.is_dir():
             raise InvalidArgument.because("directory", f"{folder} is not a directory")
@@ -62,7 +62,7 @@ class AdapterFiles:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all files together."""
+        """Total bytes of the files."""
         return sum(file.size for file in self.files)
 
     def messages(
@@ -71,19 +71,19 @@ class AdapterFiles:
         name: str,
         *,
         replace: bool = False,
-        progress: Progress | None = None,
-    ) -> Messages[UploadMessage]:
-        """The stream of an upload or a dry run: metadata, then chunks, files in order.
+        progress: ProgressCallback | None = None,
+    ) -> UploadMessages[UploadMessage]:
+        """Returns the stream of an upload or a dry run: metadata, then chunks, files in order.
 
-        `progress` is called before the first chunk and whenever one has been taken.
+        `progress` is called before the first chunk and after each one.
         """
-        return Messages(self._messages(message, self._metadata(name, replace), progress))
+        return UploadMessages(self._messages(message, self._metadata(name, replace), progress))
 
     def _messages(
         self,
         message: type[UploadMessage],
         metadata: adapters_pb2.AdapterUpload,
-        progress: Progress | None,
+        progress: ProgressCallback | None,
     ) -> Iterator[UploadMessage]:
         yield message(metadata=metadata)
         sent = 0
@@ -96,7 +96,7 @@ class AdapterFiles:
                 progress(sent, self.total_bytes)
 
     def _metadata(self, name: str, replace: bool) -> adapters_pb2.AdapterUpload:
-        return request(
+        return build_message(
             adapters_pb2.AdapterUpload,
             name=name,
             files=[
@@ -115,12 +115,12 @@ class AdapterFiles:
                     offset += len(data)
 
 
-class Messages(Generic[T]):
-    """An iterator that keeps what it raised: grpc reports only that something was raised."""
+class UploadMessages(Generic[T]):
+    """An iterator that records its exception: grpc reports only that there was one."""
 
     def __init__(self, items: Iterator[T]) -> None:
         self._items = items
-        self._failure: Exception | None = None
+        self._error: Exception | None = None
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -131,25 +131,25 @@ class Messages(Generic[T]):
         except StopIteration:
             raise
         except Exception as error:
-            self._failure = error
+            self._error = error
             raise
 
     @contextmanager
-    def failing_first(self) -> Iterator[None]:
-        """Raises what iterating raised, if it did, instead of what became of the call."""
+    def raise_own_error(self) -> Iterator[None]:
+        """Raises the iterator's own exception, if there was one, instead of the call's."""
         try:
             yield
         except AdaplexClientError:
-            if self._failure:
-                raise self._failure from None
+            if self._error:
+                raise self._error from None
             raise
 
 
 def _path(folder: Path, name: str) -> Path:
-    """Where a file lies: the weights by AdapterHub's name only where PEFT's is not there."""
-    other = folder / ADAPTERHUB_WEIGHTS
-    weights = name == FILE_NAMES[1]
-    return other if weights and other.is_file() and not (folder / name).exists() else folder / name
+    """Returns the path of a file; weights under AdapterHub's name only if PEFT's is missing."""
+    path, other = folder / name, folder / ADAPTERHUB_WEIGHTS
+    is_weights = name == FILE_NAMES[1]
+    return other if is_weights and other.is_file() and not path.exists() else path
 
 
 def _hashed(path: Path, name: str) -> LocalFile:

@@ -167,7 +167,7 @@ def remove(context: typer.Context, name: Name) -> None:
 
 
 @contextmanager
-def _progress(label: str) -> Iterator[upload.Progress]:
+def _progress(label: str) -> Iterator[upload.ProgressCallback]:
     """A bar on standard error while bytes are sent."""
     columns = (
         TextColumn("{task.description}", markup=False),
