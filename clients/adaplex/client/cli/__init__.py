@@ -1,4 +1,4 @@
-"""The `adaplex` command: the commands of this package and those that other packages add."""
+"""The `adaplex` command: the client's commands, and those that other packages register."""
 
 from adaplex.client.cli import adapters, bench, generate, status
 from adaplex.client.cli.app import app

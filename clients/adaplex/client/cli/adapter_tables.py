@@ -1,4 +1,4 @@
-"""How adapters look to people: what is stored, its versions and history, and its report."""
+"""Tables of adapters, versions, history and reports, for people."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from adaplex.client.cli import render
 
 
 def adapters(entries: Iterable[Adapter]) -> None:
-    """Prints one line for each adapter."""
+    """Prints a table with one row an adapter."""
     render.table(
         (
             *("NAME", "VERSION", "DIGEST", "FAMILY", "MODULES"),
@@ -44,7 +44,7 @@ def adapters(entries: Iterable[Adapter]) -> None:
 
 
 def name_rows(adapter: Adapter) -> list[tuple[str, object]]:
-    """What is known of an adapter's name, whatever its version."""
+    """Returns titles and values of the metadata that all versions of a name share."""
     return [
         ("description", adapter.description),
         ("labels", _labels(adapter)),
@@ -55,14 +55,14 @@ def name_rows(adapter: Adapter) -> list[tuple[str, object]]:
     ]
 
 
-def named(adapter: Adapter) -> None:
-    """Prints a name after a change to it."""
+def name_summary(adapter: Adapter) -> None:
+    """Prints a name's newest version and its metadata."""
     newest = f"{adapter.name}@{adapter.version} {render.short(adapter.digest)}"
     render.fields([("newest version", newest), *name_rows(adapter)])
 
 
 def versions(entries: Iterable[AdapterVersion]) -> None:
-    """Prints every version of a name, newest first."""
+    """Prints a table of a name's versions, newest first; `entries` are oldest first."""
     render.table(
         ("VERSION", "DIGEST", "CREATED", "STORED", "SOURCE", "BY"),
         [
@@ -80,30 +80,30 @@ def versions(entries: Iterable[AdapterVersion]) -> None:
 
 
 def history(events: Iterable[AdapterEvent]) -> None:
-    """Prints what happened to a name."""
+    """Prints a table of the changes of a name."""
     render.table(
         ("TIME", "WHAT", "BY", "SOURCE"),
-        [(e.time.isoformat(timespec="seconds"), _happened(e), e.actor, e.source) for e in events],
+        [(e.time.isoformat(timespec="seconds"), _event_text(e), e.actor, e.source) for e in events],
     )
 
 
-def stored(result: UploadResult, as_json: bool) -> None:
-    """Prints what was stored, and what is doubtful about it."""
+def upload_result(result: UploadResult, as_json: bool) -> None:
+    """Prints a stored adapter, and the warnings about it on standard error."""
     if as_json:
         typer.echo(render.json_text(result))
         return
     adapter = result.adapter
-    said = (
+    summary = (
         f"{adapter.name}@{adapter.version} {render.short(adapter.digest)} "
         f"{adapter.family} {adapter.modules} modules "
         f"({'stored' if result.created else 'was there already'})"
     )
-    typer.echo(render.line(said))
+    typer.echo(render.line(summary))
     render.warnings(result.report.warnings)
 
 
-def _happened(event: AdapterEvent) -> str:
-    """One event in words."""
+def _event_text(event: AdapterEvent) -> str:
+    """Describes one event."""
     if event.kind == "alias":
         before, after = (_shares(side) or "nothing" for side in (event.before, event.after))
         return f"alias {event.alias}: {before} -> {after} {event.detail}".rstrip()
@@ -112,7 +112,7 @@ def _happened(event: AdapterEvent) -> str:
 
 
 def _shares(targets: Sequence[AliasTarget]) -> str:
-    """An alias's targets, in percent of requests: `@3`, or `@3 95%, @4 5%`."""
+    """Formats an alias's targets in percent of requests: `@3`, or `@3 95%, @4 5%`."""
     if len(targets) == 1:
         return f"@{targets[0].version}"
     total = sum(target.weight for target in targets) or 1.0
@@ -124,16 +124,16 @@ def _labels(adapter: Adapter) -> str:
 
 
 def report(checked: AdapterReport) -> None:
-    """Prints what a checkpoint says, every note and every refusal."""
+    """Prints the report of a checkpoint, with every warning, note and refusal."""
     render.fields(
         [
             ("family", checked.family),
             ("digest", checked.digest),
             ("modules", len(checked.modules)),
-            ("served as", _served(checked)),
+            ("served as", _primitive_counts(checked)),
             ("greatest rank", max((m.rank for m in checked.modules), default=0)),
             ("packed", render.size(checked.packed_bytes)),
-            *_asked(checked),
+            *_request_rows(checked),
         ]
     )
     if checked.modules:
@@ -155,14 +155,16 @@ def report(checked: AdapterReport) -> None:
         typer.echo(f"refused: {render.line(refusal)}")
 
 
-def _served(checked: AdapterReport) -> str:
-    """Primitives, and at how many modules: `low-rank at 210, bias at 30`."""
+def _primitive_counts(checked: AdapterReport) -> str:
+    """Counts the modules of each primitive: `low-rank at 210, bias at 30`."""
     counts = Counter(name for module in checked.modules for name in module.primitives)
     return ", ".join(f"{name} at {count}" for name, count in counts.items())
 
 
-def _asked(checked: AdapterReport) -> list[tuple[str, object]]:
-    """What an adapter asks of its requests, where it does."""
+def _request_rows(checked: AdapterReport) -> list[tuple[str, object]]:
+    """Returns rows for leading positions, invocation tokens and merged-only mode, where there are
+    any.
+    """
     leading = [
         f"{count} {kind}"
         for count, kind in (

@@ -1,4 +1,4 @@
-"""`adaplex adapters`: the life of adapters on the server."""
+"""`adaplex adapters`: list, upload, import, check, unload and delete adapters."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ from adaplex.client.cli.plugins import AdapterCommands, offline
 from adaplex.client.cli.values import labels
 
 app = typer.Typer(
-    cls=AdapterCommands, no_args_is_help=True, help="List, send, check, name and remove adapters."
+    cls=AdapterCommands, no_args_is_help=True, help="List, upload, check, name and delete adapters."
 )
 for command in (
-    *(names.merge, names.history, names.rollback),
-    *(names.label, names.describe, names.pin, names.unpin),
+    names.merge,
+    names.history,
+    names.rollback,
+    names.label,
+    names.describe,
+    names.pin,
+    names.unpin,
 ):
     app.command()(command)
 app.add_typer(names.alias_app, name="alias")
@@ -41,11 +46,16 @@ Directory = Annotated[
 @app.command("ls")
 def list_adapters(
     context: typer.Context,
-    prefix: Annotated[str, typer.Option(help="Names that begin so.")] = "",
-    label: Annotated[list[str] | None, typer.Option(help="key=value; repeat.")] = None,
-    family: Annotated[str, typer.Option(help="Such as lora.")] = "",
+    prefix: Annotated[str, typer.Option(help="Only names with this prefix.")] = "",
+    label: Annotated[
+        list[str] | None, typer.Option(help="Only with this label, as key=value; repeatable.")
+    ] = None,
+    family: Annotated[str, typer.Option(help="Only of this family, such as lora.")] = "",
     sort: Annotated[
-        str, typer.Option(help="name, create_time, update_time or stored_bytes; then ` desc`.")
+        str,
+        typer.Option(
+            help="name, create_time, update_time or stored_bytes, optionally with ` desc` after it."
+        ),
     ] = "",
     as_json: AsJson = False,
 ) -> None:
@@ -70,10 +80,10 @@ def push(
     replace: Replace = False,
     as_json: AsJson = False,
 ) -> None:
-    """Send an adapter directory to the server."""
+    """Upload an adapter directory."""
     with connect(context) as client, _progress(name) as progress:
         result = client.adapters.upload(name, directory, replace=replace, progress=progress)
-    adapter_tables.stored(result, as_json)
+    adapter_tables.upload_result(result, as_json)
 
 
 @app.command()
@@ -81,15 +91,18 @@ def load(
     context: typer.Context,
     name: Name,
     uri: Annotated[
-        str, typer.Argument(help="Path on the server, hf://org/repo[@revision] or s3://bucket/x.")
+        str,
+        typer.Argument(
+            help="Path on the server, hf://org/repo[/folder][@revision] or s3://bucket/prefix."
+        ),
     ],
     replace: Replace = False,
     as_json: AsJson = False,
 ) -> None:
-    """Have the server import an adapter from where it may read."""
+    """Import an adapter from a place that the server may read."""
     with connect(context) as client:
         result = client.adapters.load(name, uri, replace=replace)
-    adapter_tables.stored(result, as_json)
+    adapter_tables.upload_result(result, as_json)
 
 
 @app.command()
@@ -123,21 +136,21 @@ def verify(
     directory: Directory,
     model: Annotated[
         str | None,
-        typer.Option(help="Check here, for this base model as `adaplex serve` takes it."),
+        typer.Option(help="Check on this machine, for this base model, as for `adaplex serve`."),
     ] = None,
     quantization: Annotated[
-        str | None, typer.Option(help="How that base is kept; nf4 if unset.")
+        str | None, typer.Option(help="Quantization of that base; nf4 by default.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Explain an adapter directory: what the server would apply, or why it would refuse it.
+    """Report what the server would apply of an adapter directory, or why it would refuse it.
 
-    Nothing is stored. Exit code 1 when it would be refused. With --model no server is asked.
+    Stores nothing. The exit code is 1 for a refusal. With --model no server is needed.
     """
     if model is not None:
         checked = offline("verify")(directory, model, quantization)
     elif quantization is not None:
-        raise typer.BadParameter("--quantization goes with --model")
+        raise typer.BadParameter("--quantization needs --model")
     else:
         with connect(context) as client, _progress(directory.name) as progress:
             checked = client.adapters.validate(directory, progress=progress)
@@ -152,7 +165,7 @@ def verify(
 
 @app.command()
 def unload(context: typer.Context, name: Name) -> None:
-    """Drop an adapter from memory. It stays stored."""
+    """Evict an adapter from memory. It stays stored."""
     with connect(context) as client:
         was_resident = client.adapters.unload(name)
     typer.echo(f"unloaded {name}" if was_resident else f"{name} was not in memory")
@@ -168,7 +181,7 @@ def remove(context: typer.Context, name: Name) -> None:
 
 @contextmanager
 def _progress(label: str) -> Iterator[upload.ProgressCallback]:
-    """A bar on standard error while bytes are sent."""
+    """Shows a progress bar on standard error; yields the callback that advances it."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""The root of the command line: options for the connection, and how errors are shown."""
+"""The root of the command line: the options of the connection."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ app = typer.Typer(
 
 @dataclass(frozen=True)
 class Target:
-    """How to reach the server; the context object of every command."""
+    """The options of the connection; the context object of every command."""
 
     target: str
     token: str | None
@@ -33,20 +33,20 @@ class Target:
     actor: str | None
 
     def client(self) -> Client:
-        """A new client; use it in `with`."""
+        """Returns a new client, to be used in `with`."""
         return Client(
             self.target, token=self.token, tls=self.tls, timeout=self.timeout, actor=self.actor
         )
 
     def async_client(self) -> AsyncClient:
-        """The same for asyncio; use it in `async with`."""
+        """Returns a new client for asyncio, to be used in `async with`."""
         return AsyncClient(
             self.target, token=self.token, tls=self.tls, timeout=self.timeout, actor=self.actor
         )
 
 
 def connect(context: typer.Context) -> Client:
-    """A client for the server that the command line names."""
+    """Returns a client of the server that the command line names."""
     target = context.find_object(Target)
     assert target is not None
     return target.client()
@@ -65,7 +65,9 @@ def root(
         str, typer.Option(envvar="ADAPLEX_TARGET", help="Host and port of the server.")
     ] = DEFAULT_TARGET,
     token: Annotated[str | None, typer.Option(envvar="ADAPLEX_TOKEN", help="Bearer token.")] = None,
-    tls: Annotated[bool, typer.Option("--tls", help="Use TLS, trusting the usual roots.")] = False,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Use TLS, trusting the system's roots.")
+    ] = False,
     tls_roots: Annotated[
         Path | None,
         typer.Option(
@@ -76,13 +78,13 @@ def root(
         ),
     ] = None,
     timeout: Annotated[
-        float, typer.Option(min=0.001, help="Seconds one call may take.")
+        float, typer.Option(min=0.001, help="Seconds of a call, at most.")
     ] = DEFAULT_TIMEOUT,
     actor: Annotated[
         str | None,
         typer.Option(
             envvar="ADAPLEX_ACTOR",
-            help="Who asks, for the history of adapters; none is sent by default.",
+            help="Your name, recorded in adapter history (unauthenticated); not sent by default.",
         ),
     ] = None,
     show_version: Annotated[

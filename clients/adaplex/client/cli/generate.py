@@ -1,4 +1,4 @@
-"""`adaplex generate`: ask, and watch the answer arrive."""
+"""`adaplex generate`: generate text and stream it to the terminal."""
 
 from __future__ import annotations
 
@@ -22,39 +22,49 @@ from adaplex.client.generation_types import (
 
 def generate(
     context: typer.Context,
-    prompt: Annotated[
-        str | None, typer.Argument(help="What to ask; read from standard input when absent.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Prompt; by default standard input.")] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
             "--adapter",
             "-a",
-            help="name, name@version, name@alias or sha256:<hex>; else the base. "
-            "Repeat as name:weight to combine several.",
+            help="name, name@version, name@alias or sha256:<hex>; by default the base model. "
+            "Repeat as name:weight to mix several.",
         ),
     ] = None,
-    routing_key: Annotated[str, typer.Option(help="Same key, same side of a weighted alias.")] = "",
+    routing_key: Annotated[
+        str, typer.Option(help="Requests of one key get one version of a weighted alias.")
+    ] = "",
     mode: Annotated[AdapterMode | None, typer.Option(help="How the adapter is applied.")] = None,
     chat: Annotated[
-        bool, typer.Option("--chat/--raw", help="Use the model's chat template, or do not.")
+        bool, typer.Option("--chat/--raw", help="Apply the model's chat template, or not.")
     ] = True,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Greatest length.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Greatest length of the answer.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="0 keeps the vocabulary.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
-    min_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Sample from this many tokens; 0 is all.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Sample from tokens of this total probability."),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Drop tokens below this times the likeliest."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same answer.")] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be repeated.")
+        list[str] | None, typer.Option(help="End the answer before this text; repeatable.")
     ] = None,
     logprobs: Annotated[
-        int | None, typer.Option(min=0, max=20, help="Show this many likeliest tokens.")
+        int | None, typer.Option(min=0, max=20, help="Show this many likeliest tokens a token.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole result.")] = False,
 ) -> None:
-    """Generate text and stream it to the terminal. What was applied goes to standard error."""
-    asked = _asked(prompt)
+    """Generate text and stream it to the terminal; the applied adapter goes to standard error."""
+    text = _read_prompt(prompt)
     sampling = SamplingParams(
         temperature=temperature,
         top_k=top_k,
@@ -65,8 +75,8 @@ def generate(
         stop=tuple(stop or ()),
         logprobs=logprobs,
     )
-    single, several = _named(adapter or [])
-    message: Prompt = [ChatMessage("user", asked)] if chat else asked
+    single, several = _adapter_options(adapter or [])
+    message: Prompt = [ChatMessage("user", text)] if chat else text
     with (
         connect(context) as client,
         client.stream(
@@ -89,7 +99,7 @@ def generate(
 
 
 def _read(stream: GenerationStream, shown: bool) -> Generation:
-    """Reads a stream to its end, showing its text; the line is closed whatever happens."""
+    """Reads a stream to its end and prints its text; ends the line even after an error."""
     open_line = False
     try:
         for event in stream:
@@ -102,15 +112,15 @@ def _read(stream: GenerationStream, shown: bool) -> Generation:
     return stream.generation
 
 
-def _named(adapters: list[str]) -> tuple[str | None, list[tuple[str, float]] | None]:
-    """One adapter as it is, or several with weights."""
+def _adapter_options(adapters: list[str]) -> tuple[str | None, list[tuple[str, float]] | None]:
+    """Returns the options `adapter` and `adapters` of a generation; one of them is None."""
     weighted = [weighted_selector(text) for text in adapters]
     if len(weighted) == 1 and weighted[0][1] == 1.0:
         return weighted[0][0], None
     return None, weighted or None
 
 
-def _asked(prompt: str | None) -> str:
+def _read_prompt(prompt: str | None) -> str:
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().removesuffix("\n")
     if not prompt:

@@ -1,4 +1,4 @@
-"""`adaplex adapters`: what names stand for: aliases, labels, pins, history, merges."""
+"""`adaplex adapters`: aliases, labels, descriptions, pins, history and merges."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def set_alias(
     name: Name,
     alias: Alias,
     targets: Annotated[
-        list[str], typer.Argument(help="A version, or several with shares: 3:95 4:5.")
+        list[str], typer.Argument(help="A version, or versions with shares: 3:95 4:5.")
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Point an alias to a version, or to several by share."""
+    """Point an alias to a version, or to several versions by share."""
     with connect(context) as client:
         _show(client.adapters.set_alias(name, alias, shares(targets)), as_json)
 
 
 @alias_app.command("rm")
 def delete_alias(context: typer.Context, name: Name, alias: Alias, as_json: AsJson = False) -> None:
-    """Forget an alias."""
+    """Delete an alias."""
     with connect(context) as client:
         _show(client.adapters.delete_alias(name, alias), as_json)
 
@@ -45,7 +45,7 @@ def rollback(
     alias: Annotated[str, typer.Argument(help="Alias to roll back.")] = "default",
     as_json: AsJson = False,
 ) -> None:
-    """Point an alias to what it pointed to before its last change."""
+    """Restore the targets that an alias had before its last change."""
     with connect(context) as client:
         _show(client.adapters.rollback(name, alias), as_json)
 
@@ -54,12 +54,12 @@ def label(
     context: typer.Context,
     name: Name,
     pairs: Annotated[list[str] | None, typer.Argument(help="key=value to set.")] = None,
-    remove: Annotated[list[str] | None, typer.Option(help="Key to remove; repeat.")] = None,
+    remove: Annotated[list[str] | None, typer.Option(help="Key to remove; repeatable.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Set and remove labels."""
     if not (pairs or remove):
-        raise typer.BadParameter("give key=value, or --remove key")
+        raise typer.BadParameter("give key=value or --remove key")
     with connect(context) as client:
         changed = client.adapters.update(
             name, set_labels=labels(pairs or []), remove_labels=remove or []
@@ -73,7 +73,7 @@ def describe(
     text: Annotated[str, typer.Argument(help="What the adapter is for.")],
     as_json: AsJson = False,
 ) -> None:
-    """Describe an adapter."""
+    """Set an adapter's description."""
     with connect(context) as client:
         _show(client.adapters.update(name, description=text), as_json)
 
@@ -85,13 +85,13 @@ def pin(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
 
 
 def unpin(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
-    """Let an adapter leave device memory again."""
+    """Allow an adapter's eviction from device memory again."""
     with connect(context) as client:
         _show(client.adapters.update(name, pinned=False), as_json)
 
 
 def history(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
-    """Show what happened to a name, newest first; also to a deleted one."""
+    """Show the changes of a name, newest first; also of a deleted name."""
     with connect(context) as client:
         events = client.adapters.history(name)
     if as_json:
@@ -107,16 +107,21 @@ def merge(
     method: Annotated[
         str, typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties, *_svd, ...")
     ] = "linear",
-    density: Annotated[float | None, typer.Option(help="Share of values to keep.")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Of an SVD's result.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of what dare drops.")] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(help="Fraction of values that ties, dare and magnitude_prune keep."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of an svd method's result.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the values that dare drops.")
+    ] = None,
     majority_sign: Annotated[
-        str, typer.Option(help="total or frequency: how ties elects a sign.")
+        str, typer.Option(help="How ties elects a sign: total or frequency.")
     ] = "",
     replace: Replace = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a new adapter out of stored ones."""
+    """Merge stored adapters into a new one."""
     weighted = [weighted_selector(source) for source in sources]
     with connect(context) as client:
         result = client.adapters.merge(
@@ -129,11 +134,11 @@ def merge(
             majority_sign=majority_sign,
             replace=replace,
         )
-    adapter_tables.stored(result, as_json)
+    adapter_tables.upload_result(result, as_json)
 
 
 def _show(adapter: Adapter, as_json: bool) -> None:
     if as_json:
         typer.echo(render.json_text(adapter))
     else:
-        adapter_tables.named(adapter)
+        adapter_tables.name_summary(adapter)

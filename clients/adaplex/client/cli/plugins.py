@@ -1,4 +1,4 @@
-"""CommandGroup: adds the commands of other packages, and turns errors into one line."""
+"""CommandGroup: a group with the commands of other packages, whose errors are one line."""
 
 from __future__ import annotations
 
@@ -13,27 +13,25 @@ from adaplex.client.cli.render import line
 from adaplex.client.errors import AdaplexClientError
 
 GROUP = "adaplex.commands"
-"""Entry points of this group: a command's name -> a typer command function, or a Typer app."""
-
-
+"""Entry point group: a command's name -> a typer command function, or a Typer app."""
 OFFLINE = "adaplex.offline"
-"""Entry points of this group do without a server what a command of ours asks it for."""
+"""Entry point group: a command's name -> a function that does its work without a server."""
 
 
 class CommandGroup(TyperGroup):
-    """A group with plugins. One is imported only when its command, or the help, is asked for."""
+    """A group with plugins, each imported only for its own command or the group's help."""
 
     entry_points = GROUP
-    """Where its plugins are registered."""
+    """The entry point group of its plugins."""
 
-    # The context's class depends on typer's version: click's own, or typer's copy of it.
+    # The class of `ctx` depends on typer's version: click's own, or typer's copy of it.
     def list_commands(self, ctx: Any) -> list[str]:
-        """Names of our commands, then of those from entry points."""
+        """Returns the names of the client's commands, then of the plugins, sorted."""
         own = super().list_commands(ctx)
         return own + sorted(name for name in self._plugins() if name not in own)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """A command by its name; ours come first."""
+        """Returns a command by its name; the client's own shadow plugins."""
         own = super().get_command(ctx, cmd_name)
         if own is not None:
             return own
@@ -44,7 +42,7 @@ class CommandGroup(TyperGroup):
         return {point.name: point for point in entry_points(group=self.entry_points)}
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs a command; a failed call is one line on stderr and exit code 1."""
+        """Runs a command. A failed call prints one line on standard error; the exit code is 1."""
         try:
             return super().invoke(ctx)
         except AdaplexClientError as error:
@@ -54,13 +52,16 @@ class CommandGroup(TyperGroup):
 
 
 class AdapterCommands(CommandGroup):
-    """`adaplex adapters`, with what the server package adds to it."""
+    """The group `adaplex adapters`, with commands of the server package."""
 
     entry_points = "adaplex.adapters_commands"
 
 
 def offline(name: str) -> Callable[..., Any]:
-    """What does a command's work here. Raises Exit where it is not installed."""
+    """Returns the function that does a command's work without a server.
+
+    Raises typer.Exit if the server package is not installed.
+    """
     try:
         points = {point.name: point for point in entry_points(group=OFFLINE)}
         found: Callable[..., Any] = points[name].load()
@@ -71,18 +72,16 @@ def offline(name: str) -> Callable[..., Any]:
 
 
 def _command(point: EntryPoint) -> Any:
-    """The plugin's command, or one that says what to install when it cannot be imported."""
+    """Returns the plugin's command, or one that says what to install if it cannot be imported."""
     try:
         loaded = point.load()
     except ImportError as error:
         return _stub(point.name, str(error))
     if not isinstance(loaded, typer.Typer):
-        function, loaded = (
-            loaded,
-            typer.Typer(add_completion=False, pretty_exceptions_show_locals=False),
-        )
+        function = loaded
+        loaded = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
         loaded.command()(function)
-    return _named(point.name, loaded)
+    return _as_command(point.name, loaded)
 
 
 def _stub(name: str, cause: str) -> Any:
@@ -97,11 +96,11 @@ def _stub(name: str, cause: str) -> Any:
         typer.echo(f"error: {name} needs more packages ({cause}): {hint}", err=True)
         raise typer.Exit(1)
 
-    return _named(name, app)
+    return _as_command(name, app)
 
 
-def _named(name: str, app: typer.Typer) -> Any:
-    """An app as one command; a name other than its own would leave it out of the help."""
+def _as_command(name: str, app: typer.Typer) -> Any:
+    """Returns an app as one command of this name, by which the group's help finds it."""
     command = typer.main.get_command(app)
     command.name = name
     return command

@@ -1,4 +1,4 @@
-"""How results look: JSON for programs, tables for people."""
+"""Output of results: JSON for programs, tables for people."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from rich.text import Text
 from adaplex.client.generation_types import Generation, TokenLogprob
 
 PIPE_WIDTH = 200
-"""Columns when the output is no terminal: wide enough to break no line of ours."""
+"""Columns if the output is not a terminal: wide enough to wrap no table."""
 
-# A model can be made to write anything; a terminal must not take it for commands.
+# Control characters, by which text of a model or another user could drive a terminal.
 _CONTROL = dict.fromkeys([*range(32), *range(127, 160)])
 _CONTROL = {code: None for code in _CONTROL if chr(code) not in "\n\t"}
 
 
 def json_text(value: Any) -> str:
-    """A result, or a list of results, as JSON; times in ISO 8601."""
+    """Formats a result, or a list of results, as JSON; times in ISO 8601."""
     return json.dumps(_plain(value), indent=2, default=_isoformat)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints a table; cells are taken as they are, without markup."""
+    """Prints a table; cells are plain text without markup."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         shown.add_column(column, overflow="fold")
@@ -50,28 +50,28 @@ def fields(rows: Iterable[tuple[str, object]]) -> None:
 
 
 def text(delta: str) -> None:
-    """Writes new text of an answer at once, stripped of control characters on a terminal."""
+    """Writes new text of an answer, on a terminal without control characters."""
     typer.echo(plain(delta) if sys.stdout.isatty() else delta, nl=False)
 
 
 def plain(value: object) -> str:
-    """A value as text without control characters, but for line ends and tabs."""
+    """Returns a value as text without control characters other than line ends and tabs."""
     return str(value).translate(_CONTROL)
 
 
 def line(value: object) -> str:
-    """A value as text that cannot leave its line or cell, whoever wrote it."""
+    """Returns a value as text of one line, which cannot break a table or forge a line."""
     return plain(value).replace("\n", " ").replace("\t", " ")
 
 
 def warnings(found: Iterable[str]) -> None:
-    """Prints on standard error what is doubtful."""
+    """Prints warnings on standard error."""
     for warning in found:
         typer.echo(f"warning: {line(warning)}", err=True)
 
 
 def size(count: int) -> str:
-    """Bytes for people, in binary units."""
+    """Formats a number of bytes in binary units."""
     value = float(count)
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:
@@ -81,13 +81,13 @@ def size(count: int) -> str:
 
 
 def short(digest: str) -> str:
-    """Enough of a digest to tell it from others."""
+    """Abbreviates a digest to 12 hex digits."""
     algorithm, _, digits = digest.partition(":")
     return f"{algorithm}:{digits[:12]}"
 
 
 def proof(answer: Generation) -> str:
-    """One line that says what answered, how much and how fast."""
+    """Summarizes an answer in one line: model or adapter, token counts, speed, finish reason."""
     applied = answer.adapter
     source = f"base model {answer.model}"
     if applied:
@@ -110,7 +110,7 @@ def proof(answer: Generation) -> str:
 
 
 def logprobs(entries: Iterable[TokenLogprob]) -> None:
-    """Prints chosen tokens and the likeliest ones beside them."""
+    """Prints a table of chosen tokens and the likeliest tokens beside them."""
     table(
         ("TOKEN", "LOGPROB", "LIKELIEST"),
         [
@@ -137,4 +137,4 @@ def _plain(value: Any) -> Any:
 def _isoformat(value: object) -> str:
     if isinstance(value, datetime):
         return value.isoformat()
-    raise TypeError(f"{type(value).__name__} has no place in JSON")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

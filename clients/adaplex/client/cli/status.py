@@ -1,21 +1,20 @@
-"""`adaplex status`: what the server is and how full it is."""
+"""`adaplex status`: the server's base model, capacity and load."""
 
 from __future__ import annotations
-
-from typing import Annotated
 
 import typer
 
 from adaplex.client.cli import render
 from adaplex.client.cli.app import connect
+from adaplex.client.cli.arguments import AsJson
 from adaplex.client.types import BaseModelInfo, ServerInfo
 
 
 def status(
     context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Show the server's model, capacity and load."""
+    """Show the server's base model, capacity and load."""
     with connect(context) as client:
         info = client.server_info()
     if as_json:

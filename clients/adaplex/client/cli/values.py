@@ -1,4 +1,7 @@
-"""What commands take beside plain text: selectors with weights, versions with shares, labels."""
+"""Parsers of command-line values: weighted selectors, shares, labels, numbers and ranges.
+
+All raise typer.BadParameter.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +16,23 @@ N = TypeVar("N", int, float)
 
 
 def weighted_selector(text: str) -> tuple[str, float]:
-    """`name:0.7` as the selector and its weight; without one it is 1."""
+    """Parses `name:0.7` into selector and weight; without a weight it is 1."""
     prefix = DIGEST if text.startswith(DIGEST) else ""
     selector, colon, weight = text.removeprefix(prefix).rpartition(":")
     if not (selector if colon else weight).strip():
-        raise typer.BadParameter(f"{text!r} names no adapter")
+        raise typer.BadParameter(f"{text!r} has no adapter name")
     if not colon:
         return text, 1.0
     return prefix + selector, _number(weight, text)
 
 
 def shares(targets: Iterable[str]) -> dict[int, float]:
-    """`3` or `3:95` as versions and their shares."""
+    """Parses `3` and `3:95` into versions and shares; without a share it is 1."""
     found: dict[int, float] = {}
     for text in targets:
         version, _, share = text.partition(":")
         if not version.isdecimal():
-            raise typer.BadParameter(f"{text!r} is not a version, or version:share")
+            raise typer.BadParameter(f"{text!r} is not a version or version:share")
         if int(version) in found:
             raise typer.BadParameter(f"version {int(version)} is given twice")
         found[int(version)] = _number(share, text) if share else 1.0
@@ -37,7 +40,7 @@ def shares(targets: Iterable[str]) -> dict[int, float]:
 
 
 def labels(pairs: Iterable[str]) -> dict[str, str]:
-    """`key=value` strings as a mapping."""
+    """Parses `key=value` strings into a mapping."""
     found = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -48,7 +51,7 @@ def labels(pairs: Iterable[str]) -> dict[str, str]:
 
 
 def numbers(text: str, kind: type[N] = int) -> tuple[N, ...]:
-    """`1,8,16` as numbers of a kind, each above zero."""
+    """Parses `1,8,16` into numbers of a kind, each above zero."""
     try:
         found = tuple(kind(part) for part in text.split(","))
     except ValueError:
@@ -59,7 +62,7 @@ def numbers(text: str, kind: type[N] = int) -> tuple[N, ...]:
 
 
 def length_range(text: str) -> tuple[int, int]:
-    """`8:512` as lengths from 8 to 511."""
+    """Parses `8:512`, lengths from 8 to 511, into a half-open range."""
     low, _, high = text.partition(":")
     if not (low.isdecimal() and high.isdecimal() and 0 < int(low) < int(high)):
         raise typer.BadParameter(f"{text!r} is not low:high, such as 8:512")
@@ -72,5 +75,5 @@ def _number(text: str, whole: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise typer.BadParameter(f"{whole!r} ends in no number")
+        raise typer.BadParameter(f"{whole!r} does not end in a finite number")
     return number
