@@ -14,31 +14,31 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 
-from adaplex.client.bench.session import Run, Session
-from adaplex.client.bench.slora import SLora, slora
+from adaplex.client.bench.session import BenchRun, Session
+from adaplex.client.bench.slora import SLoraPlan, run_slora
 from adaplex.client.bench.workload import Trace
-from adaplex.client.cli.bench import tell
+from adaplex.client.cli.bench import print_report
 from bench.serving import ARENA, measured
 
 AT_ONCE = 1000.0
 """Requests a second: none waits to be asked."""
 
 
-async def sweep(session: Session, options: argparse.Namespace) -> list[Run]:
+async def sweep(session: Session, options: argparse.Namespace) -> list[BenchRun]:
     """The peak, then every case at a share of it."""
     length = (options.shortest, options.longest)
     flood = Trace(alpha=0.5, rate=AT_ONCE, inputs=length, outputs=length)
     flood = replace(flood, seconds=options.peak_requests / AT_ONCE)
-    runs = await slora(session, SLora(flood))
+    runs = await run_slora(session, SLoraPlan(flood))
     peak = runs[0].measure.requests_per_second
-    session.progress.say(f"peak: {peak:.2f} requests a second")
+    session.progress.print_line(f"peak: {peak:.2f} requests a second")
     cases = [(alpha, cv) for cv in options.cv for alpha in options.alpha]
     cases += [(options.alpha[-1], cv) for cv in options.bursts]
     for alpha, cv in cases:
         trace = replace(
             flood, alpha=alpha, cv=cv, rate=options.share * peak, seconds=options.seconds
         )
-        runs += await slora(session, SLora(trace))
+        runs += await run_slora(session, SLoraPlan(trace))
     return runs
 
 
@@ -46,7 +46,7 @@ async def main() -> None:
     """Runs the benchmark."""
     options = parsed()
     report = await measured(options, ARENA, options.adapters, sweep)
-    tell(report)
+    print_report(report)
     for run in report.runs:
         first = run.measure.first_token
         print(

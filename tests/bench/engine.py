@@ -29,9 +29,9 @@ from typing import Any
 from adaplex.adapters.storage.event import Origin
 from adaplex.client.bench.checkpoint import write_checkpoint
 from adaplex.client.bench.machine import Machine, read_bandwidth
-from adaplex.client.bench.report import rounded
+from adaplex.client.bench.report import round_floats
 from adaplex.client.bench.roofline import Roofline, StepBytes
-from adaplex.client.bench.workload import assigned
+from adaplex.client.bench.workload import adapter_indices
 from adaplex.engine.engine import Engine
 from adaplex.engine.request import (
     AdapterRef,
@@ -116,7 +116,7 @@ class Bench:
 
     def decode(self, rows: int, mix: str, options: argparse.Namespace, bandwidth: float) -> Decode:
         """Only steps in which all rows decode count."""
-        chosen = assigned(MIXES[mix], rows)
+        chosen = adapter_indices(MIXES[mix], rows)
         steps = self.steps([self.request(i, options.prompt, options.output) for i in chosen])
         # The first step in which every row gives a token ends the prefill of the last.
         every = [seconds for seconds, tokens in steps if tokens == rows][1:]
@@ -176,7 +176,7 @@ def open_bench(options: argparse.Namespace, adapters: int) -> Iterator[Bench]:
         }
         parts = build(load_config(settings), lambda line: print(line, file=sys.stderr))
         bench = Bench(parts, work, adapters, options.rank)
-        bench.warm()
+        bench.warm_up()
         gc.freeze()  # as the server does before it serves
         yield bench
         bench.engine.check_integrity()
@@ -239,7 +239,7 @@ def keep(options: argparse.Namespace, bandwidth: float = 0.0, **found: Sequence[
         "options": {name: str(value) for name, value in vars(options).items()},
         **{kind: [asdict(each) for each in cases] for kind, cases in found.items()},
     }
-    options.json.write_text(json.dumps(rounded(report), indent=1) + "\n")
+    options.json.write_text(json.dumps(round_floats(report), indent=1) + "\n")
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

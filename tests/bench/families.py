@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import median
 
 from adaplex.client.bench.checkpoint import write_checkpoint
-from adaplex.client.bench.load import Load
-from adaplex.client.bench.session import Case, Run, Session
+from adaplex.client.bench.load import LoadGenerator
+from adaplex.client.bench.session import BenchRun, Case, Session
 from adaplex.model.base.source import resolve_model
 from bench.mixture import save_mixture
 
@@ -27,25 +27,25 @@ class Families:
 
 
 @dataclass(frozen=True)
-class Member:
+class BenchAdapter:
     """One adapter on the server."""
 
     name: str
     packed_bytes: int
 
 
-async def families(session: Session, plan: Families, model: str) -> list[Run]:
+async def families(session: Session, plan: Families, model: str) -> list[BenchRun]:
     """One run for each number of streams, round and mix; the last of a number of streams says
     what share of the tokens a second of LoRAs the mixed families reach, the median of the rounds.
     """
     with tempfile.TemporaryDirectory() as folder:
         mixed = await _mixed(session, Path(folder), model, max(plan.streams))
-    runs: list[Run] = []
+    runs: list[BenchRun] = []
     for streams in plan.streams:
         loras = await _loras(session, mixed[:streams])
         mixes = {"families": mixed[:streams], "LoRAs": loras}
         for members in mixes.values():
-            await session.warm(member.name for member in members)
+            await session.warm_up(member.name for member in members)
         rates: dict[str, list[float]] = {mix: [] for mix in mixes}
         for _ in range(plan.rounds):
             for mix, members in mixes.items():
@@ -53,7 +53,7 @@ async def families(session: Session, plan: Families, model: str) -> list[Run]:
                 rates[mix].append(runs[-1].measure.tokens_per_second)
         shares = [a / b for a, b in zip(rates["families"], rates["LoRAs"], strict=True)]
         nbytes = {mix: sum(m.packed_bytes for m in members) for mix, members in mixes.items()}
-        session.progress.say(
+        session.progress.print_line(
             f"{streams} streams: families at {median(shares):.2f} of LoRAs "
             f"({min(shares):.2f} to {max(shares):.2f}), "
             f"{nbytes['families'] / 2**20:.1f} and {nbytes['LoRAs'] / 2**20:.1f} MiB"
@@ -61,10 +61,12 @@ async def families(session: Session, plan: Families, model: str) -> list[Run]:
     return runs
 
 
-async def _run(session: Session, plan: Families, mix: str, members: Sequence[Member]) -> Run:
-    async def drive(load: Load) -> None:
-        await load.closed(
-            [next(session.prompts.asks(member.name, plan.prompt, plan.output))]
+async def _run(
+    session: Session, plan: Families, mix: str, members: Sequence[BenchAdapter]
+) -> BenchRun:
+    async def drive(load: LoadGenerator) -> None:
+        await load.run_closed(
+            [next(session.prompts.requests(member.name, plan.prompt, plan.output))]
             for member in members
         )
 
@@ -72,7 +74,7 @@ async def _run(session: Session, plan: Families, mix: str, members: Sequence[Mem
     return await session.observe("families", case, drive, total=len(members))
 
 
-async def _mixed(session: Session, folder: Path, model: str, count: int) -> list[Member]:
+async def _mixed(session: Session, folder: Path, model: str, count: int) -> list[BenchAdapter]:
     saved = await asyncio.to_thread(save_mixture, resolve_model(model), folder, count)
     return [
         await _upload(session, f"{family}-{number}", directory)
@@ -80,7 +82,7 @@ async def _mixed(session: Session, folder: Path, model: str, count: int) -> list
     ]
 
 
-async def _loras(session: Session, mixed: Sequence[Member]) -> list[Member]:
+async def _loras(session: Session, mixed: Sequence[BenchAdapter]) -> list[BenchAdapter]:
     """As many, of one rank, whose bytes come nearest to theirs."""
     modules = session.info.model.modules
     with tempfile.TemporaryDirectory() as folder:
@@ -96,6 +98,6 @@ async def _loras(session: Session, mixed: Sequence[Member]) -> list[Member]:
     return members
 
 
-async def _upload(session: Session, name: str, directory: Path) -> Member:
+async def _upload(session: Session, name: str, directory: Path) -> BenchAdapter:
     sent = await session.client.adapters.upload(name, directory)
-    return Member(sent.adapter.name, sent.adapter.packed_bytes)
+    return BenchAdapter(sent.adapter.name, sent.adapter.packed_bytes)

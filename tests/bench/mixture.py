@@ -75,7 +75,7 @@ def save_mixture(model: Path, folder: Path, count: int) -> list[tuple[str, Path]
 def _save_bottleneck(model: Path, folder: Path, seed: int) -> None:
     """Houlsby's, behind attention and MLP of every layer."""
     config = AutoConfig.from_pretrained(model)
-    dice, hidden, width = torch.Generator().manual_seed(seed), config.hidden_size, RANK
+    rng, hidden, width = torch.Generator().manual_seed(seed), config.hidden_size, RANK
     shapes = {
         "adapter_down.0.weight": (width, hidden),
         "adapter_down.0.bias": (width,),
@@ -84,7 +84,7 @@ def _save_bottleneck(model: Path, folder: Path, seed: int) -> None:
     }
     tensors = {
         f"model.layers.{layer}.{block}_adapters.adapters.bench.{name}": (
-            SIZE * torch.randn(shape, generator=dice)
+            SIZE * torch.randn(shape, generator=rng)
         ).bfloat16()
         for layer in range(config.num_hidden_layers)
         for block in ("attention", "output")

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Self
 
-from adaplex.client.bench.load import Load
-from adaplex.client.bench.process import ProcessWatch
+from adaplex.client.bench.load import LoadGenerator
+from adaplex.client.bench.process import ProcessMonitor
 from adaplex.client.bench.session import Session
-from adaplex.client.bench.workload import assigned
+from adaplex.client.bench.workload import adapter_indices
 from bench.engine import ARENA, Bench, add_common, counts, keep, open_bench
 from bench.served import served
 
@@ -89,7 +89,7 @@ class Duel:
     """The same work on an engine in this process and on a server."""
 
     def __init__(
-        self, bench: Bench, session: Session, watch: ProcessWatch, options: argparse.Namespace
+        self, bench: Bench, session: Session, watch: ProcessMonitor, options: argparse.Namespace
     ) -> None:
         self._bench, self._session, self._watch = bench, session, watch
         self._prompt, self._output = options.prompt, options.output
@@ -97,13 +97,13 @@ class Duel:
     async def turn(self, streams: int, mix: str) -> Turn:
         """Each once, one after the other."""
         alone = self._alone(streams, mix)
-        with self._watch.watching() as usage:
+        with self._watch.measure() as usage:
             served = await self._served(streams, mix)
         return Turn(alone, served, usage[0].cores, usage[0].client_cores)
 
     def _alone(self, streams: int, mix: str) -> float:
         """Tokens a second from the moment of asking, as a client counts them."""
-        chosen = assigned(mix, streams)
+        chosen = adapter_indices(mix, streams)
         requests = [self._bench.request(i, self._prompt, self._output) for i in chosen]
         begun = time.perf_counter()
         steps = self._bench.steps(requests)
@@ -111,12 +111,12 @@ class Duel:
 
     async def _served(self, streams: int, mix: str) -> float:
         """Tokens a second from the first ask to the last end."""
-        members, prompts = self._session.adapters.members, self._session.prompts
-        names = [None if i is None else members[i].name for i in assigned(mix, streams)]
-        asks = [next(prompts.asks(name, self._prompt, self._output)) for name in names]
-        load = Load(self._session.target)
-        await load.closed([ask] for ask in asks)
-        measure = self._session.measure(load.answers)
+        members, prompts = self._session.pool.adapters, self._session.prompts
+        names = [None if i is None else members[i].name for i in adapter_indices(mix, streams)]
+        asks = [next(prompts.requests(name, self._prompt, self._output)) for name in names]
+        load = LoadGenerator(self._session.send)
+        await load.run_closed([ask] for ask in asks)
+        measure = self._session.measure(load.results)
         if measure.failed:
             raise RuntimeError(f"the server did not answer: {dict(measure.errors)}")
         return measure.tokens_per_second
@@ -131,9 +131,9 @@ async def open_duel(options: argparse.Namespace) -> AsyncIterator[Duel]:
         async with served(
             options, arena=ARENA, adapters=adapters, bandwidth=0.0, **settings
         ) as session:
-            await session.warm([None, *(member.name for member in session.adapters.members)])
-            assert session.setup.pid is not None
-            yield Duel(bench, session, ProcessWatch(session.setup.pid), options)
+            await session.warm_up([None, *(member.name for member in session.pool.adapters)])
+            assert session.config.pid is not None
+            yield Duel(bench, session, ProcessMonitor(session.config.pid), options)
 
 
 async def main() -> None:

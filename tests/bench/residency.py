@@ -25,12 +25,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from adaplex.client import AsyncClient
-from adaplex.client.bench.cliff import Cliff, ask_working_set, cliff
+from adaplex.client.bench.cliff import CliffPlan, run_cliff, run_working_set
 from adaplex.client.bench.plot import draw
-from adaplex.client.bench.progress import Progress
-from adaplex.client.bench.report import Report, rounded
-from adaplex.client.bench.session import Run, Session, Setup, open_session
-from adaplex.client.cli.bench import tell
+from adaplex.client.bench.progress import ProgressReporter
+from adaplex.client.bench.report import Report, round_floats
+from adaplex.client.bench.session import BenchConfig, BenchRun, Session, open_session
+from adaplex.client.cli.bench import print_report
 from adaplex.client.local import LocalServer
 from tiny import save_tiny
 
@@ -43,7 +43,7 @@ FEW = 5
 async def session_of(stack: AsyncExitStack, server: LocalServer, adapters: int) -> Session:
     """A session with so many adapters, which go with their server."""
     await asyncio.to_thread(server.wait_ready)
-    setup = Setup(
+    config = BenchConfig(
         target=server.target,
         make_adapters=adapters,
         ranks=RANKS,
@@ -52,12 +52,12 @@ async def session_of(stack: AsyncExitStack, server: LocalServer, adapters: int) 
         pid=server.process.pid,
     )
     client = await stack.enter_async_context(AsyncClient(server.target))
-    return await stack.enter_async_context(open_session(client, setup, Progress()))
+    return await stack.enter_async_context(open_session(client, config, ProgressReporter()))
 
 
 async def run(small: LocalServer, large: LocalServer, options: argparse.Namespace) -> None:
     """Registers, measures, compares, writes."""
-    plan = Cliff(
+    plan = CliffPlan(
         streams=options.streams,
         requests=options.requests,
         prompt=options.prompt,
@@ -68,15 +68,15 @@ async def run(small: LocalServer, large: LocalServer, options: argparse.Namespac
         begun = time.perf_counter()
         all_ = await session_of(stack, large, options.adapters)
         seconds = time.perf_counter() - begun
-        curve = await cliff(all_, plan)
+        curve = await run_cliff(all_, plan)
         pairs = []
         for _ in range(options.repeats):
-            one = await ask_working_set(few, plan, few.adapters.members, "uniform")
-            other = await ask_working_set(all_, plan, all_.adapters.members[:FEW], "uniform")
+            one = await run_working_set(few, plan, few.pool.adapters, "uniform")
+            other = await run_working_set(all_, plan, all_.pool.adapters[:FEW], "uniform")
             pairs.append((one, other))
         given = {name: str(value) for name, value in vars(options).items() if name != "out"}
         report = Report.of(all_, given, curve)
-    tell(report)
+    print_report(report)
     cliffs = {mix: over_half(curve, mix, 2) for mix in plan.mixes}
     kept = statistics.median(
         other.measure.requests_per_second / one.measure.requests_per_second for one, other in pairs
@@ -91,11 +91,11 @@ async def run(small: LocalServer, large: LocalServer, options: argparse.Namespac
         "registration_seconds": round(seconds, 1),
     }
     options.out.mkdir(exist_ok=True, parents=True)
-    (options.out / "residency.json").write_text(json.dumps(rounded(found), indent=1) + "\n")
+    (options.out / "residency.json").write_text(json.dumps(round_floats(found), indent=1) + "\n")
     draw(curve, options.out / "residency.svg")
 
 
-def over_half(curve: Sequence[Run], mix: str, place: int) -> float:
+def over_half(curve: Sequence[BenchRun], mix: str, place: int) -> float:
     """The median first token at one working set of a mix over that at the smallest."""
     firsts = [run.measure.first_token for run in curve if run.case["mix"] == mix]
     assert firsts[place]

@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from adaplex.client import AsyncClient
-from adaplex.client.bench.progress import Progress
-from adaplex.client.bench.session import Session, Setup, open_session
+from adaplex.client.bench.progress import ProgressReporter
+from adaplex.client.bench.session import BenchConfig, Session, open_session
 from adaplex.client.local import LocalServer
 
 
@@ -25,9 +25,9 @@ async def served(
     **settings: Any,
 ) -> AsyncIterator[Session]:
     """A session on a new server with an arena of so many bytes, other `settings`, and so many
-    adapters; `bandwidth` as in Setup. `options` name model, quantization and rank.
+    adapters; `bandwidth` as in BenchConfig. `options` name model, quantization and rank.
     """
-    progress = Progress()
+    progress = ProgressReporter()
     with (
         tempfile.TemporaryDirectory() as store,
         LocalServer(
@@ -36,12 +36,12 @@ async def served(
             store_dir=store,
             arena_bytes=arena,
             log_level="warning",
-            on_log=lambda record: progress.say(f"server: {record['event']}"),
+            on_log=lambda record: progress.print_line(f"server: {record['event']}"),
             **settings,
         ) as server,
     ):
         await asyncio.to_thread(server.wait_ready)
-        setup = Setup(
+        config = BenchConfig(
             target=server.target,
             make_adapters=adapters,
             ranks=(options.rank,),
@@ -52,6 +52,6 @@ async def served(
         )
         async with (
             AsyncClient(server.target) as client,
-            open_session(client, setup, progress) as session,
+            open_session(client, config, progress) as session,
         ):
             yield session

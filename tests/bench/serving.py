@@ -15,16 +15,16 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from adaplex.client.bench.churn import Churn, churn
-from adaplex.client.bench.cliff import Cliff, cliff
-from adaplex.client.bench.hot_tenant import HotTenant, hot_tenant
+from adaplex.client.bench.churn import ChurnPlan, run_churn
+from adaplex.client.bench.cliff import CliffPlan, run_cliff
+from adaplex.client.bench.hot_tenant import HotTenantPlan, run_hot_tenant
 from adaplex.client.bench.plot import draw
-from adaplex.client.bench.punica import Punica, punica
+from adaplex.client.bench.punica import PunicaPlan, run_punica
 from adaplex.client.bench.report import Report
-from adaplex.client.bench.session import Run, Session
-from adaplex.client.bench.slora import SLora, slora
+from adaplex.client.bench.session import BenchRun, Session
+from adaplex.client.bench.slora import SLoraPlan, run_slora
 from adaplex.client.bench.workload import Trace
-from adaplex.client.cli.bench import tell
+from adaplex.client.cli.bench import print_report
 from bench.families import Families, families
 from bench.served import served
 
@@ -35,7 +35,7 @@ SMALL_ARENA = 48 << 20
 """Of the cliff, so that four times as much is soon uploaded."""
 CLIFF_ADAPTERS = 24
 
-Work = Callable[[Session, argparse.Namespace], Awaitable[Sequence[Run]]]
+Work = Callable[[Session, argparse.Namespace], Awaitable[Sequence[BenchRun]]]
 
 
 async def measured(options: argparse.Namespace, arena: int, adapters: int, work: Work) -> Report:
@@ -45,27 +45,27 @@ async def measured(options: argparse.Namespace, arena: int, adapters: int, work:
         return Report.of(session, given, await work(session, options))
 
 
-async def all_but_cliff(session: Session, options: argparse.Namespace) -> list[Run]:
+async def all_but_cliff(session: Session, options: argparse.Namespace) -> list[BenchRun]:
     """The workloads whose adapters all fit into the arena."""
     seconds, rank = options.seconds, options.rank
     short = Trace(alpha=0.5, rate=1.0, seconds=2 * seconds, inputs=(8, 128), outputs=(8, 64))
-    runs: list[Run] = []
+    runs: list[BenchRun] = []
     if "punica" in options.only:
-        runs += await punica(session, Punica(streams=options.streams))
+        runs += await run_punica(session, PunicaPlan(streams=options.streams))
     if "slora" in options.only:
-        runs += await slora(session, SLora(short))
+        runs += await run_slora(session, SLoraPlan(short))
     if "hot-tenant" in options.only:
-        runs += await hot_tenant(session, HotTenant(rate=1.0, flood=8, seconds=seconds))
+        runs += await run_hot_tenant(session, HotTenantPlan(rate=1.0, flood=8, seconds=seconds))
     if "churn" in options.only:
-        runs += await churn(session, Churn(rank=rank, seconds=seconds, pause=0.5))
+        runs += await run_churn(session, ChurnPlan(rank=rank, seconds=seconds, pause=0.5))
     if "families" in options.only:
         runs += await families(session, Families(), options.model)
     return runs
 
 
-async def cliff_alone(session: Session, options: argparse.Namespace) -> list[Run]:
+async def cliff_alone(session: Session, options: argparse.Namespace) -> list[BenchRun]:
     """The workload that needs a small arena."""
-    return await cliff(session, Cliff(requests=48, streams=4))
+    return await run_cliff(session, CliffPlan(requests=48, streams=4))
 
 
 async def main() -> None:
@@ -73,7 +73,7 @@ async def main() -> None:
     options = parsed()
     reports = []
     if set(options.only) - {"cliff"}:
-        adapters = max(*options.streams, HotTenant.tenants + 1)
+        adapters = max(*options.streams, HotTenantPlan.tenants + 1)
         reports.append(await measured(options, ARENA, adapters, all_but_cliff))
     if "cliff" in options.only:
         reports.append(await measured(options, SMALL_ARENA, CLIFF_ADAPTERS, cliff_alone))
@@ -82,7 +82,7 @@ async def main() -> None:
         runs=[run for part in reports for run in part.runs],
         warnings=[warning for part in reports for warning in part.warnings],
     )
-    tell(report)
+    print_report(report)
     if options.out:
         options.out.mkdir(exist_ok=True, parents=True)
         (options.out / "serving.json").write_text(report.json())

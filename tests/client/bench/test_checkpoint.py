@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adaplex.client.bench.checkpoint import renew, write_checkpoint
+from adaplex.client.bench.checkpoint import perturb_weights, write_checkpoint
 from adaplex.client.types import AdaptableModule
 
 MODULES = (
@@ -45,10 +45,10 @@ def test_seeds_tell_checkpoints_apart(tmp_path: Path) -> None:
 
 
 def test_a_renewed_checkpoint_is_another_and_still_finite(tmp_path: Path) -> None:
-    directory, dice = write_checkpoint(tmp_path, MODULES, 2, 0), random.Random(0)
+    directory, rng = write_checkpoint(tmp_path, MODULES, 2, 0), random.Random(0)
     contents = set()
     for _ in range(20):
-        renew(directory, dice)
+        perturb_weights(directory, rng)
         tensors = read(directory)
         assert all(tensor.isfinite().all() for tensor in tensors.values())
         contents.add((directory / "adapter_model.safetensors").read_bytes())
@@ -56,5 +56,5 @@ def test_a_renewed_checkpoint_is_another_and_still_finite(tmp_path: Path) -> Non
 
 
 def test_a_server_without_modules_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="names no module"):
+    with pytest.raises(ValueError, match="names no linear"):
         write_checkpoint(tmp_path, (), 2, 0)

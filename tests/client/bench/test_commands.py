@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from adaplex.client.bench.session import Setup
+from adaplex.client.bench.session import BenchConfig
 from adaplex.client.cli import app
 from server.toy import FakeRunner, Rig, rig
 
@@ -165,7 +165,7 @@ async def test_too_few_adapters_are_an_error_that_says_what_to_do(tmp_path: Path
         await toy.upload("a")
         result = await run(toy, "punica", "--streams", 4, "--bandwidth", 10)
     assert result.exit_code == 1
-    assert "adapters: 4 are asked, and there are 1" in result.stderr
+    assert "adapters: 4 are needed, and there are 1" in result.stderr
     assert "--make-adapters 4" in result.stderr
 
 
@@ -222,6 +222,6 @@ def test_wrong_usage_is_named(arguments: list[str], complaint: str) -> None:
 
 
 def test_only_a_loopback_target_is_local() -> None:
-    assert Setup("127.0.0.1:50051").local
-    assert Setup("[::1]:50051").local
-    assert not Setup("10.0.0.1:50051").local
+    assert BenchConfig("127.0.0.1:50051").local
+    assert BenchConfig("[::1]:50051").local
+    assert not BenchConfig("10.0.0.1:50051").local

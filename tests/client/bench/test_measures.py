@@ -3,22 +3,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from adaplex.client.bench.load import Answer, Load, lasting
-from adaplex.client.bench.measures import Measure, Percentiles, percentile
-from adaplex.client.bench.workload import Ask, Prompts
+from adaplex.client.bench.load import LoadGenerator, RequestResult, for_seconds
+from adaplex.client.bench.measures import Measurement, Percentiles, percentile
+from adaplex.client.bench.workload import BenchRequest, Prompts
 
-ASK = Ask("a", (1, 2), 3)
+REQUEST = BenchRequest("a", (1, 2), 3)
 
 
-def answer(
+def result(
     first: float | None, *, sent: float = 0.0, gaps: tuple[float, ...] = (), error: str = ""
-) -> Answer:
+) -> RequestResult:
     """One whose tokens came at these times."""
     times = [] if first is None else [sent + first]
     for gap in gaps:
         times.append(times[-1] + gap)
     ended = max([sent + 0.1, *times])
-    return Answer(ASK, sent, tuple((time, 1) for time in times), ended, error)
+    return RequestResult(REQUEST, sent, tuple((time, 1) for time in times), ended, error)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 101])
@@ -37,8 +37,8 @@ def test_percentiles_are_in_milliseconds_and_none_of_nothing() -> None:
 
 
 def test_rates_are_over_the_whole_run() -> None:
-    answers = [answer(1.0, gaps=(0.5, 0.5)), answer(0.5, sent=2.0, gaps=(1.5,))]
-    found = Measure.of(answers, 6.0)
+    results = [result(1.0, gaps=(0.5, 0.5)), result(0.5, sent=2.0, gaps=(1.5,))]
+    found = Measurement.of(results, 6.0)
     assert (found.seconds, found.output_tokens) == (4.0, 5)
     assert (found.tokens_per_second, found.requests_per_second) == (1.25, 0.5)
     assert found.first_token
@@ -48,62 +48,62 @@ def test_rates_are_over_the_whole_run() -> None:
 
 
 def test_tokens_that_come_together_are_one_gap() -> None:
-    together = Answer(ASK, 0.0, ((1.0, 2), (3.0, 3)), 3.0)
-    found = Measure.of([together], 6.0)
+    together = RequestResult(REQUEST, 0.0, ((1.0, 2), (3.0, 3)), 3.0)
+    found = Measurement.of([together], 6.0)
     assert found.output_tokens == 5
     assert found.inter_token
     assert (found.inter_token.count, found.inter_token.p50) == (1, pytest.approx(2000))
 
 
 def test_a_late_reader_changes_gaps_but_not_the_time_a_token() -> None:
-    steady = answer(1.0, gaps=(1.0, 1.0, 1.0))
-    late = answer(1.0, gaps=(2.998, 0.001, 0.001))
+    steady = result(1.0, gaps=(1.0, 1.0, 1.0))
+    late = result(1.0, gaps=(2.998, 0.001, 0.001))
     assert steady.per_token == pytest.approx(1.0)
-    found = Measure.of([late], 6.0)
+    found = Measurement.of([late], 6.0)
     assert found.inter_token
     assert found.per_token
     assert found.inter_token.p50 == pytest.approx(1.0)
     assert (found.per_token.count, found.per_token.p50) == (1, pytest.approx(1000))
-    assert Answer(ASK, 0.0, ((1.0, 2), (3.0, 4)), 3.0).per_token == pytest.approx(0.5)
-    assert answer(1.0).per_token is answer(None).per_token is None
+    assert RequestResult(REQUEST, 0.0, ((1.0, 2), (3.0, 4)), 3.0).per_token == pytest.approx(0.5)
+    assert result(1.0).per_token is result(None).per_token is None
 
 
 def test_attainment_counts_what_kept_the_bound_and_was_answered_to_its_end() -> None:
-    answers = [
-        answer(0.5),
-        answer(1.0),
-        answer(1.1),  # too late
-        answer(0.1, error="CANCELLED"),  # begun in time, then aborted
-        answer(None, error="QUEUE_FULL"),
+    results = [
+        result(0.5),
+        result(1.0),
+        result(1.1),  # too late
+        result(0.1, error="CANCELLED"),  # begun in time, then aborted
+        result(None, error="QUEUE_FULL"),
     ]
-    found = Measure.of(answers, 1.0)
+    found = Measurement.of(results, 1.0)
     assert found.attainment == pytest.approx(2 / 5)
     assert found.errors == {"CANCELLED": 1, "QUEUE_FULL": 1}
     assert found.failed == 2
 
 
 def test_nothing_asked_is_nothing_to_measure() -> None:
-    with pytest.raises(ValueError, match="nothing was asked"):
-        Measure.of([], 1.0)
+    with pytest.raises(ValueError, match="no request was sent"):
+        Measurement.of([], 1.0)
 
 
 async def test_a_closed_loop_asks_one_after_the_other_in_each_stream() -> None:
     running, most, order = 0, 0, []
 
-    async def target(ask: Ask) -> Answer:
+    async def send(request: BenchRequest) -> RequestResult:
         nonlocal running, most
         running += 1
         most = max(most, running)
-        order.append(ask.adapter)
+        order.append(request.adapter)
         running -= 1
-        return Answer(ask, 0.0, ((1.0, 1),), 1.0)
+        return RequestResult(request, 0.0, ((1.0, 1),), 1.0)
 
-    heard: list[Answer] = []
-    load = Load(target, heard.append)
-    streams = [[Ask(f"s{i}-{n}", (1,), 1) for n in range(3)] for i in range(2)]
-    await load.closed(streams)
+    reported: list[RequestResult] = []
+    load = LoadGenerator(send, reported.append)
+    streams = [[BenchRequest(f"s{i}-{n}", (1,), 1) for n in range(3)] for i in range(2)]
+    await load.run_closed(streams)
     assert most <= 2
-    assert heard == load.answers
+    assert reported == load.results
     for i in range(2):
         own = [name for name in order if name and name.startswith(f"s{i}")]
         assert own == [f"s{i}-0", f"s{i}-1", f"s{i}-2"]
@@ -114,20 +114,20 @@ async def test_an_open_loop_does_not_wait_for_answers() -> None:
 
     all_sent, sent = asyncio.Event(), []
 
-    async def target(ask: Ask) -> Answer:
-        sent.append(ask.at)
+    async def send(request: BenchRequest) -> RequestResult:
+        sent.append(request.at)
         if len(sent) == 3:
             all_sent.set()
         await all_sent.wait()  # a loop that waited for the first would never send the third
-        return Answer(ask, 0.0, (), 0.0)
+        return RequestResult(request, 0.0, (), 0.0)
 
-    load = Load(target)
-    await load.open([Ask(None, (1,), 1, at) for at in (0.0, 0.001, 0.002)])
+    load = LoadGenerator(send)
+    await load.run_open([BenchRequest(None, (1,), 1, at) for at in (0.0, 0.001, 0.002)])
     assert sent == [0.0, 0.001, 0.002]
-    assert len(load.answers) == 3
+    assert len(load.results) == 3
 
 
 def test_asks_last_so_many_seconds() -> None:
-    endless = Prompts(10, 0).asks("a", 2, 1)
-    assert list(lasting(endless, -1.0)) == []
-    assert next(iter(lasting(endless, 60.0))).adapter == "a"
+    endless = Prompts(10, 0).requests("a", 2, 1)
+    assert list(for_seconds(endless, -1.0)) == []
+    assert next(iter(for_seconds(endless, 60.0))).adapter == "a"

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from adaplex.client.bench.machine import Machine, cores, read_bandwidth
-from adaplex.client.bench.process import ProcessWatch, listener
+from adaplex.client.bench.process import ProcessMonitor, listening_pid
 from adaplex.client.bench.roofline import Roofline, StepBytes
 from adaplex.client.types import BaseModelInfo
 
@@ -56,7 +56,7 @@ def test_the_bandwidth_of_this_machine_is_a_bandwidth() -> None:
 
 
 def test_usage_tells_processor_time_and_memory() -> None:
-    with ProcessWatch(os.getpid()).watching() as found:
+    with ProcessMonitor(os.getpid()).measure() as found:
         assert found == []
         ballast = bytearray(os.urandom(1 << 20)) * 64
     assert 0 < found[0].cores <= 64
@@ -68,12 +68,12 @@ def test_a_listener_is_found_by_its_port() -> None:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
-        with pytest.raises(LookupError, match=f"no process of ours listens on port {port}"):
-            listener(port)
+        with pytest.raises(LookupError, match=f"no process of this user listens on port {port}"):
+            listening_pid(port)
         listening.listen()
-        assert listener(port) == os.getpid()
+        assert listening_pid(port) == os.getpid()
 
 
 def test_a_process_that_is_not_there_is_a_lookup_error() -> None:
     with pytest.raises(LookupError):
-        ProcessWatch(2**31 - 1)
+        ProcessMonitor(2**31 - 1)

@@ -1,1 +1,1 @@
-"""The load generator: workloads, the load they make, what is measured, and how it is told."""
+"""The load generator: workloads, the requests they send, measurements and reports."""

@@ -1,4 +1,4 @@
-"""A LoRA checkpoint of random weights, written without torch."""
+"""LoRA checkpoints of random weights, written without torch."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from adaplex.client.types import AdaptableModule
 
 WEIGHTS = "adapter_model.safetensors"
 _EXPONENT = bytes(0x3C | (byte & 0x80) for byte in range(256))
-"""For the high byte of a bf16: any sign, and a magnitude of 2**-7 to 2**-5."""
+"""Maps the high byte of a bf16 to one of the same sign and a magnitude of 2**-7 to 2**-5."""
 
 
 def linears(modules: Sequence[AdaptableModule]) -> list[AdaptableModule]:
-    """What PEFT's `all-linear` means. ValueError when the server names none."""
+    """Returns the modules of PEFT's `all-linear`. Raises ValueError if there are none."""
     found = [module for module in modules if module.kind == "linear" and not module.is_head]
     if not found:
-        raise ValueError("the server names no module that an adapter may change")
+        raise ValueError("modules: the server names no linear that an adapter may change")
     return found
 
 
 def write_checkpoint(
     directory: Path, modules: Sequence[AdaptableModule], rank: int, seed: int
 ) -> Path:
-    """Writes a LoRA of the rank on all linears, as PEFT lays it out, in bf16. The directory."""
-    dice = random.Random(seed)
+    """Writes a bf16 LoRA of the rank on all linears, as PEFT would, and returns its directory."""
+    rng = random.Random(seed)
     targets = linears(modules)
     config = {
         "peft_type": "LORA",
@@ -47,7 +47,7 @@ def write_checkpoint(
                 "data_offsets": (offset, end),
             }
             offset = end
-    data = bytearray(dice.randbytes(offset))
+    data = bytearray(rng.randbytes(offset))
     data[1::2] = data[1::2].translate(_EXPONENT)
     directory.mkdir(parents=True, exist_ok=True)
     encoded = json.dumps(header).encode()
@@ -58,9 +58,9 @@ def write_checkpoint(
     return directory
 
 
-def renew(directory: Path, dice: random.Random) -> None:
-    """Makes it another adapter by the last bits of its last four weights: cheap, under load."""
+def perturb_weights(directory: Path, rng: random.Random) -> None:
+    """Changes the adapter's content by the low bytes of its last four weights, which is cheap."""
     with (directory / WEIGHTS).open("r+b") as file:
-        for place in (-8, -6, -4, -2):  # low bytes: no exponent changes by more than one
-            file.seek(place, 2)
-            file.write(dice.randbytes(1))
+        for offset in (-8, -6, -4, -2):  # low bytes: no exponent changes by more than one
+            file.seek(offset, 2)
+            file.write(rng.randbytes(1))

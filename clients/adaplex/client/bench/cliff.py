@@ -6,15 +6,17 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from adaplex.client.bench.fleet import Member
-from adaplex.client.bench.load import Load
-from adaplex.client.bench.session import Case, Run, Session
-from adaplex.client.bench.workload import chooser
+from adaplex.client.bench.adapter_pool import BenchAdapter
+from adaplex.client.bench.load import LoadGenerator
+from adaplex.client.bench.session import BenchRun, Case, Session
+from adaplex.client.bench.workload import index_sampler
 
 
 @dataclass(frozen=True)
-class Cliff:
-    """`times` are working sets in arenas; `requests` of all streams together."""
+class CliffPlan:
+    """`times` are sizes of working sets in arenas, `requests` the number of one run, of all streams
+    together; `prompt` and `output` are in tokens.
+    """
 
     times: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     mixes: tuple[str, ...] = ("uniform", "zipf")
@@ -24,31 +26,33 @@ class Cliff:
     output: int = 16
 
 
-async def cliff(session: Session, plan: Cliff) -> list[Run]:
-    """One run for each mix and each working set."""
+async def run_cliff(session: Session, plan: CliffPlan) -> list[BenchRun]:
+    """Measures one run for each mix and working set."""
     arena = session.info.capacity.arena_bytes_total
-    sets = [session.adapters.working_set(times * arena) for times in plan.times]
+    sets = [session.pool.working_set(times * arena) for times in plan.times]
     return [
-        await ask_working_set(session, plan, members, mix) for mix in plan.mixes for members in sets
+        await run_working_set(session, plan, adapters, mix)
+        for mix in plan.mixes
+        for adapters in sets
     ]
 
 
-async def ask_working_set(
-    session: Session, plan: Cliff, members: tuple[Member, ...], mix: str
-) -> Run:
-    """One run over these adapters, which are all brought into host memory before."""
-    await session.warm(member.name for member in members)
-    draw = chooser(mix, len(members), random.Random(session.setup.seed))
+async def run_working_set(
+    session: Session, plan: CliffPlan, adapters: tuple[BenchAdapter, ...], mix: str
+) -> BenchRun:
+    """Measures one run over these adapters, which are all loaded into host memory before."""
+    await session.warm_up(adapter.name for adapter in adapters)
+    draw = index_sampler(mix, len(adapters), random.Random(session.config.seed))
 
-    async def drive(load: Load) -> Mapping[str, int]:
-        asks = (
-            next(session.prompts.asks(members[draw()].name, plan.prompt, plan.output))
+    async def drive(load: LoadGenerator) -> Mapping[str, int]:
+        requests = (
+            next(session.prompts.requests(adapters[draw()].name, plan.prompt, plan.output))
             for _ in range(plan.requests)
         )
-        await load.closed([asks] * plan.streams)
+        await load.run_closed([requests] * plan.streams)
         return {"arena_bytes": arena}
 
-    nbytes = sum(member.packed_bytes for member in members)
+    nbytes = sum(adapter.packed_bytes for adapter in adapters)
     arena = session.info.capacity.arena_bytes_total
-    case: Case = {"mix": mix, "arenas": round(nbytes / arena, 2), "adapters": len(members)}
+    case: Case = {"mix": mix, "arenas": round(nbytes / arena, 2), "adapters": len(adapters)}
     return await session.observe("cliff", case, drive, total=plan.requests)

@@ -1,4 +1,4 @@
-"""Load: runs asks against a server, closed or open loop, and keeps when each token came."""
+"""LoadGenerator: sends requests in closed or open loops and records when each token arrives."""
 
 from __future__ import annotations
 
@@ -9,114 +9,116 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from adaplex.client.aio import AsyncClient
-from adaplex.client.bench.workload import Ask
+from adaplex.client.bench.workload import BenchRequest
 from adaplex.client.errors import AdaplexClientError
 from adaplex.client.generation_types import Delta
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What became of an ask. Times are `time.perf_counter()` seconds."""
+class RequestResult:
+    """The outcome of a request. Times are `time.perf_counter()` seconds."""
 
-    ask: Ask
+    request: BenchRequest
     sent: float
     arrivals: tuple[tuple[float, int], ...]
-    """When tokens came, and how many at once."""
+    """When tokens arrived, and how many at once."""
     ended: float
     error: str = ""
-    """Why it was not answered to its end."""
+    """Why the request did not finish; empty if it did."""
 
     @property
     def tokens(self) -> int:
-        """How many came."""
+        """Number of tokens that arrived."""
         return sum(count for _, count in self.arrivals)
 
     @property
     def first_token(self) -> float | None:
-        """Seconds until the first token, if one came."""
+        """Seconds until the first token; None if none arrived."""
         return self.arrivals[0][0] - self.sent if self.arrivals else None
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between arrivals, as who reads the stream waits for them."""
+        """Seconds between arrivals."""
         times = [time for time, _ in self.arrivals]
         return [after - before for before, after in pairwise(times)]
 
     @property
     def per_token(self) -> float | None:
-        """Seconds a token after the first arrival; None when nothing came after it."""
+        """Mean seconds a token after the first arrival; None if none arrived after it."""
         later = sum(count for _, count in self.arrivals[1:])
         return (self.arrivals[-1][0] - self.arrivals[0][0]) / later if later else None
 
 
-Target = Callable[[Ask], Awaitable[Answer]]
-"""Answers one ask, whatever becomes of it: `adaplex_target`, or the API of another server."""
+SendRequest = Callable[[BenchRequest], Awaitable[RequestResult]]
+"""Sends a request to a server and reads its answer; errors are part of the result."""
 
 
-def adaplex_target(client: AsyncClient) -> Target:
-    """Asks an adaplex server, greedily, to the asked length whatever the model says."""
+def adaplex_sender(client: AsyncClient) -> SendRequest:
+    """Returns the SendRequest of an adaplex server: greedy, and of the full length asked for."""
 
-    async def answer(ask: Ask) -> Answer:
+    async def send(request: BenchRequest) -> RequestResult:
         arrivals: list[tuple[float, int]] = []
         error, sent = "", time.perf_counter()
         try:
             async with client.stream(
-                ask.prompt,
-                adapter=ask.adapter,
-                max_tokens=ask.output,
+                request.prompt,
+                adapter=request.adapter,
+                max_tokens=request.output,
                 temperature=0.0,
                 ignore_eos=True,
             ) as events:
                 async for event in events:
                     if isinstance(event, Delta) and event.token_ids:
-                        # What came before an error counts, so no comprehension.
+                        # Not a comprehension: tokens that arrive before an error count.
                         arrivals.append((time.perf_counter(), len(event.token_ids)))  # noqa: PERF401
         except AdaplexClientError as failure:
             error = failure.reason or type(failure).__name__
-        return Answer(ask, sent, tuple(arrivals), time.perf_counter(), error)
+        return RequestResult(request, sent, tuple(arrivals), time.perf_counter(), error)
 
-    return answer
-
-
-def unheard(_answer: Answer) -> None:
-    """The default of `Load`: nobody watches."""
+    return send
 
 
-class Load:
-    """The answers of one measurement, in the order of their ends."""
+def ignore_result(_result: RequestResult) -> None:
+    """Does nothing with a result."""
 
-    def __init__(self, target: Target, on_answer: Callable[[Answer], None] = unheard) -> None:
-        self.answers: list[Answer] = []
-        self._target, self._on_answer = target, on_answer
 
-    async def closed(self, streams: Iterable[Iterable[Ask]]) -> None:
-        """Each stream asks one after the other, the next when the last has ended."""
+class LoadGenerator:
+    """Sends the requests of one measurement; `results` are in the order of their ends."""
+
+    def __init__(
+        self, send: SendRequest, on_result: Callable[[RequestResult], None] = ignore_result
+    ) -> None:
+        self.results: list[RequestResult] = []
+        self._send, self._on_result = send, on_result
+
+    async def run_closed(self, streams: Iterable[Iterable[BenchRequest]]) -> None:
+        """Runs a closed loop: each stream sends a request when its last one has ended."""
         async with asyncio.TaskGroup() as group:
             for stream in streams:
-                group.create_task(self._stream(stream))
+                group.create_task(self._run_stream(stream))
 
-    async def open(self, asks: Iterable[Ask]) -> None:
-        """Each ask goes out at its time, whatever becomes of those before it."""
-        begun = time.perf_counter()
+    async def run_open(self, requests: Iterable[BenchRequest]) -> None:
+        """Runs an open loop: sends each request at its time `at`, finished or not those before."""
+        started = time.perf_counter()
         async with asyncio.TaskGroup() as group:
-            for ask in asks:
-                await asyncio.sleep(begun + ask.at - time.perf_counter())
-                group.create_task(self._ask(ask))
+            for request in requests:
+                await asyncio.sleep(started + request.at - time.perf_counter())
+                group.create_task(self._run(request))
 
-    async def _stream(self, asks: Iterable[Ask]) -> None:
-        for ask in asks:
-            await self._ask(ask)
+    async def _run_stream(self, requests: Iterable[BenchRequest]) -> None:
+        for request in requests:
+            await self._run(request)
 
-    async def _ask(self, ask: Ask) -> None:
-        answer = await self._target(ask)
-        self.answers.append(answer)
-        self._on_answer(answer)
+    async def _run(self, request: BenchRequest) -> None:
+        result = await self._send(request)
+        self.results.append(result)
+        self._on_result(result)
 
 
-def lasting(asks: Iterable[Ask], seconds: float) -> Iterable[Ask]:
-    """Asks until this many seconds have passed since the first."""
+def for_seconds(requests: Iterable[BenchRequest], seconds: float) -> Iterable[BenchRequest]:
+    """Yields requests until `seconds` have passed since the first."""
     end = time.perf_counter() + seconds
-    for ask in asks:
+    for request in requests:
         if time.perf_counter() > end:
             return
-        yield ask
+        yield request

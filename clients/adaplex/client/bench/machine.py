@@ -1,4 +1,4 @@
-"""Machine: where the load is made, and how fast its memory can be read."""
+"""Machine: the processor that runs the load generator, and its memory's bandwidth."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BUFFER_BYTES = 512 << 20
-"""Larger than the caches."""
+"""Larger than the processor's caches."""
 REPEATS = 5
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`bandwidth` is in bytes/s; None where it could not be measured, or says nothing."""
+    """A processor and its system. `bandwidth` is in bytes/s; None if it is unknown, or that of
+    another machine.
+    """
 
     processor: str
     cores: int
@@ -27,12 +29,12 @@ class Machine:
 
     @classmethod
     def here(cls, bandwidth: float | None) -> Machine:
-        """This machine."""
+        """Describes this machine."""
         return cls(_processor(), cores(), platform.platform(), bandwidth)
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Returns the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -41,16 +43,16 @@ def cores() -> int:
 def read_bandwidth(
     nbytes: int = BUFFER_BYTES, threads: int | None = None, repeats: int = REPEATS
 ) -> float:
-    """Bytes/s at which all threads together read a buffer, the best of several times.
+    """Measures the bytes/s at which all threads together read a buffer, the best of `repeats`.
 
-    libc's memchr does the reading: it compares a vector at a time, and ctypes calls it without
-    Python's lock. OSError where there is no libc to load.
+    The threads call libc's memchr, which compares a vector at a time, through ctypes, which
+    releases Python's lock. Raises OSError if libc cannot be loaded.
     """
     threads = threads or cores()
     search = _memchr()
     buffer = (ctypes.c_char * nbytes)()
     start = ctypes.addressof(buffer)
-    ctypes.memset(start, 1, nbytes)  # pages nobody wrote are all one page of zeros
+    ctypes.memset(start, 1, nbytes)  # unwritten pages would all map to one page of zeros
     part = nbytes // threads
 
     def read(index: int) -> int | None:
@@ -69,7 +71,7 @@ def _memchr() -> Callable[[int, int, int], int | None]:
     try:
         function = ctypes.CDLL(None).memchr
     except (TypeError, AttributeError) as error:  # Windows
-        raise OSError("this system has no libc to load") from error
+        raise OSError("libc cannot be loaded on this system") from error
     function.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
     function.restype = ctypes.c_void_p
     found: Callable[[int, int, int], int | None] = function
@@ -77,7 +79,7 @@ def _memchr() -> Callable[[int, int, int], int | None]:
 
 
 def _processor() -> str:
-    """The processor's name, as Linux or Python tells it."""
+    """Returns the processor's name, from /proc/cpuinfo or from Python."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Measure: what many answers come to."""
+"""Measurement: rates, latencies and errors of the results of a run."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from adaplex.client.bench.load import Answer
+from adaplex.client.bench.load import RequestResult
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The value that `share` of the ordered values lie below, interpolated as numpy does."""
-    place = share * (len(ordered) - 1)
-    below = int(place)
+    """Returns the value below which `share` of the ordered values lie, interpolated as by numpy."""
+    position = share * (len(ordered) - 1)
+    below = int(position)
     above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
 
 @dataclass(frozen=True)
 class Percentiles:
-    """How many values, and where they lie, in milliseconds."""
+    """Count, mean, percentiles and maximum of times in milliseconds."""
 
     count: int
     mean: float
@@ -31,7 +31,7 @@ class Percentiles:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Self | None:
-        """Of times in seconds; None when there are none."""
+        """Computes the percentiles of times in seconds; None if there are none."""
         if not seconds:
             return None
         values = sorted(1e3 * value for value in seconds)
@@ -46,52 +46,52 @@ class Percentiles:
 
 
 @dataclass(frozen=True)
-class Measure:
-    """One measurement. Rates are over `seconds`, from the first ask to the last end."""
+class Measurement:
+    """The measurement of a run. Rates are over `seconds`, from first request to last end."""
 
     requests: int
     errors: Mapping[str, int] = field(hash=False)
-    """How many ended in which error."""
+    """Number of requests that ended in each error."""
     seconds: float
     output_tokens: int
     tokens_per_second: float
     requests_per_second: float
-    """Of those that were answered to their end."""
+    """Rate of the requests that finished."""
     first_token: Percentiles | None
     inter_token: Percentiles | None
-    """Of every gap, as it was read: a reader that is late finds several tokens at once."""
+    """Gaps between arrivals of tokens; a reader that is late receives several tokens at once."""
     per_token: Percentiles | None
-    """Of each answer's mean, which such a reader does not change."""
+    """Mean time a token of each request, which does not depend on late reads."""
     first_token_bound: float
     """Seconds."""
     attainment: float
-    """Share of all requests that were answered to their end, the first token within the bound."""
+    """Fraction of all requests that finished and had their first token within the bound."""
 
     @classmethod
-    def of(cls, answers: Sequence[Answer], first_token_bound: float) -> Self:
-        """Of the answers of one run. ValueError when there are none."""
-        if not answers:
-            raise ValueError("nothing was asked, so there is nothing to measure")
-        seconds = max(a.ended for a in answers) - min(a.sent for a in answers)
-        good = [answer for answer in answers if not answer.error]
-        tokens = sum(answer.tokens for answer in answers)
-        firsts = [first for a in answers if (first := a.first_token) is not None]
-        kept = sum((a.first_token or 0.0) <= first_token_bound for a in good if a.arrivals)
+    def of(cls, results: Sequence[RequestResult], first_token_bound: float) -> Self:
+        """Computes the measurement of a run's results. Raises ValueError if there are none."""
+        if not results:
+            raise ValueError("results: no request was sent, so there is nothing to measure")
+        seconds = max(r.ended for r in results) - min(r.sent for r in results)
+        finished = [result for result in results if not result.error]
+        tokens = sum(result.tokens for result in results)
+        firsts = [first for r in results if (first := r.first_token) is not None]
+        in_time = sum((r.first_token or 0.0) <= first_token_bound for r in finished if r.arrivals)
         return cls(
-            requests=len(answers),
-            errors=dict(Counter(answer.error for answer in answers if answer.error)),
+            requests=len(results),
+            errors=dict(Counter(result.error for result in results if result.error)),
             seconds=seconds,
             output_tokens=tokens,
             tokens_per_second=tokens / seconds,
-            requests_per_second=len(good) / seconds,
+            requests_per_second=len(finished) / seconds,
             first_token=Percentiles.of(firsts),
-            inter_token=Percentiles.of([gap for answer in answers for gap in answer.gaps]),
-            per_token=Percentiles.of([p for a in answers if (p := a.per_token) is not None]),
+            inter_token=Percentiles.of([gap for result in results for gap in result.gaps]),
+            per_token=Percentiles.of([p for r in results if (p := r.per_token) is not None]),
             first_token_bound=first_token_bound,
-            attainment=kept / len(answers),
+            attainment=in_time / len(results),
         )
 
     @property
     def failed(self) -> int:
-        """How many requests were not answered to their end."""
+        """Number of requests that did not finish."""
         return sum(self.errors.values())

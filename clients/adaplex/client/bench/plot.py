@@ -1,4 +1,4 @@
-"""A picture of a report: throughput and first tokens, a row of panels for each workload."""
+"""A plot of a report: throughput and latencies, a row of panels for each workload."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from adaplex.client.bench.report import said
-from adaplex.client.bench.session import Run
+from adaplex.client.bench.report import case_label
+from adaplex.client.bench.session import BenchRun
 from adaplex.client.errors import FailedPrecondition
 
 LINES = {"punica": "streams", "cliff": "arenas"}
-"""Workloads drawn as lines, one a mix, over this part of their case. Others are bars."""
-PANELS: dict[str, Callable[[Run], float]] = {
+"""Workloads drawn as one line a mix, over this field of their case. Others are drawn as bars."""
+PANELS: dict[str, Callable[[BenchRun], float]] = {
     "tokens/s": lambda run: run.measure.tokens_per_second,
-    "first token, median ms": lambda run: _of(run.measure.first_token, "p50"),
-    "first token, P99 ms": lambda run: _of(run.measure.first_token, "p99"),
-    "between tokens, P99 ms": lambda run: _of(run.measure.inter_token, "p99"),
+    "first token, median ms": lambda run: _value_or_zero(run.measure.first_token, "p50"),
+    "first token, P99 ms": lambda run: _value_or_zero(run.measure.first_token, "p99"),
+    "between tokens, P99 ms": lambda run: _value_or_zero(run.measure.inter_token, "p99"),
 }
 
 
 def check_plotting() -> None:
-    """FailedPrecondition when matplotlib is missing, so that it is known before a long run."""
+    """Raises FailedPrecondition if matplotlib is missing, to be called before a long run."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise FailedPrecondition("a plot needs matplotlib: pip install 'adaplex[bench]'") from error
 
 
-def draw(runs: Sequence[Run], path: Path) -> None:
-    """Writes the picture, in the format of the path's suffix."""
+def draw(runs: Sequence[BenchRun], path: Path) -> None:
+    """Writes the plot in the format of the path's suffix. Raises FailedPrecondition as above."""
     check_plotting()
     import matplotlib
 
@@ -53,19 +53,21 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _lines(axes: Any, runs: Sequence[Run], value: Callable[[Run], float]) -> None:
-    along = LINES[runs[0].workload]
+def _lines(axes: Any, runs: Sequence[BenchRun], value: Callable[[BenchRun], float]) -> None:
+    field = LINES[runs[0].workload]
     for mix in dict.fromkeys(run.case["mix"] for run in runs):
         chosen = [run for run in runs if run.case["mix"] == mix]
-        axes.plot([r.case[along] for r in chosen], [*map(value, chosen)], marker="o", label=mix)
-    axes.set_xlabel(along)
+        axes.plot([r.case[field] for r in chosen], [*map(value, chosen)], marker="o", label=mix)
+    axes.set_xlabel(field)
     axes.legend(frameon=False, fontsize=7)
 
 
-def _bars(axes: Any, runs: Sequence[Run], value: Callable[[Run], float]) -> None:
-    axes.bar([said(run.case).replace(", ", "\n") for run in runs], [*map(value, runs)], width=0.5)
+def _bars(axes: Any, runs: Sequence[BenchRun], value: Callable[[BenchRun], float]) -> None:
+    axes.bar(
+        [case_label(run.case).replace(", ", "\n") for run in runs], [*map(value, runs)], width=0.5
+    )
     axes.tick_params("x", labelsize=7)
 
 
-def _of(found: object, name: str) -> float:
+def _value_or_zero(found: object, name: str) -> float:
     return float(getattr(found, name)) if found else 0.0

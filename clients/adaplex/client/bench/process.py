@@ -1,4 +1,4 @@
-"""Usage: processor time and memory of the server, when it runs on this machine."""
+"""ProcessMonitor: processor time and memory of a server on this machine."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
-LOOK_SECONDS = 0.2
-"""Between two looks at the memory."""
+POLL_SECONDS = 0.2
+"""Interval at which the resident memory is sampled."""
 MISSING = "processor time and memory need psutil: pip install 'adaplex[bench]'"
 
 
 @dataclass(frozen=True)
-class Usage:
-    """Of one process during a run. `cores` is processor seconds a second, bytes are resident."""
+class ProcessUsage:
+    """Use of one process during a run. `cores` is in processor seconds a second, `peak_bytes` is
+    resident memory.
+    """
 
     cores: float
     peak_bytes: int
     client_cores: float
-    """Of this process, which makes the load; where both share a machine it costs the server."""
+    """The cores of this process, the load generator, which competes with a server beside it."""
 
 
-class ProcessWatch:
-    """Watches one process of this machine. RuntimeError when psutil is missing, LookupError when
-    there is no such process.
+class ProcessMonitor:
+    """Measures one process of this machine.
+
+    Raises RuntimeError if psutil is missing, LookupError if there is no process `pid`.
     """
 
     def __init__(self, pid: int) -> None:
@@ -38,26 +41,26 @@ class ProcessWatch:
         self._own = psutil.Process()
 
     @contextmanager
-    def watching(self) -> Iterator[list[Usage]]:
-        """Puts the usage of the block into the list when it is left."""
-        found: list[Usage] = []
+    def measure(self) -> Iterator[list[ProcessUsage]]:
+        """Measures a `with` block; appends its usage to the yielded list at the end."""
+        usages: list[ProcessUsage] = []
         ended, peak = threading.Event(), [self._resident()]
 
-        def look() -> None:
-            while not ended.wait(LOOK_SECONDS):
+        def poll() -> None:
+            while not ended.wait(POLL_SECONDS):
                 peak.append(max(peak.pop(), self._resident()))
 
-        looking = threading.Thread(target=look, daemon=True)
-        looking.start()
-        begun, spent, own = time.perf_counter(), _seconds(self._process), _seconds(self._own)
+        polling = threading.Thread(target=poll, daemon=True)
+        polling.start()
+        started, spent, own = time.perf_counter(), _seconds(self._process), _seconds(self._own)
         try:
-            yield found
+            yield usages
         finally:
             ended.set()
-            looking.join()
-        elapsed = time.perf_counter() - begun
-        found.append(
-            Usage(
+            polling.join()
+        elapsed = time.perf_counter() - started
+        usages.append(
+            ProcessUsage(
                 cores=(_seconds(self._process) - spent) / elapsed,
                 peak_bytes=max(*peak, self._resident()),
                 client_cores=(_seconds(self._own) - own) / elapsed,
@@ -68,17 +71,20 @@ class ProcessWatch:
         return int(self._process.memory_info().rss)
 
 
-def listener(port: int) -> int:
-    """The process that listens on a port of this machine. LookupError, or RuntimeError as above."""
+def listening_pid(port: int) -> int:
+    """Returns the process that listens on a port of this machine.
+
+    Raises LookupError if none of this user's does, RuntimeError if psutil is missing.
+    """
     psutil = _psutil()
     try:
         sockets = psutil.net_connections("tcp")
     except psutil.Error as error:
-        raise LookupError(f"the listeners of this machine are not ours to see: {error}") from error
+        raise LookupError(f"no permission to list this machine's sockets: {error}") from error
     for socket in sockets:
         if socket.status == psutil.CONN_LISTEN and socket.laddr.port == port and socket.pid:
             return int(socket.pid)
-    raise LookupError(f"no process of ours listens on port {port}")
+    raise LookupError(f"no process of this user listens on port {port}")
 
 
 def _seconds(process: object) -> float:

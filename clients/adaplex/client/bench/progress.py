@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, a line now and then elsewhere; on standard error."""
+"""ProgressReporter: progress on standard error, as a bar on a terminal and as lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 LINE_SECONDS = 10.0
-"""Between two lines where there is no terminal."""
+"""Interval of lines if standard error is not a terminal."""
 
 
-class Progress:
-    """Says how far a run has come."""
+class ProgressReporter:
+    """Reports the progress of runs."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, highlight=False)
 
     @contextmanager
     def task(self, what: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-        """Gives a function to call for each thing done; `total` of them, where that is known."""
+        """Yields a function to be called for each finished item, of `total` if known."""
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             with Bars(*columns, TimeElapsedColumn(), console=self._console, transient=True) as bars:
                 bar = bars.add_task(what, total=total)
                 yield lambda: bars.advance(bar)
         else:
-            self.say(what)
+            self.print_line(what)
             yield self._lines(what, total)
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Prints a line."""
         self._console.print(line, markup=False, soft_wrap=True)
 
@@ -44,6 +44,6 @@ class Progress:
             done += 1
             if time.monotonic() - last >= LINE_SECONDS:
                 last = time.monotonic()
-                self.say(f"{what}: {done}" + (f" of {total}" if total else ""))
+                self.print_line(f"{what}: {done}" + (f" of {total}" if total else ""))
 
         return advance

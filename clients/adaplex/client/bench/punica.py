@@ -1,19 +1,19 @@
-"""Punica's workload: streams that ask back to back, over popularities of adapters."""
+"""Punica's workload: streams of back-to-back requests, over popularities of adapters."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import islice
 
-from adaplex.client.bench.load import Load
+from adaplex.client.bench.load import LoadGenerator
 from adaplex.client.bench.roofline import StepBytes
-from adaplex.client.bench.session import Case, Run, Session
-from adaplex.client.bench.workload import MIXES, assigned
+from adaplex.client.bench.session import BenchRun, Case, Session
+from adaplex.client.bench.workload import MIXES, adapter_indices
 
 
 @dataclass(frozen=True)
-class Punica:
-    """Lengths in tokens; `requests` of each stream."""
+class PunicaPlan:
+    """`prompt` and `output` are in tokens; each stream sends `requests` requests."""
 
     streams: tuple[int, ...] = (1, 8, 16, 32)
     mixes: tuple[str, ...] = MIXES
@@ -22,25 +22,26 @@ class Punica:
     requests: int = 2
 
 
-async def punica(session: Session, plan: Punica) -> list[Run]:
-    """One run for each number of streams and each mix."""
-    most = [i for mix in plan.mixes for i in assigned(mix, max(plan.streams)) if i is not None]
-    members = session.adapters.first(max(most, default=-1) + 1)
-    await session.warm([None, *(member.name for member in members)])
+async def run_punica(session: Session, plan: PunicaPlan) -> list[BenchRun]:
+    """Measures one run for each number of streams and mix."""
+    most = max(plan.streams)
+    used = [i for mix in plan.mixes for i in adapter_indices(mix, most) if i is not None]
+    adapters = session.pool.first(max(used, default=-1) + 1)
+    await session.warm_up([None, *(adapter.name for adapter in adapters)])
     return [
         await _run(session, plan, streams, mix) for streams in plan.streams for mix in plan.mixes
     ]
 
 
-async def _run(session: Session, plan: Punica, streams: int, mix: str) -> Run:
-    chosen = assigned(mix, streams)
-    members = session.adapters.members
+async def _run(session: Session, plan: PunicaPlan, streams: int, mix: str) -> BenchRun:
+    chosen = adapter_indices(mix, streams)
+    adapters = session.pool.adapters
 
-    async def drive(load: Load) -> None:
-        await load.closed(
+    async def drive(load: LoadGenerator) -> None:
+        await load.run_closed(
             islice(
-                session.prompts.asks(
-                    None if index is None else members[index].name, plan.prompt, plan.output
+                session.prompts.requests(
+                    None if index is None else adapters[index].name, plan.prompt, plan.output
                 ),
                 plan.requests,
             )
@@ -49,7 +50,7 @@ async def _run(session: Session, plan: Punica, streams: int, mix: str) -> Run:
 
     step = StepBytes.of(
         session.info.model,
-        (members[index].packed_bytes for index in {*chosen} if index is not None),
+        (adapters[index].packed_bytes for index in {*chosen} if index is not None),
         rows=streams,
         context=plan.prompt + plan.output / 2,
     )

@@ -1,4 +1,4 @@
-"""Roofline: the least time of a decode step, from the bytes it must read."""
+"""Roofline: the least time of a decode step, given the bytes that it must read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from adaplex.client.types import BaseModelInfo
 
 @dataclass(frozen=True)
 class StepBytes:
-    """What one decode step reads: the weights once, each distinct adapter once, every row's KV."""
+    """Bytes that a decode step reads: the weights and each distinct adapter once, and the keys and
+    values of every row.
+    """
 
     weights: int
     adapters: int
@@ -20,7 +22,9 @@ class StepBytes:
     def of(
         cls, model: BaseModelInfo, adapters: Iterable[int], rows: int, context: float
     ) -> StepBytes:
-        """`adapters` are the packed bytes of the distinct ones, `context` the tokens of a row."""
+        """Sums up a step of `rows` rows; `adapters` are the packed bytes of each distinct adapter,
+        `context` the tokens of a row.
+        """
         return cls(
             weights=model.step_weight_bytes,
             adapters=sum(adapters),
@@ -29,13 +33,15 @@ class StepBytes:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Total bytes of the step."""
         return self.weights + self.adapters + self.kv
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """A decode step against its floor. Bandwidth in bytes/s, times in milliseconds."""
+    """A decode step and its floor. `bandwidth` is in bytes/s, `floor` and `measured` are in
+    milliseconds, `share` is their ratio.
+    """
 
     step: StepBytes
     bandwidth: float
@@ -45,6 +51,6 @@ class Roofline:
 
     @classmethod
     def of(cls, step: StepBytes, bandwidth: float, measured: float) -> Roofline:
-        """`measured` is the milliseconds that a step took."""
+        """Compares a step that took `measured` milliseconds with its floor at the bandwidth."""
         floor = 1e3 * step.total / bandwidth
         return cls(step, bandwidth, floor, measured, floor / measured)

@@ -1,4 +1,4 @@
-"""Scrape: the server's Prometheus metrics, and what changed between two looks at them."""
+"""Scrape: the server's Prometheus metrics, and the changes between two scrapes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Series = tuple[str, frozenset[tuple[str, str]]]
 
 @dataclass(frozen=True)
 class Swaps:
-    """Loads of adapters into one tier during a run; times in milliseconds.
+    """Loads of adapters into one tier during a run; times are in milliseconds.
 
-    Percentiles are read from the server's histogram, so they are as fine as its buckets.
+    Percentiles come from the server's histogram and have the resolution of its buckets.
     """
 
     loads: int
@@ -34,13 +34,13 @@ class Swaps:
 
 @dataclass(frozen=True)
 class Scrape:
-    """Every sample of one look."""
+    """The samples of one scrape, or the difference of two."""
 
     samples: Mapping[Series, float]
 
     @classmethod
     def read(cls, url: str) -> Scrape:
-        """Asks the server. Raises Unavailable."""
+        """Scrapes a URL. Raises Unavailable if there are no metrics."""
         try:
             with urlopen(url, timeout=TIMEOUT) as response:
                 return cls.parse(response.read().decode())
@@ -49,7 +49,7 @@ class Scrape:
 
     @classmethod
     def parse(cls, text: str) -> Scrape:
-        """Of the text format."""
+        """Parses Prometheus's text format."""
         found = filter(None, map(SAMPLE.match, text.splitlines()))
         return cls(
             {
@@ -61,21 +61,21 @@ class Scrape:
         )
 
     def since(self, before: Scrape) -> Scrape:
-        """What was added to each sample."""
+        """Returns the increase of each sample since an earlier scrape."""
         return Scrape({s: value - before.samples.get(s, 0.0) for s, value in self.samples.items()})
 
     def values(self, name: str, **wanted: str) -> Iterator[tuple[dict[str, str], float]]:
-        """The samples of a name with these labels."""
+        """Yields labels and value of each sample of the name that has the wanted labels."""
         for (found, labels), value in self.samples.items():
             if found == name and wanted.items() <= dict(labels).items():
                 yield dict(labels), value
 
     def total(self, name: str, **wanted: str) -> float:
-        """Their sum."""
+        """Sums up the samples of the name that have the wanted labels."""
         return sum(value for _, value in self.values(name, **wanted))
 
     def swaps(self) -> dict[str, Swaps]:
-        """By tier, of a difference; tiers in which nothing happened are left out."""
+        """Returns the swaps of a difference by tier, without tiers that had none."""
         evicted = "adaplex_adapter_evictions_total"
         tiers = sorted({labels["tier"] for labels, _ in self.values(evicted)})
         found = {tier: self._swaps(tier, int(self.total(evicted, tier=tier))) for tier in tiers}
@@ -95,9 +95,9 @@ class Scrape:
 
 
 def quantile(buckets: list[tuple[float, float]], share: float) -> float:
-    """As Prometheus's histogram_quantile: buckets are (upper bound, values up to it), in order.
+    """Computes Prometheus's histogram_quantile of buckets (upper bound, count up to it), in order.
 
-    0 when there are no values; the largest finite bound for what lies beyond it.
+    Returns 0 if there are no values, and the largest finite bound for a quantile beyond it.
     """
     if not buckets or not buckets[-1][1]:
         return 0.0

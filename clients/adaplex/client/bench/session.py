@@ -1,4 +1,4 @@
-"""Session: one server under measurement, and how a run on it is observed."""
+"""Session: one server under measurement, and the runs on it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adaplex.client.aio import AsyncClient
-from adaplex.client.bench import fleet
-from adaplex.client.bench.fleet import Fleet
-from adaplex.client.bench.load import Answer, Load, adaplex_target
+from adaplex.client.bench.adapter_pool import AdapterPool, stored_pool, temporary_pool
+from adaplex.client.bench.load import LoadGenerator, RequestResult, adaplex_sender
 from adaplex.client.bench.machine import Machine, read_bandwidth
-from adaplex.client.bench.measures import Measure
-from adaplex.client.bench.process import ProcessWatch, Usage, listener
-from adaplex.client.bench.progress import Progress
+from adaplex.client.bench.measures import Measurement
+from adaplex.client.bench.process import ProcessMonitor, ProcessUsage, listening_pid
+from adaplex.client.bench.progress import ProgressReporter
 from adaplex.client.bench.roofline import Roofline, StepBytes
 from adaplex.client.bench.scrape import Scrape, Swaps
 from adaplex.client.bench.workload import Prompts
@@ -24,114 +23,121 @@ from adaplex.client.types import ServerInfo
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 HTTP_PORT = 9400
-"""Of the server's metrics, unless it was told otherwise."""
-WARM_STREAMS = 4
+"""The server's default port of its metrics."""
+WARM_UP_STREAMS = 4
 
 
 @dataclass(frozen=True)
-class Setup:
-    """How to measure. What is None is found out, or left out with a warning."""
+class BenchConfig:
+    """How to measure. A field that is None is determined, or its figures are left out with a
+    warning.
+    """
 
     target: str
     make_adapters: int = 0
-    """Random ones to upload instead of asking those on the server."""
+    """Number of random adapters to upload and use instead of those on the server."""
     ranks: Sequence[int] = (16,)
+    """Ranks of the random adapters, in turn."""
     keep_adapters: bool = False
+    """True does not delete the random adapters at the end."""
     metrics: str | None = None
-    """URL; by default that of the target's host with the usual port."""
+    """URL of the server's metrics; by default the target's host and HTTP_PORT."""
     pid: int | None = None
+    """The server's process; by default the one that listens on the target's port."""
     bandwidth: float | None = None
-    """Bytes/s of the memory that the server computes from."""
+    """Bytes/s of the server's memory; by default measured if the server runs on this CPU."""
     first_token_bound: float = 6.0
-    """Seconds, for attainment; S-LoRA's objective."""
+    """Seconds until the first token that attainment allows; S-LoRA's objective."""
     seed: int = 42
 
     @property
     def host(self) -> str:
-        """Of the target."""
+        """The target's host."""
         return self.target.rpartition(":")[0]
 
     @property
     def local(self) -> bool:
-        """Whether the server is on this machine."""
+        """True if the server is on this machine."""
         return self.host in LOOPBACK
 
 
 Case = Mapping[str, str | float]
-"""What distinguishes a run from the others of its workload."""
+"""The parameters that distinguish a run from the others of its workload."""
 
 
 @dataclass(frozen=True)
-class Run:
+class BenchRun:
     """One measurement of a workload."""
 
     workload: str
     case: Case = field(hash=False)
-    measure: Measure
+    measure: Measurement
     swaps: Mapping[str, Swaps] | None = field(hash=False)
-    """By tier; None without metrics."""
-    usage: Usage | None
+    """Adapter loads by tier; None without metrics."""
+    usage: ProcessUsage | None
     roofline: Roofline | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """What only this workload measures."""
+    """Figures of this workload alone."""
 
 
 class Session:
-    """What every workload needs of a server."""
+    """A client, adapters and prompts for one server, and the measurement of runs on it."""
 
     def __init__(
         self,
         client: AsyncClient,
-        setup: Setup,
+        config: BenchConfig,
         info: ServerInfo,
-        adapters: Fleet,
+        pool: AdapterPool,
         machine: Machine,
-        progress: Progress,
+        progress: ProgressReporter,
     ) -> None:
-        self.client, self.setup, self.info = client, setup, info
-        self.adapters, self.machine, self.progress = adapters, machine, progress
-        self.prompts = Prompts(info.model.vocab_size, setup.seed)
-        self.target = adaplex_target(client)
+        self.client, self.config, self.info = client, config, info
+        self.pool, self.machine, self.progress = pool, machine, progress
+        self.prompts = Prompts(info.model.vocab_size, config.seed)
+        self.send = adaplex_sender(client)
         self.warnings: list[str] = []
-        self._watch = self._find_process()
-        self._metrics = setup.metrics or f"http://{setup.host}:{HTTP_PORT}/metrics"
+        self._monitor = self._find_process()
+        self._metrics = config.metrics or f"http://{config.host}:{HTTP_PORT}/metrics"
         self._scraping = True
 
-    async def warm(self, names: Iterable[str | None]) -> None:
-        """Asks each adapter for one token, so that it is in memory. FailedPrecondition names one
-        that does not answer.
+    async def warm_up(self, names: Iterable[str | None]) -> None:
+        """Generates one token with each adapter, which loads it into memory.
+
+        Raises FailedPrecondition naming an adapter whose request fails.
         """
-        asks = (next(self.prompts.asks(name, 4, 1)) for name in names)
-        load = Load(self.target)
-        await load.closed([asks] * WARM_STREAMS)
-        for answer in load.answers:
-            if answer.error:
-                name = answer.ask.adapter or "the base"
-                raise FailedPrecondition(f"{name} does not answer: {answer.error}")
+        requests = (next(self.prompts.requests(name, 4, 1)) for name in names)
+        load = LoadGenerator(self.send)
+        await load.run_closed([requests] * WARM_UP_STREAMS)
+        for result in load.results:
+            if result.error:
+                name = result.request.adapter or "the base"
+                raise FailedPrecondition(f"{name} does not answer: {result.error}")
 
     async def observe(
         self,
         workload: str,
         case: Case,
-        drive: Callable[[Load], Awaitable[Mapping[str, Any] | None]],
+        drive: Callable[[LoadGenerator], Awaitable[Mapping[str, Any] | None]],
         *,
         total: int | None = None,
         step: StepBytes | None = None,
-    ) -> Run:
-        """Runs `drive`, which makes the load and may return extras, and measures its answers.
+    ) -> BenchRun:
+        """Measures `drive`, which sends the requests and may return extra figures.
 
-        `total` is how many answers will come; `step` what each decode step reads.
+        `total` is the number of requests, for the progress bar; `step` the bytes that each decode
+        step reads, for the roofline.
         """
         label = ", ".join([workload, *(f"{name} {value}" for name, value in case.items())])
         before = await self._scrape()
         with ExitStack() as stack:
             advance = stack.enter_context(self.progress.task(label, total))
-            usage = stack.enter_context(self._watch.watching()) if self._watch else []
-            load = Load(self.target, lambda _: advance())
+            usage = stack.enter_context(self._monitor.measure()) if self._monitor else []
+            load = LoadGenerator(self.send, lambda _: advance())
             extra = await drive(load)
         after = await self._scrape()
-        measure = self.measure(load.answers)
-        return Run(
+        measure = self.measure(load.results)
+        return BenchRun(
             workload=workload,
             case=case,
             measure=measure,
@@ -141,18 +147,18 @@ class Session:
             extra=extra or {},
         )
 
-    def measure(self, answers: Sequence[Answer]) -> Measure:
-        """With this session's bound."""
-        return Measure.of(answers, self.setup.first_token_bound)
+    def measure(self, results: Sequence[RequestResult]) -> Measurement:
+        """Computes a measurement with this session's bound of the first token."""
+        return Measurement.of(results, self.config.first_token_bound)
 
-    def _roofline(self, step: StepBytes | None, measure: Measure) -> Roofline | None:
+    def _roofline(self, step: StepBytes | None, measure: Measurement) -> Roofline | None:
         bandwidth, found = self.machine.bandwidth, measure.per_token
         if not (step and bandwidth and found and found.p50):
             return None
         return Roofline.of(step, bandwidth, found.p50)
 
     async def _scrape(self) -> Scrape | None:
-        """None once it has failed: the run goes on without."""
+        """Scrapes the metrics; after a failure warns once and always returns None."""
         if not self._scraping:
             return None
         try:
@@ -162,12 +168,13 @@ class Session:
             self.warnings.append(f"no swap times: {error}")
             return None
 
-    def _find_process(self) -> ProcessWatch | None:
-        setup = self.setup
-        if setup.pid is None and not setup.local:
+    def _find_process(self) -> ProcessMonitor | None:
+        config = self.config
+        if config.pid is None and not config.local:
             return None
         try:
-            return ProcessWatch(setup.pid or listener(int(setup.target.rpartition(":")[2])))
+            port = int(config.target.rpartition(":")[2])
+            return ProcessMonitor(config.pid or listening_pid(port))
         except (RuntimeError, LookupError) as error:
             self.warnings.append(f"no processor time and memory of the server: {error}")
             return None
@@ -175,29 +182,29 @@ class Session:
 
 @asynccontextmanager
 async def open_session(
-    client: AsyncClient, setup: Setup, progress: Progress
+    client: AsyncClient, config: BenchConfig, progress: ProgressReporter
 ) -> AsyncIterator[Session]:
-    """Finds or makes the adapters, measures the memory while the server is idle."""
+    """Opens a session: measures the memory of an idle server, lists or uploads the adapters."""
     info = await client.server_info()
-    bandwidth = setup.bandwidth
-    if bandwidth is None and setup.local and info.model.device.startswith("cpu"):
+    bandwidth = config.bandwidth
+    if bandwidth is None and config.local and info.model.device.startswith("cpu"):
         bandwidth = await asyncio.to_thread(read_bandwidth)
     machine = Machine.here(bandwidth)
-    if not setup.make_adapters:
-        yield Session(client, setup, info, await fleet.stored(client), machine, progress)
+    if not config.make_adapters:
+        yield Session(client, config, info, await stored_pool(client), machine, progress)
         return
-    async with fleet.made(
+    async with temporary_pool(
         client,
         info.model.modules,
-        setup.make_adapters,
-        setup.ranks,
-        seed=setup.seed,
+        config.make_adapters,
+        config.ranks,
+        seed=config.seed,
         progress=progress,
-        keep=setup.keep_adapters,
-    ) as adapters:
-        yield Session(client, setup, info, adapters, machine, progress)
+        keep=config.keep_adapters,
+    ) as pool:
+        yield Session(client, config, info, pool, machine, progress)
 
 
 def without_modules(info: ServerInfo) -> ServerInfo:
-    """The facts of a server that a report keeps."""
+    """Returns a server's description without its list of modules, which is long."""
     return replace(info, model=replace(info.model, modules=()))

@@ -1,4 +1,4 @@
-"""`adaplex bench`: make load on a running server, and say what became of it."""
+"""`adaplex bench`: send load to a running server and report how it performs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from adaplex.client.bench import churn as churning
-from adaplex.client.bench import cliff as cliffs
-from adaplex.client.bench import hot_tenant as hot_tenants
-from adaplex.client.bench import plot as plots
-from adaplex.client.bench import punica as punicas
-from adaplex.client.bench import slora as sloras
-from adaplex.client.bench.progress import Progress
+from adaplex.client.bench.churn import ChurnPlan, run_churn
+from adaplex.client.bench.cliff import CliffPlan, run_cliff
+from adaplex.client.bench.hot_tenant import HotTenantPlan, run_hot_tenant
+from adaplex.client.bench.plot import check_plotting, draw
+from adaplex.client.bench.progress import ProgressReporter
+from adaplex.client.bench.punica import PunicaPlan, run_punica
 from adaplex.client.bench.report import COLUMNS, SWAP_COLUMNS, Report
-from adaplex.client.bench.session import Run, Session, Setup, open_session
+from adaplex.client.bench.session import BenchConfig, BenchRun, Session, open_session
+from adaplex.client.bench.slora import SLoraPlan, run_slora
 from adaplex.client.bench.workload import MIXES, Trace
 from adaplex.client.cli import render
 from adaplex.client.cli.app import Target
@@ -27,28 +27,32 @@ from adaplex.client.cli.values import length_range, numbers
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Make load on a running server and measure it. Prompts are random tokens, each new; "
-    "answers are greedy and run to their full length.",
+    help="Send load to a running server and measure it. Prompts are random tokens, none repeated; "
+    "answers are greedy and of full length.",
 )
 
 Plan = TypeVar("Plan")
 Prompt = Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")]
 Output = Annotated[int, typer.Option(min=1, help="Tokens of an answer.")]
-Streams = Annotated[int, typer.Option(min=1, help="Requests in work at once.")]
+Streams = Annotated[int, typer.Option(min=1, help="Concurrent requests.")]
 Seconds = Annotated[float, typer.Option(min=0.1, help="Seconds of one run.")]
 
 
 @dataclass(frozen=True)
-class Common:
+class CommonOptions:
     """The options that all workloads share."""
 
     make_adapters: Annotated[
         int,
-        typer.Option(min=0, help="Upload so many random adapters instead of asking those there."),
+        typer.Option(
+            min=0, help="Upload this many random adapters instead of using those on the server."
+        ),
     ] = 0
-    rank: Annotated[str, typer.Option(help="Their ranks, in turn, such as 64,32,16,8.")] = "16"
+    rank: Annotated[
+        str, typer.Option(help="Ranks of the random adapters, in turn, such as 64,32,16,8.")
+    ] = "16"
     keep_adapters: Annotated[
-        bool, typer.Option("--keep-adapters", help="Leave them on the server.")
+        bool, typer.Option("--keep-adapters", help="Leave the random adapters on the server.")
     ] = False
     metrics: Annotated[
         str | None, typer.Option(help="URL of the server's metrics.  [default: its port 9400]")
@@ -56,22 +60,24 @@ class Common:
     bandwidth: Annotated[
         float | None,
         typer.Option(
-            min=0.001,
-            help="GB/s of the memory the server computes from; measured if it is on this CPU.",
+            min=0.001, help="GB/s of the server's memory; measured if the server is on this CPU."
         ),
     ] = None
     first_token_bound: Annotated[
-        float, typer.Option(min=0.0, help="Seconds; attainment counts what keeps it.")
+        float, typer.Option(min=0.0, help="Seconds to the first token that attainment allows.")
     ] = 6.0
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same requests.")] = 42
-    json: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the report here.")] = None
+    seed: Annotated[int, typer.Option(min=0, help="The same seed sends the same requests.")] = 42
+    json: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Write the report to this file.")
+    ] = None
     plot: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="Draw it here: .svg, .png or .pdf.")
+        Path | None,
+        typer.Option(dir_okay=False, help="Plot the report to this file: .svg, .png or .pdf."),
     ] = None
 
-    def setup(self, target: str) -> Setup:
-        """As the load generator takes it."""
-        return Setup(
+    def config(self, target: str) -> BenchConfig:
+        """Returns the configuration of a session with the server `target`."""
+        return BenchConfig(
             target=target,
             make_adapters=self.make_adapters,
             ranks=numbers(self.rank),
@@ -83,27 +89,27 @@ class Common:
         )
 
 
-def measuring(
-    work: Callable[[Session, Plan], Awaitable[Sequence[Run]]],
+def workload_command(
+    run: Callable[[Session, Plan], Awaitable[Sequence[BenchRun]]],
 ) -> Callable[[Callable[..., Plan]], Callable[..., None]]:
-    """Makes a command of a function from options to a plan: with Common's options, it does the
-    work and tells the result.
+    """Decorates a function from options to a plan: makes it a command that also has the common
+    options, runs the plan and prints the report.
     """
 
     def command_of(plan_of: Callable[..., Plan]) -> Callable[..., None]:
         own = inspect.signature(plan_of, eval_str=True).parameters
-        shared = inspect.signature(Common, eval_str=True).parameters
+        shared = inspect.signature(CommonOptions, eval_str=True).parameters
 
         def command(context: typer.Context, **given: Any) -> None:
-            common = Common(**{name: given[name] for name in shared})
+            common = CommonOptions(**{name: given[name] for name in shared})
             plan = plan_of(**{name: given[name] for name in own})
-            _measure(context, common, given, lambda session: work(session, plan))
+            _measure(context, common, given, lambda session: run(session, plan))
 
-        where = inspect.Parameter(
+        context = inspect.Parameter(
             "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
         )
-        everything = [where, *own.values(), *shared.values()]
-        command.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
+        parameters = [context, *own.values(), *shared.values()]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__name__, command.__doc__ = plan_of.__name__, plan_of.__doc__
         return command
 
@@ -111,67 +117,78 @@ def measuring(
 
 
 @app.command()
-@measuring(punicas.punica)
+@workload_command(run_punica)
 def punica(
-    streams: Annotated[str, typer.Option(help="Requests in work at once.")] = "1,8,16,32",
-    mixes: Annotated[str, typer.Option(help=f"Of {', '.join(MIXES)}.")] = ",".join(MIXES),
+    streams: Annotated[str, typer.Option(help="Numbers of concurrent requests.")] = "1,8,16,32",
+    mixes: Annotated[str, typer.Option(help=f"Popularities, of {', '.join(MIXES)}.")] = ",".join(
+        MIXES
+    ),
     prompt: Prompt = 64,
     output: Output = 64,
-    requests: Annotated[int, typer.Option(min=1, help="Of each stream.")] = 2,
-) -> punicas.Punica:
-    """Streams that ask back to back, over popularities of adapters."""
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each stream.")] = 2,
+) -> PunicaPlan:
+    """Streams of back-to-back requests, over popularities of adapters."""
     chosen = tuple(mixes.split(","))
     if unknown := set(chosen) - set(MIXES):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: not one of {', '.join(MIXES)}")
-    return punicas.Punica(numbers(streams), chosen, prompt, output, requests)
+    return PunicaPlan(numbers(streams), chosen, prompt, output, requests)
 
 
 @app.command()
-@measuring(sloras.slora)
+@workload_command(run_slora)
 def slora(
-    adapters: Annotated[int, typer.Option(min=0, help="How many to ask; 0 is all.")] = 0,
+    adapters: Annotated[int, typer.Option(min=0, help="Adapters to use; 0 is all.")] = 0,
     alpha: Annotated[
-        float, typer.Option(min=0.001, help="1 asks all alike, less asks few of them often.")
+        float, typer.Option(min=0.001, help="Popularity: 1 is uniform, less is more skewed.")
     ] = 1.0,
     rate: Annotated[float, typer.Option(min=0.001, help="Requests a second.")] = 2.0,
-    cv: Annotated[float, typer.Option(min=0.0, help="Of the gaps; more comes in bursts.")] = 1.0,
+    cv: Annotated[
+        float,
+        typer.Option(min=0.0, help="Variation of the gaps: 0 periodic, 1 Poisson, more bursty."),
+    ] = 1.0,
     duration: Annotated[float, typer.Option(min=0.1, help="Seconds of requests.")] = 120.0,
-    inputs: Annotated[str, typer.Option(help="Tokens of prompts, low:high, high left out.")] = (
-        "8:512"
-    ),
-    outputs: Annotated[str, typer.Option(help="Tokens of answers, the same way.")] = "8:512",
-) -> sloras.SLora:
-    """Requests at their times, adapters by a power law: S-LoRA's generator."""
+    inputs: Annotated[
+        str, typer.Option(help="Tokens of prompts as low:high, without high.")
+    ] = "8:512",
+    outputs: Annotated[
+        str, typer.Option(help="Tokens of answers as low:high, without high.")
+    ] = "8:512",
+) -> SLoraPlan:
+    """Requests at random times, over adapters by a power law: S-LoRA's generator."""
     trace = Trace(alpha, rate, cv, duration, length_range(inputs), length_range(outputs))
-    return sloras.SLora(trace, adapters)
+    return SLoraPlan(trace, adapters)
 
 
 @app.command()
-@measuring(churning.churn)
+@workload_command(run_churn)
 def churn(
     streams: Streams = 8,
-    adapters: Annotated[int, typer.Option(min=1, help="Made for this, and deleted.")] = 4,
-    adapter_rank: Annotated[int, typer.Option(min=1, help="Their rank.")] = 16,
+    adapters: Annotated[
+        int, typer.Option(min=1, help="Adapters to upload for this run; deleted at its end.")
+    ] = 4,
+    adapter_rank: Annotated[int, typer.Option(min=1, help="Rank of these adapters.")] = 16,
     prompt: Prompt = 64,
     output: Output = 64,
     seconds: Seconds = 20.0,
     pause: Annotated[float, typer.Option(min=0.0, help="Seconds between rounds of changes.")] = 0.0,
-) -> churning.Churn:
-    """Uploads, replacements, unloads and deletions under load, against the same without."""
-    return churning.Churn(streams, adapters, adapter_rank, prompt, output, seconds, pause)
+) -> ChurnPlan:
+    """Uploads, replacements, unloads and deletions under load, compared with none."""
+    return ChurnPlan(streams, adapters, adapter_rank, prompt, output, seconds, pause)
 
 
 @app.command()
-@measuring(cliffs.cliff)
+@workload_command(run_cliff)
 def cliff(
-    times: Annotated[str, typer.Option(help="Working sets, in arenas.")] = "0.5,1,2,4",
+    times: Annotated[str, typer.Option(help="Sizes of the working sets, in arenas.")] = "0.5,1,2,4",
     streams: Streams = 8,
-    requests: Annotated[int, typer.Option(min=1, help="Of all streams, in one run.")] = 200,
+    requests: Annotated[
+        int, typer.Option(min=1, help="Requests of one run, of all streams.")
+    ] = 200,
     prompt: Prompt = 16,
     output: Output = 16,
-) -> cliffs.Cliff:
+) -> CliffPlan:
     """Working sets of adapters smaller and larger than the arena, uniform and zipf."""
-    return cliffs.Cliff(
+    return CliffPlan(
         times=numbers(times, float),
         streams=streams,
         requests=requests,
@@ -181,21 +198,25 @@ def cliff(
 
 
 @app.command("hot-tenant")
-@measuring(hot_tenants.hot_tenant)
+@workload_command(run_hot_tenant)
 def hot_tenant(
-    tenants: Annotated[int, typer.Option(min=1, help="Cold ones, an adapter each.")] = 4,
-    rate: Annotated[float, typer.Option(min=0.001, help="Their requests a second, in all.")] = 2.0,
-    flood: Annotated[int, typer.Option(min=1, help="Streams of the hot one.")] = 16,
+    tenants: Annotated[
+        int, typer.Option(min=1, help="Number of cold tenants, with an adapter each.")
+    ] = 4,
+    rate: Annotated[
+        float, typer.Option(min=0.001, help="Requests a second of the cold tenants, in all.")
+    ] = 2.0,
+    flood: Annotated[int, typer.Option(min=1, help="Streams of the hot tenant.")] = 16,
     prompt: Prompt = 64,
     output: Output = 32,
     seconds: Seconds = 20.0,
-) -> hot_tenants.HotTenant:
-    """What one tenant's flood costs those who ask for other adapters."""
-    return hot_tenants.HotTenant(tenants, rate, flood, prompt, output, seconds)
+) -> HotTenantPlan:
+    """The cost of one tenant's flood to tenants with other adapters."""
+    return HotTenantPlan(tenants, rate, flood, prompt, output, seconds)
 
 
-def tell(report: Report) -> None:
-    """Prints tables on standard output, and what is missing on standard error."""
+def print_report(report: Report) -> None:
+    """Prints the tables on standard output and the warnings on standard error."""
     render.table(COLUMNS, report.rows())
     if swaps := report.swap_rows():
         typer.echo()
@@ -205,31 +226,32 @@ def tell(report: Report) -> None:
 
 def _measure(
     context: typer.Context,
-    common: Common,
+    common: CommonOptions,
     options: dict[str, Any],
-    work: Callable[[Session], Awaitable[Sequence[Run]]],
+    run: Callable[[Session], Awaitable[Sequence[BenchRun]]],
 ) -> None:
     target = context.find_object(Target)
     assert target is not None
     if common.plot:
-        plots.check_plotting()
-    setup = common.setup(target.target)
+        check_plotting()
+    config = common.config(target.target)
 
-    async def run() -> Report:
+    async def measured() -> Report:
         async with (
             target.async_client() as client,
-            open_session(client, setup, Progress()) as session,
+            open_session(client, config, ProgressReporter()) as session,
         ):
-            runs = await work(session)
+            runs = await run(session)
             return Report.of(session, {"command": context.info_name, **_plain(options)}, runs)
 
-    report = asyncio.run(run())
-    tell(report)
+    report = asyncio.run(measured())
+    print_report(report)
     if common.json:
         common.json.write_text(report.json())
     if common.plot:
-        plots.draw(report.runs, common.plot)
+        draw(report.runs, common.plot)
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns options as values for JSON."""
     return {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
