@@ -20,7 +20,6 @@ from adaplex.engine.request import AdapterRef, Timing
 from adaplex.engine.stats import EngineStats
 from adaplex.server.metrics import Metrics, RpcMetrics
 from adaplex.server.rpc_context import RpcContext
-from adaplex.server.rpc_metrics import RpcMetrics
 from time_limits import WAIT_SECONDS
 
 ROOT = Path(__file__).parents[2]
