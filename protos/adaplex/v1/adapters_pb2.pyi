@@ -29,18 +29,18 @@ class _UploadPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UploadPo
     UPLOAD_POLICY_UNSPECIFIED: _UploadPolicy.ValueType  # 0
     """The same as CREATE."""
     UPLOAD_POLICY_CREATE: _UploadPolicy.ValueType  # 1
-    """A taken name is ALREADY_EXISTS, unless its content is the same."""
+    """Other content under an existing name is ALREADY_EXISTS."""
     UPLOAD_POLICY_REPLACE: _UploadPolicy.ValueType  # 2
-    """A taken name gets a new version; running requests finish on the old one."""
+    """An existing name gets a new version; running requests finish on the old one."""
 
 class UploadPolicy(_UploadPolicy, metaclass=_UploadPolicyEnumTypeWrapper): ...
 
 UPLOAD_POLICY_UNSPECIFIED: UploadPolicy.ValueType  # 0
 """The same as CREATE."""
 UPLOAD_POLICY_CREATE: UploadPolicy.ValueType  # 1
-"""A taken name is ALREADY_EXISTS, unless its content is the same."""
+"""Other content under an existing name is ALREADY_EXISTS."""
 UPLOAD_POLICY_REPLACE: UploadPolicy.ValueType  # 2
-"""A taken name gets a new version; running requests finish on the old one."""
+"""An existing name gets a new version; running requests finish on the old one."""
 Global___UploadPolicy: _TypeAlias = UploadPolicy  # noqa: Y015
 
 class _MergeMethod:
@@ -50,32 +50,59 @@ class _MergeMethod:
 class _MergeMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MergeMethod.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     MERGE_METHOD_UNSPECIFIED: _MergeMethod.ValueType  # 0
+    """Refused."""
     MERGE_METHOD_LINEAR: _MergeMethod.ValueType  # 1
+    """Weighted sum of the factors."""
     MERGE_METHOD_CAT: _MergeMethod.ValueType  # 2
+    """Concatenation of the factors: the exact weighted sum of the deltas, its rank the sum of the ranks."""
     MERGE_METHOD_SVD: _MergeMethod.ValueType  # 3
+    """Weighted sum of the products."""
     MERGE_METHOD_TIES: _MergeMethod.ValueType  # 4
+    """TIES on the factors."""
     MERGE_METHOD_TIES_SVD: _MergeMethod.ValueType  # 5
+    """TIES on the products."""
     MERGE_METHOD_DARE_LINEAR: _MergeMethod.ValueType  # 6
+    """DARE on the factors, then their weighted sum."""
     MERGE_METHOD_DARE_TIES: _MergeMethod.ValueType  # 7
+    """DARE on the factors, then TIES."""
     MERGE_METHOD_DARE_LINEAR_SVD: _MergeMethod.ValueType  # 8
+    """DARE on the products, then their weighted sum."""
     MERGE_METHOD_DARE_TIES_SVD: _MergeMethod.ValueType  # 9
+    """DARE on the products, then TIES."""
     MERGE_METHOD_MAGNITUDE_PRUNE: _MergeMethod.ValueType  # 10
+    """Magnitude pruning of the factors, then their weighted sum."""
     MERGE_METHOD_MAGNITUDE_PRUNE_SVD: _MergeMethod.ValueType  # 11
+    """Magnitude pruning of the products, then their weighted sum."""
 
-class MergeMethod(_MergeMethod, metaclass=_MergeMethodEnumTypeWrapper): ...
+class MergeMethod(_MergeMethod, metaclass=_MergeMethodEnumTypeWrapper):
+    """Methods of PEFT's `add_weighted_adapter`. Methods without SVD merge the factors A and B, which must have equal
+    ranks except for CAT; methods with SVD merge the products B A and factorize the result.
+    """
 
 MERGE_METHOD_UNSPECIFIED: MergeMethod.ValueType  # 0
+"""Refused."""
 MERGE_METHOD_LINEAR: MergeMethod.ValueType  # 1
+"""Weighted sum of the factors."""
 MERGE_METHOD_CAT: MergeMethod.ValueType  # 2
+"""Concatenation of the factors: the exact weighted sum of the deltas, its rank the sum of the ranks."""
 MERGE_METHOD_SVD: MergeMethod.ValueType  # 3
+"""Weighted sum of the products."""
 MERGE_METHOD_TIES: MergeMethod.ValueType  # 4
+"""TIES on the factors."""
 MERGE_METHOD_TIES_SVD: MergeMethod.ValueType  # 5
+"""TIES on the products."""
 MERGE_METHOD_DARE_LINEAR: MergeMethod.ValueType  # 6
+"""DARE on the factors, then their weighted sum."""
 MERGE_METHOD_DARE_TIES: MergeMethod.ValueType  # 7
+"""DARE on the factors, then TIES."""
 MERGE_METHOD_DARE_LINEAR_SVD: MergeMethod.ValueType  # 8
+"""DARE on the products, then their weighted sum."""
 MERGE_METHOD_DARE_TIES_SVD: MergeMethod.ValueType  # 9
+"""DARE on the products, then TIES."""
 MERGE_METHOD_MAGNITUDE_PRUNE: MergeMethod.ValueType  # 10
+"""Magnitude pruning of the factors, then their weighted sum."""
 MERGE_METHOD_MAGNITUDE_PRUNE_SVD: MergeMethod.ValueType  # 11
+"""Magnitude pruning of the products, then their weighted sum."""
 Global___MergeMethod: _TypeAlias = MergeMethod  # noqa: Y015
 
 class _ResidencyTier:
@@ -85,6 +112,7 @@ class _ResidencyTier:
 class _ResidencyTierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ResidencyTier.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     RESIDENCY_TIER_UNSPECIFIED: _ResidencyTier.ValueType  # 0
+    """Never sent."""
     RESIDENCY_TIER_ARENA: _ResidencyTier.ValueType  # 1
     """Device memory."""
     RESIDENCY_TIER_HOST: _ResidencyTier.ValueType  # 2
@@ -92,11 +120,12 @@ class _ResidencyTierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Residen
     RESIDENCY_TIER_DISK: _ResidencyTier.ValueType  # 3
     """Files on this machine."""
     RESIDENCY_TIER_SOURCE: _ResidencyTier.ValueType  # 4
-    """The shared store; to be fetched."""
+    """The shared store, from which the files are fetched."""
 
 class ResidencyTier(_ResidencyTier, metaclass=_ResidencyTierEnumTypeWrapper): ...
 
 RESIDENCY_TIER_UNSPECIFIED: ResidencyTier.ValueType  # 0
+"""Never sent."""
 RESIDENCY_TIER_ARENA: ResidencyTier.ValueType  # 1
 """Device memory."""
 RESIDENCY_TIER_HOST: ResidencyTier.ValueType  # 2
@@ -104,7 +133,7 @@ RESIDENCY_TIER_HOST: ResidencyTier.ValueType  # 2
 RESIDENCY_TIER_DISK: ResidencyTier.ValueType  # 3
 """Files on this machine."""
 RESIDENCY_TIER_SOURCE: ResidencyTier.ValueType  # 4
-"""The shared store; to be fetched."""
+"""The shared store, from which the files are fetched."""
 Global___ResidencyTier: _TypeAlias = ResidencyTier  # noqa: Y015
 
 @_typing.final
@@ -115,10 +144,13 @@ class AdapterUpload(_message.Message):
     FILES_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$, not the name of the base model."""
+    """`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`, not the name of the base model."""
     policy: Global___UploadPolicy.ValueType
+    """What happens if the name exists."""
     @_builtins.property
-    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterFile]: ...
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterFile]:
+        """Files in the order in which their chunks follow. At most 16."""
+
     def __init__(
         self,
         *,
@@ -144,8 +176,9 @@ class AdapterFile(_message.Message):
     name: _builtins.str
     """`adapter_config.json`, `adapter_model.safetensors`, or the OpenSSF signature `model.sig`."""
     size_bytes: _builtins.int
+    """Size of the file."""
     sha256: _builtins.str
-    """64 lower-case hex digits."""
+    """SHA-256 of the file: 64 lower-case hex digits."""
     def __init__(
         self,
         *,
@@ -169,8 +202,11 @@ class AdapterChunk(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     file_index: _builtins.int
+    """Index of the file in AdapterUpload.files."""
     offset: _builtins.int
+    """Position of the data in the file: the end of the chunk before."""
     data: _builtins.bytes
+    """1 byte to 1 MiB."""
     def __init__(
         self,
         *,
@@ -193,9 +229,13 @@ class UploadAdapterRequest(_message.Message):
     METADATA_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def metadata(self) -> Global___AdapterUpload: ...
+    def metadata(self) -> Global___AdapterUpload:
+        """First message."""
+
     @_builtins.property
-    def chunk(self) -> Global___AdapterChunk: ...
+    def chunk(self) -> Global___AdapterChunk:
+        """Every later message."""
+
     def __init__(
         self,
         *,
@@ -220,11 +260,15 @@ class UploadAdapterResponse(_message.Message):
     REPORT_FIELD_NUMBER: _builtins.int
     CREATED_FIELD_NUMBER: _builtins.int
     created: _builtins.bool
-    """False when the name already pointed to this content."""
+    """False if the name already pointed to this content."""
     @_builtins.property
-    def adapter(self) -> Global___Adapter: ...
+    def adapter(self) -> Global___Adapter:
+        """The stored version."""
+
     @_builtins.property
-    def report(self) -> Global___AdapterReport: ...
+    def report(self) -> Global___AdapterReport:
+        """Report on the checkpoint."""
+
     def __init__(
         self,
         *,
@@ -247,9 +291,13 @@ class ValidateAdapterRequest(_message.Message):
     METADATA_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def metadata(self) -> Global___AdapterUpload: ...
+    def metadata(self) -> Global___AdapterUpload:
+        """First message."""
+
     @_builtins.property
-    def chunk(self) -> Global___AdapterChunk: ...
+    def chunk(self) -> Global___AdapterChunk:
+        """Every later message."""
+
     def __init__(
         self,
         *,
@@ -273,8 +321,11 @@ class ValidateAdapterResponse(_message.Message):
     VALID_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
     valid: _builtins.bool
+    """True if the report has no refusals."""
     @_builtins.property
-    def report(self) -> Global___AdapterReport: ...
+    def report(self) -> Global___AdapterReport:
+        """Report on the checkpoint."""
+
     def __init__(
         self,
         *,
@@ -297,11 +348,13 @@ class LoadAdapterRequest(_message.Message):
     URI_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Name to store the adapter under, as AdapterUpload.name."""
     uri: _builtins.str
-    """A directory or a GGUF file: a path or file:// URI under the server's allowed roots,
+    """A directory or a GGUF file: a path or file:// URI under the server's `adapter_roots`,
     `hf://org/repo[/folder][@revision]` or `s3://bucket/prefix`.
     """
     policy: Global___UploadPolicy.ValueType
+    """What happens if the name exists."""
     def __init__(
         self,
         *,
@@ -325,10 +378,15 @@ class LoadAdapterResponse(_message.Message):
     REPORT_FIELD_NUMBER: _builtins.int
     CREATED_FIELD_NUMBER: _builtins.int
     created: _builtins.bool
+    """False if the name already pointed to this content."""
     @_builtins.property
-    def adapter(self) -> Global___Adapter: ...
+    def adapter(self) -> Global___Adapter:
+        """The stored version."""
+
     @_builtins.property
-    def report(self) -> Global___AdapterReport: ...
+    def report(self) -> Global___AdapterReport:
+        """Report on the checkpoint."""
+
     def __init__(
         self,
         *,
@@ -357,17 +415,19 @@ class MergeAdaptersRequest(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     MAJORITY_SIGN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Of the adapter that is made."""
+    """Name to store the result under, as AdapterUpload.name."""
     policy: Global___UploadPolicy.ValueType
+    """What happens if the name exists."""
     method: Global___MergeMethod.ValueType
+    """How values of the sources are merged."""
     density: _builtins.float
-    """Share of values kept by ties, dare and magnitude pruning, (0, 1]."""
+    """Fraction of values that TIES, DARE and magnitude pruning keep. Range (0, 1]; required by them."""
     rank: _builtins.int
-    """Rank of the result of an SVD method; by default the largest of the sources."""
+    """Rank of the result of an SVD method. Default: the largest rank of the sources."""
     seed: _builtins.int
-    """Of what dare drops. Default 0."""
+    """Seed of the values that DARE drops. Default 0."""
     majority_sign: _builtins.str
-    """`total` (the default) or `frequency`: how ties elects a sign."""
+    """How TIES elects a sign: `total` (by the sum of values, the default) or `frequency` (by their number)."""
     @_builtins.property
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedSource]:
         """1 to 8 stored adapters."""
@@ -412,7 +472,7 @@ class WeightedSource(_message.Message):
     adapter: _builtins.str
     """`name`, `name@version`, `name@alias` or `sha256:<digest>`."""
     weight: _builtins.float
-    """Default 1."""
+    """Factor of the source. Default 1."""
     def __init__(
         self,
         *,
@@ -437,10 +497,15 @@ class MergeAdaptersResponse(_message.Message):
     REPORT_FIELD_NUMBER: _builtins.int
     CREATED_FIELD_NUMBER: _builtins.int
     created: _builtins.bool
+    """False if the name already pointed to this content."""
     @_builtins.property
-    def adapter(self) -> Global___Adapter: ...
+    def adapter(self) -> Global___Adapter:
+        """The stored version."""
+
     @_builtins.property
-    def report(self) -> Global___AdapterReport: ...
+    def report(self) -> Global___AdapterReport:
+        """Report on the checkpoint."""
+
     def __init__(
         self,
         *,
@@ -484,12 +549,16 @@ class GetAdapterResponse(_message.Message):
     REPORT_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def adapter(self) -> Global___Adapter: ...
+    def adapter(self) -> Global___Adapter:
+        """The adapter. A weighted alias shows one of its sides, always the same."""
+
     @_builtins.property
-    def report(self) -> Global___AdapterReport: ...
+    def report(self) -> Global___AdapterReport:
+        """Report on its checkpoint."""
+
     @_builtins.property
     def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterVersion]:
-        """Of the name, oldest first."""
+        """Versions of the name, oldest first."""
 
     def __init__(
         self,
@@ -515,13 +584,15 @@ class ListAdaptersRequest(_message.Message):
     FILTER_FIELD_NUMBER: _builtins.int
     ORDER_BY_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """1 to 1000, default 100."""
+    """Adapters per page. Range 1 to 1000, default 100."""
     page_token: _builtins.str
-    """Of the page before, with the same filter and order."""
+    """`next_page_token` of the page before, with the same filter and order. Empty: the first page."""
     order_by: _builtins.str
-    """`name` (the default), `create_time`, `update_time` or `stored_bytes`, then optionally ` desc`."""
+    """`name` (the default), `create_time`, `update_time` or `stored_bytes`, optionally with ` desc`."""
     @_builtins.property
-    def filter(self) -> Global___AdapterFilter: ...
+    def filter(self) -> Global___AdapterFilter:
+        """Adapters to list."""
+
     def __init__(
         self,
         *,
@@ -540,7 +611,7 @@ Global___ListAdaptersRequest: _TypeAlias = ListAdaptersRequest  # noqa: Y015
 
 @_typing.final
 class AdapterFilter(_message.Message):
-    """An adapter passes when it fits every field that is set."""
+    """Matches an adapter that fits every field that is set."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -568,10 +639,12 @@ class AdapterFilter(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     FAMILY_FIELD_NUMBER: _builtins.int
     name_prefix: _builtins.str
+    """Beginning of the name."""
     family: _builtins.str
+    """Family, such as `lora`."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Each key with exactly this value. At most 16."""
+        """Labels that the name has with exactly these values. At most 16."""
 
     def __init__(
         self,
@@ -595,8 +668,11 @@ class ListAdaptersResponse(_message.Message):
     ADAPTERS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """Token of the next page; empty on the last."""
     @_builtins.property
-    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]: ...
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """Adapters of the page."""
+
     def __init__(
         self,
         *,
@@ -617,7 +693,7 @@ class GetAdapterHistoryRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Without version; also of a deleted adapter."""
+    """Name without version, also of a deleted adapter."""
     def __init__(
         self,
         *,
@@ -638,7 +714,7 @@ class GetAdapterHistoryResponse(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterEvent]:
-        """At most the last 500."""
+        """At most the last 500 events, newest first."""
 
     def __init__(
         self,
@@ -670,20 +746,29 @@ class AdapterEvent(_message.Message):
     kind: _builtins.str
     """`upload`, `alias`, `update`, `delete_version` or `delete`."""
     version: _builtins.int
-    """0 when it is not about one version."""
+    """Version that the event is about; 0 if it is not about one version."""
     digest: _builtins.str
+    """Digest of that version."""
     alias: _builtins.str
+    """Alias that changed."""
     actor: _builtins.str
-    """Who did it, as the `x-adaplex-actor` of the request said."""
+    """Caller's self-reported identity: `x-adaplex-actor` of the request."""
     source: _builtins.str
-    """Where the content came from: `upload`, `merge` or a URI."""
+    """Origin of the content: `upload`, a merge or a URI."""
     detail: _builtins.str
+    """What changed, for people."""
     @_builtins.property
-    def time(self) -> _timestamp_pb2.Timestamp: ...
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it happened."""
+
     @_builtins.property
-    def before(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasTarget]: ...
+    def before(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasTarget]:
+        """Targets of the alias before the change."""
+
     @_builtins.property
-    def after(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasTarget]: ...
+    def after(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasTarget]:
+        """Targets of the alias after the change."""
+
     def __init__(
         self,
         *,
@@ -736,17 +821,21 @@ class UpdateAdapterRequest(_message.Message):
     REMOVE_LABELS_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Without version."""
+    """Name without version."""
     description: _builtins.str
-    """At most 1024 characters."""
+    """At most 1024 characters. Absent: unchanged."""
     pinned: _builtins.bool
-    """Keeps what the name stands for in device memory, within the server's bound for all pins."""
+    """True pins the content that the name leads to in device memory, within `max_pinned_share`; false
+    unpins it. Absent: unchanged.
+    """
     @_builtins.property
     def set_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """At most 64 in all; keys of 1 to 63, values of at most 256 characters."""
+        """Labels to set: keys of 1 to 63, values of at most 256 characters. At most 64 labels per name."""
 
     @_builtins.property
-    def remove_labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def remove_labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Keys of labels to remove."""
+
     def __init__(
         self,
         *,
@@ -777,7 +866,9 @@ class UpdateAdapterResponse(_message.Message):
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def adapter(self) -> Global___Adapter: ...
+    def adapter(self) -> Global___Adapter:
+        """The adapter after the change, by its newest version."""
+
     def __init__(
         self,
         *,
@@ -798,8 +889,9 @@ class AliasTarget(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     version: _builtins.int
+    """Number of the version."""
     weight: _builtins.float
-    """Share of requests, relative to the other targets. Above 0."""
+    """Fraction of requests, relative to the other targets. Above 0; 0 means 1."""
     def __init__(
         self,
         *,
@@ -821,8 +913,11 @@ class Alias(_message.Message):
     ALIAS_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
     alias: _builtins.str
+    """Name of the alias."""
     @_builtins.property
-    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasTarget]: ...
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasTarget]:
+        """One version, or several by weight."""
+
     def __init__(
         self,
         *,
@@ -845,12 +940,12 @@ class SetAliasRequest(_message.Message):
     ALIAS_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Without version."""
+    """Name without version."""
     alias: _builtins.str
-    """^[A-Za-z][A-Za-z0-9._-]{0,63}$, not `latest`. `default` is what the bare name follows."""
+    """`^[A-Za-z][A-Za-z0-9._-]{0,63}$`, not `latest`. The bare name follows the alias `default`."""
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasTarget]:
-        """1 to 8."""
+        """1 to 8 different versions."""
 
     def __init__(
         self,
@@ -873,7 +968,9 @@ class SetAliasResponse(_message.Message):
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def adapter(self) -> Global___Adapter: ...
+    def adapter(self) -> Global___Adapter:
+        """The adapter after the change, by its newest version."""
+
     def __init__(
         self,
         *,
@@ -894,7 +991,9 @@ class DeleteAliasRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     ALIAS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Name without version."""
     alias: _builtins.str
+    """Alias to delete."""
     def __init__(
         self,
         *,
@@ -915,7 +1014,9 @@ class DeleteAliasResponse(_message.Message):
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def adapter(self) -> Global___Adapter: ...
+    def adapter(self) -> Global___Adapter:
+        """The adapter after the change, by its newest version."""
+
     def __init__(
         self,
         *,
@@ -936,8 +1037,9 @@ class RollbackAliasRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     ALIAS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Name without version."""
     alias: _builtins.str
-    """Empty is `default`. Where `default` was never set, it goes to the version before the newest."""
+    """Empty is `default`. A `default` that was never set is pointed to the version before the newest."""
     def __init__(
         self,
         *,
@@ -958,7 +1060,9 @@ class RollbackAliasResponse(_message.Message):
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def adapter(self) -> Global___Adapter: ...
+    def adapter(self) -> Global___Adapter:
+        """The adapter after the change, by its newest version."""
+
     def __init__(
         self,
         *,
@@ -978,6 +1082,7 @@ class UnloadAdapterRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """`name`, `name@version`, `name@alias` or `sha256:<digest>`; of a weighted alias, every side."""
     def __init__(
         self,
         *,
@@ -997,7 +1102,7 @@ class UnloadAdapterResponse(_message.Message):
 
     WAS_RESIDENT_FIELD_NUMBER: _builtins.int
     was_resident: _builtins.bool
-    """True when the adapter was in memory, in the arena or as merged weights."""
+    """True if the adapter was in memory, in the arena or as merged weights."""
     def __init__(
         self,
         *,
@@ -1037,6 +1142,7 @@ class DeleteAdapterResponse(_message.Message):
 
     VERSIONS_DELETED_FIELD_NUMBER: _builtins.int
     versions_deleted: _builtins.int
+    """Number of versions deleted."""
     def __init__(
         self,
         *,
@@ -1052,6 +1158,8 @@ Global___DeleteAdapterResponse: _TypeAlias = DeleteAdapterResponse  # noqa: Y015
 
 @_typing.final
 class Adapter(_message.Message):
+    """One version of a name."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -1098,40 +1206,52 @@ class Adapter(_message.Message):
     INVOCATION_TOKENS_FIELD_NUMBER: _builtins.int
     MERGED_ONLY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Name."""
     version: _builtins.int
+    """Number of the version, from 1."""
     digest: _builtins.str
+    """`sha256:<64 hex digits>` of the canonical adapter content."""
     family: _builtins.str
+    """Family, such as `lora`."""
     modules: _builtins.int
+    """Number of modules of the base that the adapter changes."""
     max_rank: _builtins.int
+    """Largest rank of its low-rank deltas."""
     stored_bytes: _builtins.int
     """Bytes of the files in the store."""
     packed_bytes: _builtins.int
     """Bytes of the packed adapter in the arena."""
     resident: _builtins.bool
-    """Whether the adapter is in device memory now, in the arena or as merged weights."""
+    """True if the adapter is in device memory now, in the arena or as merged weights."""
     description: _builtins.str
+    """Description of the name."""
     pinned: _builtins.bool
+    """True if the name is pinned in device memory."""
     source: _builtins.str
-    """Where the content came from: `upload`, `merge` or a URI."""
+    """Origin of the content: `upload`, a merge or a URI."""
     actor: _builtins.str
-    """Who brought it."""
+    """Self-reported identity of the caller that stored the version."""
     base_fingerprint: _builtins.str
-    """SHA-256 of the base model's config and weights that it was checked against."""
+    """SHA-256 of config and weights of the base model that the adapter was checked against."""
     signer: _builtins.str
-    """Fingerprint of the key that signed it; empty when it was not checked."""
+    """Fingerprint of the key that signed the adapter; empty if no signature was checked."""
     tier: Global___ResidencyTier.ValueType
-    """The fastest memory that holds it now."""
+    """Fastest tier that holds the adapter now."""
     leading_tokens: _builtins.int
-    """Positions that it puts before the prompt; they count towards the context, and as no usage."""
+    """Positions that the adapter adds before the prompt; they count towards the context, not as usage."""
     merged_only: _builtins.bool
-    """Whether it can only be served merged."""
+    """True if the adapter can only be served merged."""
     @_builtins.property
-    def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When the version was stored."""
+
     @_builtins.property
-    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Labels of the name."""
+
     @_builtins.property
     def aliases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Alias]:
-        """Those of the name, `latest` left out."""
+        """Aliases of the name, except `latest`."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
@@ -1139,7 +1259,7 @@ class Adapter(_message.Message):
 
     @_builtins.property
     def invocation_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """It applies from where these tokens last begin in the prompt; empty: from the start."""
+        """The adapter applies from the last occurrence of these tokens in the prompt; empty: from the start."""
 
     def __init__(
         self,
@@ -1187,12 +1307,19 @@ class AdapterVersion(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     ACTOR_FIELD_NUMBER: _builtins.int
     version: _builtins.int
+    """Number of the version."""
     digest: _builtins.str
+    """`sha256:<64 hex digits>` of the canonical adapter content."""
     stored_bytes: _builtins.int
+    """Bytes of the files in the store."""
     source: _builtins.str
+    """Origin of the content: `upload`, a merge or a URI."""
     actor: _builtins.str
+    """Self-reported identity of the caller that stored the version."""
     @_builtins.property
-    def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When the version was stored."""
+
     def __init__(
         self,
         *,
@@ -1213,7 +1340,7 @@ Global___AdapterVersion: _TypeAlias = AdapterVersion  # noqa: Y015
 
 @_typing.final
 class AdapterReport(_message.Message):
-    """What the checkpoint says and how the base takes it; the same for a dry run and an upload."""
+    """What a checkpoint contains and how it is applied to the base; the same for a dry run and an upload."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1230,33 +1357,38 @@ class AdapterReport(_message.Message):
     MERGED_ONLY_FIELD_NUMBER: _builtins.int
     MERGED_BYTES_FIELD_NUMBER: _builtins.int
     family: _builtins.str
+    """Family, such as `lora`."""
     digest: _builtins.str
+    """`sha256:<64 hex digits>` of the canonical adapter content."""
     packed_bytes: _builtins.int
+    """Bytes of the packed adapter in the arena."""
     prefix_tokens: _builtins.int
-    """Positions before the prompt whose keys and values the adapter has."""
+    """Positions before the prompt whose keys and values the adapter contains."""
     virtual_tokens: _builtins.int
-    """Positions before the prompt, behind the prefix, whose embeddings the adapter has."""
+    """Positions before the prompt, after the prefix, whose embeddings the adapter contains."""
     merged_only: _builtins.bool
-    """Whether it can only be served merged."""
+    """True if the adapter can only be served merged."""
     merged_bytes: _builtins.int
-    """Bytes that its merged weights take, at most, where it can only be served so; else 0."""
+    """Largest size of its merged weights if it can only be served merged, else 0."""
     @_builtins.property
-    def modules(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModuleReport]: ...
+    def modules(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModuleReport]:
+        """Modules of the base that the adapter changes."""
+
     @_builtins.property
     def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___Refusal]:
-        """Every reason why the adapter cannot be served; empty when it can."""
+        """Every reason why the adapter cannot be served; empty if it can."""
 
     @_builtins.property
     def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What was accepted and has no effect on the answer."""
+        """Parts of the checkpoint that are accepted and have no effect on the output."""
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Why the answers may not be what the adapter's author meant, such as another base model."""
+        """Reasons why the output may differ from what the adapter's author intended, such as another base model."""
 
     @_builtins.property
     def invocation_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """It applies from where these tokens last begin in the prompt; empty: from the start."""
+        """The adapter applies from the last occurrence of these tokens in the prompt; empty: from the start."""
 
     def __init__(
         self,
@@ -1294,14 +1426,20 @@ class ModuleReport(_message.Message):
     BIAS_FIELD_NUMBER: _builtins.int
     PRIMITIVES_FIELD_NUMBER: _builtins.int
     module: _builtins.str
+    """Name of the module, as AdaptableModule.name."""
     rank: _builtins.int
+    """Rank of the low-rank delta; 0 without one."""
     scale: _builtins.float
+    """Factor of the low-rank delta."""
     in_features: _builtins.int
+    """Width of the module's input."""
     out_features: _builtins.int
+    """Width of the module's output."""
     bias: _builtins.bool
+    """True if the adapter adds a bias."""
     @_builtins.property
     def primitives(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What is applied to it, such as `low-rank`, `output scale` or `bottleneck`."""
+        """Primitives that are applied, such as `low-rank`, `output scale` or `bottleneck`."""
 
     def __init__(
         self,
@@ -1329,8 +1467,9 @@ class Refusal(_message.Message):
     WHERE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     where: _builtins.str
-    """The file, config field or tensor at fault."""
+    """File, config field or tensor at fault."""
     reason: _builtins.str
+    """Why it is refused."""
     def __init__(
         self,
         *,

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AdapterServiceStub:
-    """The life of adapters on this server.
+    """Uploads, imports, names, aliases, residency and deletion of adapters.
     """
 
     def __init__(self, channel):
@@ -103,18 +103,19 @@ class AdapterServiceStub:
 
 
 class AdapterServiceServicer:
-    """The life of adapters on this server.
+    """Uploads, imports, names, aliases, residency and deletion of adapters.
     """
 
     def UploadAdapter(self, request_iterator, context):
-        """First message: metadata. Then chunks of at most 1 MiB, files in order, no gaps.
+        """Stores an adapter. The first message is the metadata, every later one a chunk of at most 1 MiB: files in
+        order, without gaps.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ValidateAdapter(self, request_iterator, context):
-        """The same stream as an upload; checks everything, stores nothing.
+        """Checks everything that an upload of the same stream would check, and stores nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,67 +129,70 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def MergeAdapters(self, request, context):
-        """Makes a new adapter out of stored ones.
+        """Merges stored adapters into a new stored adapter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAdapter(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns one adapter, its report, and the versions of its name.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAdapters(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Lists adapter names, each by its newest version, in pages.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAdapterHistory(self, request, context):
-        """What happened to a name, newest first, deletions included.
+        """Returns the events of a name, newest first, deletions included.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateAdapter(self, request, context):
-        """Changes the description, the labels and whether the adapter is pinned in memory.
+        """Changes the description, the labels and the pin of a name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetAlias(self, request, context):
-        """Points an alias to a version, or to several by weight. New requests see it at once.
+        """Points an alias to one version, or to several by weight. The next request follows it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAlias(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Deletes an alias.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RollbackAlias(self, request, context):
-        """Points an alias to what it pointed to before its last change.
+        """Points an alias to its targets before its last change.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Drops the adapter from memory once running requests are done. It stays stored.
+        """Unloads the adapter from memory once its running requests are done. It stays stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """Forgets a name and its versions, or one version. Running requests finish; new ones get NOT_FOUND.
+        """Deletes a name with its versions, or one version. Running requests finish; new ones get NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -271,7 +275,7 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdapterService:
-    """The life of adapters on this server.
+    """Uploads, imports, names, aliases, residency and deletion of adapters.
     """
 
     @staticmethod

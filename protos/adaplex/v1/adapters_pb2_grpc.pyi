@@ -27,67 +27,77 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdapterServiceStub:
-    """The life of adapters on this server."""
+    """Uploads, imports, names, aliases, residency and deletion of adapters."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.UploadAdapterResponse]
-    """First message: metadata. Then chunks of at most 1 MiB, files in order, no gaps."""
+    """Stores an adapter. The first message is the metadata, every later one a chunk of at most 1 MiB: files in
+    order, without gaps.
+    """
     ValidateAdapter: _grpc.StreamUnaryMultiCallable[_adapters_pb2.ValidateAdapterRequest, _adapters_pb2.ValidateAdapterResponse]
-    """The same stream as an upload; checks everything, stores nothing."""
+    """Checks everything that an upload of the same stream would check, and stores nothing."""
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]
     """Imports an adapter from a place that the server can read and its operator allows."""
     MergeAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.MergeAdaptersRequest, _adapters_pb2.MergeAdaptersResponse]
-    """Makes a new adapter out of stored ones."""
+    """Merges stored adapters into a new stored adapter."""
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]
+    """Returns one adapter, its report, and the versions of its name."""
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
+    """Lists adapter names, each by its newest version, in pages."""
     GetAdapterHistory: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterHistoryRequest, _adapters_pb2.GetAdapterHistoryResponse]
-    """What happened to a name, newest first, deletions included."""
+    """Returns the events of a name, newest first, deletions included."""
     UpdateAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UpdateAdapterRequest, _adapters_pb2.UpdateAdapterResponse]
-    """Changes the description, the labels and whether the adapter is pinned in memory."""
+    """Changes the description, the labels and the pin of a name."""
     SetAlias: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SetAliasRequest, _adapters_pb2.SetAliasResponse]
-    """Points an alias to a version, or to several by weight. New requests see it at once."""
+    """Points an alias to one version, or to several by weight. The next request follows it."""
     DeleteAlias: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAliasRequest, _adapters_pb2.DeleteAliasResponse]
+    """Deletes an alias."""
     RollbackAlias: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.RollbackAliasRequest, _adapters_pb2.RollbackAliasResponse]
-    """Points an alias to what it pointed to before its last change."""
+    """Points an alias to its targets before its last change."""
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
-    """Drops the adapter from memory once running requests are done. It stays stored."""
+    """Unloads the adapter from memory once its running requests are done. It stays stored."""
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]
-    """Forgets a name and its versions, or one version. Running requests finish; new ones get NOT_FOUND."""
+    """Deletes a name with its versions, or one version. Running requests finish; new ones get NOT_FOUND."""
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
-    """The life of adapters on this server."""
+    """Uploads, imports, names, aliases, residency and deletion of adapters."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     UploadAdapter: _aio.StreamUnaryMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.UploadAdapterResponse]  # type: ignore[assignment]
-    """First message: metadata. Then chunks of at most 1 MiB, files in order, no gaps."""
+    """Stores an adapter. The first message is the metadata, every later one a chunk of at most 1 MiB: files in
+    order, without gaps.
+    """
     ValidateAdapter: _aio.StreamUnaryMultiCallable[_adapters_pb2.ValidateAdapterRequest, _adapters_pb2.ValidateAdapterResponse]  # type: ignore[assignment]
-    """The same stream as an upload; checks everything, stores nothing."""
+    """Checks everything that an upload of the same stream would check, and stores nothing."""
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]  # type: ignore[assignment]
     """Imports an adapter from a place that the server can read and its operator allows."""
     MergeAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.MergeAdaptersRequest, _adapters_pb2.MergeAdaptersResponse]  # type: ignore[assignment]
-    """Makes a new adapter out of stored ones."""
+    """Merges stored adapters into a new stored adapter."""
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]  # type: ignore[assignment]
+    """Returns one adapter, its report, and the versions of its name."""
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
+    """Lists adapter names, each by its newest version, in pages."""
     GetAdapterHistory: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterHistoryRequest, _adapters_pb2.GetAdapterHistoryResponse]  # type: ignore[assignment]
-    """What happened to a name, newest first, deletions included."""
+    """Returns the events of a name, newest first, deletions included."""
     UpdateAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UpdateAdapterRequest, _adapters_pb2.UpdateAdapterResponse]  # type: ignore[assignment]
-    """Changes the description, the labels and whether the adapter is pinned in memory."""
+    """Changes the description, the labels and the pin of a name."""
     SetAlias: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SetAliasRequest, _adapters_pb2.SetAliasResponse]  # type: ignore[assignment]
-    """Points an alias to a version, or to several by weight. New requests see it at once."""
+    """Points an alias to one version, or to several by weight. The next request follows it."""
     DeleteAlias: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAliasRequest, _adapters_pb2.DeleteAliasResponse]  # type: ignore[assignment]
+    """Deletes an alias."""
     RollbackAlias: _aio.UnaryUnaryMultiCallable[_adapters_pb2.RollbackAliasRequest, _adapters_pb2.RollbackAliasResponse]  # type: ignore[assignment]
-    """Points an alias to what it pointed to before its last change."""
+    """Points an alias to its targets before its last change."""
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
-    """Drops the adapter from memory once running requests are done. It stays stored."""
+    """Unloads the adapter from memory once its running requests are done. It stays stored."""
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _adapters_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
-    """Forgets a name and its versions, or one version. Running requests finish; new ones get NOT_FOUND."""
+    """Deletes a name with its versions, or one version. Running requests finish; new ones get NOT_FOUND."""
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The life of adapters on this server."""
+    """Uploads, imports, names, aliases, residency and deletion of adapters."""
 
     @_abc_1.abstractmethod
     def UploadAdapter(
@@ -95,7 +105,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_adapters_pb2.UploadAdapterRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.UploadAdapterResponse, _abc.Awaitable[_adapters_pb2.UploadAdapterResponse]]:
-        """First message: metadata. Then chunks of at most 1 MiB, files in order, no gaps."""
+        """Stores an adapter. The first message is the metadata, every later one a chunk of at most 1 MiB: files in
+        order, without gaps.
+        """
 
     @_abc_1.abstractmethod
     def ValidateAdapter(
@@ -103,7 +115,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_adapters_pb2.ValidateAdapterRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.ValidateAdapterResponse, _abc.Awaitable[_adapters_pb2.ValidateAdapterResponse]]:
-        """The same stream as an upload; checks everything, stores nothing."""
+        """Checks everything that an upload of the same stream would check, and stores nothing."""
 
     @_abc_1.abstractmethod
     def LoadAdapter(
@@ -119,21 +131,23 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.MergeAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.MergeAdaptersResponse, _abc.Awaitable[_adapters_pb2.MergeAdaptersResponse]]:
-        """Makes a new adapter out of stored ones."""
+        """Merges stored adapters into a new stored adapter."""
 
     @_abc_1.abstractmethod
     def GetAdapter(
         self,
         request: _adapters_pb2.GetAdapterRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_adapters_pb2.GetAdapterResponse, _abc.Awaitable[_adapters_pb2.GetAdapterResponse]]: ...
+    ) -> _typing.Union[_adapters_pb2.GetAdapterResponse, _abc.Awaitable[_adapters_pb2.GetAdapterResponse]]:
+        """Returns one adapter, its report, and the versions of its name."""
 
     @_abc_1.abstractmethod
     def ListAdapters(
         self,
         request: _adapters_pb2.ListAdaptersRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_adapters_pb2.ListAdaptersResponse, _abc.Awaitable[_adapters_pb2.ListAdaptersResponse]]: ...
+    ) -> _typing.Union[_adapters_pb2.ListAdaptersResponse, _abc.Awaitable[_adapters_pb2.ListAdaptersResponse]]:
+        """Lists adapter names, each by its newest version, in pages."""
 
     @_abc_1.abstractmethod
     def GetAdapterHistory(
@@ -141,7 +155,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.GetAdapterHistoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.GetAdapterHistoryResponse, _abc.Awaitable[_adapters_pb2.GetAdapterHistoryResponse]]:
-        """What happened to a name, newest first, deletions included."""
+        """Returns the events of a name, newest first, deletions included."""
 
     @_abc_1.abstractmethod
     def UpdateAdapter(
@@ -149,7 +163,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.UpdateAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.UpdateAdapterResponse, _abc.Awaitable[_adapters_pb2.UpdateAdapterResponse]]:
-        """Changes the description, the labels and whether the adapter is pinned in memory."""
+        """Changes the description, the labels and the pin of a name."""
 
     @_abc_1.abstractmethod
     def SetAlias(
@@ -157,14 +171,15 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.SetAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.SetAliasResponse, _abc.Awaitable[_adapters_pb2.SetAliasResponse]]:
-        """Points an alias to a version, or to several by weight. New requests see it at once."""
+        """Points an alias to one version, or to several by weight. The next request follows it."""
 
     @_abc_1.abstractmethod
     def DeleteAlias(
         self,
         request: _adapters_pb2.DeleteAliasRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_adapters_pb2.DeleteAliasResponse, _abc.Awaitable[_adapters_pb2.DeleteAliasResponse]]: ...
+    ) -> _typing.Union[_adapters_pb2.DeleteAliasResponse, _abc.Awaitable[_adapters_pb2.DeleteAliasResponse]]:
+        """Deletes an alias."""
 
     @_abc_1.abstractmethod
     def RollbackAlias(
@@ -172,7 +187,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.RollbackAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.RollbackAliasResponse, _abc.Awaitable[_adapters_pb2.RollbackAliasResponse]]:
-        """Points an alias to what it pointed to before its last change."""
+        """Points an alias to its targets before its last change."""
 
     @_abc_1.abstractmethod
     def UnloadAdapter(
@@ -180,7 +195,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.UnloadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.UnloadAdapterResponse, _abc.Awaitable[_adapters_pb2.UnloadAdapterResponse]]:
-        """Drops the adapter from memory once running requests are done. It stays stored."""
+        """Unloads the adapter from memory once its running requests are done. It stays stored."""
 
     @_abc_1.abstractmethod
     def DeleteAdapter(
@@ -188,6 +203,6 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.DeleteAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.DeleteAdapterResponse, _abc.Awaitable[_adapters_pb2.DeleteAdapterResponse]]:
-        """Forgets a name and its versions, or one version. Running requests finish; new ones get NOT_FOUND."""
+        """Deletes a name with its versions, or one version. Running requests finish; new ones get NOT_FOUND."""
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,21 +26,21 @@ class _AdapterMode:
 class _AdapterModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterMode.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     ADAPTER_MODE_UNSPECIFIED: _AdapterMode.ValueType  # 0
-    """The server's configured mode."""
+    """The server's `adapter_mode`."""
     ADAPTER_MODE_UNMERGED: _AdapterMode.ValueType  # 1
-    """Low-rank pairs applied beside the quantized base."""
+    """The adapter is computed beside the quantized base."""
     ADAPTER_MODE_MERGED: _AdapterMode.ValueType  # 2
     """A cached dense copy, base plus delta, in the compute dtype."""
     ADAPTER_MODE_AUTO: _AdapterMode.ValueType  # 3
     """The server chooses for each request."""
 
 class AdapterMode(_AdapterMode, metaclass=_AdapterModeEnumTypeWrapper):
-    """How an adapter meets the base weights."""
+    """How an adapter is applied to the base weights."""
 
 ADAPTER_MODE_UNSPECIFIED: AdapterMode.ValueType  # 0
-"""The server's configured mode."""
+"""The server's `adapter_mode`."""
 ADAPTER_MODE_UNMERGED: AdapterMode.ValueType  # 1
-"""Low-rank pairs applied beside the quantized base."""
+"""The adapter is computed beside the quantized base."""
 ADAPTER_MODE_MERGED: AdapterMode.ValueType  # 2
 """A cached dense copy, base plus delta, in the compute dtype."""
 ADAPTER_MODE_AUTO: AdapterMode.ValueType  # 3
@@ -54,6 +54,7 @@ class _FinishReason:
 class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishReason.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
+    """Never sent."""
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
     """End-of-sequence token, stop token or stop string."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
@@ -62,6 +63,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
+"""Never sent."""
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
 """End-of-sequence token, stop token or stop string."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
@@ -74,7 +76,9 @@ class GenerateRequest(_message.Message):
 
     SPEC_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def spec(self) -> Global___GenerationSpec: ...
+    def spec(self) -> Global___GenerationSpec:
+        """Prompt, adapter and sampling."""
+
     def __init__(
         self,
         *,
@@ -98,16 +102,23 @@ class GenerateResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     text: _builtins.str
+    """Generated text, without the stop string."""
     @_builtins.property
-    def started(self) -> Global___GenerationStarted: ...
-    @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    @_builtins.property
-    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """One entry a token when `SamplingParams.logprobs` is set, else empty."""
+    def started(self) -> Global___GenerationStarted:
+        """Proof of what was applied."""
 
     @_builtins.property
-    def finished(self) -> Global___GenerationFinished: ...
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Generated tokens, the stop token included."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """One entry per token if `SamplingParams.logprobs` is set, else empty."""
+
+    @_builtins.property
+    def finished(self) -> Global___GenerationFinished:
+        """Reason of the end, usage and timing."""
+
     def __init__(
         self,
         *,
@@ -131,7 +142,9 @@ class GenerateStreamRequest(_message.Message):
 
     SPEC_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def spec(self) -> Global___GenerationSpec: ...
+    def spec(self) -> Global___GenerationSpec:
+        """Prompt, adapter and sampling."""
+
     def __init__(
         self,
         *,
@@ -153,11 +166,17 @@ class GenerateStreamResponse(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def started(self) -> Global___GenerationStarted: ...
+    def started(self) -> Global___GenerationStarted:
+        """First message: proof of what is applied."""
+
     @_builtins.property
-    def delta(self) -> Global___GenerationDelta: ...
+    def delta(self) -> Global___GenerationDelta:
+        """New text and tokens."""
+
     @_builtins.property
-    def finished(self) -> Global___GenerationFinished: ...
+    def finished(self) -> Global___GenerationFinished:
+        """Last message: reason of the end, usage and timing."""
+
     def __init__(
         self,
         *,
@@ -177,7 +196,7 @@ Global___GenerateStreamResponse: _TypeAlias = GenerateStreamResponse  # noqa: Y0
 
 @_typing.final
 class GenerationSpec(_message.Message):
-    """What to generate. An absent optional field means the server's default, never zero."""
+    """One request. An absent optional field means the server's default, never zero."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -192,28 +211,36 @@ class GenerationSpec(_message.Message):
     ADAPTERS_FIELD_NUMBER: _builtins.int
     ROUTING_KEY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
+    """Text, encoded by the model's tokenizer with its special tokens."""
     adapter: _builtins.str
-    """`name`, `name@version`, `name@alias` or `sha256:<64 hex digits>`; empty asks the base model.
-    A bare name follows the alias `default` where one is set, else the newest version.
+    """`name`, `name@version`, `name@alias` or `sha256:<64 hex digits>`; empty selects the base model.
+    A bare name follows the alias `default` if one is set, else the newest version.
     """
     mode: Global___AdapterMode.ValueType
+    """How the adapter is applied."""
     cache_salt: _builtins.str
-    """Requests share cached prompt prefixes only within one salt (one tenant)."""
+    """Requests share cached prompt prefixes only within one salt (one tenant). At most 256 characters."""
     priority: _builtins.int
-    """Larger goes first among waiting requests; default 0, range -100 to 100."""
+    """Waiting requests with a larger priority are admitted first. Range -100 to 100, default 0."""
     routing_key: _builtins.str
-    """Requests with the same key take the same side of a weighted alias; empty draws one. At most 256
+    """Requests with the same key get the same side of a weighted alias; empty draws a side. At most 256
     characters.
     """
     @_builtins.property
-    def token_ids(self) -> Global___TokenIds: ...
+    def token_ids(self) -> Global___TokenIds:
+        """Token ids, used unchanged."""
+
     @_builtins.property
-    def chat(self) -> Global___ChatPrompt: ...
+    def chat(self) -> Global___ChatPrompt:
+        """Conversation, encoded by the model's chat template."""
+
     @_builtins.property
-    def sampling(self) -> Global___SamplingParams: ...
+    def sampling(self) -> Global___SamplingParams:
+        """How tokens are chosen, and when generation stops."""
+
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedAdapter]:
-        """Several adapters at once, their deltas weighted and added. At most 8; not beside `adapter`."""
+        """A mix: several adapters at once, their deltas weighted and added. At most 8; excludes `adapter`."""
 
     def __init__(
         self,
@@ -246,9 +273,9 @@ class WeightedAdapter(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """As GenerationSpec.adapter, but not empty."""
+    """Selector as in GenerationSpec.adapter, not empty."""
     weight: _builtins.float
-    """Range [-10, 10], default 1."""
+    """Factor of the adapter's deltas. Range [-10, 10], default 1."""
     def __init__(
         self,
         *,
@@ -271,7 +298,9 @@ class TokenIds(_message.Message):
 
     IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """At least one id, each below `BaseModelInfo.vocab_size`."""
+
     def __init__(
         self,
         *,
@@ -292,7 +321,7 @@ class ChatPrompt(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
-        """1 to 1024."""
+        """1 to 1024 messages, oldest first."""
 
     def __init__(
         self,
@@ -316,6 +345,7 @@ class ChatMessage(_message.Message):
     role: _builtins.str
     """`system`, `user` or `assistant`."""
     content: _builtins.str
+    """Text of the message."""
     def __init__(
         self,
         *,
@@ -349,39 +379,42 @@ class SamplingParams(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """Below 1e-5 is greedy. Range 0 to 10, default 0."""
+    """Below 1e-5, the likeliest token is chosen (greedy). Range [0, 10], default 0."""
     top_k: _builtins.int
-    """0 keeps the whole vocabulary."""
+    """Samples from this many likeliest tokens. Default 0, the whole vocabulary."""
     top_p: _builtins.float
-    """Range (0, 1], default 1."""
+    """Samples from the likeliest tokens that together reach this probability. Range (0, 1], default 1."""
     min_p: _builtins.float
     """Drops tokens less likely than min_p times the likeliest. Range [0, 1], default 0."""
     repetition_penalty: _builtins.float
-    """Over prompt and output. Range (0, 10], default 1."""
+    """Divides positive and multiplies negative logits of tokens in prompt and output. Range (0, 10], default 1."""
     presence_penalty: _builtins.float
-    """Over the output. Range [-2, 2], default 0."""
+    """Subtracted from the logits of tokens in the output. Range [-2, 2], default 0."""
     frequency_penalty: _builtins.float
-    """Over the output. Range [-2, 2], default 0."""
+    """Subtracted once per occurrence from the logits of tokens in the output. Range [-2, 2], default 0."""
     seed: _builtins.int
-    """The same seed gives the same output in the same mode, whatever else runs. Where the mode is
-    `auto` the server may take either: give one to reproduce. Absent: drawn by the server.
+    """The same seed gives the same output in the same mode, whatever else runs. In mode `auto` the server may
+    use either mode: name one to reproduce an output. Default: drawn by the server.
     """
     max_tokens: _builtins.int
-    """Default 128, bounded by the context length."""
+    """Tokens to generate at most, bounded by the context length. At least 1, default 128."""
     min_tokens: _builtins.int
-    """End-of-sequence and stop tokens are suppressed before this many. Default 0."""
+    """End-of-sequence and stop tokens are suppressed before this many tokens. At most max_tokens, default 0."""
     ignore_eos: _builtins.bool
+    """True: end-of-sequence tokens do not end the request. Default false."""
     logprobs: _builtins.int
-    """Log probabilities of this many likeliest tokens beside the chosen one. 0 to 20."""
+    """Number of likeliest tokens whose log probabilities are returned beside the chosen one's. Range 0 to 20;
+    absent: no log probabilities.
+    """
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """At most 16 strings of at most 256 characters; the answer ends before the first found. One that
-        is complete within the first `min_tokens` tokens is text.
+        """At most 16 strings of 1 to 256 characters. The text ends before the first one found. One that is
+        complete within the first `min_tokens` tokens counts as text.
         """
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """At most 64."""
+        """Tokens that end the request beside the end-of-sequence tokens. At most 64."""
 
     def __init__(
         self,
@@ -458,7 +491,7 @@ Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
 class AppliedAdapter(_message.Message):
-    """What was applied: the proof that this adapter, and no other, answers."""
+    """Proof that this adapter, and no other, generates the response."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -471,23 +504,26 @@ class AppliedAdapter(_message.Message):
     COMPONENTS_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Name of the adapter; of a mix, the names joined by `+`."""
     version: _builtins.int
+    """Number of the version; 0 for a mix."""
     digest: _builtins.str
     """`sha256:<64 hex digits>` of the canonical adapter content."""
     mode: Global___AdapterMode.ValueType
+    """Mode that is used, never AUTO."""
     modules: _builtins.int
-    """Modules of the base that the adapter changes."""
+    """Number of modules of the base that the adapter changes."""
     alias: _builtins.str
-    """The alias that chose the version: `default`, `latest` or one of the user's. Empty when the request
-    named the version or the content.
+    """Alias that chose the version: `default`, `latest` or one of the user's. Empty if the request named
+    the version or the digest.
     """
     @_builtins.property
     def components(self) -> _containers.RepeatedCompositeFieldContainer[Global___AppliedComponent]:
-        """What was combined, when the request named several adapters."""
+        """The adapters of a mix; empty for a single adapter."""
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Why the answer may not be what the adapter's author meant, such as another base model."""
+        """Reasons why the output may differ from what the adapter's author intended, such as another base model."""
 
     def __init__(
         self,
@@ -519,10 +555,15 @@ class AppliedComponent(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     ALIAS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Name of the adapter."""
     version: _builtins.int
+    """Number of the version."""
     digest: _builtins.str
+    """`sha256:<64 hex digits>` of the canonical adapter content."""
     weight: _builtins.float
+    """Factor of the adapter's deltas."""
     alias: _builtins.str
+    """Alias that chose the version, as in AppliedAdapter."""
     def __init__(
         self,
         *,
@@ -549,11 +590,14 @@ class GenerationStarted(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
+    """Value of the metadata key `x-request-id`, or one that the server made."""
     model: _builtins.str
+    """Name of the base model."""
     prompt_tokens: _builtins.int
+    """Tokens of the encoded prompt, without positions that the adapter adds."""
     @_builtins.property
     def adapter(self) -> Global___AppliedAdapter:
-        """Absent when the base model answers."""
+        """Absent if the base model generates without an adapter."""
 
     def __init__(
         self,
@@ -573,7 +617,7 @@ Global___GenerationStarted: _TypeAlias = GenerationStarted  # noqa: Y015
 
 @_typing.final
 class GenerationDelta(_message.Message):
-    """What one or more steps added: whoever reads late gets what waits as one message."""
+    """Output of one or more steps: a client that reads late gets everything that waits as one message."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -581,11 +625,15 @@ class GenerationDelta(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """New text; never half a character."""
+    """New text, in whole characters."""
     @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """New tokens."""
+
     @_builtins.property
-    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]: ...
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """One entry per new token if `SamplingParams.logprobs` is set, else empty."""
+
     def __init__(
         self,
         *,
@@ -609,9 +657,13 @@ class TokenLogprob(_message.Message):
     LOGPROB_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
+    """Chosen token."""
     logprob: _builtins.float
+    """Natural logarithm of its probability, of the model itself, before penalties and temperature."""
     @_builtins.property
-    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]: ...
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
+        """Likeliest tokens, likeliest first."""
+
     def __init__(
         self,
         *,
@@ -634,7 +686,9 @@ class TopLogprob(_message.Message):
     TOKEN_ID_FIELD_NUMBER: _builtins.int
     LOGPROB_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
+    """Token."""
     logprob: _builtins.float
+    """Natural logarithm of its probability, of the model itself, before penalties and temperature."""
     def __init__(
         self,
         *,
@@ -663,16 +717,23 @@ class GenerationFinished(_message.Message):
     FIRST_TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
     TOTAL_SECONDS_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
+    """Reason of the end."""
     stop: _builtins.str
-    """The stop string or the decimal stop token that ended the answer, if one did."""
+    """Stop string or decimal stop token that ended the request; empty if none did."""
     prompt_tokens: _builtins.int
+    """Tokens of the encoded prompt."""
     completion_tokens: _builtins.int
+    """Generated tokens."""
     cached_tokens: _builtins.int
     """Prompt tokens whose KV came from the prefix cache."""
     queue_seconds: _builtins.float
+    """Time from arrival to admission."""
     adapter_wait_seconds: _builtins.float
+    """Time that the request waited for its adapter."""
     first_token_seconds: _builtins.float
+    """Time from arrival to the first token."""
     total_seconds: _builtins.float
+    """Time from arrival to the end."""
     def __init__(
         self,
         *,

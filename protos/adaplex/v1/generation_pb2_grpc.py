@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """Text generation on the resident base model, with the adapter each request names.
+    """Text generation on the resident base model, with the adapter that each request names.
     """
 
     def __init__(self, channel):
@@ -48,11 +48,11 @@ class GenerationServiceStub:
 
 
 class GenerationServiceServicer:
-    """Text generation on the resident base model, with the adapter each request names.
+    """Text generation on the resident base model, with the adapter that each request names.
     """
 
     def Generate(self, request, context):
-        """Runs one request to its end and returns the whole answer.
+        """Runs one request to its end and returns the whole response.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,7 +87,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """Text generation on the resident base model, with the adapter each request names.
+    """Text generation on the resident base model, with the adapter that each request names.
     """
 
     @staticmethod

@@ -27,29 +27,29 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class GenerationServiceStub:
-    """Text generation on the resident base model, with the adapter each request names."""
+    """Text generation on the resident base model, with the adapter that each request names."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GenerationServiceAsyncStub: ...
     Generate: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
-    """Runs one request to its end and returns the whole answer."""
+    """Runs one request to its end and returns the whole response."""
     GenerateStream: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateStreamRequest, _generation_pb2.GenerateStreamResponse]
     """Runs one request and streams it: one `started`, then `delta`s, then one `finished`."""
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
-    """Text generation on the resident base model, with the adapter each request names."""
+    """Text generation on the resident base model, with the adapter that each request names."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Runs one request to its end and returns the whole answer."""
+    """Runs one request to its end and returns the whole response."""
     GenerateStream: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateStreamRequest, _generation_pb2.GenerateStreamResponse]  # type: ignore[assignment]
     """Runs one request and streams it: one `started`, then `delta`s, then one `finished`."""
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Text generation on the resident base model, with the adapter each request names."""
+    """Text generation on the resident base model, with the adapter that each request names."""
 
     @_abc_1.abstractmethod
     def Generate(
@@ -57,7 +57,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.GenerateResponse, _abc.Awaitable[_generation_pb2.GenerateResponse]]:
-        """Runs one request to its end and returns the whole answer."""
+        """Runs one request to its end and returns the whole response."""
 
     @_abc_1.abstractmethod
     def GenerateStream(

@@ -43,13 +43,21 @@ class GetServerInfoResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     UPTIME_SECONDS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
+    """Version of adaplex."""
     uptime_seconds: _builtins.float
+    """Time since the start."""
     @_builtins.property
-    def model(self) -> Global___BaseModelInfo: ...
+    def model(self) -> Global___BaseModelInfo:
+        """The base model."""
+
     @_builtins.property
-    def capacity(self) -> Global___CapacityInfo: ...
+    def capacity(self) -> Global___CapacityInfo:
+        """Memory and queue: totals, and use now."""
+
     @_builtins.property
-    def limits(self) -> Global___LimitsInfo: ...
+    def limits(self) -> Global___LimitsInfo:
+        """Limits on requests and adapters."""
+
     def __init__(
         self,
         *,
@@ -86,28 +94,34 @@ class BaseModelInfo(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     MODULES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Name of the model."""
     architecture: _builtins.str
+    """Model type of its Hugging Face config, such as `llama`."""
     quantization: _builtins.str
     """`nf4`, `int8`, `int4-group`, `bf16` or `fp32`."""
     group_size: _builtins.int
-    """Inputs that share a scale in `int4-group`; 0 for the others."""
+    """Inputs that share a scale in `int4-group`; 0 for other quantizations."""
     compute_dtype: _builtins.str
+    """Dtype of activations: `bfloat16` or `float32`."""
     device: _builtins.str
+    """`cpu` or `cuda`."""
     digest: _builtins.str
-    """SHA-256 of the base's config and weights as loaded."""
+    """SHA-256 of config and weights as loaded."""
     fingerprint: _builtins.str
-    """SHA-256 of the base's config and weights, however they are quantized."""
+    """SHA-256 of config and weights before any quantization."""
     weight_bytes: _builtins.int
+    """Bytes of all weights in memory."""
     step_weight_bytes: _builtins.int
-    """Those of them that a decode step reads: all but the table of input embeddings."""
+    """Bytes of the weights that a decode step reads: all but the input embeddings."""
     kv_token_bytes: _builtins.int
-    """Bytes that one token takes in the KV cache."""
+    """Bytes of one token in the KV cache."""
     max_model_len: _builtins.int
+    """Longest context, in tokens."""
     vocab_size: _builtins.int
-    """Token ids are below this."""
+    """Size of the vocabulary; token ids are below it."""
     @_builtins.property
     def modules(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdaptableModule]:
-        """What an adapter may change."""
+        """Modules that an adapter may change."""
 
     def __init__(
         self,
@@ -145,13 +159,15 @@ class AdaptableModule(_message.Message):
     OUT_FEATURES_FIELD_NUMBER: _builtins.int
     IS_HEAD_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """As in the base's state dict, without `.weight`."""
+    """Name in the base's state dict, without `.weight`."""
     kind: _builtins.str
-    """`linear` or `norm`."""
+    """`linear`, `norm`, `embedding`, `experts` or `block`."""
     in_features: _builtins.int
+    """Width of the input."""
     out_features: _builtins.int
+    """Width of the output."""
     is_head: _builtins.bool
-    """The output layer, which `all-linear` leaves out."""
+    """True for the output layer, which `all-linear` excludes."""
     def __init__(
         self,
         *,
@@ -191,25 +207,39 @@ class CapacityInfo(_message.Message):
     PINNED_BYTES_TOTAL_FIELD_NUMBER: _builtins.int
     PINNED_BYTES_USED_FIELD_NUMBER: _builtins.int
     requests_running: _builtins.int
+    """Requests in the running batch."""
     requests_waiting: _builtins.int
+    """Requests in the waiting queue."""
     kv_blocks_total: _builtins.int
+    """Blocks of the KV cache."""
     kv_blocks_used: _builtins.int
+    """Blocks in use."""
     kv_block_tokens: _builtins.int
+    """Tokens per block."""
     arena_bytes_total: _builtins.int
+    """Bytes of the arena."""
     arena_bytes_used: _builtins.int
+    """Bytes of the arena in use."""
     adapters_stored: _builtins.int
+    """Adapter names in the store."""
     adapters_resident: _builtins.int
-    """Adapters in memory, in the arena or as merged weights."""
+    """Adapters in device memory, in the arena or as merged weights."""
     merged_bytes_total: _builtins.int
+    """Byte budget of merged weights."""
     merged_bytes_used: _builtins.int
+    """Bytes of merged weights."""
     host_bytes_total: _builtins.int
+    """Byte budget of the host cache."""
     host_bytes_used: _builtins.int
+    """Bytes in the host cache."""
     store_bytes_total: _builtins.int
-    """Bytes of all stored adapters, and the quota."""
+    """Byte quota of the store."""
     store_bytes_used: _builtins.int
+    """Bytes of all stored adapter files."""
     pinned_bytes_total: _builtins.int
-    """Bytes in the arena that pins keep, and their bound."""
+    """Bytes of the arena that pinned adapters may occupy."""
     pinned_bytes_used: _builtins.int
+    """Bytes of pinned adapters."""
     def __init__(
         self,
         *,
@@ -249,10 +279,15 @@ class LimitsInfo(_message.Message):
     MAX_ADAPTER_RANK_FIELD_NUMBER: _builtins.int
     MAX_CHUNK_BYTES_FIELD_NUMBER: _builtins.int
     max_concurrent_sequences: _builtins.int
+    """Requests in one batch."""
     max_waiting_requests: _builtins.int
+    """Requests in the waiting queue."""
     max_adapter_bytes: _builtins.int
+    """Bytes of one adapter's files."""
     max_adapter_rank: _builtins.int
+    """Rank of one adapter."""
     max_chunk_bytes: _builtins.int
+    """Data of one upload chunk."""
     def __init__(
         self,
         *,

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ServerServiceStub:
-    """What this server is and how full it is.
+    """Facts, limits and load of this server.
     """
 
     def __init__(self, channel):
@@ -43,11 +43,12 @@ class ServerServiceStub:
 
 
 class ServerServiceServicer:
-    """What this server is and how full it is.
+    """Facts, limits and load of this server.
     """
 
     def GetServerInfo(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns the base model, the limits, and the load now.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -69,7 +70,7 @@ def add_ServerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ServerService:
-    """What this server is and how full it is.
+    """Facts, limits and load of this server.
     """
 
     @staticmethod

@@ -27,29 +27,32 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ServerServiceStub:
-    """What this server is and how full it is."""
+    """Facts, limits and load of this server."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ServerServiceAsyncStub: ...
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_server_pb2.GetServerInfoRequest, _server_pb2.GetServerInfoResponse]
+    """Returns the base model, the limits, and the load now."""
 
 @_typing.type_check_only
 class ServerServiceAsyncStub(ServerServiceStub):
-    """What this server is and how full it is."""
+    """Facts, limits and load of this server."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_server_pb2.GetServerInfoRequest, _server_pb2.GetServerInfoResponse]  # type: ignore[assignment]
+    """Returns the base model, the limits, and the load now."""
 
 class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What this server is and how full it is."""
+    """Facts, limits and load of this server."""
 
     @_abc_1.abstractmethod
     def GetServerInfo(
         self,
         request: _server_pb2.GetServerInfoRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_server_pb2.GetServerInfoResponse, _abc.Awaitable[_server_pb2.GetServerInfoResponse]]: ...
+    ) -> _typing.Union[_server_pb2.GetServerInfoResponse, _abc.Awaitable[_server_pb2.GetServerInfoResponse]]:
+        """Returns the base model, the limits, and the load now."""
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
