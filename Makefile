@@ -11,8 +11,8 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos \
   --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
   --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
 
-.PHONY: help demo test test-slow check bench bench-attainment bench-engine bench-overhead bench-long-prompt \
-  adapterhub-fixtures bench-residency bench-gpu bench-peers bench-modes bench-start bench-switch protos formats model format clean
+.PHONY: help demo test test-slow mutants check bench bench-attainment bench-engine bench-overhead bench-long-prompt \
+  adapterhub-fixtures bench-residency bench-gpu bench-peers bench-modes bench-start bench-switch protos formats docs model format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -26,7 +26,7 @@ test: model ## Run the tests that take minutes in all, one process a core
 test-slow: model ## Run the other tests: sanitizers, kills, other instruction sets, every family
 	@$(PYTEST) -m slow
 
-check: $(INSTALLED) ## Lint, types, import rules, protocol rules, stub drift
+check: $(INSTALLED) ## Lint, types, import rules, protocol rules, drift of stubs and documents
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
@@ -39,6 +39,7 @@ check: $(INSTALLED) ## Lint, types, import rules, protocol rules, stub drift
 	       cmp "$$stub" "protos/adaplex/v1/$$(basename "$$stub")" \
 	         || { echo "stub out of date: run make protos"; exit 1; }; \
 	     done
+	PYTHONPATH=tests $(BIN)/python -m tools.docs --check
 	@echo "all checks passed"
 
 bench: model ## Measure serving through gRPC, every workload; ARGS="--out FOLDER" keeps it
@@ -83,6 +84,9 @@ protos: $(INSTALLED) ## Regenerate the committed stubs
 
 formats: $(INSTALLED) ## Write the table of families into adapters/FAMILIES.md
 	@PYTHONPATH=tests $(BIN)/python -m tools.families_table adapters/FAMILIES.md
+
+docs: $(INSTALLED) ## Rewrite the references of settings, metrics, errors and API from the code
+	@PYTHONPATH=tests $(BIN)/python -m tools.docs
 
 model: $(INSTALLED) ## Fetch and convert the default model, once
 	@$(BIN)/python -m adaplex.model.base.source >/dev/null

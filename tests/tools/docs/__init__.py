@@ -1,0 +1,1 @@
+"""Reference documents that are generated from code: settings, metrics, errors, protocol."""
