@@ -159,12 +159,13 @@ class ServerConfig(BaseSettings):
     )
     base_policy: Literal["off", "warn", "refuse"] = Field(
         "warn",
-        description="Treatment of an adapter that was trained on another base: off does not check.",
+        description="Policy for adapters that were trained on another base: warn adds a warning, "
+        "refuse rejects them, off does not check.",
     )
     signature_policy: Literal["off", "warn", "require"] = Field(
         "off",
-        description="Treatment of an adapter without a valid OpenSSF signature: off does not "
-        "check.",
+        description="Policy for adapters without a valid OpenSSF signature: warn adds a warning, "
+        "require rejects them, off does not check.",
     )
     signature_keys: Paths = Field(
         (), description="PEM public key that may sign adapters. Repeat the flag for more."

@@ -26,7 +26,7 @@ SECTIONS = {
 }
 """First setting of each section -> heading."""
 WORDS = {
-    "BYTES": "bytes, with or without a unit (`512MiB`)",
+    "BYTES": "bytes",
     "N": "integer",
     "X": "number",
     "SECONDS": "seconds",
@@ -42,7 +42,8 @@ and their origins.
 
 A flag that can be repeated is a list in YAML, or a mapping for `name=path`; its environment
 variable separates values by commas. A switch such as `--prefix-cache` has the opposite
-`--no-prefix-cache`, and is `true` or `false` in the environment and in YAML."""
+`--no-prefix-cache`, and is `true` or `false` in the environment and in YAML. Bytes may have a unit,
+such as `512MiB`."""
 
 
 def document() -> str:
