@@ -1,4 +1,4 @@
-"""What is asked, how a call failed, and waiting for what happens elsewhere."""
+"""Requests to a toy server, how calls failed, and waiting for conditions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 
 from adaplex.v1 import adapters_pb2
-from adaplex.v1.generation_pb2 import GenerateRequest, GenerationSpec
+from adaplex.v1.generation_pb2 import GenerationSpec
 
 if TYPE_CHECKING:
-    from server.toy import Rig
+    from server.server_rig import ServerRig
 
 ACTOR = (("x-adaplex-actor", "ci-bot"),)
 
@@ -24,18 +24,14 @@ def spec(text: str = "hello", **fields: Any) -> GenerationSpec:
     return GenerationSpec(**({"text": text} | fields))
 
 
-def ask(adapter: str = "", **fields: Any) -> GenerateRequest:
-    return GenerateRequest(spec=GenerationSpec(text="x", adapter=adapter, **fields))
+async def applied(toy: ServerRig, adapter: str = "", **fields: Any) -> Any:
+    """Returns the proof of a request for the adapter."""
+    response = await toy.generate("x", adapter=adapter, **fields)
+    return response.started.adapter
 
 
-async def applied(toy: Rig, adapter: str = "", **fields: Any) -> Any:
-    """What a request for the adapter says was applied."""
-    answer = await toy.generation.Generate(ask(adapter, **fields))
-    return answer.started.adapter
-
-
-async def versions(toy: Rig, count: int = 2, name: str = "a") -> list[str]:
-    """Digests of new versions under a name."""
+async def versions(toy: ServerRig, count: int = 2, name: str = "a") -> list[str]:
+    """Uploads versions of a name. Returns their digests."""
     return [(await toy.upload(name, seed, replace=True)).adapter.digest for seed in range(count)]
 
 
@@ -43,14 +39,16 @@ def target(version: int, weight: float = 1.0) -> adapters_pb2.AliasTarget:
     return adapters_pb2.AliasTarget(version=version, weight=weight)
 
 
-async def point(toy: Rig, alias: str, *targets: adapters_pb2.AliasTarget, name: str = "a") -> Any:
-    """Points an alias elsewhere."""
+async def point(
+    toy: ServerRig, alias: str, *targets: adapters_pb2.AliasTarget, name: str = "a"
+) -> Any:
+    """Points an alias to targets."""
     request = adapters_pb2.SetAliasRequest(name=name, alias=alias, targets=targets)
     return (await toy.adapters.SetAlias(request, metadata=ACTOR)).adapter
 
 
 async def status(call: Any) -> tuple[grpc.StatusCode, dict[str, Any]]:
-    """How a call failed: code, and the rich details by their short type name."""
+    """Returns how a call failed: code, and the details by their short type names."""
     with pytest.raises(grpc.RpcError) as caught:
         await call
     return caught.value.code(), rich_status(caught.value)
@@ -72,7 +70,7 @@ def rich_status(error: Any) -> dict[str, Any]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Waits for a condition of another thread or task."""
+    """Waits for a condition that another thread or task fulfils."""
     async with asyncio.timeout(5):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)

@@ -1,4 +1,4 @@
-"""Adapters that ask something of requests, over the wire."""
+"""Adapters that constrain requests: leading positions, invocation, merged only; over the wire."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from adaplex.v1.generation_pb2 import (
     ADAPTER_MODE_AUTO,
     ADAPTER_MODE_MERGED,
     ADAPTER_MODE_UNMERGED,
-    GenerateRequest,
     GenerationSpec,
     WeightedAdapter,
 )
-from server import toy as toys
+from server import server_rig
+from server.adapter_uploads import adapter_files
 from server.calls import status
-from server.toy import BASE, FEATURES, VOCAB, FakeRunner, Rig, adapter_files, rig, upload_messages
+from server.fake_model import BASE, FEATURES, VOCAB, FakeRunner
+from server.server_rig import rig
 
 EMBEDDING = BaseModule("model.embed_tokens", "embedding", VOCAB, FEATURES)
 ATTENTION = BaseModule("model.layers.0.self_attn", "block", FEATURES, FEATURES)
@@ -42,7 +43,7 @@ def tunable(monkeypatch: pytest.MonkeyPatch) -> None:
     attention = replace(ATTENTION, layer=0, part="attention")
     modules = BASE.modules | {m.name: m for m in (EMBEDDING, attention)}
     changed = replace(BASE, modules=modules, kv_shapes=((2, 4, 4),))
-    monkeypatch.setattr(toys, "BASE", changed)
+    monkeypatch.setattr(server_rig, "BASE", changed)
 
 
 class Recorder(FakeRunner):
@@ -74,15 +75,6 @@ PREFIX = ("PREFIX_TUNING", 2 * FEATURES)
 PROMPT = ("PROMPT_TUNING", FEATURES)
 
 
-async def push(toy: Rig, name: str, files: dict[str, bytes]) -> Any:
-    return await toy.send("UploadAdapter", upload_messages(files, name=name))
-
-
-async def answer(toy: Rig, text: str = "hello", **fields: Any) -> Any:
-    spec = GenerationSpec(text=text, **fields)
-    return await toy.generation.Generate(GenerateRequest(spec=spec))
-
-
 @pytest.mark.usefixtures("tunable")
 @pytest.mark.parametrize(("kind", "width"), [PREFIX, PROMPT])
 async def test_positions_before_the_prompt_are_no_usage(
@@ -90,9 +82,9 @@ async def test_positions_before_the_prompt_are_no_usage(
 ) -> None:
     runner = Recorder()
     async with rig(tmp_path, runner=runner, engine=BLOCKS) as toy:
-        done = await push(toy, "tuned", learned(kind, width))
-        first, second = [await answer(toy, adapter="tuned") for _ in range(2)]
-        other = await answer(toy, adapter="tuned", cache_salt="other")
+        done = await toy.upload_files(learned(kind, width), "tuned")
+        first, second = [await toy.generate(adapter="tuned") for _ in range(2)]
+        other = await toy.generate(adapter="tuned", cache_salt="other")
     assert done.adapter.leading_tokens == TOKENS
     sizes = (done.report.prefix_tokens, done.report.virtual_tokens)
     assert sizes == ((TOKENS, 0) if kind == "PREFIX_TUNING" else (0, TOKENS))
@@ -109,19 +101,15 @@ async def test_positions_before_the_prompt_are_no_usage(
 @pytest.mark.usefixtures("tunable")
 async def test_positions_before_the_prompt_take_of_the_context(tmp_path: Path) -> None:
     async with rig(tmp_path, engine={"max_model_len": 30}) as toy:
-        await push(toy, "tuned", learned(*PROMPT))
-        fits = await answer(toy, "x" * 6, adapter="tuned")
+        await toy.upload_files(learned(*PROMPT), "tuned")
+        fits = await toy.generate("x" * 6, adapter="tuned")
         assert fits.finished.completion_tokens == 4
-        code, details = await status(
-            toy.generation.Generate(
-                GenerateRequest(spec=GenerationSpec(text="x" * 10, adapter="tuned"))
-            )
-        )
+        code, details = await status(toy.generate("x" * 10, adapter="tuned"))
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         [violation] = details["BadRequest"].field_violations
         assert violation.field == "prompt"
         assert "10 tokens behind the 20 of adapter tuned" in violation.description
-        longer = await answer(toy, "x" * 10)
+        longer = await toy.generate("x" * 10)
         assert longer.finished.completion_tokens > 1
 
 
@@ -129,10 +117,10 @@ async def test_positions_before_the_prompt_take_of_the_context(tmp_path: Path) -
 async def test_a_prefix_and_virtual_tokens_lead_together(tmp_path: Path) -> None:
     runner = Recorder()
     async with rig(tmp_path, runner=runner) as toy:
-        await push(toy, "prefix", learned(*PREFIX, tokens=4))
-        await push(toy, "tokens", learned(*PROMPT, tokens=3))
+        await toy.upload_files(learned(*PREFIX, tokens=4), "prefix")
+        await toy.upload_files(learned(*PROMPT, tokens=3), "tokens")
         both = [WeightedAdapter(adapter="prefix"), WeightedAdapter(adapter="tokens")]
-        answered = await answer(toy, adapters=both)
+        answered = await toy.generate(adapters=both)
     assert answered.finished.prompt_tokens == 5
     assert runner.started == [([*range(VIRTUAL, VIRTUAL + 7), *b"hello"], 0)]
 
@@ -141,12 +129,10 @@ async def test_a_prefix_and_virtual_tokens_lead_together(tmp_path: Path) -> None
 async def test_two_of_a_combination_cannot_both_lead(tmp_path: Path) -> None:
     runner = Recorder()
     async with rig(tmp_path, runner=runner) as toy:
-        await push(toy, "tuned", learned(*PROMPT))
-        await push(toy, "also", learned(*PROMPT, tokens=3))
+        await toy.upload_files(learned(*PROMPT), "tuned")
+        await toy.upload_files(learned(*PROMPT, tokens=3), "also")
         both = [WeightedAdapter(adapter="tuned"), WeightedAdapter(adapter="also")]
-        code, details = await status(
-            toy.generation.Generate(GenerateRequest(spec=GenerationSpec(text="x", adapters=both)))
-        )
+        code, details = await status(toy.generate("x", adapters=both))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     [violation] = details["BadRequest"].field_violations
     assert violation.field == "adapters"
@@ -168,22 +154,18 @@ async def test_an_invoked_adapter_needs_its_invocation(tmp_path: Path) -> None:
     runner = Recorder()
     async with rig(tmp_path, runner=runner, engine=BLOCKS) as toy:
         files = adapter_files(alora_invocation_tokens=list(b"!!"))
-        done = await push(toy, "invoked", files)
+        done = await toy.upload_files(files, "invoked")
         assert bytes(done.adapter.invocation_tokens) == b"!!"
         assert bytes(done.report.invocation_tokens) == b"!!"
-        code, details = await status(
-            toy.generation.Generate(
-                GenerateRequest(spec=GenerationSpec(text="! hello !", adapter="invoked"))
-            )
-        )
+        code, details = await status(toy.generate("! hello !", adapter="invoked"))
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         [violation] = details["BadRequest"].field_violations
         assert violation.field == "prompt"
         assert "33, 33, which adapter invoked begins at" in violation.description
         assert not runner.started
         question = "a question of more than two blocks of tokens"
-        base = await answer(toy, question)
-        invoked = await answer(toy, f"{question}!!", adapter="invoked")
+        base = await toy.generate(question)
+        invoked = await toy.generate(f"{question}!!", adapter="invoked")
     assert base.finished.cached_tokens == 0
     assert invoked.finished.cached_tokens == 32
     assert invoked.text[0] == done.adapter.digest[7], "the adapter answers"
@@ -201,11 +183,11 @@ async def test_what_can_only_be_merged_is(
 ) -> None:
     lowered_by(monkeypatch, only_merged)
     async with rig(tmp_path) as toy:
-        done = await push(toy, "only", adapter_files())
+        done = await toy.upload_files(adapter_files(), "only")
         assert done.adapter.merged_only
         assert done.report.merged_only
         assert not done.report.warnings
-        answered = await answer(toy, adapter="only", mode=mode)
+        answered = await toy.generate(adapter="only", mode=mode)
         assert answered.started.adapter.mode == ADAPTER_MODE_MERGED
         assert not toy.engine.stats().resident
 
@@ -215,10 +197,10 @@ async def test_what_can_only_be_merged_is_refused_otherwise_and_no_pin(
 ) -> None:
     lowered_by(monkeypatch, only_merged)
     async with rig(tmp_path) as toy:
-        await push(toy, "only", adapter_files())
+        await toy.upload_files(adapter_files(), "only")
         unmerged = GenerationSpec(text="x", adapter="only", mode=ADAPTER_MODE_UNMERGED)
         calls = [
-            toy.generation.Generate(GenerateRequest(spec=unmerged)),
+            toy.generate(unmerged),
             toy.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="only", pinned=True)),
         ]
         for call, field in zip(calls, ("spec.mode", "pinned"), strict=True):
@@ -236,12 +218,10 @@ async def test_a_server_without_merged_weights_says_so_at_once_and_at_the_reques
 ) -> None:
     lowered_by(monkeypatch, only_merged)
     async with rig(tmp_path, engine={"merged_bytes": 0}, merged_bytes=0) as toy:
-        done = await push(toy, "only", adapter_files())
+        done = await toy.upload_files(adapter_files(), "only")
         [warning] = done.report.warnings
         assert "this server keeps no merged weights" in warning
-        code, details = await status(
-            toy.generation.Generate(GenerateRequest(spec=GenerationSpec(text="x", adapter="only")))
-        )
+        code, details = await status(toy.generate("x", adapter="only"))
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         [violation] = details["BadRequest"].field_violations
         assert violation.field == "mode"
@@ -259,5 +239,5 @@ async def test_a_pinned_name_that_comes_to_be_merged_only_is_left_alone(
         await toy.upload("a", 1, replace=True)
         await toy.server._pins.follow()
         assert not toy.engine.stats().pinned
-        answered = await answer(toy, adapter="a")
+        answered = await toy.generate(adapter="a")
         assert answered.started.adapter.mode == ADAPTER_MODE_MERGED

@@ -1,22 +1,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
 import signal
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from adaplex.server import logs
 from adaplex.server.app import SERVICES
 from adaplex.server.config import ConfigError
 from adaplex.server.process import run
@@ -30,20 +25,15 @@ from adaplex.v1.generation_pb2 import (
 )
 from adaplex.v1.server_pb2 import GetServerInfoRequest
 from server.calls import status, until
-from server.toy import BASE, FEATURES, FakeRunner, Rig, rig, toy_parts
+from server.fake_model import BASE, FEATURES, FakeRunner
+from server.server_rig import ServerRig, rig, toy_components
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 LONG = GenerationSpec(text="x", sampling=SamplingParams(max_tokens=20, ignore_eos=True))
 
 
-async def check(toy: Rig, service: str = "") -> int:
-    stub = health_pb2_grpc.HealthStub(toy.channel)
-    answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
-    return int(answer.status)
-
-
-async def fetch(toy: Rig, path: str) -> tuple[int, str]:
+async def fetch(toy: ServerRig, path: str) -> tuple[int, str]:
     """Status and body of a page of the HTTP port."""
     url = f"http://127.0.0.1:{toy.server.http_port}{path}"
 
@@ -60,9 +50,9 @@ async def fetch(toy: Rig, path: str) -> tuple[int, str]:
 async def test_health_answers_for_the_server_and_each_service(tmp_path: Path) -> None:
     async with rig(tmp_path) as toy:
         for service in ("", *SERVICES, "liveness"):
-            assert await check(toy, service) == SERVING
+            assert await toy.health(service) == SERVING
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await check(toy, "nobody")
+            await toy.health("nobody")
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         assert await fetch(toy, "/health") == (200, "serving\n")
 
@@ -72,15 +62,15 @@ async def test_an_engine_that_does_not_beat_is_not_alive(tmp_path: Path) -> None
         toy.server._health._every = 0.01
         toy.runner.gate.clear()
         toy.runner.slow = 1.0
-        call = asyncio.ensure_future(toy.generation.Generate(GenerateRequest(spec=LONG)))
+        call = asyncio.ensure_future(toy.generate(LONG))
         await until(lambda: not toy.server._health.ready)
-        assert await check(toy, "liveness") == NOT_SERVING
-        assert await check(toy) == NOT_SERVING
+        assert await toy.health("liveness") == NOT_SERVING
+        assert await toy.health() == NOT_SERVING
         assert (await fetch(toy, "/health"))[0] == 503
         toy.runner.gate.set()
         await call
         await until(lambda: toy.server._health.ready)
-        assert await check(toy) == SERVING
+        assert await toy.health() == SERVING
 
 
 async def test_reflection_lists_every_service(tmp_path: Path) -> None:
@@ -95,7 +85,7 @@ async def test_reflection_lists_every_service(tmp_path: Path) -> None:
 async def test_info_tells_what_the_server_is(tmp_path: Path) -> None:
     async with rig(tmp_path) as toy:
         await toy.upload("a")
-        await toy.generation.Generate(GenerateRequest(spec=GenerationSpec(text="x", adapter="a")))
+        await toy.generate("x", adapter="a")
         info = await toy.info.GetServerInfo(GetServerInfoRequest())
     assert info.model.name == "toy"
     assert info.model.max_model_len == 256
@@ -116,15 +106,15 @@ async def test_a_drain_finishes_what_runs_and_takes_nothing_new(tmp_path: Path) 
     runner = FakeRunner()
     async with rig(tmp_path, runner=runner) as toy:
         runner.gate.clear()
-        running = asyncio.ensure_future(toy.generation.Generate(GenerateRequest(spec=LONG)))
+        running = asyncio.ensure_future(toy.generate(LONG))
         await until(lambda: toy.engine.stats().running == 1)
         drain = asyncio.ensure_future(toy.server.drain(asyncio.Event()))
         await until(lambda: toy.server._edge.draining)
-        assert await check(toy) == NOT_SERVING
-        assert await check(toy, "liveness") == SERVING
+        assert await toy.health() == NOT_SERVING
+        assert await toy.health("liveness") == SERVING
         assert await fetch(toy, "/health") == (503, "not serving\n")
         for call in (
-            toy.generation.Generate(GenerateRequest(spec=LONG)),
+            toy.generate(LONG),
             toy.adapters.ListAdapters(ListAdaptersRequest()),
         ):
             code, details = await status(call)
@@ -139,7 +129,7 @@ async def test_a_drain_finishes_what_runs_and_takes_nothing_new(tmp_path: Path) 
 async def test_a_drain_ends_when_its_time_is_up(tmp_path: Path) -> None:
     async with rig(tmp_path, shutdown_timeout=0.05) as toy:
         toy.runner.gate.clear()
-        call = toy.generation.Generate(GenerateRequest(spec=LONG))
+        call = toy.generate(LONG)
         running = asyncio.ensure_future(call)
         await until(lambda: toy.engine.stats().running == 1)
         await toy.server.drain(asyncio.Event())
@@ -153,7 +143,7 @@ async def test_a_second_signal_cuts_the_drain_short(tmp_path: Path) -> None:
     hard = asyncio.Event()
     async with rig(tmp_path, shutdown_timeout=60) as toy:
         toy.runner.gate.clear()
-        running = asyncio.ensure_future(toy.generation.Generate(GenerateRequest(spec=LONG)))
+        running = asyncio.ensure_future(toy.generate(LONG))
         await until(lambda: toy.engine.stats().running == 1)
         drain = asyncio.ensure_future(toy.server.drain(hard))
         hard.set()
@@ -163,7 +153,7 @@ async def test_a_second_signal_cuts_the_drain_short(tmp_path: Path) -> None:
 
 async def test_sigterm_drains_and_ends_the_run(tmp_path: Path) -> None:
     runner = FakeRunner()
-    parts, core = toy_parts(tmp_path, runner)
+    parts, core = toy_components(tmp_path, runner)
     with structlog.testing.capture_logs() as lines:
         running = asyncio.ensure_future(run(parts))
         await until(lambda: any(line["event"] == "serving" for line in lines))
@@ -195,10 +185,10 @@ async def test_metrics_hold_the_whole_table(tmp_path: Path) -> None:
     async with rig(tmp_path) as toy:
         await toy.upload("german")
         spec = GenerationSpec(text="hello", adapter="german")
-        await toy.generation.Generate(GenerateRequest(spec=spec))
+        await toy.generate(spec)
         stream = toy.generation.GenerateStream(GenerateStreamRequest(spec=LONG))
         assert [event async for event in stream]
-        await status(toy.generation.Generate(GenerateRequest(spec=GenerationSpec())))
+        await status(toy.generate(GenerationSpec()))
         code, text = await fetch(toy, "/metrics")
     assert code == 200
     lines = text.splitlines()
@@ -263,7 +253,7 @@ TABLE = [
 
 async def test_the_table_has_vllm_names_when_asked(tmp_path: Path) -> None:
     async with rig(tmp_path, vllm_metric_names=True) as toy:
-        await toy.generation.Generate(GenerateRequest(spec=LONG))
+        await toy.generate(LONG)
         _, text = await fetch(toy, "/metrics")
     lines = text.splitlines()
     assert 'vllm:generation_tokens_total{model_name="toy"} 20.0' in lines
@@ -277,57 +267,3 @@ async def test_other_pages_are_not_found(tmp_path: Path) -> None:
     async with rig(tmp_path) as toy:
         assert await fetch(toy, "/") == (404, "not found\n")
         assert (await fetch(toy, "/metrics/x"))[0] == 404
-
-
-@pytest.fixture
-def configured_logs() -> Iterator[None]:
-    """Logging as before, afterwards."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    structlog.reset_defaults()
-    yield
-    logging.basicConfig(handlers=handlers, level=level, force=True)
-    structlog.reset_defaults()
-
-
-@pytest.mark.usefixtures("configured_logs")
-async def test_log_lines_tell_what_happened_and_no_text(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    logs.configure("info", "json")
-    async with rig(tmp_path) as toy:
-        await toy.upload("german")
-        spec = GenerationSpec(text="my secret", adapter="german")
-        await toy.generation.Generate(
-            GenerateRequest(spec=spec), metadata=(("x-request-id", "r-9"),)
-        )
-        await check(toy)
-    written = capsys.readouterr().err
-    assert "secret" not in written
-    lines: list[dict[str, Any]] = [json.loads(line) for line in written.splitlines()]
-    line = next(line for line in lines if line.get("request_id") == "r-9")
-    assert line["code"] == "OK"
-    assert line["adapter"] == "german"
-    assert line["digest"].startswith("sha256:")
-    assert (line["prompt_tokens"], line["completion_tokens"]) == (9, 11)
-    assert line["total_ms"] >= line["first_token_ms"] >= line["queue_ms"] >= 0
-    assert not any("Health" in str(line.get("method")) for line in lines)
-
-
-@pytest.mark.usefixtures("configured_logs")
-@pytest.mark.parametrize("form", ["json", "console"])
-async def test_a_failure_is_logged_with_its_traceback_and_no_text(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: Any
-) -> None:
-    logs.configure("info", form)
-    async with rig(tmp_path, runner=FakeRunner(failure=KeyError("bug"))) as toy:
-        digest = (await toy.upload("german")).adapter.digest
-        capsys.readouterr()  # the line of the upload
-        spec = GenerationSpec(text="my secret", adapter="german")
-        await status(toy.generation.Generate(GenerateRequest(spec=spec)))
-    written = capsys.readouterr().err
-    assert "Traceback" in written
-    assert "KeyError" in written
-    assert "german" in written
-    assert digest in written
-    assert "secret" not in written

@@ -19,7 +19,7 @@ from adaplex.v1.generation_pb2 import (
     SamplingParams,
 )
 from adaplex.v1.server_pb2 import GetServerInfoRequest
-from server.toy import BASE
+from server.fake_model import BASE
 from tiny import VOCAB, save_tiny
 
 

@@ -19,13 +19,13 @@ from adaplex.server.generator import Generator
 from adaplex.server.rpc_context import RpcContext
 from adaplex.v1 import generation_pb2
 from adaplex.v1.generation_pb2 import (
-    GenerateRequest,
     GenerateStreamRequest,
     GenerationSpec,
     SamplingParams,
 )
 from server.calls import until
-from server.toy import FakeRunner, rig, toy_parts
+from server.fake_model import FakeRunner
+from server.server_rig import rig, toy_components
 
 
 class Script:
@@ -72,7 +72,7 @@ def said(text: str, finish: FinishReason | None = None) -> list[StepOutput]:
 @asynccontextmanager
 async def scripted(folder: Path, *groups: list[StepOutput]) -> AsyncIterator[Any]:
     """A generator over a script, and the script; `value` looks a metric up."""
-    parts, _ = toy_parts(folder, FakeRunner())
+    parts, _ = toy_components(folder, FakeRunner())
     script = Script(list(groups))
     engine = AsyncEngine(_as_engine(script))
     generator = Generator(
@@ -143,7 +143,7 @@ async def test_a_stream_is_told_in_messages_of_so_many_tokens(
         runner.gate.clear()
         stream = toy.generation.GenerateStream(GenerateStreamRequest(spec=spec))
         _, *deltas, _ = [event async for event in stream]
-        whole = await toy.generation.Generate(GenerateRequest(spec=spec))
+        whole = await toy.generate(spec)
     counts = [len(event.delta.token_ids) for event in deltas]
     assert len(counts) > 1, "the first token does not wait"
     assert all(count >= interval for count in counts[1:-1])

@@ -4,11 +4,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
-from typer.testing import CliRunner
 
-from adaplex.server.cli.serve import serve
 from adaplex.server.config import ConfigError, ServerConfig
 from adaplex.server.load_config import describe, load_config
 
@@ -135,35 +132,3 @@ def test_the_description_reads_back_and_says_where_from(
     assert "max_running: 64  # default" in text.splitlines()
     monkeypatch.delenv("ADAPLEX_HTTP_PORT")
     assert ServerConfig(**yaml.safe_load(text)) == config
-
-
-@pytest.fixture
-def command() -> typer.Typer:
-    app = typer.Typer()
-    app.command()(serve)
-    return app
-
-
-def test_help_shows_every_flag_with_its_meaning(command: typer.Typer) -> None:
-    shown = " ".join(CliRunner().invoke(command, ["--help"], env={"COLUMNS": "200"}).output.split())
-    for name, field in ServerConfig.model_fields.items():
-        assert f"--{name.replace('_', '-')} " in shown
-        assert field.description
-    assert "nf4|int8|int4-group|bf16|fp32" in shown
-    assert "256MiB" in shown
-
-
-def test_print_config_prints_and_serves_nothing(command: typer.Typer) -> None:
-    flags = ["--port", "5", "--no-prefix-cache", "--adapters", "a=/x", "--print-config"]
-    result = CliRunner().invoke(command, flags)
-    assert result.exit_code == 0
-    settings = yaml.safe_load(result.output)
-    assert settings["port"] == 5
-    assert settings["prefix_cache"] is False
-    assert settings["adapters"] == {"a": "/x"}
-
-
-def test_a_bad_flag_is_one_line_and_an_exit_code(command: typer.Typer) -> None:
-    result = CliRunner().invoke(command, ["--port", "-1"])
-    assert result.exit_code == 2
-    assert result.stderr == "adaplex serve: port: Input should be greater than or equal to 0\n"

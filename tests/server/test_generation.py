@@ -9,19 +9,19 @@ from adaplex.v1 import generation_pb2
 from adaplex.v1.generation_pb2 import (
     ChatMessage,
     ChatPrompt,
-    GenerateRequest,
     GenerateStreamRequest,
     GenerationSpec,
     SamplingParams,
     TokenIds,
 )
 from server.calls import spec, status
-from server.toy import EOS, FakeRunner, rig
+from server.fake_model import EOS, FakeRunner
+from server.server_rig import rig
 
 
 async def test_the_base_answers_when_no_adapter_is_named(tmp_path: Path) -> None:
     async with rig(tmp_path) as toy:
-        answer = await toy.generation.Generate(GenerateRequest(spec=spec("grüße")))
+        answer = await toy.generate("grüße")
     assert answer.text == "grüße"
     assert list(answer.token_ids) == [*"grüße".encode(), EOS]
     assert not answer.started.HasField("adapter")
@@ -53,7 +53,7 @@ async def test_the_mode_is_the_requests_own(tmp_path: Path, mode: str) -> None:
     async with rig(tmp_path) as toy:
         await toy.upload("a")
         wanted = generation_pb2.AdapterMode.Value(f"ADAPTER_MODE_{mode}")
-        answer = await toy.generation.Generate(GenerateRequest(spec=spec(adapter="a", mode=wanted)))
+        answer = await toy.generate(adapter="a", mode=wanted)
     assert answer.started.adapter.mode == wanted
 
 
@@ -63,9 +63,7 @@ async def test_an_unknown_adapter_is_not_found_and_never_the_base(
 ) -> None:
     async with rig(tmp_path) as toy:
         await toy.upload("a")
-        code, details = await status(
-            toy.generation.Generate(GenerateRequest(spec=spec(adapter=name)))
-        )
+        code, details = await status(toy.generate(adapter=name))
         assert toy.engine.stats().running == 0
     assert code is grpc.StatusCode.NOT_FOUND
     assert details["ErrorInfo"].reason == "ADAPTER_NOT_FOUND"
@@ -75,22 +73,20 @@ async def test_an_unknown_adapter_is_not_found_and_never_the_base(
 async def test_chat_goes_through_the_template(tmp_path: Path) -> None:
     chat = ChatPrompt(messages=[ChatMessage(role="user", content="hi")])
     async with rig(tmp_path) as toy:
-        answer = await toy.generation.Generate(GenerateRequest(spec=GenerationSpec(chat=chat)))
+        answer = await toy.generate(GenerationSpec(chat=chat))
     assert answer.text == "user:hi\n"
 
 
 async def test_token_ids_are_taken_as_they_are(tmp_path: Path) -> None:
     ids = TokenIds(ids=b"abc")
     async with rig(tmp_path) as toy:
-        answer = await toy.generation.Generate(GenerateRequest(spec=GenerationSpec(token_ids=ids)))
+        answer = await toy.generate(GenerationSpec(token_ids=ids))
     assert answer.text == "abc"
 
 
 async def test_logprobs_come_with_their_tokens(tmp_path: Path) -> None:
     async with rig(tmp_path) as toy:
-        answer = await toy.generation.Generate(
-            GenerateRequest(spec=spec("ab", sampling=SamplingParams(logprobs=2)))
-        )
+        answer = await toy.generate("ab", sampling=SamplingParams(logprobs=2))
     assert [entry.token_id for entry in answer.logprobs] == [*b"ab", EOS]
     assert [len(entry.top) for entry in answer.logprobs] == [2, 2, 2]
 
@@ -98,9 +94,7 @@ async def test_logprobs_come_with_their_tokens(tmp_path: Path) -> None:
 async def test_an_answer_ends_before_its_stop_string(tmp_path: Path) -> None:
     async with rig(tmp_path) as toy:
         sampling = SamplingParams(stop=["lo wo", "never"])
-        answer = await toy.generation.Generate(
-            GenerateRequest(spec=spec("hello world", sampling=sampling))
-        )
+        answer = await toy.generate("hello world", sampling=sampling)
     assert answer.text == "hel"
     assert answer.finished.reason == generation_pb2.FINISH_REASON_STOP
     assert answer.finished.stop == "lo wo"
@@ -114,9 +108,7 @@ async def test_a_stop_string_within_min_tokens_is_text(
 ) -> None:
     async with rig(tmp_path) as toy:
         sampling = SamplingParams(stop=["ab"], min_tokens=min_tokens)
-        answer = await toy.generation.Generate(
-            GenerateRequest(spec=spec("ababab", sampling=sampling))
-        )
+        answer = await toy.generate("ababab", sampling=sampling)
     assert answer.text == text
     assert answer.finished.stop == "ab"
     assert answer.finished.completion_tokens == len(text) + 2
@@ -125,16 +117,14 @@ async def test_a_stop_string_within_min_tokens_is_text(
 async def test_held_back_text_is_given_out_at_the_end(tmp_path: Path) -> None:
     async with rig(tmp_path) as toy:
         sampling = SamplingParams(stop=["lo world"])
-        answer = await toy.generation.Generate(
-            GenerateRequest(spec=spec("hello", sampling=sampling))
-        )
+        answer = await toy.generate("hello", sampling=sampling)
     assert answer.text == "hello"
 
 
 async def test_max_tokens_cut_without_half_a_character(tmp_path: Path) -> None:
     async with rig(tmp_path) as toy:
         sampling = SamplingParams(max_tokens=2)
-        answer = await toy.generation.Generate(GenerateRequest(spec=spec("aü", sampling=sampling)))
+        answer = await toy.generate("aü", sampling=sampling)
     assert answer.text == "a"
     assert answer.finished.reason == generation_pb2.FINISH_REASON_LENGTH
     assert answer.finished.completion_tokens == 2
@@ -143,18 +133,16 @@ async def test_max_tokens_cut_without_half_a_character(tmp_path: Path) -> None:
 async def test_the_context_length_bounds_the_answer(tmp_path: Path) -> None:
     async with rig(tmp_path, runner=FakeRunner(lambda request: [65])) as toy:
         sampling = SamplingParams(max_tokens=100_000)
-        answer = await toy.generation.Generate(
-            GenerateRequest(spec=spec("x" * 250, sampling=sampling))
-        )
+        answer = await toy.generate("x" * 250, sampling=sampling)
     assert answer.text == "A" * 6
 
 
 async def test_ignore_eos_and_stop_tokens(tmp_path: Path) -> None:
     async with rig(tmp_path) as toy:
         sampling = SamplingParams(ignore_eos=True, max_tokens=5)
-        answer = await toy.generation.Generate(GenerateRequest(spec=spec("ab", sampling=sampling)))
+        answer = await toy.generate("ab", sampling=sampling)
         assert answer.text == "abab"
         sampling = SamplingParams(stop_token_ids=[ord("b")])
-        answer = await toy.generation.Generate(GenerateRequest(spec=spec("ab", sampling=sampling)))
+        answer = await toy.generate("ab", sampling=sampling)
     assert answer.text == "a"
     assert answer.finished.stop == str(ord("b"))

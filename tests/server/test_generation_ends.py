@@ -8,7 +8,8 @@ import pytest
 
 from adaplex.v1.generation_pb2 import GenerateRequest, GenerateStreamRequest, SamplingParams
 from server.calls import spec, status, until
-from server.toy import FakeRunner, rig
+from server.fake_model import FakeRunner
+from server.server_rig import rig
 
 
 def endless() -> FakeRunner:
@@ -64,16 +65,14 @@ async def test_a_full_queue_says_when_to_try_again(tmp_path: Path) -> None:
 async def test_a_failed_step_tells_nothing_of_the_inside(tmp_path: Path) -> None:
     runner = FakeRunner(failure=RuntimeError("secret path /srv/x"))
     async with rig(tmp_path, runner=runner) as toy:
-        call = toy.generation.Generate(
-            GenerateRequest(spec=spec()), metadata=(("x-request-id", "r-1"),)
-        )
+        call = toy.generate(metadata=(("x-request-id", "r-1"),))
         code, details = await status(call)
         message = await call.details()
         assert code is grpc.StatusCode.INTERNAL
         assert message == "internal error; request id r-1"
         assert details["RequestInfo"].request_id == "r-1"
         runner.failure = None
-        assert (await toy.generation.Generate(GenerateRequest(spec=spec()))).text == "hello"
+        assert (await toy.generate()).text == "hello"
 
 
 @pytest.mark.parametrize("fails_at_once", [True, False])
@@ -92,7 +91,7 @@ async def test_a_failed_step_counts_as_an_error_of_its_requests(
             runner.failure = failure
         with pytest.raises(grpc.aio.AioRpcError):
             [event async for event in events]
-        value = toy.parts.prometheus.get_sample_value
+        value = toy.components.prometheus.get_sample_value
         of_model = {"model_name": "toy"}
         ended = value("adaplex_request_success_total", of_model | {"finished_reason": "error"})
         refused = value("adaplex_admission_rejections_total", of_model | {"reason": "error"})
@@ -101,23 +100,19 @@ async def test_a_failed_step_counts_as_an_error_of_its_requests(
 
 async def test_the_request_id_is_echoed_or_made(tmp_path: Path) -> None:
     async with rig(tmp_path) as toy:
-        call = toy.generation.Generate(
-            GenerateRequest(spec=spec()), metadata=(("x-request-id", "abc/1"),)
-        )
+        call = toy.generate(metadata=(("x-request-id", "abc/1"),))
         answer = await call
         assert answer.started.request_id == "abc/1"
         assert dict(await call.initial_metadata())["x-request-id"] == "abc/1"
         assert dict(await call.trailing_metadata())["x-request-id"] == "abc/1"
-        call = toy.generation.Generate(GenerateRequest(spec=spec()))
+        call = toy.generate()
         answer = await call
         assert answer.started.request_id == dict(await call.initial_metadata())["x-request-id"]
 
 
 async def test_a_request_id_unfit_for_logs_is_refused(tmp_path: Path) -> None:
     async with rig(tmp_path) as toy:
-        call = toy.generation.Generate(
-            GenerateRequest(spec=spec()), metadata=(("x-request-id", "a b"),)
-        )
+        call = toy.generate(metadata=(("x-request-id", "a b"),))
         code, details = await status(call)
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert details["BadRequest"].field_violations[0].field == "x-request-id"

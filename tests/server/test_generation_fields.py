@@ -10,13 +10,13 @@ import pytest
 from adaplex.v1.generation_pb2 import (
     ChatMessage,
     ChatPrompt,
-    GenerateRequest,
     GenerationSpec,
     SamplingParams,
     TokenIds,
 )
-from server.calls import spec, status
-from server.toy import VOCAB, rig
+from server.calls import status
+from server.fake_model import VOCAB
+from server.server_rig import rig
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,7 @@ async def test_a_field_out_of_range_is_named(
 ) -> None:
     given = {} if {"token_ids", "chat"} & set(fields) else {"text": "hello"}
     async with rig(tmp_path) as toy:
-        code, details = await status(
-            toy.generation.Generate(GenerateRequest(spec=GenerationSpec(**(given | fields))))
-        )
+        code, details = await status(toy.generate(GenerationSpec(**(given | fields))))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert [v.field for v in details["BadRequest"].field_violations] == [field]
 
@@ -86,9 +84,7 @@ async def test_a_sampling_field_out_of_range_is_named(
 ) -> None:
     sampling = SamplingParams(**{field.partition("[")[0]: value})
     async with rig(tmp_path) as toy:
-        code, details = await status(
-            toy.generation.Generate(GenerateRequest(spec=spec(sampling=sampling)))
-        )
+        code, details = await status(toy.generate(sampling=sampling))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert [v.field for v in details["BadRequest"].field_violations] == [f"spec.sampling.{field}"]
     assert details["ErrorInfo"].reason == "REQUEST_INVALID"
@@ -111,9 +107,7 @@ async def test_values_at_their_limits_are_taken(tmp_path: Path) -> None:
         logprobs=20,
     )
     async with rig(tmp_path) as toy:
-        answer = await toy.generation.Generate(
-            GenerateRequest(
-                spec=spec("x" * 255, sampling=sampling, priority=-100, cache_salt="s" * 256)
-            )
+        answer = await toy.generate(
+            "x" * 255, sampling=sampling, priority=-100, cache_salt="s" * 256
         )
     assert answer.text == "x"

@@ -12,8 +12,8 @@ import grpc
 import pytest
 
 from adaplex.v1 import adapters_pb2 as pb
-from server.calls import ACTOR, applied, ask, point, status, target, versions
-from server.toy import rig
+from server.calls import ACTOR, applied, point, status, target, versions
+from server.server_rig import rig
 
 
 async def test_a_flip_and_a_rollback_are_seen_by_the_next_request(tmp_path: Path) -> None:
@@ -152,4 +152,4 @@ async def test_one_version_can_be_deleted(tmp_path: Path) -> None:
         assert gone.versions_deleted == 1
         got = await toy.adapters.GetAdapter(pb.GetAdapterRequest(name="a"))
         assert [version.digest for version in got.versions] == [two]
-        assert (await status(toy.generation.Generate(ask(one))))[0] is grpc.StatusCode.NOT_FOUND
+        assert (await status(toy.generate("x", adapter=one)))[0] is grpc.StatusCode.NOT_FOUND

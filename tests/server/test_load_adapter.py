@@ -5,19 +5,13 @@ from pathlib import Path
 import grpc
 
 from adaplex.v1.adapters_pb2 import LoadAdapterRequest
+from server.adapter_uploads import write_adapter
 from server.calls import status
-from server.toy import adapter_files, rig
-
-
-def write(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    for name, data in adapter_files().items():
-        (folder / name).write_bytes(data)
-    return folder
+from server.server_rig import rig
 
 
 async def test_a_directory_under_a_root_is_loaded(tmp_path: Path) -> None:
-    path = write(tmp_path / "root" / "my adapter")
+    path = write_adapter(tmp_path / "root" / "my adapter")
     async with rig(tmp_path, adapter_roots=(tmp_path / "root",)) as toy:
         done = await toy.adapters.LoadAdapter(LoadAdapterRequest(name="a", uri=str(path)))
         again = await toy.adapters.LoadAdapter(LoadAdapterRequest(name="a", uri=path.as_uri()))
@@ -26,7 +20,7 @@ async def test_a_directory_under_a_root_is_loaded(tmp_path: Path) -> None:
 
 
 async def test_a_path_outside_the_roots_is_refused_however_it_is_written(tmp_path: Path) -> None:
-    write(tmp_path / "outside")
+    write_adapter(tmp_path / "outside")
     root = tmp_path / "root"
     root.mkdir()
     (root / "link").symlink_to(tmp_path / "outside")
@@ -61,7 +55,7 @@ async def test_a_path_outside_the_roots_is_refused_however_it_is_written(tmp_pat
 
 
 async def test_without_roots_nothing_is_loaded(tmp_path: Path) -> None:
-    path = write(tmp_path / "x")
+    path = write_adapter(tmp_path / "x")
     async with rig(tmp_path) as toy:
         call = toy.adapters.LoadAdapter(LoadAdapterRequest(name="a", uri=str(path)))
         code, details = await status(call)

@@ -6,23 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from adaplex.v1 import adapters_pb2 as pb
-from adaplex.v1.generation_pb2 import GenerateRequest, GenerationSpec, WeightedAdapter
-from server.toy import Rig, rig
+from adaplex.v1.generation_pb2 import WeightedAdapter
+from server.calls import point, target
+from server.server_rig import ServerRig, rig
 
 PROMPT = "the same long beginning of every prompt, of more than two blocks and a bit"
 WHOLE = len(PROMPT) // 16 * 16
 """Tokens of its full blocks."""
 
 
-async def cached(toy: Rig, adapter: str = "", **fields: Any) -> int:
-    spec = GenerationSpec(text=PROMPT, adapter=adapter, **fields)
-    answer = await toy.generation.Generate(GenerateRequest(spec=spec))
+async def cached(toy: ServerRig, adapter: str = "", **fields: Any) -> int:
+    answer = await toy.generate(PROMPT, adapter=adapter, **fields)
     return int(answer.finished.cached_tokens)
-
-
-async def point(toy: Rig, version: int) -> None:
-    target = pb.AliasTarget(version=version, weight=1)
-    await toy.adapters.SetAlias(pb.SetAliasRequest(name="a", alias="default", targets=[target]))
 
 
 async def test_hits_follow_the_content_not_the_name(tmp_path: Path) -> None:
@@ -32,7 +27,7 @@ async def test_hits_follow_the_content_not_the_name(tmp_path: Path) -> None:
         assert await cached(toy) == 0, "the base shares nothing with an adapter"
         await toy.upload("a", 1, replace=True)
         assert [await cached(toy, "a") for _ in range(2)] == [0, WHOLE]
-        await point(toy, 1)
+        await point(toy, "default", target(1))
         assert await cached(toy, "a") == WHOLE, "back to the first content, whose KV is kept"
         await toy.upload("b", 0)
         assert await cached(toy, "b") == WHOLE, "the same content under another name"

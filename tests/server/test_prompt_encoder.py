@@ -17,7 +17,8 @@ from adaplex.server.prompt_encoder import LONG_BYTES, PromptEncoder
 from adaplex.server.text import TOKEN_BYTES
 from adaplex.v1.generation_pb2 import ChatMessage, ChatPrompt, GenerateRequest, GenerationSpec
 from server.calls import status, until
-from server.toy import EOS, MODEL, VOCAB, ByteTokenizer, rig
+from server.fake_model import EOS, MODEL, VOCAB, ByteTokenizer
+from server.server_rig import rig
 
 LIMITS = ModelLimits(VOCAB, 256, frozenset([EOS]))
 MOST = 256 * TOKEN_BYTES
@@ -80,7 +81,7 @@ async def test_a_request_with_such_text_never_reaches_the_tokenizer(tmp_path: Pa
     tokenizer = Gated()
     async with rig(tmp_path, tokenizer=tokenizer) as toy:
         spec = GenerationSpec(text="x" * (MOST + 1))
-        code, details = await status(toy.generation.Generate(GenerateRequest(spec=spec)))
+        code, details = await status(toy.generate(spec))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert details["BadRequest"].field_violations[0].field == "spec.text"
     assert tokenizer.texts == 0
@@ -90,9 +91,9 @@ async def test_a_long_prompt_does_not_hold_up_short_ones(tmp_path: Path) -> None
     tokenizer = Gated()
     async with rig(tmp_path, tokenizer=tokenizer) as toy:
         spec = GenerationSpec(text="x" * (LONG_BYTES + 1))
-        long = asyncio.ensure_future(status(toy.generation.Generate(GenerateRequest(spec=spec))))
+        long = asyncio.ensure_future(status(toy.generate(spec)))
         await asyncio.to_thread(tokenizer.begun.wait, 5)
-        short = toy.generation.Generate(GenerateRequest(spec=GenerationSpec(text="hi")))
+        short = toy.generate("hi")
         assert (await asyncio.wait_for(short, 4)).text == "hi"
         assert not long.done()
         tokenizer.gate.set()
@@ -115,9 +116,9 @@ async def test_the_requests_before_the_engine_are_bounded(tmp_path: Path) -> Non
         assert details["RetryInfo"].retry_delay.ToTimedelta().total_seconds() > 0
         tokenizer.gate.set()
         await asyncio.gather(*entering)
-        answer = await toy.generation.Generate(GenerateRequest(spec=GenerationSpec(text="hi")))
+        answer = await toy.generate("hi")
         assert answer.text == "hi"
-        refused = toy.parts.prometheus.get_sample_value(
+        refused = toy.components.prometheus.get_sample_value(
             "adaplex_admission_rejections_total", {"reason": "queue_full", "model_name": MODEL}
         )
     assert refused == 1

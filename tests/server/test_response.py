@@ -17,7 +17,7 @@ from adaplex.engine.request import (
 )
 from adaplex.server.response import Response
 from adaplex.v1.generation_pb2 import GenerationFinished
-from server.toy import EOS, ByteTokenizer
+from server.fake_model import EOS, ByteTokenizer
 
 TIMINGS = ("first_token_seconds", "total_seconds")
 

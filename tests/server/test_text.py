@@ -17,7 +17,7 @@ from adaplex.server.text import (
     encode_text,
     longest_token_bytes,
 )
-from server.toy import EOS, ByteTokenizer
+from server.fake_model import EOS, ByteTokenizer
 
 CORPUS = [
     "the quick brown fox",

@@ -15,8 +15,9 @@ from adaplex.v1.adapters_pb2 import (
     UploadAdapterRequest,
     ValidateAdapterRequest,
 )
-from server.calls import ask, status, until
-from server.toy import adapter_files, rig, upload_messages
+from server.adapter_uploads import adapter_files, upload_messages
+from server.calls import status, until
+from server.server_rig import rig
 
 MIB = 1 << 20
 
@@ -37,7 +38,7 @@ async def test_an_uploaded_adapter_is_stored_listed_and_used(tmp_path: Path) -> 
         assert len(done.report.modules) == done.adapter.modules
         assert not done.report.refusals
 
-        await toy.generation.Generate(ask("german"))
+        await toy.generate("x", adapter="german")
         got = await toy.adapters.GetAdapter(GetAdapterRequest(name="german"))
         assert got.adapter.resident
         assert got.adapter.digest == done.adapter.digest
@@ -63,8 +64,8 @@ async def test_other_content_under_a_taken_name_needs_the_replace_policy(tmp_pat
         assert details["ErrorInfo"].reason == "ADAPTER_EXISTS"
         second = await toy.upload("a", seed=2, replace=True)
         assert second.adapter.version == 2
-        old = await toy.generation.Generate(ask("a@1"))
-        new = await toy.generation.Generate(ask("a"))
+        old = await toy.generate("x", adapter="a@1")
+        new = await toy.generate("x", adapter="a")
     assert (old.started.adapter.version, new.started.adapter.version) == (1, 2)
     assert old.started.adapter.digest != new.started.adapter.digest
 

@@ -13,12 +13,13 @@ from typer.testing import CliRunner, Result
 
 from adaplex.client.bench.session import BenchConfig
 from adaplex.client.cli import app
-from server.toy import FakeRunner, Rig, rig
+from server.fake_model import FakeRunner
+from server.server_rig import ServerRig, rig
 
 SMALL = ("--prompt", 6, "--output", 4)
 
 
-async def run(toy: Rig, *arguments: object) -> Result:
+async def run(toy: ServerRig, *arguments: object) -> Result:
     """Runs `adaplex bench` in a thread with an event loop of its own."""
     metrics = ["--metrics", f"http://127.0.0.1:{toy.server.http_port}/metrics"]
     line = ["--target", f"127.0.0.1:{toy.server.port}", "bench"]
@@ -29,7 +30,7 @@ async def run(toy: Rig, *arguments: object) -> Result:
     )
 
 
-async def reported(toy: Rig, folder: Path, *arguments: object) -> Any:
+async def reported(toy: ServerRig, folder: Path, *arguments: object) -> Any:
     """The report of a run that must succeed."""
     result = await run(toy, *arguments, "--json", folder / "report.json")
     assert result.exit_code == 0, result.stderr
@@ -37,7 +38,7 @@ async def reported(toy: Rig, folder: Path, *arguments: object) -> Any:
     return json.loads((folder / "report.json").read_text())
 
 
-async def names(toy: Rig) -> list[str]:
+async def names(toy: ServerRig) -> list[str]:
     from adaplex.v1 import adapters_pb2
 
     listed = await toy.adapters.ListAdapters(adapters_pb2.ListAdaptersRequest(page_size=100))
