@@ -24,15 +24,17 @@ METHOD: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "Compacter": ("pfeiffer", {"phm_layer": True}, "phm_layer", "hypercomplex"),
     "invertible": ("pfeiffer", {"inv_adapter": "nice"}, "inv_adapter", "invertible"),
     "VeRA": ("lora", {"vera_d": 0.1}, "vera_d", "PEFT's format"),
-    "unknown": ("pfeiffer", {"speed": 3}, "speed", "is not a field of AdapterHub's bottlenecks"),
+    "unknown": (
+        "pfeiffer", {"speed": 3}, "speed", "is not a known field of AdapterHub's bottlenecks",
+    ),
     "residual twice": (
         "pfeiffer", {"residual_before_ln": False}, "original_ln_before", "adds it twice",
     ),
     "residual lost": (
-        "houlsby", {"original_ln_after": False}, "original_ln_before", "loses what",
+        "houlsby", {"original_ln_after": False}, "original_ln_before", "omits the residual stream",
     ),
     "residual lost beside": (
-        "parallel", {"original_ln_after": False}, "original_ln_before", "loses what",
+        "parallel", {"original_ln_after": False}, "original_ln_before", "omits the residual stream",
     ),
     "residual of another norm": (
         "pfeiffer", {"residual_before_ln": "post_add"}, "original_ln_before", "post_add",
@@ -45,13 +47,13 @@ METHOD: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "factor": ("pfeiffer", {"reduction_factor": 0}, "reduction_factor", "at least 0.001"),
     "no factor": ("pfeiffer", {"reduction_factor": "16"}, "reduction_factor", "a number"),
     "a layer's factor": (
-        "pfeiffer", {"reduction_factor": {"0": 4}}, "reduction_factor", "says nothing of layer 1",
+        "pfeiffer", {"reduction_factor": {"0": 4}}, "reduction_factor", "has no factor for layer 1",
     ),
     "layers": ("pfeiffer", {"leave_out": [1.5]}, "leave_out", "a list of layers"),
     "rank": ("lora", {"r": 0}, "r", "a positive integer"),
     "alpha": ("lora", {"alpha": -1}, "alpha", "a positive number"),
     "mode": ("lora", {"composition_mode": "sub"}, "composition_mode", "add or scale"),
-    "rank of (IA)^3": ("ia3", {"r": 2}, "r", "1, without use_dora, to scale"),
+    "rank of (IA)^3": ("ia3", {"r": 2}, "r", "1, without use_dora, for scale"),
     "matrices": ("lora", {"attn_matrices": ["o"]}, "attn_matrices", "a list of q, k and v"),
 }  # fmt: skip
 
@@ -69,7 +71,7 @@ PREFIX: dict[str, tuple[dict[str, Any], str, str]] = {
     "gates": ({"use_gating": True}, "use_gating", "gates"),
     "length": ({"prefix_length": 0}, "prefix_length", "a positive integer"),
     "activation": ({"non_linearity": "mish"}, "non_linearity", "must be one of"),
-    "layers": ({"leave_out": [0]}, "leave_out", "leaves layers without"),
+    "layers": ({"leave_out": [0]}, "leave_out", "must be empty: every layer needs"),
 }
 
 
@@ -84,7 +86,8 @@ def test_fields_of_a_part_are_refused_by_their_place(case: str) -> None:
 
 @pytest.mark.parametrize("fields", [{"rotary": None}, {"kv_shapes": ((2, 16, 16), (2, 8, 8))}])
 def test_a_prefix_needs_keys_that_can_be_turned(fields: dict[str, Any]) -> None:
-    with pytest.raises(AdapterInvalid, match="needs layers of one shape with rotary keys"):
+    needed = "needs a base of type llama or mistral with rotary keys of one shape"
+    with pytest.raises(AdapterInvalid, match=needed):
         lower(read("mam"), make_base(**fields))
 
 
@@ -92,9 +95,9 @@ OUTER: dict[str, tuple[Checkpoint, str, str]] = {
     "model": (outer("pfeiffer", model_type="bert"), "model_type", "served are llama, mistral"),
     "odd model": (outer("pfeiffer", model_type=["llama"]), "model_type", "is not served"),
     "other model": (outer("pfeiffer", model_type="qwen2"), "model_type", "org/tiny is llama"),
-    "name": (outer("pfeiffer", name=None), "name", "must be the name"),
+    "name": (outer("pfeiffer", name=None), "name", "must be the adapter's name"),
     "version": (outer("pfeiffer", version="3.2.1"), "version", "adapters.1.3.0"),
-    "field": (outer("pfeiffer", peft_type="ADAPTERHUB"), "peft_type", "is not a field"),
+    "field": (outer("pfeiffer", peft_type="ADAPTERHUB"), "peft_type", "is not a known field"),
     "no union": (changed("mam", configs={}), "config.configs", "a list of objects"),
     "no part": (changed("mam", configs=[UNITED[0], 3]), "config.configs[1]", "an object"),
     "method": (
@@ -108,7 +111,7 @@ OUTER: dict[str, tuple[Checkpoint, str, str]] = {
         "for no model served here",
     ),
     "odd method": (changed("pfeiffer", architecture=[1]), "config.architecture", "is not served"),
-    "nothing": (changed("pfeiffer", leave_out=[0, 1]), "layers.0.output_adapters", "is there"),
+    "nothing": (changed("pfeiffer", leave_out=[0, 1]), "layers.0.output_adapters", "is present"),
     "place": (
         changed("pfeiffer", mh_adapter=True),
         "layers.0.attention_adapters",
@@ -132,19 +135,19 @@ OUTER: dict[str, tuple[Checkpoint, str, str]] = {
     "other tensor": (
         retensored("pfeiffer", {UP.replace("up", "gate"): torch.ones(1)}),
         "layers.0.output_adapters.adapter_gate.weight",
-        "has no place",
+        "is not a tensor that the config describes",
     ),
     "other adapter": (
         retensored("pfeiffer", {UP.replace("pfeiffer", "other"): torch.ones(1)}),
         UP.replace("pfeiffer", "other"),
-        "is not of the adapter 'pfeiffer'",
+        "does not belong to the adapter 'pfeiffer'",
     ),
     "given twice": (
         retensored("pfeiffer", {UP.removeprefix("model."): torch.ones(1)}),
         UP.removeprefix("model."),
         "is given twice",
     ),
-    "odd tensor": (retensored("pfeiffer", {"lone": torch.ones(1)}), "lone", "is there"),
+    "odd tensor": (retensored("pfeiffer", {"lone": torch.ones(1)}), "lone", "is present"),
 }
 
 

@@ -114,7 +114,7 @@ BAD: dict[str, tuple[Checkpoint, str, str]] = {
         "a hybrid cannot contain a hybrid",
     ),
     "without tensors": (changed(parts=[*PARTS, {}]), "parts[2]", "has no tensors"),
-    "unknown field": (changed(lora_alpha=1), "lora_alpha", "is not a field of a hybrid"),
+    "unknown field": (changed(lora_alpha=1), "lora_alpha", "is not a known field of a hybrid"),
     "unknown part": (
         changed(parts=[PARTS[0], PARTS[1] | {"peft_type": "XLORA"}]),
         "parts[1].peft_type",

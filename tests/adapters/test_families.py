@@ -53,7 +53,7 @@ def test_adalora_divides_by_the_initial_rank_also_when_some_are_pruned() -> None
         assert module.low_rank.rank == 1
     nothing = at(QUERY, lora_A=ones(0, HIDDEN), lora_B=ones(HIDDEN, 0), lora_E=ones(0, 1))
     found = refusals("ADALORA", nothing, rank_pattern={f"{QUERY}.lora_E": [False, False]})
-    assert found == {"rank_pattern": "leaves no rank of any module: nothing would change"}
+    assert found == {"rank_pattern": "prunes all ranks of all modules: nothing would change"}
 
 
 @pytest.mark.parametrize(("rank", "wide", "tall"), [(2, 16, 8), (7, 33, 65)])

@@ -23,7 +23,7 @@ def test_what_is_not_known_is_refused_by_name(kind: str) -> None:
     assert refusals(kind, never_heard_of=1).keys() == {"never_heard_of"}
     found = refusals(kind, {f"{PREFIX}{QUERY}.stray": ones(2)})
     assert found.keys() == {f"{PREFIX}{QUERY}.stray"}
-    assert "is not a tensor of" in found[f"{PREFIX}{QUERY}.stray"]
+    assert "is not a known tensor of" in found[f"{PREFIX}{QUERY}.stray"]
 
 
 @pytest.mark.parametrize("kind", MADE)
@@ -115,7 +115,7 @@ def test_limits_are_named(
 def test_trained_biases_need_permission_and_a_place(scale: str) -> None:
     bias = at(QUERY, **{scale: ones(HIDDEN)})
     for kind, only in (("ADALORA", "lora_only"), ("VERA", "vera_only")):
-        assert refusals(kind, bias) == {f"{QUERY}.bias": "is there, but bias is 'none'"}
+        assert refusals(kind, bias) == {f"{QUERY}.bias": "is present, but bias is 'none'"}
         (module,) = [m for m in lower(kind, bias, bias=only).modules if m.module == QUERY]
         assert module.bias is not None
         torch.testing.assert_close(module.bias, ones(HIDDEN) - BASE.biases[QUERY])
@@ -130,7 +130,7 @@ def test_vera_without_its_projections_says_what_to_save() -> None:
     missing = {"base_model.vera_A": None}
     assert "save_projection is true" in refusals("VERA", missing)["base_model.vera_A"]
     program = lower("VERA", save_projection=False)
-    assert "not read" in program.notes[0]
+    assert "vera_A and vera_B are ignored" in program.notes[0]
     a, _ = random_projections(0, 2, INNER, HIDDEN)
     (module,) = [m for m in program.modules if m.module == QUERY]
     assert module.low_rank is not None
@@ -153,7 +153,7 @@ def test_convolutions_are_refused_by_name(kind: str, key: str) -> None:
 
 def test_lokr_factors_must_make_the_weight() -> None:
     key = f"{PREFIX}{QUERY}.lokr_w1"
-    assert "make a weight of [12, 8]" in refusals("LOKR", {key: ones(3, 2)})[key]
+    assert "form a weight of shape [12, 8]" in refusals("LOKR", {key: ones(3, 2)})[key]
     assert "whole and decomposed" in refusals("LOKR", {f"{key}_a": ones(2, 1)})[key]
     assert f"{key[:-1]}2" in refusals("LOKR", {f"{key[:-1]}2_a": None})
 

@@ -70,7 +70,7 @@ def test_keys_of_a_training_checkpoint_are_accepted() -> None:
 @pytest.mark.parametrize("half", ["A", "B"])
 def test_a_missing_half_is_named(half: str) -> None:
     missing = f"{PREFIX}{QUERY}.lora_{half}.weight"
-    assert refusals(without(missing)) == {missing: "half of a pair is missing"}
+    assert refusals(without(missing)) == {missing: "is missing: a pair needs both halves"}
 
 
 def test_wrong_shapes_say_what_was_expected_and_found() -> None:
@@ -143,9 +143,9 @@ def test_initialisers_that_leave_the_base_alone_are_accepted(value: object) -> N
         (f"{PREFIX}{QUERY}.lora_B.bias", "lora_bias is not set"),
         (f"{PREFIX}{HEAD}.modules_to_save.weight", r"expected \[24, 8\]"),
         (f"{PREFIX}{QUERY}.base_layer.weight", r"expected \[8, 8\]"),
-        (f"{PREFIX}{QUERY}.base_layer.lora_A.weight", "not a tensor of LoRA"),
+        (f"{PREFIX}{QUERY}.base_layer.lora_A.weight", "not a known tensor of LoRA"),
         (f"{PREFIX}{QUERY}.token_adapter.trainable_tokens_delta", "does not name"),
-        (f"{PREFIX}{QUERY}.lora_C", "not a tensor of LoRA"),
+        (f"{PREFIX}{QUERY}.lora_C", "not a known tensor of LoRA"),
         (f"{QUERY}.lora_A.weight", "does not begin with"),
         ("", "does not begin with"),
     ],
@@ -170,13 +170,13 @@ def test_a_bias_becomes_its_difference_from_the_bases() -> None:
 
 def test_a_bias_needs_permission_and_a_place() -> None:
     bias = {f"{PREFIX}{QUERY}.bias": torch.ones(HIDDEN)}
-    assert refusals(tensors() | bias) == {f"{QUERY}.bias": "is there, but bias is 'none'"}
+    assert refusals(tensors() | bias) == {f"{QUERY}.bias": "is present, but bias is 'none'"}
     norm = {f"{PREFIX}{NORM}.bias": torch.ones(HIDDEN)}
     found = refusals(tensors() | norm, bias="lora_only")
-    assert found == {f"{NORM}.bias": "is there, but bias is 'lora_only'"}
+    assert found == {f"{NORM}.bias": "is present, but bias is 'lora_only'"}
     value = {f"{PREFIX}{VALUE}.bias": torch.ones(HIDDEN // 2)}
     found = refusals(tensors() | value, bias="all")
-    assert found == {f"{VALUE}.bias": "the base has no bias there"}
+    assert found == {f"{VALUE}.bias": f"the base's {VALUE} has no bias"}
     short = {f"{PREFIX}{QUERY}.bias": torch.ones(3)}
     found = refusals(tensors() | short, bias="all")
     assert found == {f"{QUERY}.bias": f"has shape [3], expected [{HIDDEN}]"}

@@ -35,7 +35,7 @@ def test_the_plain_ones_are_accepted() -> None:
         ("alora_invocation_tokens", [1, -1], "must be a list of token ids"),
         ("alora_invocation_tokens", [True], "must be a list of token ids"),
         ("alora_invocation_tokens", "1", "must be a list of token ids"),
-        ("alora_invocation_tokens", [20], "has token 20, the base has 20 tokens"),
+        ("alora_invocation_tokens", [20], "has token 20, but the base has 20 tokens"),
     ],
 )
 def test_fields_of_the_wrong_kind(field: str, value: object, reason: str) -> None:
@@ -54,7 +54,7 @@ USED: dict[str, Any] = {
 @pytest.mark.parametrize(("one", "other"), [(one, o) for one, others in CONFLICTS for o in others])
 def test_what_peft_does_not_let_go_together(one: str, other: str) -> None:
     fields = {one: USED.get(one, True), other: USED.get(other, True)}
-    assert refused(pair(QUERY), **fields)[other] == f"does not go with {one}"
+    assert refused(pair(QUERY), **fields)[other] == f"cannot be combined with {one}"
 
 
 @pytest.mark.parametrize("field", EVERYWHERE)
@@ -72,7 +72,7 @@ def test_biases_of_lora_b() -> None:
     key = f"{PREFIX}{QUERY}.lora_B.bias"
     assert refused(pair(QUERY), lora_bias=True) == {key: "is missing, but lora_bias is set"}
     there = {key: torch.ones(6)}
-    assert refused(pair(QUERY) | there) == {key: "is there, but lora_bias is not set"}
+    assert refused(pair(QUERY) | there) == {key: "is present, but lora_bias is not set"}
     found = refused(pair(QUERY) | {key: torch.ones(5)}, lora_bias=True)
     assert found == {key: "has shape [5], expected [6]"}
     (module,) = lower(pair(QUERY) | there, lora_bias=True).modules
@@ -84,12 +84,12 @@ def test_magnitudes() -> None:
     key = f"{PREFIX}{QUERY}.lora_magnitude_vector"
     assert refused(pair(QUERY), use_dora=True) == {key: "is missing, but use_dora is set"}
     there = {key: torch.ones(6)}
-    assert refused(pair(QUERY) | there) == {key: "is there, but use_dora is not set"}
+    assert refused(pair(QUERY) | there) == {key: "is present, but use_dora is not set"}
     found = refused(pair(QUERY) | {key: torch.ones(8)}, use_dora=True)
     assert found == {key: "has shape [8], expected [6]"}
     unknown = BaseSpec("b", "b", "llama", base().modules, BIASES)
     found = refused(pair(QUERY) | there, use_dora=True, spec=unknown)
-    assert found == {QUERY: "DoRA needs the base's weight, which is not known here"}
+    assert found == {QUERY: "DoRA needs the base's weight, which is not available"}
     no_length = base(weight=lambda _: torch.zeros(6, 8))
     idle = pair(QUERY) | {f"{PREFIX}{QUERY}.lora_B.weight": torch.zeros(6, 2)} | there
     assert "overflows" in refused(idle, use_dora=True, spec=no_length)[QUERY]
@@ -99,7 +99,7 @@ def test_magnitudes_of_an_embedding_take_memory() -> None:
     weights = table() | {f"{PREFIX}{TABLE}.lora_magnitude_vector": torch.ones(8)}
     fields: dict[str, Any] = {"target_modules": [TABLE], "use_dora": True}
     assert lower(weights, **fields).modules[0].primitives == ("replaced weight",)
-    with pytest.raises(AdapterTooLarge, match="takes 320 bytes once it is read, the limit is 319"):
+    with pytest.raises(AdapterTooLarge, match="takes 320 bytes when lowered, the limit is 319"):
         lower(weights, limits=AdapterLimits(max_adapter_bytes=319), **fields)
 
 
@@ -109,7 +109,7 @@ def test_pairs_of_the_other_kind() -> None:
     assert found == dict.fromkeys(wrong, "does not fit a module of kind embedding")
     half = f"{PREFIX}{TABLE}.lora_embedding_B"
     found = refused({k: v for k, v in table().items() if k != half}, target_modules=[TABLE])
-    assert found == {half: "half of a pair is missing"}
+    assert found == {half: "is missing: a pair needs both halves"}
     found = refused(table(3), target_modules=[TABLE])
     assert found[half] == "has shape [8, 3], expected [8, 2]"
 

@@ -104,7 +104,7 @@ def test_a_tensor_of_another_shape_is_refused(kind: str, upload: Callable[[str],
 @pytest.mark.parametrize(
     ("kind", "changes", "reason"),
     [
-        ("OFT", {"surprise": 1}, "surprise: is not a field of OFT"),
+        ("OFT", {"surprise": 1}, "surprise: is not a known field of OFT"),
         ("OFT", {"bias": "all"}, "bias: trained biases"),
         ("OFT", {"target_modules": []}, "target_modules: is missing"),
         ("OFT", {"target_modules": ["nowhere"]}, "matches no linear"),
@@ -143,7 +143,7 @@ def test_positions_outside_of_the_weight_are_refused(
     key = f"{QUERY}.shira_indices"
     sent.tensors[key] = sent.tensors[key].long()
     sent.tensors[key][1, 3] = position
-    sent.refused(f"{key}: names an element outside of \\[64, 64\\]")
+    sent.refused(f"{key}: has an index outside of the weight \\[64, 64\\]")
 
 
 def test_flat_positions_outside_of_the_weight_are_refused(

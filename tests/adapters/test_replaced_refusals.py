@@ -59,7 +59,7 @@ def test_replaced_weights_and_copies() -> None:
     assert refused(pair(QUERY) | stray) == {"score": "the base org/base has no such module"}
     unknown = BaseSpec("b", "b", "llama", base().modules, BIASES)
     copy = {f"{PREFIX}{QUERY}.base_layer.weight": WEIGHTS[QUERY]}
-    reason = "a copy of it needs the base's weight, which is not known here"
+    reason = "a copy of it needs the base's weight, which is not available"
     assert refused(pair(QUERY) | copy, spec=unknown) == {QUERY: reason}
 
 
@@ -74,13 +74,13 @@ def test_modules_that_are_replaced_are_no_targets() -> None:
         "has tensors, but target_modules does not name it",
         "is named by modules_to_save, and is adapted as well",
     )
-    assert "no pattern" in refused(pair(QUERY), modules_to_save=["("])["modules_to_save"]
+    assert "not a valid pattern" in refused(pair(QUERY), modules_to_save=["("])["modules_to_save"]
 
 
 def test_norms_are_replaced_with_their_bias() -> None:
     weight = {f"{PREFIX}{NORM}.weight": torch.ones(8)}
     found = refused(pair(QUERY) | weight, modules_to_save=["norm"])
-    assert found == {f"{NORM}.bias": "is missing; its weight is there"}
+    assert found == {f"{NORM}.bias": "is missing, but its weight is present"}
     both = weight | {f"{PREFIX}{NORM}.bias": torch.ones(8)}
     made = lower(pair(QUERY) | both, modules_to_save=["norm"]).modules[0]
     assert made.bias is not None
@@ -92,10 +92,10 @@ def test_norms_are_replaced_with_their_bias() -> None:
     assert found == {f"{PREFIX}{NORM}.bias": "is given twice"}
     copied = {f"{PREFIX}{NORM}.original_module.bias": torch.zeros(8)}
     found = refused(pair(QUERY) | copied)
-    assert found == {f"{PREFIX}{NORM}.original_module.bias": "is not the base's own bias"}
+    assert found == {f"{PREFIX}{NORM}.original_module.bias": "differs from the base's bias"}
     gate = {f"{PREFIX}{GATE}.weight": torch.ones(12, 8), f"{PREFIX}{GATE}.bias": torch.ones(12)}
     found = refused(pair(QUERY) | gate, modules_to_save=["gate_proj"])
-    assert found == {f"{GATE}.bias": "the base has no bias there"}
+    assert found == {f"{GATE}.bias": f"the base's {GATE} has no bias"}
 
 
 def test_trained_tokens() -> None:
@@ -111,7 +111,7 @@ def test_trained_tokens() -> None:
     found = refused(pair(QUERY) | rows(TABLE, 3), **fields)
     assert found == {key: "has shape [3, 8], expected [2, 8]"}
     found = refused(pair(QUERY) | rows(TABLE), trainable_token_indices=[1, 1])
-    assert found == {key: "has a token twice"}
+    assert found == {key: "has a repeated token"}
     adapted = pair(QUERY) | rows(TABLE) | table()
     found = refused(adapted, target_modules=["q_proj", TABLE], **fields)
     assert found == {TABLE: "has trained tokens, and is adapted or replaced as well"}
@@ -125,8 +125,8 @@ def test_trained_tokens() -> None:
         ({TABLE: [-1]}, "trainable_token_indices embed_tokens", "must be a list of token ids"),
         ({TABLE: 1}, "trainable_token_indices embed_tokens", "must be a list of token ids"),
         ({"nowhere": [1]}, "trainable_token_indices nowhere", "has no such module"),
-        ({"gate_proj": [1]}, GATE, "has no rows to replace"),
-        ({NORM: [1]}, NORM, "has no rows to replace"),
+        ({"gate_proj": [1]}, GATE, "has no token rows"),
+        ({NORM: [1]}, NORM, "has no token rows"),
     ],
 )
 def test_tokens_that_are_none(tokens: Any, where: str, reason: str) -> None:
@@ -148,14 +148,17 @@ def test_tied_tokens() -> None:
         ensure_weight_tying=True,
         spec=base(tied=True),
     )
-    assert found["ensure_weight_tying"] == "needs the same tokens for both layers"
+    assert (
+        found["ensure_weight_tying"]
+        == "needs the same tokens for the embedding and the output layer"
+    )
     biased = base(tied=True)
     head = BaseModule(HEAD, "linear", 8, 20, has_bias=True, is_head=True)
     biased = BaseSpec(
         "b", "b", "llama", {**biased.modules, HEAD: head}, tied=True, weight=biased.weight
     )
     found = refused(weights, trainable_token_indices=[3, 5], spec=biased)
-    assert found == {HEAD: "has a bias, which PEFT leaves out with trainable tokens"}
+    assert found == {HEAD: "has a bias, which PEFT omits with trainable tokens"}
 
 
 def test_tied_pairs_and_weights() -> None:
@@ -168,10 +171,12 @@ def test_tied_pairs_and_weights() -> None:
     assert [m.module for m in made.modules] == [TABLE, HEAD]
     other = pair(HEAD, out=20)
     found = refused(table() | other, **fields)
-    assert found == dict.fromkeys(other, "is not the embedding's, as ensure_weight_tying asks for")
+    assert found == dict.fromkeys(
+        other, "differs from the embedding's, despite ensure_weight_tying"
+    )
     magnitude = {f"{PREFIX}{TABLE}.lora_magnitude_vector": torch.ones(8)}
     found = refused(table() | magnitude, use_dora=True, **fields)
-    assert found == {"use_dora": "does not go with ensure_weight_tying"}
+    assert found == {"use_dora": "cannot be combined with ensure_weight_tying"}
 
     fields |= {"target_modules": ["q_proj"], "modules_to_save": [TABLE]}
     whole = pair(QUERY) | {f"{PREFIX}{TABLE}.weight": torch.ones(20, 8)}
@@ -179,7 +184,7 @@ def test_tied_pairs_and_weights() -> None:
     assert {m.module for m in made.modules if m.weight is not None} == {TABLE, HEAD}
     key = f"{PREFIX}{HEAD}.weight"
     found = refused(whole | {key: torch.zeros(20, 8)}, **fields)
-    assert found == {key: "is not the embedding's, as ensure_weight_tying asks for"}
+    assert found == {key: "differs from the embedding's, despite ensure_weight_tying"}
 
 
 def trained(weights: Mapping[str, Tensor], /, **fields: Any) -> AdapterProgram:
@@ -196,14 +201,19 @@ def delta(module: str, count: int = 2) -> dict[str, Tensor]:
     [
         (delta(TABLE), {"token_indices": None}, "token_indices", "must be a list of token ids"),
         (delta(TABLE), {"token_indices": [1, 99]}, "token_indices", "has token 99"),
-        (delta(TABLE), {"novel": 1}, "novel", "not a field of trainable tokens"),
+        (delta(TABLE), {"novel": 1}, "novel", "not a known field of trainable tokens"),
         (delta(TABLE), {"target_modules": 3}, "target_modules", "string or a list of strings"),
         (delta(TABLE), {"target_modules": ["wte"]}, "target_modules", "matches no module"),
-        (delta(TABLE), {"target_modules": ["q_proj"]}, QUERY, "has no rows to replace"),
+        (delta(TABLE), {"target_modules": ["q_proj"]}, QUERY, "has no token rows"),
         (delta(TABLE), {"target_modules": [HEAD]}, HEAD, "its trained tokens are missing"),
         (delta(TABLE, 3), {}, f"{PREFIX}{TABLE}.trainable_tokens_delta", "expected [2, 8]"),
         ({"x": torch.ones(1)}, {}, "x", "does not begin with"),
-        ({f"{PREFIX}x": torch.ones(1)}, {}, f"{PREFIX}x", "is not a tensor of trainable tokens"),
+        (
+            {f"{PREFIX}x": torch.ones(1)},
+            {},
+            f"{PREFIX}x",
+            "is not a known tensor of trainable tokens",
+        ),
     ],
 )
 def test_trainable_tokens_by_themselves(
@@ -219,7 +229,7 @@ def test_trainable_tokens_by_themselves(
 
 def test_trainable_tokens_with_a_copy_of_another_base() -> None:
     key = f"{PREFIX}{TABLE}.base_layer.weight"
-    with pytest.raises(AdapterInvalid, match="is not the base's own weight"):
+    with pytest.raises(AdapterInvalid, match="differs from the base's weight"):
         trained(delta(TABLE) | {key: WEIGHTS[TABLE] + 1})
     twice = {f"{PREFIX}{TABLE}.trainable_tokens_delta.default": torch.ones(2, 8)}
     with pytest.raises(AdapterInvalid, match="is given twice"):

@@ -1,4 +1,4 @@
-"""Adapter formats: one file for each family, one entry in FORMATS."""
+"""Adapter formats: each reads the checkpoints of one family and lowers them to primitives."""
 
 from adaplex.adapters.formats.families import FORMATS, NEEDS, identity, kind_of, lower
 

@@ -1,4 +1,4 @@
-"""Families: one file each, one line each in FORMATS."""
+"""Table of adapter families, and the entry points that choose a family's format."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.adapters.program.program import AdapterProgram
 
 ADAPTERHUB = "ADAPTERHUB"
-"""The kind of configs that have no `peft_type`, but the `config` of AdapterHub's library."""
+"""Kind of a config without `peft_type` but with the `config` object of AdapterHub's library."""
 
 
 def _lower_part(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:
@@ -59,7 +59,7 @@ FORMATS: Mapping[str, Format] = {
     "TRAINABLE_TOKENS": TrainableTokens(),
     **MERGED_ONLY,
 }
-"""PEFT's `peft_type`, or one of ours -> format."""
+"""Format by kind: PEFT's `peft_type`, or ADAPTERHUB, BITFIT or HYBRID, which PEFT does not have."""
 
 NEEDS: Mapping[str, str] = {
     "ADAMSS": "the clusters of the base's weights that it was trained on, which it does not save",
@@ -71,11 +71,14 @@ NEEDS: Mapping[str, str] = {
     "SHADOW": "a second, smaller network beside the base's layers",
     "XLORA": "a router between low-rank pairs",
 }
-"""What a family that is not served yet would need."""
+"""What serving each unsupported `peft_type` would need."""
 
 
 def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:
-    """Lowers a checkpoint to primitives. Raises AdapterInvalid with every refusal."""
+    """Lowers a checkpoint to primitives.
+
+    Raises AdapterInvalid with every refusal, or AdapterTooLarge.
+    """
     kind = kind_of(checkpoint.config)
     found = FORMATS.get(kind) if isinstance(kind, str) else None
     if found is None:
@@ -83,7 +86,7 @@ def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Adap
         raise AdapterInvalid.because(
             "peft_type", f"{kind!r:.80} is not served; served are {', '.join(FORMATS)}{need}"
         )
-    if refusals := list(_positions(checkpoint, found)):
+    if refusals := list(_integer_tensors(checkpoint, found)):
         raise AdapterInvalid(refusals)
     lowered = found.lower(checkpoint, base, limits)
     digest = identity(checkpoint)
@@ -105,28 +108,30 @@ def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Adap
 
 
 def identity(checkpoint: Checkpoint) -> str | None:
-    """The digest of a checkpoint of a known family; None where it takes the base to tell."""
+    """Returns the digest of a checkpoint of a known family; None if only lowering determines it."""
     fields = FORMATS[kind_of(checkpoint.config)].semantic_fields
     return None if fields is None else content_digest(checkpoint, fields)
 
 
 def kind_of(config: Mapping[str, Any]) -> Any:
-    """A key of FORMATS, or what is none."""
+    """Returns the config's kind: a key of FORMATS, unless the family is unknown."""
     if "peft_type" not in config and isinstance(config.get("config"), dict):
         return ADAPTERHUB
     return config.get("peft_type")
 
 
-def _positions(checkpoint: Checkpoint, found: Format) -> Iterator[Refusal]:
-    """Tensors of whole numbers, where the format takes none."""
+def _integer_tensors(checkpoint: Checkpoint, found: Format) -> Iterator[Refusal]:
+    """Yields refusals of integer tensors, which only merged-only types and bundles may have."""
     for name, tensor in sorted(checkpoint.tensors.items()):
         if not tensor.is_floating_point() and not isinstance(found, MergedOnly | Bundle):
-            yield Refusal(name, f"has dtype {tensor.dtype}; weights of {found.family} are real")
+            reason = f"has dtype {tensor.dtype}; weights of {found.family} must be floating-point"
+            yield Refusal(name, reason)
 
 
 def _overflows(program: AdapterProgram) -> Iterator[Refusal]:
-    """Tensors that are not finite once scaled and in bf16: they would poison other rows."""
+    """Yields refusals of tensors that overflow bf16 once scaled: NaN would spread to other rows."""
     for module in program.modules:
         for role, tensor in module.tensors():
             if not bool(torch.isfinite(tensor.to(torch.bfloat16)).all()):
-                yield Refusal(module.module, f"its {role}, scaled by {module.scale:g}, overflows")
+                reason = f"its {role}, scaled by {module.scale:g}, overflows bf16"
+                yield Refusal(module.module, reason)

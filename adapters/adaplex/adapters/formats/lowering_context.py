@@ -1,6 +1,6 @@
-"""LoweringContext: one checkpoint on its way to primitives, and the checks that all formats share.
+"""LoweringContext: state of lowering one checkpoint, and the checks that all formats share.
 
-Every tensor and every config field is accounted for, or the adapter is refused with all the
+A format must account for every tensor and every config field. An adapter is refused with all
 reasons at once.
 """
 
@@ -23,11 +23,11 @@ from adaplex.adapters.program.base_spec import BaseModule, BaseSpec, ModuleKind
 from adaplex.adapters.program.program import ModuleProgram
 
 PREFIX = "base_model.model."
-"""Of the keys that PEFT writes, but those of prompt learning."""
+"""Prefix of the tensor keys that PEFT writes, except those of prompt learning."""
 TARGET_FIELDS = frozenset(
     ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"]
 )
-"""Fields that say which modules are adapted."""
+"""PEFT config fields that select the adapted modules."""
 COMMON_FIELDS = frozenset(
     [
         "task_type",
@@ -40,16 +40,16 @@ COMMON_FIELDS = frozenset(
         "inference_mode",
     ]
 )
-"""Fields of every PEFT config that do not change the answer."""
+"""Fields of every PEFT config, which do not change the answer."""
 UNSET: tuple[object, ...] = (None, False, "", [], {})
-"""Values by which a config says that it does not use a field."""
+"""Values that mean that a config does not use a field."""
 MAX_NUMBER = 1e9
-"""Of ranks and alphas."""
+"""Bound of ranks and alphas."""
 
 
 @dataclass
 class LoweringContext:
-    """A checkpoint, the base it is for, and what was found wrong so far."""
+    """A checkpoint, the base it is lowered for, and the refusals and notes collected so far."""
 
     checkpoint: Checkpoint
     base: BaseSpec
@@ -74,20 +74,20 @@ class LoweringContext:
         self.refusals.append(Refusal(where, reason))
 
     def add_note(self, text: str) -> None:
-        """Adds what a user may want to know, once."""
+        """Adds a note for the user, unless it is there already."""
         if text not in self.notes:
             self.notes.append(text)
 
     @contextmanager
     def collect_refusals(self) -> Iterator[None]:
-        """Joins an AdapterInvalid, as a bad pattern raises it, to the other reasons."""
+        """Context manager that collects the refusals of an AdapterInvalid raised in its body."""
         try:
             yield
         except AdapterInvalid as error:
             self.refusals.extend(error.refusals)
 
     def raise_refusals(self) -> None:
-        """Raises AdapterInvalid with every reason found, if there is one."""
+        """Raises AdapterInvalid with every refusal so far, if there is one."""
         if self.refusals:
             raise AdapterInvalid(self.refusals)
 
@@ -98,8 +98,10 @@ class LoweringContext:
         harmless: Collection[str] = COMMON_FIELDS,
         unsupported: Mapping[str, str] | None = None,
     ) -> None:
-        """Refuses fields that are set and unknown, or ask for what is not served: `unsupported`
-        tells for each of those what serving it would need.
+        """Refuses set fields that are unknown or unsupported.
+
+        `used` are fields that change the answer, `harmless` fields that do not; `unsupported` maps
+        fields that are not served to what serving them would need.
         """
         needs = unsupported or {}
         for name, value in sorted(self.config.items()):
@@ -108,16 +110,16 @@ class LoweringContext:
             if name in needs:
                 self.refuse(name, needs[name])
             elif name not in used and name not in harmless:
-                self.refuse(name, f"is not a field of {family} that this server knows")
+                self.refuse(name, f"is not a known field of {family}")
 
     def check_kind(self, name: str, fits: bool, kind: str) -> bool:
-        """Refuses a field of the wrong kind; tells whether it `fits`."""
+        """Refuses a field unless it `fits`, which is returned; `kind` says what it must be."""
         if not fits:
             self.refuse(name, f"must be {kind}")
         return fits
 
     def check_patterns(self) -> None:
-        """Refuses patterns of ranks and alphas that are of the wrong kind."""
+        """Refuses rank_pattern and alpha_pattern if they are of the wrong kind."""
         for name, fits in (("rank_pattern", is_rank), ("alpha_pattern", is_number)):
             patterns = self.config.get(name) or {}
             if not isinstance(patterns, dict) or not all(map(fits, patterns.values())):
@@ -125,7 +127,7 @@ class LoweringContext:
                 self.refuse(name, f"must map patterns to positive {kind}")
 
     def check_target_fields(self) -> None:
-        """Refuses fields about targets that are of the wrong kind."""
+        """Refuses target fields of the wrong kind."""
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             if not is_names(self.config.get(name)):
                 self.refuse(name, "must be a string or a list of strings")
@@ -137,20 +139,20 @@ class LoweringContext:
             self.refuse("layers_to_transform", "needs target_modules to be a list")
 
     def check_modules_to_save(self) -> None:
-        """Refuses the field when it is of the wrong kind."""
+        """Refuses modules_to_save if it is of the wrong kind."""
         saved = self.config.get("modules_to_save")
         fits = not isinstance(saved, str) and is_names(saved)
         self.check_kind("modules_to_save", fits, "a list of strings")
 
     def check_tokens(self, where: str, tokens: Any) -> bool:
-        """Refuses what is no list of tokens of the base; tells whether it is one."""
+        """Refuses a field that is not a list of the base's token ids; True if it is one."""
         fits = isinstance(tokens, list) and all(type(t) is int and t >= 0 for t in tokens)
         if not fits or not tokens:
             self.refuse(where, "must be a list of token ids")
             return False
         if self.embedding is not None and max(tokens) >= self.embedding.in_features:
             count = self.embedding.in_features
-            self.refuse(where, f"has token {max(tokens)}, the base has {count} tokens")
+            self.refuse(where, f"has token {max(tokens)}, but the base has {count} tokens")
             return False
         return True
 
@@ -165,30 +167,32 @@ class LoweringContext:
         return next((m for m in self.base.modules.values() if m.is_head), None)
 
     def base_weight(self, module: BaseModule, what: str) -> Tensor | None:
-        """The base's weight at a module, fp32, in main memory; None, with a refusal saying what
-        needs it, where it is not known.
+        """Returns the base's weight at a module, fp32, in main memory; None, with a refusal that
+        `what` needs it, if it is unknown.
         """
         try:
             return self.base.weight(module.name).cpu()
         except KeyError:
-            self.refuse(module.name, f"{what} needs the base's weight, which is not known here")
+            self.refuse(module.name, f"{what} needs the base's weight, which is not available")
             return None
 
     def check_bytes(self, where: str, size: int) -> None:
-        """Raises AdapterTooLarge for tensors made larger here than an adapter may be."""
+        """Raises AdapterTooLarge if tensors expand beyond the size limit of an adapter."""
         if size > self.limits.max_adapter_bytes:
             raise AdapterTooLarge(
-                f"{where} takes {size} bytes once it is read, the limit is "
+                f"{where} takes {size} bytes when lowered, the limit is "
                 f"{self.limits.max_adapter_bytes}",
                 field=where,
             )
 
     def targets(self, kinds: Collection[ModuleKind] = LINEARS) -> frozenset[str]:
-        """Names of the modules that the config targets. Raises AdapterInvalid for a bad pattern."""
+        """Returns the names of the targeted modules. Raises AdapterInvalid for a bad pattern."""
         return targeted(self.config, self.base.modules.values(), self.patterns, kinds)
 
     def check_targets(self, found: Collection[str], targets: Collection[str]) -> None:
-        """The config's targets and the modules with tensors must be the same, and of the base."""
+        """Refuses modules that have tensors but are not targets, targets without tensors, and
+        modules that the base does not have.
+        """
         modules = self.base.modules
         for name in sorted(set(found) - modules.keys()):
             self.refuse(name, f"the base {self.base.name} has no such module")
@@ -200,23 +204,23 @@ class LoweringContext:
             self.refuse("target_modules", f"matches no module of the base {self.base.name}")
 
     def check_shape(self, key: str, tensor: Tensor, *shape: int) -> bool:
-        """Refuses a tensor of another shape; tells whether it is of this one."""
+        """Refuses a tensor of another shape; True if it has this shape."""
         if tuple(tensor.shape) != shape:
             self.refuse(key, f"has shape {list(tensor.shape)}, expected {list(shape)}")
         return tuple(tensor.shape) == shape
 
     def bias_difference(self, module: BaseModule, key: str, bias: Tensor) -> Tensor | None:
-        """PEFT stores the trained bias itself; the primitive is its difference from the base's.
-        None, with a refusal, where it has no place.
+        """Returns the difference of a trained bias, which PEFT stores, from the base's bias; None,
+        with a refusal, if the base has no bias or it has another shape.
         """
         base = self.base.biases.get(module.name)
         if base is None:
-            self.refuse(key, "the base has no bias there")
+            self.refuse(key, f"the base's {module.name} has no bias")
             return None
         return bias.float() - base if self.check_shape(key, bias, *base.shape) else None
 
     def check_ranks(self, programs: Iterable[ModuleProgram], where: str = "r") -> None:
-        """Raises AdapterTooLarge for the first rank beyond the limit; of experts, that of one."""
+        """Raises AdapterTooLarge for the first rank above the limit, counted per expert."""
         for program in programs:
             rank = 0 if program.low_rank is None else program.low_rank.rank
             rank //= self.base.modules[program.module].experts or 1
@@ -228,17 +232,17 @@ class LoweringContext:
 
 
 def is_number(value: object) -> bool:
-    """A positive number of sensible size that is not a bool."""
+    """True for a positive number below MAX_NUMBER that is not a bool."""
     return type(value) in (int, float) and 0 < value < MAX_NUMBER  # type: ignore[operator]
 
 
 def is_rank(value: object) -> bool:
-    """A positive number that is whole."""
+    """True for a positive integer below MAX_NUMBER."""
     return type(value) is int and is_number(value)
 
 
 def is_names(value: object) -> bool:
-    """None, a string, or a list of strings."""
+    """True for None, a string, or a list of strings."""
     if isinstance(value, list):
         return all(isinstance(entry, str) for entry in value)
     return value is None or isinstance(value, str)

@@ -1,7 +1,8 @@
-"""Replaced weights: what `modules_to_save` names, and copies of the base that PEFT saves along.
+"""Lowers the fully trained modules that `modules_to_save` names to replaced weights, and checks the
+copies of the base's weights that PEFT saves along.
 
 Source: `peft.utils.other._set_trainable` (which modules are saved) and
-`peft.tuners.tuners_utils.check_target_module_exists` (that they are no targets).
+`peft.tuners.tuners_utils.check_target_module_exists` (saved modules are not targets).
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.adapters.program.program import ModuleProgram
 
 ROUNDING = 2.0**-7
-"""Relative: a copy, or the base that is served, may have been rounded to bf16."""
+"""Relative tolerance: a copy, or the base that is served, may have been rounded to bf16."""
 TINY = 1e-6
-"""Absolute: below it half precision knows few numbers."""
+"""Absolute tolerance: fp16 represents few smaller numbers."""
 
 
 def saved_modules(context: LoweringContext) -> frozenset[str]:
-    """Names of the base's modules that `modules_to_save` replaces: those whose name, or that of
-    something they lie in, ends in an entry, by whole words or not.
+    """Returns the names of the base's modules that `modules_to_save` replaces: those whose name, or
+    that of a parent module, ends with an entry, not necessarily at a word boundary.
     """
     entries = tuple(context.config.get("modules_to_save") or ())
     return frozenset(
@@ -32,7 +33,10 @@ def saved_modules(context: LoweringContext) -> frozenset[str]:
 
 
 def without_saved(context: LoweringContext, targets: frozenset[str]) -> frozenset[str]:
-    """PEFT adapts no module that it replaces. Raises AdapterInvalid for a bad pattern."""
+    """Returns the targets without those that `modules_to_save` replaces, which PEFT does not adapt.
+
+    Raises AdapterInvalid for a bad pattern.
+    """
     entries = context.config.get("modules_to_save") or ()
     patterns = [rf"(^|.*\.){entry}($|\..*)" for entry in entries]
     return frozenset(
@@ -52,8 +56,8 @@ def replacement(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> ModuleProgram | None:
-    """The program of a module that was trained as a whole; None, with refusals, when its tensors
-    do not fit. `key` is that of the weight.
+    """Returns the program of a fully trained module; None, with refusals, if its tensors do not
+    fit. `key` is the weight's.
     """
     if module.kind == "experts":
         context.refuse(module.name, "is named by modules_to_save; experts cannot be replaced")
@@ -62,7 +66,7 @@ def replacement(
         context.refuse(module.name, "is named by modules_to_save, but has no tensors")
         return None
     if module.has_bias and bias is None:
-        context.refuse(f"{module.name}.bias", "is missing; its weight is there")
+        context.refuse(f"{module.name}.bias", "is missing, but its weight is present")
     if not context.check_shape(key, weight, *_shape(module)):
         return None
     difference = None
@@ -72,31 +76,33 @@ def replacement(
 
 
 def check_copy(context: LoweringContext, module: BaseModule, key: str, copy: Tensor) -> None:
-    """PEFT loads a copy of the base's weight over the base's own: they must be the same."""
+    """Refuses a copy of the base's weight that differs from it: PEFT would load the copy over the
+    base's weight.
+    """
     if not context.check_shape(key, copy, *_shape(module)):
         return
     weight = context.base_weight(module, "a copy of it")
     if weight is not None and not is_close(_oriented(module, copy), weight):
         context.refuse(
             key,
-            "is not the base's own weight, which PEFT would load it over; to replace a weight, "
-            "name the module in modules_to_save",
+            "differs from the base's weight, which PEFT would overwrite with it; to replace a "
+            "weight, name the module in modules_to_save",
         )
 
 
 def is_close(copy: Tensor, own: Tensor) -> bool:
-    """Whether a tensor is the base's own, but for rounding."""
+    """True if a tensor equals the base's up to rounding."""
     return torch.allclose(copy.float(), own, rtol=ROUNDING, atol=TINY)
 
 
 def _paths(name: str) -> list[str]:
-    """The name, and those of all that it lies in."""
+    """Returns the names of all parent modules, then the name."""
     words = name.split(".")
     return [".".join(words[: i + 1]) for i in range(len(words))]
 
 
 def _shape(module: BaseModule) -> tuple[int, ...]:
-    """Of the weight as the base keeps it."""
+    """Returns the shape of the weight as the base stores it."""
     if module.kind == "norm":
         return (module.out_features,)
     if module.kind == "embedding" or module.transposed:
@@ -105,5 +111,5 @@ def _shape(module: BaseModule) -> tuple[int, ...]:
 
 
 def _oriented(module: BaseModule, weight: Tensor) -> Tensor:
-    """[out, in] of a linear."""
+    """Returns the weight, [out, in] for a linear."""
     return weight.T.contiguous() if module.transposed else weight

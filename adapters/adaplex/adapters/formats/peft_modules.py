@@ -1,7 +1,7 @@
-"""What PEFT injects into layers: the tensors of each module, lowered one module at a time.
+"""Lowers the parameters that PEFT injects into modules, one module at a time.
 
-Besides its own parameters a family may have modules that were trained as a whole, which
-`modules_to_save` names, trained biases, and copies of the base that PEFT saves along.
+Besides its own parameters, a family may have fully trained modules, which `modules_to_save` names,
+trained biases, and copies of the base's weights that PEFT saves along.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from adaplex.adapters.program.base_spec import BaseModule, ModuleKind
 from adaplex.adapters.program.program import ModuleProgram
 
 Roles = Mapping[str, Tensor]
-"""PEFT's name of a parameter -> tensor, of one module."""
+"""Tensors of one module by PEFT's parameter name."""
 LowerOne = Callable[[BaseModule, Roles], ModuleProgram | None]
-"""Lowers one module; None, with refusals, when its tensors do not fit."""
+"""Lowers one module; returns None, with refusals, if its tensors do not fit."""
 
 SAVED: Mapping[str, str] = {
     "weight": "weight",
@@ -38,12 +38,12 @@ SAVED: Mapping[str, str] = {
     "base_layer.weight": "copy",
     "base_layer.bias": "bias",
 }
-"""Ends of keys that any family may have -> role."""
+"""Suffix of a tensor key that any family may have -> role."""
 SAVED_ROLES = frozenset(SAVED.values())
 ADAPTER_NAME = re.compile(r"\.default(?=(\.weight|\.bias)?$)")
-"""Left in the keys of a training checkpoint."""
+"""Adapter name in the keys of a training checkpoint, which PEFT removes when it saves."""
 PACKED_BYTES = 2
-"""Of an element, in bf16."""
+"""Bytes of a packed element, in bf16."""
 
 
 def tensors_by_module(
@@ -56,11 +56,12 @@ def tensors_by_module(
     more: Mapping[str, str] = SAVED,
     prefix: str = PREFIX,
 ) -> dict[str, dict[str, Tensor]]:
-    """Module name -> its tensors, by role: the family's own, or one `more`. Refuses tensors that
-    have no place; the `shared` keys have one of their own. `unsupported` tells for parts of keys
-    what serving them would need.
+    """Returns the tensors by module name and role, and refuses tensors that match no role.
+
+    `roles` are the family's own, `more` those of any family; `shared` are keys of tensors that
+    belong to no module. `unsupported` maps substrings of keys to what serving them would need.
     """
-    met: set[str] = set()
+    seen: set[str] = set()
     known = {role: role for role in roles} | {k: v for k, v in more.items() if k not in roles}
     pattern = re.compile(rf"(?P<module>.+?)\.(?P<role>{'|'.join(map(re.escape, known))})")
     found: dict[str, dict[str, Tensor]] = {}
@@ -68,9 +69,9 @@ def tensors_by_module(
         name = ADAPTER_NAME.sub("", key)
         need = next((why for part, why in (unsupported or {}).items() if part in name), None)
         if name in shared:
-            if name in met:
+            if name in seen:
                 context.refuse(key, "is given twice")
-            met.add(name)
+            seen.add(name)
         elif not name.startswith(prefix):
             context.refuse(key, f"does not begin with {prefix}")
         elif need is not None:
@@ -81,12 +82,12 @@ def tensors_by_module(
                 context.refuse(key, "is given twice")
             module[role] = tensor
         else:
-            context.refuse(key, f"is not a tensor of {family} that this server knows")
+            context.refuse(key, f"is not a known tensor of {family}")
     return found
 
 
 def shared_tensor(context: LoweringContext, name: str) -> Tensor | None:
-    """A tensor of the whole adapter, if the checkpoint has it."""
+    """Returns a tensor that belongs to no module, or None if the checkpoint has none."""
     keys = [key for key in context.tensors if ADAPTER_NAME.sub("", key) == name]
     return context.tensors[keys[0]] if keys else None
 
@@ -99,10 +100,10 @@ def lower_modules(
     kinds: Collection[ModuleKind] = LINEARS,
     only: str = "",
 ) -> tuple[ModuleProgram, ...]:
-    """Lowers every module, by name. `only` is what the config calls it when just the targets'
-    biases are trained; empty for families that train none.
+    """Returns the programs of all modules, sorted by name.
 
-    Raises AdapterInvalid with every refusal.
+    `only` is the family's value of the config field `bias` for training the targets' biases only;
+    empty for families that train no biases. Raises AdapterInvalid with every refusal.
     """
     lowered: list[ModuleProgram | None] = []
     with context.collect_refusals():
@@ -127,12 +128,14 @@ def lower_modules(
 def saved_programs(
     context: LoweringContext, found: Mapping[str, Roles], adapted: Collection[str] = ()
 ) -> list[ModuleProgram | None]:
-    """Programs of the modules that `modules_to_save` names, and refusals of weights of others."""
+    """Returns the programs of the modules that `modules_to_save` names, and refuses the weights of
+    other modules and of modules that are adapted as well.
+    """
     saved = saved_modules(context)
     for name, roles in found.items():
         module = context.base.modules.get(name)
         if "weight" in roles and name not in saved:
-            context.refuse(f"{name}.weight", "is there, but modules_to_save does not name it")
+            context.refuse(f"{name}.weight", "is present, but modules_to_save does not name it")
         if "copy" in roles and module is not None:
             check_copy(context, module, f"{PREFIX}{name}.base_layer.weight", roles["copy"])
     for name in sorted(saved.intersection(adapted)):
@@ -147,7 +150,7 @@ def saved_programs(
 
 
 def check_present(context: LoweringContext, module: BaseModule, roles: Roles, *wanted: str) -> bool:
-    """Refuses each of the wanted parameters that is missing; tells whether none is."""
+    """Refuses each wanted parameter that is missing; True if none is."""
     missing = [role for role in wanted if role not in roles]
     for role in missing:
         context.refuse(f"{PREFIX}{module.name}.{role}", "is missing")
@@ -155,54 +158,58 @@ def check_present(context: LoweringContext, module: BaseModule, roles: Roles, *w
 
 
 def check_linear(context: LoweringContext, module: BaseModule, family: str) -> bool:
-    """Refuses a Conv1D, for families that PEFT has for torch's linears alone."""
+    """Refuses a Conv1D, for families that PEFT implements only for torch's linears; True if the
+    module is not one.
+    """
     if module.transposed:
-        context.refuse(module.name, f"is a Conv1D, which PEFT's {family} does not take")
+        context.refuse(module.name, f"is a Conv1D, which PEFT's {family} does not support")
     return not module.transposed
 
 
 class ExpandedSize:
-    """Adds up the pairs that are larger than the tensors they are made of."""
+    """Limits the bytes of low-rank pairs that are larger than the tensors they are built from."""
 
     def __init__(self, limits: AdapterLimits) -> None:
         self._limit = limits.max_adapter_bytes
         self._bytes = 0
 
     def add(self, module: BaseModule, rank: int) -> None:
-        """Raises AdapterTooLarge when one more pair is too much."""
+        """Adds the bytes of a pair. Raises AdapterTooLarge if the total exceeds the limit."""
         self._bytes += rank * (module.in_features + module.out_features) * PACKED_BYTES
         if self._bytes > self._limit:
             raise AdapterTooLarge(
-                f"its low-rank pairs, written out, take more than {self._limit} bytes, the limit "
+                f"its low-rank pairs, expanded, take more than {self._limit} bytes, the limit "
                 f"of an adapter: {module.name} alone has rank {rank}",
                 field="r",
             )
 
 
 def check_bias_field(context: LoweringContext, only: str) -> None:
-    """Refuses a `bias` that PEFT does not know."""
+    """Refuses a value of `bias` that PEFT does not accept."""
     kinds = ("none", "all", only)
     fits = context.config.get("bias", "none") in kinds
     context.check_kind("bias", fits, f"one of {', '.join(kinds)}")
 
 
 def check_has_targets(context: LoweringContext) -> None:
-    """Refuses fields about modules that are of the wrong kind, or targets that name none."""
+    """Refuses target fields and modules_to_save of the wrong kind, and missing target_modules."""
     context.check_target_fields()
     context.check_modules_to_save()
     if not context.config.get("target_modules"):
-        context.refuse("target_modules", "is missing; PEFT writes it when it saves")
+        context.refuse("target_modules", "is missing; PEFT writes it when saving")
 
 
 def _trained_bias(
     context: LoweringContext, module: BaseModule, roles: Roles, is_target: bool, only: str
 ) -> Tensor | None:
-    """What a trained bias adds; the config says which modules may carry one."""
+    """Returns the difference of a trained bias from the base's, or None without one; refuses
+    biases that the config field `bias` excludes.
+    """
     if "bias" not in roles:
         return None
     kind = context.config.get("bias", "none")
     if not only:
-        context.refuse(f"{module.name}.bias", "is there, but this family trains no biases")
+        context.refuse(f"{module.name}.bias", "is present, but this family trains no biases")
     elif kind == "none" or (kind == only and not is_target):
-        context.refuse(f"{module.name}.bias", f"is there, but bias is {kind!r}")
+        context.refuse(f"{module.name}.bias", f"is present, but bias is {kind!r}")
     return context.bias_difference(module, f"{module.name}.bias", roles["bias"])

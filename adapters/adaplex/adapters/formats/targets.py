@@ -1,8 +1,8 @@
-"""Which modules a PEFT config targets, by PEFT's own rules.
+"""Selects the modules that a PEFT config targets, by PEFT's own rules.
 
 Source: `peft.tuners.tuners_utils.check_target_module_exists` and `peft.utils.get_pattern_key`.
-Patterns come from strangers: `re` says whether they are patterns at all, and `regex` matches
-them within a time limit.
+Patterns are untrusted: `re` checks that they are valid, and `regex` matches them within a time
+limit.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from adaplex.adapters.program.base_spec import BaseModule, ModuleKind
 ALL_LINEAR = "all-linear"
 LINEARS: tuple[ModuleKind, ...] = ("linear",)
 MAX_PATTERN = 2000
-"""Characters of a pattern."""
+"""Maximum characters of a pattern."""
 MAX_EXPANSION = 200_000
-"""Characters of a pattern once its repeats are written out, as `regex` does when it compiles."""
+"""Maximum characters of a pattern after expanding its repeats, as `regex` does to compile it."""
 MATCH_SECONDS = 0.2
-"""For one match."""
+"""Time limit of one match."""
 TOTAL_SECONDS = 5.0
-"""Of processor time, for all matches of one adapter."""
+"""Limit of processor time for all matches of one adapter."""
 
 
 class Patterns:
-    """Matches one adapter's patterns, each compiled once, within a limit of time and memory."""
+    """Matches one adapter's patterns within limits of time and memory, compiling each once."""
 
     def __init__(self) -> None:
         self._compiled: dict[str, regex.Pattern[str]] = {}
@@ -40,7 +40,9 @@ class Patterns:
     def match(
         self, pattern: str, name: str, field: str, *, whole: bool = True
     ) -> regex.Match[str] | None:
-        """Matches the whole name, or its beginning. Raises AdapterInvalid for a bad pattern."""
+        """Matches the whole name, or its beginning. Raises AdapterInvalid for a pattern that is
+        invalid or exceeds a limit; `field` is the config field that has the pattern.
+        """
         started = time.thread_time()
         try:
             compiled = self._compiled.get(pattern) or self._compile(pattern, field)
@@ -48,27 +50,29 @@ class Patterns:
             found = matching(name, timeout=MATCH_SECONDS)
         except TimeoutError:
             raise AdapterInvalid.because(
-                field, f"{pattern!r:.80} takes longer than {MATCH_SECONDS} s to match"
+                field, f"{pattern!r:.80} takes longer than the limit of {MATCH_SECONDS} s to match"
             ) from None
         self._seconds += time.thread_time() - started
         if self._seconds > TOTAL_SECONDS:
             raise AdapterInvalid.because(
-                field, f"the patterns take longer than {TOTAL_SECONDS} s to match"
+                field, f"its patterns take longer than the limit of {TOTAL_SECONDS} s to match"
             )
         return found
 
     def _compile(self, pattern: str, field: str) -> regex.Pattern[str]:
         if len(pattern) > MAX_PATTERN:
             raise AdapterInvalid.because(
-                field, f"a pattern is longer than {MAX_PATTERN} characters"
+                field, f"has a pattern of {len(pattern)} characters, the limit is {MAX_PATTERN}"
             )
         try:
             re.compile(pattern)
             if _expansion(pattern) > MAX_EXPANSION:
-                raise AdapterInvalid.because(field, f"{pattern!r:.80} repeats too much")
+                reason = f"{pattern!r:.80} has more than {MAX_EXPANSION} characters when expanded"
+                raise AdapterInvalid.because(field, reason)
             self._compiled[pattern] = regex.compile(pattern)
         except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
-            raise AdapterInvalid.because(field, f"{pattern!r:.80} is no pattern: {error}") from None
+            reason = f"{pattern!r:.80} is not a valid pattern: {error}"
+            raise AdapterInvalid.because(field, reason) from None
         return self._compiled[pattern]
 
 
@@ -78,7 +82,7 @@ def targeted(
     patterns: Patterns,
     kinds: Collection[ModuleKind] = LINEARS,
 ) -> frozenset[str]:
-    """Names of the modules of these kinds that the config targets."""
+    """Returns the names of the modules of these kinds that the config targets."""
     possible = [module for module in modules if module.kind in kinds]
     target = config.get("target_modules") or ()
     if isinstance(target, str) and target.lower() == ALL_LINEAR:
@@ -88,14 +92,16 @@ def targeted(
     else:
         names = frozenset(target)
         chosen = [m.name for m in possible if _listed(names, m.name)]
-        chosen = [n for n in chosen if n in names or _layer_wanted(config, n, patterns)]
+        chosen = [n for n in chosen if n in names or _in_chosen_layer(config, n, patterns)]
     return frozenset(name for name in chosen if not _excluded(config, name, patterns))
 
 
 def pattern_value(
     config: Mapping[str, Any], field: str, name: str, default: Any, patterns: Patterns
 ) -> Any:
-    """The value of the field's first pattern that matches the end of a module's name."""
+    """Returns the value of the field's first pattern that matches the end of a module's name, or
+    `default`.
+    """
     for pattern, value in (config.get(field) or {}).items():
         if patterns.match(rf"(.*\.)?({pattern})", name, field):
             return value
@@ -103,8 +109,8 @@ def pattern_value(
 
 
 def _expansion(pattern: str) -> int:
-    """At most how long the pattern is once repeats are written out: `+` doubles what it repeats,
-    a count multiplies it, and each may hold all the others.
+    """Returns an upper bound of the pattern's length after expanding its repeats: `+` doubles its
+    operand, a count multiplies it, and repeats may be nested.
     """
     counts = [
         int(n) for braces in re.findall(r"\{[^}]*", pattern) for n in re.findall(r"\d+", braces)
@@ -113,7 +119,7 @@ def _expansion(pattern: str) -> int:
 
 
 def _listed(entries: frozenset[str], name: str) -> bool:
-    """Whether an entry is the name, or a whole-word end of it."""
+    """True if an entry is the name, or consists of its last words."""
     words = name.split(".")
     return any(".".join(words[i:]) in entries for i in range(len(words)))
 
@@ -125,8 +131,8 @@ def _excluded(config: Mapping[str, Any], name: str, patterns: Patterns) -> bool:
     return _listed(frozenset(excluded), name)
 
 
-def _layer_wanted(config: Mapping[str, Any], name: str, patterns: Patterns) -> bool:
-    """Whether layers_to_transform, if given, names the layer that the module lies in."""
+def _in_chosen_layer(config: Mapping[str, Any], name: str, patterns: Patterns) -> bool:
+    """True if layers_to_transform is unset, or lists the module's layer."""
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
         return True
@@ -135,6 +141,6 @@ def _layer_wanted(config: Mapping[str, Any], name: str, patterns: Patterns) -> b
     for container in containers:
         pattern = rf"(?:^|.*?\.){container}\.(?P<idx>\d+)\."
         if found := patterns.match(pattern, name, "layers_pattern", whole=False):
-            wanted = [layers] if isinstance(layers, int) else layers
-            return found["idx"] is not None and int(found["idx"]) in wanted
+            chosen = [layers] if isinstance(layers, int) else layers
+            return found["idx"] is not None and int(found["idx"]) in chosen
     return False

@@ -20,16 +20,17 @@ from adaplex.adapters.program.program import ModuleProgram
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Which rows of a module are replaced, and whose tensor has them."""
+    """Rows of a module that are replaced, and the module whose tensor holds them."""
 
     ids: tuple[int, ...]
+    """Token ids, in the order of the tensor's rows."""
     source: str
-    """Name of a module: this one, or the embedding that it is tied to."""
+    """Name of this module, or of the embedding that it is tied to."""
 
 
 def token_rows(context: LoweringContext, wanted: Mapping[str, list[int]]) -> dict[str, TokenRows]:
-    """Name of a module -> its rows, out of the ids wanted for each module by name; refuses modules
-    that have no rows.
+    """Returns the replaced rows by module name. `wanted` has token ids by module name; modules
+    without rows are refused.
     """
     embedding, head = context.embedding, context.head
     rows = {}
@@ -37,13 +38,14 @@ def token_rows(context: LoweringContext, wanted: Mapping[str, list[int]]) -> dic
         if name in {module.name for module in (embedding, head) if module is not None}:
             rows[name] = TokenRows(tuple(ids), name)
         else:
-            context.refuse(name, "has no rows to replace: it is no embedding or output layer")
+            context.refuse(name, "has no token rows: it is not the embedding or the output layer")
     if context.base.tied and embedding is not None and head is not None and embedding.name in rows:
         first = rows[embedding.name]
         if rows.get(head.name, first).ids == first.ids:
             rows[head.name] = first
         elif context.config.get("ensure_weight_tying"):
-            context.refuse("ensure_weight_tying", "needs the same tokens for both layers")
+            reason = "needs the same tokens for the embedding and the output layer"
+            context.refuse("ensure_weight_tying", reason)
     return rows
 
 
@@ -52,7 +54,9 @@ def lower_rows(
     rows: Mapping[str, TokenRows],
     tensors: Mapping[str, tuple[str, Tensor]],
 ) -> dict[str, ModuleProgram | None]:
-    """Programs that replace rows, by name of the module; `tensors` has key and tensor by it."""
+    """Returns the programs that replace rows, by module name. `tensors` has (key, tensor) by module
+    name.
+    """
     sources = {row.source for row in rows.values()}
     for name in sorted(sources - tensors.keys()):
         context.refuse(name, "its trained tokens are missing")
@@ -71,12 +75,12 @@ def lower_rows(
 def _replaced(
     context: LoweringContext, module: BaseModule, ids: tuple[int, ...], key: str, tensor: Tensor
 ) -> ModuleProgram | None:
-    """The program of one module; None, with a refusal, when its tensor does not fit."""
+    """Returns the program of one module; None, with a refusal, if its tensor does not fit."""
     features = module.in_features if module.is_head else module.out_features
     if len(set(ids)) < len(ids):
-        context.refuse(key, "has a token twice")
+        context.refuse(key, "has a repeated token")
     elif module.is_head and module.has_bias:
-        context.refuse(module.name, "has a bias, which PEFT leaves out with trainable tokens")
+        context.refuse(module.name, "has a bias, which PEFT omits with trainable tokens")
     elif context.check_shape(key, tensor, len(ids), features):
         order = sorted(range(len(ids)), key=ids.__getitem__)
         rows = ReplacedRows(tuple(sorted(ids)), tensor[order])

@@ -1,4 +1,4 @@
-"""AdapterHub: adapters as its library `adapters` 1.3 writes them; one file a method."""
+"""AdapterHub: the formats of its library `adapters` 1.3, one file for each method."""
 
 from adaplex.adapters.formats.adapterhub.adapterhub import AdapterHub
 

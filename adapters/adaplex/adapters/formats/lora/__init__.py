@@ -1,1 +1,1 @@
-"""LoRA as HF PEFT writes it, and its variants."""
+"""LoRA and its variants, as HF PEFT writes them."""

@@ -1,4 +1,4 @@
-"""What a LoRA config may say, and which of its fields go together."""
+"""Checks of a LoRA config: known fields, their kinds, and fields that exclude each other."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ USED = TARGET_FIELDS | frozenset(
         "ensure_weight_tying",
     ]
 )
+"""Config fields that change the answer; they enter the digest."""
 HARMLESS = COMMON_FIELDS | frozenset(
     [
         "lora_dropout",
@@ -42,11 +43,11 @@ HARMLESS = COMMON_FIELDS | frozenset(
         "corda_config",
         "lora_ga_config",
         "runtime_config",
-        "qalora_group_size",  # the shapes of the tensors say it as well
+        "qalora_group_size",  # also determined by the shapes of the tensors
         "group_size",
     ]
 )
-"""Known fields that change training, or how PEFT stores weights, but not the answer."""
+"""Config fields that change training, or how PEFT stores weights, but not the answer."""
 UNSUPPORTED = {
     "arrow_config": "Arrow routes between adapters at run time",
     "kasa_config": "KaSA changes the base weights",
@@ -56,9 +57,9 @@ UNSUPPORTED = {
     "use_bdlora": "needs block-diagonal pairs",
     "velora_config": "VeLoRA is not served",
 }
-"""Known fields that change the answer, and what serving them would need."""
+"""Config fields that change the answer but are not served, and what serving them would need."""
 PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")
-"""Initialisers that leave the base as it is."""
+"""Initialisers that do not change the base's weights."""
 BIASES = ("none", "all", "lora_only")
 FLAGS = ("use_rslora", "lora_bias", "use_dora", "use_qalora", "ensure_weight_tying")
 CONFLICTS = (
@@ -67,13 +68,15 @@ CONFLICTS = (
     ("lora_bias", ("target_parameters",)),
     ("alora_invocation_tokens", ("target_parameters",)),
 )
-"""What PEFT does not let go together."""
+"""Fields, and those that PEFT does not allow together with them."""
 EVERYWHERE = ("modules_to_save", "trainable_token_indices", "bias")
-"""What PEFT applies to all tokens, also to those before the invocation of activated LoRA."""
+"""Fields that PEFT applies to all tokens, even before the invocation of activated LoRA."""
 
 
 def check_config(context: LoweringContext) -> bool:
-    """Refuses fields that are unknown or of the wrong kind; whether the rest can be read."""
+    """Refuses fields that are unknown or of the wrong kind; True if lowering can go on to find
+    further refusals.
+    """
     context.check_fields("LoRA", USED, HARMLESS, UNSUPPORTED)
     _check_init(context)
     before = len(context.refusals)
@@ -90,12 +93,12 @@ def check_config(context: LoweringContext) -> bool:
 
 
 def is_set(context: LoweringContext, name: str) -> bool:
-    """Whether the config uses the field."""
+    """True if the config uses the field."""
     return context.config.get(name) not in (*UNSET, "none")
 
 
 def _check_init(context: LoweringContext) -> None:
-    """Refuses initialisers that change the base."""
+    """Refuses initialisers that change the base's weights."""
     init = context.config.get("init_lora_weights")
     if init not in (None, False, True, *PLAIN_INITS):
         context.refuse(
@@ -128,11 +131,11 @@ def _check_invocation(context: LoweringContext) -> None:
 
 
 def _check_conflicts(context: LoweringContext) -> None:
-    """Refuses what PEFT does not let go together, or would apply to other tokens than we do."""
+    """Refuses fields that PEFT does not allow together, or applies to other tokens than we do."""
     for name, others in CONFLICTS:
         for other in others:
             if is_set(context, name) and is_set(context, other):
-                context.refuse(other, f"does not go with {name}")
+                context.refuse(other, f"cannot be combined with {name}")
     if is_set(context, "alora_invocation_tokens"):
         for name in EVERYWHERE:
             if is_set(context, name):

@@ -1,7 +1,7 @@
-"""DoRA: W' = g (W + B A scale) row by row, with g = m / |W + B A scale|, the length of the row.
+"""DoRA: W' = g (W + B A scale) for each row, with g = m / |W + B A scale|.
 
-Source: `peft.tuners.lora.dora`. The norm is that of the base's weight in effect, dequantized where
-the base is quantized; PEFT does not scale the base's bias.
+Source: `peft.tuners.lora.dora`. The norm is that of the effective weight, dequantized if the base
+is quantized. PEFT does not scale the base's bias.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from adaplex.adapters.program.primitives import LowRank
 from adaplex.adapters.program.program import ModuleProgram
 
 
-def magnified(
+def apply_magnitude(
     context: LoweringContext, module: BaseModule, program: ModuleProgram, magnitude: Tensor
 ) -> ModuleProgram | None:
-    """The program of a linear's or of the embedding's pair, with its magnitudes [out_features].
+    """Returns the program of a pair at a linear or the embedding, with magnitudes [out_features].
 
-    None, with a refusal, where the base's weight is not known. Raises AdapterTooLarge.
+    None, with a refusal, if the base's weight is unknown. Raises AdapterTooLarge.
     """
     weight = context.base_weight(module, "DoRA")
     if weight is None:
@@ -45,8 +45,9 @@ def magnified(
 def _table(
     weight: Tensor, program: ModuleProgram, low_rank: LowRank, magnitude: Tensor
 ) -> ModuleProgram:
-    """Of an embedding [vocabulary, hidden] a magnitude is that of a column, which no other
-    primitive than a whole table can scale.
+    """Returns the program of an embedding as a replaced weight [vocabulary, hidden].
+
+    There, magnitudes belong to columns, which no smaller primitive can scale.
     """
     tuned = torch.addmm(weight, low_rank.a.float().T, low_rank.b.T)
     gain = magnitude.float() / torch.linalg.vector_norm(tuned, dim=0)

@@ -1,8 +1,8 @@
-"""LoRA as HF PEFT 0.21 writes it, with what it may hold besides low-rank pairs of linears.
+"""LoRA as HF PEFT 0.21 writes it.
 
-Pairs of linears, of the embedding and of experts; DoRA, QA-LoRA and activated LoRA; biases,
-replaced weights and trained tokens. The tensor keys are the truth. Every tensor and every config
-field is accounted for, or the adapter is refused with all the reasons at once.
+Lowers pairs of linears, of the embedding and of experts; DoRA, QA-LoRA and activated LoRA; biases,
+replaced weights and trained tokens. Tensor keys take precedence over the config. Every tensor and
+config field must be accounted for, or the adapter is refused with all reasons at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats.base import FormatRow, Lowered
 from adaplex.adapters.formats.lora.config import USED, check_config
 from adaplex.adapters.formats.lora.pairs import lower_pair, scale_of
-from adaplex.adapters.formats.lora.parameters import Place, pattern_names, targeted_parameters
+from adaplex.adapters.formats.lora.parameters import (
+    Parameters,
+    pattern_names,
+    targeted_parameters,
+)
 from adaplex.adapters.formats.lora.tensors import LoraTensors, sort_tensors
 from adaplex.adapters.formats.lowering_context import LoweringContext
 from adaplex.adapters.formats.modules_to_save import (
@@ -36,7 +40,7 @@ from adaplex.adapters.program.program import ModuleProgram
 
 
 class Lora:
-    """The format; see the module's docstring."""
+    """Format of LoRA; see the module's docstring."""
 
     family = "lora"
     semantic_fields = USED
@@ -53,16 +57,16 @@ class Lora:
         context = LoweringContext(checkpoint, base, limits)
         if not check_config(context):
             context.raise_refusals()
-        places = targeted_parameters(context)
-        found = sort_tensors(context, places)
+        parameters = targeted_parameters(context)
+        found = sort_tensors(context, parameters)
         programs: list[ModuleProgram] = []
         with context.collect_refusals():
-            programs = _Modules(context, places, found).lower()
+            programs = _LoraModules(context, parameters, found).lower()
         context.raise_refusals()
         context.check_ranks(programs)
         if context.config.get("fan_in_fan_out"):
             context.add_note(
-                "fan_in_fan_out: weights are kept as [out, in] here, nothing to transpose"
+                "fan_in_fan_out: ignored, because weights are stored as [out, in] here"
             )
         return Lowered(
             tuple(programs),
@@ -74,12 +78,12 @@ class Lora:
 
 
 def _invocation(context: LoweringContext) -> tuple[int, ...]:
-    """The tokens that activate it, where it is activated LoRA."""
+    """Returns the invocation tokens of activated LoRA; empty otherwise."""
     return tuple(context.config.get("alora_invocation_tokens") or ())
 
 
 def _family(context: LoweringContext, programs: Sequence[ModuleProgram]) -> str:
-    """What kind of LoRA it is."""
+    """Returns the variant of LoRA."""
     if context.config.get("use_dora"):
         return "dora"
     if _invocation(context):
@@ -89,35 +93,39 @@ def _family(context: LoweringContext, programs: Sequence[ModuleProgram]) -> str:
 
 
 @dataclass(frozen=True)
-class _Modules:
-    """What the config asks of the base's modules, and the tensors found for them."""
+class _LoraModules:
+    """Lowers one adapter's modules."""
 
     context: LoweringContext
-    places: Mapping[tuple[str, int], Place]
+    parameters: Parameters
+    """Parameters that `target_parameters` names."""
     found: Mapping[str, LoraTensors]
+    """Tensors by module name."""
 
     def lower(self) -> list[ModuleProgram]:
-        """Programs by name, and refusals where tensors do not fit. Raises AdapterInvalid for a bad
-        pattern.
+        """Returns the programs, sorted by module name; refuses tensors that do not fit.
+
+        Raises AdapterInvalid for a bad pattern.
         """
         context, known = self.context, self.context.base.modules
         pairs = {name for name, tensors in self.found.items() if tensors.is_pair}
-        context.check_targets(pairs - self._twins, self._targets)
+        context.check_targets(pairs - self._tied_outputs, self._targets)
         for name in sorted(self.found.keys() - known.keys() - pairs):
             context.refuse(name, f"the base {context.base.name} has no such module")
         embedding = context.embedding
         if embedding is not None and embedding.name in self._targets and _invocation(context):
             context.refuse(embedding.name, "is an embedding, which activated LoRA does not adapt")
-        rows = self._rows()
-        for name in sorted(rows.keys() & (pairs | self._saved)):
+        rows = self._lower_rows()
+        for name in sorted(rows.keys() & (pairs | self._replaced)):
             context.refuse(name, "has trained tokens, and is adapted or replaced as well")
-        names = (self.found.keys() | self._saved | self._twins) & known.keys() - rows.keys()
-        made = [*(self._module(known[name]) for name in sorted(names)), *rows.values()]
+        changed = self.found.keys() | self._replaced | self._tied_outputs
+        names = changed & known.keys() - rows.keys()
+        made = [*(self._lower_module(known[name]) for name in sorted(names)), *rows.values()]
         return sorted(filter(None, made), key=lambda program: program.module)
 
     @cached_property
     def _tied(self) -> tuple[str, str] | None:
-        """Embedding and output layer, where they are to stay tied."""
+        """Names of the embedding and the output layer, if the config keeps them tied."""
         context = self.context
         embedding, head = context.embedding, context.head
         if not (context.base.tied and context.config.get("ensure_weight_tying")):
@@ -125,49 +133,51 @@ class _Modules:
         return None if embedding is None or head is None else (embedding.name, head.name)
 
     @cached_property
-    def _saved(self) -> frozenset[str]:
-        """Modules that are replaced."""
+    def _replaced(self) -> frozenset[str]:
+        """Names of the modules whose weights are replaced."""
         saved = saved_modules(self.context)
         return saved.union(self._tied) if self._tied and saved.intersection(self._tied) else saved
 
     @cached_property
-    def _named(self) -> frozenset[str]:
-        """Modules that target_modules names."""
+    def _config_targets(self) -> frozenset[str]:
+        """Names of the modules that target_modules selects."""
         return without_saved(self.context, self.context.targets(("linear", "embedding")))
 
     @cached_property
-    def _twins(self) -> frozenset[str]:
-        """The output layer, where its pair is that of the embedding, transposed."""
-        is_twin = self._tied is not None and not self._named.isdisjoint(self._tied)
+    def _tied_outputs(self) -> frozenset[str]:
+        """Name of the output layer, if its pair is the embedding's, transposed; else empty."""
+        is_twin = self._tied is not None and not self._config_targets.isdisjoint(self._tied)
         return frozenset(self._tied[1:] if self._tied is not None and is_twin else ())
 
     @cached_property
     def _targets(self) -> frozenset[str]:
-        """Modules that have a pair of their own."""
-        named = self._named
-        if self._tied is not None and self._twins:
-            named = named - self._twins | {self._tied[0]}
-        return named | {place.module for place in self.places.values()}
+        """Names of the modules that have a pair of their own."""
+        named = self._config_targets
+        if self._tied is not None and self._tied_outputs:
+            named = named - self._tied_outputs | {self._tied[0]}
+        return named | {parameter.module for parameter in self.parameters.values()}
 
-    def _module(self, module: BaseModule) -> ModuleProgram | None:
-        """The program of a module whose rows stay; None where it does nothing, or is refused."""
+    def _lower_module(self, module: BaseModule) -> ModuleProgram | None:
+        """Returns the program of a module without replaced rows; None if it changes nothing, or is
+        refused.
+        """
         tensors = self.found.get(module.name) or LoraTensors(module.name)
-        if module.name in self._saved:
-            return self._replaced(module, tensors)
+        if module.name in self._replaced:
+            return self._lower_replaced(module, tensors)
         self._check_copies(module, tensors)
         bias = self._bias(module, tensors)
-        if module.name in self._twins:
-            program = self._twin(module, tensors)
+        if module.name in self._tied_outputs:
+            program = self._lower_tied_output(module, tensors)
         elif tensors.is_pair:
-            program = lower_pair(self.context, tensors, pattern_names(self.places))
+            program = lower_pair(self.context, tensors, pattern_names(self.parameters))
         else:
             program = ModuleProgram(module.name)
         if program is None or bias is None:
             return program if program is not None and program.primitives else None
         return replace(program, bias=bias if program.bias is None else bias + program.bias)
 
-    def _replaced(self, module: BaseModule, tensors: LoraTensors) -> ModuleProgram | None:
-        """A module that was trained as a whole."""
+    def _lower_replaced(self, module: BaseModule, tensors: LoraTensors) -> ModuleProgram | None:
+        """Returns the program of a fully trained module; None if it is refused."""
         context = self.context
         if tensors.is_pair:
             context.refuse(module.name, "is named by modules_to_save, and is adapted as well")
@@ -175,41 +185,45 @@ class _Modules:
         if self._tied is not None and module.name == self._tied[1]:
             source = self.found.get(self._tied[0]) or LoraTensors(self._tied[0])
             if weight is not None and not _equal(weight, source.get("weight")):
-                context.refuse(key, "is not the embedding's, as ensure_weight_tying asks for")
+                context.refuse(key, "differs from the embedding's, despite ensure_weight_tying")
             weight = source.get("weight")
         biases = [tensors.found[kind] for kind in ("bias", "saved_bias") if tensors.has(kind)]
         if len(biases) == 2 and not torch.equal(*biases):
             context.refuse(tensors.keys["bias"], "is given twice")
         return replacement(context, module, key, weight, biases[0] if biases else None)
 
-    def _twin(self, module: BaseModule, tensors: LoraTensors) -> ModuleProgram | None:
-        """The output layer, tied to an embedding that has a pair."""
+    def _lower_tied_output(self, module: BaseModule, tensors: LoraTensors) -> ModuleProgram | None:
+        """Returns the program of the output layer, tied to an embedding that has a pair; None if
+        the pair is refused.
+        """
         assert self._tied is not None
         context, source = self.context, self.found.get(self._tied[0])
         a, b = (None if source is None else source.get(f"table_{half}") for half in "ba")
         if context.config.get("use_dora"):
-            context.refuse("use_dora", "does not go with ensure_weight_tying")
+            context.refuse("use_dora", "cannot be combined with ensure_weight_tying")
         if a is None or b is None or a.dim() != 2:
-            return None  # the embedding's own refusal says so
+            return None  # refused at the embedding
         a, b = a.T, b.T
         for kind, half in (("a", a), ("b", b)):
             if tensors.has(kind) and not _equal(tensors.found[kind], half):
                 where = tensors.keys[kind]
-                context.refuse(where, "is not the embedding's, as ensure_weight_tying asks for")
+                context.refuse(where, "differs from the embedding's, despite ensure_weight_tying")
         scale = scale_of(context, module.name, a.shape[0])
         return ModuleProgram(module.name, LowRank(a.contiguous(), b.float() * scale), scale=scale)
 
     def _bias(self, module: BaseModule, tensors: LoraTensors) -> Tensor | None:
-        """What a trained bias adds; the config says which modules may carry one."""
+        """Returns the difference of a trained bias from the base's, or None without one; refuses
+        biases that the config field `bias` excludes.
+        """
         bias, kind = tensors.get("bias"), self.context.config.get("bias", "none")
         if bias is None:
             return None
         if kind == "none" or (kind == "lora_only" and module.name not in self._targets):
-            self.context.refuse(f"{module.name}.bias", f"is there, but bias is {kind!r}")
+            self.context.refuse(f"{module.name}.bias", f"is present, but bias is {kind!r}")
         return self.context.bias_difference(module, f"{module.name}.bias", bias)
 
     def _check_copies(self, module: BaseModule, tensors: LoraTensors) -> None:
-        """Weights and biases that may only be there if they are the base's own."""
+        """Refuses copies of the base's weights and biases that differ from them."""
         for kind in ("copy", "weight"):
             if (copy := tensors.get(kind)) is not None:
                 check_copy(self.context, module, tensors.keys[kind], copy)
@@ -219,19 +233,19 @@ class _Modules:
             if copy is not None and (
                 own is None or copy.shape != own.shape or not is_close(copy, own)
             ):
-                self.context.refuse(tensors.keys[kind], "is not the base's own bias")
+                self.context.refuse(tensors.keys[kind], "differs from the base's bias")
 
-    def _rows(self) -> dict[str, ModuleProgram | None]:
-        """Programs that replace rows, by name of the module."""
+    def _lower_rows(self) -> dict[str, ModuleProgram | None]:
+        """Returns the programs that replace rows, by module name."""
         found = {
             name: (tensors.keys["rows"], tensors.found["rows"])
             for name, tensors in self.found.items()
             if tensors.has("rows")
         }
-        return lower_rows(self.context, token_rows(self.context, self._tokens()), found)
+        return lower_rows(self.context, token_rows(self.context, self._token_ids()), found)
 
-    def _tokens(self) -> dict[str, list[int]]:
-        """Name of a module -> the ids of its trained tokens."""
+    def _token_ids(self) -> dict[str, list[int]]:
+        """Returns the ids of trained tokens by module name."""
         context, wanted = self.context, self.context.config.get("trainable_token_indices") or {}
         embedding = context.embedding
         if not isinstance(wanted, dict):
@@ -248,5 +262,5 @@ class _Modules:
 
 
 def _equal(one: Tensor, other: Tensor | None) -> bool:
-    """Whether both are there, and the same."""
+    """True if `other` is not None, and equals `one`."""
     return other is not None and torch.equal(one, other)

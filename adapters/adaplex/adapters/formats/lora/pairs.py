@@ -1,4 +1,4 @@
-"""One low-rank pair of LoRA -> primitives: with its scale, pooled, with magnitudes, or a bias."""
+"""Lowers one low-rank pair of LoRA, with its scale, pooling, magnitudes and bias."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from adaplex.adapters.program.program import ModuleProgram
 
 LINEAR = {"a": "lora_A.weight", "b": "lora_B.weight"}
 TABLE = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
-"""Ends of the keys of the halves, of an embedding and of all others."""
+"""Key suffixes of the two halves of a pair: LINEAR at linears and experts, TABLE at embeddings."""
 
 
 def lower_pair(
     context: LoweringContext, tensors: LoraTensors, names: Mapping[str, str]
 ) -> ModuleProgram | None:
-    """The primitives of the pair at a module of the base; None, with refusals, when its tensors do
-    not fit. `names` has the names that patterns know modules by, where they are others.
+    """Returns the program of the pair at a module of the base; None, with refusals, if its tensors
+    do not fit. `names` maps modules to the names that patterns match, where these differ.
     """
     module = context.base.modules[tensors.name]
     halves = _halves(context, module, tensors)
@@ -36,29 +36,29 @@ def lower_pair(
     rank = pattern_value(
         context.config, "rank_pattern", name, context.config["r"], context.patterns
     )
-    pooled = qalora.pooling(context, module, a)
+    pooled = qalora.pooling_of(context, module, a)
     if not _fit(context, module, tensors, rank, pooled):
         return None
     scale = scale_of(context, name, rank)
     if pooled is not None:
         scale *= pooled.factor
         a = pooled.expanded(a)
-        context.add_note(qalora.note(context, pooled))
+        context.add_note(qalora.pooling_note(context, pooled))
     if module.kind == "experts":
         b = by_expert(b, module.experts)
     group = 1 if pooled is None else pooled.group
     pair = LowRank(a, b.float() * scale, group, lookup=module.kind == "embedding")
     program = ModuleProgram(module.name, pair, _bias(context, module, tensors, scale), scale)
-    magnitude = _extra(context, tensors, "magnitude", "lora_magnitude_vector", "use_dora")
+    magnitude = _optional_tensor(context, tensors, "magnitude", "lora_magnitude_vector", "use_dora")
     if magnitude is None or not context.check_shape(
         tensors.keys["magnitude"], magnitude, module.out_features
     ):
         return program
-    return dora.magnified(context, module, program, magnitude)
+    return dora.apply_magnitude(context, module, program, magnitude)
 
 
 def scale_of(context: LoweringContext, name: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA; alpha may differ by module."""
+    """Returns alpha / r, or alpha / sqrt(r) for rsLoRA; alpha may differ by module."""
     config = context.config
     alpha = pattern_value(config, "alpha_pattern", name, config["lora_alpha"], context.patterns)
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -67,7 +67,7 @@ def scale_of(context: LoweringContext, name: str, rank: int) -> float:
 def _halves(
     context: LoweringContext, module: BaseModule, tensors: LoraTensors
 ) -> tuple[Tensor, Tensor] | None:
-    """a and b; None, with refusals, where one is missing, or they are those of another kind."""
+    """Returns a and b; None, with refusals, if one is missing or belongs to another module kind."""
     is_table = module.kind == "embedding"
     other = [kind for kind in ("a", "b", "table_a", "table_b") if kind.startswith("t") != is_table]
     for kind in other:
@@ -78,7 +78,7 @@ def _halves(
     a, b = (tensors.get(f"table_{half}" if is_table else half) for half in "ab")
     if a is None or b is None:
         missing = (TABLE if is_table else LINEAR)["a" if a is None else "b"]
-        context.refuse(f"{PREFIX}{module.name}.{missing}", "half of a pair is missing")
+        context.refuse(f"{PREFIX}{module.name}.{missing}", "is missing: a pair needs both halves")
         return None
     return a, b
 
@@ -90,7 +90,7 @@ def _fit(
     rank: int,
     pooled: qalora.Pooling | None,
 ) -> bool:
-    """Whether both halves have the shapes that they must have."""
+    """Refuses halves of wrong shapes; True if both fit."""
     rank *= module.experts or 1
     width = module.in_features if pooled is None else module.in_features // pooled.group
     a, b = ("table_a", "table_b") if module.kind == "embedding" else ("a", "b")
@@ -104,20 +104,20 @@ def _fit(
 def _bias(
     context: LoweringContext, module: BaseModule, tensors: LoraTensors, scale: float
 ) -> Tensor | None:
-    """What the bias of `lora_B` adds."""
-    bias = _extra(context, tensors, "b_bias", "lora_B.bias", "lora_bias")
+    """Returns the scaled bias of `lora_B`; None if there is none, or it is refused."""
+    bias = _optional_tensor(context, tensors, "b_bias", "lora_B.bias", "lora_bias")
     if bias is None or not context.check_shape(tensors.keys["b_bias"], bias, module.out_features):
         return None
     return bias.float() * scale
 
 
-def _extra(
+def _optional_tensor(
     context: LoweringContext, tensors: LoraTensors, kind: str, end: str, field: str
 ) -> Tensor | None:
-    """A tensor that is there when the config's field says so, or else refused."""
+    """Returns a tensor that must be present exactly if `field` is set; refused otherwise."""
     tensor, wanted = tensors.get(kind), bool(context.config.get(field))
     if wanted and tensor is None:
         context.refuse(f"{PREFIX}{tensors.name}.{end}", f"is missing, but {field} is set")
     elif tensor is not None and not wanted:
-        context.refuse(tensors.keys[kind], f"is there, but {field} is not set")
+        context.refuse(tensors.keys[kind], f"is present, but {field} is not set")
     return tensor if wanted else None

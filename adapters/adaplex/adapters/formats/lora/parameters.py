@@ -1,8 +1,8 @@
-"""Which parameters `target_parameters` names, and where PEFT keeps their pairs.
+"""Finds the parameters that `target_parameters` names, and the keys of their pairs.
 
 Source: `peft.tuners.tuners_utils.BaseTuner._inject_parameters` and
-`peft.tuners.lora.layer.ParamWrapper`. Every parameter of a module wraps those before it: the pair
-of the last one is at the module itself, that of the one before at its `base_layer`, and so on.
+`peft.tuners.lora.layer.ParamWrapper`. Each adapted parameter of a module wraps the previous ones:
+the pair of the last is stored at the module, that of the one before at its `base_layer`, and so on.
 """
 
 from __future__ import annotations
@@ -17,50 +17,56 @@ from adaplex.adapters.program.base_spec import BaseModule
 
 
 @dataclass(frozen=True)
-class Place:
-    """A parameter that is adapted."""
+class AdaptedParameter:
+    """A parameter that `target_parameters` names."""
 
     module: str
-    """Name that the base's module goes by in BaseSpec."""
-    parameter: str
-    """Its full name, which patterns are matched with."""
+    """Name of its module in BaseSpec."""
+    name: str
+    """Full name of the parameter, which patterns match."""
 
 
-def targeted_parameters(context: LoweringContext) -> dict[tuple[str, int], Place]:
-    """(name of the owner, depth of the nesting) -> parameter."""
-    wanted = context.config.get("target_parameters") or ()
-    owned: dict[str, list[Place]] = {}
+Parameters = Mapping[tuple[str, int], AdaptedParameter]
+"""Adapted parameters by (name of the owning module, nesting depth)."""
+
+
+def targeted_parameters(context: LoweringContext) -> Parameters:
+    """Returns the parameters that `target_parameters` names; refuses the field if none matches."""
+    targets = context.config.get("target_parameters") or ()
+    by_owner: dict[str, list[AdaptedParameter]] = {}
     for module in context.base.modules.values():
-        parameter = parameter_of(module)
-        if any(parameter == name or parameter.endswith(f".{name}") for name in wanted):
-            owner = parameter.rpartition(".")[0]
-            owned.setdefault(owner, []).append(Place(module.name, parameter))
-    if wanted and not owned:
+        name = parameter_of(module)
+        if any(name == target or name.endswith(f".{target}") for target in targets):
+            owner = name.rpartition(".")[0]
+            by_owner.setdefault(owner, []).append(AdaptedParameter(module.name, name))
+    if targets and not by_owner:
         context.refuse(
             "target_parameters",
             f"matches no parameter of the base {context.base.name} that can be adapted",
         )
     return {
-        (owner, depth): place
-        for owner, places in owned.items()
-        for depth, place in enumerate(reversed(places))
+        (owner, depth): parameter
+        for owner, parameters in by_owner.items()
+        for depth, parameter in enumerate(reversed(parameters))
     }
 
 
 def parameter_of(module: BaseModule) -> str:
-    """The full name of the parameter that a pair of this module changes; empty where none can."""
+    """Returns the full name of the parameter that a pair at this module changes; empty if the
+    module cannot have one.
+    """
     if module.kind == "experts":
         return module.name
     return f"{module.name}.weight" if module.kind == "linear" and not module.transposed else ""
 
 
 def by_expert(b: Tensor, experts: int) -> Tensor:
-    """PEFT's b [out, rank * experts], the experts of each rank side by side -> [out, experts *
-    rank], the ranks of each expert side by side, as in a.
+    """Returns b [out, experts * rank], ordered by expert as `a` is, from PEFT's b
+    [out, rank * experts], which is ordered by rank.
     """
     return b.reshape(b.shape[0], -1, experts).transpose(1, 2).reshape(b.shape)
 
 
-def pattern_names(places: Mapping[tuple[str, int], Place]) -> dict[str, str]:
-    """Name of a module -> the parameter by which patterns know it."""
-    return {place.module: place.parameter for place in places.values()}
+def pattern_names(parameters: Parameters) -> dict[str, str]:
+    """Returns the full parameter name that patterns match, by module name."""
+    return {parameter.module: parameter.name for parameter in parameters.values()}

@@ -1,7 +1,7 @@
-"""QA-LoRA: `lora_A` [rank, in / group] reads one value for each group of inputs.
+"""QA-LoRA: `lora_A` [rank, in / group] reads one pooled value for each group of inputs.
 
-The authors' code averages a group. PEFT's multiplies the averages by the number of groups as well,
-and marks its configs with `use_qalora`. Sources: https://arxiv.org/abs/2309.14717 and
+The authors' code averages a group. PEFT also multiplies the averages by the number of groups, and
+marks its configs with `use_qalora`. Sources: https://arxiv.org/abs/2309.14717 and
 `peft.tuners.lora.variants.QALoraLinearVariant`.
 """
 
@@ -15,23 +15,24 @@ from adaplex.adapters.formats.lowering_context import LoweringContext
 from adaplex.adapters.program.base_spec import BaseModule
 
 PEFTS, AUTHORS = "qalora_group_size", "group_size"
+"""Config fields with the group's size, in PEFT's format and in that of QA-LoRA's authors."""
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """How inputs are pooled: `group` of them, whose sum is taken `factor` times."""
+    """Pooling of `group` neighbouring inputs to `factor` times their sum."""
 
     group: int
     factor: float
 
     def expanded(self, a: Tensor) -> Tensor:
-        """a [rank, in / group] -> [rank, in]."""
+        """Returns a [rank, in] from the stored a [rank, in / group]."""
         return a.repeat_interleave(self.group, dim=1)
 
 
-def pooling(context: LoweringContext, module: BaseModule, a: Tensor) -> Pooling | None:
-    """How the module's `a` wants its inputs pooled; None where it is that of plain LoRA, or fits
-    no group of the config's.
+def pooling_of(context: LoweringContext, module: BaseModule, a: Tensor) -> Pooling | None:
+    """Returns the pooling that the shape of `a` implies; None for plain LoRA, or if the shape does
+    not match the config's group size.
     """
     config = context.config
     group = config.get(PEFTS) if PEFTS in config else config.get(AUTHORS)
@@ -45,8 +46,8 @@ def pooling(context: LoweringContext, module: BaseModule, a: Tensor) -> Pooling 
     return None if "use_qalora" in config else Pooling(group, 1 / group)
 
 
-def note(context: LoweringContext, pooled: Pooling) -> str:
-    """Whose scaling it was read by."""
+def pooling_note(context: LoweringContext, pooled: Pooling) -> str:
+    """Returns a note of whose scaling was applied."""
     if context.config.get("use_qalora"):
         return f"QA-LoRA by PEFT: averages over {pooled.group} inputs, times the number of groups"
     return f"QA-LoRA by its authors: averages over {pooled.group} inputs"

@@ -1,18 +1,17 @@
-"""LoraTensors: what a LoRA checkpoint holds for each module of the base."""
+"""LoraTensors: the tensors of a LoRA checkpoint, sorted by module."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from adaplex.adapters.formats.lora.parameters import Place
+from adaplex.adapters.formats.lora.parameters import Parameters
 from adaplex.adapters.formats.lowering_context import PREFIX, LoweringContext
 
 NESTED = ".base_layer"
-"""What PEFT puts between a module and its tensors for each parameter of it that is adapted more."""
+"""Key component that PEFT inserts once for each further adapted parameter of a module."""
 KEYS = tuple(
     (re.compile(rf"(?P<module>.+?)(?P<nested>({re.escape(NESTED)})*){pattern}"), kind)
     for pattern, kind in (
@@ -31,40 +30,38 @@ KEYS = tuple(
         (r"\.weight", "weight"),
     )
 )
-"""Ends of keys, as PEFT saves them or as they are in training, and what is kept under them."""
+"""Patterns of keys, as PEFT saves them or as in training checkpoints, and the kind of tensor."""
 
 
 @dataclass
 class LoraTensors:
-    """The tensors of one module by kind, see KEYS."""
+    """Tensors of one module by kind, see KEYS."""
 
     name: str
-    """Of the module."""
+    """Name of the module."""
     found: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
-    """By kind, as they are in the file."""
+    """Keys in the file, by kind."""
 
     def get(self, kind: str) -> Tensor | None:
-        """The tensor, if it is there."""
+        """Returns the tensor, or None if there is none of this kind."""
         return self.found.get(kind)
 
     def has(self, *kinds: str) -> bool:
-        """Whether one of them is there."""
+        """True if there is a tensor of any of these kinds."""
         return not self.found.keys().isdisjoint(kinds)
 
     @property
     def is_pair(self) -> bool:
-        """Whether there is a low-rank pair, or part of one."""
+        """True if there is a low-rank pair, or part of one."""
         return self.has("a", "b", "b_bias", "table_a", "table_b", "magnitude")
 
 
-def sort_tensors(
-    context: LoweringContext, parameters: Mapping[tuple[str, int], Place]
-) -> dict[str, LoraTensors]:
-    """Name of a module -> its tensors; refuses tensors that fit no place.
+def sort_tensors(context: LoweringContext, parameters: Parameters) -> dict[str, LoraTensors]:
+    """Returns the tensors by module name; refuses tensors of unknown keys.
 
-    `parameters` tells whose the pairs are that PEFT keeps at the module that owns a parameter:
-    name of the owner, and how deep they are nested there.
+    `parameters` maps the pairs stored at the owner of an adapted parameter, by the owner's name and
+    nesting depth, to that parameter.
     """
     modules: dict[str, LoraTensors] = {}
     for key, tensor in context.tensors.items():
@@ -72,9 +69,9 @@ def sort_tensors(
         if name == key:
             context.refuse(key, f"does not begin with {PREFIX}")
             continue
-        module, kind = _place(name, parameters)
+        module, kind = _match_key(name, parameters)
         if module is None:
-            context.refuse(key, "is not a tensor of LoRA that this server knows")
+            context.refuse(key, "is not a known tensor of LoRA")
             continue
         tensors = modules.setdefault(module, LoraTensors(module))
         if kind in tensors.found:
@@ -83,8 +80,8 @@ def sort_tensors(
     return modules
 
 
-def _place(name: str, parameters: Mapping[tuple[str, int], Place]) -> tuple[str | None, str]:
-    """Whose a tensor is, and what it is to it."""
+def _match_key(name: str, parameters: Parameters) -> tuple[str | None, str]:
+    """Returns the module that a key belongs to, or None, and the kind of its tensor."""
     matches = ((pattern.fullmatch(name), kind) for pattern, kind in KEYS)
     match, kind = next(((match, kind) for match, kind in matches if match), (None, ""))
     if match is None:

@@ -1,1 +1,1 @@
-"""Formats of HF PEFT other than LoRA."""
+"""Formats of HF PEFT other than LoRA, and BitFit in PEFT's layout."""

@@ -1,6 +1,6 @@
-"""AdaLoRA as HF PEFT 0.21 writes it: y += B (E * A) x * alpha / (init_r + 1e-5), some ranks pruned.
+"""AdaLoRA as HF PEFT 0.21 writes it: y += B (E * A) x * alpha / (init_r + 1e-5).
 
-PEFT saves the ranks that are left, and keeps dividing by the initial one.
+PEFT saves only the ranks that were not pruned, but still divides by the initial rank.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ from adaplex.adapters.program.program import ModuleProgram
 
 ROLES = ("lora_A", "lora_B", "lora_E")
 ONLY = "lora_only"
+"""Value of `bias` for which only the targets' biases are trained."""
 USED = TARGET_FIELDS | frozenset(
     ["peft_type", "init_r", "lora_alpha", "rank_pattern", "bias", "modules_to_save"]
 )
+"""Config fields that change the answer; they enter the digest."""
 HARMLESS = COMMON_FIELDS | frozenset(
     [
         "target_r",
@@ -56,13 +58,13 @@ HARMLESS = COMMON_FIELDS | frozenset(
         "qalora_group_size",
     ]
 )
-"""Of training, or LoRA's, which AdaLoRA does not read."""
+"""Config fields for training, and LoRA's fields that AdaLoRA does not read."""
 EPSILON = 1e-5
-"""PEFT adds it to the rank that it divides by."""
+"""PEFT adds this to the rank in the divisor."""
 
 
 class AdaLora:
-    """The format; see the module's docstring."""
+    """Format of AdaLoRA; see the module's docstring."""
 
     family = "adalora"
     semantic_fields = USED
@@ -77,7 +79,7 @@ class AdaLora:
         found = tensors_by_module(context, "AdaLoRA", ROLES)
         programs = lower_modules(context, found, partial(_lower, context), only=ONLY)
         if not programs:
-            context.refuse("rank_pattern", "leaves no rank of any module: nothing would change")
+            context.refuse("rank_pattern", "prunes all ranks of all modules: nothing would change")
             context.raise_refusals()
         context.check_ranks(programs, "init_r")
         return Lowered(programs)
@@ -99,7 +101,9 @@ def _check_used(context: LoweringContext) -> None:
 
 
 def _lower(context: LoweringContext, module: BaseModule, roles: Roles) -> ModuleProgram | None:
-    """One module; None when all its ranks are pruned."""
+    """Returns the program of one module; None if all its ranks are pruned, or its tensors do not
+    fit.
+    """
     if not check_present(context, module, roles, *ROLES):
         return None
     config, key = context.config, f"{PREFIX}{module.name}.lora_"
@@ -120,7 +124,7 @@ def _lower(context: LoweringContext, module: BaseModule, roles: Roles) -> Module
 
 
 def _kept(context: LoweringContext, name: str) -> list[bool]:
-    """Which of a module's initial ranks were kept."""
+    """Returns, for each of a module's initial ranks, True if it was not pruned."""
     patterns, init_r = context.config.get("rank_pattern") or {}, context.config["init_r"]
     for key in (f"{name}.lora_E", f"{name}.lora_E.default"):
         if key in patterns:

@@ -1,8 +1,7 @@
-"""PEFT itself, on trees of linears that have the base's names. The only file that imports it.
+"""Runs PEFT on trees of linears that have the base's names. The only file that imports PEFT.
 
-A tree holds the modules that are adapted and nothing else. PEFT puts its layers in, takes the
-checkpoint's tensors and merges; what it makes of one linear is what it would make of that linear
-in the whole model.
+A tree contains only the adapted modules. PEFT injects its layers, loads the checkpoint's tensors
+and merges; the merged weight of a linear equals the one in the whole model.
 """
 
 from __future__ import annotations
@@ -24,30 +23,34 @@ from adaplex.adapters.formats.peft.kinds import PeftKind
 from adaplex.adapters.program.base_spec import BaseModule
 
 ADAPTER = "default"
+"""Name of the adapter in PEFT's models."""
 
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """A tensor that PEFT would save."""
+    """Shape and kind of a tensor that PEFT would save."""
 
     shape: tuple[int, ...]
     is_real: bool
+    """True for floating-point, False for integer tensors."""
 
 
 def is_installed() -> bool:
-    """Whether the extra `adaplex[peft]` is here."""
+    """True if the extra `adaplex[peft]` is installed."""
     return find_spec("peft") is not None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A config, checked: what PEFT is told about every module alike, and about each by pattern."""
+    """A checked config, from which PEFT models of any of its modules are built."""
 
     kind: PeftKind
     fields: Mapping[str, Any]
+    """Config fields that apply to all modules."""
     patterns: Mapping[str, Mapping[str, Any]]
-    """Field -> module -> value; PEFT never sees the patterns that gave them."""
+    """Config field -> module -> value. PEFT never reads the patterns that were matched."""
     biases: Mapping[str, Tensor]
+    """Biases of the base by module name."""
 
     def build(
         self,
@@ -56,8 +59,10 @@ class Recipe:
         *,
         meta: bool = False,
     ) -> Any:
-        """A PeftModel over the modules, with `weights` [out, in] or else zeros. `meta` takes no
-        memory. Raises AdapterInvalid with what PEFT says against the config.
+        """Returns a PeftModel over the modules, with `weights` [out, in], or zeros where missing.
+
+        With `meta` it is built on the meta device, without memory. Raises AdapterInvalid with
+        PEFT's error if PEFT rejects the config.
         """
         peft = _peft()
         known = list(modules)
@@ -68,12 +73,12 @@ class Recipe:
         return model.eval()
 
     def signature(self, module: BaseModule) -> object:
-        """Modules of the same signature have tensors of the same shapes."""
+        """Returns a key that is equal for modules whose tensors have the same shapes."""
         values = tuple(self.patterns[name].get(module.name) for name in sorted(self.patterns))
         return module.in_features, module.out_features, module.name in self.biases, values
 
     def _config(self, modules: list[BaseModule]) -> Any:
-        """PEFT's own config: modules by their whole names, and nothing but plain values."""
+        """Returns PEFT's config, with full module names instead of patterns."""
         peft = _peft()
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -88,7 +93,9 @@ class Recipe:
 
 @cache
 def _peft() -> Any:
-    """PEFT, told that BOFT's CUDA extension is not to be had: it would be compiled at an upload."""
+    """Returns the module `peft`, with BOFT's CUDA extension disabled, because PEFT would compile it
+    during an upload.
+    """
     import peft
     from peft.tuners.boft import layer
 
@@ -97,7 +104,7 @@ def _peft() -> Any:
 
 
 def saved_tensors(model: Any) -> dict[str, SavedTensor]:
-    """Every tensor that PEFT would save of the model."""
+    """Returns the tensors that PEFT would save for the model, by key."""
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -105,7 +112,7 @@ def saved_tensors(model: Any) -> dict[str, SavedTensor]:
 
 
 def load_tensors(model: Any, tensors: Mapping[str, Tensor], *, assign: bool = False) -> None:
-    """Puts a checkpoint's tensors in. With `assign` they replace those of a model on the meta
+    """Loads a checkpoint's tensors into a model. With `assign` they replace tensors on the meta
     device. Raises AdapterInvalid.
     """
     from peft import set_peft_model_state_dict
@@ -114,13 +121,13 @@ def load_tensors(model: Any, tensors: Mapping[str, Tensor], *, assign: bool = Fa
     with _peft_errors(model.peft_config[ADAPTER].peft_type.value):
         result: Any = set_peft_model_state_dict(model, state, ADAPTER, low_cpu_mem_usage=assign)
     for key in result.unexpected_keys:
-        raise AdapterInvalid.because(key, "is not a tensor that PEFT takes for this config")
+        raise AdapterInvalid.because(key, "is not a tensor that PEFT loads for this config")
 
 
 def merge_alone(
     recipe: Recipe, module: BaseModule, weight: Tensor, tensors: Mapping[str, Tensor]
 ) -> Any:
-    """A linear of this weight with the adapter merged in, from a tree of its own."""
+    """Returns a linear of this weight with the adapter merged, using a tree of this module only."""
     model = recipe.build([module], {module.name: weight})
     load_tensors(model, tensors)
     layer = _layer(model, module.name)
@@ -130,7 +137,7 @@ def merge_alone(
 
 
 class SharedTree:
-    """A tree of all modules, for kinds whose modules share tensors; built when first needed.
+    """A tree of all modules, for kinds whose modules share tensors. Built on first use.
     Thread-safe.
     """
 
@@ -142,12 +149,12 @@ class SharedTree:
         self._model: Any = None
 
     def merge(self, module: BaseModule, weight: Tensor) -> Any:
-        """A linear of this weight with the adapter merged in."""
+        """Returns a linear of this weight with the adapter merged."""
         with self._lock:
             if self._model is None:
                 self._model = self._build()
         found = _layer(self._model, module.name)
-        layer = copy.copy(found)  # of its own are only the linear and what says that it is merged
+        layer = copy.copy(found)  # shares all but the linear and the list of merged adapters
         layer._modules = dict(found._modules)
         layer.base_layer = _linear(module, weight, self._recipe.biases.get(module.name))
         layer.merged_adapters = []
@@ -156,13 +163,15 @@ class SharedTree:
         return layer.get_base_layer()
 
     def _build(self) -> Any:
-        """With zeros for weights, or on the meta device where the checkpoint holds all the rest."""
+        """Returns the model with zeros for weights, built on the meta device if the checkpoint
+        contains all other tensors.
+        """
         if not self._recipe.kind.saves_all:
             model = self._recipe.build(self._modules)
             load_tensors(model, self._tensors)
             return model
         model = self._recipe.build(self._modules, meta=True)
-        for module in self._modules:  # PEFT moves what it loads to where the linear is
+        for module in self._modules:  # PEFT moves loaded tensors to the linear's device
             bias = self._recipe.biases.get(module.name)
             _layer(model, module.name).base_layer = _linear(module, None, bias)
         load_tensors(model, self._tensors, assign=True)
@@ -171,29 +180,31 @@ class SharedTree:
 
 
 def _layer(model: Any, name: str) -> Any:
-    """PEFT's layer in the place of a linear."""
+    """Returns the PEFT layer that replaced a linear."""
     return model.base_model.model.get_submodule(name)
 
 
 def _tree(
     modules: Iterable[BaseModule], weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]
 ) -> nn.Module:
-    """Modules within modules, as their names say."""
+    """Returns a tree of the modules, nested by the components of their names."""
     root = nn.Module()
     for module in modules:
         *path, last = module.name.split(".")
         parent = root
-        for part in path:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
+        for word in path:
+            if word not in parent._modules:
+                parent.add_module(word, nn.Module())
+            parent = parent.get_submodule(word)
         linear = _linear(module, weights.get(module.name), biases.get(module.name))
         parent.add_module(last, linear)
     return root
 
 
 def _linear(module: BaseModule, weight: Tensor | None, bias: Tensor | None) -> Any:
-    """A linear as the base has it, so GPT-2's Conv1D where it is one; zeros take no memory."""
+    """Returns a linear, or GPT-2's Conv1D if the base has one; without a weight, its zeros share
+    one element of memory.
+    """
     if weight is None:
         weight = torch.zeros(()).expand(module.out_features, module.in_features)
     else:
@@ -216,11 +227,11 @@ def _linear(module: BaseModule, weight: Tensor | None, bias: Tensor | None) -> A
 
 @contextmanager
 def _peft_errors(kind: str) -> Iterator[None]:
-    """Whatever PEFT raises about an adapter, as our error."""
+    """Context manager that converts any exception of PEFT to AdapterInvalid naming `kind`."""
     try:
         yield
     except AdapterInvalid:
         raise
-    except Exception as error:  # of all kinds: what the tensors and fields lead to within PEFT
+    except Exception as error:  # untrusted fields and tensors may raise anything within PEFT
         reason = " ".join(str(error).split()) or type(error).__name__
         raise AdapterInvalid.because(kind, f"PEFT cannot apply it: {reason:.400}") from error

@@ -1,5 +1,5 @@
-"""IA3 as HF PEFT 0.21 writes it: a vector times the input of feed-forward modules, and times the
-output, bias included, of the others.
+"""IA3 as HF PEFT 0.21 writes it: a vector scales the input of feed-forward modules, and the output,
+bias included, of other modules.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from adaplex.adapters.program.program import ModuleProgram
 USED = frozenset(
     ["peft_type", "target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"]
 )
+"""Config fields that change the answer; they enter the digest."""
 HARMLESS = COMMON_FIELDS | frozenset(["fan_in_fan_out", "init_ia3_weights"])
+"""Config fields that do not change the answer."""
 
 
 class IA3:
-    """The format; see the module's docstring."""
+    """Format of IA3; see the module's docstring."""
 
     family = "ia3"
     semantic_fields = USED
@@ -60,8 +62,10 @@ def _lower(context: LoweringContext, module: BaseModule, roles: Roles) -> Module
 
 
 def _is_feedforward(context: LoweringContext, name: str) -> bool:
-    """By PEFT's rule: a list names ends of modules, not whole words."""
-    wanted = context.config["feedforward_modules"]
-    if isinstance(wanted, str):
-        return context.patterns.match(wanted, name, "feedforward_modules") is not None
-    return name.endswith(tuple(wanted))
+    """True for a feed-forward module, by PEFT's rule: the entries of a list are suffixes of names,
+    not necessarily whole words.
+    """
+    entries = context.config["feedforward_modules"]
+    if isinstance(entries, str):
+        return context.patterns.match(entries, name, "feedforward_modules") is not None
+    return name.endswith(tuple(entries))

@@ -7,29 +7,32 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PeftKind:
-    """One PEFT type: which of its config's fields count, and how its weights are made."""
+    """One PEFT type: its config fields, and how PEFT builds and merges it."""
 
     name: str
     """PEFT's `peft_type`."""
     title: str
+    """Name in the table of families."""
     fields: frozenset[str]
-    """Fields that change the answer, or which tensors there are."""
+    """Config fields that change the answer, or the set of tensors."""
     harmless: frozenset[str] = frozenset()
-    """Other fields of its own, which matter in training only."""
+    """Other config fields of the type, which affect training only."""
     shared: bool = False
-    """Modules share tensors, or their sizes depend on each other: built all at once."""
+    """True if modules share tensors, or their sizes depend on each other: all are built at once."""
     shapeless: bool = True
-    """Can be built without memory, on the meta device."""
+    """True if the model can be built on the meta device, without memory."""
     saves_all: bool = False
-    """The checkpoint must hold every tensor: some would else depend on the base's exact weights."""
+    """True if the checkpoint must contain every tensor, because some would otherwise depend on the
+    base's exact weights."""
     exact_base: bool = False
-    """Rests on a decomposition of the base's weights, which a quantized base changes."""
+    """True if the adapter depends on a decomposition of the base's weights, which quantizing the
+    base changes."""
     moves_bias: bool = False
-    """Changes the base's bias where it has one."""
+    """True if the adapter changes the base's bias."""
     required: tuple[tuple[str, bool], ...] = ()
-    """Fields that must have this value to be served."""
+    """Config fields, and the only value that is served."""
     loops: tuple[tuple[str, int], ...] = ()
-    """Fields that say how often something is repeated, and the most that is accepted."""
+    """Config fields that count iterations, and the largest accepted value."""
 
 
 def _words(names: str) -> frozenset[str]:

@@ -1,6 +1,6 @@
-"""LN tuning as HF PEFT 0.21 writes it: a trained copy of each norm stands in for the base's.
+"""LN tuning as HF PEFT 0.21 writes it: trained copies replace the base's norms.
 
-PEFT copies whatever module it is told to, so a linear or the embedding may be one of them.
+PEFT accepts any target module, so linears and the embedding may be replaced too.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from adaplex.adapters.program.program import ModuleProgram
 WEIGHT, BIAS = "ln_tuning_layers.weight", "ln_tuning_layers.bias"
 KINDS: tuple[ModuleKind, ...] = ("norm", "linear", "embedding")
 USED = frozenset(["peft_type", "target_modules", "exclude_modules", "modules_to_save"])
+"""Config fields that change the answer; they enter the digest."""
 
 
 class LNTuning:
-    """The format; see the module's docstring."""
+    """Format of LN tuning; see the module's docstring."""
 
     family = "ln-tuning"
     semantic_fields = USED
@@ -54,7 +55,7 @@ def _lower(context: LoweringContext, module: BaseModule, roles: Roles) -> Module
 
 
 def _shape(module: BaseModule) -> tuple[int, ...]:
-    """Of the weight, as the base stores it."""
+    """Returns the shape of the weight as the base stores it."""
     if module.kind == "norm":
         return (module.out_features,)
     sizes = module.out_features, module.in_features

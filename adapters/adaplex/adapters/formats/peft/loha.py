@@ -1,8 +1,8 @@
 """LoHa as HF PEFT 0.21 writes it: y += ((w1_a w1_b) * (w2_a w2_b)) x * alpha / r.
 
-An elementwise product of two matrices of rank r has rank r^2: with i and j over the ranks of each,
-B[:, ij] = w1_a[:, i] * w2_a[:, j] and A[ij] = w1_b[i] * w2_b[j]. Where r^2 is above the smaller
-side of the weight, the pair is the product itself beside an identity. The limit of ranks is on r.
+The elementwise product of two matrices of rank r has rank r^2: with i and j over their ranks,
+B[:, ij] = w1_a[:, i] * w2_a[:, j] and A[ij] = w1_b[i] * w2_b[j]. If r^2 is not below the smaller
+side of the weight, the pair is the product itself and an identity. The rank limit applies to r.
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ from torch import Tensor
 from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats.base import FormatRow, Lowered
 from adaplex.adapters.formats.lowering_context import PREFIX, LoweringContext
-from adaplex.adapters.formats.peft.lycoris import HARMLESS, USED, lower_pairs, rank_and_scale, thin
+from adaplex.adapters.formats.peft.lycoris import (
+    HARMLESS,
+    USED,
+    lower_pairs,
+    rank_and_scale,
+    trivial_pair,
+)
 from adaplex.adapters.formats.peft_modules import ExpandedSize, Roles, check_linear, check_present
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
@@ -23,7 +29,7 @@ ROLES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
 class Loha:
-    """The format; see the module's docstring."""
+    """Format of LoHa; see the module's docstring."""
 
     family = "loha"
     semantic_fields = USED
@@ -56,10 +62,10 @@ def _lower(
     if rank * rank < smaller:
         b, a = _columns(w1_a, w2_a), _columns(w1_b.T, w2_b.T).T.contiguous()
     else:
-        b, a = thin((w1_a @ w1_b) * (w2_a @ w2_b))
+        b, a = trivial_pair((w1_a @ w1_b) * (w2_a @ w2_b))
     return ModuleProgram(module.name, LowRank(a, b * scale), scale=scale)
 
 
 def _columns(left: Tensor, right: Tensor) -> Tensor:
-    """Every column of `left` times every one of `right`: [n, r], [n, s] -> [n, r * s]."""
+    """Returns each column of `left` [n, r] times each of `right` [n, s]: [n, r * s]."""
     return (left[:, :, None] * right[:, None, :]).flatten(1)

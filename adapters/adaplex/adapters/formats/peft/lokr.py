@@ -1,7 +1,7 @@
-"""LoKr as HF PEFT 0.21 writes it: y += kron(w1, w2) x * alpha / r, each decomposed or not.
+"""LoKr as HF PEFT 0.21 writes it: y += kron(w1, w2) x * alpha / r, each factor decomposed or not.
 
-kron(b1 a1, b2 a2) = kron(b1, b2) kron(a1, a2), so the pair's rank is the product of the two ranks;
-a factor that is not decomposed has that of its smaller side.
+kron(b1 a1, b2 a2) = kron(b1, b2) kron(a1, a2), so the pair's rank is the product of the factors'
+ranks; a factor that is not decomposed has the rank of its smaller side.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from adaplex.adapters.checkpoint import Checkpoint
 from adaplex.adapters.formats.base import FormatRow, Lowered
 from adaplex.adapters.formats.lowering_context import PREFIX, LoweringContext
 from adaplex.adapters.formats.peft import lycoris
-from adaplex.adapters.formats.peft.lycoris import USED, lower_pairs, rank_and_scale, thin
+from adaplex.adapters.formats.peft.lycoris import USED, lower_pairs, rank_and_scale, trivial_pair
 from adaplex.adapters.formats.peft_modules import ExpandedSize, Roles, check_linear
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
@@ -25,14 +25,14 @@ ROLES = tuple(f"{factor}{part}" for factor in FACTORS for part in ("", "_a", "_b
 HARMLESS = lycoris.HARMLESS | frozenset(
     ["decompose_both", "decompose_factor", "rank_dropout_scale"]
 )
-"""The shapes of the tensors tell how the weight was decomposed."""
+"""Config fields that do not change the answer: the tensors' shapes imply the decomposition."""
 
 Pair = tuple[Tensor, Tensor]
-"""[out, rank], [rank, in]."""
+"""b [out, rank], a [rank, in]."""
 
 
 class Lokr:
-    """The format; see the module's docstring."""
+    """Format of LoKr; see the module's docstring."""
 
     family = "lokr"
     semantic_fields = USED
@@ -60,7 +60,7 @@ def _lower(
     if (out, inputs) != (module.out_features, module.in_features):
         context.refuse(
             f"{PREFIX}{module.name}.lokr_w1",
-            f"and lokr_w2 make a weight of {[out, inputs]}, "
+            f"and lokr_w2 form a weight of shape {[out, inputs]}, "
             f"expected {[module.out_features, module.in_features]}",
         )
         return None
@@ -72,21 +72,21 @@ def _lower(
 def _factor(
     context: LoweringContext, module: BaseModule, roles: Roles, factor: str, rank: int
 ) -> Pair | None:
-    """One factor as a pair; None, with refusals, when it is not there or does not fit."""
+    """Returns one factor as a pair; None, with refusals, if it is missing or does not fit."""
     key = f"{PREFIX}{module.name}.{factor}"
     whole, a, b = (roles.get(f"{factor}{part}") for part in ("", "_a", "_b"))
     if whole is not None and (a is not None or b is not None):
-        context.refuse(key, "is given whole and decomposed")
+        context.refuse(key, "is given both whole and decomposed")
     elif whole is None and (a is None or b is None):
-        context.refuse(key, "is missing, and so is a half of its decomposition")
+        context.refuse(key, "is missing, and its decomposition is incomplete")
     elif whole is not None:
         if _is_matrix(context, key, whole):
-            return thin(whole.float())
+            return trivial_pair(whole.float())
     elif a is not None and b is not None:
         matrices = _is_matrix(context, f"{key}_a", a), _is_matrix(context, f"{key}_b", b)
         if all(matrices) and _has_rank(context, key, a, b, rank):
             a, b = a.float(), b.float()
-            return (a, b) if rank < min(a.shape[0], b.shape[1]) else thin(a @ b)
+            return (a, b) if rank < min(a.shape[0], b.shape[1]) else trivial_pair(a @ b)
     return None
 
 
@@ -97,7 +97,7 @@ def _is_matrix(context: LoweringContext, key: str, tensor: Tensor) -> bool:
 
 
 def _has_rank(context: LoweringContext, key: str, a: Tensor, b: Tensor, rank: int) -> bool:
-    """Whether a decomposition is of the config's rank."""
+    """Refuses a decomposition of another rank than the config's; True if it fits."""
     fits = (
         context.check_shape(f"{key}_a", a, a.shape[0], rank),
         context.check_shape(f"{key}_b", b, rank, b.shape[1]),

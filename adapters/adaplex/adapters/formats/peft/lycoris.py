@@ -1,4 +1,4 @@
-"""What LoHa and LoKr share: config, rank and scale of each module, and exact low-rank pairs."""
+"""Shared by LoHa and LoKr: config checks, rank and scale of modules, and exact low-rank pairs."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ from adaplex.adapters.program.program import ModuleProgram
 USED = TARGET_FIELDS | frozenset(
     ["peft_type", "r", "alpha", "rank_pattern", "alpha_pattern", "modules_to_save"]
 )
+"""Config fields that change the answer; they enter the digest."""
 HARMLESS = COMMON_FIELDS | frozenset(
     ["rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"]
 )
-CONVOLUTION = "is of a convolution, which no decoder has"
+"""Config fields that do not change the answer."""
+CONVOLUTION = "belongs to a convolution, which no decoder has"
 LowerPair = Callable[[LoweringContext, ExpandedSize, BaseModule, Roles], ModuleProgram | None]
-"""Lowers one module; None, with refusals, when its tensors do not fit."""
+"""Lowers one module; returns None, with refusals, if its tensors do not fit."""
 
 
 def lower_pairs(
@@ -48,7 +50,9 @@ def lower_pairs(
     harmless: Collection[str],
     convolution: str,
 ) -> Lowered:
-    """See Format. `convolution` is in the keys of what only convolutions have."""
+    """Lowers a checkpoint, see Format. `convolution` is part of the keys that only convolutions
+    have.
+    """
     context.check_fields(title, USED, harmless)
     _check_used(context)
     context.raise_refusals()
@@ -67,7 +71,7 @@ def _check_used(context: LoweringContext) -> None:
 
 
 def rank_and_scale(context: LoweringContext, name: str) -> tuple[int, float]:
-    """The module's own rank, and alpha / rank. Raises AdapterTooLarge for a rank over the limit."""
+    """Returns a module's rank, and alpha / rank. Raises AdapterTooLarge for too large a rank."""
     config, patterns = context.config, context.patterns
     rank: int = pattern_value(config, "rank_pattern", name, config["r"], patterns)
     if rank > context.limits.max_rank:
@@ -77,7 +81,9 @@ def rank_and_scale(context: LoweringContext, name: str) -> tuple[int, float]:
     return rank, pattern_value(config, "alpha_pattern", name, config["alpha"], patterns) / rank
 
 
-def thin(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix [out, in] as an exact product [out, rank] [rank, in] of its smaller side's rank."""
+def trivial_pair(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a matrix [out, in] as a product b [out, rank] a [rank, in], one of them the identity,
+    with the rank of its smaller side.
+    """
     out, inputs = weight.shape
     return (weight, torch.eye(inputs)) if inputs <= out else (torch.eye(out), weight)

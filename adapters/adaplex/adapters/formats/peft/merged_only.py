@@ -1,8 +1,8 @@
-"""PEFT types that have no primitive of their own: merged weights, which PEFT itself computes.
+"""PEFT types without a primitive of their own, served as merged weights that PEFT computes.
 
-Needs the extra `adaplex[peft]`. The config is checked here, field by field; patterns are matched
-here too, so that PEFT is given whole module names and plain numbers only. Which tensors there must
-be, and of which shapes, PEFT says by what it would save.
+Needs the extra `adaplex[peft]`. Every config field is checked here, and patterns are matched here,
+so that PEFT receives only full module names and plain values. The expected tensors and shapes are
+those that PEFT would save.
 """
 
 from __future__ import annotations
@@ -40,28 +40,29 @@ from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.program.program import ModuleProgram
 
 PATTERN = "_pattern"
-"""Fields that end so map patterns of module names to values."""
+"""Suffix of config fields that map patterns of module names to values."""
 TRAINING_ONLY = frozenset(["fan_in_fan_out", "init_weights", "bias"])
-"""Fields of most types: how training began, how the base stores weights, and what is checked."""
+"""Fields of most types that do not change the answer; `bias` is checked separately."""
 UNSUPPORTED = {
     "trainable_token_indices": "needs replaced embedding rows beside merged weights",
 }
-POSITIONS = ".shira_indices"
-"""Tensors that hold rows and columns of a weight."""
+"""Config fields that change the answer but are not served, and what serving them would need."""
+INDICES = ".shira_indices"
+"""Suffix of tensors that hold row and column indices of a weight."""
 DENSE = ("", "bf16", "fp32")
-"""Quantizations that leave the weights as they were trained on."""
+"""Formats of the base that do not change its weights."""
 SEEDS = ("seed", "prng_key")
-"""Fields that end so may be any whole number."""
+"""Suffixes of config fields that may be any integer from 0 to MAX_SEED."""
 MAX_SEED = 2**63 - 1
 MAX_TEXT = 40
-"""Characters of a field that names a variant."""
-SIGNS = (
-    "it rests on a decomposition of the base's weights, which other machines may make differently"
+"""Maximum characters of a field that names a variant."""
+EXACT_BASE_WARNING = (
+    "it depends on a decomposition of the base's weights, which may differ between machines"
 )
 
 
 class MergedOnly:
-    """The format of one PEFT type; see the module's docstring."""
+    """Format of one PEFT type; see the module's docstring."""
 
     def __init__(self, kind: PeftKind) -> None:
         self._kind, self.family = kind, kind.name.lower()
@@ -73,11 +74,11 @@ class MergedOnly:
         self.about = FormatRow(kind.title, primitives, ", ".join(refused), extra="adaplex[peft]")
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
-        """See Format. What the tensors' values lead to shows when a weight is merged."""
+        """See Format. Invalid values of tensors are detected only when a weight is merged."""
         if not is_installed():
             raise AdapterInvalid.because(
                 "peft_type",
-                f"{self._kind.name} is merged by PEFT, which is not installed here: "
+                f"{self._kind.name} is merged by PEFT, which is not installed: "
                 "pip install 'adaplex[peft]'",
             )
         context = LoweringContext(checkpoint, base, limits)
@@ -92,21 +93,23 @@ class MergedOnly:
         merger = _Merger(recipe, modules, tensors)
         programs = [*replaced, *(merger.program(module, base) for module in modules)]
         programs.sort(key=lambda program: program.module)
-        return Lowered(tuple(programs), warnings=(SIGNS,) if self._kind.exact_base else ())
+        warnings = (EXACT_BASE_WARNING,) if self._kind.exact_base else ()
+        return Lowered(tuple(programs), warnings=warnings)
 
 
 MERGED_ONLY: Mapping[str, MergedOnly] = {kind.name: MergedOnly(kind) for kind in KINDS}
-"""PEFT's `peft_type` -> format."""
+"""Format by PEFT's `peft_type`."""
 
 
 def _check_config(context: LoweringContext, kind: PeftKind) -> None:
-    """Refuses fields that are unknown, of the wrong kind, or beyond what memory and time allow."""
+    """Refuses fields that are unknown, of the wrong kind, or would need too much memory or time."""
     config = context.config
     harmless = COMMON_FIELDS | kind.harmless | TRAINING_ONLY
     used = kind.fields | TARGET_FIELDS | {"peft_type", "modules_to_save"}
     context.check_fields(kind.title, used, harmless, UNSUPPORTED)
-    saved_too = config.get("modules_to_save")
-    context.check_kind("modules_to_save", is_names(saved_too), "a list of strings")
+    context.check_kind(
+        "modules_to_save", is_names(config.get("modules_to_save")), "a list of strings"
+    )
     if config.get("bias", "none") not in (None, "none"):
         context.refuse("bias", "trained biases beside merged weights are not served")
     context.check_target_fields()
@@ -118,42 +121,44 @@ def _check_config(context: LoweringContext, kind: PeftKind) -> None:
     if kind.exact_base and context.base.quantization not in DENSE:
         context.refuse(
             "peft_type",
-            f"{kind.name} rests on a decomposition of the base's weights as they were when it was "
-            f"trained; this base is {context.base.quantization}: serve it in bf16 or fp32",
+            f"{kind.name} depends on a decomposition of the base's weights as trained on; "
+            f"this base is {context.base.quantization}: serve it in bf16 or fp32",
         )
-    most = dict(kind.loops) | ({"r": context.limits.max_rank} if kind.shared else {})
+    bounds = dict(kind.loops) | ({"r": context.limits.max_rank} if kind.shared else {})
     for name in sorted(kind.fields & config.keys()):
         values = config[name] or {} if name.endswith(PATTERN) else {"": config[name]}
         if not isinstance(values, dict):
             context.refuse(name, "must map patterns to numbers")
             continue
-        bound = most.get(name, _bound(context, name))
+        bound = bounds.get(name, _integer_bound(context, name))
         for value in values.values():
-            if problem := _problem(value, bound):
+            if problem := _value_problem(value, bound):
                 context.refuse(name, problem)
 
 
-def _bound(context: LoweringContext, name: str) -> int:
-    """The most that a whole number can mean: elements of all tensors, or of a side of a weight."""
+def _integer_bound(context: LoweringContext, name: str) -> int:
+    """Returns the largest sensible integer of a field: the number of elements of all tensors, or
+    the largest side of a weight; for seeds MAX_SEED.
+    """
     if name.endswith(SEEDS):
         return MAX_SEED
     sides = (max(m.in_features, m.out_features) for m in context.base.modules.values())
     return max([*sides, sum(tensor.numel() for tensor in context.tensors.values())])
 
 
-def _problem(value: object, bound: int) -> str:
-    """What is wrong with the value of a field, if anything."""
+def _value_problem(value: object, bound: int) -> str:
+    """Returns what is wrong with the value of a field; empty if nothing is."""
     if value is None or isinstance(value, bool | float):
         return ""
     if isinstance(value, int):
         return "" if 0 <= value <= bound else f"is {value}, the limit is {bound}"
     if isinstance(value, str):
         return "" if len(value) <= MAX_TEXT else f"is longer than {MAX_TEXT} characters"
-    return "must be a number, a word, true or false"
+    return "must be a number, a string, true or false"
 
 
 def _targets(context: LoweringContext) -> tuple[BaseModule, ...]:
-    """The linears that the config targets, in the base's order. Raises AdapterInvalid."""
+    """Returns the targeted linears, in the base's order. Raises AdapterInvalid."""
     names = without_saved(context, context.targets())
     if not names:
         raise AdapterInvalid.because(
@@ -163,7 +168,7 @@ def _targets(context: LoweringContext) -> tuple[BaseModule, ...]:
 
 
 def _replaced(context: LoweringContext) -> tuple[list[ModuleProgram], set[str]]:
-    """The programs of modules that `modules_to_save` names, and the keys of their tensors."""
+    """Returns the programs of modules that `modules_to_save` names, and their tensors' keys."""
     programs, keys = [], set[str]()
     for name in sorted(saved_modules(context)):
         weight, bias = f"{PREFIX}{name}.weight", f"{PREFIX}{name}.bias"
@@ -175,7 +180,7 @@ def _replaced(context: LoweringContext) -> tuple[list[ModuleProgram], set[str]]:
 
 
 def _recipe(context: LoweringContext, kind: PeftKind, modules: Sequence[BaseModule]) -> Recipe:
-    """What PEFT is told; each pattern as the modules that it matches. Raises AdapterInvalid."""
+    """Returns the config as a recipe, patterns matched to modules. Raises AdapterInvalid."""
     config, plain, patterns = context.config, dict[str, Any](), dict[str, dict[str, Any]]()
     for name in sorted(kind.fields & config.keys()):
         if not name.endswith(PATTERN):
@@ -189,8 +194,8 @@ def _recipe(context: LoweringContext, kind: PeftKind, modules: Sequence[BaseModu
 
 
 def _expected(recipe: Recipe, modules: Sequence[BaseModule]) -> dict[str, SavedTensor]:
-    """What PEFT would save for these modules. Of modules that are alike one is built, unless the
-    kind shares tensors between them.
+    """Returns the tensors that PEFT would save for these modules, by key. Of modules with equal
+    shapes only one is built, unless modules share tensors.
     """
     meta = recipe.kind.shapeless
     if recipe.kind.shared:
@@ -210,7 +215,7 @@ def _expected(recipe: Recipe, modules: Sequence[BaseModule]) -> dict[str, SavedT
 def _check_tensors(
     context: LoweringContext, tensors: Mapping[str, Tensor], expected: Mapping[str, SavedTensor]
 ) -> None:
-    """The checkpoint must hold just the tensors that PEFT would save."""
+    """Refuses missing and additional tensors, and those of another shape or kind."""
     for key in sorted(expected.keys() - tensors.keys()):
         context.refuse(key, "is missing")
     for key in sorted(tensors.keys() - expected.keys()):
@@ -218,22 +223,24 @@ def _check_tensors(
     for key in sorted(expected.keys() & tensors.keys()):
         context.check_shape(key, tensors[key], *expected[key].shape)
         if expected[key].is_real and not tensors[key].is_floating_point():
-            context.refuse(key, f"has dtype {tensors[key].dtype}, expected real numbers")
-        if key.endswith(POSITIONS):
-            _check_positions(context, key)
+            context.refuse(key, f"has dtype {tensors[key].dtype}, expected floating-point")
+        if key.endswith(INDICES):
+            _check_indices(context, key)
 
 
-def _check_positions(context: LoweringContext, key: str) -> None:
-    """PEFT writes to the rows and columns [2, count] that the checkpoint names without looking."""
-    module = context.base.modules[key.removeprefix(PREFIX).removesuffix(POSITIONS)]
+def _check_indices(context: LoweringContext, key: str) -> None:
+    """Refuses row and column indices [2, count] outside of the weight: PEFT writes to them
+    unchecked.
+    """
+    module = context.base.modules[key.removeprefix(PREFIX).removesuffix(INDICES)]
     sides = torch.tensor([[module.out_features], [module.in_features]])
-    positions = context.tensors[key]
-    if positions.shape[:1] == (2,) and not bool(((positions >= 0) & (positions < sides)).all()):
-        context.refuse(key, f"names an element outside of {sides.flatten().tolist()}")
+    indices = context.tensors[key]
+    if indices.shape[:1] == (2,) and not bool(((indices >= 0) & (indices < sides)).all()):
+        context.refuse(key, f"has an index outside of the weight {sides.flatten().tolist()}")
 
 
 class _Merger:
-    """Merges one adapter, module by module. Thread-safe; it keeps nothing of what it makes."""
+    """Merges one adapter, module by module. Thread-safe; does not cache merged weights."""
 
     def __init__(
         self, recipe: Recipe, modules: tuple[BaseModule, ...], tensors: Mapping[str, Tensor]
@@ -242,7 +249,7 @@ class _Merger:
         self._shared = SharedTree(recipe, modules, tensors) if recipe.kind.shared else None
 
     def program(self, module: BaseModule, base: BaseSpec) -> ModuleProgram:
-        """The primitives of one linear. Raises AdapterInvalid for values that cannot be merged."""
+        """Returns the program of one linear. Raises AdapterInvalid if it cannot be merged."""
         bias = None
         if self._recipe.kind.moves_bias and module.has_bias:
             moved = self._merge(module, base.weight(module.name)).bias
@@ -250,15 +257,15 @@ class _Merger:
         return ModuleProgram(module.name, bias=bias, transform=partial(self._weight, module))
 
     def _weight(self, module: BaseModule, weight: Tensor) -> Tensor:
-        """A Transform. Raises AdapterInvalid for values that cannot be merged."""
+        """Returns the merged weight; a Transform. Raises AdapterInvalid if it cannot be merged."""
         made: Tensor = self._merge(module, weight).weight.detach()
         made = made.T.contiguous() if module.transposed else made
         if made.shape != weight.shape or not bool(torch.isfinite(made).all()):
-            raise AdapterInvalid.because(module.name, "merged, its weight is not finite")
+            raise AdapterInvalid.because(module.name, "its merged weight is not finite")
         return made.to(weight.device)
 
     def _merge(self, module: BaseModule, weight: Tensor) -> Any:
-        """PEFT's merged linear."""
+        """Returns PEFT's merged linear."""
         if self._shared is not None:
             return self._shared.merge(module, weight)
         own = f"{PREFIX}{module.name}."

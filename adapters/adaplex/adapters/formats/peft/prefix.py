@@ -1,9 +1,9 @@
 """Prefix tuning and cartridges as HF PEFT 0.21 writes them: keys and values before the first token,
-of every layer.
+in every layer.
 
-A row of the saved tensor holds one virtual token's, layer by layer, the keys of all heads before
-the values. They are put into the cache as they are, without positions. A projection, if one was
-trained, has been applied before saving.
+A row of the saved tensor has the keys and values of one virtual token, layer by layer, the keys of
+all heads before the values. They are written to the KV cache unchanged, without positions. PEFT
+applies a trained projection before saving.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ from adaplex.adapters.program.program import ModuleProgram
 
 
 class PrefixTuning:
-    """The format; see the module's docstring. `trained_by` are fields that only training reads."""
+    """Format of prefix tuning and cartridges; see the module's docstring."""
 
     semantic_fields = USED
 
-    def __init__(self, family: str, title: str, trained_by: Iterable[str]) -> None:
+    def __init__(self, family: str, title: str, training_fields: Iterable[str]) -> None:
+        """`training_fields` are config fields that only training reads."""
         self.family = family
         self.about = FormatRow(
             title, ("KV prefix", "replaced weight"), "layers of different shapes"
         )
-        self._harmless = HARMLESS | {"init_weights", *trained_by}
+        self._harmless = HARMLESS | {"init_weights", *training_fields}
 
     def lower(self, checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Lowered:
         """See Format."""
@@ -64,23 +65,26 @@ class PrefixTuning:
 
 
 def _attention(context: LoweringContext) -> list[str]:
-    """Names of the attention blocks, layer by layer; refuses a base that lacks one."""
+    """Returns the names of the attention blocks by layer; refuses a base that lacks one."""
     modules = context.base.modules.values()
     blocks = {m.layer: m.name for m in modules if m.kind == "block" and m.part == "attention"}
     layers = range(len(context.base.kv_shapes))
     if not blocks or sorted(blocks) != list(layers):
         name = context.base.name
-        context.refuse("peft_type", f"needs the attention of every layer of {name}, not all known")
+        reason = f"needs an attention block in every layer, which {name} does not have"
+        context.refuse("peft_type", reason)
     return [blocks[layer] for layer in sorted(blocks)]
 
 
 def _shape(context: LoweringContext) -> tuple[int, int]:
-    """Heads and features of a key; refuses a base whose layers or values differ in them."""
+    """Returns the heads and features of keys and values; refuses a base where they differ between
+    layers, or between keys and values.
+    """
     shapes = set(context.base.kv_shapes)
     if len(shapes) == 1:
         heads, keys, values = shapes.pop()
         if keys == values:
             return heads, keys
     if context.base.kv_shapes:
-        context.refuse("peft_type", "needs layers whose keys and values are all of one shape")
+        context.refuse("peft_type", "needs keys and values of one shape in all layers")
     return 0, 0

@@ -1,9 +1,9 @@
 """Virtual tokens before the prompt: prompt tuning, P-tuning, multitask prompt tuning and CPT, as HF
 PEFT 0.21 writes them.
 
-PEFT saves what its encoders make of the virtual tokens, so they are read as embeddings. Only
-multitask prompt tuning keeps its factors: the embeddings times cols[task] rows[task], elementwise.
-Which task is told by `task_id`, a config field of ours.
+PEFT saves the output of its prompt encoders, so the tokens are read as embeddings. Only multitask
+prompt tuning saves factors: the embeddings are multiplied elementwise by cols[task] rows[task].
+`task_id`, a config field of ours, selects the task.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from adaplex.adapters.program.program import ModuleProgram
 
 TOKENS = "prompt_embeddings"
 MODULES = "base_model."
-"""Prefix of a module's keys: prompt learning wraps no model."""
+"""Prefix of a module's keys, shorter than PREFIX because prompt learning wraps no model."""
 USED = frozenset(["peft_type", "modules_to_save"])
+"""Config fields that change the answer; they enter the digest."""
 SERVED = ("virtual tokens", "replaced weight")
+"""Primitives of these families, for the table."""
 EMBEDDING = "an embedding trained as a whole, which PEFT does not use beside virtual tokens"
+"""What these families refuse, for the table and for error messages."""
 COLS, ROWS = "prefix_task_cols", "prefix_task_rows"
 LEARNED = frozenset(
     [
@@ -38,7 +41,7 @@ LEARNED = frozenset(
         "num_layers",
     ]
 )
-"""Fields of every config of prompt learning; sizes, which are checked against the base."""
+"""Sizes in every config of prompt learning, which are checked against the base."""
 HARMLESS = COMMON_FIELDS | frozenset(
     [
         "prompt_tuning_init",
@@ -60,10 +63,11 @@ HARMLESS = COMMON_FIELDS | frozenset(
         "opt_projection_format_epsilon",
     ]
 )
+"""Config fields that do not change the answer."""
 
 
 class PromptTuning:
-    """Prompt tuning, P-tuning and CPT: the virtual tokens as they are."""
+    """Format of prompt tuning, P-tuning and CPT, which save the virtual tokens themselves."""
 
     def __init__(self, family: str, title: str) -> None:
         self.family, self.about = family, FormatRow(title, SERVED, EMBEDDING)
@@ -81,7 +85,7 @@ class PromptTuning:
 
 
 class MultitaskPromptTuning:
-    """The virtual tokens times those of one task."""
+    """Format of multitask prompt tuning; see the module's docstring."""
 
     family = "multitask-prompt-tuning"
     semantic_fields = USED | {"task_id"}
@@ -109,9 +113,9 @@ class MultitaskPromptTuning:
 
 
 def check_virtual_tokens(context: LoweringContext) -> int:
-    """The count of virtual tokens; 0, with a refusal, when the field is of the wrong kind.
+    """Returns the number of virtual tokens; 0, with a refusal, if the field is of the wrong kind.
 
-    Raises AdapterTooLarge for more than the limit.
+    Raises AdapterTooLarge if the number exceeds the limit.
     """
     count = context.config.get("num_virtual_tokens")
     if not context.check_kind("num_virtual_tokens", is_rank(count), "a positive integer"):
@@ -123,15 +127,15 @@ def check_virtual_tokens(context: LoweringContext) -> int:
             field="num_virtual_tokens",
         )
     if context.config.get("num_transformer_submodules") not in (None, 1):
-        context.refuse("num_transformer_submodules", "must be 1: a decoder has one")
+        context.refuse("num_transformer_submodules", "must be 1, as decoders have one")
     return count
 
 
 def lower_saved_modules(
     context: LoweringContext, family: str, keys: Collection[str]
 ) -> list[ModuleProgram]:
-    """Programs of the modules that were trained as a whole, the only ones that may have tensors
-    beside those of `keys`. Raises AdapterInvalid with all that was refused so far.
+    """Returns the programs of fully trained modules, which are the only tensors allowed besides
+    `keys`. Raises AdapterInvalid with every refusal so far.
     """
     for key in sorted(set(keys) - context.tensors.keys()):
         context.refuse(key, "is missing")
@@ -146,34 +150,34 @@ def lower_saved_modules(
 
 
 def check_size(context: LoweringContext, name: str, expected: int) -> None:
-    """A size that the config may tell must be the base's."""
+    """Refuses a size in the config that differs from the base's."""
     found: Any = context.config.get(name)
     if found not in (None, expected):
         context.refuse(name, f"is {found!r:.40}, but the base {context.base.name} has {expected}")
 
 
 def _embedding(context: LoweringContext) -> BaseModule:
-    """The input embedding. Raises AdapterInvalid when the base has none that is known."""
+    """Returns the base's input embedding. Raises AdapterInvalid if none is known."""
     for module in context.base.modules.values():
         if module.kind == "embedding":
             check_size(context, "token_dim", module.out_features)
             return module
-    context.refuse("peft_type", f"needs an input embedding; {context.base.name} has none known")
+    context.refuse("peft_type", f"needs an input embedding, which {context.base.name} lacks")
     context.raise_refusals()
     raise AssertionError
 
 
 def _task(context: LoweringContext, tasks: int) -> int:
-    """The task to serve. Raises AdapterInvalid."""
+    """Returns the task to serve. Raises AdapterInvalid."""
     task = context.config.get("task_id", 0 if tasks == 1 else None)
     if type(task) is not int or not 0 <= task < tasks:
-        context.refuse("task_id", f"must say which of the {tasks} tasks to serve, from 0")
+        context.refuse("task_id", f"must be the task to serve, from 0 to {tasks - 1}")
         context.raise_refusals()
     return int(task)
 
 
 def sorted_by_module(programs: Iterable[ModuleProgram]) -> tuple[ModuleProgram, ...]:
-    """By name."""
+    """Returns the programs, sorted by module name."""
     return tuple(sorted(programs, key=lambda program: program.module))
 
 

@@ -1,8 +1,6 @@
-"""Trainable tokens: some rows of the embedding, or of the output layer, are others.
+"""Trainable tokens as HF PEFT 0.21 writes them: replaced rows of the embedding or the output layer.
 
-PEFT writes the new rows themselves. On a base whose output layer uses the embedding's weight, the
-rows of the embedding are those of the output layer too. Sources: `peft.tuners.trainable_tokens`
-and `peft.utils.other.set_additional_trainable_modules`.
+PEFT saves the new rows themselves, not their difference. Source: `peft.tuners.trainable_tokens`.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ COPY = re.compile(r"(?P<module>.+)\.base_layer\.weight")
 
 
 class TrainableTokens:
-    """PEFT's type of its own; inside of LoRA they are a field."""
+    """Format of trainable tokens as an adapter of their own; in LoRA they are a config field."""
 
     family = "trainable-tokens"
     semantic_fields = frozenset(["peft_type", "target_modules", "token_indices"])
@@ -52,7 +50,7 @@ class TrainableTokens:
 
 
 def _sort_tensors(context: LoweringContext) -> dict[str, tuple[str, Tensor]]:
-    """Name of a module -> key and tensor; refuses tensors that fit no place."""
+    """Returns key and tensor of the rows by module name; refuses tensors of unknown keys."""
     found: dict[str, tuple[str, Tensor]] = {}
     for key, tensor in context.tensors.items():
         name = key.removeprefix(PREFIX)
@@ -66,12 +64,12 @@ def _sort_tensors(context: LoweringContext) -> dict[str, tuple[str, Tensor]]:
         elif copy is not None and (module := context.base.modules.get(copy["module"])) is not None:
             check_copy(context, module, key, tensor)
         else:
-            context.refuse(key, "is not a tensor of trainable tokens that this server knows")
+            context.refuse(key, "is not a known tensor of trainable tokens")
     return found
 
 
 def _targets(context: LoweringContext) -> frozenset[str]:
-    """Names of the modules that the config targets: by default, the embedding."""
+    """Returns the names of the targeted modules; by default, the embedding."""
     if context.config.get("target_modules"):
         targets = context.targets(("linear", "embedding"))
     else:

@@ -1,7 +1,7 @@
 """VeRA as HF PEFT 0.21 writes it: y += lambda_b * B (lambda_d * A x), one A and B for all modules.
 
-A and B are as wide as the widest module; each takes their first columns and rows. They are in the
-checkpoint, or come from PEFT's generator.
+A and B have the size of the widest module; each module uses their first columns and rows. They are
+in the checkpoint, or are generated from a seed as PEFT does.
 """
 
 from __future__ import annotations
@@ -41,16 +41,18 @@ from adaplex.adapters.program.program import ModuleProgram
 SHARED = ("base_model.vera_A", "base_model.vera_B")
 ROLES = ("vera_lambda_b", "vera_lambda_d")
 ONLY = "vera_only"
+"""Value of `bias` for which only the targets' biases are trained."""
 USED = (TARGET_FIELDS - {"exclude_modules"}) | frozenset(
     ["peft_type", "r", "projection_prng_key", "save_projection", "bias", "modules_to_save"]
 )
+"""Config fields that change the answer; they enter the digest."""
 HARMLESS = COMMON_FIELDS | frozenset(
     ["vera_dropout", "d_initial", "fan_in_fan_out", "init_weights"]
 )
 
 
 class Vera:
-    """The format; see the module's docstring."""
+    """Format of VeRA; see the module's docstring."""
 
     family = "vera"
     semantic_fields = USED
@@ -72,7 +74,9 @@ class Vera:
 
 
 def random_projections(key: int, rank: int, wide: int, tall: int) -> tuple[Tensor, Tensor]:
-    """A [rank, wide] and B [tall, rank] as `peft.tuners.vera.model` draws them, bit for bit."""
+    """Returns A [rank, wide] and B [tall, rank], bit for bit as `peft.tuners.vera.model` draws
+    them.
+    """
     generator = torch.Generator().manual_seed(key)
 
     def draw(rows: int, columns: int) -> Tensor:
@@ -102,7 +106,7 @@ def _check_used(context: LoweringContext) -> None:
 def _projections(
     context: LoweringContext, modules: Iterable[BaseModule]
 ) -> tuple[Tensor, Tensor] | None:
-    """A and B for these modules; None, with refusals, when they are not there or do not fit."""
+    """Returns A and B for these modules; None, with refusals, if they are missing or do not fit."""
     sizes = [(module.in_features, module.out_features) for module in modules]
     if not sizes:
         return None
@@ -110,11 +114,11 @@ def _projections(
     config, (a, b) = context.config, (shared_tensor(context, name) for name in SHARED)
     if not config.get("save_projection", True):
         if a is not None or b is not None:
-            context.notes.append("vera_A and vera_B are not read, as save_projection is false")
+            context.add_note("vera_A and vera_B are ignored, because save_projection is false")
         return random_projections(config.get("projection_prng_key", 0), config["r"], wide, tall)
     if a is None or b is None:
         name = SHARED[0] if a is None else SHARED[1]
-        context.refuse(name, "is missing, although save_projection is true")
+        context.refuse(name, "is missing, but save_projection is true")
         return None
     fits = (
         context.check_shape(SHARED[0], a, config["r"], wide),
@@ -130,7 +134,7 @@ def _lower(
     module: BaseModule,
     roles: Roles,
 ) -> ModuleProgram | None:
-    """One module, both vectors folded into B."""
+    """Returns the program of one module, with both vectors multiplied into B."""
     if projections is None or not check_present(context, module, roles, *ROLES):
         return None
     (a, b), rank, key = projections, context.config["r"], f"{PREFIX}{module.name}."
