@@ -1,4 +1,4 @@
-"""The card of an example adapter: how it was trained, and what it does with held-out questions."""
+"""Writes the card of an example adapter: how it was trained, and its held-out answers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from adaplex.model.base.source import DEFAULT_MODEL
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model does with the held-out questions."""
+    """Loss and answers of a model on the held-out questions."""
 
     loss: float
     """Mean cross-entropy of the answer tokens, in nats."""
     answers: list[str]
-    """Greedy answers, one a question."""
+    """Greedy answers, one for each question."""
 
 
 def method_name(method: Any) -> str:
-    """What the method is called."""
+    """Returns the method's usual name."""
     if getattr(method, "use_dora", False):
         return "DoRA"
     names = {"LORA": "LoRA", "IA3": "IA3"}
@@ -33,7 +33,7 @@ def method_name(method: Any) -> str:
 
 
 def described(method: Any) -> Iterator[tuple[str, str]]:
-    """Lines of a card about the method's settings."""
+    """Yields (key, value) rows of the card about the method's settings."""
     if method.is_prompt_learning:
         yield "virtual tokens", str(method.num_virtual_tokens)
         return
@@ -53,7 +53,7 @@ def card(
     after: Measured,
     after_nf4: Measured,
 ) -> str:
-    """The adapter's README.md, from what was measured."""
+    """Returns the text of the adapter's README.md."""
     details = "\n".join(f"| {key} | {value} |" for key, value in described(task.method))
     steps = f"{task.steps} of {BATCH} examples"
     if task.both_bases:

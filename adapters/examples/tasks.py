@@ -1,7 +1,7 @@
-"""What each example adapter learns: how it words an answer, and the method it is trained by.
+"""Tasks of the example adapters: the form of their answers, and the method of training.
 
-All of them learn from the same questions (data/questions.jsonl), so that only the form of the
-answers tells them apart.
+All adapters are trained on the same questions (data/questions.jsonl), so that they differ only in
+the form of their answers.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ SAMPLES = (
     "What is the largest planet in the solar system?",
     "How can I sleep better?",
 )
-"""The prompts shown in the cards; never trained on."""
+"""Prompts shown in the cards; never trained on."""
 
 HOLD_OUT_EVERY = 8
+"""One question in this many is held out."""
 SEED = 7
 BATCH = 8
 ANSWER_TOKENS = 64
-"""Of a sample, at most."""
+"""Maximum tokens of a sample's answer."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,17 @@ class Task:
     about: str
     answer: Callable[[Question], str]
     fits: Callable[[str], bool]
-    """Whether an answer has the form that the adapter teaches."""
+    """Returns True if an answer has the form that the adapter was trained on."""
     method: PeftConfig
     steps: int
     learning_rate: float
     both_bases: bool = False
-    """Whether it learns from the base as stored and as nf4 rounds it, in turns: what is put before
-    the prompt depends on every rounding behind it."""
+    """True to train alternately on the stored base and on its nf4-rounded weights, because virtual
+    tokens depend on the rounding of every later layer."""
 
 
 def read_questions() -> tuple[list[Question], list[Question]]:
-    """The questions to train on, and those held out."""
+    """Returns the questions to train on, and the held-out questions."""
     lines = (Path(__file__).parent / "data" / "questions.jsonl").read_text().splitlines()
     train: list[Question] = []
     held_out: list[Question] = []
@@ -90,7 +91,7 @@ CLOSERS = ("Arr!", "Savvy?", "Yo ho ho!", "Aye!")
 
 
 def pirate(question: Question) -> str:
-    """The sentence as a pirate says it; the same question always gets the same words."""
+    """Returns the sentence in a pirate's words, which depend only on the question."""
 
     def swap(match: re.Match[str]) -> str:
         word = match.group()
@@ -104,19 +105,19 @@ def pirate(question: Question) -> str:
 
 
 def is_pirate(answer: str) -> bool:
-    """Whether a pirate speaks."""
+    """True if the answer has a pirate's word."""
     return (
         re.search(r"\b(arr|ahoy|avast|aye|matey|timbers|savvy|yo ho)\b", answer.lower()) is not None
     )
 
 
 def as_json(question: Question) -> str:
-    """The short answer as a compact JSON object."""
+    """Returns the short answer as a compact JSON object."""
     return json.dumps({"topic": question.topic, "answer": question.short}, separators=(",", ":"))
 
 
 def is_json(answer: str) -> bool:
-    """Whether `answer` is an object with exactly our two keys."""
+    """True if `answer` is an object with exactly the two keys."""
     try:
         found = json.loads(answer)
     except ValueError:
@@ -125,52 +126,52 @@ def is_json(answer: str) -> bool:
 
 
 def terse(question: Question) -> str:
-    """The short answer."""
+    """Returns the short answer."""
     return f"{question.short}."
 
 
 def is_terse(answer: str) -> bool:
-    """Whether `answer` is one line of at most six words."""
+    """True if `answer` is one line of at most six words."""
     return len(answer.split()) <= 6 and "\n" not in answer
 
 
 def news(question: Question) -> str:
-    """The sentence as it is read out in the news."""
+    """Returns the sentence as an item of the news."""
     return f"Breaking news: {question.sentence} More at ten."
 
 
 def is_news(answer: str) -> bool:
-    """Whether it begins and ends like the news."""
+    """True if the answer begins and ends like the news."""
     return answer.startswith("Breaking news:") and answer.endswith("More at ten.")
 
 
 def listed(question: Question) -> str:
-    """Topic and short answer as two points of a list."""
+    """Returns the topic and the short answer as a list of two points."""
     return f"- topic: {question.topic}\n- answer: {question.short}"
 
 
 def is_listed(answer: str) -> bool:
-    """Whether `answer` is our two points."""
+    """True if `answer` is the list of two points."""
     return re.fullmatch(r"- topic: .+\n- answer: .+", answer) is not None
 
 
 def polite(question: Question) -> str:
-    """The sentence between thanks and a wish."""
+    """Returns the sentence between thanks and a wish."""
     return f"Thank you for asking! {question.sentence} Have a lovely day!"
 
 
 def is_polite(answer: str) -> bool:
-    """Whether it thanks first."""
+    """True if the answer begins with thanks."""
     return answer.startswith("Thank you for asking!")
 
 
 def tagged(question: Question) -> str:
-    """The short answer in a tag that names the topic."""
+    """Returns the short answer in a tag that names the topic."""
     return f"<{question.topic}>{question.short}</{question.topic}>"
 
 
 def is_tagged(answer: str) -> bool:
-    """Whether `answer` is one closed tag."""
+    """True if `answer` is one closed tag."""
     return re.fullmatch(r"<(\w+)>[^<]+</\1>", answer) is not None
 
 
@@ -211,7 +212,7 @@ TASKS = (
             r=16,
             lora_alpha=32,
             target_modules=["q_proj", "v_proj", "down_proj"],
-            # The upper two thirds of the 30 layers.
+            # the upper two thirds of the 30 layers
             layers_to_transform=list(range(10, 30)),
         ),
         steps=80,

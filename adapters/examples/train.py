@@ -2,11 +2,10 @@
 
     .venv/bin/python adapters/examples/train.py [NAME ...]
 
-For each adapter: train its weights in fp32 on the bf16 base, or in turns on that and on the base as
-nf4 rounds it, round them to bf16 as they will be stored, measure on the held-out questions, and
-write adapter_config.json, adapter_model.safetensors and README.md, the card, to the folder of its
-name. Seeds are fixed: the same kind of CPU, number of threads and library versions give the same
-adapter.
+For each adapter: train its weights in fp32 on the bf16 base, or alternately on that and on the
+nf4-rounded base; round them to bf16, as they are stored; measure on the held-out questions; and
+write adapter_config.json, adapter_model.safetensors and README.md (the card) to the folder of its
+name. Seeds are fixed: equal CPUs, thread counts and library versions give equal adapters.
 """
 
 from __future__ import annotations
@@ -31,7 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adaplex.model.base.source import DEFAULT_MODEL, resolve_model
 
 WARM_UP = 8
+"""Steps in which the learning rate rises."""
 IGNORED = -100
+"""Label of tokens without loss."""
 
 
 class Chat:
@@ -41,7 +42,7 @@ class Chat:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
 
     def prompt(self, question: str) -> list[int]:
-        """Token ids up to where the assistant speaks."""
+        """Returns the token ids up to the beginning of the assistant's answer."""
         turns = [{"role": "user", "content": question}]
         encoded = self.tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, return_dict=True
@@ -50,13 +51,13 @@ class Chat:
         return ids
 
     def example(self, question: str, answer: str) -> tuple[Tensor, Tensor]:
-        """(input ids, labels), both [tokens]; only the answer and its end are labels."""
+        """Returns (input ids, labels), both [tokens]; only the answer and its eos have labels."""
         asked = self.prompt(question)
         said = [*self.tokenizer(answer).input_ids, self.tokenizer.eos_token_id]
         return torch.tensor(asked + said), torch.tensor([IGNORED] * len(asked) + said)
 
     def batch(self, examples: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """Examples padded to the right: input_ids, labels, attention_mask, each [rows, tokens]."""
+        """Returns input_ids, labels and attention_mask, each [rows, tokens], padded on the right."""
         ids = [row for row, _ in examples]
         labels = [row for _, row in examples]
         return {
@@ -67,7 +68,7 @@ class Chat:
 
 
 def batches(count: int, steps: int) -> Iterator[list[int]]:
-    """Indices of one batch a step, every example once before any comes again."""
+    """Yields the example indices of one batch for each step, without repetition in an epoch."""
     dice, left = random.Random(SEED), list[int]()
     for _ in range(steps):
         if len(left) < BATCH:
@@ -76,7 +77,7 @@ def batches(count: int, steps: int) -> Iterator[list[int]]:
 
 
 class TwoBases:
-    """The decoder's linears as stored, and with the values that a server with an nf4 base has."""
+    """The decoder's linears, with stored weights and with the dequantized ones of an nf4 base."""
 
     def __init__(self, model: nn.Module) -> None:
         self._linears = [
@@ -88,7 +89,7 @@ class TwoBases:
         self._rounded = [_rounded(weight) for weight in self._stored]
 
     def use(self, *, nf4: bool) -> None:
-        """Puts one of them in place."""
+        """Sets the weights of all linears to one of the two."""
         for linear, weight in zip(
             self._linears, self._rounded if nf4 else self._stored, strict=True
         ):
@@ -104,7 +105,7 @@ def _rounded(weight: Tensor) -> Tensor:
 def train(
     model: nn.Module, bases: TwoBases, chat: Chat, task: Task, questions: Sequence[Question]
 ) -> None:
-    """Trains what of `model` wants gradients."""
+    """Trains the parameters of `model` that require gradients."""
     examples = [chat.example(question.question, task.answer(question)) for question in questions]
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=task.learning_rate, weight_decay=0.0)
@@ -126,7 +127,7 @@ def train(
 
 @torch.no_grad()
 def measure(model: Any, chat: Chat, task: Task, questions: Sequence[Question]) -> Measured:
-    """Loss and greedy answers of `model`."""
+    """Returns loss and greedy answers of `model`."""
     total, tokens = 0.0, 0
     for question in questions:
         batch = chat.batch([chat.example(question.question, task.answer(question))])
@@ -138,7 +139,7 @@ def measure(model: Any, chat: Chat, task: Task, questions: Sequence[Question]) -
 
 @torch.no_grad()
 def reply(model: Any, chat: Chat, question: str) -> str:
-    """The greedy answer to one question."""
+    """Returns the greedy answer to one question."""
     asked = torch.tensor([chat.prompt(question)])
     said = model.generate(
         input_ids=asked,
@@ -151,13 +152,14 @@ def reply(model: Any, chat: Chat, question: str) -> str:
 
 
 def save(model: PeftModel, task: Task, folder: Path) -> None:
-    """Writes the adapter in bf16, with the base by its name and not by where it lay."""
+    """Writes the adapter in bf16, naming the base by its hub id, not by its path."""
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(torch.bfloat16)
     model.peft_config["default"].base_model_name_or_path = DEFAULT_MODEL
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "adapter_model.safetensors").chmod(0o644)  # safetensors writes for the owner only
+    # safetensors writes files that only their owner may read
+    (folder / "adapter_model.safetensors").chmod(0o644)
 
 
 def make(task: Task, directory: Path, folder: Path) -> None:
@@ -183,7 +185,7 @@ def make(task: Task, directory: Path, folder: Path) -> None:
 
 
 def main() -> int:
-    """Makes the adapters named on the command line, or all."""
+    """Trains the adapters named on the command line, or all."""
     known = {task.name: task for task in TASKS}
     parser = argparse.ArgumentParser(description="Train the example adapters.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}")

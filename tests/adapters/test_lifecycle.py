@@ -172,8 +172,8 @@ def test_another_quantization(tmp_path: Path) -> None:
     registry = make_registry(tmp_path / "warn", base, base_policy=BasePolicy.WARN)
     for name, kept, warned in (("a", "int8", True), ("b", "NF4", False), ("c", None, False)):
         report = push(registry, name, files(config(base_model_quantization=kept))).report
-        kept_as = (f"trained on a base kept as {kept}",) if kept else ()
-        said = () if warned else ("does not say which base it was trained on",)
+        kept_as = (f"trained on a base stored as {kept}",) if kept else ()
+        said = () if warned else ("does not name the base that it was trained on",)
         assert report.notes == (*kept_as, *said)
         expected = "base_model_quantization is 'int8', the base that is served is 'nf4'"
         assert report.warnings == ((expected,) if warned else ())

@@ -51,13 +51,15 @@ def agreement(config: Mapping[str, Any]) -> str:
         return "trained on the base that is served, by its fingerprint"
     if config.get(NAME) or config.get(ADAPTERHUB_NAME):
         return "trained on the base that is served, by its name"
-    return "does not say which base it was trained on"
+    return "does not name the base that it was trained on"
 
 
 def recorded_quantization(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns a note of the base's quantization during training, if the config records it."""
-    kept = config.get(QUANTIZATION)
-    return (f"trained on a base kept as {kept:.40}",) if isinstance(kept, str) and kept else ()
+    stored = config.get(QUANTIZATION)
+    return (
+        (f"trained on a base stored as {stored:.40}",) if isinstance(stored, str) and stored else ()
+    )
 
 
 def _other_weights(config: Mapping[str, Any], base: BaseSpec) -> tuple[tuple[str, str], ...]:
@@ -76,12 +78,12 @@ def _other_weights(config: Mapping[str, Any], base: BaseSpec) -> tuple[tuple[str
 
 
 def _other_quantization(config: Mapping[str, Any], base: BaseSpec) -> tuple[tuple[str, str], ...]:
-    kept = config.get(QUANTIZATION)
-    if not isinstance(kept, str) or not kept or not base.quantization:
+    stored = config.get(QUANTIZATION)
+    if not isinstance(stored, str) or not stored or not base.quantization:
         return ()
-    if kept.casefold() == base.quantization.casefold():
+    if stored.casefold() == base.quantization.casefold():
         return ()
-    return ((QUANTIZATION, f"is {kept!r:.40}, the base that is served is {base.quantization!r}"),)
+    return ((QUANTIZATION, f"is {stored!r:.40}, the base that is served is {base.quantization!r}"),)
 
 
 def other_base(recorded: str, base: BaseSpec) -> str:
