@@ -64,7 +64,7 @@ def read_checkpoint(directory: Path, limits: AdapterLimits) -> Checkpoint:
     try:
         tensors = load_file(weights)
     except SafetensorError as error:
-        raise AdapterInvalid.because(WEIGHTS, f"is no safetensors file: {error}") from None
+        raise AdapterInvalid.because(WEIGHTS, f"is not a safetensors file: {error}") from None
     refusals = [
         Refusal(name, "contains NaN or infinity")
         for name, tensor in sorted(tensors.items())
@@ -231,4 +231,4 @@ def _check_depth(parsed: Any) -> None:
 
 def _no_constant(name: str) -> None:
     """Raises ValueError for NaN and infinity, which Python parses although JSON has neither."""
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")

@@ -72,7 +72,7 @@ def sum_programs(
         raise AdapterInvalid(refusals)
     modules = tuple(_module(base, name, by_module[name]) for name in sorted(by_module))
     refusals = [
-        Refusal(module.module, f"its {role}, weighted, overflows")
+        Refusal(module.module, f"its {role}, weighted, overflows bf16")
         for module in modules
         for role, tensor in module.tensors()
         if not bool(torch.isfinite(tensor.to(torch.bfloat16)).all())

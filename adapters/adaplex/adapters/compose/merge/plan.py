@@ -77,11 +77,13 @@ class MergePlan:
         if not 1 <= sources <= MAX_SOURCES:
             raise AdapterInvalid.because("sources", f"must be 1 to {MAX_SOURCES}, not {sources}")
         if len(self.weights) != sources:
-            raise AdapterInvalid.because("weights", f"must be {sources}, one for each source")
+            reason = f"must be {sources}, one for each source, not {len(self.weights)}"
+            raise AdapterInvalid.because("weights", reason)
         if not all(map(math.isfinite, self.weights)) or not any(self.weights):
             raise AdapterInvalid.because("weights", "must be finite, and not all 0")
         if self.method.prunes and not (self.density is not None and 0 < self.density <= 1):
-            raise AdapterInvalid.because("density", f"must be in (0, 1] for {self.method}")
+            reason = f"must be in (0, 1] for {self.method}, not {self.density}"
+            raise AdapterInvalid.because("density", reason)
         if not self.method.prunes and self.density is not None:
             raise AdapterInvalid.because("density", unused)
         if self.majority_sign == "frequency" and not self.method.elects:

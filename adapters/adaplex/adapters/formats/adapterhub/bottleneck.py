@@ -60,7 +60,7 @@ UNSUPPORTED = {
     "ln_after": "a layer norm after the bottleneck is not a sum of its columns",
     "ln_before": "a layer norm before the bottleneck needs statistics of its input",
     "phm_layer": "Compacter's hypercomplex layers cannot be expanded here",
-    "use_gating": "gates average over the whole prompt, which is not known when streaming",
+    "use_gating": "gates average over the whole prompt, which chunks and decode steps do not have",
 }
 """Fields that change the answer but are not served, and why."""
 BLOCKS = {

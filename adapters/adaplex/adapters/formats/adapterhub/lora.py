@@ -33,7 +33,7 @@ USED = (
 HARMLESS = ("architecture", "dropout", "init_weights", "init_weights_seed", "dtype")
 """Fields that do not change the answer."""
 UNSUPPORTED = {
-    "use_gating": "gates average over the whole prompt, which is not known when streaming",
+    "use_gating": "gates average over the whole prompt, which chunks and decode steps do not have",
     "vera_b": "VeRA is served in PEFT's format",
     "vera_d": "VeRA is served in PEFT's format",
 }

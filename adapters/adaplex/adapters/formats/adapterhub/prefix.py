@@ -31,7 +31,7 @@ HARMLESS = (
 )
 """Fields that do not change the answer."""
 UNSUPPORTED = {
-    "use_gating": "gates average over the whole prompt, which is not known when streaming"
+    "use_gating": "gates average over the whole prompt, which chunks and decode steps do not have"
 }
 """Fields that change the answer but are not served, and why."""
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

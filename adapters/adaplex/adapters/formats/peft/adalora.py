@@ -107,7 +107,7 @@ def _lower(context: LoweringContext, module: BaseModule, roles: Roles) -> Module
     if not check_present(context, module, roles, *ROLES):
         return None
     config, key = context.config, f"{PREFIX}{module.name}.lora_"
-    kept = _kept(context, module.name)
+    kept = _unpruned(context, module.name)
     rank, a, b, e = sum(kept), roles["lora_A"], roles["lora_B"], roles["lora_E"]
     fits = (
         context.check_shape(f"{key}A", a, rank, module.in_features),
@@ -123,7 +123,7 @@ def _lower(context: LoweringContext, module: BaseModule, roles: Roles) -> Module
     )
 
 
-def _kept(context: LoweringContext, name: str) -> list[bool]:
+def _unpruned(context: LoweringContext, name: str) -> list[bool]:
     """Returns, for each of a module's initial ranks, True if it was not pruned."""
     patterns, init_r = context.config.get("rank_pattern") or {}, context.config["init_r"]
     for key in (f"{name}.lora_E", f"{name}.lora_E.default"):

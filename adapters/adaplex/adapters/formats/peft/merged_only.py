@@ -121,7 +121,7 @@ def _check_config(context: LoweringContext, kind: PeftKind) -> None:
     if kind.exact_base and context.base.quantization not in DENSE:
         context.refuse(
             "peft_type",
-            f"{kind.name} depends on a decomposition of the base's weights as trained on; "
+            f"{kind.name} depends on a decomposition of the unquantized base's weights; "
             f"this base is {context.base.quantization}: serve it in bf16 or fp32",
         )
     bounds = dict(kind.loops) | ({"r": context.limits.max_rank} if kind.shared else {})

@@ -30,7 +30,7 @@ USED = frozenset(["peft_type", "modules_to_save"])
 SERVED = ("virtual tokens", "replaced weight")
 """Primitives of these families, for the table."""
 EMBEDDING = "an embedding trained as a whole, which PEFT does not use beside virtual tokens"
-"""What these families refuse, for the table and for error messages."""
+"""Refused by these families; for the table and for error messages."""
 COLS, ROWS = "prefix_task_cols", "prefix_task_rows"
 LEARNED = frozenset(
     [
