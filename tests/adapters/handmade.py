@@ -164,7 +164,7 @@ def make_importer(registry: AdapterRegistry, roots: Sequence[Path], **options: A
 def records(registry: AdapterRegistry, **query: Any) -> list[AdapterRecord]:
     """The newest version of every name, by name."""
     found = registry.names.query(Query(limit=1_000_000, **query))
-    return [registry.names.newest(entry) for entry in found]
+    return [registry.names.latest(entry) for entry in found]
 
 
 def staged(root: Path) -> list[str]:

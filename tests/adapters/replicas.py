@@ -6,7 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.registry.intake import Room
+from adaplex.adapters.registry.intake import Capacity
 from adaplex.adapters.registry.registry import AdapterRegistry
 from adaplex.adapters.storage.bucket import Bucket
 from adaplex.adapters.storage.bucket_catalog import BucketCatalog
@@ -32,5 +32,5 @@ def replica(
         BucketContent(bucket, FolderContent(root), cache_bytes=cache_bytes, grace=grace),
         BucketCatalog(bucket, mirror, refresh_seconds=refresh_seconds),
         BASE,
-        room=Room(4, AdapterLimits()),
+        capacity=Capacity(4, AdapterLimits()),
     )

@@ -25,7 +25,7 @@ def test_a_directory_of_the_library_comes_in_by_the_importer(tmp_path: Path) -> 
     registry = make_registry(tmp_path / "store", BASE)
     importer = make_importer(registry, [FIXTURES])
     done = importer.load(str(LLAMA / "houlsby"), "tone", replace=False, origin=UPLOAD)
-    assert (done.record.family, done.record.modules) == ("bottleneck", 2 * LAYERS)
+    assert (done.record.family, done.record.traits.modules) == ("bottleneck", 2 * LAYERS)
     assert done.record.digest == lower(read("houlsby")).digest
     stored = registry.programs.checkpoint(done.record.digest)
     assert stored.tensors.keys() == read("houlsby").tensors.keys()
@@ -74,21 +74,21 @@ def test_adapters_of_different_families_are_mixed_by_the_registry(tmp_path: Path
     importer = make_importer(registry, [FIXTURES])
     for name in ("pfeiffer", "parallel", "lora", "mam"):
         importer.load(str(LLAMA / name), name, replace=False, origin=UPLOAD)
-    with registry.resolve_combination([("pfeiffer", 0.5), ("lora", -2.0)]) as lease:
+    with registry.resolve_mix([("pfeiffer", 0.5), ("lora", -2.0)]) as lease:
         made = registry.programs.program(lease.record.digest)
         whole = bottleneck(lower(read("pfeiffer")), "model.layers.0.mlp")
         half = bottleneck(made, "model.layers.0.mlp")
         torch.testing.assert_close(half.up, 0.5 * whole.up)
         assert torch.equal(half.down, whole.down)
         assert made.packed_bytes(4) == lease.record.packed_bytes
-    with registry.resolve_combination([("mam", 1.0), ("lora", 0.5)]) as lease:
+    with registry.resolve_mix([("mam", 1.0), ("lora", 0.5)]) as lease:
         assert lease.record.traits.leading == 5
     for weights, reason in (
         ([("pfeiffer", 1.0), ("parallel", 1.0)], "differ in input or activation"),
         ([("mam", 0.5), ("lora", 1.0)], "KV prefix must have weight 1"),
     ):
         with pytest.raises(AdapterInvalid, match=reason) as caught:
-            registry.resolve_combination(weights)
+            registry.resolve_mix(weights)
         assert caught.value.field == "adapters"
     assert registry.leased == 0
     registry.close()

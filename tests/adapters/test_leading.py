@@ -201,7 +201,7 @@ def test_what_can_only_be_merged_combines_with_nothing(
     for seed, name in enumerate("ab"):
         push(registry, name, made_files(weights=tensors(seed=seed)))
     with pytest.raises(AdapterInvalid, match=r"adapters: [ab] can only be served merged"):
-        registry.resolve_combination([("a", 1.0), ("b", 0.5)])
+        registry.resolve_mix([("a", 1.0), ("b", 0.5)])
     assert registry.leased == 0
     registry.close()
 
@@ -214,6 +214,6 @@ def test_a_mix_leads_with_what_one_of_it_does(
     with monkeypatch.context() as patch:
         lowered_with(patch, prefix_tokens=5)
         push(registry, "tuned", made_files(weights=tensors(seed=1)))
-    with registry.resolve_combination([("plain", 0.5), ("tuned", 1.0)]) as lease:
+    with registry.resolve_mix([("plain", 0.5), ("tuned", 1.0)]) as lease:
         assert lease.record.traits.leading == 5
     registry.close()

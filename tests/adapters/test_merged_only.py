@@ -64,7 +64,7 @@ class Upload:
             limits=AdapterLimits(),
             base_policy=BasePolicy.OFF,
             max_merged_bytes=None,
-            is_wanted=lambda _: False,
+            is_needed=lambda _: False,
         )
         assert programs.read(self.folder).traits.merged_only
 

@@ -6,7 +6,7 @@ import pytest
 
 from adaplex.adapters.errors import AdapterError
 from adaplex.adapters.program.traits import AdapterTraits
-from adaplex.adapters.storage.alias_split import Target, split_of
+from adaplex.adapters.storage.alias_split import Target, checked_split
 from adaplex.adapters.storage.name_document import from_json, to_json
 from adaplex.adapters.storage.name_record import NameRecord
 from adapters.entries import digest, entry, origin, version
@@ -49,9 +49,9 @@ def poet() -> NameRecord:
     doubtful = version(1, warnings=("küche",), base="sha256:ba", signer="0123456789abcdef")
     made = entry("poet").add(replace(doubtful, traits=leading), max_versions=9)
     made = made.add(version(2, traits=invoked), max_versions=9)
-    made = made.set_alias("prod", split_of([Target(1, 0.25), Target(2, 1e-7)]), origin(9))
+    made = made.set_alias("prod", checked_split([Target(1, 0.25), Target(2, 1e-7)]), origin(9))
     words = 'ein "Dichter"'
-    return made.describe(origin(10), description=words, labels={"team": "a"}, pinned=True)
+    return made.update_metadata(origin(10), description=words, labels={"team": "a"}, pinned=True)
 
 
 def test_documents_from_before_traits_are_read_and_written_as_they_were() -> None:
@@ -77,8 +77,10 @@ def test_an_invalid_document_is_an_error(document: bytes) -> None:
 
 
 def test_a_document_gives_the_entry_back() -> None:
-    a = entry(versions=3).set_alias("prod", split_of([Target(1, 0.1), Target(3, 0.2)]), origin())
-    a = a.describe(origin(), description="x", labels={"team": "blue", "ü": "ß"}, pinned=True)
+    a = entry(versions=3).set_alias(
+        "prod", checked_split([Target(1, 0.1), Target(3, 0.2)]), origin()
+    )
+    a = a.update_metadata(origin(), description="x", labels={"team": "blue", "ü": "ß"}, pinned=True)
     assert from_json(to_json(a)) == a
     assert from_json(to_json(a.remove(origin()))) == a.remove(origin())
     with pytest.raises(AdapterError, match="cannot be read"):

@@ -164,7 +164,7 @@ def test_a_bucket_that_is_away_is_asked_once_an_interval(
     push(one, "a")
     catalog = one.names._catalog
     assert isinstance(catalog, BucketCatalog)
-    catalog._looked.clear()
+    catalog._refreshed.clear()
     catalog._listed = 0.0
     asked = []
 

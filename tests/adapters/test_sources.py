@@ -241,16 +241,16 @@ def test_templates_are_tried_in_order_and_misses_remembered(
     importer = make_importer(
         registry, [], resolve_templates=(f"{tmp_path}/tree/{{name}}", "hf://org/{name}")
     )
-    assert importer.bring("local@latest")
-    assert importer.bring("tone")
+    assert importer.fetch_missing("local@latest")
+    assert importer.fetch_missing("tone")
     assert registry.names.get("tone").source.startswith("hf://org/tone@")
     assert registry.names.get("local").source == str(tmp_path / "tree" / "local")
-    assert not importer.bring("nobody")
+    assert not importer.fetch_missing("nobody")
     asked = len(hub.requests)
-    assert not importer.bring("nobody")
+    assert not importer.fetch_missing("nobody")
     assert len(hub.requests) == asked
     for selector in ("nobody@3", "sha256:" + "0" * 64, "tone@prod", "a/b"):
-        assert not importer.bring(selector)
+        assert not importer.fetch_missing(selector)
 
 
 def test_many_who_ask_at_once_fetch_once(registry: AdapterRegistry, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_many_who_ask_at_once_fetch_once(registry: AdapterRegistry, tmp_path: Pa
 
     def ask(_: int) -> bool:
         start.wait()
-        return importer.bring("a")
+        return importer.fetch_missing("a")
 
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(ask, range(6)))
@@ -285,7 +285,7 @@ def test_what_was_deleted_does_not_come_back_by_itself(
 ) -> None:
     write(tmp_path / "tree" / "a", files())
     importer = make_importer(registry, [], resolve_templates=(f"{tmp_path}/tree/{{name}}",))
-    assert importer.bring("a")
+    assert importer.fetch_missing("a")
     registry.names.delete("a", UPLOAD)
-    assert not importer.bring("a")
-    assert not registry.names.known("a")
+    assert not importer.fetch_missing("a")
+    assert not registry.names.exists("a")

@@ -5,40 +5,46 @@ from collections import Counter
 import pytest
 
 from adaplex.adapters.errors import AdapterInvalid
-from adaplex.adapters.storage.alias_split import MAX_TARGETS, Split, Target, choose, split_of
+from adaplex.adapters.storage.alias_split import (
+    MAX_TARGETS,
+    Split,
+    Target,
+    checked_split,
+    choose_version,
+)
 
 KEYS = [f"user-{i}" for i in range(20_000)]
 
 
 def sides(split: Split) -> dict[str, int]:
-    return {key: choose(split, key, "a@default") for key in KEYS}
+    return {key: choose_version(split, key, "a@default") for key in KEYS}
 
 
 def test_shares_follow_the_weights() -> None:
-    split = split_of([Target(4, 5), Target(3, 95)])
+    split = checked_split([Target(4, 5), Target(3, 95)])
     counts = Counter(sides(split).values())
     assert counts[4] / len(KEYS) == pytest.approx(0.05, abs=0.01)
-    drawn = Counter(choose(split, "", "a@default") for _ in range(20_000))
+    drawn = Counter(choose_version(split, "", "a@default") for _ in range(20_000))
     assert drawn[4] / 20_000 == pytest.approx(0.05, abs=0.01)
 
 
 def test_a_key_keeps_its_side_while_the_canary_grows() -> None:
-    before, after = (sides(split_of([Target(3, 100 - w), Target(4, w)])) for w in (5, 20))
+    before, after = (sides(checked_split([Target(3, 100 - w), Target(4, w)])) for w in (5, 20))
     assert all(after[key] == 4 for key, side in before.items() if side == 4)
     moved = sum(before[key] != after[key] for key in KEYS)
     assert moved / len(KEYS) == pytest.approx(0.15, abs=0.01)
 
 
 def test_aliases_draw_apart() -> None:
-    split = split_of([Target(1), Target(2)])
-    one = [choose(split, key, "a@default") for key in KEYS]
-    other = [choose(split, key, "b@default") for key in KEYS]
+    split = checked_split([Target(1), Target(2)])
+    one = [choose_version(split, key, "a@default") for key in KEYS]
+    other = [choose_version(split, key, "b@default") for key in KEYS]
     same = sum(x == y for x, y in zip(one, other, strict=True))
     assert same / len(KEYS) == pytest.approx(0.5, abs=0.02)
 
 
 def test_a_single_target_gets_everything() -> None:
-    assert set(sides(split_of([Target(7, 0.001)])).values()) == {7}
+    assert set(sides(checked_split([Target(7, 0.001)])).values()) == {7}
 
 
 @pytest.mark.parametrize(
@@ -55,5 +61,5 @@ def test_a_single_target_gets_everything() -> None:
 )
 def test_what_is_no_split(targets: list[Target]) -> None:
     with pytest.raises(AdapterInvalid) as caught:
-        split_of(targets)
+        checked_split(targets)
     assert caught.value.field == "targets"

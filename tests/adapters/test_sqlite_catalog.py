@@ -38,10 +38,10 @@ def names(found: list[NameRecord]) -> list[str]:
 
 def test_an_update_is_there_after_a_restart(tmp_path: Path) -> None:
     first = SqliteCatalog(tmp_path / "c")
-    put(first, entry("a", 3).describe(origin(), labels={"k": "v"}))
+    put(first, entry("a", 3).update_metadata(origin(), labels={"k": "v"}))
     first.close()
     second = SqliteCatalog(tmp_path / "c")
-    assert second.get("a") == entry("a", 3).describe(origin(), labels={"k": "v"})
+    assert second.get("a") == entry("a", 3).update_metadata(origin(), labels={"k": "v"})
     assert second.get("b") is None
     second.check_integrity()
     second.close()
@@ -68,8 +68,8 @@ def test_digests_are_found_by_the_newest_version(catalog: SqliteCatalog) -> None
     assert (found[0].name, found[1].number) == ("a", 1)
     assert catalog.by_digest(digest(5)) is None
     catalog.update("a", lambda e: (e or NameRecord("a")).remove(origin()))
-    assert not catalog.holds(digest(0))
-    assert catalog.holds(digest(1))
+    assert not catalog.is_referenced(digest(0))
+    assert catalog.is_referenced(digest(1))
 
 
 def test_usage_counts_shared_content_once_and_no_tombstones(catalog: SqliteCatalog) -> None:
@@ -80,7 +80,7 @@ def test_usage_counts_shared_content_once_and_no_tombstones(catalog: SqliteCatal
 
 
 def test_pinned(catalog: SqliteCatalog) -> None:
-    put(catalog, entry("a").describe(origin(), pinned=True), entry("b"))
+    put(catalog, entry("a").update_metadata(origin(), pinned=True), entry("b"))
     assert names(catalog.pinned()) == ["a"]
     catalog.update("a", lambda e: (e or NameRecord("a")).remove(origin()))
     assert catalog.pinned() == []
@@ -127,9 +127,9 @@ def test_pages_together_are_the_whole_list(
 def test_filters(catalog: SqliteCatalog) -> None:
     put(
         catalog,
-        entry("ab1").describe(origin(), labels={"team": "x", "tier": "1"}),
-        entry("ab2").describe(origin(), labels={"team": "x"}),
-        entry("b_b").describe(origin(), labels={"team": "y"}),
+        entry("ab1").update_metadata(origin(), labels={"team": "x", "tier": "1"}),
+        entry("ab2").update_metadata(origin(), labels={"team": "x"}),
+        entry("b_b").update_metadata(origin(), labels={"team": "y"}),
     )
     assert names(catalog.query(Query(9, prefix="ab"))) == ["ab1", "ab2"]
     assert names(catalog.query(Query(9, prefix="b_"))) == ["b_b"]
@@ -141,8 +141,8 @@ def test_filters(catalog: SqliteCatalog) -> None:
 
 
 def test_labels_that_go_are_found_no_more(catalog: SqliteCatalog) -> None:
-    put(catalog, entry("a").describe(origin(), labels={"k": "v"}))
-    catalog.update("a", lambda e: (e or NameRecord("a")).describe(origin(), labels={}))
+    put(catalog, entry("a").update_metadata(origin(), labels={"k": "v"}))
+    catalog.update("a", lambda e: (e or NameRecord("a")).update_metadata(origin(), labels={}))
     assert catalog.query(Query(9, labels={"k": "v"})) == []
 
 
@@ -215,7 +215,7 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
 def test_a_name_that_was_forgotten_and_made_anew_is_read_anew(catalog: SqliteCatalog) -> None:
     put(catalog, entry("a"))
     assert catalog.get("a") == entry("a")
-    catalog.forget("a")
+    catalog.drop("a")
     assert catalog.get("a") is None
     catalog.put(entry("a", 2), "tag")
     assert catalog.get("a") == entry("a", 2)

@@ -246,7 +246,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         assert self.engine.stats().resident <= self.runner.extents.keys()
         assert self.engine.stats().host <= self.runner.host
         for name, known in self.known.items():
-            assert self.registry.names.known(name) == bool(known.versions)
+            assert self.registry.names.exists(name) == bool(known.versions)
 
     def teardown(self) -> None:
         for _ in range(500):

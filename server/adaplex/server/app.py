@@ -146,10 +146,10 @@ class Server:
         await asyncio.to_thread(self._components.registry.close)
 
     async def _fetch_missing(self, selector: str) -> bool:
-        """Fetches an unknown adapter by `resolve_from`; see Importer."""
+        """Fetches an unknown adapter by `resolve_from`; see Importer.fetch_missing."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._fetch_threads, self._components.importer.bring, selector
+            self._fetch_threads, self._components.importer.fetch_missing, selector
         )
 
     def _engine_alive(self) -> bool:

@@ -199,7 +199,7 @@ class Generator:
         """Leases one adapter or a mix. Called in a thread."""
         (selector, weight), *others = selectors
         if others or weight != 1.0:
-            return self._registry.resolve_combination(selectors, routing_key=routing_key)
+            return self._registry.resolve_mix(selectors, routing_key=routing_key)
         return self._registry.resolve(selector, routing_key=routing_key)
 
     def _release(self, loop: asyncio.AbstractEventLoop, lease: Lease) -> None:

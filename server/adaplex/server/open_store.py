@@ -15,7 +15,7 @@ from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_match import BasePolicy
 from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.adapters.registry.importer import Importer
-from adaplex.adapters.registry.intake import Room
+from adaplex.adapters.registry.intake import Capacity
 from adaplex.adapters.registry.registry import AdapterRegistry
 from adaplex.adapters.sources import Sources
 from adaplex.adapters.sources.gguf.lora import convert_gguf_lora
@@ -51,7 +51,7 @@ def open_store(config: ServerConfig, spec: BaseSpec, *, element_bytes: int) -> O
         contents,
         catalog,
         spec,
-        room=Room(element_bytes, limits, config.arena_bytes, config.merged_bytes),
+        capacity=Capacity(element_bytes, limits, config.arena_bytes, config.merged_bytes),
         base_policy=BasePolicy(config.base_policy),
         signatures=_signatures(config),
     )

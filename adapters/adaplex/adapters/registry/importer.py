@@ -33,7 +33,7 @@ class Importer:
         self._registry, self._contents, self._sources = registry, contents, sources
         self._intake = registry.intake
         self._lock = threading.Lock()
-        self._coming: dict[str, threading.Lock] = {}
+        self._fetch_locks: dict[str, threading.Lock] = {}
 
     def load(self, uri: str, name: str, *, replace: bool, origin: Origin) -> Committed:
         """Takes in what a URI names. Raises as `Sources.fetch` and `Intake.commit`."""
@@ -41,9 +41,9 @@ class Importer:
         with self._scratch() as folder:
             with full_disk_is_store_full():
                 fetched = self._sources.fetch(uri, folder)
-            return self._take_in(fetched, name, replace=replace, origin=origin)
+            return self._commit(fetched, name, replace=replace, origin=origin)
 
-    def bring(self, selector: str) -> bool:
+    def fetch_missing(self, selector: str) -> bool:
         """Looks for an adapter that is unknown here where the operator said that they are; whether
         it is known now. Of several callers, one fetches and the others wait.
         """
@@ -52,10 +52,10 @@ class Importer:
             return False
         if parts.alias not in ("", DEFAULT, LATEST):
             return False
-        with self._alone(parts.name):
-            if self._registry.names.known(parts.name):
+        with self._exclusive(parts.name):
+            if self._registry.names.exists(parts.name):
                 return True
-            if self._registry.names.buried(parts.name):  # who deleted it does not want it back
+            if self._registry.names.is_deleted(parts.name):  # who deleted it does not want it back
                 return False
             with self._scratch() as folder:
                 fetched = self._sources.find(parts.name, folder)
@@ -63,9 +63,9 @@ class Importer:
                     return False
                 origin = Origin(datetime.now(UTC), actor=FIRST_USE)
                 try:
-                    self._take_in(fetched, parts.name, replace=False, origin=origin)
+                    self._commit(fetched, parts.name, replace=False, origin=origin)
                 except AdapterExists:  # another process on the same store was faster
-                    return self._registry.names.known(parts.name)
+                    return self._registry.names.exists(parts.name)
                 return True
 
     def merge(
@@ -95,33 +95,33 @@ class Importer:
             with self._scratch() as folder:
                 with full_disk_is_store_full():
                     write_checkpoint(merged, folder)
-                return self._intake.take_in(
+                return self._intake.commit_folder(
                     folder, name, replace=replace, origin=origin, signed=False
                 )
         finally:
             for lease in leases:
                 lease.release()
 
-    def _take_in(self, fetched: Fetched, name: str, *, replace: bool, origin: Origin) -> Committed:
+    def _commit(self, fetched: Fetched, name: str, *, replace: bool, origin: Origin) -> Committed:
         origin = changed(origin, source=fetched.uri)
-        return self._intake.take_in(fetched.directory, name, replace=replace, origin=origin)
+        return self._intake.commit_folder(fetched.directory, name, replace=replace, origin=origin)
 
     @contextmanager
     def _scratch(self) -> Iterator[Path]:
-        folder = self._contents.scratch()
+        folder = self._contents.scratch_folder()
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
-    def _alone(self, name: str) -> Iterator[None]:
+    def _exclusive(self, name: str) -> Iterator[None]:
         """One thread a name."""
         with self._lock:
-            lock = self._coming.setdefault(name, threading.Lock())
+            lock = self._fetch_locks.setdefault(name, threading.Lock())
         with lock:
             try:
                 yield
             finally:
                 with self._lock:
-                    self._coming.pop(name, None)
+                    self._fetch_locks.pop(name, None)

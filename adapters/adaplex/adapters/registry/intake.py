@@ -41,7 +41,7 @@ class Committed:
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """What adapters are checked against beside the base."""
 
     element_bytes: int
@@ -60,14 +60,14 @@ class Intake:
         self,
         *,
         base: BaseSpec,
-        room: Room,
+        capacity: Capacity,
         contents: ContentStore,
         catalog: Catalog,
         programs: ProgramCache,
         garbage: GarbageCollector,
         signatures: SignatureVerifier,
     ) -> None:
-        self._base, self._room, self._limits = base, room, room.limits
+        self._base, self._capacity, self._limits = base, capacity, capacity.limits
         self._contents, self._catalog, self._programs = contents, catalog, programs
         self._garbage, self._signatures = garbage, signatures
 
@@ -129,20 +129,20 @@ class Intake:
             if added:
                 self._check_quota(entry, version)
             grown = entry.add(version, max_versions=self._limits.max_versions) if added else entry
-            kept |= self._keep(staging, version.digest, damaged=damaged)
+            kept |= self._store(staging, version.digest, damaged=damaged)
             return grown
 
         try:
             entry = self._catalog.update(name, change)
         except BaseException:  # content that nobody came to name goes again
-            self._garbage.abandon(version.digest)
+            self._garbage.discard_if_unused(version.digest)
             raise
         if kept:
-            self._programs.remember(report)
-        record = entry.latest.record(name, self._room.element_bytes)
+            self._programs.cache_report(report)
+        record = entry.latest.record(name, self._capacity.element_bytes)
         return Committed(record, report, created=added)
 
-    def take_in(
+    def commit_folder(
         self,
         directory: Path,
         name: str,
@@ -166,8 +166,8 @@ class Intake:
     def _admit(self, directory: Path) -> AdapterProgram:
         """Lowers an upload that keeps to the limits."""
         program = self._programs.read(directory)
-        packed = program.packed_bytes(self._room.element_bytes)
-        most = self._room.max_packed_bytes
+        packed = program.packed_bytes(self._capacity.element_bytes)
+        most = self._capacity.max_packed_bytes
         if most is not None and packed > most and not program.traits.merged_only:
             raise AdapterTooLarge(
                 f"the adapter takes {packed} bytes in memory, the arena has {most}",
@@ -194,13 +194,13 @@ class Intake:
             warnings=program.warnings,
         )
 
-    def _keep(self, staging: Staging, digest: str, *, damaged: bool) -> bool:
+    def _store(self, staging: Staging, digest: str, *, damaged: bool) -> bool:
         """Stores what is not stored yet, and replaces content that was damaged and still is.
         Whether these files are those that are stored now.
         """
         if damaged and is_damaged(self._contents, digest):
             self._contents.remove(digest, damaged=True)
-        return self._contents.take(staging, digest)
+        return self._contents.add(staging, digest)
 
     def _check_quota(self, entry: NameRecord, version: Version) -> None:
         limits, usage = self._limits, self._catalog.usage()
@@ -210,7 +210,9 @@ class Intake:
                 field="max_adapters",
             )
         size, stored = version.stored_bytes, usage.stored_bytes
-        if stored + size > limits.max_store_bytes and not self._catalog.holds(version.digest):
+        if stored + size > limits.max_store_bytes and not self._catalog.is_referenced(
+            version.digest
+        ):
             raise StoreFull(
                 f"{size} bytes beside {stored} stored exceed {limits.max_store_bytes}",
                 field="max_store_bytes",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from adaplex.adapters.durable_files import full_disk_is_store_full
 from adaplex.adapters.errors import AdapterNotFound
 from adaplex.adapters.storage.adapter_record import AdapterRecord
-from adaplex.adapters.storage.alias_split import Target, split_of
+from adaplex.adapters.storage.alias_split import Target, checked_split
 from adaplex.adapters.storage.catalog import Catalog, Query, StoreUsage
 from adaplex.adapters.storage.event import Event, Origin
 from adaplex.adapters.storage.garbage_collector import GarbageCollector
@@ -54,17 +54,17 @@ class Names:
         """All that is known under a name. Raises AdapterNotFound."""
         return _alive(name, self._find(name))
 
-    def known(self, name: str) -> bool:
+    def exists(self, name: str) -> bool:
         """Whether the name has a version."""
         entry = self._find(name)
         return entry is not None and entry.alive
 
-    def stands(self, record: AdapterRecord) -> bool:
+    def version_exists(self, record: AdapterRecord) -> bool:
         """Whether the version that a record is of still exists."""
         entry = self._find(record.name)
         return entry is not None and any(v.number == record.version for v in entry.versions)
 
-    def buried(self, name: str) -> bool:
+    def is_deleted(self, name: str) -> bool:
         """Whether the name was deleted, and not given again."""
         entry = self._find(name)
         return entry is not None and not entry.alive
@@ -82,11 +82,11 @@ class Names:
         """Entries, filtered and ordered."""
         return self._catalog.query(query)
 
-    def after(self, entry: NameRecord, query: Query) -> tuple[str | int, str]:
+    def cursor(self, entry: NameRecord, query: Query) -> tuple[str | int, str]:
         """Query.after for the page behind an entry of this query."""
         return self._catalog.order_value(entry, query.order), entry.name
 
-    def newest(self, entry: NameRecord) -> AdapterRecord:
+    def latest(self, entry: NameRecord) -> AdapterRecord:
         """The newest version of an entry that is alive."""
         return entry.latest.record(entry.name, self._element_bytes)
 
@@ -95,7 +95,7 @@ class Names:
         versions = self.entry(name).reachable()
         return [version.record(name, self._element_bytes) for version in versions]
 
-    def sides(self, selector: str) -> list[AdapterRecord]:
+    def candidates(self, selector: str) -> list[AdapterRecord]:
         """All that a selector can lead to: several where it follows a split. Raises
         AdapterNotFound.
         """
@@ -131,7 +131,9 @@ class Names:
         def change(entry: NameRecord) -> NameRecord:
             labels = {**entry.labels, **(set_labels or {})}
             kept = {key: value for key, value in labels.items() if key not in remove_labels}
-            return entry.describe(origin, description=description, labels=kept, pinned=pinned)
+            return entry.update_metadata(
+                origin, description=description, labels=kept, pinned=pinned
+            )
 
         return self._change(name, change)
 
@@ -142,7 +144,7 @@ class Names:
 
         Raises AdapterNotFound or AdapterInvalid.
         """
-        split = split_of(targets)
+        split = checked_split(targets)
         return self._change(name, lambda entry: entry.set_alias(alias, split, origin))
 
     def delete_alias(self, name: str, alias: str, origin: Origin) -> NameRecord:
@@ -176,7 +178,9 @@ class Names:
         after = self._change(parts.name, change)
         left = {version.number for version in after.versions}
         removed = [version for version in before[0].versions if version.number not in left]
-        gone = filter(self._garbage.abandon, sorted({version.digest for version in removed}))
+        gone = filter(
+            self._garbage.discard_if_unused, sorted({version.digest for version in removed})
+        )
         return Deleted(len(removed), tuple(gone))
 
     def _find(self, name: str) -> NameRecord | None:

@@ -27,7 +27,7 @@ MAX_REPORTS = 4096
 
 
 class ProgramCache:
-    """Lowers directories, stored contents and combinations of them. Thread-safe."""
+    """Lowers directories, stored contents and mixs of them. Thread-safe."""
 
     def __init__(
         self,
@@ -38,17 +38,17 @@ class ProgramCache:
         limits: AdapterLimits,
         base_policy: BasePolicy,
         max_merged_bytes: int | None,
-        is_wanted: Callable[[str], bool],
+        is_needed: Callable[[str], bool],
     ) -> None:
-        """`is_wanted` tells whether content must be there, as a name or a lease holds it;
+        """`is_needed` tells whether content must be there, as a name or a lease holds it;
         `max_merged_bytes` is what merged weights may take, if that is known.
         """
         self._contents, self._base, self._element_bytes = contents, base, element_bytes
-        self._limits, self._policy, self._is_wanted = limits, base_policy, is_wanted
+        self._limits, self._policy, self._is_needed = limits, base_policy, is_needed
         self._max_merged_bytes = max_merged_bytes
         self._lock = threading.Lock()
         self._reports = ReportCache(MAX_REPORTS)
-        self._combinations: dict[str, Mix] = {}
+        self._mixes: dict[str, Mix] = {}
 
     def read(self, directory: Path) -> AdapterProgram:
         """Lowers an upload, which must keep to the limits and the policy about its base.
@@ -64,15 +64,15 @@ class ProgramCache:
         Raises StoreCorrupt, also for content that is named or leased but gone from the disk,
         AdapterNotFound, or AdapterInvalid when it does not fit the base that is served now.
         """
-        if (combination := self._combinations.get(digest)) is not None:
-            parts = [self.program(part.digest) for part in combination.components]
-            return mixed_program(combination, parts, self._base)
+        if (mix := self._mixes.get(digest)) is not None:
+            parts = [self.program(part.digest) for part in mix.components]
+            return mixed_program(mix, parts, self._base)
         try:
             program = _lowered(self.checkpoint(digest), self._base, self._limits.for_stored())
             if program.digest != digest:
                 raise StoreCorrupt(f"{digest} holds the content of {program.digest}")
         except StoreCorrupt:
-            self.forget(digest)
+            self.drop_report(digest)
             raise
         return program
 
@@ -80,11 +80,11 @@ class ProgramCache:
         """Stored content as it was sent. Raises StoreCorrupt or AdapterNotFound."""
         for _ in range(EVICTIONS):
             folder = self._open(digest)
-            if hold := self._contents.hold(digest):
+            if lock := self._contents.lock(digest):
                 try:
                     return read_checkpoint(folder, self._limits.for_stored())
                 finally:
-                    hold.release()
+                    lock.release()
         raise StoreCorrupt(f"{digest} does not stay on the disk long enough to be read")
 
     def report(self, digest: str) -> Report:
@@ -98,8 +98,8 @@ class ProgramCache:
         if kept is not None and self._contents.has(digest):
             return kept
         made = self.describe(self.program(digest))
-        if self._is_wanted(digest):
-            self.remember(made)
+        if self._is_needed(digest):
+            self.cache_report(made)
         return made
 
     def describe(self, program: AdapterProgram) -> Report:
@@ -112,23 +112,23 @@ class ProgramCache:
         wanted = f"it can only be served merged, in {report.merged_bytes} bytes"
         return replace(report, warnings=(*report.warnings, f"{wanted}, and this server {room}"))
 
-    def remember(self, report: Report) -> None:
+    def cache_report(self, report: Report) -> None:
         """Keeps a report of content that is stored."""
         with self._lock:
             self._reports.put(report)
 
-    def forget(self, digest: str) -> None:
+    def drop_report(self, digest: str) -> None:
         """The content is gone, or not what it was."""
         with self._lock:
             self._reports.drop(digest)
 
-    def add_mix(self, combination: Mix) -> None:
-        """From now on `program` knows the combination's digest."""
-        self._combinations[combination.digest] = combination
+    def add_mix(self, mix: Mix) -> None:
+        """From now on `program` knows the mix's digest."""
+        self._mixes[mix.digest] = mix
 
     def remove_mix(self, digest: str) -> None:
-        """Forgets a combination that nobody leases."""
-        self._combinations.pop(digest, None)
+        """Forgets a mix that nobody leases."""
+        self._mixes.pop(digest, None)
 
     def _open(self, digest: str) -> Path:
         """The folder of intact content. Raises StoreCorrupt or AdapterNotFound."""
@@ -138,7 +138,7 @@ class ProgramCache:
             try:
                 return self._contents.open(digest)
             except AdapterNotFound:
-                if not self._is_wanted(digest):
+                if not self._is_needed(digest):
                     raise
         raise StoreCorrupt(f"{digest} is gone from the disk")
 

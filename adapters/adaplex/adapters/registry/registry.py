@@ -19,7 +19,7 @@ from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_match import BasePolicy, other_base
 from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.adapters.program.traits import AdapterTraits
-from adaplex.adapters.registry.intake import Intake, Room
+from adaplex.adapters.registry.intake import Capacity, Intake
 from adaplex.adapters.registry.names import Names
 from adaplex.adapters.registry.program_cache import ProgramCache
 from adaplex.adapters.sources.signatures import SignaturePolicy, SignatureVerifier
@@ -46,33 +46,33 @@ class AdapterRegistry:
         catalog: Catalog,
         base: BaseSpec,
         *,
-        room: Room,
+        capacity: Capacity,
         base_policy: BasePolicy = BasePolicy.WARN,
         signatures: SignatureVerifier | None = None,
     ) -> None:
         self._contents, self._catalog = contents, catalog
-        self.base, self._policy, self._room = base, base_policy, room
+        self.base, self._policy, self._capacity = base, base_policy, capacity
         self._leases = Leases(contents)
-        self._combining = threading.Lock()
+        self._mixing = threading.Lock()
         self.programs = ProgramCache(
             contents,
             base,
-            element_bytes=room.element_bytes,
-            limits=room.limits,
+            element_bytes=capacity.element_bytes,
+            limits=capacity.limits,
             base_policy=base_policy,
-            max_merged_bytes=room.max_merged_bytes,
-            is_wanted=lambda digest: digest in self._leases or catalog.holds(digest),
+            max_merged_bytes=capacity.max_merged_bytes,
+            is_needed=lambda digest: digest in self._leases or catalog.is_referenced(digest),
         )
         self.garbage = GarbageCollector(
             catalog,
             contents,
-            in_use=lambda digest: digest in self._leases,
-            forget=self.programs.forget,
+            is_leased=lambda digest: digest in self._leases,
+            on_removed=self.programs.drop_report,
         )
-        self.names = Names(catalog, self.garbage, element_bytes=room.element_bytes)
+        self.names = Names(catalog, self.garbage, element_bytes=capacity.element_bytes)
         self.intake = Intake(
             base=base,
-            room=room,
+            capacity=capacity,
             contents=contents,
             catalog=catalog,
             programs=self.programs,
@@ -105,7 +105,9 @@ class AdapterRegistry:
             FolderContent(root),
             SqliteCatalog(root / "catalog.sqlite3"),
             base,
-            room=Room(element_bytes, limits or AdapterLimits(), max_packed_bytes, max_merged_bytes),
+            capacity=Capacity(
+                element_bytes, limits or AdapterLimits(), max_packed_bytes, max_merged_bytes
+            ),
             base_policy=base_policy,
             signatures=signatures,
         )
@@ -116,15 +118,15 @@ class AdapterRegistry:
         `routing_key` makes requests take the same side of a weighted alias.
         Raises AdapterNotFound, or BaseMismatch by policy.
         """
-        record = self._take(selector, routing_key)
+        record = self._acquire(selector, routing_key)
         try:
             warnings = self._warnings(record)
         except BaseException:
-            self._give_back(record.digest)
+            self._release(record.digest)
             raise
-        return Lease(record, lambda: self._give_back(record.digest), warnings=warnings)
+        return Lease(record, lambda: self._release(record.digest), warnings=warnings)
 
-    def resolve_combination(
+    def resolve_mix(
         self, selectors: Sequence[tuple[str, float]], *, routing_key: str = ""
     ) -> Lease:
         """Binds several weighted selectors to one content, their sum.
@@ -139,26 +141,26 @@ class AdapterRegistry:
             parts = [
                 LeasedAdapter(lease.record, w) for lease, w in zip(leases, weights, strict=True)
             ]
-            combination = Mix.of(Component(p.record.digest, p.weight) for p in parts)
-            record = self._combined(combination, parts)
+            mix = Mix.of(Component(p.record.digest, p.weight) for p in parts)
+            record = self._mix_record(mix, parts)
         except BaseException:
             for lease in leases:
                 lease.release()
             raise
-        with self._combining:
-            if not combination.alone:
-                self.programs.add_mix(combination)
-            self._leases.take(record.digest)
+        with self._mixing:
+            if not mix.alone:
+                self.programs.add_mix(mix)
+            self._leases.acquire(record.digest)
 
-        def give_back() -> tuple[str, ...]:
-            with self._combining:
-                if self._leases.give_back(record.digest):
+        def release() -> tuple[str, ...]:
+            with self._mixing:
+                if self._leases.release(record.digest):
                     self.programs.remove_mix(record.digest)  # nothing, of a plain one
             gone = tuple(digest for lease in leases for digest in lease.release())
             return (*gone, record.digest) if gone else ()
 
         warnings = dict.fromkeys(w for lease in leases for w in lease.warnings)
-        return Lease(record, give_back, parts=parts, warnings=tuple(warnings))
+        return Lease(record, release, parts=parts, warnings=tuple(warnings))
 
     def cached_bytes(self) -> int | None:
         """Bytes that this machine keeps of a store elsewhere; None when the store is here."""
@@ -185,20 +187,20 @@ class AdapterRegistry:
         self._catalog.close()
         self._contents.close()
 
-    def _take(self, selector: str, routing_key: str) -> AdapterRecord:
+    def _acquire(self, selector: str, routing_key: str) -> AdapterRecord:
         """Resolves and leases. Content that goes in between is looked up again; what is named and
         yet not there is leased all the same, and found out about when it is read.
         """
         for _ in range(RACES):
             record = self.names.get(selector, routing_key=routing_key)
-            if self._leases.take(record.digest) or self.names.stands(record):
+            if self._leases.acquire(record.digest) or self.names.version_exists(record):
                 return record
-            self._leases.give_back(record.digest)
+            self._leases.release(record.digest)
         raise AdapterNotFound(f"{selector} changes too fast to be resolved", field="adapter")
 
-    def _give_back(self, digest: str) -> tuple[str, ...]:
+    def _release(self, digest: str) -> tuple[str, ...]:
         """Ends a lease; the content, if it went for good with it."""
-        gone = self._leases.give_back(digest) and self.garbage.abandon(digest)
+        gone = self._leases.release(digest) and self.garbage.discard_if_unused(digest)
         return (digest,) if gone else ()
 
     def _warnings(self, record: AdapterRecord) -> tuple[str, ...]:
@@ -211,25 +213,25 @@ class AdapterRegistry:
             return (*record.warnings, problem)
         return record.warnings
 
-    def _combined(self, combination: Mix, parts: Sequence[LeasedAdapter]) -> AdapterRecord:
-        """The record of a combination."""
-        if combination.alone:
-            return next(p.record for p in parts if p.record.digest == combination.alone)
-        digests = [component.digest for component in combination.components]
+    def _mix_record(self, mix: Mix, parts: Sequence[LeasedAdapter]) -> AdapterRecord:
+        """The record of a mix."""
+        if mix.alone:
+            return next(p.record for p in parts if p.record.digest == mix.alone)
+        digests = [component.digest for component in mix.components]
         reports = [self.programs.report(digest) for digest in digests]
-        check_mix(combination, reports, {part.record.digest: part.record.name for part in parts})
-        size = mix_packed_bytes(reports, self._room.element_bytes)
-        most = self._room.max_packed_bytes
+        check_mix(mix, reports, {part.record.digest: part.record.name for part in parts})
+        size = mix_packed_bytes(reports, self._capacity.element_bytes)
+        most = self._capacity.max_packed_bytes
         if most is not None and size > most:
             raise AdapterTooLarge(
-                f"the combination takes {size} bytes in memory, the arena has {most}",
+                f"the mix takes {size} bytes in memory, the arena has {most}",
                 field="adapters",
             )
         ranks = mix_ranks(reports)
         return AdapterRecord(
             name="+".join(part.record.name for part in parts),
             version=0,
-            digest=combination.digest,
+            digest=mix.digest,
             family="combination",
             traits=AdapterTraits(
                 modules=len(ranks),

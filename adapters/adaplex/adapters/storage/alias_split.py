@@ -26,7 +26,7 @@ Split = tuple[Target, ...]
 """By version, so that shifting weight between two neighbours moves no request of a third."""
 
 
-def split_of(targets: Iterable[Target]) -> Split:
+def checked_split(targets: Iterable[Target]) -> Split:
     """Checked targets, by version. Raises AdapterInvalid naming `targets`."""
     split = tuple(sorted(targets, key=lambda target: target.version))
     if not 1 <= len(split) <= MAX_TARGETS:
@@ -40,7 +40,7 @@ def split_of(targets: Iterable[Target]) -> Split:
     return split
 
 
-def choose(split: Split, key: str, scope: str) -> int:
+def choose_version(split: Split, key: str, scope: str) -> int:
     """The version for a request.
 
     The same `key` takes the same version while the weights stay, and a key changes sides only if

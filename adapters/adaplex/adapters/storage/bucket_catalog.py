@@ -36,7 +36,7 @@ class BucketCatalog:
 
     def __init__(self, bucket: Bucket, mirror: SqliteCatalog, *, refresh_seconds: float) -> None:
         self._bucket, self._mirror, self._refresh_seconds = bucket, mirror, refresh_seconds
-        self._looked: dict[str, float] = {}
+        self._refreshed: dict[str, float] = {}
         """When each name was looked up, in `time.monotonic()` seconds."""
         self._listed = float("-inf")
         self._listing = threading.Lock()
@@ -48,13 +48,13 @@ class BucketCatalog:
 
     def get(self, name: str) -> NameRecord | None:
         """See Catalog."""
-        if time.monotonic() - self._looked.get(name, float("-inf")) >= self._refresh_seconds:
+        if time.monotonic() - self._refreshed.get(name, float("-inf")) >= self._refresh_seconds:
             try:
-                self._look_up(name)
+                self._refresh(name)
             except SourceUnavailable:
                 if self._mirror.get(name) is None:
                     raise
-                self._note(name)  # not asked again before the next interval
+                self._mark_refreshed(name)  # not asked again before the next interval
         return self._mirror.get(name)
 
     def update(self, name: str, change: Callable[[NameRecord | None], NameRecord]) -> NameRecord:
@@ -66,10 +66,10 @@ class BucketCatalog:
                 assert blob is None or isinstance(blob, Blob)
                 before = from_json(blob.data) if blob else None
                 if before is not None and blob and blob.data == sent:
-                    return self._changed(before, blob.etag)  # our own, whose answer was lost
+                    return self._mirror_change(before, blob.etag)  # our own, whose answer was lost
                 after = change(before)
                 if blob and after == before:
-                    return self._changed(after, blob.etag)
+                    return self._mirror_change(after, blob.etag)
                 sent = to_json(after)
                 try:
                     if blob:
@@ -79,12 +79,12 @@ class BucketCatalog:
                         etag = self._bucket.put(_key(name), sent, if_absent=True)
                 except Conflict:
                     continue
-                return self._changed(after, etag)
+                return self._mirror_change(after, etag)
         raise SourceUnavailable(f"{self._bucket.uri}: {name} changes too fast to be changed")
 
     def query(self, query: Query) -> list[NameRecord]:
         """See Catalog."""
-        return self._listed_mirror().query(query)
+        return self._fresh_mirror().query(query)
 
     def order_value(self, entry: NameRecord, order: Order) -> str | int:
         """See Catalog."""
@@ -92,29 +92,29 @@ class BucketCatalog:
 
     def by_digest(self, digest: str) -> tuple[NameRecord, Version] | None:
         """See Catalog."""
-        return self._listed_mirror().by_digest(digest)
+        return self._fresh_mirror().by_digest(digest)
 
-    def holds(self, digest: str) -> bool:
+    def is_referenced(self, digest: str) -> bool:
         """See Catalog."""
-        return self._listed_mirror().holds(digest)
+        return self._fresh_mirror().is_referenced(digest)
 
-    def seems_held(self, digest: str) -> bool:
+    def is_referenced_locally(self, digest: str) -> bool:
         """See Catalog."""
-        return self._mirror.holds(digest)
+        return self._mirror.is_referenced(digest)
 
     def digests(self) -> frozenset[str]:
         """See Catalog."""
-        return self._listed_mirror().digests()
+        return self._fresh_mirror().digests()
 
     def pinned(self) -> list[NameRecord]:
         """See Catalog."""
-        return self._listed_mirror().pinned()
+        return self._fresh_mirror().pinned()
 
     def usage(self) -> StoreUsage:
         """See Catalog. Servers that upload at the same time may overshoot a quota by what they
         upload.
         """
-        return self._listed_mirror().usage()
+        return self._fresh_mirror().usage()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -125,7 +125,7 @@ class BucketCatalog:
 
     def check_integrity(self) -> None:
         """Asserts that every entry of the bucket can be read, and is mirrored as it is."""
-        self._list()
+        self._refresh_all()
         self._mirror.check_integrity()
         for stat in self._bucket.list(FOLDER):
             name = _name(stat.key)
@@ -137,7 +137,7 @@ class BucketCatalog:
         """See Catalog."""
         self._mirror.close()
 
-    def _look_up(self, name: str) -> None:
+    def _refresh(self, name: str) -> None:
         """Brings one name up to date, unless this process has changed it meanwhile."""
         changes = self._changes.get(name, 0)
         found = self._bucket.get(_key(name), unless_etag=self._mirror.tag(name))
@@ -147,10 +147,10 @@ class BucketCatalog:
             if isinstance(found, Blob):
                 self._mirror.put(from_json(found.data), found.etag)
             elif found is None and self._mirror.get(name) is not None:
-                self._mirror.forget(name)
-            self._note(name)
+                self._mirror.drop(name)
+            self._mark_refreshed(name)
 
-    def _listed_mirror(self) -> SqliteCatalog:
+    def _fresh_mirror(self) -> SqliteCatalog:
         """The mirror, brought up to date as a whole if it is too old. While one thread does that,
         the others take it as it is, once there is one.
         """
@@ -159,7 +159,7 @@ class BucketCatalog:
             return self._mirror
         try:
             if time.monotonic() - self._listed >= self._refresh_seconds:
-                self._list()
+                self._refresh_all()
         except SourceUnavailable:
             if self._listed == float("-inf"):
                 raise
@@ -168,32 +168,32 @@ class BucketCatalog:
             self._listing.release()
         return self._mirror
 
-    def _list(self) -> None:
+    def _refresh_all(self) -> None:
         """Fetches what has changed since the mirror saw it, and forgets what is gone."""
         known, begun = self._mirror.tags(), time.monotonic()
         there = {_name(stat.key): stat.etag for stat in self._bucket.list(FOLDER)}
         changed = {name for name, etag in there.items() if known.get(name) != etag}
         for name in changed | (known.keys() - there.keys()):  # some came while the list was made
             try:
-                self._look_up(name)
+                self._refresh(name)
             except SourceUnavailable:
                 raise
             except AdapterError as error:  # of a newer version, perhaps; the others can be served
                 log.warning("%s: %s", name, error)
         self._listed = begun
 
-    def _changed(self, entry: NameRecord, etag: str) -> NameRecord:
+    def _mirror_change(self, entry: NameRecord, etag: str) -> NameRecord:
         """Takes over what this process has written."""
         with self._mirroring:
             self._mirror.put(entry, etag)
             self._changes[entry.name] = self._changes.get(entry.name, 0) + 1
-            self._note(entry.name)
+            self._mark_refreshed(entry.name)
         return entry
 
-    def _note(self, name: str) -> None:
-        if len(self._looked) >= MAX_AGES:
-            self._looked.clear()
-        self._looked[name] = time.monotonic()
+    def _mark_refreshed(self, name: str) -> None:
+        if len(self._refreshed) >= MAX_AGES:
+            self._refreshed.clear()
+        self._refreshed[name] = time.monotonic()
 
 
 def _key(name: str) -> str:

@@ -27,7 +27,7 @@ from adaplex.adapters.errors import (
     StoreCorrupt,
 )
 from adaplex.adapters.storage.bucket import Blob, Bucket, Conflict
-from adaplex.adapters.storage.content_store import Hold
+from adaplex.adapters.storage.content_store import ContentLock
 from adaplex.adapters.storage.folder_content import MANIFEST, FolderContent
 from adaplex.adapters.storage.staging import FileSpec, Staging
 
@@ -84,11 +84,11 @@ class BucketContent:
         """See Contents."""
         return self._cache.stage(files)
 
-    def scratch(self) -> Path:
+    def scratch_folder(self) -> Path:
         """See Contents."""
-        return self._cache.scratch()
+        return self._cache.scratch_folder()
 
-    def take(self, staging: Staging, digest: str) -> bool:
+    def add(self, staging: Staging, digest: str) -> bool:
         """See Contents. Content that is there already loses its mark, if it has one."""
         for _ in range(TRIES):
             known, etag = self._read(digest)
@@ -99,8 +99,8 @@ class BucketContent:
                     self._write(replace(known, unnamed_since=""), etag)
             except Conflict:
                 continue
-            self._cache.take(staging, digest)
-            self._make_room(digest)
+            self._cache.add(staging, digest)
+            self._evict(digest)
             return known is None or known.gone
         raise SourceUnavailable(f"{self._bucket.uri}: {digest} changes too fast to be stored")
 
@@ -116,9 +116,9 @@ class BucketContent:
             self._fetch(digest)
             return self._cache.open(digest)
 
-    def hold(self, digest: str) -> Hold | None:
+    def lock(self, digest: str) -> ContentLock | None:
         """See Contents; of what is here. The bucket keeps what servers use by its grace period."""
-        return self._cache.hold(digest)
+        return self._cache.lock(digest)
 
     def remove(self, digest: str, *, damaged: bool = False) -> bool:
         """See Contents. From this machine now, from the bucket after the grace period. Whether it
@@ -128,7 +128,7 @@ class BucketContent:
             return False
         known, etag = self._read(digest)
         if known is None or known.gone:
-            self._clear(digest)
+            self._delete_leftovers(digest)
             return True
         try:
             if damaged or self._is_due(known):
@@ -163,7 +163,7 @@ class BucketContent:
         """See Contents."""
         self._cache.close()
 
-    def _clear(self, digest: str) -> None:
+    def _delete_leftovers(self, digest: str) -> None:
         """Deletes what uploads that never ended have left; one may be under way still."""
         oldest = datetime.now(UTC) - self._grace
         stats = list(self._bucket.list(_folder(digest)))
@@ -204,7 +204,7 @@ class BucketContent:
         manifest = Manifest.parse(blob.data, digest) if isinstance(blob, Blob) else None
         if manifest is None or manifest.gone:
             raise AdapterNotFound(f"{digest} is not in the store")
-        folder = self._cache.scratch()
+        folder = self._cache.scratch_folder()
         try:
             for file in manifest.files:
                 path, key = folder / Path(file.name).name, manifest.key(file.name)
@@ -215,12 +215,12 @@ class BucketContent:
                 staging.verify()
             except AdapterInvalid as error:
                 raise StoreCorrupt(f"{digest}: in the bucket, {error}") from error
-            self._cache.take(staging, digest)
+            self._cache.add(staging, digest)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        self._make_room(digest)
+        self._evict(digest)
 
-    def _make_room(self, newest: str) -> None:
+    def _evict(self, newest: str) -> None:
         """Removes what was used longest ago until the cache keeps to its budget."""
         self._cache.touch(newest)
         used = self._cache.by_last_use()

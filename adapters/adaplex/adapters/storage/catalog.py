@@ -64,11 +64,11 @@ class Catalog(Protocol):
         """The newest version of any name that points to the content."""
         ...
 
-    def holds(self, digest: str) -> bool:
+    def is_referenced(self, digest: str) -> bool:
         """Whether a version points to the content."""
         ...
 
-    def seems_held(self, digest: str) -> bool:
+    def is_referenced_locally(self, digest: str) -> bool:
         """As `holds`, as far as is known here: asks nobody."""
         ...
 

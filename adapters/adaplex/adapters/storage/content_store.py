@@ -11,7 +11,7 @@ from adaplex.adapters.errors import AdapterNotFound, StoreCorrupt
 from adaplex.adapters.storage.staging import FileSpec, Staging
 
 
-class Hold:
+class ContentLock:
     """Keeps an object from removal, by any process, until it is released."""
 
     def __init__(self, manifest: TextIOWrapper) -> None:
@@ -29,11 +29,11 @@ class ContentStore(Protocol):
         """An empty staging folder for files that were checked."""
         ...
 
-    def scratch(self) -> Path:
+    def scratch_folder(self) -> Path:
         """A new folder that `Staging.adopt` can take over; the caller's to remove."""
         ...
 
-    def take(self, staging: Staging, digest: str) -> bool:
+    def add(self, staging: Staging, digest: str) -> bool:
         """Keeps verified files under their digest, durably; an object that is there already stays.
         Whether they were kept.
         """
@@ -45,7 +45,7 @@ class ContentStore(Protocol):
         """
         ...
 
-    def hold(self, digest: str) -> Hold | None:
+    def lock(self, digest: str) -> ContentLock | None:
         """Keeps an object from removal; None when it is not there, or about to go."""
         ...
 

@@ -24,7 +24,7 @@ from adaplex.adapters.checkpoint import FILES
 from adaplex.adapters.digest import PATTERN, PREFIX
 from adaplex.adapters.durable_files import file_sha256, publish, sync
 from adaplex.adapters.errors import AdapterNotFound, StoreCorrupt
-from adaplex.adapters.storage.content_store import Hold
+from adaplex.adapters.storage.content_store import ContentLock
 from adaplex.adapters.storage.staging import FileSpec, Staging
 
 MANIFEST = "manifest.json"
@@ -54,13 +54,13 @@ class FolderContent:
         """See Contents."""
         return Staging(self._staging / uuid.uuid4().hex, files)
 
-    def scratch(self) -> Path:
+    def scratch_folder(self) -> Path:
         """See Contents."""
         folder = self._staging / uuid.uuid4().hex
         folder.mkdir()
         return folder
 
-    def take(self, staging: Staging, digest: str) -> bool:
+    def add(self, staging: Staging, digest: str) -> bool:
         """See Contents."""
         target = self.path(digest)
         if target.exists():
@@ -96,7 +96,7 @@ class FolderContent:
             raise StoreCorrupt(f"{digest}: {error}") from error
         return directory
 
-    def hold(self, digest: str) -> Hold | None:
+    def lock(self, digest: str) -> ContentLock | None:
         """See Contents."""
         path = self.path(digest) / MANIFEST
         try:
@@ -106,7 +106,7 @@ class FolderContent:
         try:
             fcntl.flock(manifest, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(manifest.fileno()), path.stat()):
-                return Hold(manifest)
+                return ContentLock(manifest)
         except OSError:  # somebody is removing it, or has
             pass
         manifest.close()

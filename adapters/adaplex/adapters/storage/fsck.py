@@ -47,7 +47,7 @@ def check_store(catalog: Catalog, contents: ContentStore) -> Iterator[Problem]:
         kind = "damaged" if contents.has(digest) else "missing"
         yield Problem(kind, digest, f"{entry.name}@{version.number}", reason)
     for digest in sorted(contents.digests() - catalog.digests()):
-        if not catalog.holds(digest):
+        if not catalog.is_referenced(digest):
             yield Problem("orphan", digest, "", "no name points to it")
 
 

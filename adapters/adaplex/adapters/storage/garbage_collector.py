@@ -21,30 +21,32 @@ class GarbageCollector:
         catalog: Catalog,
         contents: ContentStore,
         *,
-        in_use: Callable[[str], bool],
-        forget: Callable[[str], None],
+        is_leased: Callable[[str], bool],
+        on_removed: Callable[[str], None],
     ) -> None:
-        """`in_use` tells whether a request of this process needs a content; `forget` is told of
-        each that went.
+        """`is_leased` returns True if a request of this process uses a content; `on_removed` is
+        called for each content that was removed.
         """
         self._catalog, self._contents = catalog, contents
-        self._in_use, self._forget = in_use, forget
+        self._is_leased, self._on_removed = is_leased, on_removed
 
     def collect(self, digest: str) -> bool:
         """Removes content that is neither named nor held by any process; whether it did."""
-        if self._in_use(digest) or self._catalog.holds(digest):  # seen without waiting for others
+        if self._is_leased(digest) or self._catalog.is_referenced(
+            digest
+        ):  # seen without waiting for others
             return False
         with self._catalog.paused():
-            if self._catalog.holds(digest) or not self._contents.remove(digest):
+            if self._catalog.is_referenced(digest) or not self._contents.remove(digest):
                 return False
-        self._forget(digest)
+        self._on_removed(digest)
         return True
 
-    def abandon(self, digest: str) -> bool:
+    def discard_if_unused(self, digest: str) -> bool:
         """The last name or lease of a content may be gone. Whether nothing here needs it any more,
         so that it can leave the memory; its files go now, or with the next sweep.
         """
-        if self._in_use(digest) or self._catalog.seems_held(digest):
+        if self._is_leased(digest) or self._catalog.is_referenced_locally(digest):
             return False
         try:
             self.collect(digest)

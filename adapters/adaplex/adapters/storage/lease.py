@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from adaplex.adapters.storage.adapter_record import AdapterRecord
-from adaplex.adapters.storage.content_store import ContentStore, Hold
+from adaplex.adapters.storage.content_store import ContentLock, ContentStore
 
 
 class Leases:
@@ -19,17 +19,17 @@ class Leases:
         self._contents = contents
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
-        self._holds: dict[str, Hold] = {}
+        self._locks: dict[str, ContentLock] = {}
 
-    def take(self, digest: str) -> bool:
+    def acquire(self, digest: str) -> bool:
         """One more user. Whether the content is held; if it is not in the store, it cannot be."""
         with self._lock:
-            if digest not in self._holds and (hold := self._contents.hold(digest)):
-                self._holds[digest] = hold
+            if digest not in self._locks and (lock := self._contents.lock(digest)):
+                self._locks[digest] = lock
             self._counts[digest] += 1
-            return digest in self._holds
+            return digest in self._locks
 
-    def give_back(self, digest: str) -> bool:
+    def release(self, digest: str) -> bool:
         """One user less. Whether it was the last."""
         with self._lock:
             self._counts[digest] -= 1
@@ -37,8 +37,8 @@ class Leases:
             if self._counts[digest]:
                 return False
             del self._counts[digest]
-            if hold := self._holds.pop(digest, None):
-                hold.release()
+            if lock := self._locks.pop(digest, None):
+                lock.release()
             return True
 
     def __contains__(self, digest: object) -> bool:
@@ -63,7 +63,7 @@ class Lease:
     def __init__(
         self,
         record: AdapterRecord,
-        give_back: Callable[[], tuple[str, ...]],
+        on_release: Callable[[], tuple[str, ...]],
         *,
         parts: Sequence[LeasedAdapter] = (),
         warnings: Sequence[str] = (),
@@ -72,7 +72,7 @@ class Lease:
         self.parts = tuple(parts)
         """What is combined; empty for a single adapter."""
         self.warnings = tuple(warnings)
-        self._give_back = give_back
+        self._on_release = on_release
         self._held = threading.Lock()
         """Free while the lease is held: only one release can take it."""
 
@@ -80,7 +80,7 @@ class Lease:
         """Gives the contents back. Those that are gone for good by it, and can leave the memory;
         none the second time.
         """
-        return self._give_back() if self._held.acquire(blocking=False) else ()
+        return self._on_release() if self._held.acquire(blocking=False) else ()
 
     def __enter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound, StoreFull
-from adaplex.adapters.storage.alias_split import Split, Target, choose
+from adaplex.adapters.storage.alias_split import Split, Target, choose_version
 from adaplex.adapters.storage.event import Event, Origin
 from adaplex.adapters.storage.selector import ALIAS, DEFAULT, LATEST
 from adaplex.adapters.storage.version import Version
@@ -73,7 +73,7 @@ class NameRecord:
         if followed not in self.aliases:
             raise AdapterNotFound(f"{self.name} has no alias {followed}")
         scope = f"{self.name}@{followed}"
-        return self.version(choose(self.aliases[followed], routing_key, scope)), followed
+        return self.version(choose_version(self.aliases[followed], routing_key, scope)), followed
 
     def reachable(self) -> tuple[Version, ...]:
         """The versions that the bare name can lead to now."""
@@ -97,7 +97,7 @@ class NameRecord:
             source=version.source,
         )
         grown = replace(self, last_version=numbered.number, versions=(*self.versions, numbered))
-        return grown._with(event)
+        return grown._with_event(event)
 
     def set_alias(self, alias: str, split: Split, origin: Origin) -> NameRecord:
         """With an alias that points to the split, or is gone when that is empty.
@@ -118,7 +118,7 @@ class NameRecord:
         event = Event(
             origin.time, "alias", alias=alias, before=before, after=split, actor=origin.actor
         )
-        return replace(self, aliases=rest | ({alias: split} if split else {}))._with(event)
+        return replace(self, aliases=rest | ({alias: split} if split else {}))._with_event(event)
 
     def rollback(self, alias: str, origin: Origin) -> NameRecord:
         """With an alias as it was before its last change; doing it twice undoes it.
@@ -158,7 +158,7 @@ class NameRecord:
             return self.remove(origin)
         left = tuple(version for version in self.versions if version != gone)
         event = Event(origin.time, "delete_version", number, gone.digest, actor=origin.actor)
-        return replace(self, versions=left)._with(event)
+        return replace(self, versions=left)._with_event(event)
 
     def remove(self, origin: Origin) -> NameRecord:
         """The tombstone. Raises AdapterNotFound when it is one."""
@@ -167,9 +167,9 @@ class NameRecord:
         event = Event(
             origin.time, "delete", actor=origin.actor, detail=f"{len(self.versions)} versions"
         )
-        return NameRecord(self.name, self.last_version, history=self.history)._with(event)
+        return NameRecord(self.name, self.last_version, history=self.history)._with_event(event)
 
-    def describe(
+    def update_metadata(
         self,
         origin: Origin,
         *,
@@ -191,7 +191,7 @@ class NameRecord:
         _check_description(described.description)
         _check_labels(described.labels)
         event = Event(origin.time, "update", actor=origin.actor, detail=", ".join(changed))
-        return described._with(event)
+        return described._with_event(event)
 
     def check_integrity(self) -> None:
         """Asserts what the operations above keep true."""
@@ -202,7 +202,7 @@ class NameRecord:
         assert targets <= set(numbers)
         assert self.history, "every entry began with an event"
 
-    def _with(self, event: Event) -> NameRecord:
+    def _with_event(self, event: Event) -> NameRecord:
         return replace(self, history=(*self.history, event)[-MAX_EVENTS:])
 
     def _check_alias(self, alias: str) -> None:

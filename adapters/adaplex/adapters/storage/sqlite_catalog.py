@@ -100,7 +100,7 @@ class SqliteCatalog:
         with self._transaction() as db:
             self._write(db, self._get(db, entry.name), entry, tag)
 
-    def forget(self, name: str) -> None:
+    def drop(self, name: str) -> None:
         """Drops an entry and its tombstone."""
         with self._transaction() as db:
             for table in ("versions", "labels", "entries"):
@@ -155,13 +155,13 @@ class SqliteCatalog:
                     return entry, version
         return None
 
-    def holds(self, digest: str) -> bool:
+    def is_referenced(self, digest: str) -> bool:
         """See Catalog."""
         return bool(self._rows("SELECT 1 FROM versions WHERE digest = ? LIMIT 1", digest))
 
-    def seems_held(self, digest: str) -> bool:
+    def is_referenced_locally(self, digest: str) -> bool:
         """See Catalog."""
-        return self.holds(digest)
+        return self.is_referenced(digest)
 
     def digests(self) -> frozenset[str]:
         """See Catalog."""

@@ -55,7 +55,7 @@ def gc(
         from adaplex.adapters.storage.garbage_collector import GarbageCollector
 
         collector = GarbageCollector(
-            catalog, contents, in_use=lambda _: False, forget=lambda _: None
+            catalog, contents, is_leased=lambda _: False, on_removed=lambda _: None
         )
         removed = collector.sweep()
     typer.echo(f"removed {len(removed)} contents that nothing named")

@@ -112,7 +112,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         page, more = entries[: query.limit], len(entries) > query.limit
         response = adapters_pb2.ListAdaptersResponse(adapters=map(self._newest, page))
         if more:
-            after = self._names.after(page[-1], query)
+            after = self._names.cursor(page[-1], query)
             response.next_page_token = messages.page_token(request, after)
         return response
 
@@ -174,7 +174,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.UnloadAdapterResponse:
         """Frees the adapter's memory once its running requests are done."""
         _log_adapter(request.name)
-        records = await in_thread(self._names.sides, request.name)
+        records = await in_thread(self._names.candidates, request.name)
         unloaded = [await self._engine.unload(record.digest) for record in records]
         return adapters_pb2.UnloadAdapterResponse(was_resident=any(unloaded))
 
@@ -205,7 +205,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return self._newest(entry)
 
     def _newest(self, entry: NameRecord) -> adapters_pb2.Adapter:
-        return self._adapter(self._names.newest(entry), entry)
+        return self._adapter(self._names.latest(entry), entry)
 
     def _adapter(self, record: AdapterRecord, entry: NameRecord) -> adapters_pb2.Adapter:
         """Returns the adapter as a protobuf message, with its residency now."""
