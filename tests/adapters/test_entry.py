@@ -65,7 +65,7 @@ def test_rollback_of_a_default_that_was_never_set_leaves_the_newest() -> None:
 def test_rollback_to_a_deleted_version_is_refused() -> None:
     a = entry(versions=2).set_alias("prod", checked_split([Target(1)]), origin())
     a = a.set_alias("prod", checked_split([Target(2)]), origin()).remove_version(1, origin())
-    with pytest.raises(AdapterInvalid, match="version 1, deleted since"):
+    with pytest.raises(AdapterInvalid, match="version 1, which was deleted"):
         a.rollback("prod", origin())
 
 
@@ -112,7 +112,7 @@ def test_what_is_no_alias(alias: str) -> None:
 
 
 def test_bounds() -> None:
-    with pytest.raises(StoreFull, match="as many as are allowed"):
+    with pytest.raises(StoreFull, match="has 2 versions, the limit is 2; delete some"):
         entry(versions=2).add(version(3), max_versions=2)
     a = entry()
     for i in range(MAX_ALIASES):
@@ -131,12 +131,17 @@ def test_bounds() -> None:
 
 
 def test_an_alias_to_a_version_that_is_not_there() -> None:
-    with pytest.raises(AdapterNotFound, match="no version 7"):
+    with pytest.raises(AdapterNotFound, match=r"no version 7; it has 1$"):
         entry().set_alias("prod", checked_split([Target(7)]), origin())
-    with pytest.raises(AdapterNotFound, match="no alias prod"):
+    with pytest.raises(AdapterNotFound, match=r"no alias prod; it has latest$"):
         entry().set_alias("prod", (), origin())
-    with pytest.raises(AdapterNotFound, match="no alias prod"):
+    with pytest.raises(AdapterNotFound, match=r"no alias prod; it has latest$"):
         entry().resolve("prod")
+
+
+def test_errors_list_the_newest_versions_only() -> None:
+    with pytest.raises(AdapterNotFound, match=r"no version 99; it has \.\.\., 3, 4, .*, 12$"):
+        entry(versions=12).version(99)
 
 
 def test_what_a_name_can_lead_to() -> None:

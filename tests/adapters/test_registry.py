@@ -277,5 +277,5 @@ def test_one_staging_cannot_be_read_before_it_is_whole(registry: AdapterRegistry
     with registry.intake.stage(specs(contents)) as staging:
         staging.write(0, 0, contents[CONFIG])
         assert registry.intake.check(staging).refusals[0].where == WEIGHTS
-        with pytest.raises(AdapterInvalid, match="ended after 0 of"):
+        with pytest.raises(AdapterInvalid, match="has 0 of the"):
             registry.intake.commit(staging, "tone", replace=False, origin=UPLOAD)

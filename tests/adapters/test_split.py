@@ -16,21 +16,23 @@ from adaplex.adapters.storage.alias_split import (
 KEYS = [f"user-{i}" for i in range(20_000)]
 
 
-def sides(split: Split) -> dict[str, int]:
+def version_by_key(split: Split) -> dict[str, int]:
     return {key: choose_version(split, key, "a@default") for key in KEYS}
 
 
 def test_shares_follow_the_weights() -> None:
     split = checked_split([Target(4, 5), Target(3, 95)])
-    counts = Counter(sides(split).values())
+    counts = Counter(version_by_key(split).values())
     assert counts[4] / len(KEYS) == pytest.approx(0.05, abs=0.01)
     drawn = Counter(choose_version(split, "", "a@default") for _ in range(20_000))
     assert drawn[4] / 20_000 == pytest.approx(0.05, abs=0.01)
 
 
-def test_a_key_keeps_its_side_while_the_canary_grows() -> None:
-    before, after = (sides(checked_split([Target(3, 100 - w), Target(4, w)])) for w in (5, 20))
-    assert all(after[key] == 4 for key, side in before.items() if side == 4)
+def test_a_key_keeps_its_version_while_the_canary_grows() -> None:
+    before, after = (
+        version_by_key(checked_split([Target(3, 100 - w), Target(4, w)])) for w in (5, 20)
+    )
+    assert all(after[key] == 4 for key, version in before.items() if version == 4)
     moved = sum(before[key] != after[key] for key in KEYS)
     assert moved / len(KEYS) == pytest.approx(0.15, abs=0.01)
 
@@ -44,7 +46,7 @@ def test_aliases_draw_apart() -> None:
 
 
 def test_a_single_target_gets_everything() -> None:
-    assert set(sides(checked_split([Target(7, 0.001)])).values()) == {7}
+    assert set(version_by_key(checked_split([Target(7, 0.001)])).values()) == {7}
 
 
 @pytest.mark.parametrize(

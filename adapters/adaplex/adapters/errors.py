@@ -1,15 +1,15 @@
-"""Errors of adaplex, from the bottom up.
+"""Errors of adaplex: the root and those about adapters.
 
 AdaplexError
 ├── AdapterError
-│   ├── AdapterInvalid      the checkpoint cannot be served; lists every refusal
-│   ├── AdapterNotFound     no such name, version or digest
-│   ├── AdapterExists       the name is taken
+│   ├── AdapterInvalid      the checkpoint cannot be served; holds every refusal
+│   ├── AdapterNotFound     the name, version, alias or digest does not exist
+│   ├── AdapterExists       the name has other content, or is the base model's
 │   ├── AdapterTooLarge     a size or rank limit is exceeded
-│   ├── BaseMismatch        the adapter was checked against another base
-│   ├── StoreFull           a quota of the store, or its disk, is used up
-│   ├── SourceUnavailable   the hub or bucket that holds it cannot be reached
-│   └── StoreCorrupt        stored content is lost, or does not match its digest
+│   ├── BaseMismatch        the adapter was made for another base
+│   ├── StoreFull           a quota of the store is exhausted, or its disk full
+│   ├── SourceUnavailable   the hub or bucket cannot be reached
+│   └── StoreCorrupt        stored content is missing or does not match its digest
 └── RequestError            (adaplex.engine.errors)
 """
 
@@ -20,11 +20,11 @@ from dataclasses import dataclass
 
 
 class AdaplexError(Exception):
-    """Root of every error that a caller can be told about."""
+    """Base class of every error that callers see."""
 
 
 class AdapterError(AdaplexError):
-    """Something is wrong with an adapter; `field` names what the caller sent."""
+    """An error about an adapter. `field` names the request field, file or setting at fault."""
 
     def __init__(self, message: str, *, field: str = "adapter") -> None:
         super().__init__(message)
@@ -33,7 +33,7 @@ class AdapterError(AdaplexError):
 
 @dataclass(frozen=True)
 class Refusal:
-    """One reason not to serve a checkpoint: where (file, config field or tensor) and why."""
+    """One reason not to serve a checkpoint. `where` is a file, a config field or a tensor."""
 
     where: str
     reason: str
@@ -43,7 +43,7 @@ class Refusal:
 
 
 class AdapterInvalid(AdapterError):
-    """The checkpoint cannot be served. Holds every refusal found, not only the first."""
+    """The checkpoint cannot be served. `refusals` has every reason found, not only the first."""
 
     def __init__(self, refusals: Sequence[Refusal]) -> None:
         super().__init__("; ".join(map(str, refusals)), field=refusals[0].where)
@@ -51,42 +51,39 @@ class AdapterInvalid(AdapterError):
 
     @classmethod
     def because(cls, where: str, reason: str) -> AdapterInvalid:
-        """Builds the error from a single refusal."""
+        """Returns the error for a single refusal."""
         return cls([Refusal(where, reason)])
 
 
 class AdapterNotFound(AdapterError):
-    """No adapter has this name, version or digest."""
+    """No adapter has this name, version, alias or digest."""
 
 
 class AdapterExists(AdapterError):
-    """The name is taken by other content, or by the base model."""
+    """The name already has other content, or is a name of the base model."""
 
 
 class AdapterTooLarge(AdapterError):
-    """The adapter exceeds a byte or rank limit of this server."""
+    """The adapter exceeds a byte, rank or count limit of this server."""
 
 
 class BaseMismatch(AdapterError):
-    """The adapter was checked against another base than is served, and policy refuses that."""
+    """The adapter was made for another base than the served one, and --base-policy refuses that."""
 
 
 class StoreFull(AdapterError):
-    """A quota of the store, or its disk, is used up: something must be deleted first."""
+    """A quota of the store is exhausted, or its disk is full: adapters must be deleted first."""
 
     retry_after = 30.0
-    """Seconds."""
+    """Seconds after which a retry makes sense."""
 
 
 class SourceUnavailable(AdapterError):
-    """The place that holds the adapter cannot be reached, or does not answer as it should."""
+    """The hub or bucket cannot be reached, or its answer cannot be used."""
 
     retry_after = 5.0
-    """Seconds."""
+    """Seconds after which a retry makes sense."""
 
 
 class StoreCorrupt(AdapterError):
-    """Stored content does not match the digest it is stored under, or is gone from the disk.
-
-    Uploading it again repairs it.
-    """
+    """Stored content does not match its digest, or is missing. Uploading it again repairs it."""

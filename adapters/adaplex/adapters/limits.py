@@ -13,7 +13,7 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class AdapterLimits:
-    """Byte, count and rank limits of one adapter and of the store."""
+    """Byte, rank and count limits of one adapter and of the store."""
 
     max_adapter_bytes: int = 512 * MIB
     """Bytes of all files of one adapter."""
@@ -21,8 +21,9 @@ class AdapterLimits:
     max_virtual_tokens: int = 2048
     """Positions that an adapter may add before the prompt."""
     max_config_bytes: int = MIB
+    """Bytes of adapter_config.json."""
     max_header_bytes: int = 8 * MIB
-    """Bytes of the JSON header of a safetensors file."""
+    """Bytes of the header of a safetensors or GGUF file."""
     max_tensors: int = 100_000
     max_adapters: int = 10_000
     """Names in the catalog."""

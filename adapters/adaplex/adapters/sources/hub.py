@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from adaplex.adapters.durable_files import FULL, file_sha256
+from adaplex.adapters.durable_files import NO_SPACE, file_sha256
 from adaplex.adapters.errors import (
     AdapterInvalid,
     AdapterNotFound,
@@ -159,7 +159,7 @@ def _asked(repo: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise SourceUnavailable(f"the hub refused to give {repo}") from error
     except Exception as error:  # the HTTP library is the hub library's choice, and changes
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
             raise
         if type(error).__module__.partition(".")[0] != transport and not isinstance(error, OSError):
             raise

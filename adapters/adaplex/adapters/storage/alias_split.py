@@ -1,4 +1,4 @@
-"""Split: an alias's targets and the share of requests that each gets."""
+"""Split: the targets of an alias, and the share of requests that each gets."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from adaplex.adapters.errors import AdapterInvalid
 
 MAX_TARGETS = 8
+MAX_WEIGHT = 1e9
 
 
 @dataclass(frozen=True)
@@ -23,29 +24,34 @@ class Target:
 
 
 Split = tuple[Target, ...]
-"""By version, so that shifting weight between two neighbours moves no request of a third."""
+"""Targets by version, so that moving weight between two neighbours moves no request of a third."""
 
 
 def checked_split(targets: Iterable[Target]) -> Split:
-    """Checked targets, by version. Raises AdapterInvalid naming `targets`."""
+    """Returns the targets by version. Raises AdapterInvalid naming `targets`."""
     split = tuple(sorted(targets, key=lambda target: target.version))
     if not 1 <= len(split) <= MAX_TARGETS:
-        raise AdapterInvalid.because("targets", f"must be 1 to {MAX_TARGETS}")
-    if len({target.version for target in split}) != len(split):
-        raise AdapterInvalid.because("targets", "name a version twice")
+        reason = f"has {len(split)} targets, must have 1 to {MAX_TARGETS}"
+        raise AdapterInvalid.because("targets", reason)
+    for target, following in pairwise(split):
+        if target.version == following.version:
+            raise AdapterInvalid.because("targets", f"has version {target.version} twice")
     for target in split:
-        if not (math.isfinite(target.weight) and 0 < target.weight <= 1e9):
-            reason = f"the weight of version {target.version} must be in (0, 1e9]"
+        if not (math.isfinite(target.weight) and 0 < target.weight <= MAX_WEIGHT):
+            reason = (
+                f"the weight of version {target.version} is {target.weight:g}, "
+                f"must be in (0, {MAX_WEIGHT:g}]"
+            )
             raise AdapterInvalid.because("targets", reason)
     return split
 
 
 def choose_version(split: Split, key: str, scope: str) -> int:
-    """The version for a request.
+    """Returns the version for a request.
 
-    The same `key` takes the same version while the weights stay, and a key changes sides only if
-    the weight that moved passed over it. `scope` keeps the draws of different aliases apart. An
-    empty key draws anew each time.
+    Requests with the same `key` get the same version while the weights stay; when weights change,
+    a key changes version only if its draw lies in the share that moved. `scope` makes the draws of
+    different aliases independent. An empty key draws at random each time.
     """
     draw = _uniform(f"{scope}\0{key}") if key else random.random()
     total = math.fsum(target.weight for target in split)
@@ -57,6 +63,6 @@ def choose_version(split: Split, key: str, scope: str) -> int:
 
 
 def _uniform(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """Returns a number in [0, 1) that depends on the text alone."""
     digest = hashlib.sha256(text.encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / float(1 << 53)

@@ -1,7 +1,7 @@
 """Bucket: one prefix of an S3-compatible bucket, with conditional writes.
 
-Endpoint and credentials come from AWS_* environment variables, as obstore reads them:
-https://developmentseed.org/obstore. Plain http is taken only from an endpoint that says so.
+obstore reads the endpoint and credentials from AWS_* environment variables:
+https://developmentseed.org/obstore. Plain http is allowed only if AWS_ENDPOINT_URL has it.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ if TYPE_CHECKING:
 
 URI = re.compile(r"(?i:s3)://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,62})(?P<prefix>(/[^/?#]+)*)/*")
 TIMEOUT = timedelta(seconds=30)
-"""Without a byte; what comes slowly but steadily may take TOTAL_TIMEOUT."""
+"""Longest time without a byte."""
 TOTAL_TIMEOUT = timedelta(minutes=10)
+"""Longest time of one request."""
 RETRIES = 3
 RETRY_TIMEOUT = timedelta(seconds=20)
 
 
 class Conflict(Exception):
-    """The condition of a write does not hold: somebody else was faster."""
+    """The condition of a write does not hold: another client has changed the object."""
 
 
 @dataclass(frozen=True)
 class Blob:
-    """An object's bytes, and the mark of this state of it."""
+    """An object's bytes, and the etag of this state of it."""
 
     data: bytes
     etag: str
@@ -52,7 +53,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class Stat:
-    """What a listing says of an object; `key` is relative to the prefix."""
+    """An object as a listing shows it; `key` is relative to the prefix, `size` in bytes."""
 
     key: str
     etag: str
@@ -61,17 +62,17 @@ class Stat:
 
 
 class Unchanged:
-    """In place of a Blob: the object is still in the state that the caller knows."""
+    """Result of `get` in place of a Blob: the object still has the etag that the caller gave."""
 
 
 class Bucket:
     """Objects under `s3://bucket/prefix`. Thread-safe; calls block.
 
-    Every method raises SourceUnavailable when the bucket cannot be reached or refuses us.
+    Every method raises SourceUnavailable if the bucket cannot be reached or refuses the request.
     """
 
     def __init__(self, uri: str) -> None:
-        """Raises AdapterInvalid for what is no such URI."""
+        """Raises AdapterInvalid for an invalid URI."""
         match = URI.fullmatch(uri)
         if match is None or {".", ".."} & set(match["prefix"].split("/")):
             raise AdapterInvalid.because("uri", "must be s3://bucket/prefix")
@@ -91,9 +92,9 @@ class Bucket:
         )
 
     def get(self, key: str, *, unless_etag: str = "") -> Blob | Unchanged | None:
-        """An object; None when it is not there, Unchanged when its etag is the one given."""
+        """Returns an object, None if it is absent, Unchanged if it still has `unless_etag`."""
         options: GetOptions = {"if_none_match": unless_etag} if unless_etag else {}
-        with self._reached(key):
+        with self._unavailable_as_ours(key):
             try:
                 found = obstore.get(self._store, key, options=options)
                 return Blob(bytes(found.bytes()), found.meta["e_tag"] or "")
@@ -103,13 +104,13 @@ class Bucket:
                 return None
 
     def download(self, key: str, path: Path, *, max_bytes: int, if_etag: str = "") -> int | None:
-        """Writes an object to a file; its bytes, or None when it is not there.
+        """Writes an object to a file. Returns its size in bytes, None if it is absent.
 
-        Raises AdapterTooLarge before it writes more than `max_bytes`, and SourceUnavailable when
-        the object is no longer in the state `if_etag`.
+        Raises AdapterTooLarge before it writes more than `max_bytes`, and SourceUnavailable if the
+        object no longer has the etag `if_etag`.
         """
         options: GetOptions = {"if_match": if_etag} if if_etag else {}
-        with self._reached(key):
+        with self._unavailable_as_ours(key):
             try:
                 found = obstore.get(self._store, key, options=options)
             except (NotFoundError, FileNotFoundError):
@@ -127,12 +128,13 @@ class Bucket:
     def put(
         self, key: str, data: bytes | Path, *, if_absent: bool = False, if_etag: str = ""
     ) -> str:
-        """Writes an object whole; its etag. Raises Conflict when it is there although it must be
-        absent, or is not in the state `if_etag`.
+        """Writes an object atomically. Returns its new etag.
+
+        Raises Conflict if the object exists despite `if_absent`, or does not have `if_etag`.
         """
         mode: Any = "create" if if_absent else {"e_tag": if_etag} if if_etag else "overwrite"
-        plain = mode != "overwrite"  # conditions hold for a single request only
-        with self._reached(key):
+        plain = mode != "overwrite"  # a condition covers a single request only
+        with self._unavailable_as_ours(key):
             try:
                 done = obstore.put(
                     self._store, key, data, mode=mode, use_multipart=False if plain else None
@@ -142,8 +144,8 @@ class Bucket:
             return done["e_tag"] or ""
 
     def list(self, prefix: str = "") -> Iterator[Stat]:
-        """Every object under a key prefix that ends with a slash, or all."""
-        with self._reached(prefix):
+        """Yields the objects under a key prefix that ends with a slash, or all."""
+        with self._unavailable_as_ours(prefix):
             for page in obstore.list(self._store, prefix or None, chunk_size=1000):
                 for meta in page:
                     yield Stat(
@@ -151,8 +153,8 @@ class Bucket:
                     )
 
     def delete(self, *keys: str) -> None:
-        """Removes objects; one that is not there is no error."""
-        with self._reached(", ".join(keys)):
+        """Removes objects. Absent ones are ignored."""
+        with self._unavailable_as_ours(", ".join(keys)):
             for key in keys:
                 try:
                     obstore.delete(self._store, key)
@@ -160,8 +162,8 @@ class Bucket:
                     continue
 
     @contextmanager
-    def _reached(self, key: str) -> Iterator[None]:
-        """Says that the bucket could not be asked, without what its answer holds."""
+    def _unavailable_as_ours(self, key: str) -> Iterator[None]:
+        """Raises SourceUnavailable for errors of obstore, without their text, which callers see."""
         try:
             yield
         except BaseError as error:

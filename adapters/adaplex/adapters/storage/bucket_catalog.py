@@ -1,8 +1,8 @@
-"""BucketCatalog: entries as objects of a bucket that servers on many machines share.
+"""BucketCatalog: a Catalog in a bucket that servers on many machines share.
 
-names/<name>.json holds an entry. A change reads it, and writes it back on the condition that nobody
-else has. A SqliteCatalog beside each server mirrors what it has seen, and answers what needs an
-index; it is looked after again when it is older than the refresh interval.
+names/<name>.json is the document of an entry. A change reads it, and writes it back on condition
+that its etag is the same. Each server has a SqliteCatalog that mirrors the bucket and answers
+queries; names older than the refresh interval are fetched again.
 """
 
 from __future__ import annotations
@@ -25,26 +25,28 @@ log = logging.getLogger(__name__)
 
 FOLDER, SUFFIX = "names/", ".json"
 TRIES = 20
-"""Times that other servers may be faster with one name, in a row."""
+"""Conflicting writes of one name in a row before a change fails."""
 STRIPES = 64
+"""Locks for changes, each for the names of one hash value."""
 MAX_AGES = 10_000
-"""Names whose age is remembered."""
+"""Names whose refresh time is stored."""
 
 
 class BucketCatalog:
-    """See Catalog. When the bucket cannot be reached, what is known is still read."""
+    """See Catalog. Reads use the mirror while the bucket cannot be reached."""
 
     def __init__(self, bucket: Bucket, mirror: SqliteCatalog, *, refresh_seconds: float) -> None:
         self._bucket, self._mirror, self._refresh_seconds = bucket, mirror, refresh_seconds
         self._refreshed: dict[str, float] = {}
-        """When each name was looked up, in `time.monotonic()` seconds."""
-        self._listed = float("-inf")
-        self._listing = threading.Lock()
+        """Time of each name's last refresh, in `time.monotonic()` seconds."""
+        self._all_refreshed = float("-inf")
+        """Time of the last refresh of all names."""
+        self._refreshing_all = threading.Lock()
         self._changing = [threading.Lock() for _ in range(STRIPES)]
-        """One for some names each: changes of a name by this process take turns."""
+        """By hash of the name: this process makes one change of a name at a time."""
         self._mirroring = threading.Lock()
         self._changes: dict[str, int] = {}
-        """How often this process has changed each name."""
+        """Number of changes of each name by this process."""
 
     def get(self, name: str) -> NameRecord | None:
         """See Catalog."""
@@ -54,7 +56,7 @@ class BucketCatalog:
             except SourceUnavailable:
                 if self._mirror.get(name) is None:
                     raise
-                self._mark_refreshed(name)  # not asked again before the next interval
+                self._mark_refreshed(name)  # no further request before the next interval
         return self._mirror.get(name)
 
     def update(self, name: str, change: Callable[[NameRecord | None], NameRecord]) -> NameRecord:
@@ -66,7 +68,9 @@ class BucketCatalog:
                 assert blob is None or isinstance(blob, Blob)
                 before = from_json(blob.data) if blob else None
                 if before is not None and blob and blob.data == sent:
-                    return self._mirror_change(before, blob.etag)  # our own, whose answer was lost
+                    return self._mirror_change(
+                        before, blob.etag
+                    )  # this change, whose response was lost
                 after = change(before)
                 if blob and after == before:
                     return self._mirror_change(after, blob.etag)
@@ -80,7 +84,9 @@ class BucketCatalog:
                 except Conflict:
                     continue
                 return self._mirror_change(after, etag)
-        raise SourceUnavailable(f"{self._bucket.uri}: {name} changes too fast to be changed")
+        raise SourceUnavailable(
+            f"{self._bucket.uri}: {name}: {TRIES} conflicting writes in a row; try again"
+        )
 
     def query(self, query: Query) -> list[NameRecord]:
         """See Catalog."""
@@ -111,20 +117,18 @@ class BucketCatalog:
         return self._fresh_mirror().pinned()
 
     def usage(self) -> StoreUsage:
-        """See Catalog. Servers that upload at the same time may overshoot a quota by what they
-        upload.
-        """
+        """See Catalog. Concurrent uploads on several servers may exceed a quota by their size."""
         return self._fresh_mirror().usage()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Nothing: servers elsewhere cannot be stopped. Content that nothing names is kept for a
-        grace period instead; see BucketContents.
+        """Does nothing, as other servers cannot be paused. BucketContent's grace period protects
+        content that a name starts to refer to meanwhile.
         """
         yield
 
     def check_integrity(self) -> None:
-        """Asserts that every entry of the bucket can be read, and is mirrored as it is."""
+        """Asserts that every entry of the bucket can be read and is in the mirror."""
         self._refresh_all()
         self._mirror.check_integrity()
         for stat in self._bucket.list(FOLDER):
@@ -138,7 +142,7 @@ class BucketCatalog:
         self._mirror.close()
 
     def _refresh(self, name: str) -> None:
-        """Brings one name up to date, unless this process has changed it meanwhile."""
+        """Fetches one name into the mirror, unless this process changes it meanwhile."""
         changes = self._changes.get(name, 0)
         found = self._bucket.get(_key(name), unless_etag=self._mirror.tag(name))
         with self._mirroring:
@@ -151,39 +155,43 @@ class BucketCatalog:
             self._mark_refreshed(name)
 
     def _fresh_mirror(self) -> SqliteCatalog:
-        """The mirror, brought up to date as a whole if it is too old. While one thread does that,
-        the others take it as it is, once there is one.
+        """Returns the mirror, after refreshing all names if that is due.
+
+        While one thread refreshes, others get the mirror as it is; before the first refresh, they
+        wait for it.
         """
-        known = self._listed != float("-inf")
-        if not self._listing.acquire(blocking=not known):
+        has_mirror = self._all_refreshed != float("-inf")
+        if not self._refreshing_all.acquire(blocking=not has_mirror):
             return self._mirror
         try:
-            if time.monotonic() - self._listed >= self._refresh_seconds:
+            if time.monotonic() - self._all_refreshed >= self._refresh_seconds:
                 self._refresh_all()
         except SourceUnavailable:
-            if self._listed == float("-inf"):
+            if self._all_refreshed == float("-inf"):
                 raise
-            self._listed = time.monotonic()  # not asked again before the next interval
+            self._all_refreshed = time.monotonic()  # no further request before the next interval
         finally:
-            self._listing.release()
+            self._refreshing_all.release()
         return self._mirror
 
     def _refresh_all(self) -> None:
-        """Fetches what has changed since the mirror saw it, and forgets what is gone."""
-        known, begun = self._mirror.tags(), time.monotonic()
-        there = {_name(stat.key): stat.etag for stat in self._bucket.list(FOLDER)}
-        changed = {name for name, etag in there.items() if known.get(name) != etag}
-        for name in changed | (known.keys() - there.keys()):  # some came while the list was made
+        """Fetches the entries whose etag differs from the mirror's, and drops absent ones."""
+        mirrored, begun = self._mirror.tags(), time.monotonic()
+        listed = {_name(stat.key): stat.etag for stat in self._bucket.list(FOLDER)}
+        changed = {name for name, etag in listed.items() if mirrored.get(name) != etag}
+        for name in changed | (
+            mirrored.keys() - listed.keys()
+        ):  # some were added since the listing
             try:
                 self._refresh(name)
             except SourceUnavailable:
                 raise
-            except AdapterError as error:  # of a newer version, perhaps; the others can be served
+            except AdapterError as error:  # e.g. written by a newer version; others can be served
                 log.warning("%s: %s", name, error)
-        self._listed = begun
+        self._all_refreshed = begun
 
     def _mirror_change(self, entry: NameRecord, etag: str) -> NameRecord:
-        """Takes over what this process has written."""
+        """Writes an entry that this process has put into the bucket to the mirror."""
         with self._mirroring:
             self._mirror.put(entry, etag)
             self._changes[entry.name] = self._changes.get(entry.name, 0) + 1

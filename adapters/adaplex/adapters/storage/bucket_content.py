@@ -1,11 +1,11 @@
-"""BucketContent: the files of adapters in a bucket, and those in use on this machine's disk.
+"""BucketContent: a ContentStore in a bucket, with a cache on this machine's disk.
 
-objects/<digest hex>/manifest.json          what there is, written last, and on condition only
+objects/<digest hex>/manifest.json          names the files; written last, conditionally
 objects/<digest hex>/<generation>/<file>    the files that one manifest names
 
-A content that nothing names is marked in its manifest; a mark that is older than the grace period,
-with the content still unnamed, becomes a tombstone, and the files go. Each step is a conditional
-write, so an upload of the same content meanwhile wins, with a generation of its own.
+Content without a name is marked in its manifest. If it still has no name after the grace period,
+the manifest becomes a tombstone and the files are deleted. Each step is a conditional write, so a
+concurrent upload of the same content wins, with a generation of its own.
 """
 
 from __future__ import annotations
@@ -33,26 +33,28 @@ from adaplex.adapters.storage.staging import FileSpec, Staging
 
 FOLDER = "objects/"
 GRACE = timedelta(hours=1)
-"""How long content stays after it was found without a name: servers elsewhere may use it still."""
+"""Time from finding content without a name to removing it: other servers may still use it."""
 TRIES = 20
+"""Conflicting writes of one manifest in a row before an upload fails."""
 STRIPES = 64
+"""Locks for downloads, each for the digests of one hash value."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the bucket says of one content."""
+    """The manifest of one content in the bucket."""
 
     digest: str
     generation: str
     files: tuple[FileSpec, ...]
     unnamed_since: str = ""
-    """When it was found without a name, in ISO 8601; empty while it has one."""
+    """Time at which it was found without a name, ISO 8601; empty while it has one."""
     gone: bool = False
-    """A tombstone: the files of the generation are gone, or about to go."""
+    """True for a tombstone: the files are deleted, or about to be."""
 
     @classmethod
     def parse(cls, data: bytes, digest: str) -> Manifest:
-        """Raises StoreCorrupt."""
+        """Returns the manifest in `data`. Raises StoreCorrupt."""
         try:
             fields = json.loads(data)
             files = tuple(FileSpec(**file) for file in fields.pop("files"))
@@ -61,16 +63,16 @@ class Manifest:
             raise StoreCorrupt(f"{digest}: its manifest cannot be read: {error}") from error
 
     def to_json(self) -> bytes:
-        """The object in the bucket."""
+        """Returns the bytes of the object in the bucket."""
         return json.dumps(asdict(self), indent=1).encode()
 
     def key(self, file: str) -> str:
-        """Where a file of it lies."""
+        """Returns the key of one of its files."""
         return f"{_folder(self.digest)}{self.generation}/{file}"
 
 
 class BucketContent:
-    """See Contents. The local store is a cache under a byte budget, emptied by last use."""
+    """See ContentStore. The cache has a byte budget, and evicts least recently used objects."""
 
     def __init__(
         self, bucket: Bucket, cache: FolderContent, *, cache_bytes: int, grace: timedelta = GRACE
@@ -78,18 +80,18 @@ class BucketContent:
         self._bucket, self._cache = bucket, cache
         self._cache_bytes, self._grace = cache_bytes, grace
         self._fetching = [threading.Lock() for _ in range(STRIPES)]
-        """One for some digests each: a content is fetched by one thread."""
+        """By hash of the digest: one thread downloads a content."""
 
     def stage(self, files: Sequence[FileSpec]) -> Staging:
-        """See Contents."""
+        """See ContentStore."""
         return self._cache.stage(files)
 
     def scratch_folder(self) -> Path:
-        """See Contents."""
+        """See ContentStore."""
         return self._cache.scratch_folder()
 
     def add(self, staging: Staging, digest: str) -> bool:
-        """See Contents. Content that is there already loses its mark, if it has one."""
+        """See ContentStore. Removes the mark of content that exists but had no name."""
         for _ in range(TRIES):
             known, etag = self._read(digest)
             try:
@@ -102,10 +104,12 @@ class BucketContent:
             self._cache.add(staging, digest)
             self._evict(digest)
             return known is None or known.gone
-        raise SourceUnavailable(f"{self._bucket.uri}: {digest} changes too fast to be stored")
+        raise SourceUnavailable(
+            f"{self._bucket.uri}: {digest}: {TRIES} conflicting writes in a row; try again"
+        )
 
     def open(self, digest: str) -> Path:
-        """See Contents. Fetches what is not here, or not as it should be."""
+        """See ContentStore. Downloads an object that the cache lacks, or has damaged."""
         with self._fetching[hash(digest) % STRIPES]:
             try:
                 return self._cache.open(digest)
@@ -117,12 +121,13 @@ class BucketContent:
             return self._cache.open(digest)
 
     def lock(self, digest: str) -> ContentLock | None:
-        """See Contents; of what is here. The bucket keeps what servers use by its grace period."""
+        """See ContentStore. Locks the cached copy; the grace period protects the bucket's."""
         return self._cache.lock(digest)
 
     def remove(self, digest: str, *, damaged: bool = False) -> bool:
-        """See Contents. From this machine now, from the bucket after the grace period. Whether it
-        is gone from both.
+        """See ContentStore. Removes the cached copy now, and the bucket's after the grace period.
+
+        Returns True if both are removed.
         """
         if self._cache.has(digest) and not self._cache.remove(digest, damaged=damaged):
             return False
@@ -138,16 +143,16 @@ class BucketContent:
             if not known.unnamed_since:
                 now = datetime.now(UTC).isoformat()
                 self._write(replace(known, unnamed_since=now), etag)
-        except Conflict:  # somebody stores it again
+        except Conflict:  # another server stores it again
             return False
         return False
 
     def has(self, digest: str) -> bool:
-        """Whether an object is on this machine, in whatever state."""
+        """Returns True if the cache has an object, damaged or not."""
         return self._cache.has(digest)
 
     def digests(self) -> frozenset[str]:
-        """See Contents: what has files here or in the bucket; tombstones have none."""
+        """See ContentStore. Objects with files in the cache or the bucket; tombstones have none."""
         found = {
             PREFIX + stat.key.removeprefix(FOLDER).partition("/")[0]
             for stat in self._bucket.list(FOLDER)
@@ -156,22 +161,22 @@ class BucketContent:
         return self._cache.digests() | {digest for digest in found if PATTERN.fullmatch(digest)}
 
     def cached_bytes(self) -> int:
-        """See Contents."""
+        """See ContentStore."""
         return sum(nbytes for _, nbytes in self._cache.by_last_use())
 
     def close(self) -> None:
-        """See Contents."""
+        """See ContentStore."""
         self._cache.close()
 
     def _delete_leftovers(self, digest: str) -> None:
-        """Deletes what uploads that never ended have left; one may be under way still."""
+        """Deletes files of unfinished uploads, unless they are recent: an upload may be running."""
         oldest = datetime.now(UTC) - self._grace
         stats = list(self._bucket.list(_folder(digest)))
         left = [s.key for s in stats if not s.key.endswith(MANIFEST) and s.modified < oldest]
         self._bucket.delete(*left)
 
     def _read(self, digest: str) -> tuple[Manifest | None, str]:
-        """The manifest and its etag. One that cannot be read is one that is gone."""
+        """Returns the manifest and its etag. An unreadable one counts as a tombstone."""
         blob = self._bucket.get(_folder(digest) + MANIFEST)
         if not isinstance(blob, Blob):
             return None, ""
@@ -182,7 +187,7 @@ class BucketContent:
             return Manifest(digest, "", (), gone=True), blob.etag
 
     def _write(self, manifest: Manifest, etag: str) -> None:
-        """Swaps the manifest. Raises Conflict."""
+        """Replaces the manifest that has `etag`, or writes the first. Raises Conflict."""
         key = _folder(manifest.digest) + MANIFEST
         if etag:
             self._bucket.put(key, manifest.to_json(), if_etag=etag)
@@ -190,15 +195,16 @@ class BucketContent:
             self._bucket.put(key, manifest.to_json(), if_absent=True)
 
     def _upload(self, staging: Staging, digest: str, etag: str) -> None:
-        """Files first, under a generation that nobody else uses. Raises Conflict."""
+        """Uploads the files under a new generation, then the manifest. Raises Conflict."""
         manifest = Manifest(digest, uuid.uuid4().hex, staging.files)
         for file in manifest.files:
             self._bucket.put(manifest.key(file.name), staging.directory / file.name)
         self._write(manifest, etag)
 
     def _fetch(self, digest: str) -> None:
-        """Downloads an object into the cache. Raises AdapterNotFound, StoreCorrupt or
-        SourceUnavailable.
+        """Downloads an object into the cache.
+
+        Raises AdapterNotFound, StoreCorrupt or SourceUnavailable.
         """
         blob = self._bucket.get(_folder(digest) + MANIFEST)
         manifest = Manifest.parse(blob.data, digest) if isinstance(blob, Blob) else None
@@ -209,7 +215,7 @@ class BucketContent:
             for file in manifest.files:
                 path, key = folder / Path(file.name).name, manifest.key(file.name)
                 if self._bucket.download(key, path, max_bytes=file.size) is None:
-                    raise StoreCorrupt(f"{digest}: {file.name} is gone from the bucket")
+                    raise StoreCorrupt(f"{digest}: {file.name} is missing in the bucket")
             staging = Staging.of_files(folder, manifest.files)
             try:
                 staging.verify()
@@ -221,7 +227,7 @@ class BucketContent:
         self._evict(digest)
 
     def _evict(self, newest: str) -> None:
-        """Removes what was used longest ago until the cache keeps to its budget."""
+        """Removes least recently used objects until the cache is within its budget."""
         self._cache.touch(newest)
         used = self._cache.by_last_use()
         total = sum(nbytes for _, nbytes in used)
@@ -232,7 +238,7 @@ class BucketContent:
                 total -= nbytes
 
     def _is_due(self, manifest: Manifest) -> bool:
-        """Whether it has been without a name for long enough."""
+        """Returns True if content has had no name for the grace period."""
         if not manifest.unnamed_since:
             return False
         return datetime.now(UTC) - datetime.fromisoformat(manifest.unnamed_since) >= self._grace

@@ -1,4 +1,4 @@
-"""Catalog: names and what each stands for; the interface of what keeps them."""
+"""Catalog: the interface of catalogs, which have one entry, a NameRecord, for each name."""
 
 from __future__ import annotations
 
@@ -15,83 +15,86 @@ Order = Literal["name", "create_time", "update_time", "stored_bytes"]
 
 @dataclass(frozen=True)
 class Query:
-    """Which entries to list, and in which order. Equal values are ordered by name."""
+    """A filter and an order of entries. Entries with equal values are ordered by name."""
 
     limit: int
     order: Order = "name"
     descending: bool = False
     after: tuple[str | int, str] | None = None
-    """The value ordered by, and the name, of the last entry of the page before."""
+    """Order value and name of the last entry on the previous page."""
     prefix: str = ""
+    """Prefix of names."""
     labels: Mapping[str, str] = field(default_factory=dict)
     family: str = ""
 
 
 @dataclass(frozen=True)
 class StoreUsage:
-    """What the entries that are alive take up; content that several share counts once."""
+    """Number of names that have a version, and bytes of their content, each content once."""
 
     names: int
     stored_bytes: int
 
 
 class Catalog(Protocol):
-    """Thread-safe. Entries that are read are never older than the last change of this process, and
-    at most a refresh interval older than that of another one.
+    """Entries by name. Thread-safe.
+
+    Reads see every change of this process, and those of other processes after a refresh interval
+    at most.
     """
 
     def get(self, name: str) -> NameRecord | None:
-        """The entry of a name, a tombstone too; None for a name that never was."""
+        """Returns the entry of a name, which may be a tombstone; None for an unknown name."""
         ...
 
     def update(self, name: str, change: Callable[[NameRecord | None], NameRecord]) -> NameRecord:
-        """Puts `change(entry)` in the place of the entry, durably, whole or not at all.
+        """Replaces the entry of a name by `change(entry)`, durably and atomically. Returns it.
 
-        No other change of the name comes between. `change` may be called again when another
-        process was faster; what it raises leaves everything as it was.
+        `change` is called again if another process changed the entry meanwhile. If it raises, the
+        entry stays as it is.
         """
         ...
 
     def query(self, query: Query) -> list[NameRecord]:
-        """Entries that are alive."""
+        """Returns the matching entries that have a version."""
         ...
 
     def order_value(self, entry: NameRecord, order: Order) -> str | int:
-        """What `query` orders an entry by; for Query.after."""
+        """Returns the value that `query` orders an entry by, for Query.after."""
         ...
 
     def by_digest(self, digest: str) -> tuple[NameRecord, Version] | None:
-        """The newest version of any name that points to the content."""
+        """Returns the newest version, of any name, that has the content."""
         ...
 
     def is_referenced(self, digest: str) -> bool:
-        """Whether a version points to the content."""
+        """Returns True if a version has the content."""
         ...
 
     def is_referenced_locally(self, digest: str) -> bool:
-        """As `holds`, as far as is known here: asks nobody."""
+        """Returns what `is_referenced` would, from this machine's copy of the catalog."""
         ...
 
     def digests(self) -> frozenset[str]:
-        """Every content that a version points to."""
+        """Returns the digests of all versions."""
         ...
 
     def pinned(self) -> list[NameRecord]:
-        """Entries that are alive and pinned."""
+        """Returns the pinned entries that have a version."""
         ...
 
     def usage(self) -> StoreUsage:
-        """How full the catalog is."""
+        """Returns the number of names and the stored bytes."""
         ...
 
     def paused(self) -> AbstractContextManager[None]:
-        """While it lasts, no process on this store changes an entry."""
+        """Returns a context in which no process changes an entry of the store."""
         ...
 
     def check_integrity(self) -> None:
-        """Asserts that what is kept is whole."""
+        """Asserts that every entry can be read and the index matches the entries."""
         ...
 
     def close(self) -> None:
-        """Gives connections back."""
+        """Closes files and connections."""
         ...

@@ -1,4 +1,4 @@
-"""ContentStore: where the files of adapters are, by content, whatever keeps them."""
+"""ContentStore: the interface of stores that have the files of adapters by digest."""
 
 from __future__ import annotations
 
@@ -12,66 +12,72 @@ from adaplex.adapters.storage.staging import FileSpec, Staging
 
 
 class ContentLock:
-    """Keeps an object from removal, by any process, until it is released."""
+    """A shared lock on an object: no process removes the object before the lock is released."""
 
     def __init__(self, manifest: TextIOWrapper) -> None:
+        """`manifest` is the object's open manifest, with a shared `flock` on it."""
         self._manifest = manifest
 
     def release(self) -> None:
-        """Lets the object go."""
+        """Releases the lock."""
         self._manifest.close()
 
 
 class ContentStore(Protocol):
-    """Where the files of adapters are, by content. Thread-safe; calls block."""
+    """Objects: the files of one adapter each, by digest. Thread-safe; calls block."""
 
     def stage(self, files: Sequence[FileSpec]) -> Staging:
-        """An empty staging folder for files that were checked."""
+        """Returns an empty staging folder for announced and checked files."""
         ...
 
     def scratch_folder(self) -> Path:
-        """A new folder that `Staging.adopt` can take over; the caller's to remove."""
+        """Makes a folder for `Staging.adopt`. The caller removes it."""
         ...
 
     def add(self, staging: Staging, digest: str) -> bool:
-        """Keeps verified files under their digest, durably; an object that is there already stays.
-        Whether they were kept.
+        """Stores verified files durably under their digest, unless the object exists already.
+
+        Returns True if these files were stored.
         """
         ...
 
     def open(self, digest: str) -> Path:
-        """A local folder of an object whose files are what they were. Raises StoreCorrupt or
-        AdapterNotFound.
+        """Returns a local folder with an object's files, after comparing their hashes.
+
+        Raises StoreCorrupt or AdapterNotFound.
         """
         ...
 
     def lock(self, digest: str) -> ContentLock | None:
-        """Keeps an object from removal; None when it is not there, or about to go."""
+        """Locks an object against removal. Returns None if it is absent or being removed."""
         ...
 
     def remove(self, digest: str, *, damaged: bool = False) -> bool:
-        """Removes an object that nobody holds, or one that is `damaged`. Whether it did."""
+        """Removes an object that nobody has locked; one that is `damaged` in any case.
+
+        Returns True if the object was removed.
+        """
         ...
 
     def has(self, digest: str) -> bool:
-        """Whether an object is there, in whatever state."""
+        """Returns True if an object exists, damaged or not."""
         ...
 
     def digests(self) -> frozenset[str]:
-        """Every object that is there."""
+        """Returns the digests of all objects."""
         ...
 
     def cached_bytes(self) -> int | None:
-        """Bytes that this machine keeps of a store elsewhere; None when the store is here."""
+        """Returns the bytes that this machine caches of a remote store; None for a local store."""
         ...
 
     def close(self) -> None:
-        """Ends this process's part in the store."""
+        """Removes the staging folders of this process."""
         ...
 
 
 def is_damaged(contents: ContentStore, digest: str) -> bool:
-    """Whether an object is there, but not as it was stored. Reads it whole."""
+    """Returns True if an object exists, but not as it was stored. Reads all of its files."""
     try:
         contents.open(digest)
     except StoreCorrupt:

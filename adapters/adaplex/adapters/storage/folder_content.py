@@ -1,11 +1,11 @@
-"""FolderContent: adapters on disk, by content. An object is there whole or not at all.
+"""FolderContent: a ContentStore in a folder. An object appears and disappears atomically.
 
 objects/<digest hex>/   adapter_config.json, adapter_model.safetensors, manifest.json; model.sig
-staging/<process>/<id>/ uploads on their way in; swept once their process is gone
-lock                    held for a moment by a process that opens the store
+staging/<process>/<id>/ unfinished uploads; removed by the next opener once their process has ended
+lock                    locked while a process opens the store
 
-Several processes may have it open. Who uses an object holds a shared lock on its manifest, which
-ends with the process; who removes one needs it alone.
+Several processes may open the same folder. A process that uses an object has a shared `flock` on
+its manifest, which ends with the process; removal needs an exclusive one.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from adaplex.adapters.storage.staging import FileSpec, Staging
 
 MANIFEST = "manifest.json"
 ALIVE = "alive"
-"""In a process's staging folder: locked as long as the process lives."""
+"""File in a process's staging folder, locked as long as the process lives."""
 
 
 class FolderContent:
-    """Contents in a folder of this machine. Which of them are wanted is the catalog's knowledge."""
+    """See ContentStore. Which objects are needed is up to the catalog."""
 
     def __init__(self, root: Path) -> None:
-        """Opens or makes the store; sweeps what processes that are gone left behind."""
+        """Opens or makes the store. Removes the staging folders of processes that have ended."""
         self._objects = root / "objects"
         self._uploads = root / "staging"
         for folder in (self._objects, self._uploads):
@@ -51,17 +51,17 @@ class FolderContent:
             fcntl.flock(self._alive, fcntl.LOCK_SH)
 
     def stage(self, files: Sequence[FileSpec]) -> Staging:
-        """See Contents."""
+        """See ContentStore."""
         return Staging(self._staging / uuid.uuid4().hex, files)
 
     def scratch_folder(self) -> Path:
-        """See Contents."""
+        """See ContentStore."""
         folder = self._staging / uuid.uuid4().hex
         folder.mkdir()
         return folder
 
     def add(self, staging: Staging, digest: str) -> bool:
-        """See Contents."""
+        """See ContentStore."""
         target = self.path(digest)
         if target.exists():
             staging.discard()
@@ -72,7 +72,7 @@ class FolderContent:
         sync(path)
         try:
             publish(staging.directory, target)
-        except OSError as error:  # another thread was faster with the same content
+        except OSError as error:  # another thread stored the same content
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             staging.discard()
@@ -80,7 +80,7 @@ class FolderContent:
         return True
 
     def open(self, digest: str) -> Path:
-        """See Contents."""
+        """See ContentStore."""
         directory = self.path(digest)
         if not directory.is_dir():
             raise AdapterNotFound(f"{digest} is not in the store")
@@ -89,15 +89,17 @@ class FolderContent:
             for name in dict.fromkeys([*FILES, *files]):
                 found = file_sha256(directory / name)
                 if found != files[name]["sha256"]:
-                    raise StoreCorrupt(f"{digest}: {name} has SHA-256 {found}, not as stored")
+                    raise StoreCorrupt(
+                        f"{digest}: {name} has SHA-256 {found}, stored was {files[name]['sha256']}"
+                    )
         except (OSError, ValueError, KeyError, TypeError) as error:
             if not directory.is_dir():
-                raise AdapterNotFound(f"{digest} was removed meanwhile") from error
+                raise AdapterNotFound(f"{digest} was removed while it was read") from error
             raise StoreCorrupt(f"{digest}: {error}") from error
         return directory
 
     def lock(self, digest: str) -> ContentLock | None:
-        """See Contents."""
+        """See ContentStore."""
         path = self.path(digest) / MANIFEST
         try:
             manifest = path.open()
@@ -107,13 +109,13 @@ class FolderContent:
             fcntl.flock(manifest, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(manifest.fileno()), path.stat()):
                 return ContentLock(manifest)
-        except OSError:  # somebody is removing it, or has
+        except OSError:  # another process is removing the object, or has
             pass
         manifest.close()
         return None
 
     def remove(self, digest: str, *, damaged: bool = False) -> bool:
-        """See Contents. Out of sight at once, then from the disk."""
+        """See ContentStore. Renames the object away first, then deletes its files."""
         directory, doomed = self.path(digest), self._staging / uuid.uuid4().hex
         try:
             with (directory / MANIFEST).open() as manifest:
@@ -123,7 +125,7 @@ class FolderContent:
             if not damaged:
                 return False
             directory.rename(doomed)
-        except FileNotFoundError:  # the object, or only its manifest
+        except FileNotFoundError:  # the object is absent, or only its manifest is
             if not directory.is_dir():
                 return False
             directory.rename(doomed)
@@ -134,54 +136,54 @@ class FolderContent:
         return True
 
     def has(self, digest: str) -> bool:
-        """See Contents."""
+        """See ContentStore."""
         return self.path(digest).is_dir()
 
     def digests(self) -> frozenset[str]:
-        """See Contents."""
+        """See ContentStore."""
         names = (PREFIX + folder.name for folder in self._objects.iterdir())
         return frozenset(name for name in names if PATTERN.fullmatch(name))
 
     def cached_bytes(self) -> None:
-        """See Contents."""
+        """See ContentStore."""
         return
 
     def touch(self, digest: str) -> None:
-        """Notes that an object was used."""
+        """Marks an object as used now, for `by_last_use`."""
         with suppress(OSError):
             os.utime(self.path(digest))
 
     def by_last_use(self) -> list[tuple[str, int]]:
-        """Every object and its bytes, the one used longest ago first."""
+        """Returns the digest and bytes of every object, least recently used first."""
         found = []
         for folder in self._objects.iterdir():
-            with suppress(OSError):  # it went meanwhile
+            with suppress(OSError):  # removed since it was listed
                 size = sum(file.stat().st_size for file in folder.iterdir())
                 found.append((folder.stat().st_mtime_ns, PREFIX + folder.name, size))
         return [(digest, size) for _, digest, size in sorted(found) if PATTERN.fullmatch(digest)]
 
     def staged(self) -> int:
-        """Uploads of this process on their way in."""
+        """Number of unfinished uploads of this process."""
         return sum(1 for path in self._staging.iterdir() if path.name != ALIVE)
 
     def close(self) -> None:
-        """See Contents."""
+        """See ContentStore."""
         self._alive.close()
         shutil.rmtree(self._staging, ignore_errors=True)
 
     def path(self, digest: str) -> Path:
-        """Where an object lies, or would."""
+        """Returns the folder of an object, whether it exists or not."""
         assert PATTERN.fullmatch(digest)
         return self._objects / digest.removeprefix(PREFIX)
 
     def _sweep(self) -> None:
-        """Removes the staging of processes that are gone."""
+        """Removes the staging folders of processes that have ended."""
         for folder in self._uploads.iterdir():
             try:
                 with (folder / ALIVE).open() as alive:
                     fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            except OSError:  # killed before it could lock, or no folder of ours
+            except OSError:  # killed before it locked, or another program's folder
                 pass
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""fsck: whether every adapter that is named is there, whole, and what it says it is."""
+"""fsck: reads a whole store, and reports content that is missing, damaged or without a name."""
 
 from __future__ import annotations
 
@@ -15,52 +15,54 @@ from adaplex.adapters.storage.content_store import ContentStore
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it should be. `adapter` is `name@version`, or empty."""
+    """One fault of a store."""
 
     kind: str
-    """`catalog`, `missing`, `damaged` or `orphan`; the last loses nothing."""
+    """`catalog`, `missing`, `damaged` or `orphan`."""
     digest: str
     adapter: str
+    """`name@version`, or empty."""
     reason: str
 
     @property
     def harmless(self) -> bool:
-        """Whether every adapter can be served all the same."""
+        """True for an orphan: every named adapter can still be served."""
         return self.kind == "orphan"
 
 
 def check_store(catalog: Catalog, contents: ContentStore) -> Iterator[Problem]:
-    """Reads every stored adapter whole and says what is wrong. Needs no base model, and may run
-    beside servers on the same store.
+    """Reads every stored adapter and yields the problems found.
+
+    Needs no base model. May run while servers use the same store.
     """
     try:
         catalog.check_integrity()
     except (AssertionError, AdapterError) as error:
-        yield Problem("catalog", "", "", str(error) or "its index does not fit its entries")
+        yield Problem("catalog", "", "", str(error) or "its index does not match its entries")
     for digest in sorted(catalog.digests()):
         if (reason := _damage(contents, digest)) is None:
             continue
         found = catalog.by_digest(digest)
-        if found is None:  # deleted meanwhile
+        if found is None:  # deleted since
             continue
         entry, version = found
         kind = "damaged" if contents.has(digest) else "missing"
         yield Problem(kind, digest, f"{entry.name}@{version.number}", reason)
     for digest in sorted(contents.digests() - catalog.digests()):
         if not catalog.is_referenced(digest):
-            yield Problem("orphan", digest, "", "no name points to it")
+            yield Problem("orphan", digest, "", "no name refers to it")
 
 
 def _damage(contents: ContentStore, digest: str) -> str | None:
-    """What is wrong with stored content; None when its files and its identity are right."""
+    """Returns why content cannot be served; None if its files and its digest are right."""
     try:
         checkpoint = read_checkpoint(contents.open(digest), AdapterLimits().for_stored())
     except AdapterNotFound:
-        return "its files are gone"
+        return "its files are missing"
     except AdapterError as error:
         return str(error)
     kind = kind_of(checkpoint.config)
     if not isinstance(kind, str) or kind not in FORMATS:
-        return f"it is of family {kind!r:.40}, which this version does not know"
+        return f"its family {kind!r:.40} is unknown to this version"
     found = identity(checkpoint)
-    return None if found in (None, digest) else f"it holds the content of {found}"
+    return None if found in (None, digest) else f"its files have the digest {found}"

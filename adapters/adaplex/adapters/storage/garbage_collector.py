@@ -1,4 +1,4 @@
-"""GarbageCollector: content that no name points to and nobody holds goes."""
+"""GarbageCollector: removes content that no name refers to and no request leases."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class GarbageCollector:
-    """Removes with the catalog paused, so that no name can come to point to what goes."""
+    """Removes content while the catalog is paused, so that no name can start to refer to it."""
 
     def __init__(
         self,
@@ -24,17 +24,18 @@ class GarbageCollector:
         is_leased: Callable[[str], bool],
         on_removed: Callable[[str], None],
     ) -> None:
-        """`is_leased` returns True if a request of this process uses a content; `on_removed` is
-        called for each content that was removed.
+        """`is_leased` returns True if a request of this process leases a content; `on_removed` is
+        called with the digest of each content that was removed.
         """
         self._catalog, self._contents = catalog, contents
         self._is_leased, self._on_removed = is_leased, on_removed
 
     def collect(self, digest: str) -> bool:
-        """Removes content that is neither named nor held by any process; whether it did."""
-        if self._is_leased(digest) or self._catalog.is_referenced(
-            digest
-        ):  # seen without waiting for others
+        """Removes content that no name refers to and no process has locked.
+
+        Returns True if it was removed.
+        """
+        if self._is_leased(digest) or self._catalog.is_referenced(digest):  # without pausing
             return False
         with self._catalog.paused():
             if self._catalog.is_referenced(digest) or not self._contents.remove(digest):
@@ -43,21 +44,26 @@ class GarbageCollector:
         return True
 
     def discard_if_unused(self, digest: str) -> bool:
-        """The last name or lease of a content may be gone. Whether nothing here needs it any more,
-        so that it can leave the memory; its files go now, or with the next sweep.
+        """Collects content whose last name or lease may have ended.
+
+        Returns True if nothing here uses it any more, so that copies in memory can be dropped. Its
+        files are removed now, or by the next sweep.
         """
         if self._is_leased(digest) or self._catalog.is_referenced_locally(digest):
             return False
         try:
             self.collect(digest)
-        except (AdapterError, OSError, sqlite3.Error) as error:  # what it followed is done already
+        except (AdapterError, OSError, sqlite3.Error) as error:  # the caller's change is done
             log.warning("%s is not collected yet: %s", digest, error)
         return True
 
     def sweep(self) -> frozenset[str]:
-        """Collects all that can be: what a kill, or a process on the same store, left behind."""
+        """Collects all orphans, such as those left by a killed process.
+
+        Returns the digests that were removed.
+        """
         return frozenset(filter(self.collect, self.orphans()))
 
     def orphans(self) -> frozenset[str]:
-        """Content that no name points to, held or not."""
+        """Returns the digests that no name refers to, leased or not."""
         return self._contents.digests() - self._catalog.digests()

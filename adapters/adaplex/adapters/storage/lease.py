@@ -1,4 +1,4 @@
-"""Leases: content that requests use stays, whatever becomes of its name."""
+"""Leases: requests lease content, which protects it from removal even after its name is deleted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adaplex.adapters.storage.content_store import ContentLock, ContentStore
 
 
 class Leases:
-    """How many users each content has; it is held in the store as long as it has any."""
+    """Counts the leases of each content, and locks content in the store while it has any."""
 
     def __init__(self, contents: ContentStore) -> None:
         self._contents = contents
@@ -22,7 +22,7 @@ class Leases:
         self._locks: dict[str, ContentLock] = {}
 
     def acquire(self, digest: str) -> bool:
-        """One more user. Whether the content is held; if it is not in the store, it cannot be."""
+        """Adds a lease. Returns True if the content is locked; absent content cannot be."""
         with self._lock:
             if digest not in self._locks and (lock := self._contents.lock(digest)):
                 self._locks[digest] = lock
@@ -30,7 +30,7 @@ class Leases:
             return digest in self._locks
 
     def release(self, digest: str) -> bool:
-        """One user less. Whether it was the last."""
+        """Removes a lease. Returns True if it was the last of its content."""
         with self._lock:
             self._counts[digest] -= 1
             assert self._counts[digest] >= 0
@@ -45,20 +45,20 @@ class Leases:
         return digest in self._counts
 
     def __len__(self) -> int:
-        """Number of contents that have users."""
+        """Number of leased contents."""
         return len(self._counts)
 
 
 @dataclass(frozen=True)
 class LeasedAdapter:
-    """One adapter of a combination."""
+    """One adapter of a mix, and its weight."""
 
     record: AdapterRecord
     weight: float
 
 
 class Lease:
-    """Holds what a request is bound to. Release it once the request has left the engine."""
+    """A request's lease of its adapter. Released once the request has left the engine."""
 
     def __init__(
         self,
@@ -68,19 +68,20 @@ class Lease:
         parts: Sequence[LeasedAdapter] = (),
         warnings: Sequence[str] = (),
     ) -> None:
+        """`on_release` returns what `release` does."""
         self.record = record
         self.parts = tuple(parts)
-        """What is combined; empty for a single adapter."""
+        """Adapters of a mix; empty for a single adapter."""
         self.warnings = tuple(warnings)
         self._on_release = on_release
-        self._held = threading.Lock()
-        """Free while the lease is held: only one release can take it."""
+        self._released = threading.Lock()
+        """Acquired by the first `release`, so that another one has no effect."""
 
     def release(self) -> tuple[str, ...]:
-        """Gives the contents back. Those that are gone for good by it, and can leave the memory;
-        none the second time.
+        """Ends the lease. Returns the digests that no name and no lease refers to any more, whose
+        copies in memory can be dropped. A second call returns none.
         """
-        return self._on_release() if self._held.acquire(blocking=False) else ()
+        return self._on_release() if self._released.acquire(blocking=False) else ()
 
     def __enter__(self) -> Self:
         return self

@@ -1,11 +1,12 @@
-"""NameRecord: all that is recorded of one name, immutable; every change makes a new record.
+"""NameRecord: versions, aliases, labels and history of one name, immutable.
 
-A catalog keeps entries and swaps one for the next atomically; what may change, and how, is here.
+Methods that change a name return a new record. Catalogs store one record for each name, their
+entries, and replace it atomically.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -16,22 +17,26 @@ from adaplex.adapters.storage.selector import ALIAS, DEFAULT, LATEST
 from adaplex.adapters.storage.version import Version
 
 MAX_EVENTS = 500
-"""Events that an entry remembers; the oldest go."""
+"""Newest events in the history of a name; older ones are dropped."""
 MAX_ALIASES = 64
 MAX_LABELS = 64
 MAX_LABEL_KEY, MAX_LABEL_VALUE = 63, 256
+"""Characters."""
 MAX_DESCRIPTION = 1024
+"""Characters."""
+MAX_LISTED = 10
+"""Versions or aliases that an error message lists."""
 
 
 @dataclass(frozen=True)
 class NameRecord:
-    """A name. One whose versions are all gone stays as a tombstone: no number comes twice."""
+    """A name. A deleted one stays as a tombstone, so that no version number is given twice."""
 
     name: str
     last_version: int = 0
-    """The highest number ever given."""
+    """Highest version number ever given."""
     versions: tuple[Version, ...] = ()
-    """By number."""
+    """Ordered by number."""
     aliases: Mapping[str, Split] = field(default_factory=dict)
     description: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -41,29 +46,30 @@ class NameRecord:
 
     @property
     def alive(self) -> bool:
-        """Whether it has a version."""
+        """True if the name has a version."""
         return bool(self.versions)
 
     @property
     def latest(self) -> Version:
-        """The newest version of an entry that is alive."""
+        """The newest version. The name must have one."""
         return self.versions[-1]
 
     @property
     def updated(self) -> datetime:
-        """When it last changed."""
+        """Time of the last change."""
         return self.history[-1].time
 
     def version(self, number: int) -> Version:
-        """Raises AdapterNotFound."""
+        """Returns a version by number. Raises AdapterNotFound."""
         for version in reversed(self.versions):
             if version.number == number:
                 return version
-        raise AdapterNotFound(f"{self.name} has no version {number}")
+        listed = _listed([str(version.number) for version in self.versions])
+        raise AdapterNotFound(f"{self.name} has no version {number}; it has {listed}")
 
     def resolve(self, alias: str, routing_key: str = "") -> tuple[Version, str]:
-        """The version that an alias, or without one the bare name, leads to, and the alias that
-        led there. Raises AdapterNotFound.
+        """Returns the version that an alias, or the bare name if empty, leads to, and the alias
+        followed. `routing_key` is the key of `choose_version`. Raises AdapterNotFound.
         """
         if not self.alive:
             raise AdapterNotFound(f"no adapter {self.name}")
@@ -71,20 +77,21 @@ class NameRecord:
         if followed == LATEST:
             return self.latest, LATEST
         if followed not in self.aliases:
-            raise AdapterNotFound(f"{self.name} has no alias {followed}")
+            raise self._no_alias(followed)
         scope = f"{self.name}@{followed}"
         return self.version(choose_version(self.aliases[followed], routing_key, scope)), followed
 
     def reachable(self) -> tuple[Version, ...]:
-        """The versions that the bare name can lead to now."""
+        """Returns the versions that the bare name can lead to."""
         split = self.aliases.get(DEFAULT)
         return tuple(self.version(t.version) for t in split) if split else (self.latest,)
 
     def add(self, version: Version, *, max_versions: int) -> NameRecord:
-        """With a new newest version, numbered next. Raises StoreFull."""
+        """Returns the record with a new version, numbered next. Raises StoreFull."""
         if len(self.versions) >= max_versions:
             raise StoreFull(
-                f"{self.name} has {max_versions} versions, as many as are allowed; delete some",
+                f"{self.name} has {len(self.versions)} versions, the limit is {max_versions}; "
+                "delete some",
                 field="max_versions",
             )
         numbered = replace(version, number=self.last_version + 1)
@@ -100,7 +107,7 @@ class NameRecord:
         return grown._with_event(event)
 
     def set_alias(self, alias: str, split: Split, origin: Origin) -> NameRecord:
-        """With an alias that points to the split, or is gone when that is empty.
+        """Returns the record with an alias that points to `split`, or without it if that is empty.
 
         Raises AdapterInvalid or AdapterNotFound.
         """
@@ -109,27 +116,30 @@ class NameRecord:
             self.version(target.version)
         before = self.aliases.get(alias, ())
         if not split and not before:
-            raise AdapterNotFound(f"{self.name} has no alias {alias}", field="alias")
+            raise self._no_alias(alias, field="alias")
         if before == split:
             return self
         rest = {name: kept for name, kept in self.aliases.items() if name != alias}
         if len(rest) >= MAX_ALIASES:
-            raise AdapterInvalid.because("alias", f"{self.name} has {MAX_ALIASES} aliases already")
+            raise AdapterInvalid.because(
+                "alias", f"{self.name} has {MAX_ALIASES} aliases already, the limit; delete one"
+            )
         event = Event(
             origin.time, "alias", alias=alias, before=before, after=split, actor=origin.actor
         )
         return replace(self, aliases=rest | ({alias: split} if split else {}))._with_event(event)
 
     def rollback(self, alias: str, origin: Origin) -> NameRecord:
-        """With an alias as it was before its last change; doing it twice undoes it.
+        """Returns the record with an alias as it was before its last change; a second rollback
+        undoes the first.
 
         A `default` that was never set goes to the version before the newest.
-        Raises AdapterInvalid when there is nothing to go back to, or it is gone.
+        Raises AdapterInvalid if there is no earlier target, or its version was deleted.
         """
         self._check_alias(alias)
         changes: list[Event] = []
         for event in self.history:
-            if event.kind == "delete":  # what came before was another life
+            if event.kind == "delete":  # earlier events are of the deleted adapter
                 changes.clear()
             elif event.kind == "alias" and event.alias == alias:
                 changes.append(event)
@@ -141,18 +151,19 @@ class NameRecord:
             raise AdapterInvalid.because("alias", f"{self.name}@{alias} has no earlier target")
         known = {version.number for version in self.versions}
         if lost := [str(t.version) for t in split if t.version not in known]:
-            reason = f"{self.name}@{alias} pointed to version {', '.join(lost)}, deleted since"
+            reason = f"{self.name}@{alias} pointed to version {', '.join(lost)}, which was deleted"
             raise AdapterInvalid.because("alias", reason)
         return self.set_alias(alias, split, origin)
 
     def remove_version(self, number: int, origin: Origin) -> NameRecord:
-        """Without a version. Raises AdapterNotFound, or AdapterInvalid while an alias points to
-        it.
+        """Returns the record without a version.
+
+        Raises AdapterNotFound, or AdapterInvalid while an alias points to the version.
         """
         gone = self.version(number)
         for alias, split in self.aliases.items():
             if any(target.version == number for target in split):
-                reason = f"{self.name}@{alias} points to version {number}"
+                reason = f"{self.name}@{alias} points to version {number}; point it elsewhere first"
                 raise AdapterInvalid.because("name", reason)
         if len(self.versions) == 1:
             return self.remove(origin)
@@ -161,7 +172,7 @@ class NameRecord:
         return replace(self, versions=left)._with_event(event)
 
     def remove(self, origin: Origin) -> NameRecord:
-        """The tombstone. Raises AdapterNotFound when it is one."""
+        """Returns the tombstone. Raises AdapterNotFound if this is one."""
         if not self.alive:
             raise AdapterNotFound(f"no adapter {self.name}")
         event = Event(
@@ -177,33 +188,37 @@ class NameRecord:
         labels: Mapping[str, str] | None = None,
         pinned: bool | None = None,
     ) -> NameRecord:
-        """With what is not None in place of what was. Raises AdapterInvalid."""
-        described = replace(
+        """Returns the record with every argument that is not None. Raises AdapterInvalid."""
+        updated = replace(
             self,
             description=self.description if description is None else description,
             labels=self.labels if labels is None else labels,
             pinned=self.pinned if pinned is None else pinned,
         )
         fields = ("description", "labels", "pinned")
-        changed = [name for name in fields if getattr(described, name) != getattr(self, name)]
+        changed = [name for name in fields if getattr(updated, name) != getattr(self, name)]
         if not changed:
             return self
-        _check_description(described.description)
-        _check_labels(described.labels)
+        _check_description(updated.description)
+        _check_labels(updated.labels)
         event = Event(origin.time, "update", actor=origin.actor, detail=", ".join(changed))
-        return described._with_event(event)
+        return updated._with_event(event)
 
     def check_integrity(self) -> None:
-        """Asserts what the operations above keep true."""
+        """Asserts the invariants of the operations above."""
         numbers = [version.number for version in self.versions]
         assert numbers == sorted(set(numbers))
         assert not numbers or numbers[-1] <= self.last_version
         targets = {target.version for split in self.aliases.values() for target in split}
         assert targets <= set(numbers)
-        assert self.history, "every entry began with an event"
+        assert self.history, "every record begins with an event"
 
     def _with_event(self, event: Event) -> NameRecord:
         return replace(self, history=(*self.history, event)[-MAX_EVENTS:])
+
+    def _no_alias(self, alias: str, *, field: str = "adapter") -> AdapterNotFound:
+        listed = _listed([*sorted(self.aliases), LATEST])
+        return AdapterNotFound(f"{self.name} has no alias {alias}; it has {listed}", field=field)
 
     def _check_alias(self, alias: str) -> None:
         if not self.alive:
@@ -212,22 +227,31 @@ class NameRecord:
             reason = f"{alias!r:.100} does not match ^{ALIAS.pattern}$"
             raise AdapterInvalid.because("alias", reason)
         if alias == LATEST:
-            raise AdapterInvalid.because("alias", f"{LATEST} is always the newest version")
+            raise AdapterInvalid.because(
+                "alias", f"{LATEST} is always the newest version and cannot be set"
+            )
 
 
 def _check_description(description: str) -> None:
     if len(description) > MAX_DESCRIPTION:
-        reason = f"must be at most {MAX_DESCRIPTION} characters"
+        reason = f"has {len(description)} characters, the limit is {MAX_DESCRIPTION}"
         raise AdapterInvalid.because("description", reason)
 
 
 def _check_labels(labels: Mapping[str, str]) -> None:
     if len(labels) > MAX_LABELS:
-        raise AdapterInvalid.because("set_labels", f"must be at most {MAX_LABELS} in all")
+        reason = f"would make {len(labels)} labels, must be at most {MAX_LABELS}; remove some"
+        raise AdapterInvalid.because("set_labels", reason)
     for key, value in labels.items():
         if not 1 <= len(key) <= MAX_LABEL_KEY or len(value) > MAX_LABEL_VALUE:
             raise AdapterInvalid.because(
                 "set_labels",
-                f"{key!r:.100}: keys have 1 to {MAX_LABEL_KEY} characters, "
-                f"values at most {MAX_LABEL_VALUE}",
+                f"{key!r:.100} has {len(key)} characters and a value of {len(value)}; "
+                f"keys have 1 to {MAX_LABEL_KEY}, values at most {MAX_LABEL_VALUE}",
             )
+
+
+def _listed(words: Sequence[str]) -> str:
+    """Returns the last MAX_LISTED words, separated by commas, after dots if there are more."""
+    more = "..., " if len(words) > MAX_LISTED else ""
+    return more + ", ".join(words[-MAX_LISTED:])

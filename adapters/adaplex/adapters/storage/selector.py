@@ -10,9 +10,9 @@ from adaplex.adapters.digest import PATTERN as DIGEST
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
 LATEST = "latest"
-"""The alias of the newest version; nobody can set it."""
+"""Alias of the newest version. It cannot be set."""
 DEFAULT = "default"
-"""The alias that a bare name follows, where it is set; elsewhere a bare name is the newest."""
+"""Alias that a bare name follows where it is set. Elsewhere a bare name is the newest version."""
 
 _SELECTOR = re.compile(
     rf"(?P<name>{NAME.pattern})(@((?P<version>[1-9][0-9]{{0,17}})|(?P<alias>{ALIAS.pattern})))?"
@@ -21,18 +21,18 @@ _SELECTOR = re.compile(
 
 @dataclass(frozen=True)
 class Selector:
-    """`name`, `name@version`, `name@alias` or `sha256:<hex>`, taken apart."""
+    """The parts of `name`, `name@version`, `name@alias` or `sha256:<hex>`."""
 
     name: str = ""
     version: int = 0
-    """0 when it is not given."""
+    """0 if not given."""
     alias: str = ""
-    """Empty for a bare name."""
+    """Empty if not given."""
     digest: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Selector | None:
-        """The parts of a selector; None when it cannot be one."""
+        """Returns the parts of a selector, None for an invalid one."""
         if DIGEST.fullmatch(text):
             return cls(digest=text)
         match = _SELECTOR.fullmatch(text)

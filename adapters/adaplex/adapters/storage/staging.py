@@ -1,4 +1,4 @@
-"""Staging: an upload on its way in. Nothing of it is visible until the store takes it."""
+"""Staging: the files of an upload before they are stored. Nothing else can see them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class FileSpec:
-    """A file that an upload announces."""
+    """A file as an upload announces it; `size` in bytes."""
 
     name: str
     size: int
@@ -39,7 +39,7 @@ class FileSpec:
 
 
 def check_files(files: Sequence[FileSpec], limits: AdapterLimits) -> None:
-    """Checks names, sizes and digests as announced. Raises AdapterInvalid or AdapterTooLarge."""
+    """Checks announced names, sizes and hashes. Raises AdapterInvalid or AdapterTooLarge."""
     names = [file.name for file in files]
     for file in files:
         if file.name.endswith(PICKLE_SUFFIXES):
@@ -56,7 +56,9 @@ def check_files(files: Sequence[FileSpec], limits: AdapterLimits) -> None:
         if names.count(name) != 1:
             raise AdapterInvalid.because(name, f"is announced {names.count(name)} times, not once")
     if names.count(SIGNATURE) > 1:
-        raise AdapterInvalid.because(SIGNATURE, f"is announced {names.count(SIGNATURE)} times")
+        raise AdapterInvalid.because(
+            SIGNATURE, f"is announced {names.count(SIGNATURE)} times, not once"
+        )
     check_total(sum(file.size for file in files), limits)
     config_bytes = next(file.size for file in files if file.name == CONFIG)
     if config_bytes > limits.max_config_bytes:
@@ -67,7 +69,7 @@ def check_files(files: Sequence[FileSpec], limits: AdapterLimits) -> None:
 
 
 def check_total(total: int, limits: AdapterLimits) -> None:
-    """Checks the bytes of all files together. Raises AdapterTooLarge."""
+    """Checks the sum of all files' bytes. Raises AdapterTooLarge."""
     if total > limits.max_adapter_bytes:
         raise AdapterTooLarge(
             f"the files have {total} bytes, the limit is {limits.max_adapter_bytes}", field="files"
@@ -75,11 +77,11 @@ def check_total(total: int, limits: AdapterLimits) -> None:
 
 
 class Staging:
-    """A folder of its own, filled by `write` in order; discarded unless the store takes it."""
+    """A folder that `write` fills in order. Leaving its `with` block removes it unless stored."""
 
     @full_disk_is_store_full()
     def __init__(self, directory: Path, files: Sequence[FileSpec]) -> None:
-        """Makes the folder, unless it is there. Raises StoreFull."""
+        """Makes the folder unless it exists. Raises StoreFull."""
         directory.mkdir(exist_ok=True)
         self.directory = directory
         self.files = tuple(files)
@@ -89,9 +91,8 @@ class Staging:
 
     @classmethod
     def adopt(cls, directory: Path, limits: AdapterLimits) -> Staging:
-        """A folder that was filled by other means; what is no file of an adapter is removed.
-
-        Raises AdapterInvalid or AdapterTooLarge.
+        """Returns the staging of a folder that other code filled, after removing every file that
+        is not an adapter's. Raises AdapterInvalid or AdapterTooLarge.
         """
         check_files_there(directory)
         for path in directory.iterdir():
@@ -107,14 +108,14 @@ class Staging:
 
     @classmethod
     def of_files(cls, directory: Path, files: Sequence[FileSpec]) -> Staging:
-        """A folder that holds these files already; `verify` tells whether they are as announced."""
+        """Returns the staging of a folder with these files. `verify` compares them with `files`."""
         return cls._filled(directory, files, [sha256_of(directory / file.name) for file in files])
 
     @classmethod
     def _filled(
         cls, directory: Path, files: Sequence[FileSpec], hashes: Sequence[hashlib._Hash]
     ) -> Staging:
-        """A folder that holds these files, with these hashes."""
+        """Returns the staging of a folder with these files, given the hashes of their bytes."""
         staging = cls(directory, files)
         staging._hashes = list(hashes)
         staging._written = [(directory / file.name).stat().st_size for file in files]
@@ -122,21 +123,23 @@ class Staging:
 
     @property
     def size(self) -> int:
-        """Bytes of all files as announced."""
+        """Announced bytes of all files."""
         return sum(file.size for file in self.files)
 
     @full_disk_is_store_full()
     def write(self, index: int, offset: int, data: bytes) -> None:
-        """Appends to a file. Chunks come in order, file after file.
+        """Appends to a file. Chunks must arrive in order, file after file.
 
-        Raises AdapterInvalid, or StoreFull, after which the chunk may be sent again.
+        Raises AdapterInvalid, or StoreFull, after which the same chunk may be written again.
         """
         if not 0 <= index < len(self.files):
-            raise AdapterInvalid.because("chunk.file_index", f"must be below {len(self.files)}")
+            raise AdapterInvalid.because(
+                "chunk.file_index", f"is {index}, must be below {len(self.files)}"
+            )
         file, written = self.files[index], self._written[index]
         if offset != written:
             raise AdapterInvalid.because(
-                "chunk.offset", f"is {offset}, expected {written} of {file.name}"
+                "chunk.offset", f"is {offset}, must be {written}, the bytes of {file.name} so far"
             )
         if written + len(data) > file.size:
             raise AdapterInvalid.because(
@@ -150,12 +153,15 @@ class Staging:
 
     @full_disk_is_store_full()
     def verify(self) -> None:
-        """Checks that every file came whole, and syncs it. Raises AdapterInvalid or StoreFull."""
+        """Compares every file with what was announced, and syncs it.
+
+        Raises AdapterInvalid or StoreFull.
+        """
         self._close()
         for file, written, digest in zip(self.files, self._written, self._hashes, strict=True):
             if written != file.size:
                 raise AdapterInvalid.because(
-                    file.name, f"ended after {written} of {file.size} bytes"
+                    file.name, f"has {written} of the {file.size} bytes announced"
                 )
             if digest.hexdigest() != file.sha256:
                 raise AdapterInvalid.because(
@@ -164,7 +170,7 @@ class Staging:
             sync(self.directory / file.name)
 
     def discard(self) -> None:
-        """Removes what was written; harmless after the store has taken it."""
+        """Removes the folder. Has no effect once the files are stored."""
         with suppress(OSError):
             self._close()
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -176,7 +182,7 @@ class Staging:
         self.discard()
 
     def _file(self, index: int) -> FileIO:
-        """The open file of this index, without a buffer; only one is open at a time."""
+        """Returns the file of this index, opened unbuffered. Only one is open at a time."""
         if self._open is None or self._open[0] != index:
             self._close()
             path = self.directory / self.files[index].name
