@@ -1,6 +1,6 @@
-"""Every Triton kernel compiles to machine code for GPUs that are not here.
+"""Every Triton kernel compiles to machine code for GPUs that this machine need not have.
 
-The interpreter accepts what the compiler does not; both are asked.
+The interpreter accepts code that the compiler refuses, so both are tested.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from adaplex.model.kernels import triton_attention as attention, triton_low_rank as low_rank
-from adaplex.model.kernels import triton_embedding as embedding, triton_linear as linear
-from adaplex.model.kernels import triton_forms as forms, triton_product as product
+from adaplex.model.kernels.triton import attention, embedding, low_rank, product, replaced
+from adaplex.model.kernels.triton import weight_formats as formats
 
 arch, name = int(sys.argv[1]), sys.argv[2]
 x, dot = ("*bf16", tl.bfloat16) if name == "bf16" else ("*fp32", tl.float32)
@@ -36,16 +35,16 @@ shape = dict(GROUP=4, DV=128, DV_PADDED=128, WINDOW=100, DK=96, DK_PADDED=128)
 shape.update(BLOCK_TOKENS=16, SOFTCAP=30.0, SINKS=True, DOT=dot)
 block = dict(BLOCK=True, SHARES=1, DOT=dot)
 expert = dict(BLOCK=False, SHARES=8, DOT=dot)
-base = dict(BIAS=True, INPUTS=4000, BLOCK_IN=linear.BLOCK_IN, DOT=dot)
+base = dict(BIAS=True, INPUTS=4000, BLOCK_IN=replaced.BLOCK_IN, DOT=dot)
 few = dict(SPLIT=1024, DOT=dot, BIAS=False, SPLITS=1, ROWS=16)
 more = dict(few, ROWS=product.PROMPT_ROWS)
 many = dict(more, BIAS=True, SPLITS=4)
 whole_sums = dict(sums=x)
-def blocks(form):
-    return dict(BLOCK_IN=form.block_in, BLOCK_OUT=form.block_out)
-dense = dict(ADD=forms.DENSE.add, **blocks(forms.DENSE), GROUP=1)
-nf4 = dict(ADD=forms.NF4.add, **blocks(forms.NF4), GROUP=64)
-int4 = dict(ADD=forms.INT4.add, **blocks(forms.INT4), GROUP=32)
+def blocks(weights):
+    return dict(BLOCK_IN=weights.block_in, BLOCK_OUT=weights.block_out)
+dense = dict(ADD=formats.DENSE.add, **blocks(formats.DENSE), GROUP=1)
+nf4 = dict(ADD=formats.NF4.add, **blocks(formats.NF4), GROUP=64)
+int4 = dict(ADD=formats.INT4.add, **blocks(formats.INT4), GROUP=32)
 kept = {
     "dense": dict(weight=(x,)),
     "nf4": dict(weight=("*u8", "*fp32", "*u8", "*fp32", "*fp32", "*fp32")),
@@ -61,9 +60,9 @@ for kernel, constants, *types in (
     (low_rank._expand, dict(block, SPLITS=4, BLOCK_OUT=low_rank.BLOCK_OUT)),
     (low_rank._shrink, dict(expert, SPLIT=1024, BLOCK_IN=low_rank.BLOCK_IN)),
     (low_rank._expand, dict(expert, SPLITS=4, BLOCK_OUT=low_rank.BLOCK_OUT)),
-    (linear._scale, dict(BLOCK_IN=linear.BLOCK_IN)),
-    (linear._product, dict(base, BLOCK_OUT=linear.BLOCK_OUT)),
-    (linear._rows, base),
+    (replaced._scale, dict(BLOCK_IN=replaced.BLOCK_IN)),
+    (replaced._product, dict(base, BLOCK_OUT=replaced.BLOCK_OUT)),
+    (replaced._rows, base),
     (embedding._embed, dict(SCALED=True, BLOCK=embedding.BLOCK, DOT=dot)),
     (embedding._weights, dict(BLOCK=embedding.BLOCK)),
     (product._multiply, dict(few, **dense), kept["dense"]),
@@ -83,7 +82,7 @@ for kernel, constants, *types in (
     typed = dict(arguments, **{n: t for each in types for n, t in each.items()})
     signature = {n: "constexpr" if n in constants else typed.get(n, "i32") for n in names}
     used = {n: constants[n] for n in names if n in constants}
-    # What the launcher finds out of real tensors: addresses and strides are multiples of 16.
+    # As the launcher finds for real tensors: addresses and strides are multiples of 16.
     whole = []
     for i, n in enumerate(names):
         if isinstance(signature[n], tuple):
@@ -104,7 +103,7 @@ for kernel, constants, *types in (
 print(json.dumps(compiled))
 """
 SHARED = {80: 163 << 10, 90: 227 << 10}
-"""Bytes of shared memory that a program may have, by compute capability times ten."""
+"""Limit of shared memory of a program in bytes, by ten times the compute capability."""
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -127,7 +126,7 @@ def test_kernels_compile(arch: int, dtype: str, tmp_path: os.PathLike[str]) -> N
         assert made["shared"] <= SHARED[arch]
         assert not made["atomics"]
         assert bool(made["tensor_cores"]) == (dtype == "bf16" and products)
-        # Tiles of few rows and of many are two widths of one instruction: sums go in one order.
+        # Tiles of few and of many rows are two widths of one instruction, so sums have one order.
         if dtype == "bf16" and name.startswith("_multiply"):
             kind = "mma.sync.aligned.m16n8k16" if arch == 80 else "wgmma.mma_async.sync.aligned.m64"
             assert [used.startswith(kind) for used in made["tensor_cores"]] == [True]

@@ -1,8 +1,9 @@
-"""Reference kernels in torch: slow, right on every device, the measure of the fast ones.
+"""Reference kernels in torch: slow and correct on every device; fast kernels are tested against
+them.
 
-All of them are row-invariant: row i of a result depends on row i of the inputs alone, bit for
-bit, whatever the other rows are and however many. BLAS sums the rows left over from a tile of
-ROW_TILE in another order, so fp32 products are padded to whole tiles.
+They are row-invariant: the bits of row i of a result depend on row i of the inputs alone, not on
+the content or the number of other rows. BLAS sums the rows that remain after tiles of ROW_TILE in
+another order, so fp32 products are padded to whole tiles.
 """
 
 from __future__ import annotations
@@ -12,46 +13,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROW_TILE = 4
-"""fp32 products of a multiple of this many rows give each row the same bits, on any number of
-threads; bf16 products always do. Measured over 1 to 8 threads, see server/DECISIONS.md."""
+"""Rows of a tile. fp32 products of whole tiles give each row the same bits, on any number of
+threads; bf16 products of any number of rows do. Measured on 1 to 8 threads, see
+server/DECISIONS.md."""
 
 CUDA_ROWS = 16
-"""Rows of a step on a CUDA device, at least: torch gives a block of 512 threads to up to 16 rows,
-and sums fewer in another order. Source: setReduceConfig in torch's ATen/native/cuda/Reduce.cuh.
+"""Smallest number of rows of a step on a CUDA device: torch sums up to 16 rows with a block of 512
+threads, and fewer rows in another order. Source: setReduceConfig in torch's
+ATen/native/cuda/Reduce.cuh.
 """
 
 PARTITION = 256
-"""Keys in one partition of attention. Every product then has one fixed inner size."""
+"""Keys of one partition of attention. All products of partitions have the same inner size."""
 
 MASKED = -1e30
-"""Running maximum before the first key: finite, so that differences are never NaN."""
+"""Running maximum before the first key; finite, so that differences are never NaN."""
 
 
 def least_rows(device: torch.device) -> int:
-    """Rows of a step below which a row's bits would depend on how many there are."""
+    """Returns the smallest number of rows of a step that keeps a row's bits independent of it."""
     return CUDA_ROWS if device.type == "cuda" else 1
 
 
 def padded_rows(rows: int, least: int = 1) -> int:
-    """The smallest multiple of ROW_TILE that holds `rows` and `least`, at least one tile."""
+    """Returns the smallest positive multiple of ROW_TILE that is at least `rows` and `least`."""
     return max(1, -(-max(rows, least) // ROW_TILE)) * ROW_TILE
 
 
 def whole_tiles(x: Tensor) -> Tensor:
-    """x [rows, features] with zero rows added up to a whole number of tiles."""
+    """x [rows, features] -> x with zero rows added up to whole tiles of ROW_TILE rows."""
     missing = padded_rows(x.shape[0]) - x.shape[0]
     return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 def linear_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """Row-invariant x @ weight.T. x [rows, in], weight [out, in] -> [rows, out]."""
+    """x [rows, in], weight [out, in] -> x @ weight.T [rows, out], row-invariant."""
     if x.dtype == torch.bfloat16:
         return F.linear(x, weight)
     return F.linear(whole_tiles(x), weight)[: x.shape[0]]
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
-    """y += b (a x) in place. y [rows, out], x [rows, in], a [rank, in], b [rank, out]."""
+    """y [rows, out], x [rows, in], a [rank, in], b [rank, out]. y += b (a x) in place."""
     y += linear_rows(linear_rows(x, a), b.T)
 
 
@@ -67,13 +70,14 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention over paged keys and values, one partition of keys after another.
+    """query [batch, heads, n, dk] of any strides: n consecutive tokens of each of `batch`
+    sequences; keys [kv_heads, blocks, block_tokens, dk], values [kv_heads, blocks, block_tokens,
+    dv]; tables [batch, table] int64, padded with any valid block; positions [batch, n] int64; sinks
+    [heads]: extra logits in the softmax without a value -> [batch, heads, n, dv] in the query's
+    dtype.
 
-    query [batch, heads, n, dk], strides free: n neighbouring tokens of each of `batch` sequences;
-    keys [kv_heads, blocks, block_tokens, dk], values [kv_heads, blocks, block_tokens, dv];
-    tables [batch, table] int64, padded with any valid block; positions [batch, n] int64;
-    window counts the visible keys, the token itself included; sinks [heads] are extra logits
-    that take probability and give nothing. Returns [batch, heads, n, dv] in the query's dtype.
+    Causal attention over paged keys and values, one partition of keys after another. `window` is
+    the number of visible keys, including the token's own.
     """
     batch, heads, n, dk = query.shape
     kv_heads, _, block_tokens, dv = values.shape
@@ -86,7 +90,7 @@ def attend(
 
     peak = query.new_full((kv_heads, batch, rows, 1), MASKED, dtype=torch.float32)
     total = torch.zeros_like(peak)
-    mixed = peak.new_zeros(kv_heads, batch, rows, dv)
+    weighted = peak.new_zeros(kv_heads, batch, rows, dv)
     last = int(positions.max())
     first = 0 if window is None else max(0, int(positions.min()) - window + 1)
     tables = F.pad(tables, (0, -tables.shape[1] % per_partition))
@@ -103,21 +107,23 @@ def attend(
         if window is not None:
             visible &= key_positions > row_positions - window
         scores = scores.masked_fill_(~visible, -torch.inf)
-        peak, total, mixed = _merge(peak, total, mixed, scores, v)
+        peak, total, weighted = _merge(peak, total, weighted, scores, v)
     if sinks is not None:
         sink = sinks.float().view(kv_heads, 1, group, 1, 1).expand(-1, batch, -1, n, -1)
         sink = F.pad(sink.reshape(kv_heads, batch, group * n, 1), (0, 0, 0, rows - group * n))
         total = total + torch.exp(sink - peak)
-    out = (mixed / total)[:, :, : group * n].to(query.dtype)
+    out = (weighted / total)[:, :, : group * n].to(query.dtype)
     return out.transpose(0, 1).reshape(batch, heads, n, dv)
 
 
 def _merge(
-    peak: Tensor, total: Tensor, mixed: Tensor, scores: Tensor, values: Tensor
+    peak: Tensor, total: Tensor, weighted: Tensor, scores: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Takes one partition into the running softmax.
+    """peak, total [kv_heads, batch, rows, 1] and weighted [kv_heads, batch, rows, dv] of the
+    partitions so far; scores [kv_heads, batch, rows, PARTITION] and values [kv_heads * batch,
+    PARTITION, dv] of the next one -> peak, total and weighted of all.
 
-    A partition that a row cannot see leaves the row's three figures as they are, bit for bit.
+    A partition that is masked for a row does not change the bits of the row's state.
     """
     new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
     weights = torch.exp(scores - new_peak)
@@ -125,4 +131,4 @@ def _merge(
     kv_heads, batch, rows, partition = scores.shape
     part = torch.bmm(weights.view(-1, rows, partition).to(values.dtype), values)
     total = total * fade + weights.sum(-1, keepdim=True)
-    return new_peak, total, mixed * fade + part.view(kv_heads, batch, rows, -1).float()
+    return new_peak, total, weighted * fade + part.view(kv_heads, batch, rows, -1).float()

@@ -1,7 +1,7 @@
-"""TritonKernels: what adapters do to their rows, in Triton, for all rows at once.
+"""TritonKernels: the changes of adapters to their rows, in Triton, for all rows at once.
 
-A launch happens only at modules where some adapter of the step has something; what it has is read
-on the device.
+A kernel is launched only at modules that some adapter of the step changes; each adapter's changes
+are read on the device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from adaplex.model.huge_pages import whole_numbers
 from adaplex.model.kernels.triton import embedding as triton_embedding
 from adaplex.model.kernels.triton import low_rank as triton_low_rank
 from adaplex.model.kernels.triton import replaced as triton_replaced
-from adaplex.model.kernels.triton.table import ResidentTable, Shared
+from adaplex.model.kernels.triton.table import ResidentTable, SiteArguments
 from adaplex.model.linear.backend import LinearBackend
 from adaplex.model.step.launch_plan import Launch, LaunchPlan
 from adaplex.model.step.tiles import Product, Tile, base_product
@@ -25,17 +25,17 @@ from adaplex.model.weights.adapter_weights import AddLowRank, Span
 
 
 class TritonKernels:
-    """The kernels of CUDA devices; they run on the CPU under TRITON_INTERPRET=1."""
+    """Kernels for CUDA devices; they run on the CPU if TRITON_INTERPRET=1."""
 
     def __init__(
         self, modules: Mapping[str, BaseModule], device: torch.device, *, slots: int = 1024
     ) -> None:
-        """`modules` are those of the base; `slots` bounds the different adapters of a step."""
+        """`modules` are all of the base's; `slots` limits the different adapters of one step."""
         self._modules = modules
         self._table = ResidentTable(modules, device, slots=slots)
 
     def plan(self, spans: Sequence[Span], modules: Mapping[str, int]) -> AddLowRank:
-        """See LowRankKernel. Only for adapters that do nothing else."""
+        """See LowRankKernel. The adapters must have no other changes."""
         assert all(span.weights.plain for span in spans)
         tiles = whole_numbers(self.tiles(spans), self._table.device).T.contiguous()
         launches = self.launches(spans)
@@ -43,9 +43,9 @@ class TritonKernels:
 
         def add(module: str, x: Tensor, y: Tensor) -> None:
             if Launch.NARROW in launches.at(modules[module]):
-                shared = self._table.shared(modules[module], tiles)
-                parts = triton_low_rank.shrink(shared, x, max_rank=max_rank)
-                triton_low_rank.expand(shared, parts, y)
+                site = self._table.site_arguments(modules[module], tiles)
+                parts = triton_low_rank.shrink(site, x, max_rank=max_rank)
+                triton_low_rank.expand(site, parts, y)
 
         return add
 
@@ -91,53 +91,53 @@ class TritonRows:
 
     def linear(self, name: str, backend: LinearBackend, x: Tensor) -> Tensor:
         """See AdapterRows."""
-        launches, shared = self._at(name)
+        launches, site = self._at(name)
         if Launch.INPUT in launches:
-            x = triton_replaced.scaled(shared, x)
+            x = triton_replaced.scaled(site, x)
         y = self._product(name, backend, x)
         if Launch.WEIGHT in launches:
-            triton_replaced.replace_product(shared, x, backend.bias, y)
+            triton_replaced.replace_product(site, x, backend.bias, y)
         if Launch.ROWS in launches:
-            triton_replaced.replace_rows(shared, x, backend.bias, y)
+            triton_replaced.replace_rows(site, x, backend.bias, y)
         if Launch.OUTPUT in launches:
             parts = triton_low_rank.no_parts(x)
             if Launch.NARROW in launches:
-                parts = triton_low_rank.shrink(shared, x, max_rank=self._max_rank)
-            triton_low_rank.expand(shared, parts, y)
+                parts = triton_low_rank.shrink(site, x, max_rank=self._max_rank)
+            triton_low_rank.expand(site, parts, y)
         return y
 
     def norm(self, name: str, norm: nn.Module, x: Tensor, y: Tensor) -> None:
         """See AdapterRows."""
-        launches, shared = self._at(name)
+        launches, site = self._at(name)
         if Launch.WEIGHT in launches:
             own = norm.get_parameter("weight")
-            weights, replaced = triton_embedding.row_weights(shared, own, len(x))
+            weights, replaced = triton_embedding.row_weights(site, own, len(x))
             replaced = replaced.view(-1, *[1] * (y.dim() - 1))
             y.copy_(torch.where(replaced, normed(norm, weights, x), y))
         if Launch.OUTPUT in launches:
             for part in (y,) if y.dim() == 2 else y.unbind(1):
-                triton_low_rank.expand(shared, triton_low_rank.no_parts(part), part)
+                triton_low_rank.expand(site, triton_low_rank.no_parts(part), part)
 
     def embedding(self, name: str, embedding: nn.Module, ids: Tensor, y: Tensor) -> None:
         """See AdapterRows."""
-        launches, shared = self._at(name)
+        launches, site = self._at(name)
         if not launches:
             return
         if self._virtual is not None:
             ids = torch.where(self._virtual < 0, ids, -1 - self._virtual)
-        triton_embedding.embed(shared, ids, y, table_scale(embedding, y))
+        triton_embedding.embed(site, ids, y, table_scale(embedding, y))
 
     def block(self, name: str, x: Tensor, residual: Tensor, y: Tensor) -> None:
         """See AdapterRows."""
-        launches, shared = self._at(name)
+        launches, site = self._at(name)
         if Launch.NARROW in launches:
             around = (x, residual)
-            parts = triton_low_rank.shrink(shared, y, max_rank=self._max_rank, around=around)
-            triton_low_rank.expand(shared, parts, y, block=True)
+            parts = triton_low_rank.shrink(site, y, max_rank=self._max_rank, around=around)
+            triton_low_rank.expand(site, parts, y, block=True)
 
     def expert(self, name: str, expert: int, rows: Tensor, x: Tensor, y: Tensor) -> None:
-        """See AdapterRows. Neighbours among the chosen rows may have any adapter, so each is a
-        tile.
+        """See AdapterRows. Neighbouring rows of an expert may have different adapters, so each row
+        is a tile.
         """
         if Launch.NARROW in self._at(name)[0]:
             slots, starts, counts = self._tiles
@@ -145,21 +145,23 @@ class TritonRows:
             slot = torch.where(mine, slots, -1).amax(1)
             each = torch.arange(len(rows), device=rows.device)
             tiles = torch.stack([slot, each, torch.ones_like(slot)])
-            shared = self._table.shared(self._table.numbers[name], tiles)
+            site = self._table.site_arguments(self._table.numbers[name], tiles)
             shares = self._modules[name].experts
             parts = triton_low_rank.shrink(
-                shared, x, max_rank=self._max_rank, share=expert, shares=shares
+                site, x, max_rank=self._max_rank, share=expert, shares=shares
             )
-            triton_low_rank.expand(shared, parts, y, share=expert, shares=shares)
+            triton_low_rank.expand(site, parts, y, share=expert, shares=shares)
 
-    def _at(self, name: str) -> tuple[frozenset[Launch], Shared]:
-        """What to launch at a module, and what to tell kernels there."""
+    def _at(self, name: str) -> tuple[frozenset[Launch], SiteArguments]:
+        """Returns the launches at a module and the first arguments of its kernels."""
         number = self._table.numbers[name]
-        return self._launches.at(number), self._table.shared(number, self._tiles)
+        return self._launches.at(number), self._table.site_arguments(number, self._tiles)
 
 
 def normed(norm: nn.Module, weights: Tensor, x: Tensor) -> Tensor:
-    """x [rows, .., features] by a norm of any kind that has another weight in each row."""
+    """weights [rows, features], x [rows, .., features] -> the norm of x with a weight for each row;
+    any kind of norm.
+    """
 
     def row(weight: Tensor, x: Tensor) -> Tensor:
         y: Tensor = with_weight(norm, weight).forward(x)

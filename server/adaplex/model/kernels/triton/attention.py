@@ -1,9 +1,9 @@
-"""Paged attention in Triton: what `reference.attend` computes, without gathering.
+"""Paged attention in Triton: computes `reference.attend` without gathering keys and values.
 
-Keys are taken in partitions (see triton_partition), which are merged in order. Decoding rows have
-a program for each partition and a second kernel that merges; prompt tiles merge as they go. So a
-row's arithmetic depends on the row alone, and there are no atomics. Tables and positions are read
-on the device: a captured launch fixes nothing but their shapes.
+Keys are processed in partitions (see partition), which are merged in order. Decoding rows have a
+program for each partition and a second kernel that merges; a program of a prompt tile merges its
+partitions itself. So the arithmetic of a row depends on the row alone, and there are no atomics.
+Tables and positions are read on the device, so a captured launch fixes only their shapes.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from adaplex.model.kernels.triton.dot import LEAST, dot_type
 from adaplex.model.kernels.triton.partition import (
     MASKED,
     PARTITION,
-    finish,
-    merged,
-    nothing,
+    empty_state,
+    merge_states,
     partition_state,
     query_rows,
-    reach,
+    store_attention,
+    visible_range,
 )
 
 PROMPT_ROWS = 64
-"""Pairs of token and head in a prompt tile, at most, unless a group has more heads."""
+"""Largest number of pairs of token and head in a prompt tile, unless a group has more heads."""
 
 
 def attend(
@@ -42,7 +42,12 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """See `reference.attend`. The query may be a view with any strides but the last."""
+    """query [batch, heads, n, dk], contiguous in its last dimension; keys [kv_heads, blocks,
+    block_tokens, dk], values [kv_heads, blocks, block_tokens, dv], tables [batch, table] int64 and
+    positions [batch, n] int64, contiguous; sinks [heads] -> [batch, heads, n, dv].
+
+    Computes `reference.attend`.
+    """
     batch, heads, n, dk = query.shape
     kv_heads, blocks, block_tokens, dv = values.shape
     assert query.stride(3) == 1
@@ -64,10 +69,9 @@ def attend(
         "SOFTCAP": softcap or 0.0,
         "DOT": dot_type(query),
     }
-    inputs = (
-        *(query, query.stride(0), query.stride(1), query.stride(2), scale),
-        *(keys, values, blocks, tables, tables.shape[1], positions, n),
-    )
+    strides = query.stride(0), query.stride(1), query.stride(2)
+    cache = keys, values, blocks, tables, tables.shape[1]
+    inputs = (query, *strides, scale, *cache, positions, n)
     out = query.new_empty(batch, n, heads, dv)
     ends = {"sinks": out if sinks is None else sinks, "SINKS": sinks is not None, "out": out}
     if n > 1:
@@ -110,28 +114,50 @@ def _prompt(
     DOT: tl.constexpr,
     SINKS: tl.constexpr,
 ):
-    """A tile of TOKENS tokens of a sequence, one group of heads, every partition in order."""
+    """query [batch, heads, n, DK] by the strides query_batch, query_head and query_token; keys
+    [kv_heads, blocks, BLOCK_TOKENS, DK]; values [kv_heads, blocks, BLOCK_TOKENS, DV]; tables
+    [batch, width] int64; positions [batch, n] int64; sinks [heads]; out [batch, n, heads, DV].
+
+    out = attention of TOKENS tokens of one sequence and GROUP heads, over all partitions in order.
+    Grid: (tiles of tokens, kv_heads, batch).
+    """
     kv_head, sequence = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     i = tl.arange(0, ROWS)
     token, head = tl.program_id(0) * TOKENS + i // GROUP, kv_head * GROUP + i % GROUP
     live = (i < TOKENS * GROUP) & (token < n)
     position = tl.load(positions + sequence * n + token, mask=live, other=-1)
-    first, last = reach(position, live, WINDOW)
+    first, last = visible_range(position, live, WINDOW)
     from_row = query + sequence * query_batch + head * query_head + token * query_token
     q = query_rows(from_row, live, DK, DK_PADDED, DOT)
     key_head = keys + kv_head * blocks * BLOCK_TOKENS * DK
     value_head = values + kv_head * blocks * BLOCK_TOKENS * DV
-    peak, total, mixed = nothing(ROWS, DV_PADDED)
+    peak, total, weighted = empty_state(ROWS, DV_PADDED)
     start = first // PARTITION * PARTITION
     while start <= last:
-        p, t, m = partition_state(
-            *(q, key_head, value_head, tables + sequence * width, position, first, last, start),
-            *(scale, ROWS, DV, DV_PADDED, WINDOW, DK, DK_PADDED, BLOCK_TOKENS, SOFTCAP, DOT),
+        p, t, w = partition_state(
+            q,
+            key_head,
+            value_head,
+            tables + sequence * width,
+            position,
+            first,
+            last,
+            start,
+            scale,
+            ROWS,
+            DV,
+            DV_PADDED,
+            WINDOW,
+            DK,
+            DK_PADDED,
+            BLOCK_TOKENS,
+            SOFTCAP,
+            DOT,
         )
-        peak, total, mixed = merged(peak, total, mixed, p, t, m)
+        peak, total, weighted = merge_states(peak, total, weighted, p, t, w)
         start += PARTITION
     row = (sequence * n + token) * tl.num_programs(1) * GROUP + head
-    finish(peak, total, mixed, sinks + head, out + row * DV, live, DV, DV_PADDED, SINKS)
+    store_attention(peak, total, weighted, sinks + head, out + row * DV, live, DV, DV_PADDED, SINKS)
 
 
 @triton.jit(do_not_specialize=["width", "n"], do_not_specialize_on_alignment=["positions"])
@@ -161,29 +187,46 @@ def _decode(
     SOFTCAP: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """One partition of keys for the group of heads of one row.
+    """query, keys, values, tables and positions as in `_prompt`, n = 1; parts [partitions, batch,
+    heads, DV + 2] fp32.
 
-    parts [partitions, batch, heads, dv + 2] gets mix, peak and total; nothing where the row sees
-    no key of the partition.
+    parts = weighted [DV], peak and total of one partition of keys, for one row and GROUP heads; not
+    written if the row attends to no key of the partition. Grid: (partitions, kv_heads, batch).
     """
     kv_head, sequence = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     start = tl.program_id(0) * PARTITION
     i = tl.arange(0, ROWS)
     live, head = i < GROUP, kv_head * GROUP + i % GROUP
     position = tl.load(positions + sequence + tl.zeros_like(i), mask=live, other=-1)
-    first, last = reach(position, live, WINDOW)
+    first, last = visible_range(position, live, WINDOW)
     if (start <= last) & (start + PARTITION > first):
         q = query_rows(query + sequence * query_batch + head * query_head, live, DK, DK_PADDED, DOT)
         key_head = keys + kv_head * blocks * BLOCK_TOKENS * DK
         value_head = values + kv_head * blocks * BLOCK_TOKENS * DV
-        peak, total, mixed = partition_state(
-            *(q, key_head, value_head, tables + sequence * width, position, first, last, start),
-            *(scale, ROWS, DV, DV_PADDED, WINDOW, DK, DK_PADDED, BLOCK_TOKENS, SOFTCAP, DOT),
+        peak, total, weighted = partition_state(
+            q,
+            key_head,
+            value_head,
+            tables + sequence * width,
+            position,
+            first,
+            last,
+            start,
+            scale,
+            ROWS,
+            DV,
+            DV_PADDED,
+            WINDOW,
+            DK,
+            DK_PADDED,
+            BLOCK_TOKENS,
+            SOFTCAP,
+            DOT,
         )
         rows = (tl.program_id(0) * tl.num_programs(2) + sequence) * tl.num_programs(1) * GROUP
         at = parts + (rows + head) * (DV + 2)
         d = tl.arange(0, DV_PADDED)
-        tl.store(at[:, None] + d[None, :], mixed, mask=live[:, None] & (d < DV)[None, :])
+        tl.store(at[:, None] + d[None, :], weighted, mask=live[:, None] & (d < DV)[None, :])
         tl.store(at + DV, peak, mask=live)
         tl.store(at + DV + 1, total, mask=live)
 
@@ -202,22 +245,27 @@ def _combine(
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
 ):
-    """Merges the partitions of a row that `_decode` wrote, in order."""
+    """parts [partitions, batch, heads, DV + 2] fp32 as `_decode` writes it; positions [batch]
+    int64; sinks [heads]; out [batch, 1, heads, DV].
+
+    out = attention of one row and GROUP heads: its partitions merged in order. Grid: (kv_heads,
+    batch).
+    """
     kv_head, sequence = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i, d = tl.arange(0, ROWS), tl.arange(0, DV_PADDED)
     live, head = i < GROUP, kv_head * GROUP + i % GROUP
     wanted = live[:, None] & (d < DV)[None, :]
     position = tl.load(positions + sequence + tl.zeros_like(i), mask=live, other=-1)
-    first, last = reach(position, live, WINDOW)
-    peak, total, mixed = nothing(ROWS, DV_PADDED)
+    first, last = visible_range(position, live, WINDOW)
+    peak, total, weighted = empty_state(ROWS, DV_PADDED)
     partition = first // PARTITION
     while partition * PARTITION <= last:
         rows = (partition * tl.num_programs(1) + sequence) * tl.num_programs(0) * GROUP
         at = parts + (rows + head) * (DV + 2)
-        m = tl.load(at[:, None] + d[None, :], mask=wanted, other=0.0)
+        w = tl.load(at[:, None] + d[None, :], mask=wanted, other=0.0)
         p = tl.load(at + DV, mask=live, other=MASKED)
         t = tl.load(at + DV + 1, mask=live, other=0.0)
-        peak, total, mixed = merged(peak, total, mixed, p, t, m)
+        peak, total, weighted = merge_states(peak, total, weighted, p, t, w)
         partition += 1
     row = sequence * tl.num_programs(0) * GROUP + head
-    finish(peak, total, mixed, sinks + head, out + row * DV, live, DV, DV_PADDED, SINKS)
+    store_attention(peak, total, weighted, sinks + head, out + row * DV, live, DV, DV_PADDED, SINKS)

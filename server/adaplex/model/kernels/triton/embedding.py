@@ -1,5 +1,5 @@
-"""What adapters do to embeddings and to the weights of norms, in Triton: look-ups by row. See
-triton_table for rows and tiles.
+"""Adapters' changes to embeddings and to the weights of norms, in Triton: look-ups by row. See
+`table` for slots and tiles.
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ from torch import Tensor
 
 from adaplex.model.kernels.native.structs import SITE_FIELDS
 from adaplex.model.kernels.triton.dot import dot_type
-from adaplex.model.kernels.triton.table import FIELDS, RANKS, TILE, Shared, elements, tile_rows
+from adaplex.model.kernels.triton.table import (
+    FIELDS,
+    RANKS,
+    TILE,
+    SiteArguments,
+    elements,
+    tile_rows,
+)
 
 BLOCK = 128
 """Features of one program."""
@@ -22,27 +29,27 @@ A, B, RANK, DENSE, ROWS, ROW_IDS, ROW_COUNT, VIRTUAL = (
 )
 
 
-def embed(shared: Shared, ids: Tensor, y: Tensor, factor: Tensor | None) -> None:
-    """Makes y [rows, hidden] for every tile what the adapter's embedding of ids [rows] int64 is, in
-    place; id -1 - i is virtual token i. `factor` [] of y's type is what the base multiplies its own
-    table by.
+def embed(site: SiteArguments, ids: Tensor, y: Tensor, factor: Tensor | None) -> None:
+    """ids [rows] int64, -1 - i for virtual token i; y [rows, hidden]: the base's embeddings; factor
+    [] of y's type: the base's factor of its table, None for 1.
+
+    Replaces y of the rows of every tile by the adapter's embedding of their ids, in place.
     """
     assert y.stride(1) == ids.stride(0) == 1
-    _embed[(shared[3].shape[1], triton.cdiv(y.shape[1], BLOCK))](
-        *(*shared, ids, y, y.stride(0), y.shape[1], y if factor is None else factor),
-        *(factor is not None, BLOCK, dot_type(y)),
-    )
+    grid = site.tiles.shape[1], triton.cdiv(y.shape[1], BLOCK)
+    scale = y if factor is None else factor
+    rows = y, y.stride(0), y.shape[1]
+    _embed[grid](*site, ids, *rows, scale, factor is not None, BLOCK, dot_type(y))
 
 
-def row_weights(shared: Shared, own: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The weight [rows, features] of a norm for each row, the base's `own` [features] where the
-    row's adapter brings none; and whether it brings one [rows, 1]. `own` is of the compute dtype.
+def row_weights(site: SiteArguments, own: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """own [features] of the compute dtype: the base's weight of a norm -> the weight of each row
+    [rows, features], and bool [rows, 1] whether it is its adapter's.
     """
-    weights = own.repeat(rows, 1)  # a copy also of one row
+    weights = own.repeat(rows, 1)  # a copy even of a single row
     replaced = torch.zeros(rows, 1, dtype=torch.bool, device=own.device)
-    _weights[(shared[3].shape[1], triton.cdiv(len(own), BLOCK))](
-        *(*shared, weights, replaced, len(own), BLOCK)
-    )
+    grid = site.tiles.shape[1], triton.cdiv(len(own), BLOCK)
+    _weights[grid](*site, weights, replaced, len(own), BLOCK)
     return weights, replaced
 
 
@@ -61,7 +68,13 @@ def _embed(
     BLOCK: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """The embeddings of one tile, BLOCK features of them."""
+    """table [slots, modules, FIELDS] int64, slots table_row apart; tiles [3, tiles] int64; ids
+    [rows] int64; y [rows, width], rows y_row apart; factor [] (read if SCALED).
+
+    y = y + b a[id], where the adapter's table or replaced row replaces y if it has one for the id;
+    for a negative id the adapter's virtual token. For one tile and BLOCK features. Grid: (tiles,
+    blocks of features).
+    """
     slot = tl.load(tiles + tl.program_id(0))
     if slot >= 0:
         site = table + slot * table_row + module * FIELDS
@@ -81,7 +94,7 @@ def _embed(
         dense = tl.load(dense, mask=mine & inside, other=0.0).to(tl.float32)
         new = tl.where(mine, dense * times, new)
 
-        # Where each token is among the replaced rows, -1 where it is not.
+        # place [TILE]: index of each token among the replaced rows, -1 if it is not there.
         place = tl.full((TILE,), -1, tl.int32)
         row_ids = tl.load(site + ROW_IDS).to(tl.pointer_type(tl.int32))
         count = tl.load(site + ROW_COUNT)
@@ -120,7 +133,12 @@ def _embed(
 
 @triton.jit(do_not_specialize=["module"], do_not_specialize_on_alignment=["tiles"])
 def _weights(table, table_row, module, tiles, weights, replaced, width, BLOCK: tl.constexpr):
-    """A tile's adapter's weight of a norm in place of the base's, BLOCK features of it."""
+    """table [slots, modules, FIELDS] int64, slots table_row apart; tiles [3, tiles] int64; weights
+    [rows, width]; replaced [rows] bool.
+
+    weights = the adapter's weight of the norm and replaced = true, if it has one; for one tile and
+    BLOCK features. Grid: (tiles, blocks of features).
+    """
     slot = tl.load(tiles + tl.program_id(0))
     if slot >= 0:
         site = table + slot * table_row + module * FIELDS

@@ -1,9 +1,9 @@
-"""Grouped low-rank deltas and bottlenecks in Triton, over the places and ranks of what lies in the
-arena; with them go the scales and biases of outputs.
+"""Grouped low-rank deltas and bottlenecks in Triton, by the addresses and ranks of weights in the
+arena; also the scales and biases of outputs.
 
-The input is cut into splits of a fixed size: `_shrink` writes the partial a x of each, `_expand`
-adds them in order and multiplies by b. No atomics, and a row's arithmetic depends on the row and
-its adapter alone. See triton_table for rows and tiles.
+The inputs are divided into splits of a fixed size: `_shrink` writes the partial a x of each split,
+`_expand` sums them in order and multiplies by b. There are no atomics, and the arithmetic of a row
+depends on the row and its adapter alone. See `table` for slots and tiles.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from adaplex.model.kernels.triton.table import (
     FIELDS,
     RANKS,
     TILE,
-    Shared,
+    SiteArguments,
     elements,
     tile_rows,
     vector,
 )
 
 SPLIT = 1024
-"""Inputs that one program of `_shrink` sums, at most."""
+"""Largest number of inputs that one program of `_shrink` sums."""
 BLOCK_IN = 128
-"""Inputs in one product; divides SPLIT."""
+"""Inputs of one product; divides SPLIT."""
 BLOCK_OUT = 128
 """Outputs of one program of `_expand`."""
 
@@ -48,7 +48,7 @@ RELU, GELU, GELU_TANH, SILU, TANH, SIGMOID, LEAKY_RELU = (
 
 
 def shrink(
-    shared: Shared,
+    site: SiteArguments,
     x: Tensor,
     *,
     max_rank: int,
@@ -56,10 +56,12 @@ def shrink(
     share: int = 0,
     shares: int = 1,
 ) -> Tensor:
-    """a x for every tile, as fp32 parts [splits, rows, max_rank] to be added up.
+    """x [rows, in] -> a x of the rows of every tile, as fp32 parts [splits, rows, max_rank] to be
+    summed.
 
-    x [rows, in]. `around` has the input of a block and the residual stream, which a bottleneck may
-    read instead of the output x. Of `shares` that divide every rank, only `share` is used.
+    At a block, x is its output and `around` its input and the residual stream, [rows, in] each,
+    which a bottleneck may read instead. Only part `share` of `shares` equal parts of every rank is
+    used.
     """
     rows, width = x.shape
     entered, residual = (x, x) if around is None else around
@@ -69,15 +71,28 @@ def shrink(
     split = min(SPLIT, triton.cdiv(width, BLOCK_IN) * BLOCK_IN)
     splits = triton.cdiv(width, SPLIT)
     parts = x.new_empty(splits, rows, max_rank, dtype=torch.float32)
-    _shrink[(shared[3].shape[1], splits)](
-        *(*shared, x, entered, residual, x.stride(0), width, parts, rows, max_rank, share),
-        *(shares, around is not None, split, BLOCK_IN, dot_type(x)),
+    _shrink[(site.tiles.shape[1], splits)](
+        *site,
+        x,
+        entered,
+        residual,
+        x.stride(0),
+        width,
+        parts,
+        rows,
+        max_rank,
+        share,
+        shares,
+        around is not None,
+        split,
+        BLOCK_IN,
+        dot_type(x),
     )
     return parts
 
 
 def expand(
-    shared: Shared,
+    site: SiteArguments,
     parts: Tensor,
     y: Tensor,
     *,
@@ -85,21 +100,33 @@ def expand(
     share: int = 0,
     shares: int = 1,
 ) -> None:
-    """y = output_scale * y + b (sum of parts) + bias for every tile, in place; y [rows, out].
+    """parts [splits, rows, max_rank] fp32 of `shrink`; y [rows, out].
 
-    At a `block` the sum goes through the bottleneck's inner bias and activation first.
+    y = output_scale * y + b (sum of parts) + bias for every tile, in place. At a `block` the
+    bottleneck's inner bias and activation are applied to the sum first.
     """
     assert y.stride(1) == 1
     splits, rows, max_rank = parts.shape
-    _expand[(shared[3].shape[1], triton.cdiv(y.shape[1], BLOCK_OUT))](
-        *(*shared, y, y.stride(0), y.shape[1], parts, rows, max_rank, share),
-        *(shares, block, splits, BLOCK_OUT, dot_type(y)),
+    _expand[(site.tiles.shape[1], triton.cdiv(y.shape[1], BLOCK_OUT))](
+        *site,
+        y,
+        y.stride(0),
+        y.shape[1],
+        parts,
+        rows,
+        max_rank,
+        share,
+        shares,
+        block,
+        splits,
+        BLOCK_OUT,
+        dot_type(y),
     )
 
 
 def no_parts(x: Tensor) -> Tensor:
-    """What `expand` takes where no tile has a low-rank delta of x [rows, in]; as many splits as
-    `shrink` would give, so that it is the same kernel.
+    """x [rows, in] -> empty parts [splits, rows, 0] for `expand`, if no tile has a low-rank delta;
+    as many splits as `shrink` returns, so that the same kernel is launched.
     """
     return x.new_empty(triton.cdiv(x.shape[1], SPLIT), len(x), 0, dtype=torch.float32)
 
@@ -128,7 +155,12 @@ def _shrink(
     BLOCK_IN: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """parts [splits, rows, max_rank] = a x over one split of the inputs, for one tile."""
+    """table [slots, modules, FIELDS] int64, slots table_row apart; tiles [3, tiles] int64; x,
+    entered, residual [rows, width], rows x_row apart; parts [splits, rows, max_rank] fp32.
+
+    parts = a x over one split of the inputs, for one tile. If BLOCK, the bottleneck reads x, x +
+    residual, entered or residual. Grid: (tiles, splits).
+    """
     slot = tl.load(tiles + tl.program_id(0))
     if slot >= 0:
         site = table + slot * table_row + module * FIELDS
@@ -186,9 +218,12 @@ def _expand(
     BLOCK_OUT: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """y = output_scale * y + b (sum of parts) + bias, for one tile and BLOCK_OUT outputs.
+    """table [slots, modules, FIELDS] int64, slots table_row apart; tiles [3, tiles] int64; y [rows,
+    width], rows y_row apart; parts [SPLITS, rows, max_rank] fp32.
 
-    What b is multiplied by is rounded to y's type first, as in the reference.
+    y = output_scale * y + b h + bias, for one tile and BLOCK_OUT outputs; h is the sum of parts,
+    activated if BLOCK, and rounded to y's type, as in the reference. Grid: (tiles, blocks of
+    outputs).
     """
     slot = tl.load(tiles + tl.program_id(0))
     if slot >= 0:
@@ -225,7 +260,9 @@ def _expand(
 
 @triton.jit
 def _activated(h, activation):
-    """An activation by its number. tanh(x) = 2 sigmoid(2 x) - 1, which is right at both ends."""
+    """h [TILE, RANKS] fp32 -> h after the activation with this number. tanh(x) is computed as
+    2 sigmoid(2 x) - 1, which has the right limits at both ends.
+    """
     if activation == RELU:
         h = tl.maximum(h, 0.0)
     elif activation == GELU:

@@ -1,10 +1,10 @@
-"""Products by frozen weights in Triton, in whatever form they are kept.
+"""Products by frozen weights of any format in Triton.
 
-A form is a function that adds the product of one block of inputs (see Add, triton_forms). Inputs
-are cut into splits whose size the weight's shape alone decides. Few rows have a program for each
-split, so that there are enough of them, and a second kernel that adds; many rows add as they go.
-Blocks and splits go in one order either way and there are no atomics, so a row's arithmetic depends
-on the row alone.
+A WeightFormat has a function that adds the product of one block of inputs (see weight_formats).
+Inputs are divided into splits, whose size depends only on the weight's shape. Few rows have a
+program for each split, so that there are enough programs, and a second kernel that sums; for many
+rows one program sums its splits itself. Blocks and splits are added in the same order either way
+and there are no atomics, so the arithmetic of a row depends on the row alone.
 """
 
 from __future__ import annotations
@@ -20,31 +20,35 @@ from torch import Tensor
 from adaplex.model.kernels.triton.dot import LEAST, dot_type
 
 PROMPT_ROWS = 64
-"""Rows of a tile where LEAST are too few. More have a program for all splits."""
+"""Rows of a tile if there are more than LEAST. With more rows than this, a program sums all splits.
+"""
 EVERY_TILE = (1, LEAST + 1, PROMPT_ROWS + 1)
-"""Numbers of rows that together take every kernel there is."""
+"""Numbers of rows that together launch every variant of the kernels."""
 PROGRAMS = 256
-"""Enough of them: about two for each multiprocessor of a large GPU."""
+"""Target number of programs: about two for each multiprocessor of a large GPU."""
 SUMMED = 256
 """Outputs of one program of `_add`."""
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a weight [out, in] is kept."""
+    """A storage format of weights [out, in]."""
 
     add: Any
-    """A function of Triton: (part, from_row, live, weight, o, inside, start, width, GROUP, ROWS,
-    BLOCK_IN, BLOCK_OUT, DOT) -> part [BLOCK_OUT, ROWS] and the product of BLOCK_IN inputs from
-    `start`: of rows `live` of x, which begin at `from_row`, and of outputs `o` that are `inside`.
+    """Triton function (part, from_row, live, weight, o, inside, start, width, GROUP, ROWS,
+    BLOCK_IN, BLOCK_OUT, DOT) -> part + the product of inputs [start, start + BLOCK_IN).
+
+    part [BLOCK_OUT, ROWS] fp32; from_row [ROWS] pointers to rows [width] of x, live [ROWS] bool;
+    weight: pointers to the format's tensors; o [BLOCK_OUT] outputs, inside [BLOCK_OUT] bool.
     """
     block_in: int
-    """Inputs that it takes at once."""
+    """Inputs of one call of `add`."""
     block_out: int
-    """Outputs of one program; Hopper's tensor cores take 64 at a time, by a whole warp group."""
+    """Outputs of one program; an instruction of Hopper's tensor cores computes 64, by a whole warp
+    group."""
 
     def split_size(self, outs: int, width: int) -> int:
-        """Inputs of one split of a weight [outs, width], whole blocks of them."""
+        """Returns the inputs of one split of a weight [outs, width], a multiple of block_in."""
         blocks = triton.cdiv(width, self.block_in)
         splits = max(1, min(blocks, PROGRAMS // triton.cdiv(outs, self.block_out)))
         split: int = triton.cdiv(blocks, splits) * self.block_in
@@ -52,7 +56,7 @@ class WeightFormat:
 
 
 def product(
-    form: WeightFormat,
+    weight_format: WeightFormat,
     x: Tensor,
     weight: tuple[Tensor, ...],
     outs: int,
@@ -60,32 +64,47 @@ def product(
     *,
     group: int = 1,
 ) -> Tensor:
-    """x W' + bias; x [rows, in], bias [out] in x's type -> [rows, out].
+    """x [rows, in]; bias [out] of x's type; weight: the contiguous tensors of W [out, in] in its
+    format -> x W' + bias [rows, out].
 
-    `weight` are the contiguous tensors of W [out, in], as its form has them; `group` inputs share
-    a scale, and the form's blocks are multiples of it.
+    `group` inputs share a scale; block_in of the format is a multiple of it.
     """
     rows, width = x.shape
     assert x.stride(1) == 1
     assert all(part.is_contiguous() for part in weight)
-    split = form.split_size(outs, width)
+    split = weight_format.split_size(outs, width)
     splits = triton.cdiv(width, split)
     together = 1 if rows <= PROMPT_ROWS else splits
     tile = LEAST if rows <= LEAST else PROMPT_ROWS
     y = x.new_empty(rows, outs)
     apart = splits > together
     sums = x.new_empty(splits, rows, outs, dtype=torch.float32) if apart else y
-    # A product and a sum are rounded one by one, as they are wherever else a weight is made.
-    _multiply[(triton.cdiv(rows, tile), triton.cdiv(outs, form.block_out), splits // together)](
-        *(x, x.stride(0), rows, width, weight),
-        *(y if bias is None else bias, sums, outs, bias is not None and not apart),
-        *(group, together, split, tile, form.block_in, form.block_out, dot_type(x), form.add),
+    added = y if bias is None else bias
+    grid = (triton.cdiv(rows, tile), triton.cdiv(outs, weight_format.block_out), splits // together)
+    # Without fusion, products and sums are rounded separately, as everywhere else.
+    _multiply[grid](
+        x,
+        x.stride(0),
+        rows,
+        width,
+        weight,
+        added,
+        sums,
+        outs,
+        bias is not None and not apart,
+        group,
+        together,
+        split,
+        tile,
+        weight_format.block_in,
+        weight_format.block_out,
+        dot_type(x),
+        weight_format.add,
         enable_fp_fusion=False,
     )
     if apart:
-        _add[(rows, triton.cdiv(outs, SUMMED))](
-            *(sums, y if bias is None else bias, y, rows, outs, bias is not None, splits, SUMMED)
-        )
+        grid = (rows, triton.cdiv(outs, SUMMED))
+        _add[grid](sums, added, y, rows, outs, bias is not None, splits, SUMMED)
     return y
 
 
@@ -109,10 +128,13 @@ def _multiply(
     DOT: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """sums [.., rows, outs] = x W' + bias over SPLITS splits, for ROWS rows and BLOCK_OUT outputs.
+    """x [rows, width], rows x_row apart; weight: pointers to the tensors of W [outs, width] in its
+    format; bias [outs]; sums [splits / SPLITS, rows, outs].
 
-    Outputs are the first side of the products, which tensor cores take 64 at a time: so both tiles
-    of rows are the narrow side of one instruction.
+    sums = x W' (+ bias if BIAS) over SPLITS splits, for ROWS rows and BLOCK_OUT outputs. Outputs
+    are the first dimension of the products, of which tensor cores compute 64 at once, so that tiles
+    of few and of many rows are the narrow side of the same instruction. Grid: (tiles of rows,
+    blocks of outputs, splits / SPLITS).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o = tl.program_id(1).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -157,7 +179,11 @@ def _add(
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y [rows, outs] = the splits of sums [SPLITS, rows, outs] in order, and bias; of one row."""
+    """sums [SPLITS, rows, outs] fp32; bias [outs]; y [rows, outs].
+
+    y = the sum of the splits in order (+ bias if BIAS), for one row and BLOCK outputs. Grid: (rows,
+    blocks of outputs).
+    """
     row = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = o < outs

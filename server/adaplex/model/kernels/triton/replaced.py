@@ -1,8 +1,8 @@
-"""What adapters do to a linear besides low-rank deltas, in Triton: scaled inputs, another weight,
-other rows of it. See triton_table for rows and tiles.
+"""Adapters' changes to a linear other than low-rank deltas, in Triton: scaled inputs, a replaced
+weight, replaced rows of it. See `table` for slots and tiles.
 
-Every program writes its own elements, and the sums over inputs go in one order, so a row's
-arithmetic depends on the row and its adapter alone.
+Every program writes its own elements, and sums over inputs have one order, so the arithmetic of a
+row depends on the row and its adapter alone.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from adaplex.model.kernels.triton.table import (
     FIELDS,
     RANKS,
     TILE,
-    Shared,
+    SiteArguments,
     elements,
     tile_rows,
     vector,
 )
 
 BLOCK_IN = 128
-"""Inputs in one product."""
+"""Inputs of one product."""
 BLOCK_OUT = 64
 """Outputs of one program."""
 SEARCHERS = 16
-"""Programs that share the replaced rows of a tile."""
+"""Programs that divide the replaced rows of a tile among them."""
 
 DENSE, INPUT_SCALE, ROWS, ROW_IDS, ROW_COUNT = (
     tl.constexpr(SITE_FIELDS.index(name))
@@ -36,38 +36,64 @@ DENSE, INPUT_SCALE, ROWS, ROW_IDS, ROW_COUNT = (
 )
 
 
-def scaled(shared: Shared, x: Tensor) -> Tensor:
-    """A copy of x [rows, in] in which the rows of every tile are scaled."""
+def scaled(site: SiteArguments, x: Tensor) -> Tensor:
+    """x [rows, in] -> a copy in which the rows of every tile are scaled by input_scale."""
     x = x.contiguous().clone()
-    grid = (shared[3].shape[1], triton.cdiv(x.shape[1], BLOCK_IN))
-    _scale[grid](*shared, x, x.stride(0), x.shape[1], BLOCK_IN)
+    grid = site.tiles.shape[1], triton.cdiv(x.shape[1], BLOCK_IN)
+    _scale[grid](*site, x, x.stride(0), x.shape[1], BLOCK_IN)
     return x
 
 
-def replace_product(shared: Shared, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """y [rows, out] = W x + bias for every tile whose adapter brings a W [out, in], in place;
-    x [rows, in], bias [out] that of the base.
+def replace_product(site: SiteArguments, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """x [rows, in]; bias [out] of the base; y [rows, out].
+
+    y = W x + bias for every tile whose adapter has its own W [out, in], in place.
     """
     assert x.stride(1) == y.stride(1) == 1
-    grid = (shared[3].shape[1], triton.cdiv(y.shape[1], BLOCK_OUT))
+    grid = site.tiles.shape[1], triton.cdiv(y.shape[1], BLOCK_OUT)
     _product[grid](
-        *(*shared, x, x.stride(0), y, y.stride(0), y.shape[1], y if bias is None else bias),
-        *(bias is not None, x.shape[1], BLOCK_IN, BLOCK_OUT, dot_type(x)),
+        *site,
+        x,
+        x.stride(0),
+        y,
+        y.stride(0),
+        y.shape[1],
+        y if bias is None else bias,
+        bias is not None,
+        x.shape[1],
+        BLOCK_IN,
+        BLOCK_OUT,
+        dot_type(x),
     )
 
 
-def replace_rows(shared: Shared, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """Like `replace_product`, for the outputs that an adapter's row ids name alone."""
+def replace_rows(site: SiteArguments, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """x [rows, in]; bias [out] of the base; y [rows, out].
+
+    y[:, ids] = W[ids] x + bias[ids] for every tile whose adapter replaces the rows `ids` of W.
+    """
     assert x.stride(1) == y.stride(1) == 1
-    _rows[(shared[3].shape[1], SEARCHERS)](
-        *(*shared, x, x.stride(0), y, y.stride(0), y if bias is None else bias),
-        *(bias is not None, x.shape[1], BLOCK_IN, dot_type(x)),
+    _rows[(site.tiles.shape[1], SEARCHERS)](
+        *site,
+        x,
+        x.stride(0),
+        y,
+        y.stride(0),
+        y if bias is None else bias,
+        bias is not None,
+        x.shape[1],
+        BLOCK_IN,
+        dot_type(x),
     )
 
 
 @triton.jit(do_not_specialize=["module"], do_not_specialize_on_alignment=["tiles"])
 def _scale(table, table_row, module, tiles, x, x_row, width, BLOCK_IN: tl.constexpr):
-    """x *= input_scale, for one tile and BLOCK_IN inputs."""
+    """table [slots, modules, FIELDS] int64, slots table_row apart; tiles [3, tiles] int64; x [rows,
+    width], rows x_row apart.
+
+    x *= input_scale, for one tile and BLOCK_IN inputs. Grid: (tiles, blocks of inputs).
+    """
     slot = tl.load(tiles + tl.program_id(0))
     if slot >= 0:
         site = table + slot * table_row + module * FIELDS
@@ -95,7 +121,10 @@ def _summed(
     BLOCK_IN: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """sums + x W' for the live rows of x and the lines `inside` of W [.., INPUTS]."""
+    """sums [TILE, lines] fp32; x: pointer to [rows, INPUTS], rows x_row apart; row [TILE], live
+    [TILE] bool; weight: pointer to W [.., INPUTS]; line [lines], inside [lines] bool -> sums +
+    x[row] W[line]'.
+    """
     for offset in range(0, INPUTS, BLOCK_IN):
         i = offset + tl.arange(0, BLOCK_IN)
         wanted = live[:, None] & (i < INPUTS)[None, :]
@@ -124,7 +153,12 @@ def _product(
     BLOCK_OUT: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """y = W x + bias, for one tile and BLOCK_OUT outputs."""
+    """table [slots, modules, FIELDS] int64, slots table_row apart; tiles [3, tiles] int64; x [rows,
+    INPUTS], rows x_row apart; y [rows, width], rows y_row apart; bias [width].
+
+    y = W x (+ bias if BIAS) by the adapter's W [width, INPUTS], if it has one; for one tile and
+    BLOCK_OUT outputs. Grid: (tiles, blocks of outputs).
+    """
     slot = tl.load(tiles + tl.program_id(0))
     if slot >= 0:
         site = table + slot * table_row + module * FIELDS
@@ -157,7 +191,12 @@ def _rows(
     BLOCK_IN: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """y = W x + bias for replaced rows of W, for one tile; programs take every n-th RANKS rows."""
+    """table [slots, modules, FIELDS] int64, slots table_row apart; tiles [3, tiles] int64; x [rows,
+    INPUTS], rows x_row apart; y [rows, out], rows y_row apart; bias [out].
+
+    y[:, ids] = W[ids] x (+ bias[ids] if BIAS) for the rows ids that the adapter replaces; for one
+    tile and every n-th RANKS of them, n being the number of programs of a tile. Grid: (tiles, n).
+    """
     slot = tl.load(tiles + tl.program_id(0))
     if slot >= 0:
         site = table + slot * table_row + module * FIELDS

@@ -1,8 +1,8 @@
-"""ResidentTable: where kernels on the device find what adapters do, and which rows have which.
+"""ResidentTable: the sites of resident adapters and the tiles of a step, in device memory.
 
-A step's rows are cut into tiles of up to TILE rows of one adapter, whether they decode or belong to
-a prompt. Everything that differs between steps lies in tensors on the device: the table of resident
-adapters, which keeps its place while they come and go, and the tiles. So a captured launch can be
+The rows of a step, decoding or of prompts, are divided into tiles of up to TILE rows of one
+adapter. Everything that differs between steps is in tensors on the device: the table of resident
+adapters, whose address does not change when adapters do, and the tiles. So a captured launch can be
 replayed with other adapters.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,48 +33,60 @@ RANKS = tl.constexpr(LEAST)
 FIELDS = tl.constexpr(len(SITE_FIELDS))
 ALIGNED = tl.constexpr(ALIGNMENT)
 
-Shared = tuple[Tensor, int, int, Tensor]
-"""What every kernel is told first: table, its stride, module, tiles."""
+
+class SiteArguments(NamedTuple):
+    """The first arguments of every kernel that applies adapters: where to find their sites."""
+
+    table: Tensor
+    """[slots, modules, SITE_FIELDS] int64: AdapterWeights.table of each resident adapter."""
+    table_row: int
+    """Stride of a slot."""
+    module: int
+    """Number of the module."""
+    tiles: Tensor
+    """[3, tiles] int64: slot, first row and number of rows of each tile; slot -1 to skip it."""
 
 
 @dataclass(frozen=True)
 class _Resident:
-    """One row of the table. The weights may be gone, and their identity another's."""
+    """One slot of the table. Its weights may have been freed, and their id() reused."""
 
     row: int
     weights: weakref.ref[AdapterWeights]
     launches: LaunchPlan
     row_ids: Sequence[Tensor]
-    """What the row points to."""
+    """Tensors that the slot points to."""
 
 
 class ResidentTable:
-    """Rows for the adapters that steps used last."""
+    """Table of the adapters that steps used most recently."""
 
     def __init__(
         self, modules: Mapping[str, BaseModule], device: torch.device, *, slots: int
     ) -> None:
-        """`modules` are those of the base, in order; `slots` bounds the adapters of a step."""
+        """`modules` are all of the base's, in order; `slots` limits the adapters of one step."""
         self.numbers = {name: number for number, name in enumerate(modules)}
         self._table = torch.zeros(
             slots, len(modules), len(SITE_FIELDS), dtype=torch.int64, device=device
         )
-        """[slots, modules, SITE_FIELDS]: AdapterWeights.table, but row_ids are on the device."""
+        """[slots, modules, SITE_FIELDS]: AdapterWeights.table with row_ids on the device."""
         self._resident: dict[int, _Resident] = {}
-        """By identity of the weights, least recently used first."""
+        """Slots by id() of the weights, least recently used first."""
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Device of the table."""
         return self._table.device
 
-    def shared(self, module: int, tiles: Tensor) -> Shared:
-        """See Shared."""
-        return self._table, self._table.stride(0), module, tiles
+    def site_arguments(self, module: int, tiles: Tensor) -> SiteArguments:
+        """Returns the arguments for a module; tiles [3, tiles] int64."""
+        return SiteArguments(self._table, self._table.stride(0), module, tiles)
 
     def tiles(self, spans: Sequence[Span]) -> list[Tile]:
-        """The tiles of a step, at most one a row; their adapters are in the table from now on."""
-        self._hold({id(span.weights): span.weights for span in spans})
+        """Returns the tiles of a step, at most one a row, after copying their adapters to the
+        table.
+        """
+        self._make_resident({id(span.weights): span.weights for span in spans})
         return [
             Tile(self._resident[id(span.weights)].row, start, min(LEAST, span.stop - start))
             for span in spans
@@ -81,14 +94,14 @@ class ResidentTable:
         ]
 
     def launches(self, spans: Sequence[Span]) -> LaunchPlan:
-        """What a step needs whose tiles were made."""
+        """Returns the launches of a step, after `tiles` was called for the same spans."""
         needed = LaunchPlan()
         for key in {id(span.weights) for span in spans}:
             needed |= self._resident[key].launches
         return needed
 
-    def _hold(self, wanted: Mapping[int, AdapterWeights]) -> None:
-        """Adapters that no longer are wanted make room for new ones."""
+    def _make_resident(self, wanted: Mapping[int, AdapterWeights]) -> None:
+        """Copies new adapters to the table; if it is full, over the least recently used ones."""
         resident = self._resident
         assert len(wanted) <= len(self._table)
         for key in wanted.keys() & resident.keys():
@@ -98,11 +111,12 @@ class ResidentTable:
             if known is None:
                 full = len(resident) == len(self._table)
                 row = resident.pop(next(iter(resident))).row if full else len(resident)
-                resident[key] = self._placed(row, weights)
+                resident[key] = self._copied(row, weights)
             elif known.weights() is not weights:
-                resident[key] = self._placed(known.row, weights)
+                resident[key] = self._copied(known.row, weights)
 
-    def _placed(self, row: int, weights: AdapterWeights) -> _Resident:
+    def _copied(self, row: int, weights: AdapterWeights) -> _Resident:
+        """Copies the sites of an adapter to a slot."""
         table, field = weights.table.copy(), SITE_FIELDS.index
         # Kernels read vectors of this alignment.
         assert not (table[:, (field("a"), field("b"))] % ALIGNMENT).any()
@@ -119,7 +133,9 @@ class ResidentTable:
 
 @triton.jit
 def tile_rows(tiles):
-    """The rows of this program's tile, and which of them are live."""
+    """tiles: pointer to int64 [3, tiles] -> rows [TILE] of this program's tile, and bool [TILE]
+    whether each is in use.
+    """
     tile, count = tl.program_id(0), tl.num_programs(0)
     i = tl.arange(0, TILE)
     return tl.load(tiles + count + tile) + i, i < tl.load(tiles + 2 * count + tile)
@@ -127,13 +143,17 @@ def tile_rows(tiles):
 
 @triton.jit
 def elements(site, FIELD: tl.constexpr, x):
-    """What a field of a site points to, in the type of what x points to."""
+    """site: pointer to int64 [SITE_FIELDS]; x: pointer to elements -> the address in a field of the
+    site, as a pointer to elements.
+    """
     address = tl.load(site + FIELD).to(tl.pointer_type(x.dtype.element_ty))
     return tl.multiple_of(address, ALIGNED)
 
 
 @triton.jit
 def vector(site, FIELD: tl.constexpr, x, o, width, default):
-    """fp32 elements `o` of a vector [width] that a field points to; `default` without one."""
+    """site: pointer to int64 [SITE_FIELDS]; o int -> fp32 elements `o` of the vector [width] whose
+    address is in a field of the site; `default` if the field is zero.
+    """
     wanted = (o < width) & (tl.load(site + FIELD) != 0)
     return tl.load(elements(site, FIELD, x) + o, mask=wanted, other=default).to(tl.float32)

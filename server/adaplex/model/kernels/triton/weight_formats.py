@@ -1,9 +1,9 @@
-"""Forms of weights for triton_product: dense, nf4, int4-group.
+"""Weight formats of `product`: dense, nf4 and int4-group.
 
-A tile of codes becomes numbers in registers: int4-group's are those that the whole weight would
-have in x's type, nf4's are not scaled yet. The nibbles of a byte belong to neighbouring inputs:
-those in the high halves multiply the even ones, those in the low halves the odd ones, so that
-nothing has to be interleaved.
+A tile of codes is decoded in registers: int4-group to the values that the whole weight has in x's
+type, nf4 to values before scaling. The two codes of a byte belong to neighbouring inputs: the high
+halves multiply the even inputs and the low halves the odd inputs, so that codes need not be
+interleaved.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ NESTED_BLOCKS = tl.constexpr(NESTED)
 
 
 def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W' + bias; x [rows, in], weight [out, in] and bias [out] in x's type -> [rows, out].
+    """x [rows, in]; weight [out, in] and bias [out] of x's type -> x W' + bias [rows, out].
 
-    A weight that lies the other way round, as some experts do, is turned for each product.
+    A weight that is stored transposed, as that of some experts, is copied for each product.
     """
     return product(DENSE, x, (weight.contiguous(),), weight.shape[0], bias)
 
 
 def nf4_product(x: Tensor, weight: Nf4Weight, bias: Tensor | None) -> Tensor:
-    """As dense_product, of a weight in nf4."""
+    """x [rows, in]; nf4 weight [out, in]; bias [out] of x's type -> x W' + bias [rows, out]."""
     outs = weight.codes.shape[0]
     return product(NF4, x, weight.parts, outs, bias, group=NF4_BLOCK)
 
 
 def int4_product(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
-    """As dense_product, of a weight in int4-group."""
+    """x [rows, in]; int4 weight [out, in]; bias [out] of x's type -> x W' + bias [rows, out]."""
     parts, outs = (weight.codes, weight.scales, weight.zeros), weight.codes.shape[0]
     return product(INT4, x, parts, outs, bias, group=x.shape[1] // weight.scales.shape[1])
 
@@ -57,7 +57,9 @@ def _add_dense(
     BLOCK_OUT: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """See WeightFormat."""
+    """part [BLOCK_OUT, ROWS] fp32; from_row [ROWS] pointers to rows [width]; weight: (pointer to
+    [outs, width]) -> part + the product of inputs [start, start + BLOCK_IN); see WeightFormat.
+    """
     i = start + tl.arange(0, BLOCK_IN)
     wanted = inside[:, None] & (i < width)[None, :]
     ws = tl.load(weight[0] + o[:, None] * width + i[None, :], mask=wanted, other=0.0)
@@ -81,7 +83,12 @@ def _add_nf4(
     BLOCK_OUT: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """See WeightFormat. Values are rounded to x's type and sums of a block scaled, as on CPUs."""
+    """part [BLOCK_OUT, ROWS] fp32; from_row [ROWS] pointers to rows [width]; weight: pointers to
+    codes [outs, width / 2] uint8, values [16], maxima [blocks] uint8, steps [256], scales
+    [blocks / NESTED] and offset [1], fp32 -> part + the product of one block of inputs.
+
+    See WeightFormat. Values are rounded to x's type, and the sum of a block is scaled, as on CPUs.
+    """
     codes, values, maxima, steps, scales, offset = weight
     block, there = o * (width // GROUP) + start // GROUP, inside & (start < width)
     scale = tl.load(steps + tl.load(maxima + block, mask=there, other=0).to(tl.int32))
@@ -114,7 +121,10 @@ def _add_int4(
     BLOCK_OUT: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """See WeightFormat. What is not there has a scale of zero."""
+    """part [BLOCK_OUT, ROWS] fp32; from_row [ROWS] pointers to rows [width]; weight: pointers to
+    codes [outs, width / 2] uint8, scales and zeros [outs, width / GROUP] -> part + the product of
+    inputs [start, start + BLOCK_IN); see WeightFormat. Inputs beyond `width` have a scale of zero.
+    """
     codes, scales, zeros = weight
     at, wanted = _groups(o, inside, start, width, GROUP, BLOCK_IN)
     scale = tl.load(scales + at, mask=wanted, other=0.0).to(tl.float32)[:, :, None]
@@ -127,7 +137,9 @@ def _add_int4(
 
 @triton.jit
 def _inputs(from_row, live, start, width, BLOCK_IN: tl.constexpr):
-    """BLOCK_IN inputs of each row, [ROWS, BLOCK_IN]; zero where there are none."""
+    """from_row [ROWS] pointers to rows [width]; live [ROWS] bool -> inputs [start, start +
+    BLOCK_IN) of each row [ROWS, BLOCK_IN], zero in dead rows and beyond `width`.
+    """
     i = start + tl.arange(0, BLOCK_IN)
     wanted = live[:, None] & (i < width)[None, :]
     return tl.load(from_row[:, None] + i[None, :], mask=wanted, other=0.0)
@@ -135,7 +147,9 @@ def _inputs(from_row, live, start, width, BLOCK_IN: tl.constexpr):
 
 @triton.jit
 def _groups(o, inside, start, width, GROUP: tl.constexpr, BLOCK_IN: tl.constexpr):
-    """Numbers of the groups of BLOCK_IN inputs, [BLOCK_OUT, groups], and which there are."""
+    """o [BLOCK_OUT] outputs, inside [BLOCK_OUT] bool -> indices of the groups of inputs [start,
+    start + BLOCK_IN) of each output [BLOCK_OUT, groups], and which of them exist.
+    """
     g = start // GROUP + tl.arange(0, BLOCK_IN // GROUP)
     at = o[:, None] * (width // GROUP) + g[None, :]
     return at, inside[:, None] & (g < width // GROUP)[None, :]
@@ -152,7 +166,10 @@ def _pairs(
     BLOCK_IN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """Bytes of BLOCK_IN codes, [BLOCK_OUT, groups, GROUP / 2]; zero where there are none."""
+    """codes: pointer to uint8 [outs, width / 2]; o [BLOCK_OUT] outputs, inside [BLOCK_OUT] bool ->
+    bytes of the codes of inputs [start, start + BLOCK_IN) [BLOCK_OUT, groups, GROUP / 2], zero
+    where there are none.
+    """
     byte = start // 2 + tl.arange(0, BLOCK_IN // 2)
     wanted = inside[:, None] & (byte < width // 2)[None, :]
     pairs = tl.load(codes + o[:, None] * (width // 2) + byte[None, :], mask=wanted, other=0)
@@ -173,7 +190,10 @@ def _add_pairs(
     BLOCK_OUT: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """part + the product of weights of the even and of the odd ones of BLOCK_IN inputs."""
+    """part [BLOCK_OUT, ROWS] fp32; from_row [ROWS] pointers to rows [width]; high, low [BLOCK_OUT,
+    BLOCK_IN / 2] in any shape: weights of the even and of the odd inputs -> part + the product of
+    inputs [start, start + BLOCK_IN).
+    """
     xs = _inputs(from_row, live, start, width, BLOCK_IN)
     even, odd = tl.split(tl.reshape(xs, (ROWS, BLOCK_IN // 2, 2)))
     high = tl.reshape(high, (BLOCK_OUT, BLOCK_IN // 2)).to(xs.dtype).to(DOT)
@@ -185,4 +205,4 @@ def _add_pairs(
 DENSE = WeightFormat(_add_dense, block_in=64, block_out=64)
 NF4 = WeightFormat(_add_nf4, block_in=NF4_BLOCK, block_out=128)
 INT4 = WeightFormat(_add_int4, block_in=128, block_out=64)
-"""Its blocks are multiples of every group."""
+"""Its block_in is a multiple of every group size."""
