@@ -26,11 +26,12 @@ test: model ## Run the tests that take minutes in all, one process a core
 test-slow: model ## Run the other tests: sanitizers, kills, other instruction sets, every family
 	@$(PYTEST) -m slow
 
-check: $(INSTALLED) ## Lint, types, import rules, protocol rules, drift of stubs and documents
+check: $(INSTALLED) ## Lint, types, imports, prose, protocol, drift of stubs and documents
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tests/tools/check_prose.py adapters/adaplex server/adaplex clients/adaplex
 	cd protos && ../$(BIN)/buf lint
 	@drift=$$(mktemp -d) && trap 'rm -rf "$$drift"' EXIT \
 	  && $(PROTOC) --python_out=$$drift --grpc_python_out=$$drift --mypy_out=quiet:$$drift \
