@@ -12,7 +12,8 @@ LEAST = 16
 
 
 def dot_type(x: Tensor) -> tl.dtype:
-    """Returns x's type on a GPU, and fp32 on a CPU, where Triton is interpreted: the interpreter's
-    bf16 product is wrong, and products of bf16 numbers are exact in fp32.
+    """x [..] -> the type of inputs of its products: x's own on a GPU; fp32 on a CPU, where Triton
+    is interpreted: the interpreter's bf16 product is wrong, and products of bf16 numbers are exact
+    in fp32.
     """
     return TYPES[x.dtype] if x.is_cuda else tl.float32
