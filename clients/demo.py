@@ -1,6 +1,6 @@
-"""The main job, end to end: serve, upload, ask every adapter in one batch, scrape, drain.
+"""The demo: serves, uploads, generates with every adapter in one batch, scrapes and drains.
 
-Run by `make demo`. Starts one server on free loopback ports with a store of its own, and stops it.
+`make demo` runs it. It starts one server on free loopback ports with a temporary store.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ console = Console()
 
 
 class StartLog:
-    """Shows what the server logs until it serves, and after that what is worse than info."""
+    """Prints the server's log until it serves, and then its warnings and errors."""
 
     def __init__(self) -> None:
         self._starting = True
 
     def __call__(self, record: LogRecord) -> None:
-        """One record of the server's log."""
+        """Prints one record, if it is to be shown."""
         event = str(record["event"])
         self._starting = self._starting and event != "serving"
         if self._starting or record.get("level") != "info":
@@ -45,7 +45,7 @@ class StartLog:
 
 
 async def upload(client: AsyncClient, names: list[str]) -> None:
-    """Sends every example adapter, with a bar for each."""
+    """Uploads the example adapters, with a progress bar each."""
     with Progress(console=console) as progress:
         for name in names:
             bar = progress.add_task(f"uploading {name}")
@@ -63,8 +63,8 @@ async def upload(client: AsyncClient, names: list[str]) -> None:
             )
 
 
-def answered(prompt: str, answers: dict[str, str]) -> Panel:
-    """One row an adapter, as far as the answers have come."""
+def answer_panel(prompt: str, answers: dict[str, str]) -> Panel:
+    """Lays out the answers received so far, one row an adapter."""
     table = Table.grid(padding=(0, 2), expand=True)
     table.add_column()
     table.add_column(ratio=1, overflow="fold")
@@ -73,8 +73,8 @@ def answered(prompt: str, answers: dict[str, str]) -> Panel:
     return Panel(table, title=f"[bold]{prompt}[/]")
 
 
-async def ask(client: AsyncClient, prompt: str, names: list[str]) -> list[Generation]:
-    """Asks the base and every adapter at once and shows the answers as they stream."""
+async def generate_all(client: AsyncClient, prompt: str, names: list[str]) -> list[Generation]:
+    """Generates with the base and every adapter at once, and shows the answers as they stream."""
     answers = dict.fromkeys(["base", *names], "")
     live = Live(console=console, refresh_per_second=12) if console.is_terminal else nullcontext()
 
@@ -86,18 +86,18 @@ async def ask(client: AsyncClient, prompt: str, names: list[str]) -> list[Genera
                 if isinstance(event, Delta):
                     answers[name] += event.text
                     if isinstance(live, Live):
-                        live.update(answered(prompt, answers))
+                        live.update(answer_panel(prompt, answers))
             return stream.generation
 
     with live:
         done = await asyncio.gather(*map(answer, answers))
     if not console.is_terminal:
-        console.print(answered(prompt, answers))
+        console.print(answer_panel(prompt, answers))
     return list(done)
 
 
-def proof(generations: list[Generation]) -> Table:
-    """What the server says it applied to each answer."""
+def applied_table(generations: list[Generation]) -> Table:
+    """Lays out the adapter that the server applied to each answer."""
     table = Table(title="what was applied", title_justify="left", box=None)
     for heading in ("adapter", "version", "digest", "mode", "modules", "tokens", "first token"):
         table.add_column(heading)
@@ -120,8 +120,8 @@ def proof(generations: list[Generation]) -> Table:
     return table
 
 
-def scraped(http_port: int) -> list[str]:
-    """A few lines of /metrics."""
+def scrape(http_port: int) -> list[str]:
+    """Returns the lines of /metrics for METRICS."""
     url = f"http://127.0.0.1:{http_port}/metrics"
     with urllib.request.urlopen(url, timeout=10) as response:
         lines = response.read().decode().splitlines()
@@ -131,9 +131,9 @@ def scraped(http_port: int) -> list[str]:
 
 
 async def main() -> None:
-    """The whole demo."""
+    """Runs the demo and exits with the server's exit code."""
     names = sorted(path.parent.name for path in EXAMPLES.glob("*/adapter_config.json"))
-    begun = time.monotonic()
+    started = time.monotonic()
     with (
         tempfile.TemporaryDirectory() as store,
         LocalServer(on_log=StartLog(), store_dir=store) as server,
@@ -143,17 +143,17 @@ async def main() -> None:
             info = await client.server_info()
             console.print(
                 f"serving {info.model.name} in {info.model.quantization} on {info.model.device} "
-                f"after {time.monotonic() - begun:.1f} s"
+                f"after {time.monotonic() - started:.1f} s"
             )
             await upload(client, names)
             for prompt in PROMPTS:
-                generations = await ask(client, prompt, names)
+                generations = await generate_all(client, prompt, names)
                 tokens = sum(g.usage.completion_tokens for g in generations)
                 seconds = max(g.timing.total_seconds for g in generations)
-                console.print(proof(generations))
+                console.print(applied_table(generations))
                 console.print(f"{tokens} tokens in {seconds:.1f} s, one batch\n")
             console.print("[bold]from /metrics[/]")
-            for line in await asyncio.to_thread(scraped, server.http_port):
+            for line in await asyncio.to_thread(scrape, server.http_port):
                 console.print(line, highlight=False, soft_wrap=True)
         code = server.stop()
         console.print(f"server drained, exit code {code}")

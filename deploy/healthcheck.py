@@ -1,4 +1,4 @@
-"""Exits 0 when the server on this machine takes work: GET /health, straight, past any proxy."""
+"""Exits 0 if the server on this machine is ready: GET /health, directly, without any proxy."""
 
 import http.client
 import os
@@ -8,7 +8,7 @@ PORT = int(os.environ.get("ADAPLEX_HTTP_PORT") or 9400)
 
 
 def main() -> int:
-    """0 if /health answers 200, else 1 with the reason on stderr."""
+    """Returns 0 if /health responds with 200, else 1 with the reason on standard error."""
     connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=4)
     try:
         connection.request("GET", "/health")
