@@ -3,8 +3,8 @@
     make bench-attainment
     make bench-attainment ARGS="--seconds 120 --share 0.8 --out attainment.json"
 
-The peak is measured first, on the same server: as many requests as a run has, all at once. Then the
-trace comes at a share of that rate, over popularities (alpha) and burstiness (cv) of the arrivals.
+Measures the peak first, on the same server, with `--peak-requests` requests at once. Then runs the
+trace at a share of that rate, over popularities (alpha) and burstiness (cv) of the arrivals.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from adaplex.client.cli.bench import print_report
 from bench.serving import ARENA, measured
 
 AT_ONCE = 1000.0
-"""Requests a second: none waits to be asked."""
+"""Requests a second of the peak: all are sent before the first ends."""
 
 
 async def sweep(session: Session, options: argparse.Namespace) -> list[BenchRun]:
-    """The peak, then every case at a share of it."""
+    """Measures the peak, then every case at a share of it."""
     length = (options.shortest, options.longest)
     flood = Trace(alpha=0.5, rate=AT_ONCE, inputs=length, outputs=length)
     flood = replace(flood, seconds=options.peak_requests / AT_ONCE)
@@ -44,7 +44,7 @@ async def sweep(session: Session, options: argparse.Namespace) -> list[BenchRun]
 
 async def main() -> None:
     """Runs the benchmark."""
-    options = parsed()
+    options = parse_arguments()
     report = await measured(options, ARENA, options.adapters, sweep)
     print_report(report)
     for run in report.runs:
@@ -58,15 +58,17 @@ async def main() -> None:
         options.out.write_text(report.json())
 
 
-def parsed() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments() -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--adapters", type=int, default=100)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--share", type=float, default=0.7, help="of the peak")
     parser.add_argument("--alpha", type=numbers, default=(0.1, 0.3, 0.6, 1.0))
     parser.add_argument("--cv", type=numbers, default=(1.0, 2.0))
-    parser.add_argument("--bursts", type=numbers, default=(4.0, 6.0, 8.0), help="more cv")
+    parser.add_argument(
+        "--bursts", type=numbers, default=(4.0, 6.0, 8.0), help="more cv, for the last alpha"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="of a case")
     parser.add_argument("--peak-requests", type=int, default=100)
     parser.add_argument("--shortest", type=int, default=8, help="tokens of prompts and answers")
@@ -78,7 +80,7 @@ def parsed() -> argparse.Namespace:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """`1,2,4` as numbers."""
+    """Parses `1,2,4` into numbers."""
     return tuple(map(float, text.split(",")))
 
 

@@ -1,11 +1,11 @@
-"""The engine without gRPC, tokenizer and event loop: what serving costs is the difference.
+"""The engine's speed without gRPC, tokenizer and event loop.
 
     make bench-engine                            # the default model in nf4
     make bench-engine ARGS="--rows 1,16 --quantization bf16 --json engine.json"
     make bench-engine ARGS="--temperature 1 --top-p 0.95"
 
-Builds the server's parts in this process and drives `Engine.step()`: decode steps of rows that all
-run, over no, one and distinct adapters, and the prefill of one long prompt.
+Builds the server's components in this process and calls `Engine.step()`: decode steps of full
+batches over no, one and distinct adapters, and the prefill of one long prompt.
 """
 
 from __future__ import annotations
@@ -45,13 +45,15 @@ from adaplex.server.load_config import load_config
 
 MIXES = {"base": "base", "one": "identical", "distinct": "distinct"}
 ARENA = 512 << 20
-LOADING_SECONDS = 0.001
-"""Between two steps that find nothing to run, since adapters are on their way."""
+STALL_SECONDS = 0.001
+"""Pause after a step without rows, while adapters are loaded."""
 
 
 @dataclass(frozen=True)
 class Decode:
-    """Decode steps in which every row gave a token. Times in milliseconds, the median."""
+    """Decode steps in which every row had a token. `step` (median) and `step_p90` are in
+    milliseconds.
+    """
 
     rows: int
     mix: str
@@ -63,7 +65,7 @@ class Decode:
 
 @dataclass(frozen=True)
 class Prefill:
-    """One prompt up to its first token: tokens a second, the best of several."""
+    """Prompt tokens a second of one prompt up to its first token, the best of several runs."""
 
     mix: str
     tokens: int
@@ -71,19 +73,19 @@ class Prefill:
 
 
 class Bench:
-    """An engine, adapters for it, and requests with prompts that are all new."""
+    """An engine, adapters for it, and requests whose prompts are never repeated."""
 
     def __init__(self, parts: Components, folder: Path, adapters: int, rank: int) -> None:
         self.parts = parts
-        # Not started: here the steps are the main thread's.
+        # Its thread is not started: the main thread runs the steps.
         self.engine: Engine = parts.engine._engine
         self.refs = [self._adapter(folder / f"a{i}", rank, seed=i) for i in range(adapters)]
         self.sampling = SamplingParams()
-        """Of every request, but for its length."""
+        """Sampling parameters of every request, except its length."""
         self._dice, self._ids = random.Random(42), count()
 
     def request(self, adapter: int | None, prompt: int, output: int) -> Request:
-        """One that ignores ends of sequences."""
+        """Returns a request for exactly `output` tokens."""
         return Request(
             request_id=str(next(self._ids)),
             prompt=tuple(self._dice.choices(range(self.parts.limits.vocab_size), k=prompt)),
@@ -93,7 +95,7 @@ class Bench:
         )
 
     def steps(self, requests: list[Request]) -> list[tuple[float, int]]:
-        """Runs them to their ends: the seconds and the tokens of each step."""
+        """Runs requests to their ends; returns seconds and number of tokens of each step."""
         for request in requests:
             self.engine.add(request)
         found = []
@@ -103,22 +105,22 @@ class Bench:
         return found
 
     def step(self) -> tuple[float, list[StepOutput]]:
-        """Runs one step: the seconds it took, and what it gave."""
-        begun = time.perf_counter()
+        """Runs one step; returns its seconds and its outputs. Raises the error of an output."""
+        started = time.perf_counter()
         outputs = self.engine.step()
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - started
         for output in outputs:
             if output.error is not None:
                 raise output.error
         if self.engine.stalled:
-            time.sleep(LOADING_SECONDS)
+            time.sleep(STALL_SECONDS)
         return seconds, outputs
 
     def decode(self, rows: int, mix: str, options: argparse.Namespace, bandwidth: float) -> Decode:
-        """Only steps in which all rows decode count."""
+        """Measures decode steps of `rows` rows; only steps in which all rows decode count."""
         chosen = adapter_indices(MIXES[mix], rows)
         steps = self.steps([self.request(i, options.prompt, options.output) for i in chosen])
-        # The first step in which every row gives a token ends the prefill of the last.
+        # The first step in which every row has a token completes the last prefill.
         every = [seconds for seconds, tokens in steps if tokens == rows][1:]
         step = StepBytes.of(
             self.parts.model,
@@ -137,7 +139,7 @@ class Bench:
         )
 
     def prefill(self, mix: str, tokens: int, repeats: int = 3) -> Prefill:
-        """Of a prompt alone."""
+        """Measures the prefill of one prompt of `tokens` tokens."""
         adapter = None if mix == "base" else 0
         seconds = [
             sum(seconds for seconds, _ in self.steps([self.request(adapter, tokens, 1)]))
@@ -146,7 +148,7 @@ class Bench:
         return Prefill(mix, tokens, tokens / min(seconds))
 
     def warm(self) -> None:
-        """Brings every adapter into the arena."""
+        """Loads every adapter into the arena."""
         self.steps([self.request(i, 4, 1) for i in range(len(self.refs))])
 
     def _adapter(self, directory: Path, rank: int, seed: int) -> AdapterRef:
@@ -162,7 +164,7 @@ class Bench:
 
 @contextmanager
 def open_bench(options: argparse.Namespace, adapters: int) -> Iterator[Bench]:
-    """An engine for the block, and so many adapters in its arena."""
+    """Opens an engine with `adapters` random adapters in its arena, and closes it at the end."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         settings = {
@@ -186,14 +188,14 @@ def open_bench(options: argparse.Namespace, adapters: int) -> Iterator[Bench]:
 
 def main() -> None:
     """Runs the benchmark."""
-    options = parsed()
+    options = parse_arguments()
     with open_bench(options, max(options.rows)) as bench:
         bench.sampling = SamplingParams(temperature=options.temperature, top_p=options.top_p)
         bandwidth = options.bandwidth * 1e9
         if not bandwidth and bench.parts.model.device == "cpu":
             bandwidth = read_bandwidth()
         decodes = [
-            told(bench.decode(rows, mix, options, bandwidth))
+            print_decode(bench.decode(rows, mix, options, bandwidth))
             for rows in options.rows
             for mix in MIXES
         ]
@@ -201,11 +203,11 @@ def main() -> None:
         for prefill in prefills:
             speed = f"{prefill.tokens_per_second:.0f} tok/s"
             print(f"prefill of {prefill.tokens} tokens, {prefill.mix}: {speed}")
-    keep(options, bandwidth, decode=decodes, prefill=prefills)
+    write_json(options, bandwidth, decode=decodes, prefill=prefills)
 
 
-def told(found: Decode) -> Decode:
-    """Prints a line of the table."""
+def print_decode(found: Decode) -> Decode:
+    """Prints a row of the table and returns its argument."""
     floor = f", {found.roofline.share:.0%} of the roofline" if found.roofline else ""
     print(
         f"{found.rows:>3} rows, {found.mix:<9}{found.tokens_per_second:>7.0f} tok/s"
@@ -215,23 +217,23 @@ def told(found: Decode) -> Decode:
     return found
 
 
-def parsed() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments() -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=counts, default=[1, 8, 16, 32])
-    parser.add_argument("--long", type=int, default=1024, help="tokens of the prefill")
+    parser.add_argument("--long", type=int, default=1024, help="tokens of the prefilled prompt")
     parser.add_argument(
         "--bandwidth", type=float, default=0.0, help="GB/s of the device; measured on a CPU"
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     add_common(parser)
-    parser.set_defaults(max_stretch="inf")  # all rows are to decode at once
+    parser.set_defaults(max_stretch="inf")  # so that all rows soon decode at once
     return parser.parse_args()
 
 
-def keep(options: argparse.Namespace, bandwidth: float = 0.0, **found: Sequence[Any]) -> None:
-    """Writes what was found, by kind, into the file of `--json`, if there is one."""
+def write_json(options: argparse.Namespace, bandwidth: float = 0.0, **found: Sequence[Any]) -> None:
+    """Writes the results, by kind, to the file of `--json`, if one is given."""
     if not options.json:
         return
     report = {
@@ -243,19 +245,19 @@ def keep(options: argparse.Namespace, bandwidth: float = 0.0, **found: Sequence[
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """The options of every benchmark that opens an engine."""
+    """Adds the options of every benchmark that opens an engine."""
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--output", type=int, default=64, help="tokens")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--quantization", default="nf4")
     parser.add_argument("--threads", default="auto")
-    parser.add_argument("--max-stretch", default="2", help="as of adaplex serve")
+    parser.add_argument("--max-stretch", default="2", help="as for adaplex serve")
     parser.add_argument("--json", type=Path)
 
 
 def counts(text: str) -> list[int]:
-    """`1,8,16` as numbers."""
+    """Parses `1,8,16` into numbers."""
     return [*map(int, text.split(","))]
 
 

@@ -1,4 +1,4 @@
-"""Families: streams with an adapter of another kind each, beside as many LoRAs of as many bytes."""
+"""Families: streams with an adapter of another family each, compared with LoRAs of equal bytes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from adaplex.client.bench.adapter_pool import BenchAdapter
 from adaplex.client.bench.checkpoint import write_checkpoint
 from adaplex.client.bench.load import LoadGenerator
 from adaplex.client.bench.session import BenchRun, Case, Session
@@ -17,8 +18,8 @@ from bench.mixture import save_mixture
 
 
 @dataclass(frozen=True)
-class Families:
-    """Lengths in tokens; `rounds` of each mix, in turns."""
+class FamiliesPlan:
+    """`prompt` and `output` are in tokens; the mixes take turns for `rounds` rounds."""
 
     streams: Sequence[int] = (8, 16)
     prompt: int = 64
@@ -26,17 +27,9 @@ class Families:
     rounds: int = 3
 
 
-@dataclass(frozen=True)
-class BenchAdapter:
-    """One adapter on the server."""
-
-    name: str
-    packed_bytes: int
-
-
-async def families(session: Session, plan: Families, model: str) -> list[BenchRun]:
-    """One run for each number of streams, round and mix; the last of a number of streams says
-    what share of the tokens a second of LoRAs the mixed families reach, the median of the rounds.
+async def run_families(session: Session, plan: FamiliesPlan, model: str) -> list[BenchRun]:
+    """Measures one run for each number of streams, round and mix. Prints for each number of streams
+    the ratio of tokens a second of the families to those of LoRAs, the median of the rounds.
     """
     with tempfile.TemporaryDirectory() as folder:
         mixed = await _mixed(session, Path(folder), model, max(plan.streams))
@@ -44,15 +37,15 @@ async def families(session: Session, plan: Families, model: str) -> list[BenchRu
     for streams in plan.streams:
         loras = await _loras(session, mixed[:streams])
         mixes = {"families": mixed[:streams], "LoRAs": loras}
-        for members in mixes.values():
-            await session.warm_up(member.name for member in members)
+        for adapters in mixes.values():
+            await session.warm_up(adapter.name for adapter in adapters)
         rates: dict[str, list[float]] = {mix: [] for mix in mixes}
         for _ in range(plan.rounds):
-            for mix, members in mixes.items():
-                runs.append(await _run(session, plan, mix, members))
+            for mix, adapters in mixes.items():
+                runs.append(await _run(session, plan, mix, adapters))
                 rates[mix].append(runs[-1].measure.tokens_per_second)
         shares = [a / b for a, b in zip(rates["families"], rates["LoRAs"], strict=True)]
-        nbytes = {mix: sum(m.packed_bytes for m in members) for mix, members in mixes.items()}
+        nbytes = {mix: sum(m.packed_bytes for m in adapters) for mix, adapters in mixes.items()}
         session.progress.print_line(
             f"{streams} streams: families at {median(shares):.2f} of LoRAs "
             f"({min(shares):.2f} to {max(shares):.2f}), "
@@ -62,16 +55,16 @@ async def families(session: Session, plan: Families, model: str) -> list[BenchRu
 
 
 async def _run(
-    session: Session, plan: Families, mix: str, members: Sequence[BenchAdapter]
+    session: Session, plan: FamiliesPlan, mix: str, adapters: Sequence[BenchAdapter]
 ) -> BenchRun:
     async def drive(load: LoadGenerator) -> None:
         await load.run_closed(
-            [next(session.prompts.requests(member.name, plan.prompt, plan.output))]
-            for member in members
+            [next(session.prompts.requests(adapter.name, plan.prompt, plan.output))]
+            for adapter in adapters
         )
 
-    case: Case = {"streams": len(members), "mix": mix}
-    return await session.observe("families", case, drive, total=len(members))
+    case: Case = {"streams": len(adapters), "mix": mix}
+    return await session.observe("families", case, drive, total=len(adapters))
 
 
 async def _mixed(session: Session, folder: Path, model: str, count: int) -> list[BenchAdapter]:
@@ -83,19 +76,19 @@ async def _mixed(session: Session, folder: Path, model: str, count: int) -> list
 
 
 async def _loras(session: Session, mixed: Sequence[BenchAdapter]) -> list[BenchAdapter]:
-    """As many, of one rank, whose bytes come nearest to theirs."""
+    """Uploads as many LoRAs, of the rank whose packed bytes are nearest to those of `mixed`."""
     modules = session.info.model.modules
     with tempfile.TemporaryDirectory() as folder:
         one = await asyncio.to_thread(write_checkpoint, Path(folder), modules, 1, 0)
         probe = await _upload(session, f"rank-1-{len(mixed)}", one)
         rank = max(1, round(sum(m.packed_bytes for m in mixed) / len(mixed) / probe.packed_bytes))
-        members = []
+        adapters = []
         for number in range(len(mixed)):
             made = await asyncio.to_thread(
                 write_checkpoint, Path(folder), modules, rank, number + 1
             )
-            members.append(await _upload(session, f"rank-{rank}-{len(mixed)}-{number}", made))
-    return members
+            adapters.append(await _upload(session, f"rank-{rank}-{len(mixed)}-{number}", made))
+    return adapters
 
 
 async def _upload(session: Session, name: str, directory: Path) -> BenchAdapter:

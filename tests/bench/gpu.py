@@ -1,13 +1,13 @@
-"""GPU: decoding steps and adapter swaps, as shares of what memory and bus allow.
+"""GPU: decode steps and adapter swaps, as shares of the limits of memory and bus.
 
     make bench-gpu
     make bench-gpu ARGS="--layers 8 --rows 1 8 --bandwidth 3350"
 
-A random llama of 8B shape in nf4, adapters of rank 16 on every linear of its layers. Rows decode
-with an adapter each (distinct), one adapter (identical) or none (base). The floor of a step is the
-time to read every weight, every adapter in use and all keys and values once; that of a swap is the
-time to move its bytes over the bus. Sampling, tokens and gRPC are left out. Prints a table, or JSON
-lines. The model needs 16 GB in the temporary folder while it is made.
+Uses a random llama of 8B shape in nf4, and adapters of rank 16 on every linear of its layers. Rows
+decode with an adapter each (distinct), one adapter (identical) or none (base). The floor of a step
+is the time to read every weight, every adapter in use and all keys and values once; that of a swap
+is the time to copy its bytes over the bus. Excludes sampling, text and gRPC. Prints a table, or
+JSON lines. Writing the model takes 16 GB in the temporary folder.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement; times in milliseconds, medians."""
+    """A measurement. `time` (median) and `floor` are in milliseconds."""
 
     what: str
     rows: int
@@ -71,12 +71,12 @@ class Point:
 
     @property
     def share(self) -> float:
-        """Of the floor, 1 at best."""
+        """The floor as a fraction of the time; at most 1."""
         return self.floor / self.time
 
     @property
     def per_second(self) -> float:
-        """Rows, or swaps, a second."""
+        """Rows or swaps a second."""
         return self.rows * 1000 / self.time
 
 
@@ -105,7 +105,7 @@ class Bench:
         ]
 
     def step(self, rows: int, mix: str) -> Point:
-        """Decoding steps of `rows` rows."""
+        """Measures decode steps of `rows` rows."""
         chosen = {
             "base": [None] * rows,
             "identical": [self.adapters[0]] * rows,
@@ -120,7 +120,7 @@ class Bench:
         return Point(mix, rows, took, read / self._options.bandwidth / GB * 1000)
 
     def swap(self) -> Point:
-        """An adapter in host memory takes the place of another."""
+        """Measures the load of an adapter from host memory in place of another."""
         runner, size = self.rig.runner, self.adapters[0].packed_bytes
         digests = [adapter.digest for adapter in self.adapters[:2]]
         for digest in digests:
@@ -137,7 +137,7 @@ class Bench:
         return Point("swap", 1, took, size / self._options.bus / GB * 1000)
 
     def _program(self) -> AdapterProgram:
-        """A random adapter on every linear of the layers."""
+        """Returns a random adapter on every linear of the layers."""
         modules = [
             ModuleProgram(
                 name,
@@ -152,7 +152,7 @@ class Bench:
         return AdapterProgram("sha256:first", "lora", tuple(modules))
 
     def _row(self, place: int, adapter: AdapterRef | None) -> Chunk:
-        """A row at the end of a context that nobody computed: the cache holds zeros."""
+        """Returns a row at the end of a context that was not computed: its KV blocks are zeros."""
         assert adapter is None or adapter.mode is AdapterMode.UNMERGED
         sequence: Sequence = self.rig.sequence([3] * self._options.context, adapter)
         first = 1 + place * self._blocks_each
@@ -160,12 +160,12 @@ class Bench:
         return Chunk(sequence, self._options.context - 1, 1)
 
     def _linear_bytes(self) -> int:
-        """What a step reads of the base."""
+        """Returns the bytes of the base's linears, which a step reads."""
         modules = self.rig.base.module.modules()
         return sum(m.backend.nbytes for m in modules if isinstance(m, AdaptedLinear))
 
     def _median(self, run: Callable[[], object]) -> float:
-        """Milliseconds of one run, waiting for the device."""
+        """Returns the median milliseconds of a run, including the wait for the device."""
         times = []
         for _ in range(self._options.warm_up + self._options.repeats):
             started = time.perf_counter()
@@ -185,27 +185,27 @@ def save_llama(directory: Path, fields: dict[str, int]) -> None:
     byte_tokenizer().save_pretrained(directory)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="decoding and swaps on a GPU")
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description="decode steps and adapter swaps on a GPU")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
-    parser.add_argument("--context", type=int, default=1024, help="tokens a row attends to")
-    parser.add_argument("--layers", type=int, default=0, help="0: as many as the shape has")
+    parser.add_argument("--context", type=int, default=1024, help="tokens that a row attends to")
+    parser.add_argument("--layers", type=int, default=0, help="0: as many as an 8B llama has")
     parser.add_argument("--quantization", default="nf4")
     parser.add_argument("--arena", type=int, default=8192, help="MiB")
-    parser.add_argument("--bandwidth", type=float, default=4800, help="of the memory, GB/s")
-    parser.add_argument("--bus", type=float, default=63, help="between host and device, GB/s")
+    parser.add_argument("--bandwidth", type=float, default=4800, help="GB/s of the memory")
+    parser.add_argument("--bus", type=float, default=63, help="GB/s between host and device")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model: tries the script")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to test the script")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures and prints."""
-    options = parse(arguments)
+    """Measures, and prints the results."""
+    options = parse_arguments(arguments)
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(options, Path(directory))
         points = [bench.step(rows, mix) for rows in options.rows for mix in MIXES]

@@ -1,10 +1,10 @@
-"""What a long prompt does to running streams: the times between their tokens, against the median.
+"""The effect of a long prompt on running streams: times between their tokens, over the median.
 
     make bench-long-prompt                            # the default model in nf4
     make bench-long-prompt ARGS="--streams 1,16 --tokens 4000 --max-stretch 1.5"
 
-An engine without gRPC: streams decode, every one with its own adapter, then a prompt comes. A step
-gives each stream a token, so its seconds are the time between two of them.
+Runs an engine without gRPC: streams decode, each with its own adapter, then a prompt arrives. Each
+step generates one token of each stream, so its seconds are the time between two tokens.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ import argparse
 import statistics
 from dataclasses import dataclass
 
-from bench.engine import Bench, add_common, counts, keep, open_bench
+from bench.engine import Bench, add_common, counts, open_bench, write_json
 
 SETTLED = 40
-"""Steps by which the median is taken, before the prompt and after it."""
+"""Steps over which the median is computed, before the prompt and after it."""
 OUTPUT = 3000
-"""Tokens of a stream: more than it has time for, at two tokens of the prompt a step."""
+"""Tokens of a stream: more than it generates while the prompt proceeds by two tokens a step."""
 
 
 @dataclass(frozen=True)
 class Beside:
-    """Times in milliseconds; what the prompt stretches in multiples of the median."""
+    """Results of one prompt. `median` (of steps without it) and `first_token` are in milliseconds;
+    `p50`, `p99` and `worst` of the steps beside it are multiples of the median.
+    """
 
     streams: int
     median: float
@@ -31,23 +33,23 @@ class Beside:
     p99: float
     worst: float
     first_token: float
-    """From the prompt's arrival."""
+    """Time from the prompt's arrival to its first token."""
 
 
 def main() -> None:
     """Runs the benchmark."""
-    options = parsed()
+    options = parse_arguments()
     with open_bench(options, adapters=max(options.streams)) as bench:
         found = [
-            shown(beside(bench, streams, options))
+            print_row(beside(bench, streams, options))
             for streams in options.streams
             for _ in range(options.repeats)
         ]
-    keep(options, beside=found)
+    write_json(options, beside=found)
 
 
 def beside(bench: Bench, streams: int, options: argparse.Namespace) -> Beside:
-    """One long prompt beside so many streams."""
+    """Measures one long prompt beside `streams` streams."""
     running = [bench.request(i, options.prompt, OUTPUT) for i in range(streams)]
     for request in running:
         bench.engine.add(request)
@@ -61,9 +63,9 @@ def beside(bench: Bench, streams: int, options: argparse.Namespace) -> Beside:
     while not done:
         seconds, outputs = bench.step()
         steps.append(seconds)
-        told = {output.request_id for output in outputs if output.tokens}
-        done = prompt.request_id in told
-        assert len(told) == streams + done, "a stream had no token"
+        with_token = {output.request_id for output in outputs if output.tokens}
+        done = prompt.request_id in with_token
+        assert len(with_token) == streams + done, "a stream had no token"
     alone += [bench.step()[0] for _ in range(SETTLED)]
     for request in running:
         bench.engine.abort(request.request_id)
@@ -80,8 +82,8 @@ def beside(bench: Bench, streams: int, options: argparse.Namespace) -> Beside:
     )
 
 
-def shown(found: Beside) -> Beside:
-    """Prints a line of the table."""
+def print_row(found: Beside) -> Beside:
+    """Prints a row of the table and returns its argument."""
     print(
         f"{found.streams:>3} streams: {found.median:>5.1f} ms a token alone; beside the prompt "
         f"{found.p50:.2f} times that in the median, {found.p99:.2f} at P99, {found.worst:.2f} at "
@@ -91,11 +93,11 @@ def shown(found: Beside) -> Beside:
     return found
 
 
-def parsed() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments() -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--streams", type=counts, default=[1, 8, 16])
-    parser.add_argument("--tokens", type=int, default=4000, help="of the long prompt")
+    parser.add_argument("--tokens", type=int, default=4000, help="tokens of the long prompt")
     parser.add_argument("--repeats", type=int, default=3)
     add_common(parser)
     return parser.parse_args()

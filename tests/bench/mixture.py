@@ -28,9 +28,9 @@ HOULSBY = {
     "is_parallel": False,
     "scaling": 1.0,
 }
-"""AdapterHub's config of that name."""
+"""AdapterHub's config `houlsby`."""
 SIZE = 0.02
-"""Of the random weights, so that answers stay finite."""
+"""Standard deviation of the random weights, small enough for finite logits."""
 
 
 def _low_rank(kind: Any, **fields: Any) -> peft.PeftConfig:
@@ -58,7 +58,7 @@ CONFIGS: Mapping[str, Callable[[], peft.PeftConfig]] = {
 
 
 def save_mixture(model: Path, folder: Path, count: int) -> list[tuple[str, Path]]:
-    """(family, directory) of so many adapters, families in turn."""
+    """Saves `count` adapters, of the families in turn; returns pairs of family and directory."""
     families = [*CONFIGS, "bottleneck"]
     made = []
     for number in range(count):
@@ -73,7 +73,7 @@ def save_mixture(model: Path, folder: Path, count: int) -> list[tuple[str, Path]
 
 
 def _save_bottleneck(model: Path, folder: Path, seed: int) -> None:
-    """Houlsby's, behind attention and MLP of every layer."""
+    """Saves Houlsby adapters after attention and MLP of every layer."""
     config = AutoConfig.from_pretrained(model)
     rng, hidden, width = torch.Generator().manual_seed(seed), config.hidden_size, RANK
     shapes = {
@@ -92,9 +92,9 @@ def _save_bottleneck(model: Path, folder: Path, seed: int) -> None:
     }
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter.safetensors")
-    said = {"config": HOULSBY | {"reduction_factor": hidden / width}, "hidden_size": hidden}
-    said |= {"model_type": config.model_type, "name": "bench", "version": "adapters.1.3.0"}
-    (folder / "adapter_config.json").write_text(json.dumps(said))
+    saved = {"config": HOULSBY | {"reduction_factor": hidden / width}, "hidden_size": hidden}
+    saved |= {"model_type": config.model_type, "name": "bench", "version": "adapters.1.3.0"}
+    (folder / "adapter_config.json").write_text(json.dumps(saved))
 
 
 @torch.no_grad()

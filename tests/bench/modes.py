@@ -1,11 +1,11 @@
-"""Output tokens a second unmerged, merged and in auto mode, through the engine on this machine.
+"""Modes: output tokens a second in unmerged, merged and auto mode, of the engine on this machine.
 
     make bench-modes                 # the default model, as bf16 and as nf4
     make bench-modes ARGS="--streams 8 --tokens 64 --threads 1"
 
-Streams run back to back with adapters of a mix; prompts are unique. A mode is measured after a
-warm-up in which auto learns, and makes the copies it wants. One line a base and mix; ratios hold
-within a line.
+Streams send requests back to back with adapters of a mix; prompts are unique. A mode is measured
+after a warm-up in which auto mode learns costs and merges adapters. Prints one row a base and mix;
+ratios hold within a row.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ from statistics import median
 
 import torch
 
-from adaplex.adapters import formats
-from adaplex.adapters.checkpoint import read_checkpoint
-from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.program import AdapterProgram
 from adaplex.client.bench.checkpoint import write_checkpoint
 from adaplex.engine.auto_merge import ENOUGH, STRIDE
@@ -33,14 +30,14 @@ from adaplex.engine.engine import Engine
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
 from adaplex.model.base.loader import BaseModel, load_base
 from adaplex.model.runner import ModelRunner
-from rig import Programs
+from rig import Programs, lowered
 
 BLOCKS = 1024
 MIXES = ("identical", "zipf", "distinct")
 
 
 class Traffic:
-    """An engine whose streams each begin anew when they end."""
+    """An engine with a constant number of streams: a new request replaces each one that ends."""
 
     def __init__(
         self,
@@ -68,15 +65,15 @@ class Traffic:
         )
         self.engine = Engine(config, runner, programs, base_digest="base")
         for _ in range(options.streams):
-            self._ask()
+            self._add_request()
 
     def run(self, *, seconds: float = 0.0, steps: int = 0) -> float:
-        """Tokens a second over so many seconds, and steps with rows, at least."""
-        begun, tokens = time.perf_counter(), 0
-        while steps > 0 or time.perf_counter() - begun < seconds:
+        """Runs at least `seconds` seconds and `steps` steps with rows; returns tokens a second."""
+        started, tokens = time.perf_counter(), 0
+        while steps > 0 or time.perf_counter() - started < seconds:
             outputs = self.engine.step()
             if self.engine.stalled:
-                time.sleep(0.01)  # the loader needs the processor
+                time.sleep(0.01)  # leaves the processor to the loader
             else:
                 steps -= 1
             for output in outputs:
@@ -84,14 +81,14 @@ class Traffic:
                     raise output.error
                 tokens += len(output.tokens)
                 if output.last:
-                    self._ask()
-        return tokens / (time.perf_counter() - begun)
+                    self._add_request()
+        return tokens / (time.perf_counter() - started)
 
     def close(self) -> None:
-        """Waits for the loader."""
+        """Closes the engine, which waits for its loader."""
         self.engine.close()
 
-    def _ask(self) -> None:
+    def _add_request(self) -> None:
         number = next(self._numbers)
         program = self._programs[self._choose(number)]
         size = program.packed_bytes(self._base.dtype.itemsize)
@@ -103,7 +100,7 @@ class Traffic:
 
 
 def chooser(mix: str, digests: list[str]) -> Callable[[int], str]:
-    """The adapter of the nth request."""
+    """Returns a function from the number of a request to the digest of its adapter."""
     chance = random.Random(1)
     weights = [1 / rank**1.5 for rank in range(1, len(digests) + 1)]
     return {
@@ -113,17 +110,11 @@ def chooser(mix: str, digests: list[str]) -> Callable[[int], str]:
     }[mix]
 
 
-def lowered(directory: Path, base: BaseModel) -> AdapterProgram:
-    """An adapter folder as an upload would lower it."""
-    limits = AdapterLimits()
-    return formats.lower(read_checkpoint(directory, limits), base.spec, limits)
-
-
 def compare(
     base: BaseModel, programs: Programs, mix: str, options: argparse.Namespace
 ) -> dict[str, float]:
-    """Tokens a second of each mode, and auto's over the better's: medians over rounds in which the
-    modes take turns, so that a noisy machine is noisy for all.
+    """Returns tokens a second of each mode, and the ratio of auto to the better of the others:
+    medians over rounds in which the modes take turns, so that noise affects all of them.
     """
     engines = {
         mode.value: Traffic(base, programs, chooser(mix, list(programs)), mode, options)
@@ -152,8 +143,10 @@ def main() -> None:
     parser.add_argument("--mixes", nargs="+", choices=MIXES, default=MIXES)
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=64, help="prompt, and mean output")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of a turn of a mode")
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="of a prompt, and of the mean output"
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds of a turn of a mode")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -171,8 +164,8 @@ def main() -> None:
                 write_checkpoint(Path(work) / f"{quantization}{i}", modules, options.rank, i)
                 for i in range(options.streams)
             ]
-            lowers = (lowered(folder, base) for folder in folders)
-            programs = Programs((program.digest, program) for program in lowers)
+            lowered_all = (lowered(folder, base.spec) for folder in folders)
+            programs = Programs((program.digest, program) for program in lowered_all)
             for mix in options.mixes:
                 row = compare(base, programs, mix, options)
                 figures[f"{quantization} {mix}"] = row

@@ -1,14 +1,13 @@
-"""What serving costs: tokens a second through gRPC as a share of the engine's own.
+"""Overhead of serving: tokens a second through gRPC as a share of the engine's own.
 
     make bench-overhead                                       # the default model in nf4
     make bench-overhead ARGS="--rounds 15 --json overhead.json"
 
-The same work in turns, prompts included, all streams asked at once: on an engine driven by this
-process, and through gRPC on a server of its own. Shares are medians over the rounds, since two
-turns that follow each other suffer alike from a noisy machine. The load comes from this process,
-as that of users comes from theirs; on few cores it takes from the server what it spends, so it
-counts as cost. `--max-stretch inf` leaves out what asking one by one costs: the first prompt is
-in work when the others come, so they are paced.
+Runs the same requests in turns, all streams at once and prompts included: on an engine in this
+process, and through gRPC on a server process. Shares are medians over the rounds, since noise of
+the machine affects two neighbouring turns alike. This process generates the load; on few cores it
+competes with the server, which counts as overhead. `--max-stretch inf` excludes the cost of
+requests that arrive one by one: the prefill budget slows their prompts behind the first.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from adaplex.client.bench.load import LoadGenerator
 from adaplex.client.bench.process import ProcessMonitor
 from adaplex.client.bench.session import Session
 from adaplex.client.bench.workload import adapter_indices
-from bench.engine import ARENA, Bench, add_common, counts, keep, open_bench
+from bench.engine import ARENA, Bench, add_common, counts, open_bench, write_json
 from bench.served import served
 
 MIXES = ("base", "distinct")
@@ -34,18 +33,18 @@ MIXES = ("base", "distinct")
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of each: tokens a second of all streams together."""
+    """One turn of each: tokens a second of all streams, of the engine and through gRPC."""
 
     engine: float
     grpc: float
     server_cores: float
-    """Processor seconds a second of the server while it was asked."""
+    """Processor seconds a second of the server during its turn."""
     client_cores: float
-    """The same of this process."""
+    """Processor seconds a second of this process during that turn."""
 
     @property
     def share(self) -> float:
-        """What of the engine's speed comes through."""
+        """Speed through gRPC as a fraction of the engine's."""
         return self.grpc / self.engine
 
 
@@ -64,7 +63,9 @@ class Overhead:
 
     @classmethod
     def of(cls, streams: int, mix: str, turns: list[Turn]) -> Self:
-        """Of at least one turn. The share is the median of theirs, not that of the medians."""
+        """Summarizes at least one turn. The share is the median of the turns' shares, not the ratio
+        of the medians.
+        """
         return cls(
             streams,
             mix,
@@ -86,45 +87,45 @@ class Overhead:
 
 
 class Duel:
-    """The same work on an engine in this process and on a server."""
+    """An engine in this process and a server, which run the same requests."""
 
     def __init__(
-        self, bench: Bench, session: Session, watch: ProcessMonitor, options: argparse.Namespace
+        self, bench: Bench, session: Session, monitor: ProcessMonitor, options: argparse.Namespace
     ) -> None:
-        self._bench, self._session, self._watch = bench, session, watch
+        self._bench, self._session, self._monitor = bench, session, monitor
         self._prompt, self._output = options.prompt, options.output
 
     async def turn(self, streams: int, mix: str) -> Turn:
-        """Each once, one after the other."""
+        """Runs the engine, then the server, once each."""
         alone = self._alone(streams, mix)
-        with self._watch.measure() as usage:
+        with self._monitor.measure() as usage:
             served = await self._served(streams, mix)
         return Turn(alone, served, usage[0].cores, usage[0].client_cores)
 
     def _alone(self, streams: int, mix: str) -> float:
-        """Tokens a second from the moment of asking, as a client counts them."""
+        """Returns the engine's tokens a second, from the first request's arrival on."""
         chosen = adapter_indices(mix, streams)
         requests = [self._bench.request(i, self._prompt, self._output) for i in chosen]
-        begun = time.perf_counter()
+        started = time.perf_counter()
         steps = self._bench.steps(requests)
-        return sum(tokens for _, tokens in steps) / (time.perf_counter() - begun)
+        return sum(tokens for _, tokens in steps) / (time.perf_counter() - started)
 
     async def _served(self, streams: int, mix: str) -> float:
-        """Tokens a second from the first ask to the last end."""
-        members, prompts = self._session.pool.adapters, self._session.prompts
-        names = [None if i is None else members[i].name for i in adapter_indices(mix, streams)]
-        asks = [next(prompts.requests(name, self._prompt, self._output)) for name in names]
+        """Returns tokens a second through gRPC, from the first request to the last end."""
+        adapters, prompts = self._session.pool.adapters, self._session.prompts
+        names = [None if i is None else adapters[i].name for i in adapter_indices(mix, streams)]
+        requests = [next(prompts.requests(name, self._prompt, self._output)) for name in names]
         load = LoadGenerator(self._session.send)
-        await load.run_closed([ask] for ask in asks)
+        await load.run_closed([request] for request in requests)
         measure = self._session.measure(load.results)
         if measure.failed:
-            raise RuntimeError(f"the server did not answer: {dict(measure.errors)}")
+            raise RuntimeError(f"requests to the server failed: {dict(measure.errors)}")
         return measure.tokens_per_second
 
 
 @asynccontextmanager
 async def open_duel(options: argparse.Namespace) -> AsyncIterator[Duel]:
-    """Both with as many adapters in memory as there are streams."""
+    """Opens both, with as many adapters in memory as there are streams."""
     adapters, settings = max(options.streams), {"threads": options.threads}
     settings |= {name: getattr(options, name) for name in ("max_stretch", "stream_interval")}
     with open_bench(options, adapters) as bench:
@@ -138,7 +139,7 @@ async def open_duel(options: argparse.Namespace) -> AsyncIterator[Duel]:
 
 async def main() -> None:
     """Runs the benchmark."""
-    options = parsed()
+    options = parse_arguments()
     found = []
     async with open_duel(options) as duel:
         for streams in options.streams:
@@ -147,15 +148,15 @@ async def main() -> None:
                 turns = [await duel.turn(streams, mix) for _ in range(options.rounds)]
                 found.append(Overhead.of(streams, mix, turns))
                 print(found[-1], flush=True)
-    keep(options, overhead=found)
+    write_json(options, overhead=found)
 
 
-def parsed() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments() -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--streams", type=counts, default=[1, 8, 16])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--stream-interval", type=int, default=1, help="tokens in a message")
+    parser.add_argument("--stream-interval", type=int, default=1, help="tokens of a message")
     add_common(parser)
     return parser.parse_args()
 

@@ -1,11 +1,11 @@
-"""Residency: what it costs when more adapters are asked for than the arena holds.
+"""Residency: the cost of using more adapters than fit into the arena.
 
     make bench-residency
     make bench-residency ARGS="--adapters 2000 --requests 400 --streams 8"
 
-Registers adapters of ranks 8 to 64 on a tiny random model and runs the cliff workload on them: a
-working set of 0.5 to 4 times the arena, uniformly and by zipf; then the same working set with few
-and with all adapters registered, in turn. Writes residency.json and residency.svg.
+Uploads adapters of ranks 8 to 64 to a server of a tiny random model and runs the cliff workload:
+working sets of 0.5 to 4 times the arena, uniform and zipf. Then runs one working set on a server
+with few and on one with all adapters, in turn. Writes residency.json and residency.svg.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from tiny import save_tiny
 HERE = Path(__file__).parent
 RANKS = (8, 16, 32, 64)
 FEW = 5
-"""Adapters of the small registry that the large one is compared with."""
+"""Adapters of the server with few adapters."""
 
 
 async def session_of(stack: AsyncExitStack, server: LocalServer, adapters: int) -> Session:
-    """A session with so many adapters, which go with their server."""
+    """Opens a session with `adapters` random adapters, which stay on the server."""
     await asyncio.to_thread(server.wait_ready)
     config = BenchConfig(
         target=server.target,
@@ -56,7 +56,7 @@ async def session_of(stack: AsyncExitStack, server: LocalServer, adapters: int) 
 
 
 async def run(small: LocalServer, large: LocalServer, options: argparse.Namespace) -> None:
-    """Registers, measures, compares, writes."""
+    """Uploads the adapters, measures both servers and writes the results."""
     plan = CliffPlan(
         streams=options.streams,
         requests=options.requests,
@@ -65,9 +65,9 @@ async def run(small: LocalServer, large: LocalServer, options: argparse.Namespac
     )
     async with AsyncExitStack() as stack:
         few = await session_of(stack, small, FEW)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         all_ = await session_of(stack, large, options.adapters)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - started
         curve = await run_cliff(all_, plan)
         pairs = []
         for _ in range(options.repeats):
@@ -96,7 +96,7 @@ async def run(small: LocalServer, large: LocalServer, options: argparse.Namespac
 
 
 def over_half(curve: Sequence[BenchRun], mix: str, place: int) -> float:
-    """The median first token at one working set of a mix over that at the smallest."""
+    """Returns a mix's median first token at one working set over that at the smallest."""
     firsts = [run.measure.first_token for run in curve if run.case["mix"] == mix]
     assert firsts[place]
     assert firsts[0]
@@ -108,11 +108,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--adapters", type=int, default=2000)
     parser.add_argument("--arena", type=int, default=24 << 20, help="bytes")
-    parser.add_argument("--requests", type=int, default=400, help="of each measurement")
+    parser.add_argument("--requests", type=int, default=400, help="requests of each measurement")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=16, help="tokens")
     parser.add_argument("--output", type=int, default=16, help="tokens")
-    parser.add_argument("--repeats", type=int, default=3, help="of few against all, in turn")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="comparisons of few and all adapters"
+    )
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

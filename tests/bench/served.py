@@ -1,4 +1,4 @@
-"""A server of its own for a benchmark, with adapters on it."""
+"""A server process for a benchmark, with adapters on it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ async def served(
     bandwidth: float | None = None,
     **settings: Any,
 ) -> AsyncIterator[Session]:
-    """A session on a new server with an arena of so many bytes, other `settings`, and so many
-    adapters; `bandwidth` as in BenchConfig. `options` name model, quantization and rank.
+    """Opens a session on a new server with an arena of `arena` bytes and `adapters` adapters.
+
+    `options` has model, quantization and rank; `settings` are others of `adaplex serve`;
+    `bandwidth` is as in BenchConfig.
     """
     progress = ProgressReporter()
     with (

@@ -1,10 +1,10 @@
-"""Serving: every workload of `adaplex bench`, through gRPC, on servers of its own.
+"""Serving: every workload of `adaplex bench`, through gRPC, on new server processes.
 
     make bench                                   # the default model in nf4, a table
     make bench ARGS="--out tests/bench"          # serving.json and serving.svg too
     make bench ARGS="--only punica --streams 1,8,16 --quantization bf16"
 
-All runs of a workload come from one server's lifetime, so that ratios between them hold.
+All runs of a workload use one server process, so that ratios between them hold.
 """
 
 from __future__ import annotations
@@ -25,28 +25,31 @@ from adaplex.client.bench.session import BenchRun, Session
 from adaplex.client.bench.slora import SLoraPlan, run_slora
 from adaplex.client.bench.workload import Trace
 from adaplex.client.cli.bench import print_report
-from bench.families import Families, families
+from bench.engine import counts
+from bench.families import FamiliesPlan, run_families
 from bench.served import served
 
 WORKLOADS = ("punica", "slora", "hot-tenant", "churn", "families", "cliff")
 ARENA = 512 << 20
-"""Bytes; holds an adapter of rank 16 for each of 32 streams."""
+"""Bytes; room for an adapter of rank 16 for each of 32 streams."""
 SMALL_ARENA = 48 << 20
-"""Of the cliff, so that four times as much is soon uploaded."""
+"""Bytes of the cliff's arena, small so that four times as many are quickly uploaded."""
 CLIFF_ADAPTERS = 24
 
 Work = Callable[[Session, argparse.Namespace], Awaitable[Sequence[BenchRun]]]
 
 
 async def measured(options: argparse.Namespace, arena: int, adapters: int, work: Work) -> Report:
-    """The report of one server with this arena and so many adapters."""
+    """Starts a server with an arena of `arena` bytes and `adapters` adapters, and reports the runs
+    of `work` on it.
+    """
     given = {name: value for name, value in vars(options).items() if name != "out"}
     async with served(options, arena=arena, adapters=adapters) as session:
         return Report.of(session, given, await work(session, options))
 
 
 async def all_but_cliff(session: Session, options: argparse.Namespace) -> list[BenchRun]:
-    """The workloads whose adapters all fit into the arena."""
+    """Runs the chosen workloads whose adapters all fit into the arena."""
     seconds, rank = options.seconds, options.rank
     short = Trace(alpha=0.5, rate=1.0, seconds=2 * seconds, inputs=(8, 128), outputs=(8, 64))
     runs: list[BenchRun] = []
@@ -59,18 +62,18 @@ async def all_but_cliff(session: Session, options: argparse.Namespace) -> list[B
     if "churn" in options.only:
         runs += await run_churn(session, ChurnPlan(rank=rank, seconds=seconds, pause=0.5))
     if "families" in options.only:
-        runs += await families(session, Families(), options.model)
+        runs += await run_families(session, FamiliesPlan(), options.model)
     return runs
 
 
 async def cliff_alone(session: Session, options: argparse.Namespace) -> list[BenchRun]:
-    """The workload that needs a small arena."""
+    """Runs the workload that needs a small arena."""
     return await run_cliff(session, CliffPlan(requests=48, streams=4))
 
 
 async def main() -> None:
     """Runs the benchmark."""
-    options = parsed()
+    options = parse_arguments()
     reports = []
     if set(options.only) - {"cliff"}:
         adapters = max(*options.streams, HotTenantPlan.tenants + 1)
@@ -89,13 +92,15 @@ async def main() -> None:
         draw(report.runs, options.out / "serving.svg")
 
 
-def parsed() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments() -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(WORKLOADS))
     parser.add_argument("--streams", type=counts, default=(1, 8, 16, 32), help="1,8,16,32")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=15.0, help="of the timed workloads")
+    parser.add_argument(
+        "--seconds", type=float, default=15.0, help="seconds of the timed workloads"
+    )
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--quantization", default="nf4")
     parser.add_argument("--out", type=Path, help="folder for serving.json and serving.svg")
@@ -103,11 +108,6 @@ def parsed() -> argparse.Namespace:
     if unknown := set(options.only) - set(WORKLOADS):
         parser.error(f"--only: {', '.join(unknown)} is not among {', '.join(WORKLOADS)}")
     return options
-
-
-def counts(text: str) -> tuple[int, ...]:
-    """`1,8,16` as numbers."""
-    return tuple(map(int, text.split(",")))
 
 
 if __name__ == "__main__":

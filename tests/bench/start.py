@@ -4,8 +4,8 @@
     make bench-start ARGS="--starts 9 --quantization int8"
 
 Each round starts the server twice on one cache folder: without saved quantized weights, which it
-then saves, and with them. A start that nobody counts comes first, so that checkpoint and libraries
-are in the page cache. Phases are told by the server's log.
+then saves, and with them. A first start, which does not count, loads the checkpoint and libraries
+into the page cache. The server's log marks the phases.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from typing import Any
 from adaplex.client.local import LocalServer
 from adaplex.model.base.source import default_cache
 
-LOOK_SECONDS = 0.01
+POLL_SECONDS = 0.01
 PHASES = {"imports": "", "base": "sizing the KV cache", "parts": "warming up", "trial": "serving"}
-"""Phase -> how the log line begins that ends it; the first line of all ends the imports."""
+"""Phase -> prefix of the log event that ends it; the first event of all ends the imports."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Seconds to SERVING, and of the phases."""
+    """Seconds to SERVING, and seconds of each phase."""
 
     seconds: float
     phases: Mapping[str, float]
@@ -39,33 +39,33 @@ class Start:
 
 def start(settings: Mapping[str, object]) -> Start:
     """Starts a server, waits until its gRPC health says SERVING, and stops it."""
-    begun = time.perf_counter()
+    started = time.perf_counter()
     ends: dict[str, float] = {}
 
-    def note(record: Mapping[str, Any]) -> None:
+    def record_end(record: Mapping[str, Any]) -> None:
         if record["level"] == "unknown":
-            return  # a library's line, not the server's
+            return  # a library's output, not the server's
         for phase, line in PHASES.items():
             if str(record["event"]).startswith(line):
-                ends.setdefault(phase, time.perf_counter() - begun)
+                ends.setdefault(phase, time.perf_counter() - started)
 
-    with LocalServer(on_log=note, **settings) as server:
-        while not listens(server.port) and server.process.poll() is None:
-            time.sleep(LOOK_SECONDS)
+    with LocalServer(on_log=record_end, **settings) as server:
+        while not is_listening(server.port) and server.process.poll() is None:
+            time.sleep(POLL_SECONDS)
         server.wait_ready()
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - started
     times = [0.0, *(ends[phase] for phase in PHASES)]
     return Start(seconds, dict(zip(PHASES, map(float.__sub__, times[1:], times), strict=True)))
 
 
-def listens(port: int) -> bool:
-    """Whether anybody does. A gRPC channel that is refused waits a second before the next try."""
+def is_listening(port: int) -> bool:
+    """True if a process listens on the port. A refused gRPC channel would wait for a second."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def tell(name: str, starts: list[Start]) -> None:
-    """One line of the table."""
+def print_row(name: str, starts: list[Start]) -> None:
+    """Prints a row of the table."""
     seconds = [each.seconds for each in starts]
     phases = (median(each.phases[phase] for each in starts) for phase in PHASES)
     figures = (median(seconds), max(seconds), *phases)
@@ -75,7 +75,7 @@ def tell(name: str, starts: list[Start]) -> None:
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--starts", type=int, default=5, help="of each kind")
+    parser.add_argument("--starts", type=int, default=5, help="starts of each kind")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--quantization", default="nf4", choices=["nf4", "int8"])
     options = parser.parse_args()
@@ -98,8 +98,8 @@ def main() -> None:
             without.append(start(settings))
             saved.append(start(settings))
     print(f"{'quantized weights':<18}" + "".join(f"{c:>9}" for c in ("median", "worst", *PHASES)))
-    tell("none", without)
-    tell("saved", saved)
+    print_row("none", without)
+    print_row("saved", saved)
 
 
 if __name__ == "__main__":

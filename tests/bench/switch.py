@@ -1,10 +1,10 @@
-"""What changing adapters costs: between those in the arena, and bringing one there from the host.
+"""The cost of changing adapters: among those in the arena, and from host memory into the arena.
 
     make bench-switch                                 # the default model in nf4
 
-Switching: requests one after another, each with the next adapter, against the same with one
-adapter, in turns; a step of both decodes one row. Bringing: the copy from host memory into the
-arena, against a plain copy of as many bytes, in turns.
+Switch: sequential requests with another adapter each, compared with requests of one adapter, in
+turns; a step of both decodes one row. Load: the copy of an adapter from host memory into the arena,
+compared with a plain copy of as many bytes, in turns.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from statistics import median
 import torch
 
 from adaplex.model import huge_pages
-from bench.engine import Bench, add_common, keep, open_bench
+from bench.engine import Bench, add_common, open_bench, write_json
 
 
 @dataclass(frozen=True)
 class Switch:
-    """Milliseconds of a request, medians."""
+    """Median milliseconds of a request: with the same adapter as the last one, and with another."""
 
     one_adapter: float
     next_adapter: float
     noise: float
-    """Between the 25th and the 75th of a hundred of the former."""
+    """Milliseconds between the 25th and 75th percentile of `one_adapter`."""
 
     def __str__(self) -> str:
         return (
@@ -38,8 +38,8 @@ class Switch:
 
 
 @dataclass(frozen=True)
-class Bring:
-    """Milliseconds, medians."""
+class HostLoad:
+    """Median milliseconds of a load of `nbytes` bytes and of a plain copy of as many."""
 
     nbytes: int
     host_to_arena: float
@@ -53,7 +53,7 @@ class Bring:
 
 
 def switch(bench: Bench, repeats: int) -> Switch:
-    """Short requests by turns."""
+    """Measures short requests in turns."""
     same, other = [], []
     for number in range(repeats * len(bench.refs)):
         for adapter, times in ((0, same), (0, same), (number % len(bench.refs), other)):
@@ -64,24 +64,24 @@ def switch(bench: Bench, repeats: int) -> Switch:
     return Switch(median(ordered), median(other), noise)
 
 
-def bring(bench: Bench, repeats: int) -> Bring:
-    """Of adapters of one size; the engine is not used afterwards."""
+def load_from_host(bench: Bench, repeats: int) -> HostLoad:
+    """Measures loads of adapters of one size; the engine cannot be used afterwards."""
     runner, refs = bench.engine._runner, bench.refs
     size = refs[0].packed_bytes
     for ref in refs:
         runner.pack_adapter(bench.parts.registry.programs.program(ref.digest))
     sources = [torch.ones(size, dtype=torch.uint8) for _ in refs]
     room = huge_pages.empty(len(refs), size, dtype=torch.uint8).zero_()
-    brought, copied = [], []
+    loaded, copied = [], []
     for _ in range(repeats):
         for place, ref in enumerate(refs):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             runner.copy_adapter(ref.digest, place * size, size)
-            brought.append(1e3 * (time.perf_counter() - begun))
-            begun = time.perf_counter()
+            loaded.append(1e3 * (time.perf_counter() - started))
+            started = time.perf_counter()
             room[place].copy_(sources[place])
-            copied.append(1e3 * (time.perf_counter() - begun))
-    return Bring(size, median(brought), median(copied))
+            copied.append(1e3 * (time.perf_counter() - started))
+    return HostLoad(size, median(loaded), median(copied))
 
 
 def main() -> None:
@@ -94,9 +94,9 @@ def main() -> None:
     with open_bench(options, options.adapters) as bench:
         switched = switch(bench, options.repeats)
         print(switched, flush=True)
-        brought = bring(bench, options.repeats)
-        print(brought)
-    keep(options, switch=[switched], bring=[brought])
+        loaded = load_from_host(bench, options.repeats)
+        print(loaded)
+    write_json(options, switch=[switched], bring=[loaded])
 
 
 if __name__ == "__main__":
