@@ -22,7 +22,6 @@ from statistics import median
 
 import torch
 
-from adaplex.adapters.program.program import AdapterProgram
 from adaplex.client.bench.checkpoint import write_checkpoint
 from adaplex.engine.auto_merge import ENOUGH, STRIDE
 from adaplex.engine.config import EngineConfig
