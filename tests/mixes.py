@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from adaplex.model.weights.adapter_weights import AdapterWeights, Span
+from adaplex.model.weights.adapter_weights import AdapterRun, AdapterWeights
 
 ROWS = 25
 """Rows of a mix, but for the distinct one."""
@@ -23,14 +23,14 @@ MIXES: dict[str, list[int | None]] = {
 """Name -> adapter of each row, None for base rows; one adapter's rows are neighbours."""
 
 
-def spans_of(mix: Sequence[int | None], adapters: Sequence[AdapterWeights]) -> list[Span]:
+def runs_of_mix(mix: Sequence[int | None], adapters: Sequence[AdapterWeights]) -> list[AdapterRun]:
     """The spans of a mix, in the order of their rows."""
-    made: list[Span] = []
+    made: list[AdapterRun] = []
     for row, used in enumerate(mix):
         if used is None:
             continue
         if made and made[-1].stop == row and made[-1].weights is adapters[used]:
-            made[-1] = Span(made[-1].start, row + 1, adapters[used])
+            made[-1] = AdapterRun(made[-1].start, row + 1, adapters[used])
         else:
-            made.append(Span(row, row + 1, adapters[used]))
+            made.append(AdapterRun(row, row + 1, adapters[used]))
     return made

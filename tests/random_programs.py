@@ -7,10 +7,10 @@ from torch import Tensor
 
 from adaplex.adapters.program.primitives import Bottleneck, LowRank, Reads, ReplacedRows
 from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
-from rig import Rig
+from rig import ModelRig
 
 
-def made(rig: Rig, rank: int, seed: int) -> AdapterProgram:
+def made(rig: ModelRig, rank: int, seed: int) -> AdapterProgram:
     """A random adapter on every linear of the decoder layers."""
     random = torch.Generator().manual_seed(seed)
     modules = []
@@ -22,7 +22,7 @@ def made(rig: Rig, rank: int, seed: int) -> AdapterProgram:
     return AdapterProgram(f"sha256:{rank}-{seed}", "lora", tuple(modules))
 
 
-def anything(rig: Rig, seed: int) -> AdapterProgram:
+def anything(rig: ModelRig, seed: int) -> AdapterProgram:
     """A random adapter of every primitive that a module of the base takes."""
     random = torch.Generator().manual_seed(seed)
 

@@ -1,4 +1,4 @@
-"""Rig: a loaded base and a runner that tests drive by hand, without an engine."""
+"""ModelRig: a loaded base and a runner that tests drive by hand, without an engine."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
 from adaplex.engine.sequence import Sequence
-from adaplex.model.base.loader import load_base, silent
-from adaplex.model.forward.cuda_graphs import capture_for
-from adaplex.model.forward.decode_steps import decode_steps
-from adaplex.model.kernels import reference
-from adaplex.model.kernels.triton.adapter_rows import TritonKernels
+from adaplex.model import select
+from adaplex.model.adapters.triton_rows import TritonKernels
+from adaplex.model.base.loader import load_base
+from adaplex.model.constants import KV_BLOCK_TOKENS
 from adaplex.model.modules import attention
 from adaplex.model.runner import ModelRunner
-from adaplex.model.weights.adapter_weights import LowRankKernel, NativeLowRank, ReferenceLowRank
 
-BLOCK = 16
+BLOCK = KV_BLOCK_TOKENS
 ARENA = 64 << 20
 
 
@@ -37,7 +35,7 @@ class Programs(dict[str, AdapterProgram]):
         return self[digest]
 
 
-class Rig:
+class ModelRig:
     """Owns blocks and arena extents in the simplest way: none is ever given back."""
 
     def __init__(
@@ -67,32 +65,21 @@ class Rig:
             saved=saved,
         )
         self.programs = Programs()
-        kernel = attention.paged_kernel(torch.device("cuda")) if triton else reference.attend
-        attention.install(self.base.module, attention.PagedAttention(self.base.step, kernel))
-        low_rank = self._low_rank(triton=triton)
-        self.runner = ModelRunner(
+        kernels = None
+        if triton:
+            attend = select.paged_attend(torch.device("cuda"))
+            attention.install(self.base.module, attention.PagedAttention(self.base.step, attend))
+            kernels = TritonKernels(self.base.spec.modules, self.base.device)
+        self.runner = ModelRunner.for_base(
             self.base,
             num_blocks=num_blocks,
             block_tokens=BLOCK,
             arena_bytes=arena_bytes,
-            low_rank=low_rank,
-            decode=decode_steps(
-                self.base,
-                low_rank,
-                block_tokens=BLOCK,
-                capture=capture_for(self.base, silent, enforce_eager=not graphs),
-            ),
+            kernels=kernels,
+            enforce_eager=not graphs,
         )
         self._blocks = count(1)
         self._offset = 0
-
-    def _low_rank(self, *, triton: bool) -> LowRankKernel:
-        """Triton's kernel, the one in C, or the reference."""
-        if triton:
-            return TritonKernels(self.base.spec.modules, self.base.device)
-        if self.base.kernels is not None:
-            return NativeLowRank(self.base.kernels)
-        return ReferenceLowRank()
 
     def add(self, program: AdapterProgram, mode: AdapterMode = AdapterMode.UNMERGED) -> AdapterRef:
         """Makes an adapter resident in the mode."""

@@ -11,7 +11,7 @@ from adaplex.engine.request import AdapterRef
 from adaplex.model.forward.native_forward import NativeForward
 from adaplex.model.forward.torch_forward import TorchForward
 from adaplex.model.kernels.native.library import INSTRUCTION_SETS
-from rig import Rig, prompt
+from rig import ModelRig, prompt
 
 BOUNDS = {"fp32": 1e-4, "bf16": 5e-2, "nf4": 5e-2, "int4-group": 5e-2}
 """Largest difference; of the largest logit, but for fp32."""
@@ -20,7 +20,7 @@ USABLE = [each for each in INSTRUCTION_SETS if each.usable]
 """Instruction sets that this processor has."""
 
 
-def forward_of(rig: Rig) -> type[Any]:
+def forward_of(rig: ModelRig) -> type[Any]:
     return type(rig.runner._forward)
 
 
@@ -29,15 +29,17 @@ def close(got: Tensor, expected: Tensor, quantization: str) -> bool:
     return bool((got - expected).abs().max() <= BOUNDS[quantization] * scale)
 
 
-def both(model: Path, quantization: str) -> tuple[Rig, Rig]:
+def both(model: Path, quantization: str) -> tuple[ModelRig, ModelRig]:
     """A rig that runs a step in one call, and one that runs transformers' modules."""
-    fast, slow = (Rig(model, quantization, native=native) for native in (True, False))
+    fast, slow = (ModelRig(model, quantization, native=native) for native in (True, False))
     assert forward_of(fast) is NativeForward
     assert forward_of(slow) is TorchForward
     return fast, slow
 
 
-def decode(rig: Rig, refs: list[AdapterRef | None], followed: list[Tensor] | None) -> list[Tensor]:
+def decode(
+    rig: ModelRig, refs: list[AdapterRef | None], followed: list[Tensor] | None
+) -> list[Tensor]:
     """Logits of a prefill and of some decoding steps, which take their tokens from `followed`."""
     sequences = [rig.sequence(prompt(9 + 11 * i), ref) for i, ref in enumerate(refs)]
     logits = [rig.prefill(*sequences)]

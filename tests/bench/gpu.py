@@ -33,7 +33,7 @@ from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.engine.sequence import Sequence
 from adaplex.model.modules.hooks import AdaptedLinear
-from rig import BLOCK, Rig
+from rig import BLOCK, ModelRig
 from tiny import byte_tokenizer
 
 LLAMA_8B = {
@@ -91,7 +91,7 @@ class Bench:
         save_llama(directory, fields)
         self._blocks_each = -(-options.context // BLOCK)
         most = max(options.rows)
-        self.rig = Rig(
+        self.rig = ModelRig(
             directory,
             options.quantization,
             triton=True,

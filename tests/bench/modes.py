@@ -49,7 +49,7 @@ class Traffic:
         self._programs, self._choose = programs, choose
         self._mode, self._tokens = mode, options.tokens
         self._base, self._numbers, self._random = base, count(), random.Random(0)
-        runner = ModelRunner(
+        runner = ModelRunner.for_base(
             base,
             num_blocks=BLOCKS,
             block_tokens=16,

@@ -13,7 +13,7 @@ from adaplex.model.base.source import resolve_model
 from peft_adapters import Oracle, load_plain
 from peft_families import FAMILIES, LORAS
 from peft_kinds import TOKENS, save_kind
-from rig import Rig, lowered, prompt
+from rig import ModelRig, lowered, prompt
 from time_limits import TEST_SECONDS
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)
@@ -31,8 +31,8 @@ def model() -> Path:
 
 
 @cache
-def rig(model: Path) -> Rig:
-    return Rig(model, "fp32", num_blocks=512, arena_bytes=2 << 30)
+def rig(model: Path) -> ModelRig:
+    return ModelRig(model, "fp32", num_blocks=512, arena_bytes=2 << 30)
 
 
 @cache

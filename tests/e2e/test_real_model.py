@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 
 from adaplex.model.base.source import resolve_model
 from adaplex.model.linear.bitsandbytes_linear import nf4_roundtrip
-from adaplex.model.linear.int4_group import int4_roundtrip
+from adaplex.model.weights.int4_group import int4_roundtrip
 from e2e.conftest import Serving
 from peft_adapters import Oracle, load_plain
-from rig import Rig, lowered
+from rig import ModelRig, lowered
 from time_limits import TEST_SECONDS
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)
@@ -31,7 +31,7 @@ def model() -> Path:
 
 
 def test_fp32_rows_of_a_mixed_batch_equal_peft(model: Path) -> None:
-    rig = Rig(model, "fp32")
+    rig = ModelRig(model, "fp32")
     tokens = rig.base.tokenizer.apply_chat_template(
         QUESTION, add_generation_prompt=True, return_dict=False
     )
@@ -78,7 +78,7 @@ def test_int4_is_as_good_as_nf4(model: Path) -> None:
 def test_four_bit_logits_are_those_of_peft_on_the_dequantized_base(
     dtype: str, quantization: str, model: Path
 ) -> None:
-    rig = Rig(model, quantization, dtype)
+    rig = ModelRig(model, quantization, dtype)
     tokens = rig.base.tokenizer.apply_chat_template(
         QUESTION, add_generation_prompt=True, return_dict=False
     )
@@ -127,7 +127,7 @@ async def test_one_concurrent_batch_shows_every_adapter(serving: Serving, model:
 
 
 def test_a_bf16_row_is_bit_equal_beside_others(model: Path) -> None:
-    rig = Rig(model, "bf16")
+    rig = ModelRig(model, "bf16")
     prompts = [rig.base.tokenizer.encode(text) for text in ("Hello there", "One two three " * 20)]
     alone = [rig.prefill(rig.sequence(tokens))[0] for tokens in prompts]
     together = rig.prefill(*(rig.sequence(tokens) for tokens in prompts))

@@ -12,12 +12,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from adaplex.model import select
 from adaplex.model.kernels.native.kernels import NativeKernels
-from adaplex.model.linear import backend, bitsandbytes_linear, int4_group
-from adaplex.model.linear.backend import dense_product
-from adaplex.model.linear.int4_group import int4_product
-from adaplex.model.modules import moe
-from adaplex.model.weights.nf4 import nf4_product
 
 Array = NDArray[np.float32]
 
@@ -25,12 +21,8 @@ Array = NDArray[np.float32]
 @pytest.fixture
 def cuda_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linears multiply by Triton, as on a CUDA device."""
-    there = torch.device("cuda")
-    dense, codes, nf4 = dense_product(there), int4_product(there), nf4_product(there)
-    for module in (backend, moe):
-        monkeypatch.setattr(module, "dense_product", lambda _: dense)
-    monkeypatch.setattr(int4_group, "int4_product", lambda _: codes)
-    monkeypatch.setattr(bitsandbytes_linear, "nf4_product", lambda _: nf4)
+    products = select.products(torch.device("cuda"))
+    monkeypatch.setattr(select, "products", lambda _: products)
 
 
 @pytest.fixture

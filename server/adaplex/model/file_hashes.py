@@ -1,4 +1,4 @@
-"""FileHashes: SHA-256 of large files, remembered for as long as they are the same files."""
+"""FileHashes: SHA-256 of large files, cached for as long as the files do not change."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from typing import Any
 from adaplex.adapters.durable_files import file_sha256
 
 HASHES = "hashes.json"
-"""Its name in the cache folder."""
-WORTH_BYTES = 16 << 20
-"""Hashing less takes no time that anybody notices."""
+"""Name of the file of hashes in the cache folder."""
+CACHED_BYTES = 16 << 20
+"""Least size of a file whose hash is cached: hashing less takes milliseconds."""
 RACY_NS = 2_000_000_000
-"""A file that is written again so soon may keep its time stamp: file systems have coarse clocks."""
+"""Nanoseconds within which a file may be written again and keep its time stamp: file systems have
+coarse clocks."""
 
 
 class FileHashes:
-    """What is remembered lies in one file, which processes share. Losing it costs time only."""
+    """Hashes by file, in one file that processes share. Losing it costs time only."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def sha256(self, file: Path) -> str:
-        """Hex SHA-256 of the file's bytes. Raises OSError."""
+        """Returns the hex SHA-256 of the file's bytes. Raises OSError."""
         begun, stamp = time.time_ns(), _stamp(file)
-        if stamp["size"] < WORTH_BYTES:
+        if stamp["size"] < CACHED_BYTES:
             return file_sha256(file)
         name = str(file.resolve())
         known = self._read().get(name, {})
@@ -39,23 +40,23 @@ class FileHashes:
         digest = file_sha256(file)
         settled = begun - max(stamp["mtime_ns"], stamp["ctime_ns"]) > RACY_NS
         if settled and _stamp(file) == stamp:
-            with suppress(OSError):  # a cache that cannot be written remembers nothing
-                self._remember(name, {"stamp": stamp, "sha256": digest})
+            with suppress(OSError):  # without a writable cache the file is hashed again next time
+                self._store(name, {"stamp": stamp, "sha256": digest})
         return digest
 
     def _read(self) -> dict[str, Any]:
-        """File -> its stamp and hash; empty when the memory is lost or damaged."""
+        """Returns stamp and hash by file; empty if the file of hashes is missing or damaged."""
         try:
-            kept = json.loads(self._path.read_text())
-            files: dict[str, Any] = kept["files"]
-            return files if kept["check"] == _check(files) else {}
+            stored = json.loads(self._path.read_text())
+            files: dict[str, Any] = stored["files"]
+            return files if stored["check"] == _check(files) else {}
         except (OSError, ValueError, LookupError, TypeError):
             return {}
 
-    def _remember(self, name: str, known: dict[str, Any]) -> None:
-        """Adds one, and forgets files that are gone."""
-        files = {each: kept for each, kept in self._read().items() if Path(each).exists()}
-        files[name] = known
+    def _store(self, name: str, entry: dict[str, Any]) -> None:
+        """Adds a file, and drops files that no longer exist."""
+        files = {each: known for each, known in self._read().items() if Path(each).exists()}
+        files[name] = entry
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile("w", dir=self._path.parent, prefix=".hashes-", delete=False) as new:
             try:
@@ -70,7 +71,7 @@ class FileHashes:
 
 
 def _stamp(file: Path) -> dict[str, int]:
-    """What changes when a file does; ctime also when its mtime is set back."""
+    """Returns what changes when a file changes; ctime changes even if its mtime is set back."""
     at = file.stat()
     return {
         "size": at.st_size,

@@ -13,7 +13,7 @@ from adaplex.model import huge_pages
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one attention layer stores for a token."""
+    """Sizes of what one attention layer stores for a token."""
 
     kv_heads: int
     key_dim: int
@@ -28,7 +28,7 @@ class LayerShape:
 class KVCache:
     """Keys and values of every layer, [kv_heads, blocks, block_tokens, dim] each.
 
-    Block 0 is scratch: padding rows write there and nobody reads it unmasked.
+    Block 0 is scratch: padding rows write there, and it is only read where it is masked.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.block_tokens = block_tokens
+        self.num_blocks, self.block_tokens = num_blocks, block_tokens
 
         def zeros(heads: int, dim: int) -> Tensor:
             shape = (heads, num_blocks, block_tokens, dim)
@@ -50,10 +50,10 @@ class KVCache:
         self.values = [zeros(s.kv_heads, s.value_dim) for s in shapes]
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Stores the rows of a step. slots [rows], key and value [kv_heads, rows, dim].
+        """Stores the rows of a step: slots [rows], key and value [kv_heads, rows, dim].
 
-        Infinities and NaN are made finite: a masked key has weight zero, and zero times NaN
-        would carry one tenant's overflow into the next owner of the block.
+        Infinities and NaN of values are made finite: a masked key has weight zero, and zero times
+        NaN would carry one tenant's overflow into the next owner of the block.
         """
         keys, values = self.keys[layer], self.values[layer]
         keys.view(keys.shape[0], -1, keys.shape[3]).index_copy_(1, slots, key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,20 +15,15 @@ from adaplex.engine.engine import Engine
 from adaplex.engine.errors import RequestInvalid
 from adaplex.model.base.loader import BaseModel, load_base
 from adaplex.model.base.source import default_cache
-from adaplex.model.forward.cuda_graphs import capture_for
-from adaplex.model.forward.decode_steps import decode_steps
+from adaplex.model.constants import KV_BLOCK_TOKENS
+from adaplex.model.progress import Progress
 from adaplex.model.runner import ModelRunner
-from adaplex.model.weights.adapter_weights import low_rank_kernel
 from adaplex.server.components import Components
 from adaplex.server.config import ConfigError, ServerConfig
 from adaplex.server.convert import ModelLimits
 from adaplex.server.metrics import Metrics
 from adaplex.server.open_store import import_adapters, open_store
 from adaplex.server.services.info import ModelInfo
-
-BLOCK_TOKENS = 16
-
-Progress = Callable[[str], None]
 
 
 def build(config: ServerConfig, progress: Progress) -> Components:
@@ -41,23 +35,16 @@ def build(config: ServerConfig, progress: Progress) -> Components:
     base = load(config, progress)
     spec = replace(base.spec, name=config.model_name or base.spec.name)
     engine_config = engine_limits(config, base)
-    progress(f"sizing the KV cache: {engine_config.num_blocks} blocks of {BLOCK_TOKENS} tokens")
+    progress(f"sizing the KV cache: {engine_config.num_blocks} blocks of {KV_BLOCK_TOKENS} tokens")
     store = open_store(config, spec, element_bytes=base.dtype.itemsize)
     import_adapters(config, store, progress)
     use_threads(config, base)
-    low_rank = low_rank_kernel(base.kernels, base.device, spec.modules)
-    runner = ModelRunner(
+    runner = ModelRunner.for_base(
         base,
         num_blocks=engine_config.num_blocks,
         block_tokens=engine_config.block_tokens,
         arena_bytes=engine_config.arena_bytes,
-        low_rank=low_rank,
-        decode=decode_steps(
-            base,
-            low_rank,
-            block_tokens=engine_config.block_tokens,
-            capture=capture_for(base, progress, enforce_eager=config.enforce_eager),
-        ),
+        enforce_eager=config.enforce_eager,
         progress=progress,
     )
     progress("warming up")
@@ -113,12 +100,14 @@ def _saved_bases(config: ServerConfig) -> Path | None:
 
 def engine_limits(config: ServerConfig, base: BaseModel) -> EngineConfig:
     """Returns the engine's limits for this base. Raises ConfigError that names the setting."""
-    num_blocks = config.kv_cache_bytes // base.kv_block_bytes(BLOCK_TOKENS)
+    num_blocks = config.kv_cache_bytes // base.kv_block_bytes(KV_BLOCK_TOKENS)
     if num_blocks < 2:
         raise ConfigError(
-            f"kv_cache_bytes: must be at least {2 * base.kv_block_bytes(BLOCK_TOKENS)} bytes"
+            f"kv_cache_bytes: must be at least {2 * base.kv_block_bytes(KV_BLOCK_TOKENS)} bytes"
         )
-    max_model_len = config.max_model_len or min(base.max_positions, (num_blocks - 1) * BLOCK_TOKENS)
+    max_model_len = config.max_model_len or min(
+        base.max_positions, (num_blocks - 1) * KV_BLOCK_TOKENS
+    )
     if max_model_len > base.max_positions:
         raise ConfigError(f"max_model_len: must be at most the model's {base.max_positions}")
     try:
@@ -129,7 +118,7 @@ def engine_limits(config: ServerConfig, base: BaseModel) -> EngineConfig:
             host_bytes=config.host_bytes,
             max_pinned_share=config.max_pinned_share,
             prefetch_ahead=config.prefetch_ahead,
-            block_tokens=BLOCK_TOKENS,
+            block_tokens=KV_BLOCK_TOKENS,
             max_model_len=max_model_len,
             max_running=config.max_running,
             max_waiting=config.max_waiting,

@@ -16,9 +16,10 @@ from adaplex.adapters.program.program import AdapterProgram
 from adaplex.adapters.registry.program_cache import read_adapter
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.model.base.loader import BaseModel
+from adaplex.model.constants import KV_BLOCK_TOKENS
 from adaplex.model.perplexity import window_blocks
 from adaplex.model.runner import ModelRunner
-from adaplex.server.build import BLOCK_TOKENS, load, use_threads
+from adaplex.server.build import load, use_threads
 from adaplex.server.config import ConfigError, ServerConfig
 from adaplex.server.load_config import load_config
 from adaplex.server.open_store import adapter_limits, open_store, require_store
@@ -67,10 +68,10 @@ class OfflineBase:
 
     def runner(self, program: AdapterProgram, ref: AdapterRef, positions: int) -> ModelRunner:
         """Returns a runner with room for this many positions and the adapter loaded."""
-        runner = ModelRunner(
+        runner = ModelRunner.for_base(
             self.base,
-            num_blocks=window_blocks(positions, BLOCK_TOKENS),
-            block_tokens=BLOCK_TOKENS,
+            num_blocks=window_blocks(positions, KV_BLOCK_TOKENS),
+            block_tokens=KV_BLOCK_TOKENS,
             arena_bytes=max(ref.packed_bytes, 1),
         )
         if ref.mode is AdapterMode.MERGED:

@@ -1,1 +1,1 @@
-"""Adapters in memory: packing, the arena, folded weights, prefixes, and the torch path."""
+"""Adapters in memory: packing, the arena, folding, prefixes, and what they do to rows."""

@@ -1,6 +1,6 @@
 """Arena: one preallocated tensor that holds every resident adapter, packed.
 
-Policy (which adapter, where) lives in `adaplex.engine.unmerged_residency`; here are the bytes.
+Policy (which adapter, where) lives in `adaplex.engine.unmerged_residency`; the bytes are here.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Arena:
         self._flat = huge_pages.empty(nbytes // dtype.itemsize, dtype=dtype, device=device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._freed = torch.cuda.Event() if self._stream else None
-        """After the steps that may still read what was removed: a step that samples nothing is only
-        queued when the engine goes on."""
+        """Recorded after the steps that may still read a removed adapter: a step that samples
+        nothing is only queued when the engine goes on."""
         self._resident: dict[str, AdapterWeights] = {}
 
     def load(self, packed: PackedAdapter, offset: int, nbytes: int) -> None:
@@ -34,19 +34,19 @@ class Arena:
         self._resident[packed.digest] = packed.weights(extent)
 
     def remove(self, digest: str) -> None:
-        """Forgets a resident adapter; its extent may be overwritten from now on. On the thread that
-        runs the steps.
+        """Removes a resident adapter; its extent may be overwritten from now on. Called on the
+        thread that runs the steps.
         """
         del self._resident[digest]
         if self._freed is not None:
             self._freed.record(torch.cuda.current_stream(self._flat.device))
 
     def weights(self, digest: str) -> AdapterWeights:
-        """A resident adapter. KeyError when it is not."""
+        """Returns a resident adapter. Raises KeyError for one that is not resident."""
         return self._resident[digest]
 
     def _copy(self, source: Tensor, extent: Tensor) -> None:
-        """One copy, done when this returns; on a CUDA device beside the steps that run there, but
+        """Copies synchronously; on a CUDA device concurrently with the steps that run there, but
         after those that were queued before the last removal.
         """
         if self._stream is None or self._freed is None:

@@ -1,6 +1,9 @@
-"""FoldedWeights: base plus adapter, dense in the compute dtype unless the base's own form takes the
-delta without loss; never re-quantized, never in place. How many exist is the engine's policy; here
-they are made."""
+"""FoldedWeights: base plus adapter, for merged mode.
+
+A folded linear is dense in the compute dtype unless the base's own format holds the delta without
+loss; nothing is re-quantized, and the base is not written to. The engine decides which adapters are
+folded.
+"""
 
 from __future__ import annotations
 
@@ -15,48 +18,49 @@ from torch import Tensor
 from adaplex.adapters.program.primitives import LowRank
 from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.model.adapters.packing import Packer
-from adaplex.model.kernels.native.structs import SITE_FIELDS
-from adaplex.model.linear.backend import LinearBackend
-from adaplex.model.linear.native import NativeLinear, dense_linear
+from adaplex.model.linear.backend import DenseLinearMaker, LinearBackend
+from adaplex.model.linear.native import NativeLinear
 from adaplex.model.linear.native_int4 import NativeInt4Linear
 from adaplex.model.weights.adapter_weights import AdapterWeights
+from adaplex.model.weights.site_table import SiteField
 
 
 @dataclass(frozen=True)
 class FoldedWeights:
-    """What merged rows of one adapter run instead of, and beside, the base."""
+    """What merged rows of one adapter use in place of the base's linears, and beside them."""
 
     linears: dict[str, LinearBackend]
+    """Linears with the adapter folded in, which replace the base's."""
     shifts: dict[str, Tensor]
-    """Biases [out] at linears, beside that of the base."""
+    """Biases [out] to add to those of the base, by linear."""
     rest: AdapterWeights
-    """What cannot be merged into the weight of a linear."""
+    """What the adapter does at modules that are no linears."""
 
     def table(self, modules: Mapping[str, int]) -> NDArray[np.int64]:
-        """[modules, SITE_FIELDS] as in AdapterWeights, of weights in panels, or of zeros for those
-        of the base.
+        """Returns the table [modules, SiteField] for the C decoder: the panels, or the zeros, of
+        every folded linear. Requires a native backend at each.
         """
         table = self.rest.table.copy()
-        dense, zeros, bias = (SITE_FIELDS.index(field) for field in ("dense", "zeros", "bias"))
         for name, linear in self.linears.items():
             assert isinstance(linear, NativeLinear)
             if isinstance(linear, NativeInt4Linear) and linear.zeros is not None:
-                table[modules[name], zeros] = linear.zeros.data_ptr()
+                table[modules[name], SiteField.ZEROS] = linear.zeros.data_ptr()
             else:
-                table[modules[name], dense] = linear.panels.data_ptr()
+                table[modules[name], SiteField.DENSE] = linear.panels.data_ptr()
         for name, shift in self.shifts.items():
-            table[modules[name], bias] = shift.data_ptr()
+            table[modules[name], SiteField.BIAS] = shift.data_ptr()
         return table
 
 
-def merge(
+def fold(
     program: AdapterProgram,
     backends: Mapping[str, LinearBackend],
     *,
     packer: Packer,
+    dense: DenseLinearMaker,
     device: torch.device,
 ) -> FoldedWeights:
-    """Builds the merged weights from the base's effective (dequantized) weights, in fp32."""
+    """Folds a program into the base's effective (dequantized) weights, in fp32."""
     linears: dict[str, LinearBackend] = {}
     shifts: dict[str, Tensor] = {}
     for module in program.modules:
@@ -64,66 +68,77 @@ def merge(
         if backend is None:
             continue
         bias = backend.bias
-        shift = _shift(module, bias, device)
+        shift = _bias_shift(module, bias, device)
         if shift is not None:
             bias = (shift if bias is None else bias.float() + shift).to(packer.dtype)
             shifts[module.module] = shift.to(packer.dtype).contiguous()
-        delta = _delta(module)
-        merged = None if delta is None else backend.merged(delta, bias)
-        if merged is None:
-            weight = _merged(module, backend.dequantize()).to(packer.dtype)
-            merged = dense_linear(packer.kernels, weight, bias)
-        linears[module.module] = merged
-    packed = packer.pack(_rest(program, backends))
+        delta = _lone_delta(module)
+        folded = None if delta is None else backend.folded(delta, bias)
+        if folded is None:
+            weight = _folded_weight(module, backend.dequantize()).to(packer.dtype)
+            folded = dense(weight, bias)
+        linears[module.module] = folded
+    packed = packer.pack(_without_linears(program, backends))
     return FoldedWeights(linears, shifts, packed.weights(packed.flat.to(device)))
 
 
-def merged_bytes(
+def folded_bytes(
     program: AdapterProgram, backends: Mapping[str, LinearBackend], dtype: torch.dtype
 ) -> int:
-    """Bytes that `merge` would take."""
-    sizes = (_size(m, backends[m.module], dtype) for m in program.modules if m.module in backends)
-    return sum(sizes) + _rest(program, backends).packed_bytes(dtype.itemsize)
+    """Returns the bytes of what `fold` makes."""
+    linears = (
+        _linear_bytes(module, backends[module.module], dtype)
+        for module in program.modules
+        if module.module in backends
+    )
+    return sum(linears) + _without_linears(program, backends).packed_bytes(dtype.itemsize)
 
 
-def merged_parts(
+def folded_shares(
     program: AdapterProgram, backends: Mapping[str, LinearBackend]
 ) -> tuple[float, float]:
-    """Which parts of all these weights are dense once merged, and have one of their own kind."""
-    parts = {True: 0, False: 0}
+    """Returns (dense, kept), as in FoldedShare: the fractions of the elements of `backends` that
+    are dense after folding, and that have a weight of their own in the base's format.
+    """
+    elements = {True: 0, False: 0}
     for module in program.modules:
         if (backend := backends.get(module.module)) is not None:
-            delta = _delta(module)
-            dense = delta is None or backend.merged_bytes(delta) is None
-            parts[dense] += backend.out_features * backend.in_features
-    whole = sum(backend.out_features * backend.in_features for backend in backends.values())
-    return parts[True] / whole, parts[False] / whole
+            delta = _lone_delta(module)
+            dense = delta is None or backend.folded_bytes(delta) is None
+            elements[dense] += backend.elements
+    whole = sum(backend.elements for backend in backends.values())
+    return elements[True] / whole, elements[False] / whole
 
 
-def _size(module: ModuleProgram, backend: LinearBackend, dtype: torch.dtype) -> int:
-    """Bytes of one merged linear."""
-    delta = _delta(module)
-    kept = None if delta is None else backend.merged_bytes(delta)
-    return backend.out_features * backend.in_features * dtype.itemsize if kept is None else kept
+def _linear_bytes(module: ModuleProgram, backend: LinearBackend, dtype: torch.dtype) -> int:
+    """Returns the bytes of one folded linear."""
+    delta = _lone_delta(module)
+    kept = None if delta is None else backend.folded_bytes(delta)
+    return backend.elements * dtype.itemsize if kept is None else kept
 
 
-def _delta(module: ModuleProgram) -> LowRank | None:
-    """The delta of a linear whose weight nothing else changes."""
+def _lone_delta(module: ModuleProgram) -> LowRank | None:
+    """Returns the low-rank delta of a linear if nothing else changes its weight."""
     others = (
-        *(module.transform, module.weight, module.rows),
-        *(module.output_scale, module.input_scale),
+        module.transform,
+        module.weight,
+        module.rows,
+        module.output_scale,
+        module.input_scale,
     )
     return module.low_rank if all(other is None for other in others) else None
 
 
-def _rest(program: AdapterProgram, backends: Mapping[str, LinearBackend]) -> AdapterProgram:
-    """What is not at a linear."""
+def _without_linears(
+    program: AdapterProgram, backends: Mapping[str, LinearBackend]
+) -> AdapterProgram:
+    """Returns the part of a program that is not at linears."""
     modules = tuple(m for m in program.modules if m.module not in backends)
     return replace(program, modules=modules)
 
 
-def _merged(module: ModuleProgram, weight: Tensor) -> Tensor:
-    """fp32 [out, in]: the weight that does what the primitives do to a linear's product."""
+def _folded_weight(module: ModuleProgram, weight: Tensor) -> Tensor:
+    """weight fp32 [out, in] -> fp32 [out, in], with all that the module's primitives change."""
     if module.transform is not None:
         weight = module.transform(weight)
     if module.weight is not None:
@@ -140,8 +155,8 @@ def _merged(module: ModuleProgram, weight: Tensor) -> Tensor:
     return weight
 
 
-def _shift(module: ModuleProgram, base: Tensor | None, device: torch.device) -> Tensor | None:
-    """fp32 [out]: how the bias of the linear changes, None if it does not."""
+def _bias_shift(module: ModuleProgram, base: Tensor | None, device: torch.device) -> Tensor | None:
+    """Returns fp32 [out], by which the bias of the linear changes; None if it does not."""
     shift = None if module.bias is None else module.bias.to(device).float()
     if module.output_scale is not None and base is not None:
         scaled = (module.output_scale.to(device).float() - 1) * base.float()

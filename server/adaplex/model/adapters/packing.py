@@ -1,6 +1,7 @@
-"""HostCache: adapters packed in host memory, one copy away from the arena.
+"""Packing: an adapter as one flat tensor in host memory, one copy away from the arena.
 
-Policy (which, and how many bytes) lives in `adaplex.engine.unmerged_residency`; here are the bytes.
+Policy (which adapters, and how many bytes) lives in `adaplex.engine.unmerged_residency`; the bytes
+are here.
 """
 
 from __future__ import annotations
@@ -16,61 +17,73 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adaplex.adapters.program.base_spec import BaseModule
-from adaplex.adapters.program.program import AdapterProgram, ModuleProgram, PackedTensor
+from adaplex.adapters.program.program import PANEL, AdapterProgram, ModuleProgram, PackedTensor
+from adaplex.model.constants import SIMD_LANES
 from adaplex.model.kernels.native.kernels import NativeKernels
-from adaplex.model.kernels.native.structs import SITE_FIELDS, shape_code
 from adaplex.model.weights.adapter_weights import AdapterWeights, SiteWeights
+from adaplex.model.weights.site_table import SITE_FIELDS, SiteField, empty_table, shape_code
 
-FIELDS = {role: role for role in SITE_FIELDS} | {"weight": "dense"}
-"""Role of a packed tensor -> where the table has its address."""
+assert PANEL == SIMD_LANES, (
+    f"replaced weights are padded to {PANEL} rows, and C kernels read panels of {SIMD_LANES}: "
+    "no replaced weight could be packed for them"
+)
+
+ADDRESS_FIELD = dict(zip(SITE_FIELDS, SiteField, strict=True)) | {"weight": SiteField.DENSE}
+"""Role of a packed tensor -> column of the table that has its address; not every role has one."""
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """The rows of an adapter's table that are not zero, before it has an address."""
+
+    modules: NDArray[np.int64]
+    """[touched]: numbers of the modules that the adapter touches."""
+    values: NDArray[np.int64]
+    """[touched, SiteField]: bytes from the start of the adapter where `placed`, else the value."""
+    placed: NDArray[np.bool_]
+    """[touched, SiteField]: True at addresses within the adapter."""
+    row_ids: NDArray[np.int32]
+    """Row ids of all modules, to which ROW_IDS in `values` point."""
+
+    def at(self, address: int, modules: int) -> NDArray[np.int64]:
+        """Returns the table [modules, SiteField] of a copy that begins at an address."""
+        table = empty_table(modules)
+        table[self.modules] = self.values + address * self.placed
+        return table
 
 
 @dataclass(frozen=True)
 class PackedAdapter:
-    """An adapter as it lies in the arena."""
+    """An adapter in the bytes that it has in the arena."""
 
     digest: str
     flat: Tensor
     """[elements] of the compute dtype, in host memory."""
     layout: tuple[PackedTensor, ...]
     traits: Mapping[str, SiteWeights]
-    """What is no tensor of the arena, by module."""
+    """What sites have besides tensors in `flat`, by module."""
     modules: int
-    """How many the base has."""
-    lines: NDArray[np.int64]
-    """[touched] numbers of the modules that it touches."""
-    values: NDArray[np.int64]
-    """[touched, SITE_FIELDS]: bytes from the start where `placed`, else what the table holds."""
-    placed: NDArray[np.bool_]
-    """[touched, SITE_FIELDS]."""
-    row_ids: NDArray[np.int32]
-    """What some of `values` point to."""
-
-    def table(self, address: int) -> NDArray[np.int64]:
-        """As in AdapterWeights, of a copy that begins at this address."""
-        table = np.zeros((self.modules, len(SITE_FIELDS)), dtype=np.int64)
-        table[self.lines] = self.values + address * self.placed
-        return table
+    """Modules of the base."""
+    rows: TableRows
 
     def weights(self, extent: Tensor) -> AdapterWeights:
-        """Of a copy in `extent`, which has at least as many elements as `flat`."""
-        make_sites = partial(_sites, self.layout, self.traits, extent)
+        """Returns the weights of a copy in `extent`, which has at least the elements of `flat`."""
         return AdapterWeights(
-            self.table(extent.data_ptr()),
+            self.rows.at(extent.data_ptr(), self.modules),
             self.plain,
             self.prefix_tokens,
-            make_sites,
-            row_ids=self.row_ids,
+            partial(_sites, self.layout, self.traits, extent),
+            row_ids=self.rows.row_ids,
         )
 
     @cached_property
     def plain(self) -> bool:
-        """Whether it only adds low-rank deltas to linears."""
+        """True if the adapter only adds low-rank deltas to linears."""
         return not self.traits and all(place.role in ("a", "b") for place in self.layout)
 
     @cached_property
     def prefix_tokens(self) -> int:
-        """Positions whose keys and values it gives."""
+        """Positions before the prompt whose keys and values the adapter has."""
         return max((place.shape[0] for place in self.layout if place.role == "keys"), default=0)
 
 
@@ -82,11 +95,11 @@ class Packer:
     """Every module of the base; their order numbers them."""
     dtype: torch.dtype
     pinned: bool = False
-    """Whether copies to a CUDA device run beside it."""
+    """True to pack into pinned memory, so that copies to a CUDA device run asynchronously."""
     kernels: NativeKernels | None = None
-    """Those that read the b of linears in panels."""
-    decoder: bool = False
-    """Whether they run the whole model: then every b and replaced weight lies in panels."""
+    """C kernels, which read the b of linears in panels."""
+    whole_model: bool = False
+    """True if the C kernels run the whole model: then every b and replaced weight is in panels."""
 
     def pack(self, program: AdapterProgram) -> PackedAdapter:
         """Packs a program."""
@@ -96,25 +109,25 @@ class Packer:
         program.pack_into(flat, self._numbers)
         layout = program.layout(size, self._numbers)
         for place in layout:
-            self._into_panels(place, flat[place.offset : place.offset + math.prod(place.shape)])
+            part = flat[place.offset : place.offset + math.prod(place.shape)]
+            self._reorder_for_panels(place, part)
         traits = {m.module: t for m in program.modules if (t := self._traits(m)) is not None}
-        return PackedAdapter(
-            program.digest, flat, layout, traits, len(self.modules), *self._lines(program, layout)
-        )
+        rows = self._table_rows(program, layout)
+        return PackedAdapter(program.digest, flat, layout, traits, len(self.modules), rows)
 
-    def _into_panels(self, place: PackedTensor, part: Tensor) -> None:
-        """Puts a tensor the way the C kernels read it."""
+    def _reorder_for_panels(self, place: PackedTensor, part: Tensor) -> None:
+        """Reorders the elements of a packed tensor, in place, if C kernels read it in panels."""
         linear = self.modules[place.module].kind == "linear"
-        if self.kernels is None or not (linear or self.decoder):
+        if self.kernels is None or not (linear or self.whole_model):
             return
         view = part.view(place.shape)
         if place.role == "b":
             part.copy_(self.kernels.pack_low_rank(view))
-        elif place.role == "weight" and linear and self.decoder:
+        elif place.role == "weight" and linear and self.whole_model:
             part.copy_(self.kernels.pack_dense(view).view(-1))
 
     def _traits(self, program: ModuleProgram) -> SiteWeights | None:
-        """What a site has besides tensors; None for linears, mostly."""
+        """Returns what a site has besides tensors; None for a linear without replaced rows."""
         module = self.modules[program.module]
         if program.bottleneck is not None:
             shape = program.bottleneck
@@ -125,34 +138,31 @@ class Packer:
             return SiteWeights(expert_rank=program.low_rank.rank // module.experts)
         return None if module.kind == "linear" else SiteWeights()
 
-    def _lines(
-        self, program: AdapterProgram, layout: Sequence[PackedTensor]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.int32]]:
-        """Lines, values, placed and row_ids of PackedAdapter."""
-        line_of = {module.module: line for line, module in enumerate(program.modules)}
-        values = np.zeros((len(line_of), len(SITE_FIELDS)), dtype=np.int64)
+    def _table_rows(self, program: AdapterProgram, layout: Sequence[PackedTensor]) -> TableRows:
+        row_of = {module.module: row for row, module in enumerate(program.modules)}
+        values = empty_table(len(row_of))
         placed = np.zeros(values.shape, dtype=np.bool_)
-        field = {name: index for index, name in enumerate(SITE_FIELDS)}
         for place in layout:
-            line = line_of[place.module]
-            if place.role in FIELDS:
-                at = line, field[FIELDS[place.role]]
-                values[at], placed[at] = place.offset * self.dtype.itemsize, True
+            row = row_of[place.module]
+            if (field := ADDRESS_FIELD.get(place.role)) is not None:
+                values[row, field] = place.offset * self.dtype.itemsize
+                placed[row, field] = True
             if place.role == "b":
-                values[line, field["rank"]] = place.shape[0]
+                values[row, SiteField.RANK] = place.shape[0]
             if place.role == "virtual":
-                values[line, field["virtual_count"]] = place.shape[0]
+                values[row, SiteField.VIRTUAL_COUNT] = place.shape[0]
         ids = [i for m in program.modules if m.rows is not None for i in m.rows.ids]
         row_ids, begun = np.array(ids, dtype=np.int32), 0
-        for line, module in enumerate(program.modules):
+        for row, module in enumerate(program.modules):
             if module.bottleneck is not None:
-                values[line, field["shape"]] = shape_code(module.bottleneck)
+                values[row, SiteField.SHAPE] = shape_code(module.bottleneck)
             if module.rows is not None:
-                values[line, field["row_ids"]] = row_ids.ctypes.data + row_ids.itemsize * begun
-                values[line, field["row_count"]] = len(module.rows.ids)
+                address = row_ids.ctypes.data + row_ids.itemsize * begun
+                values[row, SiteField.ROW_IDS] = address
+                values[row, SiteField.ROW_COUNT] = len(module.rows.ids)
                 begun += len(module.rows.ids)
-        lines = np.array([self._numbers[name] for name in line_of], dtype=np.int64)
-        return lines, values, placed, row_ids
+        modules = np.array([self._numbers[name] for name in row_of], dtype=np.int64)
+        return TableRows(modules, values, placed, row_ids)
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -162,7 +172,7 @@ class Packer:
 def _sites(
     layout: Sequence[PackedTensor], traits: Mapping[str, SiteWeights], extent: Tensor
 ) -> dict[str, SiteWeights]:
-    """Views of a packed adapter in its extent."""
+    """Returns the sites of a packed adapter, as views of its extent."""
     sites = {name: replace(site) for name, site in traits.items()}
     for place in layout:
         end = place.offset + math.prod(place.shape)
@@ -172,19 +182,19 @@ def _sites(
 
 
 class HostCache:
-    """Packed adapters by digest. Each digest is used by one thread at a time."""
+    """Packed adapters in host memory, by digest. Each digest is used by one thread at a time."""
 
     def __init__(self) -> None:
         self._copies: dict[str, PackedAdapter] = {}
 
-    def keep(self, packed: PackedAdapter) -> None:
-        """Takes a packed adapter in."""
+    def store(self, packed: PackedAdapter) -> None:
+        """Stores a packed adapter."""
         self._copies[packed.digest] = packed
 
     def get(self, digest: str) -> PackedAdapter | None:
-        """The copy of an adapter, if there is one."""
+        """Returns the copy of an adapter, None if there is none."""
         return self._copies.get(digest)
 
     def remove(self, digest: str) -> None:
-        """Forgets a copy."""
+        """Removes a copy."""
         del self._copies[digest]

@@ -1,7 +1,7 @@
-"""Prefixes: the keys and values that adapters bring for positions before the prompt.
+"""PrefixWriter: writes the keys and values that adapters have for positions before the prompt.
 
-They are copied into the blocks of a sequence in place of rows that would compute them, so that the
-forwards see only rows to compute, and blocks of a prefix are shared and recomputed like any.
+They are copied into the KV blocks of a sequence in place of rows that would compute them, so that
+forwards run only rows to compute, and blocks of a prefix are shared and recomputed like any other.
 """
 
 from __future__ import annotations
@@ -13,62 +13,66 @@ from torch import Tensor
 
 from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.engine.batch import Batch, Chunk
-from adaplex.engine.request import AdapterRef
-from adaplex.model.huge_pages import whole_numbers
+from adaplex.model.adapters.resident import ResidentAdapters
 from adaplex.model.kv_cache import KVCache
+from adaplex.model.tensors import int64_tensor
 from adaplex.model.weights.adapter_weights import AdapterWeights
 
-Weights = Callable[[AdapterRef], AdapterWeights]
-"""An adapter in memory, by its mode."""
-Write = Callable[[int, Tensor, Tensor, Tensor], None]
-"""As `KVCache.write`."""
+WriteKV = Callable[[int, Tensor, Tensor, Tensor], None]
+"""(layer, slots [rows], key and value [kv_heads, rows, dim]): as `KVCache.write`."""
 
 
-class Prefixes:
-    """Plants prefixes, one position at a time or many."""
+class PrefixWriter:
+    """Writes prefixes, one position at a time or many."""
 
     def __init__(
-        self, cache: KVCache, modules: Mapping[str, BaseModule], weights: Weights, write: Write
+        self,
+        cache: KVCache,
+        modules: Mapping[str, BaseModule],
+        adapters: ResidentAdapters,
+        write_kv: WriteKV,
     ) -> None:
-        """`modules` are those of the base; `write` knows how the cache is laid out."""
+        """`modules` are those of the base; `write_kv` writes in the layout of the forward."""
         self._block_tokens, self._device = cache.block_tokens, cache.keys[0].device
         self._attention = {m.name: m.layer for m in modules.values() if m.part == "attention"}
-        self._weights, self._write = weights, write
+        self._adapters, self._write_kv = adapters, write_kv
 
-    def plant(self, batch: Batch) -> Batch:
-        """Fills the positions of prefixes; what is left to compute, perhaps nothing."""
+    def write_prefix_kv(self, batch: Batch) -> Batch:
+        """Writes the prefix positions of a batch; returns what is left to compute, perhaps no
+        chunk.
+        """
         if all(chunk.start >= chunk.sequence.leading for chunk in batch.chunks):
             return batch
-        left = map(self._planted, batch.chunks)
-        return Batch(tuple(chunk for chunk in left if chunk.count))
+        rest = map(self._write_chunk, batch.chunks)
+        return Batch(tuple(chunk for chunk in rest if chunk.count))
 
-    def _planted(self, chunk: Chunk) -> Chunk:
-        """The chunk without the positions of a prefix."""
+    def _write_chunk(self, chunk: Chunk) -> Chunk:
+        """Writes the prefix positions of a chunk; returns the chunk without them."""
         sequence = chunk.sequence
         if sequence.adapter is None or chunk.start >= sequence.leading:
             return chunk
-        weights = self._weights(sequence.adapter)
+        weights = self._adapters.weights(sequence.adapter)
         stop = min(chunk.end, max(chunk.start, weights.prefix_tokens))
         if chunk.start < stop:
-            self._copy(weights, sequence.blocks, chunk.start, stop)
+            self._write(weights, sequence.blocks, chunk.start, stop)
         return Chunk(sequence, stop, chunk.end - stop)
 
-    def _copy(self, weights: AdapterWeights, blocks: list[int], start: int, stop: int) -> None:
+    def _write(self, weights: AdapterWeights, blocks: list[int], start: int, stop: int) -> None:
         """Writes positions [start, stop) of a sequence with these blocks."""
         size = self._block_tokens
         slots = [blocks[at // size] * size + at % size for at in range(start, stop)]
-        places = whole_numbers(slots, self._device)
+        places = int64_tensor(slots, self._device)
         for name, layer in self._attention.items():
             site = weights.sites[name]
             assert site.keys is not None
             assert site.values is not None
             key, value = site.keys[start:stop], site.values[start:stop]
-            self._write(layer, places, key.transpose(0, 1), value.transpose(0, 1))
+            self._write_kv(layer, places, key.transpose(0, 1), value.transpose(0, 1))
 
 
-def panel_writer(cache: KVCache, unit: int) -> Write:
-    """For a cache that the C decoder reads (see native/attention.h): in a block, keys lie as
-    [dim / unit, tokens, unit] and values as [tokens / unit, dim, unit].
+def panel_writer(cache: KVCache, unit: int) -> WriteKV:
+    """Returns a WriteKV for a cache that the C decoder reads (see native/attention.h): in a block,
+    keys lie as [dim / unit, tokens, unit] and values as [tokens / unit, dim, unit].
     """
 
     def write(layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:

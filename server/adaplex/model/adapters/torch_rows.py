@@ -1,7 +1,7 @@
 """TorchRows: what adapters do to their rows, in torch, one run of rows after the other.
 
-The reference for the kernels that do it for all rows at once, and what serves where there are none.
-Every product is row-invariant (see kernels.reference).
+It is the reference for the kernels that do it for all rows at once, and serves on devices without
+such kernels. Every product is row-invariant (see kernels.reference).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaplex.adapters.program.primitives import Activation, Reads
+from adaplex.model.kernels.low_rank import AddLowRank
 from adaplex.model.kernels.reference import linear_rows
 from adaplex.model.linear.backend import LinearBackend
-from adaplex.model.weights.adapter_weights import AddLowRank, SiteWeights
+from adaplex.model.weights.adapter_weights import SiteWeights
 
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     Activation.IDENTITY: lambda x: x,
@@ -31,43 +32,43 @@ ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 VECTOR = 64
-"""Elements: a multiple of what any processor computes at once."""
+"""Elements: a multiple of every processor's vector length."""
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Rows [start, stop) whose adapter does more than add low-rank deltas to linears.
-
-    `merged` maps a linear to the dense weight that replaces it, `sites` a module to what is done
-    there; `virtual` has the rows of virtual tokens: (row, which of them).
-    """
+class TorchRun:
+    """Rows [start, stop) of an adapter that does more than add low-rank deltas to linears."""
 
     start: int
     stop: int
     sites: Mapping[str, SiteWeights]
-    merged: Mapping[str, LinearBackend] = field(default_factory=dict)
+    """What the adapter does, by module."""
+    folded: Mapping[str, LinearBackend] = field(default_factory=dict)
+    """Folded linears, which replace the base's, by module."""
     virtual: tuple[tuple[int, int], ...] = ()
+    """(row, virtual token) for each row of a virtual token."""
 
     @property
     def rows(self) -> slice:
-        """The rows."""
+        """The rows, as a slice."""
         return slice(self.start, self.stop)
 
     def covers(self, rows: int) -> bool:
-        """Whether it has all rows of a step."""
+        """True if the run has all rows of a step."""
         return (self.start, self.stop) == (0, rows)
 
 
-def _nothing(_module: str, _x: Tensor, _y: Tensor) -> None:
-    """No row has a low-rank delta."""
+def _no_delta(_module: str, _x: Tensor, _y: Tensor) -> None:
+    """AddLowRank of a step without low-rank deltas."""
 
 
 @dataclass(frozen=True)
 class TorchRows:
-    """See AdapterRows. `add_low_rank` adds the deltas of all rows at a linear."""
+    """AdapterRows in torch."""
 
-    segments: Sequence[Segment]
-    add_low_rank: AddLowRank = _nothing
+    runs: Sequence[TorchRun]
+    add_low_rank: AddLowRank = _no_delta
+    """Adds the low-rank deltas of all rows at a linear."""
     any: bool = True
 
     def linear(self, name: str, backend: LinearBackend, x: Tensor) -> Tensor:
@@ -94,17 +95,17 @@ class TorchRows:
         return y
 
     def product(self, name: str, backend: LinearBackend, x: Tensor) -> Tensor:
-        """See Product: of merged weights in the rows that have some. One merged adapter for all
-        rows skips the base.
+        """x [rows, in] -> [rows, out]: by folded linears in the rows that have one, by the base in
+        the others. If one folded linear has all rows, the base is not multiplied by.
         """
-        if self.segments and self.segments[0].covers(x.shape[0]):
-            dense = self.segments[0].merged.get(name)
-            if dense is not None:
-                return dense(x)
+        if self.runs and self.runs[0].covers(x.shape[0]):
+            folded = self.runs[0].folded.get(name)
+            if folded is not None:
+                return folded(x)
         y = backend(x)
-        for segment in self.segments:
-            if (dense := segment.merged.get(name)) is not None:
-                y[segment.rows] = dense(x[segment.rows])
+        for run in self.runs:
+            if (folded := run.folded.get(name)) is not None:
+                y[run.rows] = folded(x[run.rows])
         return y
 
     def norm(self, name: str, norm: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -116,7 +117,7 @@ class TorchRows:
                 y[rows] += site.bias
 
     def embedding(self, name: str, embedding: nn.Module, ids: Tensor, y: Tensor) -> None:
-        """See AdapterRows. Tables are scaled as the embedding scales its own."""
+        """See AdapterRows. An adapter's tables are scaled as the embedding scales its own."""
         scale = table_scale(embedding, y)
         factor = 1.0 if scale is None else scale
         for rows, site in self._at(name):
@@ -129,11 +130,11 @@ class TorchRows:
                 y[rows][found] = site.rows[place[found]] * factor
             if site.a is not None and site.b is not None:
                 y[rows] += linear_rows(site.a[ids[rows]], site.b.T) * factor
-        for segment in self.segments:
-            for row, index in segment.virtual:
-                tokens = segment.sites[name].virtual
-                assert tokens is not None
-                y[row] = tokens[index]
+        for run in self.runs:
+            for row, token in run.virtual:
+                embeddings = run.sites[name].virtual
+                assert embeddings is not None
+                y[row] = embeddings[token]
 
     def block(self, name: str, x: Tensor, residual: Tensor, y: Tensor) -> None:
         """See AdapterRows."""
@@ -155,30 +156,32 @@ class TorchRows:
 
     def expert(self, name: str, expert: int, rows: Tensor, x: Tensor, y: Tensor) -> None:
         """See AdapterRows."""
-        for segment in self.segments:
-            site = segment.sites.get(name)
+        for run in self.runs:
+            site = run.sites.get(name)
             if site is None or site.a is None or site.b is None:
                 continue
             ranks = slice(expert * site.expert_rank, (expert + 1) * site.expert_rank)
-            mine = (rows >= segment.start) & (rows < segment.stop)
+            mine = (rows >= run.start) & (rows < run.stop)
             if bool(mine.any()):
                 y[mine] += linear_rows(linear_rows(x[mine], site.a[ranks]), site.b[ranks].T)
 
     def _at(self, name: str) -> list[tuple[slice, SiteWeights]]:
-        return [(s.rows, s.sites[name]) for s in self.segments if name in s.sites]
+        """Returns rows and site of each run that has a site at a module."""
+        return [(run.rows, run.sites[name]) for run in self.runs if name in run.sites]
 
 
 def with_weight(norm: nn.Module, weight: Tensor) -> nn.Module:
-    """The norm with another weight; to be asked by `forward`, since its hooks are shared."""
+    """Returns the norm with another weight. Call its `forward`: it shares the hooks of the norm."""
     other = copy.copy(norm)
     other._parameters = {n: p for n, p in norm._parameters.items() if n != "weight"}
-    object.__setattr__(other, "weight", weight)  # no parameter: `torch.vmap` has it too
+    object.__setattr__(other, "weight", weight)  # no parameter, so that `torch.vmap` may pass it
     return other
 
 
 def table_scale(embedding: nn.Module, y: Tensor) -> Tensor | None:
-    """What an embedding that made y multiplies its table by, [] in y's type; None where it does
-    not. A number becomes a tensor on y's device without a copy from the host.
+    """Returns the factor, [] in y's type, by which an embedding that made y multiplies its table;
+    None if it does not. A Python number becomes a tensor on y's device without a copy from the
+    host.
     """
     scale = getattr(embedding, "embed_scale", None)
     if scale is None:
@@ -187,15 +190,15 @@ def table_scale(embedding: nn.Module, y: Tensor) -> Tensor | None:
 
 
 def _activated(x: Tensor, activation: Activation) -> Tensor:
-    """x [rows, width]. In whole vectors: torch computes the elements left over by other code, which
-    rounds differently.
+    """x [rows, width] -> [rows, width]. Computed in whole vectors: torch computes the elements left
+    over by other code, which rounds differently.
     """
     width = x.shape[1]
     return ACTIVATIONS[activation](F.pad(x, (0, -width % VECTOR)))[:, :width]
 
 
 def _scaled(x: Tensor, here: Sequence[tuple[slice, SiteWeights]]) -> Tensor:
-    """x, or a copy of it in which rows are scaled."""
+    """Returns x, or a copy of it in which the rows of sites with an input scale are scaled."""
     scales = [(rows, s.input_scale) for rows, s in here if s.input_scale is not None]
     if scales:
         x = x.clone()

@@ -1,9 +1,9 @@
-"""Which architectures can be served, and what their layers look like: asked of the model itself.
+"""Which architectures can be served, and what their layers look like, found by running the model.
 
-A probe run through the registered attention finds the shapes of keys and values, which linears
-and norms see one row a token (the sites that adapters may touch), which blocks add their output to
-the residual stream, and whether attention was called once a layer. What fails here would otherwise
-fail silently.
+A probe run through the registered attention finds the shapes of keys and values, which linears and
+norms see one row a token (the sites that adapters may touch), which blocks add their output to the
+residual stream, and whether attention is called once a layer. Without the checks here an
+architecture that does not fit would give wrong output without an error.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ PROBE_TOKENS = 5
 
 @dataclass
 class Probe:
-    """What the probe run saw."""
+    """Findings of the probe run."""
 
     shapes: list[LayerShape] = field(default_factory=list)
+    """By layer."""
     sites: list[BaseModule] = field(default_factory=list)
 
 
@@ -59,22 +60,52 @@ def check_supported(config: PreTrainedConfig) -> None:
 
 
 def probe(model: nn.Module) -> Probe:
-    """Runs a few tokens and reports; the model is left as it was.
+    """Runs a few tokens and returns the findings; the model is left as it was.
 
     Raises UnsupportedModel.
     """
-    found = Probe()
-    by_layer: dict[int, LayerShape] = {}
-    calls = 0
-
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, **_: Any
-    ) -> Tensor:
-        nonlocal calls
-        calls += 1
-        by_layer[int(module.layer_idx)] = LayerShape(  # type: ignore[arg-type]
-            key.shape[1], key.shape[3], value.shape[3]
+    attend = _RecordingAttention()
+    attention.install(model, attend)
+    head = output_layer(model)
+    seen: list[BaseModule] = []
+    blocks = ResidualBlockProbe(model)
+    handles = list(blocks.handles)
+    for name, module in model.named_modules():
+        site = _describe(name, module, is_head=module is head)
+        if site is not None:
+            handles.append(module.register_forward_hook(_row_hook(site, seen)))
+    try:
+        _run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    layers = int(model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
+    if attend.calls != layers or sorted(attend.shapes) != list(range(layers)):
+        raise UnsupportedModel(
+            f"{type(model).__name__}: attention was called {attend.calls} times for {layers} "
+            "layers: some layers bypass it"
         )
+    sites = [*_embedding(model), *seen, *_experts(model), *blocks.blocks()]
+    return Probe(
+        shapes=[attend.shapes[i] for i in range(layers)],
+        sites=list({site.name: site for site in sites}.values()),
+    )
+
+
+class _RecordingAttention:
+    """Causal attention without a cache, which records what each layer would store."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.shapes: dict[int, LayerShape] = {}
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, **_: Any
+    ) -> Tensor:
+        """See Attend."""
+        self.calls += 1
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
         group = query.shape[1] // key.shape[1]
         mixed = F.scaled_dot_product_attention(
             query,
@@ -85,52 +116,32 @@ def probe(model: nn.Module) -> Probe:
         )
         return mixed.transpose(1, 2)
 
-    attention.install(model, attend)
-    head = output_layer(model)
-    handles = []
-    watch = ResidualBlockProbe(model)
-    for name, module in model.named_modules():
-        site = _describe(name, module, is_head=module is head)
-        if site is not None:
-            handles.append(module.register_forward_hook(_seen(site, found.sites)))
-    handles += watch.handles
+
+def _run(model: nn.Module) -> None:
+    """Runs PROBE_TOKENS tokens, with logits for each."""
     device = next(model.parameters()).device
     tokens = torch.arange(1, PROBE_TOKENS + 1, device=device)[None]
-    try:
-        model(
-            input_ids=tokens,
-            position_ids=tokens - 1,
-            use_cache=False,
-            logits_to_keep=torch.arange(PROBE_TOKENS, device=device),
-        )
-    finally:
-        for handle in handles:
-            handle.remove()
-    layers = int(model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
-    if calls != layers or sorted(by_layer) != list(range(layers)):
-        raise UnsupportedModel(
-            f"{type(model).__name__}: attention was called {calls} times for {layers} layers: "
-            "some layers bypass it"
-        )
-    found.shapes = [by_layer[i] for i in range(layers)]
-    sites = [*_embedding(model), *found.sites, *_experts(model), *watch.blocks()]
-    found.sites = list({site.name: site for site in sites}.values())
-    return found
+    model(
+        input_ids=tokens,
+        position_ids=tokens - 1,
+        use_cache=False,
+        logits_to_keep=torch.arange(PROBE_TOKENS, device=device),
+    )
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:
-    """The module that makes logits."""
+    """Returns the module that makes logits."""
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
     return head
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a plain linear; GPT-2 calls its transposed ones Conv1D."""
+    """True if the module is a plain linear; GPT-2 calls its transposed ones Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _describe(name: str, module: nn.Module, *, is_head: bool) -> BaseModule | None:
-    """The module as a site, None when adapters cannot touch its kind."""
+    """Returns the module as a site, None if adapters cannot touch its kind."""
     bias = getattr(module, "bias", None) is not None
     if is_linear(module):
         out_features, in_features = oriented_weight(module).shape
@@ -143,14 +154,14 @@ def _describe(name: str, module: nn.Module, *, is_head: bool) -> BaseModule | No
 
 
 def _embedding(model: nn.Module) -> Iterator[BaseModule]:
-    """The table that makes hidden states of tokens."""
+    """Yields the table that makes hidden states of tokens."""
     table: Any = model.get_input_embeddings()  # type: ignore[operator]
     name = next(name for name, module in model.named_modules() if module is table)
     yield BaseModule(name, "embedding", *table.weight.shape)
 
 
 def _experts(model: nn.Module) -> Iterator[BaseModule]:
-    """The fused weights of experts."""
+    """Yields the fused weights of experts."""
     for name, module in model.named_modules():
         for parameter in FUSED:
             weight = getattr(module, parameter, None)
@@ -169,9 +180,9 @@ def _experts(model: nn.Module) -> Iterator[BaseModule]:
                 )
 
 
-def _seen(site: BaseModule, sites: list[BaseModule]) -> Any:
-    """A forward hook that keeps the site when it works on one row a token, or is a norm of the
-    heads of one row a token.
+def _row_hook(site: BaseModule, sites: list[BaseModule]) -> Any:
+    """Returns a forward hook that appends the site if the module works on one row a token, or is a
+    norm of the heads of one row a token.
     """
 
     def hook(_module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:

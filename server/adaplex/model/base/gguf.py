@@ -1,7 +1,7 @@
-"""GGUF to a directory that Hugging Face libraries read: config, tokenizer, safetensors.
+"""Converts GGUF to a directory that Hugging Face libraries read: config, tokenizer, safetensors.
 
-GGUF is a load format here: its weights are dequantized once, and the server quantizes the result
-anew in its own formats.
+GGUF is only read: its weights are dequantized once, and the server quantizes the result in its own
+formats.
 
 Weights are stored as bf16, half the bytes of fp32. Measured on the default model, whose Q4_1
 blocks dequantize to fp32: each weight moves by at most 0.39 % (0.14 % of the norm in all), the
@@ -24,14 +24,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
 SPLITS_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r"})
-"""`tokenizer.ggml.pre` values that cut numbers into digits before anything else. transformers reads
-them as plain byte-level BPE, which gives other tokens for white space before a digit."""
+"""Values of `tokenizer.ggml.pre` whose tokenizers cut numbers into digits before anything else.
+transformers reads them as plain byte-level BPE, which gives other tokens for white space before a
+digit."""
 
 
 def convert_gguf(file: Path, target: Path) -> None:
     """Writes the model of `file` to the existing directory `target`.
 
-    Raises what gguf and transformers raise: OSError, ValueError, KeyError and others.
+    Raises the errors of gguf and transformers: OSError, ValueError, KeyError and others.
     """
     with _quiet_bars():
         _convert(file, target)
@@ -51,7 +52,7 @@ def _convert(file: Path, target: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     if (eos := facts.get("tokenizer.ggml.eos_token_id")) is not None:
-        # transformers before 5.23 takes another special token for it when the file has two ends
+        # with two end tokens in a file, transformers before 5.23 uses another special token as eos
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
     tokenizer.model_max_length = model.config.max_position_embeddings
     if facts.get("tokenizer.ggml.pre") in SPLITS_DIGITS:
@@ -65,14 +66,14 @@ def _convert(file: Path, target: Path) -> None:
 
 
 def _metadata(file: Path, *keys: str) -> dict[str, Any]:
-    """The metadata fields of `file` among `keys` that it has."""
+    """Returns those of the metadata fields `keys` that `file` has."""
     fields = GGUFReader(file).fields
     return {key: fields[key].contents() for key in keys if key in fields}
 
 
 @contextmanager
 def _quiet_bars() -> Iterator[None]:
-    """No progress bars where they would fill a log."""
+    """Disables progress bars unless stderr is a terminal: they would fill a log."""
     shown = logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -84,7 +85,7 @@ def _quiet_bars() -> Iterator[None]:
 
 
 def _add_end_of_turn(model: Any, token: int | None) -> None:
-    """Ends generation at the chat template's end of turn too, where it is not the eos token."""
+    """Adds the chat template's end-of-turn token to the tokens that end generation."""
     eos = model.generation_config.eos_token_id
     known = {token} if token is not None else set()
     known |= set(eos) if isinstance(eos, list) else {eos} - {None}

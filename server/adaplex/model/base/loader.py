@@ -1,10 +1,10 @@
-"""Loading the base: resolve, read, check, quantize. It is never touched again afterwards."""
+"""Loads the base: resolves, reads, checks and quantizes it. Afterwards it is never written to."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,19 +22,22 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
-from adaplex.model import huge_pages
+from adaplex.model import huge_pages, select
 from adaplex.model.base.architecture import Probe, check_supported
 from adaplex.model.base.build_model import ModelBuilder
 from adaplex.model.base.saved_base import SavedBase
 from adaplex.model.base.source import default_cache, resolve_model
 from adaplex.model.errors import UnsupportedModel
 from adaplex.model.file_hashes import HASHES, FileHashes
-from adaplex.model.kernels.native.kernels import NativeKernels, native_kernels
+from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kv_cache import LayerShape
 from adaplex.model.linear.backend import LinearBackend
-from adaplex.model.linear.int4_group import GROUP_SIZES, INT4_GROUP
+from adaplex.model.linear.native import dense_linear
+from adaplex.model.linear.products import Products
 from adaplex.model.modules.hooks import AdaptedLinear
+from adaplex.model.progress import Progress, silent
 from adaplex.model.step.step_context import StepContext
+from adaplex.model.weights.int4_group import GROUP_SIZES, INT4_GROUP
 
 QUANTIZATIONS = ("nf4", "int8", INT4_GROUP, "bf16", "fp32")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -42,13 +45,9 @@ STEADY_ROTARY = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embeddings whose frequencies do not depend on the length."""
 
 
-def silent(_message: str) -> None:
-    """Progress that nobody sees."""
-
-
 @dataclass(frozen=True)
 class BaseModel:
-    """The resident base: module, tokenizer, and what others need to know of it."""
+    """The resident base: module, tokenizer, and facts of it."""
 
     module: nn.Module
     tokenizer: PreTrainedTokenizerBase
@@ -57,28 +56,41 @@ class BaseModel:
     shapes: tuple[LayerShape, ...]
     quantization: str
     group_size: int
-    """Of int4-group; else 0."""
+    """Inputs that share a scale in int4-group; 0 for other quantizations."""
     dtype: torch.dtype
+    """Compute dtype."""
     device: torch.device
     max_positions: int
     vocab_size: int
     eos_token_ids: frozenset[int]
     weight_bytes: int
+    products: Products
+    """Products of linears that the C kernels do not run."""
     kernels: NativeKernels | None = None
-    """Those of the CPU, when they run the linears."""
+    """C kernels of the CPU, if they run the linears."""
 
     @property
     def backends(self) -> dict[str, LinearBackend]:
-        """Module name -> linear backend, for every site."""
+        """Linear backends of all modules, by name."""
         return {
             module.name: module.backend
             for module in self.module.modules()
             if isinstance(module, AdaptedLinear)
         }
 
+    @property
+    def layer_backends(self) -> dict[str, LinearBackend]:
+        """Linear backends of all modules but the output layer, by name."""
+        modules = self.spec.modules
+        return {name: b for name, b in self.backends.items() if not modules[name].is_head}
+
     def kv_block_bytes(self, block_tokens: int) -> int:
-        """Bytes of one KV block over all layers."""
+        """Returns the bytes of one KV block over all layers."""
         return block_tokens * sum(s.elements for s in self.shapes) * self.dtype.itemsize
+
+    def dense_linear(self, weight: Tensor, bias: Tensor | None) -> LinearBackend:
+        """Returns a dense backend of this device for a weight [out, in] in the compute dtype."""
+        return dense_linear(self.kernels, self.products, weight, bias)
 
 
 @torch.inference_mode()
@@ -92,15 +104,15 @@ def load_base(
     cache: Path | None = None,
     native: bool = True,
     saved: Path | None = None,
-    progress: Callable[[str], None] = silent,
+    progress: Progress = silent,
 ) -> BaseModel:
     """Loads a base model and quantizes it.
 
     `model` is a hub id, a directory of safetensors, a GGUF file or the default's name;
     `quantization` is one of QUANTIZATIONS, `group_size`, for int4-group, one of GROUP_SIZES;
-    `dtype` is auto, bf16 or fp32 (the compute dtype);
-    `device` is auto, cpu or cuda; without `native` a CPU computes by torch alone.
-    `saved` is a folder in which the quantized base is kept for the next start.
+    `dtype`, the compute dtype, is auto, bf16 or fp32;
+    `device` is auto, cpu or cuda; without `native` a CPU computes in torch alone;
+    `saved` is a folder in which the quantized base is saved for the next start.
     Raises ModelSourceError or UnsupportedModel.
     """
     if quantization not in QUANTIZATIONS:
@@ -115,17 +127,20 @@ def load_base(
     directory = resolve_model(model, cache=cache, progress=progress)
     compute = _compute_dtype(quantization, dtype)
     where = torch.device(_device(device))
+    products = select.products(where)
     transformers_logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(directory)
     check_supported(config)
     fingerprint = _fingerprint(directory, FileHashes(cache / HASHES))
-    kernels = native_kernels(compute, where, cache=cache, progress=progress) if native else None
+    kernels = None
+    if native:
+        kernels = select.native_kernels(compute, where, cache=cache, progress=progress)
     step = StepContext()
-    assembly = ModelBuilder(quantization, compute, where, kernels, step, group_size)
-    parts = {"fingerprint": fingerprint, **assembly.depends_on}
-    kept = None if saved is None else SavedBase(saved, parts)
-    with huge_pages.kept_together():
-        module, found = assembly.assemble(directory, config, kept, progress)
+    builder = ModelBuilder(quantization, compute, where, kernels, products, step, group_size)
+    parts = {"fingerprint": fingerprint, **builder.depends_on}
+    saved_base = None if saved is None else SavedBase(saved, parts)
+    with huge_pages.shared_chunks():
+        module, found = builder.build(directory, config, saved_base, progress)
     return BaseModel(
         module=module,
         tokenizer=AutoTokenizer.from_pretrained(directory),
@@ -155,11 +170,12 @@ def load_base(
         vocab_size=int(config.vocab_size),
         eos_token_ids=_eos_token_ids(directory, module),
         weight_bytes=_weight_bytes(module),
+        products=products,
         kernels=kernels,
     )
 
 
-def _rotary(module: Any) -> torch.Tensor | None:
+def _rotary(module: Any) -> Tensor | None:
     """See BaseSpec.rotary."""
     embedding = getattr(module.base_model, "rotary_emb", None)
     if getattr(embedding, "rope_type", None) not in STEADY_ROTARY:
@@ -168,7 +184,7 @@ def _rotary(module: Any) -> torch.Tensor | None:
 
 
 def _compute_dtype(quantization: str, dtype: str) -> torch.dtype:
-    """fp32 for an fp32 base, bf16 otherwise, unless asked for."""
+    """Returns the type that `dtype` names; for auto fp32 for an fp32 base, bf16 otherwise."""
     if dtype == "auto":
         return torch.float32 if quantization == "fp32" else torch.bfloat16
     if dtype not in DTYPES:
@@ -179,16 +195,16 @@ def _compute_dtype(quantization: str, dtype: str) -> torch.dtype:
 
 
 def _device(device: str) -> str:
-    """The first of cuda and cpu that is there, unless asked for."""
+    """Returns the device; for auto cuda if there is one, else cpu."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedModel("device: cuda was asked for and is not available")
+        raise UnsupportedModel("device: cuda is not available")
     return device
 
 
 def _biases(model: nn.Module, found: Probe) -> dict[str, Tensor]:
-    """Site -> a copy of its bias, fp32 on the CPU, for the sites that have one."""
+    """Returns a copy of each site's bias, fp32 on the CPU, for the sites that have one."""
     biases = {}
     for site in found.sites:
         if not site.has_bias:
@@ -200,10 +216,12 @@ def _biases(model: nn.Module, found: Probe) -> dict[str, Tensor]:
 
 
 def _as_defined(model: nn.Module, sites: Iterable[BaseModule]) -> dict[str, BaseModule]:
-    """Sites by name, in the order in which the model defines them: PEFT numbers modules so."""
+    """Returns sites by name, in the order in which the model defines them, by which PEFT numbers
+    modules.
+    """
     place = {name: index for index, (name, _) in enumerate(model.named_modules())}
 
-    def index(site: BaseModule) -> int:  # a parameter of experts comes with the module it is in
+    def index(site: BaseModule) -> int:  # a parameter of experts has the place of its module
         return place.get(site.name, place.get(site.name.rpartition(".")[0], len(place)))
 
     return {site.name: site for site in sorted(sites, key=index)}
@@ -220,7 +238,7 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 
 
 def _fingerprint(directory: Path, hashes: FileHashes) -> str:
-    """SHA-256 of config and weights: the base, however it is kept."""
+    """Returns the SHA-256 of config and weights, which does not depend on the quantization."""
     total = hashlib.sha256(b"adaplex-base-v1")
     for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
         total.update(hashes.sha256(path).encode())
@@ -228,26 +246,26 @@ def _fingerprint(directory: Path, hashes: FileHashes) -> str:
 
 
 def _grid(quantization: str, group_size: int) -> str:
-    """How the linears are kept, with all that their values depend on."""
+    """Returns the quantization with all that the values of linears depend on."""
     return f"{quantization}:{group_size}" if quantization == INT4_GROUP else quantization
 
 
 def _digest(fingerprint: str, quantization: str, dtype: torch.dtype) -> str:
-    """SHA-256 of the base and of how it is kept: what a KV block depends on."""
-    kept = json.dumps([fingerprint, quantization, str(dtype)])
-    return f"sha256:{hashlib.sha256(kept.encode()).hexdigest()}"
+    """Returns the SHA-256 of all that a KV block depends on: base, quantization and dtype."""
+    parts = json.dumps([fingerprint, quantization, str(dtype)])
+    return f"sha256:{hashlib.sha256(parts.encode()).hexdigest()}"
 
 
 def _aliases(config: PretrainedConfig, model: str) -> tuple[str, ...]:
-    """What else adapters may call the base: the name its config was saved under, and a hub id
-    without its revision.
+    """Returns other names of the base that adapters may use: the name under which its config was
+    saved, and a hub id without its revision.
     """
     saved = str(getattr(config, "_name_or_path", "") or "")
     return tuple(dict.fromkeys(name for name in (saved, model.partition("@")[0]) if name))
 
 
 def _eos_token_ids(directory: Path, model: nn.Module) -> frozenset[int]:
-    """End-of-sequence tokens of the generation config, else of the model config."""
+    """Returns the end-of-sequence tokens of the generation config, else of the model config."""
     try:
         eos = GenerationConfig.from_pretrained(directory).eos_token_id
     except OSError:
@@ -258,7 +276,7 @@ def _eos_token_ids(directory: Path, model: nn.Module) -> frozenset[int]:
 
 
 def _weight_bytes(model: nn.Module) -> int:
-    """Bytes of every weight as kept; a tied tensor counts once."""
-    kept = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    """Returns the bytes of all weights as stored; a tied tensor counts once."""
+    stored = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
     linears = sum(m.backend.nbytes for m in model.modules() if isinstance(m, AdaptedLinear))
-    return sum(kept.values()) + linears
+    return sum(stored.values()) + linears

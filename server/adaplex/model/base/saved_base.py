@@ -1,8 +1,8 @@
-"""SavedBase: a base as it is kept in memory, in one file that is mapped at the next start.
+"""SavedBase: a quantized base in one file, which is mapped at the next start.
 
 A safetensors file in the cache, named by the SHA-256 of everything that its content depends on. It
-holds what each linear keeps of its weight, every other parameter and buffer, and what the probe
-found, so that neither the checkpoint is read nor anything is quantized.
+has the tensors of every linear backend, every other parameter and buffer, and the findings of the
+probe, so that the checkpoint is not read and nothing is quantized.
 """
 
 from __future__ import annotations
@@ -26,24 +26,31 @@ from adaplex.model.kv_cache import LayerShape
 from adaplex.model.modules.hooks import AdaptedLinear
 
 LAYOUT = 3
-"""Raised when a backend keeps a weight in another way, in Python or in C, when other modules are
-sites, or this file changes."""
+"""Version of the content. Raised when a backend stores a weight in another way, in Python or in C,
+when other modules are sites, or when this file changes."""
 ALIGNMENT = 64
-"""Bytes; where torch puts tensors. Products of fp32 may round in another way elsewhere."""
-NAMES = {
-    **{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"},
-    **{torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64"},
-    **{torch.uint8: "U8", torch.bool: "BOOL"},
+"""Bytes, as torch aligns tensors. Products of fp32 may round in another way elsewhere."""
+TYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
-"""Of types, in safetensors."""
+"""Type -> its name in safetensors."""
 
 
 class Unusable(Exception):
-    """The file is not what its name says."""
+    """The content of the file is not what its name stands for."""
 
 
 class SavedBase:
-    """The place of one base in a folder that processes share."""
+    """The file of one base, in a folder that processes share."""
 
     def __init__(self, folder: Path, parts: Mapping[str, object]) -> None:
         """`parts` is what the content depends on besides LAYOUT, in JSON's types."""
@@ -51,31 +58,31 @@ class SavedBase:
         self.path = folder / f"{_sha256(self._key)}.safetensors"
 
     def read(self) -> Contents | None:
-        """What is saved, None when nothing is. Raises Unusable, or OSError and SafetensorError
-        for a file that cannot be read.
+        """Returns what is saved, None if nothing is. Raises Unusable, or OSError and
+        SafetensorError for a file that cannot be read.
         """
         if not self.path.exists():
             return None
         file: Any = safe_open(self.path, "pt")
-        said = file.metadata() or {}
-        if said.get("key") != self._key:
+        metadata = file.metadata() or {}
+        if metadata.get("key") != self._key:
             raise Unusable("it was made for another base or version")
-        if said.get("digest") != _sha256(said.get("description", "")):
+        if metadata.get("digest") != _sha256(metadata.get("description", "")):
             raise Unusable("its description is damaged")
-        return Contents(file, json.loads(said["description"]))
+        return Contents(file, json.loads(metadata["description"]))
 
     def write(self, model: nn.Module, found: Probe) -> None:
-        """Saves an assembled model, whole or not at all. Raises OSError, also when another process
-        is at it, or KeyError for a tensor of a type that cannot be saved.
+        """Saves a built model, whole or not at all. Raises OSError, also while another process
+        saves it, or KeyError for a tensor of a type that cannot be saved.
         """
         tensors: dict[str, Tensor] = {}
         kinds, ties = {}, {}
         for name, module in model.named_modules():
             if isinstance(module, AdaptedLinear):
                 backend = module.backend
-                kept = backend.tensors() | ({} if backend.bias is None else {"bias": backend.bias})
+                parts = backend.tensors() | ({} if backend.bias is None else {"bias": backend.bias})
                 kinds[name] = type(backend).__name__
-                tensors |= {f"{name}/{part}": tensor for part, tensor in kept.items()}
+                tensors |= {f"{name}/{part}": tensor for part, tensor in parts.items()}
         first: dict[int, str] = {}
         for name, _, _, tensor in _state(model):
             tied = first.setdefault(id(tensor), name)
@@ -84,12 +91,12 @@ class SavedBase:
             else:
                 ties[name] = tied
         description = json.dumps({"kinds": kinds, "ties": ties, **asdict(found)})
-        said = {"key": self._key, "description": description, "digest": _sha256(description)}
+        metadata = {"key": self._key, "description": description, "digest": _sha256(description)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.partial")
         with FileLock(f"{partial}.lock", blocking=False):
             try:
-                _write(partial, tensors, said)
+                _write(partial, tensors, metadata)
                 partial.chmod(0o644)  # the cache may be shared
                 sync(partial)
                 partial.rename(self.path)
@@ -98,7 +105,7 @@ class SavedBase:
 
 
 class Contents:
-    """A file that was found good. Tensors are mapped: memory is taken for what is touched."""
+    """An intact file. Tensors are mapped: only what is read uses memory."""
 
     def __init__(self, file: Any, description: Mapping[str, Any]) -> None:
         self._file = file
@@ -115,13 +122,15 @@ class Contents:
         )
 
     def linear(self, name: str) -> tuple[str, dict[str, Tensor]]:
-        """The kind of a linear's backend, and its tensors with its bias. Raises KeyError."""
+        """Returns the class name of a linear's backend, and its tensors with its bias. Raises
+        KeyError.
+        """
         parts = {each.partition("/")[2]: self._tensor(each) for each in self._linears[name]}
         return self._kinds[name], parts
 
     def fill(self, model: nn.Module) -> None:
-        """Gives the model every parameter and buffer that it has. Raises SafetensorError for one
-        that was not saved, Unusable for one of another shape.
+        """Sets every parameter and buffer of the model. Raises SafetensorError for one that was not
+        saved, Unusable for one of another shape.
         """
         filled: dict[str, Tensor] = {}
         for name, owner, attribute, empty in _state(model):
@@ -129,7 +138,9 @@ class Contents:
             if source not in filled:
                 tensor = self._tensor(source)
                 if tensor.shape != empty.shape:
-                    raise Unusable(f"{name} has another shape")
+                    raise Unusable(
+                        f"{name} has shape {tuple(tensor.shape)}, not {tuple(empty.shape)}"
+                    )
                 if isinstance(empty, nn.Parameter):
                     tensor = nn.Parameter(tensor, requires_grad=False)
                 filled[source] = tensor
@@ -141,8 +152,8 @@ class Contents:
 
 
 def _state(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """(name, owner, attribute, tensor) of every parameter and buffer, also those that no checkpoint
-    holds, such as rotary frequencies; tied ones under each name.
+    """Yields (name, owner, attribute, tensor) of every parameter and buffer, also of those that no
+    checkpoint holds, such as rotary frequencies; tied ones under each of their names.
     """
     for prefix, owner in list(model.named_modules()):
         for attribute, tensor in (
@@ -152,19 +163,19 @@ def _state(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
             yield f"{prefix}.{attribute}".removeprefix("."), owner, attribute, tensor
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, str]) -> None:
-    """A safetensors file whose tensors are aligned, but for those after the first odd size.
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file whose tensors are aligned, up to the first one of an odd size.
 
     safetensors' own writer aligns to 8 bytes only. Raises OSError, or KeyError for a type that
     safetensors has no name for.
     """
     names = sorted(tensors, key=lambda name: tensors[name].nbytes % ALIGNMENT)
-    header: dict[str, object] = {"__metadata__": said}
+    header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for name in names:
         tensor, start, end = tensors[name], end, end + tensors[name].nbytes
         header[name] = {
-            "dtype": NAMES[tensor.dtype],
+            "dtype": TYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }

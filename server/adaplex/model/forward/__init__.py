@@ -1,1 +1,1 @@
-"""The three ways to run a step, and sampling."""
+"""Forwards: by the modules of transformers, by replayed decoding steps, and in C; and sampling."""

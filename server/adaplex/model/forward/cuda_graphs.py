@@ -5,26 +5,25 @@ Source of the calls and their conditions: torch's notes on CUDA semantics, "CUDA
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from adaplex.model.base.loader import BaseModel, silent
+from adaplex.model.base.loader import BaseModel
 from adaplex.model.forward.decode_steps import Capture, Replay, eager
+from adaplex.model.progress import Progress, silent
 
 
 class CudaGraphs:
     """A Capture. Its graphs share memory, since the logits of one are gone when another runs."""
 
-    def __init__(self, device: torch.device, progress: Callable[[str], None] = silent) -> None:
-        """`progress` is told when steps have to be launched kernel by kernel after all."""
+    def __init__(self, device: torch.device, progress: Progress = silent) -> None:
+        """`progress` is called if steps have to be launched kernel by kernel after all."""
         self._device, self._progress = device, progress
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._captures = True
 
     def __call__(self, step: Replay) -> Replay:
-        """See Capture. What cannot be captured is launched as it is, and so is all that follows."""
+        """See Capture. After a step that cannot be captured none is: all are launched eagerly."""
         if self._captures:
             try:
                 return self._captured(step)
@@ -34,13 +33,15 @@ class CudaGraphs:
         return step
 
     def _captured(self, step: Replay) -> Replay:
-        """Runs the step once before: what compiles, loads or chooses may not be captured."""
+        """Captures a step, after running it once: nothing may compile, load or autotune within a
+        capture.
+        """
         current, graph = torch.cuda.current_stream(self._device), torch.cuda.CUDAGraph()
         self._stream.wait_stream(current)
-        # A capture that fails leaves its stream in use: the one before comes back here.
+        # A capture that fails leaves its stream current; this context restores the one before.
         with torch.cuda.stream(self._stream):
             step()
-            # Adapters are copied by other threads meanwhile, which "global" forbids.
+            # Other threads copy adapters meanwhile, which "global" forbids.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
@@ -54,13 +55,11 @@ class CudaGraphs:
         return replay
 
 
-def capture_for(
-    base: BaseModel, progress: Callable[[str], None], *, enforce_eager: bool = False
-) -> Capture:
-    """How decoding steps of a base are launched: from CUDA graphs, where there are any.
+def capture_for(base: BaseModel, progress: Progress, *, enforce_eager: bool = False) -> Capture:
+    """Returns how decoding steps of a base are captured: as CUDA graphs on a CUDA device.
 
-    A mixture of experts asks the device in every layer which of them are wanted, and so cannot be
-    captured.
+    A mixture of experts reads from the device in every layer which experts are chosen, so it cannot
+    be captured.
     """
     if enforce_eager or base.device.type != "cuda":
         return eager

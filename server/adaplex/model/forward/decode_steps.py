@@ -1,10 +1,11 @@
-"""DecodeSteps: decoding steps whose inputs stay in place, so that one can be replayed.
+"""DecodeSteps: decoding steps whose inputs keep their addresses, so that a step can be replayed.
 
 A step of a shape is a function of nothing but the shape's buffer, the KV cache, the arena and the
 table of the adapters' kernels, all of which keep their addresses. Rows and block tables are rounded
 up to powers of two, so there are few shapes. Which adapter a row has is a number in the buffer:
-adapters may change between replays. Kernels are launched where any adapter so far had something, so
-that a replay is made anew only when one comes that touches another module, or in another way.
+adapters may change between replays. A kernel is launched at every module where any adapter so far
+needed it, so a step is captured again only for an adapter that touches another module, or in
+another way.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,41 +24,73 @@ from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.request import AdapterMode
 from adaplex.model.base.loader import BaseModel
 from adaplex.model.forward.protocol import runs_of
-from adaplex.model.kernels.reference import PARTITION, least_rows
+from adaplex.model.kernels.reference import PARTITION
 from adaplex.model.step.launch_plan import LaunchPlan
 from adaplex.model.step.step_context import AdapterRows, AttentionGroup, BaseRows
 from adaplex.model.step.tiles import AdapterKernels, Tile
-from adaplex.model.weights.adapter_weights import AdapterWeights, LowRankKernel, Span
+from adaplex.model.weights.adapter_weights import AdapterRun, AdapterWeights
 
 Replay = Callable[[], Tensor]
-"""Runs one step on what its buffer holds; logits [rows, vocabulary], valid until the next run."""
+"""Runs one step on its buffer; logits [rows, vocabulary], valid until the next run."""
 Capture = Callable[[Replay], Replay]
-"""Makes a step that was never run into one that can be replayed; may run it on what is there."""
-Weights = Callable[[str], AdapterWeights]
+"""Makes a step that was never run into one that can be replayed; may run it on its buffer."""
+WeightsOf = Callable[[str], AdapterWeights]
 """Digest -> resident adapter."""
+BY_ROW = 3 + len(Tile._fields)
+"""Numbers of a row besides its block table: token, position, slot, and a tile."""
 
 
 def eager(step: Replay) -> Replay:
-    """Launches every kernel anew: what a CUDA graph of the step has to equal."""
+    """Captures nothing: every kernel is launched anew. A CUDA graph must give the same bits."""
     return step
 
 
-class Adapters(Enum):
+class AdapterUse(Enum):
     """What the adapters of a batch do."""
 
-    NOTHING = auto()
+    NONE = auto()
     PLAIN = auto()
     """Low-rank deltas at linears."""
-    ANYTHING = auto()
+    ANY = auto()
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a replay fixes: rows, blocks in a row's table, and what adapters may do."""
+    """What a replay fixes."""
 
     rows: int
     blocks: int
-    adapters: Adapters
+    """Blocks in a row's table."""
+    adapters: AdapterUse
+
+
+class _Columns(NamedTuple):
+    """Views of the numbers of a step, in a flat tensor or array."""
+
+    tokens: Any
+    """[rows]."""
+    positions: Any
+    """[rows]."""
+    slots: Any
+    """[rows]."""
+    tiles: Any
+    """[3, rows]: the columns are Tile; there are never more tiles than rows."""
+    tables: Any
+    """[rows, blocks]."""
+
+    @staticmethod
+    def size(shape: Shape) -> int:
+        """Returns the elements of the flat tensor."""
+        return shape.rows * (BY_ROW + shape.blocks)
+
+    @classmethod
+    def of(cls, flat: Any, shape: Shape) -> _Columns:
+        """flat [size(shape)] of torch or numpy -> views of it."""
+        rows = shape.rows
+        by_row = flat[: BY_ROW * rows].reshape(BY_ROW, rows)
+        tables = flat[BY_ROW * rows :].reshape(rows, shape.blocks)
+        tokens, positions, slots = by_row[0], by_row[1], by_row[2]
+        return cls(tokens, positions, slots, by_row[3:], tables)
 
 
 class StepInputs:
@@ -66,44 +100,40 @@ class StepInputs:
     """
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
-        rows = shape.rows
-        self._shape = shape
-        self._flat = torch.zeros(rows * (6 + shape.blocks), dtype=torch.int64, device=device)
+        self._flat = torch.zeros(_Columns.size(shape), dtype=torch.int64, device=device)
         self._host = np.zeros(len(self._flat), np.int64)
-        self._used: list[list[int]] = [[] for _ in range(rows)]
-        """The blocks that each row of the host's tables has: few change from step to step."""
-        by_row, tables = self._flat.split((6 * rows, rows * shape.blocks))
-        self.tokens, self.positions, self.slots = by_row.view(6, rows)[:3]
-        """[rows] each."""
-        self.tiles = by_row.view(6, rows)[3:]
-        """[3, rows]: the columns are Tile; a row's worth of tiles always suffices."""
-        self.tables = tables.view(rows, shape.blocks)
-        self.tiles[0] = Tile.none().slot
+        self._blocks: list[list[int]] = [[] for _ in range(shape.rows)]
+        """Blocks in each row of the host's tables: few change from step to step."""
+        self._columns = _Columns.of(self._host, shape)
+        self.tokens, self.positions, self.slots, self.tiles, self.tables = _Columns.of(
+            self._flat, shape
+        )
+        self.tiles[Tile._fields.index("slot")] = Tile.none().slot
 
     def fill(self, chunks: Sequence[Chunk], tiles: Sequence[Tile], block_tokens: int) -> None:
-        """Takes in the chunks of a batch, one token each, and their tiles."""
-        rows, live = self._shape.rows, len(chunks)
-        by_row = self._host[: 6 * rows].reshape(6, rows)
-        tables = self._host[6 * rows :].reshape(rows, -1)
-        by_row[:3, live:] = 0
-        by_row[0, :live] = [c.sequence.tokens[c.start] for c in chunks]
-        by_row[1, :live] = [c.start for c in chunks]
-        by_row[2, :live] = [
+        """Copies the chunks of a batch, one token each, and their tiles."""
+        columns, live = self._columns, len(chunks)
+        rows = len(columns.tokens)
+        for column in (columns.tokens, columns.positions, columns.slots):
+            column[live:] = 0
+        columns.tokens[:live] = [c.sequence.tokens[c.start] for c in chunks]
+        columns.positions[:live] = [c.start for c in chunks]
+        columns.slots[:live] = [
             c.sequence.blocks[c.start // block_tokens] * block_tokens + c.start % block_tokens
             for c in chunks
         ]
-        by_row[3:] = np.array([*tiles, *[Tile.none()] * (rows - len(tiles))]).T
+        columns.tiles[:] = np.array([*tiles, *[Tile.none()] * (rows - len(tiles))]).T
         used = [c.sequence.blocks[: c.start // block_tokens + 1] for c in chunks]
         for row, blocks in enumerate(used + [[]] * (rows - live)):
-            if blocks != self._used[row]:
-                tables[row, : len(blocks)] = blocks
-                tables[row, len(blocks) :] = 0
-                self._used[row] = blocks
+            if blocks != self._blocks[row]:
+                columns.tables[row, : len(blocks)] = blocks
+                columns.tables[row, len(blocks) :] = 0
+                self._blocks[row] = blocks
         self._flat.copy_(torch.from_numpy(self._host))
 
 
 class DecodeSteps:
-    """Runs the batches that only decode, on buffers that are made once a shape."""
+    """Runs the batches that only decode, on one buffer for each shape."""
 
     def __init__(
         self,
@@ -112,59 +142,60 @@ class DecodeSteps:
         *,
         block_tokens: int,
         max_rank: int = AdapterLimits().max_rank,
-        least_rows: int = 1,
+        min_rows: int = 1,
         capture: Capture = eager,
     ) -> None:
-        """`max_rank` bounds the adapters that are served; those above it take the other path. Fewer
-        rows than `least_rows`, a power of two, are padded.
+        """Adapters of a rank above `max_rank` are not served. Fewer rows than `min_rows`, a power
+        of two, are padded.
         """
         self._base = base
         self._kernels = kernels
         self._block_tokens = block_tokens
-        self._max_rank, self._least_rows = max_rank, least_rows
+        self._max_rank, self._min_rows = max_rank, min_rows
         self._capture = capture
-        self._launches = {adapters: LaunchPlan() for adapters in Adapters}
-        """Where adapters of batches so far had something."""
+        self._launches = {use: LaunchPlan() for use in AdapterUse}
+        """Launches that the adapters of batches so far needed."""
         self._replays: dict[Shape, _Step] = {}
 
-    def forward(self, batch: Batch, weights: Weights) -> Tensor | None:
-        """fp32 logits [rows, vocabulary]; None for a batch that needs the runner's other path:
-        prompts, merged adapters, ranks above the limit.
+    def forward(self, batch: Batch, weights: WeightsOf) -> Tensor | None:
+        """Returns fp32 logits [rows, vocabulary]; None for a batch that is not served here: with
+        prompts, merged adapters or ranks above the limit.
         """
         chunks = batch.chunks
         if not chunks or not all(c.count == 1 and c.samples for c in chunks):
             return None
-        spans = self._spans(chunks, weights)
-        if spans is None:
+        runs = self._runs(chunks, weights)
+        if runs is None:
             return None
         tokens = max(c.end for c in chunks)
         shape = Shape(
-            rows=max(self._least_rows, _power_of_two(len(chunks))),
+            rows=max(self._min_rows, _power_of_two(len(chunks))),
             blocks=_power_of_two(-(-max(tokens, PARTITION) // self._block_tokens)),
-            adapters=_do(spans),
+            adapters=_use(runs),
         )
-        tiles = self._kernels.tiles(spans)
-        made = self._made(shape, self._kernels.launches(spans))
-        made.inputs.fill(chunks, tiles, self._block_tokens)
-        return made.replay()[: len(chunks)].float()
+        tiles = self._kernels.tiles(runs)
+        step = self._captured(shape, self._kernels.launches(runs))
+        step.inputs.fill(chunks, tiles, self._block_tokens)
+        return step.replay()[: len(chunks)].float()
 
-    def _made(self, shape: Shape, needed: LaunchPlan) -> _Step:
-        """The step of a shape that launches what is needed, if not more."""
-        made = self._replays.get(shape)
-        if made is None or needed not in made.launches:
+    def _captured(self, shape: Shape, needed: LaunchPlan) -> _Step:
+        """Returns the step of a shape, captured anew unless it launches all that is needed."""
+        step = self._replays.get(shape)
+        if step is None or needed not in step.launches:
             launches = self._launches[shape.adapters] | needed
             self._launches[shape.adapters] = launches
-            # Of padding alone: a capture may run the step, and blocks may be another's by now.
+            # New inputs are all padding: a capture may run the step, and must not write to blocks
+            # that have other owners by now.
             inputs = StepInputs(shape, self._base.device)
             replay = self._capture(self._step(inputs, shape, launches))
-            made = self._replays[shape] = _Step(inputs, launches, replay)
-        return made
+            step = self._replays[shape] = _Step(inputs, launches, replay)
+        return step
 
     def _step(self, inputs: StepInputs, shape: Shape, launches: LaunchPlan) -> Replay:
-        """The step of a shape."""
+        """Returns the step of a shape, which reads `inputs`."""
         base, step = self._base, self._base.step
         adapters: AdapterRows = BaseRows()
-        if shape.adapters is not Adapters.NOTHING:
+        if shape.adapters is not AdapterUse.NONE:
             adapters = self._kernels.rows(inputs.tiles, launches, max_rank=self._max_rank)
         group = AttentionGroup(0, inputs.tables, inputs.positions[:, None])
         every_row = torch.arange(shape.rows, device=base.device)
@@ -183,9 +214,9 @@ class DecodeSteps:
 
         return run
 
-    def _spans(self, chunks: Sequence[Chunk], weights: Weights) -> list[Span] | None:
-        """Rows by adapter; None when an adapter is merged or has a rank above the limit."""
-        spans: list[Span] = []
+    def _runs(self, chunks: Sequence[Chunk], weights: WeightsOf) -> list[AdapterRun] | None:
+        """Returns the runs of a batch; None if one is merged or has a rank above the limit."""
+        runs: list[AdapterRun] = []
         for adapter, start, stop in runs_of(chunks, [1] * len(chunks)):
             if adapter is None:
                 continue
@@ -194,42 +225,26 @@ class DecodeSteps:
             found = weights(adapter.digest)
             if found.max_rank > self._max_rank:
                 return None
-            spans.append(Span(start, stop, found))
-        return spans
+            runs.append(AdapterRun(start, stop, found))
+        return runs
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What is kept of a shape."""
+    """The captured step of a shape."""
 
     inputs: StepInputs
     launches: LaunchPlan
     replay: Replay
 
 
-def _do(spans: Sequence[Span]) -> Adapters:
-    """What the adapters of these spans do."""
-    if not spans:
-        return Adapters.NOTHING
-    plain = all(span.weights.plain for span in spans)
-    return Adapters.PLAIN if plain else Adapters.ANYTHING
-
-
-def decode_steps(
-    base: BaseModel, low_rank: LowRankKernel, *, block_tokens: int, capture: Capture = eager
-) -> DecodeSteps | None:
-    """For kernels that read their tiles on the device; None for the others."""
-    if not isinstance(low_rank, AdapterKernels):
-        return None
-    return DecodeSteps(
-        base,
-        low_rank,
-        block_tokens=block_tokens,
-        least_rows=least_rows(base.device),
-        capture=capture,
-    )
+def _use(runs: Sequence[AdapterRun]) -> AdapterUse:
+    """Returns what the adapters of these runs do."""
+    if not runs:
+        return AdapterUse.NONE
+    return AdapterUse.PLAIN if all(run.weights.plain for run in runs) else AdapterUse.ANY
 
 
 def _power_of_two(count: int) -> int:
-    """The smallest power of two that is not below `count`."""
+    """Returns the smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()

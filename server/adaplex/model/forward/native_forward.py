@@ -1,14 +1,13 @@
 """NativeForward: steps of a llama-shaped model by the C kernels, all layers in one call.
 
-Meant to give what `ModuleForward` gives within rounding; whether it does is tried before it serves.
+It gives the logits of TorchForward within rounding; `choose_forward` tries whether it does.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -18,47 +17,45 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adaplex.engine.batch import Batch, Chunk
-from adaplex.engine.request import AdapterRef, Request, SamplingParams
+from adaplex.engine.merge_cost_model import StepCosts
+from adaplex.engine.request import Request, SamplingParams
 from adaplex.engine.sequence import VIRTUAL, Sequence
+from adaplex.model import measure_native_costs
+from adaplex.model.adapters.prefix import WriteKV, panel_writer
+from adaplex.model.adapters.resident import ResidentAdapters
 from adaplex.model.base.loader import BaseModel
-from adaplex.model.forward.llama import LINEARS, Llama, LlamaLayer, NotLlama, llama_of
-from adaplex.model.forward.protocol import Forward, Tables, runs_of
+from adaplex.model.constants import SIMD_LANES
+from adaplex.model.forward.llama import LINEARS, Llama, LlamaLayer, NotLlama, read_llama
+from adaplex.model.forward.protocol import Forward, RowRun, runs_of
 from adaplex.model.kernels.native import structs
-from adaplex.model.kernels.native.kernels import LANES, NativeKernels
+from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kv_cache import KVCache
-from adaplex.model.linear.native import NativeLinear
+from adaplex.model.measure_native_costs import Table, TimedLayer
+from adaplex.model.progress import Progress
 
 Array = NDArray[Any]
 TOLERANCE = 0.3
-"""How far apart the logits of the two paths may be, as a share of their norm; rounding nf4 and bf16
-takes up to 0.17 of small trained models, a part that is missing or scaled takes more."""
-PrefixTokens = Callable[[AdapterRef], int]
-"""How many of the positions that an adapter puts before the prompt have keys and values given."""
-
-
-@dataclass(frozen=True)
-class NativeLayer:
-    """The linears of one layer, and the numbers of their modules."""
-
-    linears: tuple[NativeLinear, ...]
-    modules: tuple[int, ...]
+"""Largest difference of the logits of both forwards that counts as rounding, as a share of their
+norm: rounding nf4 and bf16 makes up to 0.17 in small trained models, a part that is missing or
+scaled makes more."""
 
 
 class NativeForward:
-    """Holds the structs that the kernels read, and what they point to."""
+    """Owns the structs that the kernels read, and the tensors that they point to. See Forward."""
+
+    reads_panels = True
 
     def __init__(
         self,
         llama: Llama,
         kernels: NativeKernels,
         cache: KVCache,
+        adapters: ResidentAdapters,
         modules: Mapping[str, int],
-        tables: Tables,
-        prefixes: PrefixTokens,
     ) -> None:
-        """`modules` numbers every module of the base, `tables` finds what adapters do to them."""
+        """`modules` numbers every module of the base."""
         self._llama, self._kernels, self._cache = llama, kernels, cache
-        self._tables, self._prefixes = tables, prefixes
+        self._adapters = adapters
         self._layers = (structs.Layer * len(llama.layers))(
             *(_layer(each, cache, i, modules) for i, each in enumerate(llama.layers))
         )
@@ -74,10 +71,10 @@ class NativeForward:
             heads=llama.heads,
             kv_heads=llama.kv_heads,
             head_dim=llama.head_dim,
-            middle=llama.layers[0].linears[4].out_features,
+            middle=llama.layers[0].linears.gate.out_features,
             vocabulary=llama.head.out_features,
             positions=llama.cosines.shape[0],
-            blocks=cache.keys[0].shape[1],
+            blocks=cache.num_blocks,
             modules=len(modules),
             embedding_module=modules[llama.embedding_name],
             final_norm_module=modules[llama.final_norm_name],
@@ -87,21 +84,26 @@ class NativeForward:
         )
         self._logits = torch.empty(0, llama.head.out_features)
         self.layers = tuple(
-            NativeLayer(each.linears, tuple(modules[name] for name in each.names[: len(LINEARS)]))
+            TimedLayer(each.linears, tuple(modules[name] for name in each.names[: len(LINEARS)]))
             for each in llama.layers
         )
         self.modules = len(modules)
-        """How many the base has."""
+        """Modules of the base."""
+
+    @property
+    def write_kv(self) -> WriteKV:
+        """See Forward."""
+        return panel_writer(self._cache, self._kernels.per_unit)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, list[int]]:
-        """See Forward; the logits are valid until the next step."""
+        """See Forward."""
         chunks, sampling = batch.chunks, batch.sampling
         tokens = [t for c in chunks for t in self._tokens(c)]
         ends = list(accumulate(c.count for c in chunks))
         width = -(-max(c.end for c in chunks) // self._cache.block_tokens)
         none = [0] * width
         wanted = [end - 1 for c, end in zip(chunks, ends, strict=True) if c.samples]
-        logits = self._room(len(wanted))
+        logits = self._logits_buffer(len(wanted))
         likeliest = np.empty(len(wanted), dtype=np.int32)
         arrays = {
             "tokens": np.array(tokens, np.int32),
@@ -129,10 +131,15 @@ class NativeForward:
         self._kernels.forward(self._model, step)
         return logits, likeliest.tolist()
 
-    def seconds(self, rows: int, tables: Seq[Array | None], layers: int) -> float:
-        """What the first `layers` take for so many tokens, each in the scratch block; an equal
-        part of the rows has each of `tables`, None for the base.
-        """
+    def warm_up(self, batch: Batch, progress: Progress) -> None:
+        """See Forward. Everything is compiled when the library is built."""
+
+    def step_costs(self) -> StepCosts:
+        """See Forward."""
+        return measure_native_costs.measure(self, self._kernels)
+
+    def seconds(self, rows: int, tables: Seq[Table | None], layers: int) -> float:
+        """See TimedDecoder; each token is in the scratch block."""
         each = rows // len(tables)
         addresses = [None if table is None else table.ctypes.data for table in tables]
         run = (structs.Run * len(tables))(
@@ -142,7 +149,7 @@ class NativeForward:
         step = structs.Step(
             **dict.fromkeys(("tokens", "position", "table"), zeros.ctypes.data),
             first=first.ctypes.data,
-            run=_address(run),
+            run=structs.address_of(run),
             rows=rows,
             sequences=rows,
             width=1,
@@ -155,66 +162,74 @@ class NativeForward:
         return time.perf_counter() - begun
 
     def _tokens(self, chunk: Chunk) -> list[int]:
-        """Token ids of a chunk; -1 - i stands for virtual token i of its adapter."""
+        """Returns the token ids of a chunk; -1 - i stands for virtual token i of its adapter."""
         tokens, adapter = chunk.sequence.tokens[chunk.start : chunk.end], chunk.sequence.adapter
         if adapter is None or chunk.start >= adapter.traits.leading:
             return tokens
-        behind = VIRTUAL + self._prefixes(adapter) - 1
-        return [token if token < VIRTUAL else behind - token for token in tokens]
+        last = VIRTUAL + self._adapters.weights(adapter).prefix_tokens - 1
+        return [token if token < VIRTUAL else last - token for token in tokens]
 
-    def _runs(self, runs: Seq[tuple[AdapterRef | None, int, int]]) -> Array:
-        """[runs, 3] int64: the runs as structs."""
-        lines = [(start, stop, self._tables(a) if a else 0) for a, start, stop in runs]
+    def _runs(self, runs: Seq[RowRun]) -> Array:
+        """Returns int64 [runs, 3]: each row is a structs.Run."""
+        address = self._adapters.table_address
+        lines = [(run.start, run.stop, address(run.adapter) if run.adapter else 0) for run in runs]
         return np.array(lines, np.int64)
 
-    def _room(self, rows: int) -> Tensor:
-        """[rows, vocabulary], the same memory for every step."""
+    def _logits_buffer(self, rows: int) -> Tensor:
+        """Returns [rows, vocabulary] of the memory that every step uses."""
         if rows > self._logits.shape[0]:
             self._logits = torch.empty(rows, self._logits.shape[1])
         return self._logits[:rows]
 
 
 @torch.inference_mode()
-def fastest(
+def choose_forward(
     base: BaseModel,
     cache: KVCache,
+    adapters: ResidentAdapters,
     modules: Forward,
-    numbers: Mapping[str, int],
-    tables: Tables,
-    progress: Callable[[str], None],
-    prefixes: PrefixTokens,
+    progress: Progress,
 ) -> Forward:
-    """The C decoder where the base has its shape and it agrees with `modules` on a prompt that is
-    run through both, in the scratch block; else `modules`, and a line says why. `numbers` counts
-    the modules of the base.
+    """Returns the C decoder if the base has its shape and it agrees with `modules`, the forward by
+    modules of transformers, on a prompt that both run in the scratch block; else `modules`, and a
+    line reports why.
     """
-    if base.kernels is None or cache.block_tokens != LANES:
+    if base.kernels is None:
         return modules
-    # Words: the first tokens of a vocabulary say nothing, and answers to them hang on rounding.
-    tokens = tuple((base.vocab_size // 2 + i) % base.vocab_size for i in range(LANES))
-    sequence = Sequence(Request("trial", tokens, SamplingParams()))
-    sequence.blocks = [0]
-    trial = Batch((Chunk(sequence, 0, LANES),))
+    if cache.block_tokens != SIMD_LANES:
+        progress(
+            f"layers run one by one: the C decoder needs KV blocks of {SIMD_LANES} tokens, "
+            f"not {cache.block_tokens}"
+        )
+        return modules
+    trial = _trial(base.vocab_size)
     expected = modules(trial)[0]
-    positions = min(base.max_positions, cache.keys[0].shape[1] * LANES)
+    positions = min(base.max_positions, cache.num_blocks * cache.block_tokens)
     try:
-        llama = llama_of(base.module, positions=positions, windows=base.step.windows)
+        llama = read_llama(base.module, positions=positions, windows=base.step.windows)
     except NotLlama as other:
-        progress(f"layers run one by one, since the base is not llama-shaped: {other}")
+        progress(f"layers run one by one: the base is not llama-shaped: {other}")
         return modules
-    native = NativeForward(llama, base.kernels, cache, numbers, tables, prefixes)
+    numbers = {name: index for index, name in enumerate(base.spec.modules)}
+    native = NativeForward(llama, base.kernels, cache, adapters, numbers)
     found = native(trial)[0]
     for each in (*cache.keys, *cache.values):
         each[:, 0].zero_()
-    apart = torch.linalg.vector_norm(found - expected)
-    if apart < TOLERANCE * torch.linalg.vector_norm(expected):
+    difference = torch.linalg.vector_norm(found - expected)
+    if difference < TOLERANCE * torch.linalg.vector_norm(expected):
         return native
-    progress("layers run one by one, since the base only looks llama-shaped: its answers differ")
+    progress("layers run one by one: the C decoder gives other logits than the base's modules")
     return modules
 
 
-def _address(array: Any) -> int | None:
-    return structs.address_of(array) if len(array) else None
+def _trial(vocab_size: int) -> Batch:
+    """Returns a prompt of one block. Its tokens are words: the first tokens of a vocabulary have no
+    meaning, so logits after them are mostly rounding.
+    """
+    tokens = tuple((vocab_size // 2 + i) % vocab_size for i in range(SIMD_LANES))
+    sequence = Sequence(Request("trial", tokens, SamplingParams()))
+    sequence.blocks = [0]
+    return Batch((Chunk(sequence, 0, SIMD_LANES),))
 
 
 def _layer(
@@ -223,9 +238,9 @@ def _layer(
     def optional(tensor: Tensor | None) -> int | None:
         return None if tensor is None else tensor.data_ptr()
 
-    names = ("q", "k", "v", "o", "gate", "up", "down")
+    numbers = (modules.get(name, 0) for name in layer.names)
     return structs.Layer(
-        **{name: linear.struct for name, linear in zip(names, layer.linears, strict=True)},
+        **{name: linear.struct for name, linear in layer.linears._asdict().items()},
         attention_norm=layer.attention_norm.data_ptr(),
         mlp_norm=layer.mlp_norm.data_ptr(),
         q_norm=optional(layer.q_norm),
@@ -233,5 +248,5 @@ def _layer(
         keys=cache.keys[index].data_ptr(),
         values=cache.values[index].data_ptr(),
         window=layer.window,
-        modules=(structs.Integer * 13)(*(modules.get(name, 0) for name in layer.names)),
+        modules=(structs.Integer * len(layer.names))(*numbers),
     )

@@ -1,47 +1,74 @@
-"""Forward: how a step gets its logits. By the modules of transformers, or by one call into C."""
+"""Forward: how a step computes its logits, by the modules of transformers or by one call into C."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from itertools import chain
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from adaplex.engine.batch import Batch, Chunk
+from adaplex.engine.merge_cost_model import StepCosts
 from adaplex.engine.request import AdapterRef
-
-Tables = Callable[[AdapterRef], int]
-"""The address of what an adapter in memory does to each module, as kernels read it."""
+from adaplex.model.adapters.prefix import WriteKV
+from adaplex.model.progress import Progress
 
 
 class Forward(Protocol):
-    """Runs the chunks of a batch."""
+    """Runs the chunks of a batch, on a KV cache whose layout it decides."""
+
+    @property
+    def write_kv(self) -> WriteKV:
+        """Function that writes keys and values to the cache in the forward's layout."""
+        ...
+
+    @property
+    def reads_panels(self) -> bool:
+        """True if adapters have to be packed in panels at every module; see Packer.whole_model."""
+        ...
 
     def __call__(self, batch: Batch) -> tuple[Tensor, list[int]]:
-        """fp32 logits [len(batch.sampling), vocabulary] and the likeliest token of each row, -1 for
-        a row that is not finite.
+        """Returns fp32 logits [len(batch.sampling), vocabulary], valid until the next step, and the
+        argmax of each row, -1 for a row that is not finite.
         """
         ...
 
+    def warm_up(self, batch: Batch, progress: Progress) -> None:
+        """Compiles what later steps may launch and the steps of the base so far did not. May run
+        the batch, in which no row has an adapter; later steps see nothing of it but the cache.
+        """
+        ...
 
-def runs_of(chunks: Seq[Chunk], counts: Seq[int]) -> list[tuple[AdapterRef | None, int, int]]:
-    """(adapter, first row, row after the last) of each run of rows with one adapter and mode; of
-    each chunk there are the last `counts` rows.
-    """
-    runs: list[tuple[AdapterRef | None, int, int]] = []
+    def step_costs(self) -> StepCosts:
+        """Measures what linears and deltas cost here; see Runner."""
+        ...
+
+
+class RowRun(NamedTuple):
+    """Neighbouring rows [start, stop) with one adapter and mode, None for the base."""
+
+    adapter: AdapterRef | None
+    start: int
+    stop: int
+
+
+def runs_of(chunks: Seq[Chunk], counts: Seq[int]) -> list[RowRun]:
+    """Returns the runs of a step that has the last `counts` rows of each chunk."""
+    runs: list[RowRun] = []
     row, last = 0, None
     for adapter, rows in chain.from_iterable(map(_parts, chunks, counts)):
         key = adapter.key if adapter else ""
-        begun = runs.pop()[1] if key == last else row
+        begun = runs.pop().start if key == last else row
         row, last = row + rows, key
-        runs.append((adapter, begun, row))
+        runs.append(RowRun(adapter, begun, row))
     return runs
 
 
 def _parts(chunk: Chunk, count: int) -> list[tuple[AdapterRef | None, int]]:
-    """The last `count` rows of a chunk: those before its adapter applies, and the others."""
+    """Returns (adapter, rows) of the last `count` rows of a chunk: those before its adapter
+    applies, and the others.
+    """
     base = max(0, chunk.base - (chunk.count - count))
     parts = (None, base), (chunk.sequence.adapter, count - base)
     return [part for part in parts if part[1]]

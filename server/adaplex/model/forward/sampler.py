@@ -1,7 +1,7 @@
 """Sampler: logits to tokens, one row at a time, from nothing but the row and its request.
 
 The draw of the i-th output token of a request depends on its seed and i alone, so that a request
-gives the same output whatever else runs, and also when it is preempted and computed again.
+has the same output whatever else runs, and also after it is preempted and computed again.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor
 
 from adaplex.engine.request import OVERFLOWED, Logprob, SampledToken, SamplingParams
 from adaplex.engine.sequence import Sequence
-from adaplex.model.huge_pages import whole_numbers
+from adaplex.model.tensors import int64_tensor
 
 
 def likeliest(logits: Tensor) -> list[int]:
-    """The argmax of each row, -1 for a row that is not finite. logits [rows, vocabulary]."""
+    """logits [rows, vocabulary] -> argmax of each row, -1 for a row that is not finite."""
     finite = torch.isfinite(logits.amax(-1))
     tops: list[int] = torch.where(finite, logits.argmax(-1), -1).tolist()
     return tops
 
 
 def sample(logits: Tensor, sequences: Seq[Sequence], tops: Seq[int]) -> list[SampledToken]:
-    """Chooses one token a row. logits [rows, vocabulary], fp32, row i for sequences[i]; `tops` as
-    `likeliest` gives them.
+    """logits fp32 [rows, vocabulary], tops as of `likeliest` -> a token for each of `sequences`, by
+    the row of the same index.
 
     A row that is not finite gives OVERFLOWED, for that row alone.
     """
@@ -38,7 +38,7 @@ def sample(logits: Tensor, sequences: Seq[Sequence], tops: Seq[int]) -> list[Sam
 
 
 def _sample_row(rows: Tensor, index: int, sequence: Sequence, top: int) -> SampledToken:
-    """rows [rows, vocabulary]; `top` is the argmax of the row at `index`."""
+    """rows [rows, vocabulary] -> a token by the row at `index`, whose argmax is `top`."""
     params = sequence.request.sampling
     if params.plain:
         return SampledToken(top)
@@ -60,37 +60,36 @@ def _sample_row(rows: Tensor, index: int, sequence: Sequence, top: int) -> Sampl
 
 
 def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) fixed by the seed and the index of the output token."""
+    """Returns a number in [0, 1), fixed by the seed and the index of the output token."""
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
 def penalize(logits: Tensor, tokens: Seq[int], prompt_len: int, params: SamplingParams) -> Tensor:
-    """Repetition penalty over all tokens, then presence and frequency over the output.
+    """logits [vocabulary] -> a copy with the repetition penalty over all tokens, then presence and
+    frequency penalties over the output.
 
-    logits [vocabulary] -> a changed copy. Same definitions as Hugging Face (repetition) and the
-    OpenAI API (presence, frequency).
+    Same definitions as Hugging Face (repetition) and the OpenAI API (presence, frequency).
     """
     logits = logits.clone()
-    there = whole_numbers(tokens, logits.device)
+    present = int64_tensor(tokens, logits.device)
     if params.repetition_penalty != 1.0:
-        values = logits[there]
+        values = logits[present]
         penalty = params.repetition_penalty
         changed = torch.where(values > 0, values / penalty, values * penalty)
-        logits[there] = torch.nan_to_num(changed)  # where a token comes again, the same
+        logits[present] = torch.nan_to_num(changed)  # equal values for a repeated token
     if prompt_len < len(tokens):
-        ids, counts = there[prompt_len:].unique(return_counts=True)
+        ids, counts = present[prompt_len:].unique(return_counts=True)
         logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
     return logits
 
 
 def _draw(logits: Tensor, params: SamplingParams, chance: float) -> int:
-    """Inverse-CDF draw after temperature, min_p, top_k and top_p, in this order.
-
-    logits [vocabulary].
+    """logits [vocabulary], chance in [0, 1) -> a token: an inverse-CDF draw after temperature,
+    min_p, top_k and top_p, in this order.
     """
     ids = None
-    if params.top_k:  # the same ones as later, and less to do
+    if params.top_k:  # applied first: it keeps the same tokens, and fewer are weighed
         logits, ids = logits.topk(min(params.top_k, len(logits)))
     weights = logits.sub(logits.max()).div_(params.temperature).exp_()
     if params.min_p > 0.0:
@@ -105,9 +104,9 @@ def _draw(logits: Tensor, params: SamplingParams, chance: float) -> int:
 
 
 def _nucleus(weights: Tensor, top_p: float) -> Tensor:
-    """Places of the fewest, likeliest tokens that hold top_p of the mass; weights [candidates]."""
+    """weights [candidates] -> places of the fewest, likeliest tokens with top_p of the mass."""
     total = weights.sum()
-    # All that are left out here together hold less than what top_p leaves out.
+    # The tokens below this bound together have less mass than top_p leaves out.
     places = _where(weights >= total * ((1.0 - top_p) / len(weights)))
     likely = weights[places]
     ranked = _descending(likely)
@@ -117,21 +116,23 @@ def _nucleus(weights: Tensor, top_p: float) -> Tensor:
 
 
 def _where(wanted: Tensor) -> Tensor:
-    """Places in wanted [n]; on a CPU by numpy, which finds a few among many sooner than torch."""
+    """wanted bool [n] -> places of True; on a CPU by numpy, which finds few among many faster than
+    torch.
+    """
     if wanted.device.type != "cpu":
         return wanted.nonzero()[:, 0]
     return torch.from_numpy(np.flatnonzero(wanted.numpy()))
 
 
 def _descending(values: Tensor) -> Tensor:
-    """values [n] in order; on a CPU by numpy, since torch sorts their places too."""
+    """values [n] -> values, descending; on a CPU by numpy, since torch sorts places too."""
     if values.device.type != "cpu":
         return values.sort(descending=True).values
     return torch.from_numpy(np.sort(values.numpy())[::-1].copy())
 
 
 def _logprob(logits: Tensor, token: int, count: int | None) -> Logprob | None:
-    """Log probabilities of the model itself, before penalties and temperature."""
+    """values [n] -> values, descending; on a CPU by numpy, since torch sorts places too."""
     if count is None:
         return None
     logprobs = torch.log_softmax(logits, -1)

@@ -2,51 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from itertools import accumulate
 
 from torch import Tensor
 
 from adaplex.engine.batch import Batch, Chunk
-from adaplex.engine.request import AdapterMode
+from adaplex.engine.merge_cost_model import StepCosts
 from adaplex.engine.sequence import VIRTUAL
-from adaplex.model.adapters.fold import FoldedWeights
-from adaplex.model.adapters.torch_rows import Segment, TorchRows
+from adaplex.model import measure_costs, select
+from adaplex.model.adapters.prefix import WriteKV
+from adaplex.model.adapters.resident import ResidentAdapters
 from adaplex.model.base.loader import BaseModel
 from adaplex.model.forward.decode_steps import DecodeSteps
-from adaplex.model.forward.protocol import runs_of
 from adaplex.model.forward.sampler import likeliest
-from adaplex.model.huge_pages import whole_numbers
-from adaplex.model.kernels.reference import least_rows, padded_rows
+from adaplex.model.forward.step_adapters import StepAdapters
+from adaplex.model.kernels.reference import padded_rows
 from adaplex.model.kv_cache import KVCache
-from adaplex.model.linear.backend import LinearBackend
-from adaplex.model.step.launch_plan import LaunchPlan
-from adaplex.model.step.step_context import AdapterRows, AttentionGroup, BaseRows
-from adaplex.model.step.tiles import AdapterKernels, Tile
-from adaplex.model.weights.adapter_weights import AdapterWeights, LowRankKernel, Span
+from adaplex.model.progress import Progress
+from adaplex.model.step.step_context import AdapterRows, AttentionGroup
+from adaplex.model.step.tiles import AdapterKernels
+from adaplex.model.tensors import int64_tensor
 
 
 class TorchForward:
-    """Fills the step context of a base and calls its modules."""
+    """Fills the step context of a base and calls its modules. See Forward."""
+
+    reads_panels = False
 
     def __init__(
         self,
         base: BaseModel,
         cache: KVCache,
+        adapters: ResidentAdapters,
         *,
-        low_rank: LowRankKernel,
-        decode: DecodeSteps | None,
-        weights: Callable[[str], AdapterWeights],
-        merged: Mapping[str, FoldedWeights],
+        kernels: AdapterKernels | None,
+        decode: DecodeSteps | None = None,
     ) -> None:
-        """`weights` gives a resident adapter by digest; `decode` takes the steps it serves."""
-        self._base, self._step, self._block_tokens = base, base.step, cache.block_tokens
-        self._low_rank, self._decode = low_rank, decode
-        self._weights, self._merged = weights, merged
-        self._modules = {name: index for index, name in enumerate(base.spec.modules)}
+        """`kernels` do everything that adapters do, where there are such; `decode` runs the steps
+        that it can.
+        """
+        self._base, self._step, self._cache = base, base.step, cache
+        self._adapters, self._kernels, self._decode = adapters, kernels, decode
+        self._low_rank = kernels or select.low_rank_kernel(base.kernels)
+        modules = {name: index for index, name in enumerate(base.spec.modules)}
+        self._step_adapters = StepAdapters(
+            adapters, modules, base.device, low_rank=self._low_rank, kernels=kernels
+        )
         self._step.cache = cache
+
+    @property
+    def write_kv(self) -> WriteKV:
+        """See Forward."""
+        return self._cache.write
 
     def __call__(self, batch: Batch) -> tuple[Tensor, list[int]]:
         """See Forward."""
@@ -55,26 +64,39 @@ class TorchForward:
             logits = self._logits(batch)
         return logits, likeliest(logits)
 
-    def warm_up(self, batch: Batch, progress: Callable[[str], None]) -> None:
-        """Compiles what steps may launch and the base's own do not: the kernels of adapters of any
-        kind, and of products of other numbers of rows. Runs the batch, in which no row has an
-        adapter; nothing that later steps see changes but what it writes to the cache.
+    def warm_up(self, batch: Batch, progress: Progress) -> None:
+        """See Forward. Compiles the kernels of adapters of any kind, and of products of other
+        numbers of rows.
         """
-        kernels, device = self._low_rank, self._base.device
-        if not isinstance(kernels, AdapterKernels):
+        rows = self._step_adapters.every_launch()
+        if rows is None:
             return
         progress("compiling the kernels of adapters")
-        for backend in self._base.backends.values():
-            backend.warm_up(self._base.dtype, device)
-        tiles = whole_numbers([Tile.none()], device).T.contiguous()
-        launches = LaunchPlan.everywhere(len(self._modules))
-        self._logits(batch, kernels.rows(tiles, launches, max_rank=1))
+        base = self._base
+        for backend in base.backends.values():
+            backend.warm_up(
+                base.products.row_counts, base.dense_linear, dtype=base.dtype, device=base.device
+            )
+        self._logits(batch, rows)
+
+    def step_costs(self) -> StepCosts:
+        """See Forward."""
+        base = self._base
+        return measure_costs.measure(
+            base.layer_backends,
+            self._low_rank,
+            dense=base.dense_linear,
+            dtype=base.dtype,
+            device=base.device,
+        )
 
     def _replayed(self, batch: Batch) -> Tensor | None:
-        return None if self._decode is None else self._decode.forward(batch, self._weights)
+        if self._decode is None:
+            return None
+        return self._decode.forward(batch, self._adapters.unmerged)
 
     def _logits(self, batch: Batch, rows: AdapterRows | None = None) -> Tensor:
-        """By `rows` instead of what the adapters of the batch do, if given."""
+        """Returns logits as in Forward, by `rows` if given, else by the adapters of the batch."""
         chunks = batch.chunks
         tokens = [t for c in chunks for t in c.sequence.tokens[c.start : c.end]]
         virtual = {row: t - VIRTUAL for row, t in enumerate(tokens) if t >= VIRTUAL}
@@ -84,37 +106,37 @@ class TorchForward:
         slots = [slot for c in chunks for slot in self._slots(c)]
         ends = accumulate(chunk.count for chunk in chunks)
         wanted = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.samples]
-        padding = padded_rows(len(tokens), least_rows(self._base.device)) - len(tokens)
+        padding = padded_rows(len(tokens), select.min_rows(self._base.device)) - len(tokens)
         for column in (tokens, positions, slots):
             column.extend([0] * padding)
         wanted_padded = wanted + [0] * (padded_rows(len(wanted)) - len(wanted))
 
         step, device = self._step, self._base.device
-        step.slots = whole_numbers(slots, device)
+        step.slots = int64_tensor(slots, device)
         step.groups = tuple(self._groups(chunks))
-        step.rows = rows or self._adapter_rows(
-            chunks, [c.count for c in chunks], len(tokens), virtual
+        step.rows = rows or self._step_adapters.rows(
+            chunks, [c.count for c in chunks], padded=len(tokens), virtual=virtual
         )
-        step.head_rows = rows or self._adapter_rows(
-            batch.sampling, [1] * len(wanted), len(wanted_padded), {}
+        step.head_rows = rows or self._step_adapters.rows(
+            batch.sampling, [1] * len(wanted), padded=len(wanted_padded), virtual={}
         )
         out = self._base.module(
-            input_ids=whole_numbers([tokens], device),
-            position_ids=whole_numbers([positions], device),
+            input_ids=int64_tensor([tokens], device),
+            position_ids=int64_tensor([positions], device),
             use_cache=False,
-            logits_to_keep=whole_numbers(wanted_padded, device),
+            logits_to_keep=int64_tensor(wanted_padded, device),
         )
         logits: Tensor = out.logits[0, : len(wanted)]
         return logits.float()
 
     def _slots(self, chunk: Chunk) -> Iterator[int]:
-        """Where in the cache each token of the chunk goes."""
-        size, blocks = self._block_tokens, chunk.sequence.blocks
+        """Yields the slot of the cache of each token of the chunk."""
+        size, blocks = self._cache.block_tokens, chunk.sequence.blocks
         for position in range(chunk.start, chunk.end):
             yield blocks[position // size] * size + position % size
 
     def _groups(self, chunks: Seq[Chunk]) -> Iterator[AttentionGroup]:
-        """Leading one-token chunks together, every longer chunk by itself."""
+        """Yields the leading one-token chunks as one group, every longer chunk as its own."""
         ones = next((i for i, c in enumerate(chunks) if c.count > 1), len(chunks))
         if ones:
             yield self._group(0, chunks[:ones])
@@ -124,78 +146,10 @@ class TorchForward:
             row += chunk.count
 
     def _group(self, row: int, chunks: Seq[Chunk]) -> AttentionGroup:
-        """A group of chunks of one length that starts at `row`."""
-        size, device = self._block_tokens, self._base.device
+        """Returns the group of chunks of one length whose first row is `row`."""
+        size, device = self._cache.block_tokens, self._base.device
         used = [c.sequence.blocks[: -(-c.end // size)] for c in chunks]
         width = max(map(len, used))
         tables = [blocks + [0] * (width - len(blocks)) for blocks in used]
         positions = [list(range(c.start, c.end)) for c in chunks]
-        return AttentionGroup(row, whole_numbers(tables, device), whole_numbers(positions, device))
-
-    def _adapter_rows(
-        self, chunks: Seq[Chunk], counts: Seq[int], padded: int, virtual: Mapping[int, int]
-    ) -> AdapterRows:
-        """Which adapter changes which rows; neighbouring rows of one adapter go together.
-
-        One that has all rows gets the padding too, up to row `padded`. `virtual` has the rows of
-        positions before the prompt, and which they are.
-        """
-        changes: list[_Change] = []
-        rows = sum(counts)
-        for adapter, start, end in runs_of(chunks, counts):
-            if adapter is None:
-                continue
-            stop = padded if (start, end) == (0, rows) else end
-            linears: Mapping[str, LinearBackend] = {}
-            if adapter.mode is AdapterMode.MERGED:
-                merged = self._merged[adapter.digest]
-                weights, linears = merged.rest, merged.linears
-            else:
-                weights = self._weights(adapter.digest)
-            leading = tuple(
-                (row, virtual[row] - weights.prefix_tokens)
-                for row in range(start, end)
-                if row in virtual
-            )
-            changes.append(_Change(Span(start, stop, weights), linears, leading))
-        if not changes:
-            return BaseRows()
-        if isinstance(self._low_rank, AdapterKernels):
-            return self._kernel_rows(self._low_rank, changes, padded)
-        segments = [c.segment for c in changes if c.linears or not c.span.weights.plain]
-        spans = [c.span for c in changes if not c.linears]
-        if not spans:
-            return TorchRows(segments)
-        return TorchRows(segments, self._low_rank.plan(spans, self._modules))
-
-    def _kernel_rows(
-        self, kernels: AdapterKernels, changes: Seq[_Change], padded: int
-    ) -> AdapterRows:
-        """By kernels alone but for the products of merged weights."""
-        device, spans = self._base.device, [c.span for c in changes]
-        tiles = whole_numbers(kernels.tiles(spans), device).T.contiguous()
-        leading = dict(pair for c in changes for pair in c.leading)
-        virtual = [leading.get(row, -1) for row in range(padded)]
-        merged = TorchRows([c.segment for c in changes if c.linears])
-        return kernels.rows(
-            tiles,
-            kernels.launches(spans),
-            max_rank=max(span.weights.max_rank for span in spans),
-            virtual=whole_numbers(virtual, device) if leading else None,
-            product=merged.product,
-        )
-
-
-@dataclass(frozen=True)
-class _Change:
-    """What an adapter does to its rows, as in Segment."""
-
-    span: Span
-    linears: Mapping[str, LinearBackend]
-    leading: tuple[tuple[int, int], ...]
-
-    @property
-    def segment(self) -> Segment:
-        """For torch."""
-        span = self.span
-        return Segment(span.start, span.stop, span.weights.sites, self.linears, self.leading)
+        return AttentionGroup(row, int64_tensor(tables, device), int64_tensor(positions, device))

@@ -1,1 +1,1 @@
-"""Kernels: `reference` is slow and right; faster ones are tested against it."""
+"""Kernels: `reference` is slow and right, and the measure of the others."""

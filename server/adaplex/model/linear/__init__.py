@@ -1,1 +1,1 @@
-"""Linear layers: how each format of a frozen weight is kept and multiplied."""
+"""Linear backends: how each format of a frozen weight is stored and multiplied."""

@@ -1,24 +1,18 @@
-"""Linear backends: how a frozen weight of the base is kept and multiplied.
+"""LinearBackend: how a frozen weight of the base is kept and multiplied.
 
-Every backend is row-invariant (see kernels.reference and, for CUDA devices, kernels.triton_product)
-and can give its weight back as it is effectively used, which merging builds on.
+Every backend is row-invariant (see kernels.reference and, for CUDA devices, kernels.triton.product)
+and can give its weight back as it is effectively used, which folding builds on.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from adaplex.adapters.program.primitives import LowRank
-from adaplex.model.kernels.reference import ROW_TILE, linear_rows, whole_tiles
-
-log = logging.getLogger(__name__)
 
 
 class LinearBackend(ABC):
@@ -30,138 +24,64 @@ class LinearBackend(ABC):
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        """[rows, in] -> [rows, out]."""
+        """x [rows, in] -> y [rows, out]."""
 
     @abstractmethod
     def dequantize(self) -> Tensor:
-        """The weight in effect, fp32 [out, in]; may be the kept one itself: not to be written."""
+        """Returns the weight in effect, fp32 [out, in]; it may be the stored weight itself, so it
+        must not be written to.
+        """
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What it keeps of the weight, by name; `restored` makes the same backend of it."""
+        """Returns the stored tensors of the weight by name; `restored` makes the same backend of
+        them.
+        """
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of the weight."""
 
-    def warm_up(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Compiles what products of any number of rows of this type need, merged or not. For
-        devices with Triton.
-        """
-        from adaplex.model.kernels.triton.product import EVERY_TILE  # as in dense_product
+    @property
+    def elements(self) -> int:
+        """Elements of the weight, out * in."""
+        return self.out_features * self.in_features
 
-        backends = [self, *self.merged_kinds(dtype, device)]
-        for rows in EVERY_TILE:
+    def warm_up(
+        self,
+        row_counts: Sequence[int],
+        dense: DenseLinearMaker,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Runs products of these numbers of rows, by this weight and by each kind that folding may
+        make of it, so that their kernels are compiled.
+        """
+        backends = [self, *self.folded_kinds(dense, dtype=dtype, device=device)]
+        for rows in row_counts:
             x = torch.zeros(rows, self.in_features, dtype=dtype, device=device)
             for backend in backends:
                 backend(x)
 
-    def merged_kinds(self, dtype: torch.dtype, device: torch.device) -> list[LinearBackend]:
-        """One of each kind that merging may make of it, whatever its numbers."""
+    def folded_kinds(
+        self, dense: DenseLinearMaker, *, dtype: torch.dtype, device: torch.device
+    ) -> list[LinearBackend]:
+        """Returns a backend of each kind that folding may make of this one, with any numbers."""
         weight = torch.zeros(self.out_features, self.in_features, dtype=dtype, device=device)
-        return [DenseLinear(weight, None), DenseLinear(weight, weight[:, 0].contiguous())]
+        return [dense(weight, None), dense(weight, weight[:, 0].contiguous())]
 
-    def merged(self, _low_rank: LowRank, _bias: Tensor | None) -> LinearBackend | None:
-        """Weight and delta in one, without loss, kept as the weight is and sharing what it can;
-        None where a dense weight has to hold both. `_bias` is the whole one.
+    def folded(self, _low_rank: LowRank, _bias: Tensor | None) -> LinearBackend | None:
+        """Returns weight plus delta without loss, in the weight's own format and sharing what it
+        can; None where only a dense weight can hold both. `_bias` [out] is the whole bias.
         """
         return None
 
-    def merged_bytes(self, _low_rank: LowRank) -> int | None:
-        """Bytes of what `merged` gives; None where it gives none."""
+    def folded_bytes(self, _low_rank: LowRank) -> int | None:
+        """Returns the bytes of `folded`; None where it returns None."""
         return None
 
 
-DenseProduct = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(x [rows, in], weight [out, in], bias [out] or None) -> x W' + bias, [rows, out]."""
-
-
-def torch_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """By torch; the measure of the kernels."""
-    y = linear_rows(x, weight)
-    return y if bias is None else y + bias
-
-
-def dense_product(device: torch.device) -> DenseProduct:
-    """Triton's on a CUDA device, torch's elsewhere."""
-    if device.type != "cuda":
-        return torch_product
-    # Imported here, since only torch for CUDA brings Triton along.
-    from adaplex.model.kernels.triton import weight_formats
-
-    return weight_formats.dense_product
-
-
-class DenseLinear(LinearBackend):
-    """The weight in the compute dtype; prepacked for oneDNN on CPU."""
-
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, *, product: DenseProduct | None = None
-    ) -> None:
-        """`product` is by default the fastest here."""
-        super().__init__((weight.shape[0], weight.shape[1]), bias)
-        self._dtype = weight.dtype
-        self._product = product or dense_product(weight.device)
-        self._packed = self._product is torch_product and _prepacks(weight)
-        self._weight = (
-            torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROW_TILE)
-            if self._packed
-            else weight.contiguous()
-        )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """See LinearBackend."""
-        if not self._packed:
-            return self._product(x, self._weight, self.bias)
-        packed: Tensor = torch.ops.mkldnn._linear_pointwise(
-            whole_tiles(x), self._weight, self.bias, "none", [], ""
-        )
-        return packed[: x.shape[0]]
-
-    def dequantize(self) -> Tensor:
-        """See LinearBackend."""
-        return self.tensors()["weight"].float()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """See LinearBackend."""
-        return {"weight": self._weight.to_dense() if self._packed else self._weight}
-
-    def merged_kinds(self, dtype: torch.dtype, device: torch.device) -> list[LinearBackend]:
-        """See LinearBackend."""
-        other = copy.copy(self)
-        bias = torch.zeros(self.out_features, dtype=dtype, device=device)
-        other.bias = bias if self.bias is None else None
-        return [other]
-
-    @classmethod
-    def restored(cls, tensors: Mapping[str, Tensor], bias: Tensor | None) -> DenseLinear:
-        """What gave these tensors."""
-        return cls(tensors["weight"], bias)
-
-    @property
-    def nbytes(self) -> int:
-        """See LinearBackend."""
-        return self.out_features * self.in_features * self._dtype.itemsize
-
-
-def _prepacks(weight: Tensor) -> bool:
-    """True where oneDNN can prepack a weight like this one."""
-    on_cpu = weight.device.type == "cpu"
-    return on_cpu and torch.backends.mkldnn.is_available() and _probe_prepacking(weight.dtype)
-
-
-@cache
-def _probe_prepacking(dtype: torch.dtype) -> bool:
-    """True where this processor and this build of torch prepack weights of a type: tried once, with
-    a tiny weight. oneDNN refuses bf16 on processors without AVX512BW and AVX-NE-CONVERT.
-    """
-    weight, x = torch.ones(ROW_TILE, 8, dtype=dtype), torch.ones(ROW_TILE, 8, dtype=dtype)
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROW_TILE)
-        torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        log.warning("%s weights are multiplied without prepacking: %s", dtype, reason)
-        return False
-    return True
+DenseLinearMaker = Callable[[Tensor, Tensor | None], LinearBackend]
+"""(weight [out, in] in the compute dtype, bias [out] or None) -> dense backend of the device."""

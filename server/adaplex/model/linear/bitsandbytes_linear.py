@@ -1,6 +1,7 @@
-"""Linear backends of bitsandbytes, which takes a second to import: it prepares torch's compiler.
+"""Linear backends of bitsandbytes.
 
-So only what quantizes, or runs its kernels, imports this, and does so when it has to.
+Importing bitsandbytes takes a second, since it prepares torch's compiler; so this module is
+imported only where a weight is quantized or multiplied by bitsandbytes, within functions.
 """
 
 from __future__ import annotations
@@ -14,50 +15,56 @@ import torch
 from bitsandbytes import functional as bnb_functional
 from torch import Tensor
 
-from adaplex.model.kernels.native.kernels import NF4_BLOCK
-from adaplex.model.linear.backend import DenseLinear, LinearBackend
-from adaplex.model.weights.nf4 import Nf4Product, Nf4Weight, nf4_product
+from adaplex.model.linear.backend import LinearBackend
+from adaplex.model.linear.dense import DenseLinear
+from adaplex.model.linear.products import Nf4Product, Products
+from adaplex.model.weights.nf4 import NF4_BLOCK, Nf4Weight
 
 
 class Nf4Linear(LinearBackend):
-    """bitsandbytes nf4: by its fused kernel on CPUs with AVX512-BF16, by Triton on CUDA devices.
+    """nf4, multiplied by a product of the device, else by bitsandbytes' fused kernel for CPUs with
+    AVX512-BF16.
 
-    bitsandbytes' kernels for those give a row other bits among other numbers of rows.
+    bitsandbytes' own kernels for CUDA devices give a row other bits among other numbers of rows.
     """
 
     def __init__(
-        self, data: Tensor, state: Any, bias: Tensor | None, *, product: Nf4Product | None = None
+        self, data: Tensor, state: Any, bias: Tensor | None, product: Nf4Product | None = None
     ) -> None:
-        """`data` and `state` as bitsandbytes quantizes to; `product` is by default Triton's on a
-        CUDA device, and none elsewhere.
-        """
+        """`data` and `state` as `quantize_nf4` returns them, nested for a `product`."""
         super().__init__((state.shape[0], state.shape[1]), bias)
-        self._product = product or nf4_product(data.device)
-        if self._product is None:
+        self._product = product
+        if product is None:
             data, state = bnb_functional._convert_weight_packed_for_cpu(data, state)
         self._data, self._state = data, state
-        self._weight = None if self._product is None else Nf4Weight.of(data, state)
+        self._weight = None if product is None else Nf4Weight.of(data, state)
 
     @classmethod
-    def quantized(cls, weight: Tensor, bias: Tensor | None) -> Nf4Linear:
+    def quantized(
+        cls, weight: Tensor, bias: Tensor | None, product: Nf4Product | None = None
+    ) -> Nf4Linear:
         """Quantizes a weight [out, in]."""
-        nested = nf4_product(weight.device) is not None
-        return cls(*quantize_nf4(weight, nested=nested), bias)
+        return cls(*quantize_nf4(weight, nested=product is not None), bias, product)
 
     @classmethod
-    def restored(cls, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Nf4Linear:
-        """What gave these tensors."""
+    def restored(
+        cls, tensors: Mapping[str, Tensor], bias: Tensor | None, product: Nf4Product | None = None
+    ) -> Nf4Linear:
+        """Makes the backend that gave these tensors."""
         packed = dict(tensors)
         data = packed.pop("data")
-        return cls(data, bnb_functional.QuantState.from_dict(packed, data.device), bias)
+        state = bnb_functional.QuantState.from_dict(packed, data.device)
+        return cls(data, state, bias, product)
 
     @staticmethod
-    def serves(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether a fused kernel exists for this weight [out, in] on this device."""
+    def serves(shape: tuple[int, int], dtype: torch.dtype, product: Nf4Product | None) -> bool:
+        """True if a kernel multiplies by a weight [out, in]: the product of the device, or the one
+        of bitsandbytes for CPUs.
+        """
         rows, columns = shape
         if columns % NF4_BLOCK:
             return False
-        if nf4_product(device) is not None:
+        if product is not None:
             return True
         return dtype == torch.bfloat16 and rows % 32 == 0 and bool(bnb_functional.has_avx512bf16())
 
@@ -80,19 +87,18 @@ class Nf4Linear(LinearBackend):
         data, state = self._as_quantized()
         return {"data": data, **state.as_dict(packed=True)}
 
+    @property
+    def nbytes(self) -> int:
+        """See LinearBackend."""
+        return int(self._data.nbytes + self._state.absmax.nbytes)
+
     def _as_quantized(self) -> tuple[Tensor, Any]:
-        """Data and a state of the caller's own, with what the constructor did to them undone."""
+        """Returns data and a copy of the state, as they were before the constructor packed them."""
         data, state = self._data, copy.copy(self._state)
         if getattr(state, "packing_format_for_cpu", False):
             data, state = bnb_functional._convert_weight_packed_for_cpu_inverse(data, state)
             state.absmax = state.absmax.T.reshape(-1).float()
         return data, state
-
-    @property
-    def nbytes(self) -> int:
-        """See LinearBackend."""
-        absmax = self._state.absmax
-        return int(self._data.nbytes + absmax.nbytes)
 
 
 class Int8Linear(LinearBackend):
@@ -116,7 +122,7 @@ class Int8Linear(LinearBackend):
 
     @classmethod
     def restored(cls, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Int8Linear:
-        """What gave these tensors."""
+        """Makes the backend that gave these tensors."""
         return cls(tensors["data"], tensors["scale"], bias)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -143,7 +149,9 @@ class Int8Linear(LinearBackend):
 
 
 def quantize_nf4(weight: Tensor, *, nested: bool = False) -> tuple[Tensor, Any]:
-    """bitsandbytes' codes and state of a weight [out, in]; `nested` quantizes the maxima too."""
+    """Returns bitsandbytes' codes and state of a weight [out, in]; `nested` quantizes the maxima
+    of blocks too.
+    """
     codes, state = bnb_functional.quantize_4bit(
         weight.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=nested
     )
@@ -151,26 +159,36 @@ def quantize_nf4(weight: Tensor, *, nested: bool = False) -> tuple[Tensor, Any]:
 
 
 def nf4_roundtrip(weight: Tensor) -> Tensor:
-    """What nf4 makes of a weight [out, in], in its own dtype: for shapes without a kernel."""
+    """Returns a weight [out, in] quantized and dequantized, in its own type: for shapes without a
+    kernel.
+    """
     out: Tensor = bnb_functional.dequantize_4bit(*quantize_nf4(weight))
     return out
 
 
-def make_linear(weight: Tensor, bias: Tensor | None, quantization: str) -> LinearBackend:
-    """The backend for a weight [out, in] in the compute dtype.
+def make_linear(
+    weight: Tensor, bias: Tensor | None, quantization: str, products: Products
+) -> LinearBackend:
+    """Returns the backend for a weight [out, in] in the compute dtype.
 
-    `quantization` is nf4, int8, bf16 or fp32. An nf4 weight that no kernel can serve here is
-    quantized, dequantized once and kept dense: the same values, more bytes.
+    `quantization` is nf4 or int8; with any other the weight is kept dense. An nf4 weight that no
+    kernel can serve here is quantized, dequantized once and kept dense: the same values, more
+    bytes.
     """
     if quantization == "nf4":
-        if Nf4Linear.serves((weight.shape[0], weight.shape[1]), weight.dtype, weight.device):
-            return Nf4Linear.quantized(weight, bias)
-        return DenseLinear(nf4_roundtrip(weight), bias)
+        shape = (weight.shape[0], weight.shape[1])
+        if Nf4Linear.serves(shape, weight.dtype, products.nf4):
+            return Nf4Linear.quantized(weight, bias, products.nf4)
+        return DenseLinear(nf4_roundtrip(weight), bias, products.dense)
     if quantization == "int8":
         return Int8Linear.quantized(weight, bias)
-    return DenseLinear(weight, bias)
+    return DenseLinear(weight, bias, products.dense)
 
 
-def restored_linear(kind: str, tensors: Mapping[str, Tensor], bias: Tensor | None) -> LinearBackend:
-    """The backend, of a class named `kind`, that gave these tensors. Raises KeyError."""
-    return {"Nf4Linear": Nf4Linear.restored, "Int8Linear": Int8Linear.restored}[kind](tensors, bias)
+def restored_linear(
+    kind: str, tensors: Mapping[str, Tensor], bias: Tensor | None, products: Products
+) -> LinearBackend:
+    """Returns the backend, of the class named `kind`, that gave these tensors. Raises KeyError."""
+    if kind == "Nf4Linear":
+        return Nf4Linear.restored(tensors, bias, products.nf4)
+    return {"Int8Linear": Int8Linear.restored}[kind](tensors, bias)

@@ -8,22 +8,14 @@ import torch
 from torch import Tensor
 
 from adaplex.model import huge_pages
+from adaplex.model.constants import SIMD_LANES
 from adaplex.model.kernels.native import structs
-from adaplex.model.kernels.native.kernels import (
-    LANES,
-    NativeKernels,
-    unpack_dense,
-)
-from adaplex.model.linear.backend import DenseLinear, LinearBackend
-from adaplex.model.weights.panel_codes import nf4_weight
-
-NF4_VALUES = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
-"""What nf4's codes stand for, as bitsandbytes has it."""
+from adaplex.model.kernels.native.kernels import NativeKernels
+from adaplex.model.linear.backend import LinearBackend
+from adaplex.model.linear.dense import DenseLinear
+from adaplex.model.linear.products import Products
+from adaplex.model.weights.nf4 import NF4_VALUES
+from adaplex.model.weights.panel_codes import nf4_weight, unpack_dense
 
 
 class NativeLinear(LinearBackend):
@@ -37,7 +29,7 @@ class NativeLinear(LinearBackend):
         scales: Tensor | None,
         bias: Tensor | None,
     ) -> None:
-        """`panels` and `scales` as NativeKernels packs them."""
+        """`panels` and `scales` as NativeKernels packs them, for a weight of `shape` [out, in]."""
         super().__init__(shape, bias)
         self._kernels = kernels
         self.panels, self.scales = panels, scales
@@ -52,13 +44,13 @@ class NativeLinear(LinearBackend):
 
     @classmethod
     def dense(cls, kernels: NativeKernels, weight: Tensor, bias: Tensor | None) -> NativeLinear:
-        """Keeps a weight [out, in] in the compute dtype."""
+        """Packs a weight [out, in] in the compute dtype."""
         shape = (weight.shape[0], weight.shape[1])
         return cls(kernels, shape, kernels.pack_dense(weight), None, bias)
 
     @classmethod
     def nf4(cls, kernels: NativeKernels, weight: Tensor, bias: Tensor | None) -> NativeLinear:
-        """Quantizes a weight [out, in] by bitsandbytes."""
+        """Quantizes a weight [out, in] by bitsandbytes and packs it."""
         shape = (weight.shape[0], weight.shape[1])
         from adaplex.model.linear.bitsandbytes_linear import quantize_nf4  # slow to import
 
@@ -73,15 +65,17 @@ class NativeLinear(LinearBackend):
         shape: tuple[int, int],
         bias: Tensor | None,
     ) -> NativeLinear:
-        """What gave these tensors. Raises ValueError for panels of another shape."""
+        """Makes the backend that gave these tensors. Raises ValueError for panels of another
+        shape.
+        """
         panels, scales = tensors["panels"], tensors.get("scales")
-        units = (shape[1] // kernels.per_unit, LANES, kernels.per_unit)
+        units = (shape[1] // kernels.per_unit, SIMD_LANES, kernels.per_unit)
         if scales is not None:
-            units = (shape[1] // 8, LANES, 2)
-        if tuple(panels.shape) != (-(-shape[0] // LANES), *units):
+            units = (shape[1] // 8, SIMD_LANES, 2)
+        if tuple(panels.shape) != (-(-shape[0] // SIMD_LANES), *units):
             raise ValueError(f"panels {tuple(panels.shape)} do not hold a weight {shape}")
-        scales = None if scales is None else _in_large_pages(scales)
-        return cls(kernels, shape, _in_large_pages(panels), scales, bias)
+        scales = None if scales is None else _in_huge_pages(scales)
+        return cls(kernels, shape, _in_huge_pages(panels), scales, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """See LinearBackend."""
@@ -96,8 +90,8 @@ class NativeLinear(LinearBackend):
 
     def tensors(self) -> dict[str, Tensor]:
         """See LinearBackend."""
-        kept = {"panels": self.panels, "scales": self.scales}
-        return {name: tensor for name, tensor in kept.items() if tensor is not None}
+        stored = {"panels": self.panels, "scales": self.scales}
+        return {name: tensor for name, tensor in stored.items() if tensor is not None}
 
     @property
     def nbytes(self) -> int:
@@ -105,25 +99,27 @@ class NativeLinear(LinearBackend):
         return int(self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes))
 
 
-def _in_large_pages(mapped: Tensor) -> Tensor:
-    """A copy of what lies in the pages of a file, which are small."""
+def _in_huge_pages(mapped: Tensor) -> Tensor:
+    """Returns a copy of a tensor that lies in the small pages of a mapped file."""
     return huge_pages.empty(*mapped.shape, dtype=mapped.dtype).copy_(mapped)
 
 
 def dense_linear(
-    kernels: NativeKernels | None, weight: Tensor, bias: Tensor | None
+    kernels: NativeKernels | None, products: Products, weight: Tensor, bias: Tensor | None
 ) -> LinearBackend:
-    """A dense backend for a weight [out, in] in the compute dtype, in panels where there are
-    kernels.
+    """Returns a dense backend for a weight [out, in] in the compute dtype: in panels where there
+    are C kernels and the width has panels, else multiplied by `products`.
     """
     native = native_linear(kernels, weight, bias, nf4=False) if kernels else None
-    return native or DenseLinear(weight, bias)
+    return native or DenseLinear(weight, bias, products.dense)
 
 
 def native_linear(
     kernels: NativeKernels, weight: Tensor, bias: Tensor | None, *, nf4: bool
 ) -> NativeLinear | None:
-    """The backend for a weight [out, in] in the compute dtype; None where it has no panels."""
+    """Returns the backend for a weight [out, in] in the compute dtype; None if a weight of this
+    width has no panels. An nf4 weight whose width has none is kept dense, with its nf4 values.
+    """
     if nf4 and kernels.packs_nf4(weight.shape[1]):
         return NativeLinear.nf4(kernels, weight, bias)
     if not kernels.packs_dense(weight.shape[1]):

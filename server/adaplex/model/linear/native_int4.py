@@ -6,22 +6,23 @@ import torch
 from torch import Tensor
 
 from adaplex.adapters.program.primitives import LowRank
-from adaplex.model.kernels.native.kernels import NativeKernels, unpack_groups
+from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.linear.backend import LinearBackend
-from adaplex.model.linear.int4_group import (
-    Int4GroupLinear,
+from adaplex.model.linear.int4_group import Int4GroupLinear
+from adaplex.model.linear.native import NativeLinear, dense_linear
+from adaplex.model.linear.products import Products
+from adaplex.model.weights.int4_group import (
     Int4Weight,
     fits,
+    folded_zeros,
     grouped_weight,
     int4_roundtrip,
-    merged_zeros,
 )
-from adaplex.model.linear.native import NativeLinear, dense_linear
-from adaplex.model.weights.panel_codes import codes
+from adaplex.model.weights.panel_codes import codes, unpack_groups
 
 
 class NativeInt4Linear(NativeLinear):
-    """`scales` holds pairs of scale and zero; `zeros`, if any, stand in for the latter."""
+    """`scales` holds pairs of scale and zero; `zeros`, if any, replace the zeros of the pairs."""
 
     def __init__(
         self,
@@ -32,8 +33,8 @@ class NativeInt4Linear(NativeLinear):
         bias: Tensor | None,
         zeros: Tensor | None = None,
     ) -> None:
-        """`panels`, `scales` [panels, groups, LANES, 2] and fp32 `zeros` as NativeKernels packs
-        them.
+        """`panels`, `scales` [panels, groups, LANES, 2] and fp32 `zeros` [panels, groups, LANES] as
+        NativeKernels packs them.
         """
         super().__init__(kernels, shape, panels, scales, bias)
         assert scales is not None
@@ -59,23 +60,23 @@ class NativeInt4Linear(NativeLinear):
 
     @property
     def nbytes(self) -> int:
-        """See LinearBackend; with zeros of its own, all else is another one's."""
+        """See LinearBackend; a backend with its own zeros shares all else with another one."""
         return int(super().nbytes if self.zeros is None else self.zeros.nbytes)
 
-    def merged(self, low_rank: LowRank, bias: Tensor | None) -> LinearBackend | None:
+    def folded(self, low_rank: LowRank, bias: Tensor | None) -> LinearBackend | None:
         """See LinearBackend."""
         if not fits(low_rank, self.group):
             return None
-        zeros = self._kernels.pack_groups(merged_zeros(low_rank, *self._grid()))
+        zeros = self._kernels.pack_groups(folded_zeros(low_rank, *self._grid()))
         shape = (self.out_features, self.in_features)
         return NativeInt4Linear(self._kernels, shape, self.panels, self._pairs, bias, zeros)
 
-    def merged_bytes(self, low_rank: LowRank) -> int | None:
+    def folded_bytes(self, low_rank: LowRank) -> int | None:
         """See LinearBackend."""
         return self._pairs.nbytes if fits(low_rank, self.group) else None
 
     def _grid(self) -> tuple[Tensor, Tensor]:
-        """Scales and zeros [out, groups]."""
+        """Returns scales and zeros [out, groups]."""
         scales, zeros = unpack_groups(self._pairs, self.out_features).unbind(-1)
         if self.zeros is not None:
             zeros = unpack_groups(self.zeros, self.out_features)
@@ -83,13 +84,18 @@ class NativeInt4Linear(NativeLinear):
 
 
 def int4_linear(
-    kernels: NativeKernels | None, weight: Tensor, bias: Tensor | None, group: int
+    kernels: NativeKernels | None,
+    products: Products,
+    weight: Tensor,
+    bias: Tensor | None,
+    group: int,
 ) -> LinearBackend:
-    """The backend for a weight [out, in] in the compute dtype. One of a width that `group` does not
-    divide is quantized, dequantized once and kept dense: the same values, more bytes.
+    """Returns the backend for a weight [out, in] in the compute dtype. A weight of a width that
+    `group` does not divide is quantized, dequantized once and kept dense: the same values, more
+    bytes.
     """
     if weight.shape[1] % group:
-        return dense_linear(kernels, int4_roundtrip(weight, group), bias)
+        return dense_linear(kernels, products, int4_roundtrip(weight, group), bias)
     if kernels is None:
-        return Int4GroupLinear(Int4Weight.quantized(weight, group), bias)
+        return Int4GroupLinear(Int4Weight.quantized(weight, group), bias, products.int4)
     return NativeInt4Linear.quantized(kernels, weight, bias, group)

@@ -6,19 +6,18 @@ Source of the interface: `transformers.AttentionInterface`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from adaplex.model.kernels import reference
+from adaplex.model.kernels.paged_kv import AttentionOptions, PagedAttend, PagedKV
 from adaplex.model.step.step_context import StepContext
 
 IMPLEMENTATION = "adaplex_paged"
-HOOK = "adaplex_attend"
-"""Attribute of every attention module that holds the function to call."""
+ATTEND_ATTRIBUTE = "adaplex_attend"
+"""Attribute of every attention module: the `Attend` that it calls."""
 
 
 class Attend(Protocol):
@@ -42,9 +41,9 @@ def attention_interface(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls; hands over to the function that the module's model installed."""
+    """Calls the `Attend` that is installed at the module; transformers calls this."""
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    attend: Attend = getattr(module, HOOK)
+    attend: Attend = getattr(module, ATTEND_ATTRIBUTE)
     return attend(module, query, key, value, scale, **kwargs), None
 
 
@@ -55,29 +54,15 @@ def install(model: nn.Module, attend: Attend) -> None:
     """Makes every attention layer of the model call `attend`."""
     for module in model.modules():
         if hasattr(module, "layer_idx"):
-            object.__setattr__(module, HOOK, attend)
-
-
-PagedKernel = Callable[..., Tensor]
-"""Called as `reference.attend`, and gives the same; the query may be a strided view."""
-
-
-def paged_kernel(device: torch.device) -> PagedKernel:
-    """Triton's on a CUDA device, the reference elsewhere."""
-    if device.type != "cuda":
-        return reference.attend
-    # Imported here, since only torch for CUDA brings Triton along.
-    from adaplex.model.kernels.triton import attention as triton_attention
-
-    return triton_attention.attend
+            object.__setattr__(module, ATTEND_ATTRIBUTE, attend)
 
 
 class PagedAttention:
     """Writes the step's keys and values to the cache and attends over the block tables."""
 
-    def __init__(self, step: StepContext, kernel: PagedKernel = reference.attend) -> None:
+    def __init__(self, step: StepContext, attend: PagedAttend = reference.attend) -> None:
         self._step = step
-        self._kernel = kernel
+        self._attend = attend
 
     def __call__(
         self,
@@ -99,21 +84,13 @@ class PagedAttention:
         cache.write(layer, step.slots, key[0], value[0])
         window = sliding_window or getattr(module, "sliding_window", None)
         step.windows[layer] = int(window or 0)
+        options = AttentionOptions(scale, window, softcap, s_aux)
         heads, rows = query.shape[1], query.shape[2]
         out = query.new_zeros(rows, heads, value.shape[-1])
         for group in step.groups:
             stop = group.start + group.batch * group.count
             q = query[0, :, group.start : stop].view(heads, group.batch, group.count, -1)
-            mixed = self._kernel(
-                q.transpose(0, 1),
-                cache.keys[layer],
-                cache.values[layer],
-                group.tables,
-                group.positions,
-                scale=scale,
-                window=window,
-                softcap=softcap,
-                sinks=s_aux,
-            )
+            kv = PagedKV(cache.keys[layer], cache.values[layer], group.tables, group.positions)
+            mixed = self._attend(q.transpose(0, 1), kv, options)
             out[group.start : stop] = mixed.transpose(1, 2).reshape(-1, heads, value.shape[-1])
         return out.unsqueeze(0)

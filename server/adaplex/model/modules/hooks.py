@@ -1,4 +1,4 @@
-"""Layers of the base that adapters can touch. What the adapters do there is the step's to say."""
+"""Modules of the base to which the adapters of a step apply: AdaptedLinear, and hooks elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adaplex.model.step.step_context import StepContext
 
 
 class AdaptedLinear(nn.Module):
-    """A linear of the base, plus whatever the adapters of the step do to their rows."""
+    """A linear of the base, and what the adapters of the step do to their rows."""
 
     def __init__(
         self, name: str, backend: LinearBackend, step: StepContext, *, is_head: bool
@@ -32,15 +32,15 @@ class AdaptedLinear(nn.Module):
         return self.backend.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]; rows are the leading dimensions, flattened."""
+        """x [..., in] -> [..., out]; rows are the leading dimensions, flattened."""
         adapters = self._step.head_rows if self.is_head else self._step.rows
         rows = x.reshape(-1, x.shape[-1])
         y = adapters.linear(self.name, self.backend, rows) if adapters.any else self.backend(rows)
         return y.view(*x.shape[:-1], self.backend.out_features)
 
 
-def adapt(module: nn.Module, site: BaseModule, step: StepContext) -> None:
-    """Lets the adapters of a step change what a module of another kind than linear gives."""
+def install_hooks(module: nn.Module, site: BaseModule, step: StepContext) -> None:
+    """Applies the adapters of a step to the output of a module that is no linear."""
     match site.kind:
         case "norm":
             module.register_forward_hook(_norm_hook(site.name, step))
@@ -50,14 +50,14 @@ def adapt(module: nn.Module, site: BaseModule, step: StepContext) -> None:
             module.register_forward_hook(_block_hook(site.name, step), with_kwargs=True)
         case "experts":
             owner, _, parameter = site.name.rpartition(".")
-            moe.adapt(module, owner, parameter, step)
+            moe.adapt_experts(module, owner, parameter, step)
         case _:
             pass
 
 
 def _norm_hook(name: str, step: StepContext) -> Any:
-    """Norms read the residual stream, which bottlenecks behind them may want, or the heads of
-    [batch, tokens, heads, features].
+    """Returns a hook for a norm of the residual stream [batch, tokens, hidden], which bottlenecks
+    of the block behind it may read, or of the heads of [batch, tokens, heads, features].
     """
 
     def hook(norm: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
@@ -81,8 +81,8 @@ def _embedding_hook(name: str, step: StepContext) -> Any:
 
 
 def _block_hook(name: str, step: StepContext) -> Any:
-    """Attention gives a tuple of which the first is what joins the stream, and takes its input by
-    name.
+    """Returns a hook for a block. Attention returns a tuple whose first item joins the residual
+    stream, and gets its input by name.
     """
 
     def hook(
@@ -97,17 +97,17 @@ def _block_hook(name: str, step: StepContext) -> Any:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., features] -> [rows, features], of the same memory."""
+    """x [..., features] -> [rows, features], a view of the same memory."""
     return x.view(-1, x.shape[-1])
 
 
 def oriented_weight(module: nn.Module) -> Tensor:
-    """[out, in] weight of a linear, whichever way round the module stores it."""
+    """Returns the weight of a linear as [out, in], whichever way round the module stores it."""
     weight = module.get_parameter("weight").detach()
     return weight.T.contiguous() if type(module).__name__ == "Conv1D" else weight
 
 
 def base_bias(module: nn.Module) -> Tensor | None:
-    """[out] bias of a module, None without one."""
+    """Returns the bias [out] of a module, None without one."""
     bias = getattr(module, "bias", None)
     return bias.detach() if isinstance(bias, torch.Tensor) else None

@@ -1,1 +1,1 @@
-"""One step as its layers see it: rows, tiles, and which kernels are launched."""
+"""One step as the layers of a model see it: rows, tiles, and which kernels are launched."""

@@ -8,53 +8,54 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from adaplex.model.kernels.native.structs import SITE_FIELDS
+from adaplex.model.weights.site_table import SiteField
 
 
 class Launch(IntEnum):
-    """What the kernels at a module do; see SITE_FIELDS for what an adapter then has there."""
+    """What the kernels at a module do; each value is an index into `LaunchPlan.modules`."""
 
     INPUT = 0
     """Scale the input."""
     WEIGHT = 1
-    """Use another weight."""
+    """Multiply by another weight."""
     ROWS = 2
-    """Use other rows of the weight."""
+    """Multiply by other rows of the weight."""
     NARROW = 3
-    """Make the narrow middle of a low-rank delta or of a bottleneck."""
+    """Compute a x, the narrow middle of a low-rank delta or of a bottleneck."""
     OUTPUT = 4
     """Scale the output, and add the delta and the bias."""
     VIRTUAL = 5
-    """Put embeddings before the prompt."""
+    """Write embeddings of virtual tokens."""
 
 
-FIELDS = {
-    Launch.INPUT: ("input_scale",),
-    Launch.WEIGHT: ("dense",),
-    Launch.ROWS: ("row_count",),
-    Launch.NARROW: ("rank",),
-    Launch.OUTPUT: ("rank", "bias", "output_scale"),
-    Launch.VIRTUAL: ("virtual_count",),
+FIELDS_OF_LAUNCH = {
+    Launch.INPUT: (SiteField.INPUT_SCALE,),
+    Launch.WEIGHT: (SiteField.DENSE,),
+    Launch.ROWS: (SiteField.ROW_COUNT,),
+    Launch.NARROW: (SiteField.RANK,),
+    Launch.OUTPUT: (SiteField.RANK, SiteField.BIAS, SiteField.OUTPUT_SCALE),
+    Launch.VIRTUAL: (SiteField.VIRTUAL_COUNT,),
 }
-"""Of which any makes the launch necessary."""
+"""Launch -> columns of the table; a module needs the launch if any of them is not zero."""
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """For each Launch the modules that need it, as the bits of a number."""
+    """For each Launch the modules that need it."""
 
     modules: tuple[int, ...] = (0,) * len(Launch)
+    """By Launch; bit i of each is set if the module numbered i needs it."""
 
     @classmethod
     def of(cls, table: NDArray[np.int64]) -> LaunchPlan:
-        """What an adapter needs; `table` [modules, SITE_FIELDS] as in AdapterWeights."""
-        columns = ([SITE_FIELDS.index(field) for field in FIELDS[launch]] for launch in Launch)
-        needed = (np.packbits(table[:, c].any(axis=1), bitorder="little") for c in columns)
-        return cls(tuple(int.from_bytes(bits.tobytes(), "little") for bits in needed))
+        """Returns what one adapter needs; `table` [modules, SiteField] as in AdapterWeights."""
+        needs = (table[:, FIELDS_OF_LAUNCH[launch]].any(axis=1) for launch in Launch)
+        bits = (np.packbits(needed, bitorder="little").tobytes() for needed in needs)
+        return cls(tuple(int.from_bytes(each, "little") for each in bits))
 
     @classmethod
     def everywhere(cls, modules: int) -> LaunchPlan:
-        """What adapters of all kinds together need, of a base with so many modules."""
+        """Returns every launch at every module of a base with so many modules."""
         return cls(((1 << modules) - 1,) * len(Launch))
 
     def __or__(self, other: LaunchPlan) -> LaunchPlan:
@@ -64,5 +65,5 @@ class LaunchPlan:
         return all(not b & ~a for a, b in zip(self.modules, other.modules, strict=True))
 
     def at(self, module: int) -> frozenset[Launch]:
-        """Those of one module, by its number."""
+        """Returns the launches at one module, by its number."""
         return frozenset(launch for launch in Launch if self.modules[launch] >> module & 1)

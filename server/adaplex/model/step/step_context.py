@@ -1,7 +1,7 @@
-"""StepContext: what the layers need to know of the step that runs.
+"""StepContext: what the layers of a model read of the step that runs.
 
-Hugging Face modules take no such argument, so one context object per model is shared by its
-attention and its linears, and refilled before each step.
+Modules of transformers accept no such argument, so the attention and the linears of a model share
+one context object, which is refilled before each step.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from adaplex.model.linear.backend import LinearBackend
 
 
 class AdapterRows(Protocol):
-    """The adapters of a step, by row, and what they do at a module of each kind. What is called in
-    place changes `y`; all tensors have one line a row.
+    """The adapters of a step, by row, and what they do at a module of each kind.
+
+    All tensors have one line a row; every method but `linear` changes `y` in place.
     """
 
     @property
     def any(self) -> bool:
-        """False for a base-only step: then nothing else is called."""
+        """False for a base-only step: then no method is called."""
         ...
 
     def linear(self, name: str, backend: LinearBackend, x: Tensor) -> Tensor:
@@ -31,24 +32,24 @@ class AdapterRows(Protocol):
         ...
 
     def norm(self, name: str, norm: nn.Module, x: Tensor, y: Tensor) -> None:
-        """`norm` made y [rows, features], or [rows, heads, features], of x; in place."""
+        """y [rows, features], or [rows, heads, features], is what `norm` made of x."""
         ...
 
     def embedding(self, name: str, embedding: nn.Module, ids: Tensor, y: Tensor) -> None:
-        """`embedding` made y [rows, hidden] of ids [rows]; in place."""
+        """y [rows, hidden] is what `embedding` made of ids [rows]."""
         ...
 
     def block(self, name: str, x: Tensor, residual: Tensor, y: Tensor) -> None:
-        """A block made y [rows, hidden] of x, the norm of `residual`; in place."""
+        """y [rows, hidden] is what a block made of x, which is the norm of `residual`."""
         ...
 
     def expert(self, name: str, expert: int, rows: Tensor, x: Tensor, y: Tensor) -> None:
-        """An expert made y [chosen, out] of x [chosen, in], which are `rows` [chosen]; in place."""
+        """y [chosen, out] is what an expert made of x [chosen, in], the rows `rows` [chosen]."""
         ...
 
 
 class BaseRows:
-    """No row has an adapter."""
+    """AdapterRows of a step in which no row has an adapter."""
 
     any = False
 
@@ -71,14 +72,15 @@ class BaseRows:
 
 @dataclass(frozen=True)
 class AttentionGroup:
-    """Sequences with equally many tokens in the step, in neighbouring rows.
-
-    Rows [start, start + batch * count); tables [batch, blocks] and positions [batch, count].
+    """Sequences with equally many tokens in the step, in neighbouring rows
+    [start, start + batch * count).
     """
 
     start: int
     tables: Tensor
+    """int64 [batch, blocks]."""
     positions: Tensor
+    """int64 [batch, count]."""
 
     @property
     def batch(self) -> int:
@@ -87,23 +89,23 @@ class AttentionGroup:
 
     @property
     def count(self) -> int:
-        """Tokens of each."""
+        """Tokens of each sequence."""
         return self.positions.shape[1]
 
 
 class StepContext:
-    """The state of one step; the layers hold a reference to it."""
+    """The state of one step; the layers of a model share a reference to it."""
 
     def __init__(self) -> None:
         self.cache: KVCache | None = None
         self.slots: Tensor = torch.zeros(0, dtype=torch.int64)
-        """[rows] where each row's key and value go: block * block_tokens + offset."""
+        """int64 [rows]: where each row's key and value go, block * block_tokens + offset."""
         self.groups: tuple[AttentionGroup, ...] = ()
         self.windows: dict[int, int] = {}
-        """Visible keys of each layer that ran, 0 for all."""
+        """Layer -> visible keys, 0 for all, of each layer that ran."""
         self.residual: Tensor | None = None
-        """What the last norm read; kept in steps with adapters only."""
+        """Input of the last norm; set in steps with adapters only."""
         self.rows: AdapterRows = BaseRows()
-        """By token row."""
+        """Adapters by token row."""
         self.head_rows: AdapterRows = BaseRows()
-        """By row of the output layer, which sees only the rows that are sampled."""
+        """Adapters by row of the output layer, whose rows are the sampled ones only."""

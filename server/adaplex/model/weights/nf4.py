@@ -1,22 +1,41 @@
-"""nf4 as bitsandbytes keeps it on CUDA devices: codes, and the maxima of blocks quantized too.
+"""nf4: weights of 4 bits by bitsandbytes; Nf4Weight as bitsandbytes stores it on CUDA devices.
 
-W[b, i] = value[code[b, i]] * (step[maximum[b]] * scale[b // NESTED] + offset) for block b of
-NF4_BLOCK neighbouring inputs. Source: bitsandbytes.functional.QuantState and dequantize_4bit.
+There the maxima of blocks are quantized too. For block b of NF4_BLOCK neighbouring inputs:
+W[b, i] = value[code[b, i]] * (step[maximum[b]] * scale[b // NESTED] + offset).
+Source: bitsandbytes.functional.QuantState and dequantize_4bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adaplex.model.kernels.native.kernels import NF4_BLOCK
-
+NF4_BLOCK = 64
+"""Weights that share one absolute maximum."""
 NESTED = 256
 """Blocks that share a scale of their maxima."""
+NF4_VALUES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""Values of the codes 0 to 15, as in bitsandbytes."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +57,7 @@ class Nf4Weight:
 
     @classmethod
     def of(cls, data: Tensor, state: Any) -> Nf4Weight:
-        """The tensors of bitsandbytes, not copied; quantized with `compress_statistics`."""
+        """Wraps the tensors of bitsandbytes, quantized with `compress_statistics`; not copied."""
         assert (state.blocksize, state.state2.blocksize) == (NF4_BLOCK, NESTED)
         rows, columns = state.shape
         assert columns % NF4_BLOCK == 0
@@ -52,7 +71,9 @@ class Nf4Weight:
         )
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """fp32 [out, in] as products in `dtype` have it, which rounds the values: exact in fp32."""
+        """Returns fp32 [out, in], the weight that products in `dtype` multiply by: its values are
+        rounded to `dtype`, so it is exact in fp32.
+        """
         scales = self.scales.repeat_interleave(NESTED)[: len(self.maxima)]
         maxima = self.steps[self.maxima.int()] * scales + self.offset
         codes = torch.stack((self.codes >> 4, self.codes & 15), -1).view(-1, NF4_BLOCK)
@@ -61,19 +82,5 @@ class Nf4Weight:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """The tensors in order."""
+        """The tensors, in order."""
         return (self.codes, self.values, self.maxima, self.steps, self.scales, self.offset)
-
-
-Nf4Product = Callable[[Tensor, Nf4Weight, Tensor | None], Tensor]
-"""(x [rows, in], weight, bias [out] or None) -> x W' + bias, [rows, out] in x's type."""
-
-
-def nf4_product(device: torch.device) -> Nf4Product | None:
-    """Triton's on a CUDA device; elsewhere there is none for weights that are kept so."""
-    if device.type != "cuda":
-        return None
-    # Imported here, since only torch for CUDA brings Triton along.
-    from adaplex.model.kernels.triton import weight_formats
-
-    return weight_formats.nf4_product

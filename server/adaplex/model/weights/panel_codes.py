@@ -1,16 +1,24 @@
-"""Codes of 4 bits, out of the panels that the C kernels read: how a weight is dequantized whole."""
+"""Weights out of the panels that the C kernels read: how a packed weight is dequantized."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from adaplex.model.kernels.native.kernels import unpack_groups
+
+def unpack_dense(panels: Tensor, rows: int) -> Tensor:
+    """panels [panels, units, LANES, per_unit] -> weight [rows, in]."""
+    return panels.permute(0, 2, 1, 3).reshape(-1, panels.shape[1] * panels.shape[3])[:rows]
+
+
+def unpack_groups(packed: Tensor, rows: int) -> Tensor:
+    """packed [panels, groups, LANES, ..], of `NativeKernels.pack_groups` -> [rows, groups, ..]."""
+    return packed.transpose(1, 2).flatten(0, 1)[:rows]
 
 
 def code_pairs(panels: Tensor, rows: int) -> Tensor:
-    """Panels of `NativeKernels.pack_codes` -> uint8 [rows, in / 2]: the codes of two inputs, the
-    first in the low half.
+    """panels [panels, in / 8, LANES, 2], of `NativeKernels.pack_codes` -> uint8 [rows, in / 2]: the
+    codes of two inputs, the first in the low half.
     """
     # A line of a row is 8 inputs: those of even place in one int16, those of odd in the next.
     lines = panels.view(torch.int32)[..., 0].transpose(1, 2).flatten(0, 1)[:rows].contiguous()
@@ -19,14 +27,14 @@ def code_pairs(panels: Tensor, rows: int) -> Tensor:
 
 
 def codes(panels: Tensor, rows: int) -> Tensor:
-    """Codes of 0 to 15, uint8 [rows, in]."""
+    """panels as in `code_pairs` -> codes of 0 to 15, uint8 [rows, in]."""
     pairs = code_pairs(panels, rows)
     return torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)
 
 
 def nf4_weight(panels: Tensor, scales: Tensor, rows: int, values: Tensor) -> Tensor:
-    """The weight in effect, fp32 [rows, in]; `values` fp32 [16] are what codes stand for, `scales`
-    [out / LANES, groups, LANES] those of each group of inputs.
+    """panels as in `code_pairs`, scales [panels, groups, LANES] of groups of inputs, values fp32
+    [16] of the codes -> weight in effect, fp32 [rows, in].
     """
     # Two values are looked up at once, as one number of eight bytes.
     both = torch.stack((values.repeat(16), values.repeat_interleave(16)), -1)

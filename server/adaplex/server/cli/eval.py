@@ -142,8 +142,8 @@ def _scores(
     merged: bool,
 ) -> list[TextScore]:
     """Scores every text under the base and under the adapter. Raises ConfigError."""
+    from adaplex.model.constants import KV_BLOCK_TOKENS
     from adaplex.model.perplexity import token_losses
-    from adaplex.server.build import BLOCK_TOKENS
 
     positions = program.traits.leading + min(window, max(map(len, texts.values())))
     if positions > offline.base.max_positions:
@@ -156,7 +156,7 @@ def _scores(
 
     def losses(ids: Sequence[int], adapter: AdapterRef | None) -> Tensor:
         return token_losses(
-            runner, ids, adapter, length=window, stride=stride, block_tokens=BLOCK_TOKENS
+            runner, ids, adapter, length=window, stride=stride, block_tokens=KV_BLOCK_TOKENS
         )
 
     scores = []

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from adaplex.model import huge_pages
+from adaplex.model.constants import SIMD_LANES as LANES
 from adaplex.model.kernels.native import structs
-from adaplex.model.kernels.native.library import (
-    WRONG,
-    BuildFailed,
-    InstructionSet,
-    load_library,
-)
+from adaplex.model.kernels.native.library import WRONG, InstructionSet, load_library
+from adaplex.model.weights.nf4 import NF4_BLOCK
 
-LANES = 16
-"""Output columns of a panel, and tokens of a block of the cache."""
 ELEMENTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
-NF4_BLOCK = 64
-"""Weights that share one absmax."""
 
 
 class NativeKernels:
@@ -114,29 +106,6 @@ class NativeKernels:
         place = (b.data_ptr(), b.shape[0], b.shape[1], self.per_unit)
         self._library.pack_low_rank(*place, packed.data_ptr())
         return packed
-
-
-def native_kernels(
-    dtype: torch.dtype, device: torch.device, *, cache: Path, progress: Callable[[str], None]
-) -> NativeKernels | None:
-    """The kernels for a CPU, None elsewhere; says in one line why there are none, if so."""
-    if device.type != "cpu":
-        return None
-    try:
-        return NativeKernels(dtype, cache)
-    except BuildFailed as error:
-        progress(f"the model runs on torch, several times slower than on C kernels: {error}")
-        return None
-
-
-def unpack_dense(panels: Tensor, rows: int) -> Tensor:
-    """panels [panels, units, LANES, per_unit] -> weight [rows, in]."""
-    return panels.permute(0, 2, 1, 3).reshape(-1, panels.shape[1] * panels.shape[3])[:rows]
-
-
-def unpack_groups(packed: Tensor, rows: int) -> Tensor:
-    """What `pack_groups` packed, [rows, groups, ..]."""
-    return packed.transpose(1, 2).flatten(0, 1)[:rows]
 
 
 def _check(code: int) -> None:

@@ -5,25 +5,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from adaplex.adapters.program.primitives import Activation, Bottleneck, Reads
-
 Address = ctypes.c_void_p
 Integer = ctypes.c_int64
-
-SITE_FIELDS = (
-    *("a", "b", "rank", "bias", "dense", "output_scale", "input_scale"),
-    *("inner", "shape", "rows", "row_ids", "row_count", "virtual", "virtual_count", "zeros"),
-)
-"""A `Site`, which numpy holds as int64 [modules, len(SITE_FIELDS)]."""
-
-
-ACTIVATIONS, READS = tuple(Activation), tuple(Reads)
-"""Their numbers in C."""
-
-
-def shape_code(bottleneck: Bottleneck) -> int:
-    """`shape` of a Site."""
-    return ACTIVATIONS.index(bottleneck.activation) + 16 * READS.index(bottleneck.reads)
 
 
 def address_of(struct: ctypes.Array[Any] | ctypes.Structure) -> int:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adaplex.model.kernels import reference
+from adaplex.model.kernels.paged_kv import AttentionOptions, PagedKV
 from adaplex.model.kernels.triton.dot import LEAST, dot_type
 from adaplex.model.kernels.triton.partition import (
     MASKED,
@@ -30,26 +31,15 @@ PROMPT_ROWS = 64
 """Largest number of pairs of token and head in a prompt tile, unless a group has more heads."""
 
 
-def attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    tables: Tensor,
-    positions: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """query [batch, heads, n, dk], contiguous in its last dimension; keys [kv_heads, blocks,
-    block_tokens, dk], values [kv_heads, blocks, block_tokens, dv], tables [batch, table] int64 and
-    positions [batch, n] int64, contiguous; sinks [heads] -> [batch, heads, n, dv].
+def attend(query: Tensor, kv: PagedKV, options: AttentionOptions) -> Tensor:
+    """query [batch, heads, n, dk], contiguous in its last dimension; kv as in PagedKV, contiguous
+    -> [batch, heads, n, dv].
 
     Computes `reference.attend`.
     """
     batch, heads, n, dk = query.shape
-    kv_heads, blocks, block_tokens, dv = values.shape
+    kv_heads, blocks, block_tokens, dv = kv.values.shape
+    keys, values, tables, positions = kv.keys, kv.values, kv.tables, kv.positions
     assert query.stride(3) == 1
     assert all(t.is_contiguous() for t in (keys, values, tables, positions))
     group = heads // kv_heads
@@ -60,19 +50,20 @@ def attend(
         "ROWS": max(LEAST, triton.next_power_of_2(tokens * group)),
         "DV": dv,
         "DV_PADDED": max(LEAST, triton.next_power_of_2(dv)),
-        "WINDOW": window or 0,
+        "WINDOW": options.window or 0,
     }
     products = {
         "DK": dk,
         "DK_PADDED": max(LEAST, triton.next_power_of_2(dk)),
         "BLOCK_TOKENS": block_tokens,
-        "SOFTCAP": softcap or 0.0,
+        "SOFTCAP": options.softcap or 0.0,
         "DOT": dot_type(query),
     }
     strides = query.stride(0), query.stride(1), query.stride(2)
     cache = keys, values, blocks, tables, tables.shape[1]
-    inputs = (query, *strides, scale, *cache, positions, n)
+    inputs = (query, *strides, options.scale, *cache, positions, n)
     out = query.new_empty(batch, n, heads, dv)
+    sinks = options.sinks
     ends = {"sinks": out if sinks is None else sinks, "SINKS": sinks is not None, "out": out}
     if n > 1:
         tiles = triton.cdiv(n, tokens)

@@ -1,5 +1,5 @@
 """Adapters' changes to embeddings and to the weights of norms, in Triton: look-ups by row. See
-`table` for slots and tiles.
+`site` for slots and tiles.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaplex.model.kernels.native.structs import SITE_FIELDS
 from adaplex.model.kernels.triton.dot import dot_type
-from adaplex.model.kernels.triton.table import (
+from adaplex.model.kernels.triton.site import (
     FIELDS,
     RANKS,
     TILE,
@@ -19,6 +18,7 @@ from adaplex.model.kernels.triton.table import (
     elements,
     tile_rows,
 )
+from adaplex.model.weights.site_table import SITE_FIELDS
 
 BLOCK = 128
 """Features of one program."""

@@ -3,7 +3,7 @@ arena; also the scales and biases of outputs.
 
 The inputs are divided into splits of a fixed size: `_shrink` writes the partial a x of each split,
 `_expand` sums them in order and multiplies by b. There are no atomics, and the arithmetic of a row
-depends on the row and its adapter alone. See `table` for slots and tiles.
+depends on the row and its adapter alone. See `site` for slots and tiles.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from adaplex.adapters.program.primitives import Activation, Reads
-from adaplex.model.kernels.native.structs import ACTIVATIONS, READS, SITE_FIELDS
 from adaplex.model.kernels.triton.dot import dot_type
-from adaplex.model.kernels.triton.table import (
+from adaplex.model.kernels.triton.site import (
     FIELDS,
     RANKS,
     TILE,
@@ -25,6 +24,7 @@ from adaplex.model.kernels.triton.table import (
     tile_rows,
     vector,
 )
+from adaplex.model.weights.site_table import ACTIVATIONS, READS, SITE_FIELDS
 
 SPLIT = 1024
 """Largest number of inputs that one program of `_shrink` sums."""

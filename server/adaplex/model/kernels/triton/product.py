@@ -103,8 +103,8 @@ def product(
         enable_fp_fusion=False,
     )
     if apart:
-        grid = (rows, triton.cdiv(outs, SUMMED))
-        _add[grid](sums, added, y, rows, outs, bias is not None, splits, SUMMED)
+        blocks = (rows, triton.cdiv(outs, SUMMED))
+        _add[blocks](sums, added, y, rows, outs, bias is not None, splits, SUMMED)
     return y
 
 

@@ -1,5 +1,5 @@
 """Adapters' changes to a linear other than low-rank deltas, in Triton: scaled inputs, a replaced
-weight, replaced rows of it. See `table` for slots and tiles.
+weight, replaced rows of it. See `site` for slots and tiles.
 
 Every program writes its own elements, and sums over inputs have one order, so the arithmetic of a
 row depends on the row and its adapter alone.
@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaplex.model.kernels.native.structs import SITE_FIELDS
 from adaplex.model.kernels.triton.dot import dot_type
-from adaplex.model.kernels.triton.table import (
+from adaplex.model.kernels.triton.site import (
     FIELDS,
     RANKS,
     TILE,
@@ -22,6 +21,7 @@ from adaplex.model.kernels.triton.table import (
     tile_rows,
     vector,
 )
+from adaplex.model.weights.site_table import SITE_FIELDS
 
 BLOCK_IN = 128
 """Inputs of one product."""

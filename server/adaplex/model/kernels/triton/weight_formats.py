@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaplex.model.kernels.native.kernels import NF4_BLOCK
 from adaplex.model.kernels.triton.product import WeightFormat, product
-from adaplex.model.linear.int4_group import CENTER, Int4Weight
-from adaplex.model.weights.nf4 import NESTED, Nf4Weight
+from adaplex.model.weights.int4_group import CENTER, Int4Weight
+from adaplex.model.weights.nf4 import NESTED, NF4_BLOCK, Nf4Weight
 
 MIDDLE = tl.constexpr(CENTER)
 NESTED_BLOCKS = tl.constexpr(NESTED)

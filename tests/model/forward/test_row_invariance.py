@@ -1,0 +1,69 @@
+"""A row's logits have the same bits however they come about: alone, in any batch, in any chunks,
+token by token, on one thread or several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+import torch
+
+from adaplex.engine.batch import Chunk
+from rig import ModelRig, prompt
+from tiny import ARCHITECTURES
+
+LENGTHS = (5, 17, 40, 300, 70)
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """BLAS splits rows between threads, and what is left over from a tile differs."""
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("quantization", ["fp32", "bf16", "nf4", "int8", "int4-group"])
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_logits_are_bit_equal_however_computed(
+    architecture: str, quantization: str, tiny_model: Callable[[str], Path]
+) -> None:
+    check(ModelRig(tiny_model(architecture), quantization))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_logits_are_bit_equal_on_several_threads(
+    architecture: str, three_threads: None, tiny_model: Callable[[str], Path]
+) -> None:
+    check(ModelRig(tiny_model(architecture), "fp32"))
+
+
+def check(rig: ModelRig) -> None:
+    sequences = [rig.sequence(prompt(length)) for length in LENGTHS]
+    alone = [rig.prefill(sequence)[0] for sequence in sequences]
+    assert alone[0].abs().max() > 0.1
+
+    together = rig.prefill(*sequences)
+    reverse = rig.prefill(*reversed(sequences)).flip(0)
+    for row, expected in enumerate(alone):
+        assert torch.equal(together[row], expected)
+        assert torch.equal(reverse[row], expected)
+
+    for sequence, expected in zip(sequences, alone, strict=True):
+        start, sizes = 0, cycle((7, 1, 33, 64))
+        while start < len(sequence):
+            chunk = Chunk(sequence, start, min(next(sizes), len(sequence) - start))
+            logits, start = rig.forward(chunk), chunk.end
+        assert torch.equal(logits[0], expected)
+
+    short = sequences[:3]
+    last = {}
+    for position in range(max(map(len, short))):
+        live = [s for s in short if position < len(s)]
+        logits = rig.forward(*(Chunk(s, position, 1) for s in live))
+        done = [s for s in live if position == len(s) - 1]
+        last.update({id(s): row for s, row in zip(done, logits, strict=True)})
+    for sequence, expected in zip(short, alone, strict=False):
+        assert torch.equal(last[id(sequence)], expected)

@@ -1,0 +1,198 @@
+"""The C kernel of grouped low-rank deltas against the reference in torch, over adapter mixes."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from adaplex.model.base.source import default_cache
+from adaplex.model.kernels.low_rank import NativeLowRank, ReferenceLowRank
+from adaplex.model.kernels.native import library
+from adaplex.model.kernels.native.kernels import NativeKernels
+from adaplex.model.select import low_rank_kernel, native_kernels
+from adaplex.model.weights.adapter_weights import AdapterRun, AdapterWeights, SiteWeights
+
+MODULES = {"narrow": 0, "wide": 1, "odd": 2, "untouched": 3}
+SHAPES = {"narrow": (64, 48), "wide": (128, 320), "odd": (37, 21), "untouched": (8, 8)}
+"""Module -> (in, out)."""
+ROWS = 41
+
+
+def native(dtype: torch.dtype) -> NativeLowRank:
+    return NativeLowRank(NativeKernels(dtype, default_cache()))
+
+
+def adapter(rank: int, dtype: torch.dtype, modules: tuple[str, ...]) -> AdapterWeights:
+    sites = {}
+    for name in modules:
+        width, out = SHAPES[name]
+        a, b = torch.randn(rank, width) * 0.3, torch.randn(rank, out) * 0.3
+        sites[name] = SiteWeights(a.to(dtype), b.to(dtype))
+    return AdapterWeights.of(sites, MODULES)
+
+
+def packed(weights: AdapterWeights) -> AdapterWeights:
+    """The same as the C kernels read it."""
+    sites = {}
+    for name, site in weights.sites.items():
+        assert site.a is not None
+        assert site.b is not None
+        kernels = NativeKernels(site.b.dtype, default_cache())
+        sites[name] = SiteWeights(site.a, kernels.pack_low_rank(site.b).view_as(site.b))
+    return AdapterWeights.of(sites, MODULES)
+
+
+def mixes() -> dict[str, list[int | None]]:
+    """Name -> adapter of each row, None for base rows."""
+    chance = random.Random(3)
+    zipf = sorted(min(int(1 / (1 - chance.random())) - 1, 7) for _ in range(ROWS - 1))
+    return {
+        "distinct": [*range(8), None],
+        "identical": [None, *[0] * (ROWS - 1)],
+        "uniform": [*sorted(i % 6 for i in range(ROWS - 1)), None],
+        "skewed": [0] * 30 + [None] * 3 + [1, 2, 2, 3, 4, 5, 6, 7],
+        "zipf": [*zipf, None],
+    }
+
+
+def spans(mix: list[int | None], adapters: list[AdapterWeights]) -> list[AdapterRun]:
+    made = []
+    for i in range(8):
+        rows = [row for row, used in enumerate(mix) if used == i]
+        if rows:
+            assert rows == list(range(rows[0], rows[-1] + 1))
+            made.append(AdapterRun(rows[0], rows[-1] + 1, adapters[i]))
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mix", sorted(mixes()))
+def test_native_equals_reference_and_leaves_base_rows_alone(dtype: torch.dtype, mix: str) -> None:
+    torch.manual_seed(1)
+    touched = [("narrow", "wide", "odd"), ("wide",), ("odd", "narrow"), ("narrow", "wide", "odd")]
+    adapters = [adapter((1, 2, 3, 8, 16, 5, 64, 7)[i], dtype, touched[i % 4]) for i in range(8)]
+    chosen = mixes()[mix]
+    panels = [packed(each) for each in adapters]
+    fast = native(dtype).plan(spans(chosen, panels), MODULES)
+    slow = ReferenceLowRank().plan(spans(chosen, adapters), MODULES)
+    for module, (width, out) in SHAPES.items():
+        x = torch.randn(len(chosen), width).to(dtype)
+        start = torch.randn(len(chosen), out).to(dtype)
+        expected, got = start.clone(), start.clone()
+        slow(module, x, expected)
+        fast(module, x, got)
+        bound = 1e-4 if dtype == torch.float32 else 6e-2
+        scale = max(1.0, float(expected.float().abs().max()))
+        assert (got.float() - expected.float()).abs().max() < bound * scale
+        for row, name in enumerate(chosen):
+            if name is None:
+                assert torch.equal(got[row], start[row])
+        if module != "untouched":
+            assert not torch.equal(got, start)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("module", ["narrow", "wide", "odd"])
+def test_a_row_has_the_same_bits_alone_and_in_any_block(dtype: torch.dtype, module: str) -> None:
+    kernel, weights = native(dtype), packed(adapter(15, dtype, (module,)))
+    width, out = SHAPES[module]
+    x, y = torch.randn(ROWS, width).to(dtype), torch.randn(ROWS, out).to(dtype)
+
+    def run(start: int, stop: int) -> Tensor:
+        rows = y[start:stop].clone()
+        span = AdapterRun(0, stop - start, weights)
+        kernel.plan([span], MODULES)(module, x[start:stop], rows)
+        return rows
+
+    whole = run(0, ROWS)
+    for start, stop in [*((i, i + 1) for i in range(ROWS)), (0, 3), (1, 8), (5, 41), (2, 7)]:
+        assert torch.equal(run(start, stop), whole[start:stop])
+
+
+def test_rows_may_have_gaps_between_them() -> None:
+    weights = adapter(4, torch.float32, ("narrow",))
+    x, y = torch.randn(9, 200)[:, 10:74], torch.randn(9, 100)[:, 20:68]
+    expected = y.clone()
+    ReferenceLowRank().plan([AdapterRun(2, 9, weights)], MODULES)("narrow", x, expected)
+    weights = packed(weights)
+    native(torch.float32).plan([AdapterRun(2, 9, weights)], MODULES)("narrow", x, y)
+    assert (y - expected).abs().max() < 1e-5
+
+
+def test_one_adapters_nan_stays_in_its_rows() -> None:
+    good, bad = (adapter(4, torch.bfloat16, ("wide",)) for _ in range(2))
+    site = bad.sites["wide"]
+    assert site.a is not None
+    site.a.fill_(torch.nan)
+    x, y = torch.randn(6, 128).bfloat16(), torch.randn(6, 320).bfloat16()
+    kernel, good, bad = native(torch.bfloat16), packed(good), packed(bad)
+    kernel.plan([AdapterRun(0, 2, good), AdapterRun(2, 4, bad)], MODULES)("wide", x, y)
+    assert bool(torch.isnan(y[2:4]).all())
+    assert bool(torch.isfinite(y[[0, 1, 4, 5]]).all())
+
+
+def test_a_machine_without_a_compiler_gets_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setenv("CC", "no-such-compiler")
+    cpu = torch.device("cpu")
+    kernels = native_kernels(torch.float32, cpu, cache=tmp_path, progress=told.append)
+    assert kernels is None
+    assert isinstance(low_rank_kernel(kernels), ReferenceLowRank)
+    assert len(told) == 1
+    assert "C compiler" in told[0]
+
+
+def test_a_compiler_that_fails_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "false")
+    with pytest.raises(library.BuildFailed, match="false ended with 1"):
+        library.load_library(tmp_path)
+
+
+def test_a_compiler_that_takes_too_long_is_ended_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = tmp_path / "children"
+    compiler = tmp_path / "cc"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" = --version ] && exit 0\n'
+        f"sleep 1000 & echo $! >> {children}\n"
+        "while :; do :; done\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setattr(library, "BUILD_CPU_SECONDS", 1)
+    with pytest.raises(library.BuildFailed, match="ended with -"):
+        library.load_library(tmp_path)
+    (child,) = children.read_text().split()
+    while alive(int(child)):  # a signal takes its time; the test's own limit ends this
+        os.sched_yield()
+    assert not list((tmp_path / "kernels").iterdir())
+
+
+def alive(process: int) -> bool:
+    """True until a process has ended; one that is not waited for counts as ended."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
+def test_the_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library.load_library(tmp_path)
+    (built,) = (tmp_path / "kernels").iterdir()
+
+    def build(*_: object) -> None:
+        raise AssertionError("built again")
+
+    monkeypatch.setattr(library, "_build", build)
+    library.load_library(tmp_path)
+    assert built.suffix == ".so"
