@@ -132,7 +132,7 @@ def _descending(values: Tensor) -> Tensor:
 
 
 def _logprob(logits: Tensor, token: int, count: int | None) -> Logprob | None:
-    """values [n] -> values, descending; on a CPU by numpy, since torch sorts places too."""
+    """logits [vocabulary] -> log probabilities of the model, before penalties and temperature."""
     if count is None:
         return None
     logprobs = torch.log_softmax(logits, -1)
