@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from adaplex.engine.observer import EngineStats
+from adaplex.engine.stats import EngineStats
 from adaplex.server.config import ServerConfig
 from adaplex.server.metric_table import LABELS, METRICS, RPC_METRICS
 from adaplex.server.metrics import Metrics, RpcMetrics
