@@ -147,7 +147,7 @@ class Bench:
         ]
         return Prefill(mix, tokens, tokens / min(seconds))
 
-    def warm(self) -> None:
+    def warm_up(self) -> None:
         """Loads every adapter into the arena."""
         self.steps([self.request(i, 4, 1) for i in range(len(self.refs))])
 

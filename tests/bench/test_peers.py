@@ -11,7 +11,7 @@ import pytest
 
 from bench.peers import install, report, rounds
 from bench.peers.events import post
-from bench.peers.system import Answer, PeerError, Progress
+from bench.peers.system import PeerError, ReportProgress, StreamResult
 from bench.peers.workload import CELLS, CONTEXT, GOALS, SLOTS, Cell
 
 SMALL = (Cell("2-base", (None, None), 4, 3), Cell("2-distinct", (0, 1), 4, 3))
@@ -28,7 +28,7 @@ class Fake:
         self.asked: list[tuple[tuple[int, ...], int | None, int]] = []
         self._seconds, self._short, self._deaf = seconds, short, deaf
 
-    def prepare(self, progress: Progress) -> None:
+    def prepare(self, progress: ReportProgress) -> None:
         progress(f"{self.name} is there")
 
     async def __aenter__(self) -> Self:
@@ -39,21 +39,23 @@ class Fake:
     async def __aexit__(self, *_: object) -> None:
         self.running = False
 
-    async def generate(self, prompt: Sequence[int], adapter: int | None, tokens: int) -> Answer:
+    async def generate(
+        self, prompt: Sequence[int], adapter: int | None, tokens: int
+    ) -> StreamResult:
         assert self.running
         self.asked.append((tuple(prompt), adapter, tokens))
         await asyncio.sleep(self._seconds)
         heard = None if self._deaf else adapter
-        return Answer(f"{prompt} {heard}", tokens - self._short, 0.5, 1.0)
+        return StreamResult(f"{prompt} {heard}", tokens - self._short, 0.5, 1.0)
 
 
 class Missing(Fake):
-    def prepare(self, progress: Progress) -> None:
+    def prepare(self, progress: ReportProgress) -> None:
         raise PeerError("no compiler")
 
 
-async def measured(*systems: Fake, repeats: int = 1) -> rounds.Measured:
-    found, said = rounds.Measured(), list[str]()
+async def measured(*systems: Fake, repeats: int = 1) -> rounds.Results:
+    found, said = rounds.Results(), list[str]()
     rounds.prepare(systems, found, said.append)
     await rounds.run(systems, SMALL, repeats, found, said.append)
     assert not any(system.running for system in systems)
@@ -101,7 +103,7 @@ async def test_every_system_answers_every_cell_in_every_round() -> None:
 async def test_measured_prompts_are_not_those_of_the_warm_up() -> None:
     system = Fake("adaplex")
     await measured(system, repeats=2)
-    prompts = [prompt for prompt, _, tokens in system.asked if tokens != rounds.PROOF.output]
+    prompts = [prompt for prompt, _, tokens in system.asked if tokens != rounds.CHECK.output]
     assert len(set(prompts)) == len(prompts)
 
 
@@ -151,7 +153,7 @@ def test_figures_are_medians() -> None:
 
 
 def test_the_table_has_figures_ratios_and_goals() -> None:
-    found = rounds.Measured()
+    found = rounds.Results()
     for system, cells in TABLE.items():
         for cell, figure in cells.items():
             found.figures[system][cell].append(figure)

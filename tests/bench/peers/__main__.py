@@ -1,11 +1,12 @@
-"""adaplex beside its peers: the same prompts, adapters and concurrency, in one run.
+"""adaplex compared with its peers: the same prompts, adapters and concurrency, in one run.
 
     make bench-peers
     make bench-peers ARGS='--systems adaplex llama.cpp-bf16 llama.cpp-q8_0 --repeats 5'
 
-Peers are installed under the cache folder first, which takes a quarter of an hour once. Prints the
-table of medians and the ratios; figures of different runs do not compare. Each system's module says
-how it is driven and why. Exit code 1 when a system is missing, unless --allow-missing.
+Installs the peers under the cache folder first, which takes a quarter of an hour once. Prints the
+table of medians and the ratios; figures of different runs cannot be compared. Each system's module
+documents its settings and their reasons. The exit code is 1 if a system is missing, unless
+--allow-missing.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .workload import CELLS, CONTEXT, GOALS, SLOTS
 
 RANK = 16
 STOPPED = 130
-"""The exit code of a run that was interrupted, as shells have it."""
+"""The exit code of an interrupted run, as of shells."""
 SYSTEMS: dict[str, Callable[[Inputs], System]] = {
     "llama.cpp-bf16": partial(LlamaCpp, "bf16"),
     "llama.cpp-q8_0": partial(LlamaCpp, "q8_0"),
@@ -43,7 +44,7 @@ SYSTEMS: dict[str, Callable[[Inputs], System]] = {
 
 
 def setting(text: str) -> tuple[str, str]:
-    """NAME=VALUE of `adaplex serve`."""
+    """Parses NAME=VALUE, a setting of `adaplex serve`."""
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
@@ -51,7 +52,7 @@ def setting(text: str) -> tuple[str, str]:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="peers", description=__doc__, formatter_class=form)
     names, cells = ["adaplex", *SYSTEMS], [cell.name for cell in CELLS]
@@ -66,16 +67,16 @@ def parse() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a setting of `adaplex serve`, as quantization=int8",
+        help="a setting of `adaplex serve`, such as quantization=int8",
     )
     parser.add_argument("--allow-missing", action="store_true")
-    parser.add_argument("--json", type=Path, help="write all figures there")
-    parser.add_argument("--logs", type=Path, help="keep what the servers print there")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--logs", type=Path, help="write the servers' output to this folder")
     return parser.parse_args()
 
 
-async def measure(options: argparse.Namespace, logs: Path) -> rounds.Measured:
-    """Prepares, then runs all rounds; SIGTERM ends them as Ctrl-C does, servers first."""
+async def measure(options: argparse.Namespace, logs: Path) -> rounds.Results:
+    """Installs the systems and runs all rounds. SIGTERM stops everything, as Ctrl-C does."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -92,7 +93,7 @@ async def measure(options: argparse.Namespace, logs: Path) -> rounds.Measured:
     ours = partial(Adaplex, dict(options.serve))
     systems = [SYSTEMS.get(name, ours)(given) for name in options.systems]
     cells = [cell for cell in CELLS if cell.name in options.cells]
-    found = rounds.Measured()
+    found = rounds.Results()
     rounds.prepare(systems, found, print_progress)
     await rounds.run(systems, cells, options.repeats, found, print_progress)
     print(report.text(options.systems, cells, GOALS, found))

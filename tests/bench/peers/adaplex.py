@@ -1,6 +1,6 @@
-"""adaplex: our own server through the asyncio client's streams.
+"""adaplex: this project's server, through streams of the asyncio client.
 
-As it ships, but for what `settings` say (`adaplex serve`'s, by name).
+It runs with its defaults, except for the given settings of `adaplex serve`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Self
 from adaplex.client import AdaplexClientError, AsyncClient, Delta, Finished
 from adaplex.client.local import LocalServer
 
-from .system import Answer, Inputs, PeerError, Progress
+from .system import Inputs, PeerError, ReportProgress, StreamResult
 
 TIMEOUT = 600.0
 
 
 class Adaplex:
-    """`adaplex serve` on a store of its own."""
+    """`adaplex serve` with a temporary store."""
 
     name = "adaplex"
 
     def __init__(self, settings: Mapping[str, str], inputs: Inputs) -> None:
         self._settings, self._inputs = settings, inputs
 
-    def prepare(self, progress: Progress) -> None:
-        """Nothing: it is what this environment holds."""
+    def prepare(self, progress: ReportProgress) -> None:
+        """Does nothing: adaplex is installed in this environment."""
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as started:
@@ -52,10 +52,12 @@ class Adaplex:
     async def __aexit__(self, *_: object) -> None:
         await self._started.aclose()
 
-    async def generate(self, prompt: Sequence[int], adapter: int | None, tokens: int) -> Answer:
-        """One GenerateStream."""
+    async def generate(
+        self, prompt: Sequence[int], adapter: int | None, tokens: int
+    ) -> StreamResult:
+        """Makes one GenerateStream call."""
         name = None if adapter is None else f"a{adapter}"
-        begun, first, text, count = time.perf_counter(), 0.0, "", 0
+        started, first, text, count = time.perf_counter(), 0.0, "", 0
         try:
             async with self._client.stream(
                 list(prompt),
@@ -67,17 +69,17 @@ class Adaplex:
             ) as events:
                 async for event in events:
                     if isinstance(event, Delta):
-                        first = first or time.perf_counter() - begun
+                        first = first or time.perf_counter() - started
                         text += event.text
                     elif isinstance(event, Finished):
                         count = event.usage.completion_tokens
         except AdaplexClientError as error:
             raise PeerError(f"adaplex: {error}") from error
-        return Answer(text, count, first, time.perf_counter() - begun)
+        return StreamResult(text, count, first, time.perf_counter() - started)
 
 
 def _end(server: LocalServer) -> None:
-    """Drains it; ends it when that takes too long."""
+    """Drains the server; kills it if that takes too long."""
     try:
         server.stop()
     except subprocess.TimeoutExpired:

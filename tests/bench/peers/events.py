@@ -1,6 +1,7 @@
-"""Server-sent events: one POST to a server on loopback, and what it streams back.
+"""Server-sent events: one POST to a server on loopback, and the events of its response.
 
-Plain asyncio, as sixteen streams of a measurement share two cores with the server.
+Plain asyncio saves processor time: sixteen streams of a measurement share two cores with the
+server.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from .system import PeerError
 
 END = b"[DONE]"
 LINE_BYTES = 1 << 22
-"""The longest event that is read: an answer of thousands of tokens at once."""
+"""Limit of an event's size, enough for an answer of thousands of tokens."""
 
 
 async def post(port: int, path: str, body: object) -> AsyncIterator[dict[str, Any]]:
-    """The events of the answer, parsed. PeerError for any status but 200."""
+    """Yields the parsed events of the response. Raises PeerError for any status but 200."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=LINE_BYTES)
     try:
         payload = json.dumps(body).encode()
@@ -39,13 +40,13 @@ async def post(port: int, path: str, body: object) -> AsyncIterator[dict[str, An
 
 
 async def _head(reader: asyncio.StreamReader) -> tuple[int, bool]:
-    """Status, and whether the body comes in chunks."""
+    """Reads the head; returns the status, and True if the body is chunked."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
     return int(head.split(None, 2)[1]), "transfer-encoding: chunked" in head
 
 
 async def _lines(reader: asyncio.StreamReader, chunked: bool) -> AsyncIterator[bytes]:
-    """The lines of the body as they arrive; an event may spread over several chunks."""
+    """Yields the lines of the body as they arrive; an event may span several chunks."""
     if not chunked:
         async for line in reader:
             yield line

@@ -1,7 +1,7 @@
-"""Inputs: random adapters for a model, written once and kept, so that every run asks the same.
+"""Inputs: random adapters for a model, written once, so that all runs use the same.
 
-They lie under the peers' cache folder, named by the model's content, with what systems make of them
-and of the model in formats of their own.
+They are in the peers' cache folder, in a folder named by the model's digest, together with the
+systems' conversions of them and of the model.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .system import PeerError
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """All linears of a llama-shaped model."""
 SIZE = 0.05
-"""Standard deviation of A and B: enough that no two adapters answer alike."""
+"""Standard deviation of A and B, large enough that no two adapters give the same answers."""
 
 
 def model_files(model: Path) -> Path:
-    """The cache folder for files made of this model."""
+    """Returns the cache folder for files derived from this model."""
     digest = hashlib.sha256()
     for file in sorted([model / "config.json", *model.glob("*.safetensors")]):
         digest.update(file_sha256(file).encode())
@@ -32,10 +32,10 @@ def model_files(model: Path) -> Path:
 
 
 def adapters(model: Path, count: int, rank: int) -> tuple[Path, ...]:
-    """PEFT directories of `count` adapters of the rank on all linears, in bf16."""
+    """Returns PEFT directories of `count` bf16 adapters of the rank on all linears."""
     shapes = _linear_shapes(model)
     if not shapes:
-        raise PeerError(f"{model}: none of {TARGETS} in this model")
+        raise PeerError(f"{model}: the model has none of {TARGETS}")
     where = model_files(model)
     return tuple(
         _adapter(shapes, where / f"r{rank}-{SIZE}-{seed}", rank, seed) for seed in range(count)
@@ -43,7 +43,7 @@ def adapters(model: Path, count: int, rank: int) -> tuple[Path, ...]:
 
 
 def _linear_shapes(model: Path) -> dict[str, tuple[int, int]]:
-    """Module name -> (out, in), without reading a weight."""
+    """Returns (out, in) by module name, without reading weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -57,17 +57,17 @@ def _linear_shapes(model: Path) -> dict[str, tuple[int, int]]:
 
 
 def _adapter(shapes: dict[str, tuple[int, int]], target: Path, rank: int, seed: int) -> Path:
-    """Writes one, unless it is there."""
+    """Writes an adapter, unless it exists."""
     import torch
     from safetensors.torch import save_file
 
     if target.is_dir():
         return target
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (out_features, in_features) in shapes.items():
         for part, shape in (("A", (rank, in_features)), ("B", (out_features, rank))):
-            weight = torch.randn(shape, generator=dice) * SIZE
+            weight = torch.randn(shape, generator=rng) * SIZE
             tensors[f"base_model.model.{name}.lora_{part}.weight"] = weight.bfloat16()
     staging = target.with_suffix(".partial")
     staging.mkdir(exist_ok=True)

@@ -1,11 +1,11 @@
-"""Where the peers live: under the cache folder, each in an environment of its own, made once.
+"""Installation of the peers, once, each in an environment of its own under the cache folder.
 
-$ADAPLEX_CACHE, else `adaplex` in the XDG cache folder; `peers/` in it. Nothing of a peer comes into
-the project's environment. Versions are pinned: what constraints.txt names is taken from there, so
-that torch is the build that pip finds for us too (give pip PyTorch's CPU index where PyPI's own
-build would bring CUDA); vllm.txt is vLLM's whole environment, resolved once.
+The folder is `peers/` in $ADAPLEX_CACHE, else in `adaplex` in the XDG cache folder. The project's
+environment does not change. Versions are pinned by constraints.txt where it has them, so that torch
+is the build that this project uses (configure pip with PyTorch's CPU index where PyPI's build would
+install CUDA). vllm.txt is vLLM's whole environment, resolved once.
 
-Each recipe's text is kept beside what it made; a changed recipe makes it again.
+The recipe of each installation is stored beside it; a changed recipe installs it again.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from filelock import FileLock
 
 from adaplex.model.base.source import default_cache
 
-from .system import PeerError, Progress
+from .system import PeerError, ReportProgress
 
 HERE = Path(__file__).parent
 CONSTRAINTS = HERE.parents[2] / "constraints.txt"
 PEFT = ("transformers", "peft")
-"""Pinned by constraints.txt, as is all they need."""
+"""Pinned by constraints.txt, with their requirements."""
 LLAMA_CPP = "llama-cpp-python==0.3.36"
-"""Its sdist holds llama.cpp's whole source, under vendor/."""
+"""Its sdist has llama.cpp's whole source in vendor/."""
 LLAMA_CPP_BACKEND = "scikit-build-core==1.1.2"
-"""pip asks an sdist for its metadata even to download it: that needs its build backend."""
+"""pip needs the build backend of an sdist even to download it, for its metadata."""
 LLAMA_CPP_TOOLS = ("cmake==4.4.4", "ninja==1.13.2")
 LLAMA_CPP_CONVERTERS = ("transformers", "protobuf", "sentencepiece==0.2.3")
 LLAMA_CPP_BUILD = (
-    "-DCMAKE_BUILD_TYPE=Release",  # with GGML_NATIVE, on by default: all this CPU can do
+    "-DCMAKE_BUILD_TYPE=Release",  # GGML_NATIVE is on by default: all instructions of this CPU
     "-DLLAMA_CURL=OFF",
     "-DLLAMA_OPENSSL=OFF",
     "-DLLAMA_BUILD_UI=OFF",
@@ -49,12 +49,12 @@ TCMALLOC = "libtcmalloc-minimal4"
 
 
 def folder() -> Path:
-    """Everything of the peers, their environments and files."""
+    """Returns the folder of the peers' environments and files."""
     return default_cache() / "peers"
 
 
-def peft(progress: Progress) -> Path:
-    """The python of PEFT's environment."""
+def peft(progress: ReportProgress) -> Path:
+    """Installs PEFT and returns its environment's python. Raises PeerError."""
 
     def make(target: Path) -> None:
         _torch_environment(target)
@@ -63,11 +63,11 @@ def peft(progress: Progress) -> Path:
     return _python(_made("peft", _text(PEFT, CONSTRAINTS), make, progress))
 
 
-def vllm(progress: Progress) -> Path:
-    """The python of vLLM's environment.
+def vllm(progress: ReportProgress) -> Path:
+    """Installs vLLM and returns its environment's python. Raises PeerError.
 
-    It goes without torchvision, torchaudio and torchcodec, which vLLM names and does not need for
-    text: PyPI's builds of them want CUDA's libraries and fail beside a CPU torch. Hence --no-deps.
+    --no-deps omits torchvision, torchaudio and torchcodec, which vLLM requires but does not use for
+    text: PyPI's builds of them need CUDA's libraries and fail with a CPU torch.
     """
 
     def make(target: Path) -> None:
@@ -77,11 +77,11 @@ def vllm(progress: Progress) -> Path:
     return _python(_made("vllm", _text((), CONSTRAINTS, VLLM), make, progress))
 
 
-def vllm_libraries(progress: Progress) -> list[Path | str]:
-    """What vLLM wants preloaded: Intel's OpenMP of its environment, and tcmalloc.
+def vllm_libraries(progress: ReportProgress) -> list[Path | str]:
+    """Returns the libraries that vLLM should preload: tcmalloc and its environment's Intel OpenMP.
 
-    tcmalloc is the system's, else Debian's package unpacked here; without either vLLM runs slower,
-    and `progress` says so.
+    tcmalloc is the system's, else Debian's package, unpacked. Without either vLLM is slower, which
+    is reported by `progress`.
     """
     openmp = vllm(progress).parents[1] / "lib" / "libiomp5.so"
     if found := ctypes.util.find_library("tcmalloc_minimal"):
@@ -90,7 +90,7 @@ def vllm_libraries(progress: Progress) -> list[Path | str]:
         unpacked = _made("tcmalloc", TCMALLOC, _unpack_tcmalloc, progress)
         return [next(unpacked.rglob("libtcmalloc_minimal.so.4")), openmp]
     except (PeerError, OSError) as error:
-        progress(f"vLLM goes without tcmalloc, and slower: install {TCMALLOC} ({error})")
+        progress(f"vLLM runs without tcmalloc, which is slower: install {TCMALLOC} ({error})")
         return [openmp]
 
 
@@ -100,8 +100,10 @@ def _unpack_tcmalloc(target: Path) -> None:
     _run(target, ["dpkg", "-x", package, "."])
 
 
-def llama_cpp(progress: Progress) -> Path:
-    """The folder of llama.cpp: `env` with its converters' needs, `source`, `build/bin`."""
+def llama_cpp(progress: ReportProgress) -> Path:
+    """Installs llama.cpp and returns its folder, with `env` (for its converters), `source` and
+    `build/bin`. Raises PeerError.
+    """
 
     def make(target: Path) -> None:
         _torch_environment(target / "env")
@@ -118,7 +120,7 @@ def llama_cpp(progress: Progress) -> Path:
 
 
 def _unpack_source(target: Path) -> None:
-    """Fetches the sdist into `target` and leaves llama.cpp's source in `target`/source."""
+    """Downloads the sdist and moves llama.cpp's source from it to `target`/source."""
     command = ["download", "--quiet", "--no-deps", "--no-binary=:all:", "--no-build-isolation"]
     _pip(target / "env", LLAMA_CPP_BACKEND)
     _run(target, [_python(target / "env"), "-m", "pip", *command, "-d", target, LLAMA_CPP])
@@ -131,15 +133,18 @@ def _unpack_source(target: Path) -> None:
     archive.unlink()
 
 
-def _made(name: str, recipe: str, make: Callable[[Path], None], progress: Progress) -> Path:
-    """`peers/<name>`, made by `make` unless the same recipe has made it before. PeerError."""
+def _made(name: str, recipe: str, make: Callable[[Path], None], progress: ReportProgress) -> Path:
+    """Returns `peers/<name>`, made by `make` unless the same recipe has made it before.
+
+    Raises PeerError if an installation fails.
+    """
     target, marker = folder() / name, folder() / name / "recipe.txt"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / f".{name}.lock"):
         if marker.is_file() and marker.read_text() == recipe:
             return target
         progress(f"installing {name} into {target} (minutes, once)")
-        shutil.rmtree(target, ignore_errors=True)  # another recipe's, or half made
+        shutil.rmtree(target, ignore_errors=True)  # of another recipe, or incomplete
         target.mkdir()
         make(target)
         marker.write_text(recipe)
@@ -151,7 +156,7 @@ def _text(names: Sequence[str], *files: Path) -> str:
 
 
 def _torch_environment(target: Path) -> None:
-    """An empty environment with the torch that constraints.txt pins."""
+    """Creates an environment with the torch that constraints.txt pins."""
     _run(target.parent, [sys.executable, "-m", "venv", target])
     _pip(target, "-c", str(CONSTRAINTS), "torch")
 
@@ -166,7 +171,7 @@ def _pip(environment: Path, *arguments: str) -> None:
 
 
 def _run(where: Path, command: Sequence[str | Path]) -> None:
-    """Runs a step of an installation; PeerError with the last line that it printed."""
+    """Runs a step of an installation. Raises PeerError with the last line of its output."""
     done = subprocess.run(
         [str(part) for part in command],
         cwd=where,
@@ -177,6 +182,6 @@ def _run(where: Path, command: Sequence[str | Path]) -> None:
         check=False,
     )
     if done.returncode != 0:
-        said = done.stdout.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        last = done.stdout.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         step = " ".join(Path(part).name for part in command[:4])
-        raise PeerError(f"{step}: {said[0]}")
+        raise PeerError(f"{step}: {last[0]}")

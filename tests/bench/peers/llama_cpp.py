@@ -1,15 +1,15 @@
-"""llama.cpp: its own server, built for this CPU, from files that its own converters wrote.
+"""llama.cpp: its own server, built for this CPU, on files of its own converters.
 
-How it is driven, and why:
-- `--threads` as many as cores, for batches too; `--parallel` one slot a stream, with `--ctx-size`
-  for the longest stream in every slot; continuous batching is its default.
-- No prompt cache anywhere (`--no-cache-prompt`, `--cache-ram 0`): prompts are never repeated, so
-  that it could only cost.
-- All adapters loaded at start (`--lora-init-without-apply`); a request names its own in `lora`,
-  which sets all others to 0. A base request names one with scale 0, as an empty list would mean all
-  of them. Streams with different adapters are not batched together: that is its design.
-- Greedy by `top_k` 1 as the only sampler, the cheapest chain there is; prompts as token ids.
-- Run as two systems, bf16 and q8_0, as either wins some cells; compare with the better one.
+Settings and reasons:
+- `--threads` is the number of cores, also for batches; `--parallel` is one slot a stream, with
+  `--ctx-size` for the longest stream in every slot; continuous batching is the default.
+- No prompt cache (`--no-cache-prompt`, `--cache-ram 0`): prompts are never repeated, so it would
+  only cost time.
+- All adapters are loaded at start (`--lora-init-without-apply`); a request names its adapter in
+  `lora`, which sets all others to 0. A base request names one with scale 0, since an empty list
+  means all of them. llama.cpp does not batch streams with different adapters.
+- Greedy by `top_k` 1 as the only sampler, the cheapest chain; prompts are token ids.
+- Run as two systems, bf16 and q8_0, since each is faster in some cells; compare with the better.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from . import install
 from .events import post
 from .inputs import model_files
 from .server_process import ServerProcess
-from .system import Answer, Inputs, PeerError, Progress
+from .system import Inputs, PeerError, ReportProgress, StreamResult
 
 
 class LlamaCpp:
-    """llama-server on a model of `file_type`: "bf16" or "q8_0"."""
+    """llama-server with a model of `file_type` "bf16" or "q8_0"."""
 
     def __init__(self, file_type: str, inputs: Inputs) -> None:
         self.name = f"llama.cpp-{file_type}"
@@ -39,8 +39,8 @@ class LlamaCpp:
         self._model = Path()
         self._adapters: list[Path] = []
 
-    def prepare(self, progress: Progress) -> None:
-        """Builds the server, converts model and adapters."""
+    def prepare(self, progress: ReportProgress) -> None:
+        """Builds the server and converts model and adapters. Raises PeerError."""
         self._folder = install.llama_cpp(progress)
         model = self._inputs.model
         self._model = model_files(model) / f"{self._file_type}.gguf"
@@ -52,9 +52,14 @@ class LlamaCpp:
             self._adapters.append(file)
 
     def _convert(
-        self, script: str, given: Sequence[Path | str], file: Path, kind: str, progress: Progress
+        self,
+        script: str,
+        given: Sequence[Path | str],
+        file: Path,
+        kind: str,
+        progress: ReportProgress,
     ) -> None:
-        """Runs one of llama.cpp's converters, unless `file` is there."""
+        """Runs one of llama.cpp's converters, unless `file` exists."""
         if file.is_file():
             return
         progress(f"{self.name}: converting into {file.name}")
@@ -63,8 +68,8 @@ class LlamaCpp:
         command = [python, script_file, *given, "--outfile", staging, "--outtype", kind]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            said = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-            raise PeerError(f"{script}: {said[0]}")
+            last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+            raise PeerError(f"{script}: {last[0]}")
         staging.rename(file)
 
     async def __aenter__(self) -> Self:
@@ -86,8 +91,10 @@ class LlamaCpp:
     async def __aexit__(self, *_: object) -> None:
         self._server.stop()
 
-    async def generate(self, prompt: Sequence[int], adapter: int | None, tokens: int) -> Answer:
-        """One request to /completion."""
+    async def generate(
+        self, prompt: Sequence[int], adapter: int | None, tokens: int
+    ) -> StreamResult:
+        """Sends one request to /completion."""
         body = {
             "prompt": list(prompt),
             "n_predict": tokens,
@@ -98,9 +105,9 @@ class LlamaCpp:
             "lora": [{"id": adapter or 0, "scale": 0.0 if adapter is None else 1.0}],
             "stream": True,
         }
-        begun, first, text, count = time.perf_counter(), 0.0, "", 0
+        started, first, text, count = time.perf_counter(), 0.0, "", 0
         async for event in post(self._server.port, "/completion", body):
-            first = first or time.perf_counter() - begun
+            first = first or time.perf_counter() - started
             text += event["content"]
             count = event.get("tokens_predicted", count)
-        return Answer(text, count, first, time.perf_counter() - begun)
+        return StreamResult(text, count, first, time.perf_counter() - started)

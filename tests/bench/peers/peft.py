@@ -1,12 +1,12 @@
-"""HF PEFT: `generate` with `adapter_names`, behind peft_server.py, as PEFT has no server itself.
+"""HF PEFT: `generate` with `adapter_names`, behind peft_server.py, since PEFT has no server.
 
-How it is driven, and why:
-- bf16 on torch's CPU build, torch's threads as many as cores, scaled-dot-product attention, the
+Settings and reasons:
+- bf16 on torch's CPU build, as many torch threads as cores, and scaled-dot-product attention, the
   fastest of transformers' attentions on a CPU.
-- Requests that arrive together become one batch, whatever their adapters: what `adapter_names` is
-  for. The batch is static: its rows begin and end together, which costs nothing here, as all
-  streams of a cell are equally long. It does not stream: its first token comes with its last.
-- A batch of one adapter, and one of the base alone, take PEFT's own faster way: `set_adapter`, and
+- Requests that arrive together become one batch of different adapters, by `adapter_names`. The
+  batch is static: its rows begin and end together, which costs nothing here, since all streams of a
+  cell are equally long. It does not stream: its first token arrives with its last.
+- A batch of one adapter, or of the base alone, uses PEFT's faster `set_adapter` or
   `disable_adapter`.
 """
 
@@ -22,26 +22,26 @@ from adaplex.client.local import free_port
 from . import install
 from .events import post
 from .server_process import ServerProcess
-from .system import Answer, Inputs, Progress
+from .system import Inputs, ReportProgress, StreamResult
 
 SERVER = Path(__file__).with_name("peft_server.py")
 
 
 class Peft:
-    """PEFT in an environment of its own."""
+    """PEFT in its own environment."""
 
     name = "peft"
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
 
-    def prepare(self, progress: Progress) -> None:
-        """Makes PEFT's environment."""
+    def prepare(self, progress: ReportProgress) -> None:
+        """Installs PEFT. Raises PeerError."""
         self._python = install.peft(progress)
 
     async def __aenter__(self) -> Self:
         inputs, port = self._inputs, free_port()
-        # -P: the folder of the script holds a vllm.py and a peft.py that are not the packages.
+        # -P: the script's folder has a vllm.py and a peft.py, which would shadow the packages.
         command: list[object] = [
             *(self._python, "-P", SERVER, "--port", str(port), "--model", inputs.model),
             *("--threads", str(inputs.threads), "--slots", str(inputs.slots)),
@@ -56,11 +56,13 @@ class Peft:
     async def __aexit__(self, *_: object) -> None:
         self._server.stop()
 
-    async def generate(self, prompt: Sequence[int], adapter: int | None, tokens: int) -> Answer:
-        """One request to our wrapper."""
+    async def generate(
+        self, prompt: Sequence[int], adapter: int | None, tokens: int
+    ) -> StreamResult:
+        """Sends one request to peft_server.py."""
         body = {"prompt": list(prompt), "adapter": adapter, "tokens": tokens}
-        begun, output = time.perf_counter(), []
+        started, output = time.perf_counter(), []
         async for event in post(self._server.port, "/generate", body):
             output = event["output"]
-        total = time.perf_counter() - begun
-        return Answer(str(output), len(output), total, total)
+        total = time.perf_counter() - started
+        return StreamResult(str(output), len(output), total, total)

@@ -1,9 +1,8 @@
-"""A minimal HTTP server around HF PEFT, which has none; run by PEFT's own environment.
+"""A minimal HTTP server for HF PEFT, which has none; runs in PEFT's own environment.
 
-POST /generate {"prompt": [ids], "adapter": index or null, "tokens": n} gives one event,
-{"output": [ids]}. Requests that wait become one static batch when their prompts are equally long
-and they want equally many tokens; a batch waits a moment for those that come together with it.
-Needs nothing of this repository.
+POST /generate {"prompt": [ids], "adapter": index or null, "tokens": n} returns one event,
+{"output": [ids]}. Waiting requests with equally long prompts and outputs become one static batch,
+which waits GATHER_SECONDS for further requests. Imports nothing of this repository.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ BASE = "__base__"
 
 @dataclass
 class Job:
-    """One request, until `done` is set."""
+    """A request; `output` or `failure` is set before `done`."""
 
     prompt: list[int]
     adapter: int | None
@@ -43,24 +42,24 @@ class Job:
 
 
 class Batcher:
-    """Takes what waits, runs it as one batch, again and again, on one thread."""
+    """Runs the waiting requests in batches, on one thread."""
 
     def __init__(self, model: Any, slots: int) -> None:
         self._model, self._slots = model, slots
         self._waiting: queue.Queue[Job] = queue.Queue()
 
     def submit(self, job: Job) -> None:
-        """Returns once the job is done."""
+        """Queues a job and waits until it is done."""
         self._waiting.put(job)
         job.done.wait()
 
     def run(self) -> None:
-        """Never returns."""
-        held: Job | None = None
+        """Runs batches forever."""
+        next_job: Job | None = None
         while True:
-            batch = [held or self._waiting.get()]
-            held = None
-            while len(batch) < self._slots and held is None:
+            batch = [next_job or self._waiting.get()]
+            next_job = None
+            while len(batch) < self._slots and next_job is None:
                 try:
                     job = self._waiting.get(timeout=GATHER_SECONDS)
                 except queue.Empty:
@@ -68,7 +67,7 @@ class Batcher:
                 if job.shape == batch[0].shape:
                     batch.append(job)
                 else:
-                    held = job
+                    next_job = job
             self._answer(batch)
 
     def _answer(self, batch: list[Job]) -> None:
@@ -85,7 +84,7 @@ class Batcher:
 
     @torch.inference_mode()
     def _generate(self, batch: list[Job]) -> list[list[int]]:
-        """The new tokens of each row."""
+        """Returns the new tokens of each row."""
         ids = torch.tensor([job.prompt for job in batch])
         names = [BASE if job.adapter is None else f"a{job.adapter}" for job in batch]
         options: dict[str, Any] = {}
@@ -110,27 +109,27 @@ class Batcher:
 
 
 def load(options: argparse.Namespace) -> Any:
-    """The model with all adapters, in bf16."""
+    """Loads the model with all adapters, in bf16."""
     base = AutoModelForCausalLM.from_pretrained(
         options.model, dtype=torch.bfloat16, attn_implementation="sdpa"
     )
     model = PeftModel.from_pretrained(base, options.adapters[0], adapter_name="a0")
     for i, directory in enumerate(options.adapters[1:], 1):
         model.load_adapter(directory, adapter_name=f"a{i}")
-    # PEFT keeps adapters in fp32, for training; serving wants them as the base.
+    # PEFT loads adapters in fp32, for training; the base's type is faster.
     return model.to(torch.bfloat16).eval()
 
 
 def handler(batcher: Batcher) -> type[BaseHTTPRequestHandler]:
-    """GET anything is a health check, POST anything a request."""
+    """Returns the handler class: any GET is a health check, any POST a request."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self._reply(200, b"ok")
 
         def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            job = Job(asked["prompt"], asked["adapter"], asked["tokens"])
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            job = Job(body["prompt"], body["adapter"], body["tokens"])
             batcher.submit(job)
             if job.failure:
                 self._reply(500, job.failure.encode())
@@ -138,7 +137,7 @@ def handler(batcher: Batcher) -> type[BaseHTTPRequestHandler]:
                 self._reply(200, b"data: " + json.dumps({"output": job.output}).encode() + b"\n\n")
 
         def log_message(self, format: str, *args: object) -> None:
-            """Says nothing of every request."""
+            """Logs no requests."""
 
         def _reply(self, status: int, body: bytes) -> None:
             self.send_response(status)
@@ -150,7 +149,7 @@ def handler(batcher: Batcher) -> type[BaseHTTPRequestHandler]:
 
 
 def main() -> None:
-    """Loads, then serves until it is ended."""
+    """Loads the model and serves until the process is killed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--model", required=True)

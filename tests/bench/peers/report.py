@@ -1,11 +1,11 @@
-"""Report: medians, the ratios between systems, and both as text and as JSON."""
+"""Report: medians and ratios between systems, as text and as JSON."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from .rounds import Measured
+from .rounds import Results
 from .workload import Cell, Goal
 
 OURS = "adaplex"
@@ -15,7 +15,7 @@ Table = Mapping[str, Mapping[str, float]]
 
 
 def medians(figures: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, float]]:
-    """One figure a system and cell."""
+    """Returns the median figure of each system and cell."""
     return {
         system: {cell: statistics.median(values) for cell, values in cells.items()}
         for system, cells in figures.items()
@@ -23,7 +23,9 @@ def medians(figures: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, d
 
 
 def best(table: Table, peer: str, cell: str) -> float | None:
-    """The best figure of a system or a family ("llama.cpp" has "llama.cpp-bf16"); None if none."""
+    """Returns the best figure of a system, or of a family of them ("llama.cpp" includes
+    "llama.cpp-bf16"); None if there is none.
+    """
     found = [
         cells[cell]
         for system, cells in table.items()
@@ -33,21 +35,21 @@ def best(table: Table, peer: str, cell: str) -> float | None:
 
 
 def ratio(table: Table, peer: str, cell: str) -> float | None:
-    """Our figure over the peer's best; None where either was not measured."""
+    """Returns adaplex's figure over the peer's best; None if either was not measured."""
     ours, theirs = best(table, OURS, cell), best(table, peer, cell)
     return None if ours is None or theirs is None else ours / theirs
 
 
 def families(systems: Iterable[str]) -> list[str]:
-    """The peers by name, file types left out, in order."""
+    """Returns the peers' names without file types, in order."""
     names = dict.fromkeys(name.split("-")[0] for name in systems)
     return [name for name in names if name != OURS]
 
 
 def text(
-    systems: Sequence[str], cells: Sequence[Cell], goals: Sequence[Goal], found: Measured
+    systems: Sequence[str], cells: Sequence[Cell], goals: Sequence[Goal], found: Results
 ) -> str:
-    """The table of medians with the ratios beside it, the goals, and what is missing."""
+    """Formats the table of medians and ratios, the goals, and the missing systems."""
     table, peers = medians(found.figures), families(systems)
     lines = [_row("tok/s", [*systems, *(f"{OURS}/{peer}" for peer in peers)])]
     for cell in cells:
@@ -64,8 +66,8 @@ def text(
     return "\n".join(lines)
 
 
-def record(cells: Sequence[Cell], found: Measured) -> dict[str, object]:
-    """All figures, for JSON."""
+def record(cells: Sequence[Cell], found: Results) -> dict[str, object]:
+    """Returns all figures, for JSON."""
     table = medians(found.figures)
     return {
         "tokens_per_second": found.figures,

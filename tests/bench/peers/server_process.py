@@ -1,4 +1,4 @@
-"""ServerProcess: a peer's server as a child, from its start to the end of all it started."""
+"""ServerProcess: a peer's server as a child process, with the workers that it starts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from urllib.request import urlopen
 from .system import PeerError
 
 START_SECONDS = 600.0
-"""vLLM compiles its kernels for the model at its first start."""
+"""Limit of a start; vLLM compiles its kernels for the model at its first."""
 STOP_SECONDS = 20.0
-LOOK_SECONDS = 0.2
-END_WITH_US = ("setpriv", "--pdeathsig", "TERM")
-"""Even a benchmark that is killed leaves no server behind."""
+POLL_SECONDS = 0.2
+DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "TERM")
+"""Terminates the server even if the benchmark is killed."""
 
 
 class ServerProcess:
-    """Runs `command`, which listens on `port` of loopback; what it prints goes to the file `log`.
+    """Runs `command`, which listens on loopback's `port`; its output goes to the file `log`.
 
-    It leads a process group of its own, so that stopping it stops its workers too.
+    It leads a process group of its own, so that `stop` also stops its workers.
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class ServerProcess:
         variables: Mapping[str, str] | None = None,
     ) -> None:
         self.port, self.log = port, log
-        # PYTHONPATH may name our own sources, which are none of the peer's business.
+        # PYTHONPATH may name this project's sources, which a peer must not import.
         kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [*END_WITH_US, *(str(part) for part in command)],
+                [*DIE_WITH_PARENT, *(str(part) for part in command)],
                 env={**kept, **(variables or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -49,26 +49,27 @@ class ServerProcess:
             )
 
     async def wait_ready(self, path: str = "/health") -> None:
-        """Returns once GET `path` gives 200; what does not come to that is stopped. PeerError with
-        its last words if it ends before.
+        """Waits until GET `path` responds with 200.
+
+        Otherwise stops the server and raises PeerError with the last line of its log.
         """
         try:
-            await self._look(path)
+            await self._poll(path)
         except BaseException:
             self.stop()
             raise
 
-    async def _look(self, path: str) -> None:
+    async def _poll(self, path: str) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not await asyncio.to_thread(self._answers, path):
             if (code := self._process.poll()) is not None:
-                raise PeerError(f"the server ended with code {code} at its start: {self._words()}")
+                raise PeerError(f"the server ended with code {code} at its start: {self._last()}")
             if time.monotonic() > deadline:
-                raise PeerError(f"not ready after {START_SECONDS:.0f} s: {self._words()}")
-            await asyncio.sleep(LOOK_SECONDS)
+                raise PeerError(f"not ready after {START_SECONDS:.0f} s: {self._last()}")
+            await asyncio.sleep(POLL_SECONDS)
 
     def stop(self) -> None:
-        """Asks the whole group to end, and ends what is left of it."""
+        """Terminates the process group, and kills what is left of it after STOP_SECONDS."""
         self._signal(signal.SIGTERM)
         try:
             self._process.wait(STOP_SECONDS)
@@ -91,6 +92,7 @@ class ServerProcess:
         except OSError:  # not listening yet, or 503 while it loads
             return False
 
-    def _words(self) -> str:
+    def _last(self) -> str:
+        """Returns the last line of the log, and the log's path."""
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        return f"{lines[-1] if lines else 'it said nothing'} (all of it: {self.log})"
+        return f"{lines[-1] if lines else 'the log is empty'} (log: {self.log})"

@@ -1,4 +1,4 @@
-"""System: a server under measurement, whoever wrote it, and what it is asked with."""
+"""System: the protocol of a server under measurement, with its inputs and results."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
-Progress = Callable[[str], None]
+ReportProgress = Callable[[str], None]
 
 
 class PeerError(Exception):
-    """A system cannot be installed, started or measured. The message says which step and why."""
+    """A system cannot be installed, started or measured. The message names step and reason."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The same for every system of a run."""
+    """The inputs of a run, the same for every system."""
 
     model: Path
     """A Hugging Face directory in bf16."""
     adapters: tuple[Path, ...]
     """PEFT directories; adapter i of a cell is the i-th."""
     rank: int
-    """Of every adapter."""
+    """Rank of every adapter."""
     threads: int
     """Compute threads of each system."""
     slots: int
@@ -31,34 +31,36 @@ class Inputs:
     context: int
     """Tokens of the longest stream, prompt and output together."""
     logs: Path
-    """Folder for what the servers print."""
+    """Folder of the servers' logs."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One finished stream. Times in seconds since it was asked."""
+class StreamResult:
+    """A finished stream. Times are in seconds from the request on."""
 
     output: str
-    """What was generated, in the system's own form: only compared with itself."""
+    """The generated text or tokens, in the system's own form; compared within a system only."""
     tokens: int
     first: float
-    """The first token; that of the whole answer where a system does not stream."""
+    """Time of the first token; of the whole answer if the system does not stream."""
     total: float
 
 
 class System(Protocol):
-    """Between `async with` and its end a server runs, all adapters registered, and only then."""
+    """A system whose server runs within `async with`, with all adapters loaded."""
 
     name: str
 
-    def prepare(self, progress: Progress) -> None:
-        """Installs what is not there yet and writes files in the system's formats. PeerError."""
+    def prepare(self, progress: ReportProgress) -> None:
+        """Installs the system and converts the inputs, unless that is done. Raises PeerError."""
 
-    async def generate(self, prompt: Sequence[int], adapter: int | None, tokens: int) -> Answer:
-        """Greedy, exactly `tokens` tokens, through the system's network API. PeerError."""
+    async def generate(
+        self, prompt: Sequence[int], adapter: int | None, tokens: int
+    ) -> StreamResult:
+        """Generates exactly `tokens` tokens, greedily, through the network. Raises PeerError."""
 
     async def __aenter__(self) -> Self:
-        """Starts the server; PeerError when it does not come up."""
+        """Starts the server. Raises PeerError if it does not become ready."""
 
     async def __aexit__(self, *_: object) -> None:
-        """Stops it, whatever happened."""
+        """Stops the server."""

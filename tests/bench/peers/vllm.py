@@ -1,14 +1,14 @@
 """vLLM: its OpenAI-compatible server on its CPU build.
 
-How it is driven, and why:
-- bf16, the CPU's own format; `--max-num-seqs` and `--max-loras` for every stream with an adapter of
-  its own, `--max-lora-rank` that of the adapters: nothing is swapped, nothing padded.
+Settings and reasons:
+- bf16, the CPU's own format; `--max-num-seqs` and `--max-loras` allow an adapter for every stream,
+  `--max-lora-rank` is the adapters' rank: nothing is swapped or padded.
 - All adapters are loaded at start by `--lora-modules`.
-- No prefix cache, as prompts are never repeated; `--max-model-len` what the longest stream needs.
-- Compute threads bound to the cores one each (`VLLM_CPU_OMP_THREADS_BIND`), none reserved; tcmalloc
-  and Intel's OpenMP preloaded, both as vLLM's documentation for CPUs asks.
-- Compiled, its default; `--enforce-eager` only starts sooner.
-- Started as a module, as this build's `vllm` command asks for a package by another name.
+- No prefix cache, since prompts are never repeated; `--max-model-len` fits the longest stream.
+- Compute threads are bound to one core each (`VLLM_CPU_OMP_THREADS_BIND`), none reserved; tcmalloc
+  and Intel's OpenMP are preloaded, both as vLLM's documentation for CPUs recommends.
+- Compiled, its default; `--enforce-eager` would only start sooner.
+- Started as a module, since this build's `vllm` command looks for a package of another name.
 - Greedy, `ignore_eos`, prompts as token ids, streamed.
 """
 
@@ -24,7 +24,7 @@ from adaplex.client.local import free_port
 from . import install
 from .events import post
 from .server_process import ServerProcess
-from .system import Answer, Inputs, Progress
+from .system import Inputs, ReportProgress, StreamResult
 
 KV_CACHE_GIB = 2
 MODEL = "base"
@@ -38,8 +38,8 @@ class Vllm:
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
 
-    def prepare(self, progress: Progress) -> None:
-        """Makes vLLM's environment."""
+    def prepare(self, progress: ReportProgress) -> None:
+        """Installs vLLM. Raises PeerError."""
         self._python = install.vllm(progress)
         self._preloaded = install.vllm_libraries(progress)
 
@@ -71,8 +71,10 @@ class Vllm:
     async def __aexit__(self, *_: object) -> None:
         self._server.stop()
 
-    async def generate(self, prompt: Sequence[int], adapter: int | None, tokens: int) -> Answer:
-        """One request to /v1/completions."""
+    async def generate(
+        self, prompt: Sequence[int], adapter: int | None, tokens: int
+    ) -> StreamResult:
+        """Sends one request to /v1/completions."""
         body = {
             "model": MODEL if adapter is None else f"a{adapter}",
             "prompt": list(prompt),
@@ -82,9 +84,9 @@ class Vllm:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        begun, first, text, count = time.perf_counter(), 0.0, "", 0
+        started, first, text, count = time.perf_counter(), 0.0, "", 0
         async for event in post(self._server.port, "/v1/completions", body):
-            first = first or time.perf_counter() - begun
+            first = first or time.perf_counter() - started
             text += "".join(choice["text"] for choice in event["choices"])
             count = (event.get("usage") or {}).get("completion_tokens", count)
-        return Answer(text, count, first, time.perf_counter() - begun)
+        return StreamResult(text, count, first, time.perf_counter() - started)

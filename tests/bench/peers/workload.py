@@ -1,4 +1,4 @@
-"""Workload: the cells of the table, what each asks, and what adaplex is to reach in it."""
+"""Workload: the cells of the table, their requests, and adaplex's goals."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ SHORT = 64
 LONG = 1024
 """Prompt tokens of a prefill cell."""
 FIRST_TOKEN, LAST_TOKEN = 1000, 40000
-"""Prompts are drawn from these: words in every vocabulary at hand, no control tokens."""
+"""Range of the prompts' token ids: words in all the vocabularies used, no control tokens."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Streams that begin together. `adapters` has an entry a stream: an index, or None for base."""
+    """Streams that start together, each with the adapter of an index, or None for the base."""
 
     name: str
     adapters: tuple[int | None, ...]
@@ -24,19 +24,19 @@ class Cell:
 
     @property
     def is_prefill(self) -> bool:
-        """Whether prompt tokens are counted instead of output tokens."""
+        """True if its figure counts prompt tokens instead of output tokens."""
         return self.output == 1
 
     @property
     def counted(self) -> int:
-        """The tokens of all streams that make its figure."""
+        """Number of tokens of all streams that its figure counts."""
         return len(self.adapters) * (self.prompt if self.is_prefill else self.output)
 
     def prompts(self, seed: int) -> list[list[int]]:
-        """Random token ids, no prompt like another; the same for the same cell and seed."""
-        dice = random.Random(f"{self.name} {seed}")
+        """Returns random token ids, without a repeated prompt; the same for one cell and seed."""
+        rng = random.Random(f"{self.name} {seed}")
         return [
-            [dice.randrange(FIRST_TOKEN, LAST_TOKEN) for _ in range(self.prompt)]
+            [rng.randrange(FIRST_TOKEN, LAST_TOKEN) for _ in range(self.prompt)]
             for _ in self.adapters
         ]
 
@@ -54,14 +54,14 @@ CELLS = (
 )
 SLOTS = max(len(cell.adapters) for cell in CELLS)
 CONTEXT = LONG + SHORT
-"""Tokens that a slot holds: more than any stream has."""
+"""Tokens of a slot, enough for the longest stream."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """adaplex's figure in `cell` is to be `factor` times that of `peer` at least.
+    """adaplex's figure in `cell` should be at least `factor` times that of `peer`.
 
-    `peer` is a system or a family of them: "llama.cpp" is the best of its file types.
+    `peer` is a system or a family of them: "llama.cpp" is the better of its file types.
     """
 
     cell: str
