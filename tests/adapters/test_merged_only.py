@@ -19,7 +19,7 @@ from adaplex.adapters.formats.peft import merged_only
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_match import BasePolicy
 from adaplex.adapters.program.base_spec import BaseSpec
-from adaplex.adapters.registry import try_merge
+from adaplex.adapters.registry import read_adapter
 from adaplex.adapters.registry.program_cache import ProgramCache
 from adaplex.adapters.storage.folder_content import FolderContent
 from adaplex.model.base.loader import load_base
@@ -189,7 +189,7 @@ def test_without_peft_the_extra_is_named(
 def test_a_long_trial_still_tries_every_shape(
     upload: Callable[[str], Upload], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(try_merge, "SECONDS", 0.0)
+    monkeypatch.setattr(read_adapter, "TRIAL_SECONDS", 0.0)
     sent = upload("HIRA")
     key = "base_model.model.model.layers.0.mlp.down_proj.hira_"  # the first of its shape
     for half in "AB":

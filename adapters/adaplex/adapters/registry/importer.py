@@ -1,4 +1,4 @@
-"""Importer: adapters that come from elsewhere than an upload: sources, lazily too, and merges."""
+"""Importer: stores adapters from sources, at a load call or at first use, and from merges."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from adaplex.adapters.storage.lease import Lease
 from adaplex.adapters.storage.selector import DEFAULT, LATEST, Selector
 
 FIRST_USE = "first use"
-"""Who brings an adapter that a request names before anybody loaded it."""
+"""Actor of an adapter that was fetched because a request named it."""
 
 
 class Importer:
-    """Fetches into a folder of the store, then takes in. Thread-safe; calls block."""
+    """Fills a scratch folder of the store, then commits it. Thread-safe; calls block."""
 
     def __init__(self, registry: AdapterRegistry, contents: ContentStore, sources: Sources) -> None:
         self._registry, self._contents, self._sources = registry, contents, sources
@@ -36,7 +36,7 @@ class Importer:
         self._fetch_locks: dict[str, threading.Lock] = {}
 
     def load(self, uri: str, name: str, *, replace: bool, origin: Origin) -> Committed:
-        """Takes in what a URI names. Raises as `Sources.fetch` and `Intake.commit`."""
+        """Stores the adapter at a URI. Raises as `Sources.fetch` and `Intake.commit`."""
         self._intake.check_name(name)
         with self._scratch() as folder:
             with full_disk_is_store_full():
@@ -44,8 +44,10 @@ class Importer:
             return self._commit(fetched, name, replace=replace, origin=origin)
 
     def fetch_missing(self, selector: str) -> bool:
-        """Looks for an adapter that is unknown here where the operator said that they are; whether
-        it is known now. Of several callers, one fetches and the others wait.
+        """Fetches an unknown adapter from the templates of --resolve-from. Concurrent callers with
+        one name wait for a single fetch.
+
+        Returns True if the name has a version now.
         """
         parts = Selector.parse(selector)
         if parts is None or parts.digest or parts.version:
@@ -55,7 +57,7 @@ class Importer:
         with self._exclusive(parts.name):
             if self._registry.names.exists(parts.name):
                 return True
-            if self._registry.names.is_deleted(parts.name):  # who deleted it does not want it back
+            if self._registry.names.is_deleted(parts.name):  # deleted on purpose
                 return False
             with self._scratch() as folder:
                 fetched = self._sources.find(parts.name, folder)
@@ -64,7 +66,7 @@ class Importer:
                 origin = Origin(datetime.now(UTC), actor=FIRST_USE)
                 try:
                     self._commit(fetched, parts.name, replace=False, origin=origin)
-                except AdapterExists:  # another process on the same store was faster
+                except AdapterExists:  # another process of the store has fetched it
                     return self._registry.names.exists(parts.name)
                 return True
 
@@ -77,8 +79,9 @@ class Importer:
         replace: bool,
         origin: Origin,
     ) -> Committed:
-        """Makes a stored adapter out of stored ones. Raises AdapterNotFound, AdapterInvalid, or as
-        `Intake.commit`.
+        """Stores the merge of several adapters as a new one.
+
+        Raises AdapterNotFound, AdapterInvalid, or as `Intake.commit`.
         """
         self._intake.check_name(name)
         leases: list[Lease] = []
@@ -116,7 +119,7 @@ class Importer:
 
     @contextmanager
     def _exclusive(self, name: str) -> Iterator[None]:
-        """One thread a name."""
+        """Lets one thread per name into the block."""
         with self._lock:
             lock = self._fetch_locks.setdefault(name, threading.Lock())
         with lock:

@@ -1,4 +1,4 @@
-"""Intake: the only way into the store, for uploads, imports and merges alike."""
+"""Intake: the only code that adds adapters, for uploads, imports and merges."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from adaplex.adapters.storage.version import Version
 
 @dataclass(frozen=True)
 class Committed:
-    """An upload that is in. `created` is false when the name pointed to this content before."""
+    """A stored upload. `created` is False if the name's newest version had this content before."""
 
     record: AdapterRecord
     report: Report
@@ -42,19 +42,19 @@ class Committed:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What adapters are checked against beside the base."""
+    """Limits of this server that adapters are checked against."""
 
     element_bytes: int
-    """Of the compute dtype."""
+    """Bytes per element of the compute dtype."""
     limits: AdapterLimits
     max_packed_bytes: int | None = None
-    """Bytes of the arena."""
+    """Bytes of the arena; None for no limit."""
     max_merged_bytes: int | None = None
-    """Bytes of merged weights."""
+    """Byte budget of merged weights; None for no limit."""
 
 
 class Intake:
-    """Checks adapters and takes them in. Thread-safe; calls block on the disk."""
+    """Checks and stores adapters. Thread-safe; calls block on the disk."""
 
     def __init__(
         self,
@@ -72,21 +72,22 @@ class Intake:
         self._garbage, self._signatures = garbage, signatures
 
     def stage(self, files: Sequence[FileSpec]) -> Staging:
-        """Room for an upload. Raises AdapterInvalid, AdapterTooLarge or StoreFull before anything
-        is taken.
+        """Returns an empty staging folder for announced files, after checking them.
+
+        Raises AdapterInvalid, AdapterTooLarge or StoreFull.
         """
         check_files(files, self._limits)
         return self._contents.stage(files)
 
     def check(self, staging: Staging) -> Report:
-        """What a commit would say; a checkpoint that cannot be served has refusals.
+        """Returns the report that `commit` would, or one with every refusal. Stores nothing.
 
-        Raises StoreFull when the disk is.
+        Raises StoreFull if the disk is full.
         """
         try:
             staging.verify()
             self._signatures.verify(staging.directory)
-            return self._programs.describe(self._admit(staging.directory))
+            return self._programs.describe(self._read(staging.directory))
         except AdapterInvalid as error:
             return Report(refusals=error.refusals)
         except AdapterTooLarge as error:
@@ -102,42 +103,46 @@ class Intake:
         origin: Origin,
         signed: bool = True,
     ) -> Committed:
-        """Takes an upload in under a name. `signed` is false for what this server made itself.
+        """Stores an upload under a name, durably: once this returns, it survives a kill.
+
+        A name with other content gets a new version if `replace`, else AdapterExists is raised.
+        Stored content that is damaged or missing is repaired. `signed` is False for adapters that
+        this server made itself, whose signature is not checked.
 
         Raises AdapterInvalid, AdapterExists, AdapterTooLarge or StoreFull.
-        When it returns, the adapter survives a kill. A taken name gets a new version with
-        `replace`, and is AdapterExists without, unless its content is the same. Content that is
-        stored, but damaged or lost, is repaired.
         """
         self.check_name(name)
         staging.verify()
         verdict = self._signatures.verify(staging.directory) if signed else Verdict()
-        program = self._admit(staging.directory)
+        program = self._read(staging.directory)
         if verdict.problem:
             program = _warned(program, f"model.sig: {verdict.problem}")
         report = self._programs.describe(program)
         version = self._version(program, staging, origin, verdict.signer)
-        damaged = is_damaged(self._contents, program.digest)  # takes long, so before the change
-        added = kept = False
+        damaged = is_damaged(self._contents, program.digest)  # slow, so outside the transaction
+        added = stored = False
 
         def change(entry: NameRecord | None) -> NameRecord:
-            nonlocal added, kept
+            nonlocal added, stored
             entry = entry or NameRecord(name)
             added = not (entry.alive and entry.latest.digest == version.digest)
             if added and entry.alive and not replace:
-                raise AdapterExists(f"{name} is taken by {entry.latest.digest}", field="name")
+                raise AdapterExists(
+                    f"{name} has {entry.latest.digest} already; replace it, or choose another name",
+                    field="name",
+                )
             if added:
                 self._check_quota(entry, version)
             grown = entry.add(version, max_versions=self._limits.max_versions) if added else entry
-            kept |= self._store(staging, version.digest, damaged=damaged)
+            stored |= self._store(staging, version.digest, damaged=damaged)
             return grown
 
         try:
             entry = self._catalog.update(name, change)
-        except BaseException:  # content that nobody came to name goes again
+        except BaseException:  # no name refers to the content now
             self._garbage.discard_if_unused(version.digest)
             raise
-        if kept:
+        if stored:
             self._programs.cache_report(report)
         record = entry.latest.record(name, self._capacity.element_bytes)
         return Committed(record, report, created=added)
@@ -151,26 +156,28 @@ class Intake:
         origin: Origin,
         signed: bool = True,
     ) -> Committed:
-        """Takes in a folder that is ours alone. Raises as `commit`; the folder is gone then."""
+        """Stores a folder's files under a name, and removes the folder. Raises as `commit`."""
         self.check_name(name)
         with Staging.adopt(directory, self._limits) as staging:
             return self.commit(staging, name, replace=replace, origin=origin, signed=signed)
 
     def check_name(self, name: str) -> None:
-        """Raises AdapterInvalid for a bad name, AdapterExists for the base's."""
+        """Raises AdapterInvalid for an invalid name, AdapterExists for the base's."""
         if not NAME.fullmatch(name):
             raise AdapterInvalid.because("name", f"{name!r:.200} does not match ^{NAME.pattern}$")
         if name == self._base.name:
-            raise AdapterExists(f"{name} is the base model", field="name")
+            raise AdapterExists(
+                f"{name} is the name of the base model; choose another", field="name"
+            )
 
-    def _admit(self, directory: Path) -> AdapterProgram:
-        """Lowers an upload that keeps to the limits."""
+    def _read(self, directory: Path) -> AdapterProgram:
+        """Lowers an upload. Raises AdapterInvalid, or AdapterTooLarge also for the arena."""
         program = self._programs.read(directory)
         packed = program.packed_bytes(self._capacity.element_bytes)
-        most = self._capacity.max_packed_bytes
-        if most is not None and packed > most and not program.traits.merged_only:
+        limit = self._capacity.max_packed_bytes
+        if limit is not None and packed > limit and not program.traits.merged_only:
             raise AdapterTooLarge(
-                f"the adapter takes {packed} bytes in memory, the arena has {most}",
+                f"the adapter takes {packed} bytes in memory, the arena has {limit}",
                 field="arena_bytes",
             )
         return program
@@ -178,7 +185,7 @@ class Intake:
     def _version(
         self, program: AdapterProgram, staging: Staging, origin: Origin, signer: str
     ) -> Version:
-        """What the catalog will say; its number comes with the entry."""
+        """Returns the version for the catalog, which numbers it."""
         return Version(
             number=0,
             digest=program.digest,
@@ -195,8 +202,9 @@ class Intake:
         )
 
     def _store(self, staging: Staging, digest: str, *, damaged: bool) -> bool:
-        """Stores what is not stored yet, and replaces content that was damaged and still is.
-        Whether these files are those that are stored now.
+        """Stores content that is absent, or was `damaged` and still is.
+
+        Returns True if these files were stored.
         """
         if damaged and is_damaged(self._contents, digest):
             self._contents.remove(digest, damaged=True)
@@ -206,15 +214,16 @@ class Intake:
         limits, usage = self._limits, self._catalog.usage()
         if not entry.alive and usage.names >= limits.max_adapters:
             raise StoreFull(
-                f"{entry.name} would be one more than the {limits.max_adapters} adapters allowed",
+                f"{entry.name} would be adapter {usage.names + 1}, "
+                f"the limit is {limits.max_adapters}; delete some",
                 field="max_adapters",
             )
         size, stored = version.stored_bytes, usage.stored_bytes
-        if stored + size > limits.max_store_bytes and not self._catalog.is_referenced(
-            version.digest
-        ):
+        full = stored + size > limits.max_store_bytes
+        if full and not self._catalog.is_referenced(version.digest):
             raise StoreFull(
-                f"{size} bytes beside {stored} stored exceed {limits.max_store_bytes}",
+                f"{size} bytes and {stored} stored exceed the limit of {limits.max_store_bytes}; "
+                "delete adapters",
                 field="max_store_bytes",
             )
 

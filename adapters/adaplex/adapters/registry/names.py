@@ -1,4 +1,4 @@
-"""Names: what each stands for, and how that changes."""
+"""Names: the operations on names, versions, aliases and labels."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from adaplex.adapters.storage.selector import DEFAULT, NAME, Selector
 
 @dataclass(frozen=True)
 class Deleted:
-    """How many versions are gone, and the contents that went with them."""
+    """Number of deleted versions, and the digests that nothing here uses any more."""
 
     versions: int
     digests: tuple[str, ...]
 
 
 class Names:
-    """Versions, aliases, labels and history. Thread-safe; every change is durable at return, and
-    seen by the next request.
+    """Reads and changes names. Thread-safe. A change is durable once it returns, and applies to
+    the next request.
     """
 
     def __init__(self, catalog: Catalog, garbage: GarbageCollector, *, element_bytes: int) -> None:
         self._catalog, self._garbage, self._element_bytes = catalog, garbage, element_bytes
 
     def get(self, selector: str, *, routing_key: str = "") -> AdapterRecord:
-        """The record that a selector names. Raises AdapterNotFound."""
+        """Returns the record of a selector; see NameRecord.resolve. Raises AdapterNotFound."""
         parts = Selector.parse(selector)
         if parts is None:
             raise AdapterNotFound(f"no adapter {selector!r:.200}")
@@ -51,27 +51,28 @@ class Names:
         return version.record(entry.name, self._element_bytes, alias)
 
     def entry(self, name: str) -> NameRecord:
-        """All that is known under a name. Raises AdapterNotFound."""
+        """Returns the entry of a name that has a version. Raises AdapterNotFound."""
         return _alive(name, self._find(name))
 
     def exists(self, name: str) -> bool:
-        """Whether the name has a version."""
+        """Returns True if the name has a version."""
         entry = self._find(name)
         return entry is not None and entry.alive
 
     def version_exists(self, record: AdapterRecord) -> bool:
-        """Whether the version that a record is of still exists."""
+        """Returns True if the version of a record has not been deleted."""
         entry = self._find(record.name)
         return entry is not None and any(v.number == record.version for v in entry.versions)
 
     def is_deleted(self, name: str) -> bool:
-        """Whether the name was deleted, and not given again."""
+        """Returns True if the name was deleted, and not used again."""
         entry = self._find(name)
         return entry is not None and not entry.alive
 
     def history(self, name: str) -> tuple[Event, ...]:
-        """What happened to a name, newest first, also to one that is deleted. Raises
-        AdapterNotFound for one that never was.
+        """Returns the events of a name, deleted or not, newest first.
+
+        Raises AdapterNotFound for a name that never had a version.
         """
         entry = self._find(name)
         if entry is None:
@@ -79,25 +80,25 @@ class Names:
         return entry.history[::-1]
 
     def query(self, query: Query) -> list[NameRecord]:
-        """Entries, filtered and ordered."""
+        """Returns the entries of a query."""
         return self._catalog.query(query)
 
     def cursor(self, entry: NameRecord, query: Query) -> tuple[str | int, str]:
-        """Query.after for the page behind an entry of this query."""
+        """Returns Query.after for the page that follows an entry of this query."""
         return self._catalog.order_value(entry, query.order), entry.name
 
     def latest(self, entry: NameRecord) -> AdapterRecord:
-        """The newest version of an entry that is alive."""
+        """Returns the record of an entry's newest version. The entry must have one."""
         return entry.latest.record(entry.name, self._element_bytes)
 
     def reachable(self, name: str) -> list[AdapterRecord]:
-        """What a bare name can lead to now. Raises AdapterNotFound."""
+        """Returns the records that a bare name can resolve to. Raises AdapterNotFound."""
         versions = self.entry(name).reachable()
         return [version.record(name, self._element_bytes) for version in versions]
 
     def candidates(self, selector: str) -> list[AdapterRecord]:
-        """All that a selector can lead to: several where it follows a split. Raises
-        AdapterNotFound.
+        """Returns the records that a selector can resolve to: several for a bare name whose
+        `default` is a split. Raises AdapterNotFound.
         """
         parts = Selector.parse(selector)
         if parts is None or parts.digest or parts.version or parts.alias not in ("", DEFAULT):
@@ -105,7 +106,7 @@ class Names:
         return self.reachable(parts.name)
 
     def pinned(self) -> list[AdapterRecord]:
-        """What the pinned names can lead to now."""
+        """Returns the records that pinned names can resolve to."""
         return [
             version.record(entry.name, self._element_bytes)
             for entry in self._catalog.pinned()
@@ -113,7 +114,7 @@ class Names:
         ]
 
     def usage(self) -> StoreUsage:
-        """How full the store is."""
+        """Returns the number of names and the stored bytes."""
         return self._catalog.usage()
 
     def update(
@@ -126,7 +127,7 @@ class Names:
         remove_labels: Sequence[str] = (),
         pinned: bool | None = None,
     ) -> NameRecord:
-        """Changes what is not None. Raises AdapterNotFound or AdapterInvalid."""
+        """Changes the arguments that are not None. Raises AdapterNotFound or AdapterInvalid."""
 
         def change(entry: NameRecord) -> NameRecord:
             labels = {**entry.labels, **(set_labels or {})}
@@ -140,7 +141,7 @@ class Names:
     def set_alias(
         self, name: str, alias: str, targets: Sequence[Target], origin: Origin
     ) -> NameRecord:
-        """Points an alias to a version or to several by weight, in one step.
+        """Points an alias to a version, or to several by weight, atomically.
 
         Raises AdapterNotFound or AdapterInvalid.
         """
@@ -148,21 +149,22 @@ class Names:
         return self._change(name, lambda entry: entry.set_alias(alias, split, origin))
 
     def delete_alias(self, name: str, alias: str, origin: Origin) -> NameRecord:
-        """Forgets an alias. Raises AdapterNotFound or AdapterInvalid."""
+        """Removes an alias. Raises AdapterNotFound or AdapterInvalid."""
         return self._change(name, lambda entry: entry.set_alias(alias, (), origin))
 
     def rollback(self, name: str, alias: str, origin: Origin) -> NameRecord:
-        """Points an alias, by default `default`, to what it pointed to before.
+        """Points an alias, if empty `default`, to its previous targets; see NameRecord.rollback.
 
         Raises AdapterNotFound or AdapterInvalid.
         """
         return self._change(name, lambda entry: entry.rollback(alias or DEFAULT, origin))
 
     def delete(self, selector: str, origin: Origin) -> Deleted:
-        """Forgets a name, or one version. Content goes when no name and no lease holds it.
+        """Deletes a name, or one version of it. Content is removed once no name and no lease
+        refers to it.
 
         Raises AdapterNotFound, AdapterInvalid while an alias points to the version, or StoreFull
-        when the disk has no room to note it.
+        if the disk has no space for the change.
         """
         parts = Selector.parse(selector)
         if parts is None or parts.digest or parts.alias:
@@ -184,19 +186,19 @@ class Names:
         return Deleted(len(removed), tuple(gone))
 
     def _find(self, name: str) -> NameRecord | None:
-        """The entry of a name that a client sent; what is no name has none."""
+        """Returns the entry of a name from a client, None for an invalid name."""
         return self._catalog.get(name) if NAME.fullmatch(name) else None
 
     @full_disk_is_store_full()
     def _change(self, name: str, change: Callable[[NameRecord], NameRecord]) -> NameRecord:
-        """Changes an entry that is alive."""
+        """Changes the entry of a name that has a version. Raises AdapterNotFound."""
         if not NAME.fullmatch(name):
             raise AdapterNotFound(f"no adapter {name!r:.200}")
         return self._catalog.update(name, lambda entry: change(_alive(name, entry)))
 
 
 def _alive(name: str, entry: NameRecord | None) -> NameRecord:
-    """The entry of a name, if it has a version. Raises AdapterNotFound."""
+    """Returns `entry` if it has a version, else raises AdapterNotFound."""
     if entry is None or not entry.alive:
         raise AdapterNotFound(f"no adapter {name!r:.200}")
     return entry

@@ -1,4 +1,4 @@
-"""AdapterRegistry: the one door to adapters: binds requests to content, and holds its parts."""
+"""AdapterRegistry: resolves what requests name to stored content, and leases it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ from adaplex.adapters.storage.lease import Lease, LeasedAdapter, Leases
 from adaplex.adapters.storage.sqlite_catalog import SqliteCatalog
 
 RACES = 8
-"""Times that a name may come to point elsewhere while it is being resolved."""
+"""Attempts to resolve a name whose version is deleted meanwhile."""
 
 
 class AdapterRegistry:
-    """Binds requests. `names` says what names stand for, `intake` takes adapters in, `programs`
-    lowers them, `garbage` collects. Thread-safe; calls block on the disk.
+    """Resolves and leases adapters. Thread-safe; calls block on the disk.
+
+    `names` reads and changes names, `intake` adds adapters, `programs` lowers them, `garbage`
+    removes unused content.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class AdapterRegistry:
         self.base, self._policy, self._capacity = base, base_policy, capacity
         self._leases = Leases(contents)
         self._mixing = threading.Lock()
+        """Guards a mix's first and last lease."""
         self.programs = ProgramCache(
             contents,
             base,
@@ -79,7 +82,7 @@ class AdapterRegistry:
             garbage=self.garbage,
             signatures=signatures or SignatureVerifier(SignaturePolicy.OFF),
         )
-        with suppress(SourceUnavailable):  # the next sweep may reach it
+        with suppress(SourceUnavailable):  # a later sweep may succeed
             self.garbage.sweep()
 
     @classmethod
@@ -95,10 +98,10 @@ class AdapterRegistry:
         base_policy: BasePolicy = BasePolicy.WARN,
         signatures: SignatureVerifier | None = None,
     ) -> AdapterRegistry:
-        """A registry in a folder of this machine, which several processes may open.
+        """Returns a registry in a local folder, which several processes may open.
 
-        `element_bytes` is that of the compute dtype, `max_packed_bytes` that of the arena,
-        `max_merged_bytes` that of merged weights.
+        `element_bytes` is the compute dtype's, `max_packed_bytes` the arena's, `max_merged_bytes`
+        the budget of merged weights.
         """
         root.mkdir(parents=True, exist_ok=True)
         return cls(
@@ -113,9 +116,9 @@ class AdapterRegistry:
         )
 
     def resolve(self, selector: str, *, routing_key: str = "") -> Lease:
-        """Binds a selector to content, and holds the content until the lease is released.
+        """Resolves a selector, and leases its content until the lease is released.
 
-        `routing_key` makes requests take the same side of a weighted alias.
+        Requests with the same `routing_key` get the same version of a weighted alias.
         Raises AdapterNotFound, or BaseMismatch by policy.
         """
         record = self._acquire(selector, routing_key)
@@ -129,10 +132,10 @@ class AdapterRegistry:
     def resolve_mix(
         self, selectors: Sequence[tuple[str, float]], *, routing_key: str = ""
     ) -> Lease:
-        """Binds several weighted selectors to one content, their sum.
+        """Resolves weighted selectors to their mix, and leases it and each adapter in it.
 
-        Raises as `resolve`, AdapterInvalid for the weights or for adapters that cannot be combined,
-        or AdapterTooLarge.
+        Raises as `resolve`, AdapterInvalid for invalid weights or adapters that cannot be mixed, or
+        AdapterTooLarge.
         """
         leases: list[Lease] = []
         try:
@@ -155,23 +158,23 @@ class AdapterRegistry:
         def release() -> tuple[str, ...]:
             with self._mixing:
                 if self._leases.release(record.digest):
-                    self.programs.remove_mix(record.digest)  # nothing, of a plain one
-            gone = tuple(digest for lease in leases for digest in lease.release())
-            return (*gone, record.digest) if gone else ()
+                    self.programs.remove_mix(record.digest)  # no-op for a single adapter
+            unused = tuple(digest for lease in leases for digest in lease.release())
+            return (*unused, record.digest) if unused else ()
 
         warnings = dict.fromkeys(w for lease in leases for w in lease.warnings)
         return Lease(record, release, parts=parts, warnings=tuple(warnings))
 
     def cached_bytes(self) -> int | None:
-        """Bytes that this machine keeps of a store elsewhere; None when the store is here."""
+        """Returns the bytes that this machine caches of a remote store; None for a local store."""
         return self._contents.cached_bytes()
 
     def is_local(self, digest: str) -> bool:
-        """Whether the files are on this machine."""
+        """Returns True if the files are on this machine."""
         return self._contents.has(digest)
 
     def check_integrity(self) -> None:
-        """Asserts that the catalog is whole and every content that it names is there."""
+        """Asserts the catalog's invariants, and that all content it refers to is stored."""
         with self._catalog.paused():
             self._catalog.check_integrity()
             named, stored = self._catalog.digests(), self._contents.digests()
@@ -179,32 +182,35 @@ class AdapterRegistry:
 
     @property
     def leased(self) -> int:
-        """Contents that requests use."""
+        """Number of contents that requests lease."""
         return len(self._leases)
 
     def close(self) -> None:
-        """Closes the catalog and ends this process's part in the store."""
+        """Closes the catalog and the content store."""
         self._catalog.close()
         self._contents.close()
 
     def _acquire(self, selector: str, routing_key: str) -> AdapterRecord:
-        """Resolves and leases. Content that goes in between is looked up again; what is named and
-        yet not there is leased all the same, and found out about when it is read.
+        """Resolves a selector and leases its content, again if the version was deleted meanwhile.
+
+        Content that is missing although a version refers to it is leased; reading it will fail.
         """
         for _ in range(RACES):
             record = self.names.get(selector, routing_key=routing_key)
             if self._leases.acquire(record.digest) or self.names.version_exists(record):
                 return record
             self._leases.release(record.digest)
-        raise AdapterNotFound(f"{selector} changes too fast to be resolved", field="adapter")
+        raise AdapterNotFound(
+            f"{selector} was deleted {RACES} times while it was resolved", field="adapter"
+        )
 
     def _release(self, digest: str) -> tuple[str, ...]:
-        """Ends a lease; the content, if it went for good with it."""
-        gone = self._leases.release(digest) and self.garbage.discard_if_unused(digest)
-        return (digest,) if gone else ()
+        """Ends a lease. Returns the digest if nothing here uses the content any more."""
+        unused = self._leases.release(digest) and self.garbage.discard_if_unused(digest)
+        return (digest,) if unused else ()
 
     def _warnings(self, record: AdapterRecord) -> tuple[str, ...]:
-        """What is doubtful about serving it on this base. Raises BaseMismatch by policy."""
+        """Returns the doubts about serving a record on this base. Raises BaseMismatch by policy."""
         if self._policy is BasePolicy.OFF:
             return ()
         if problem := other_base(record.base, self.base):
@@ -214,17 +220,17 @@ class AdapterRegistry:
         return record.warnings
 
     def _mix_record(self, mix: Mix, parts: Sequence[LeasedAdapter]) -> AdapterRecord:
-        """The record of a mix."""
+        """Returns the record of a mix. Raises AdapterInvalid or AdapterTooLarge."""
         if mix.alone:
             return next(p.record for p in parts if p.record.digest == mix.alone)
         digests = [component.digest for component in mix.components]
         reports = [self.programs.report(digest) for digest in digests]
         check_mix(mix, reports, {part.record.digest: part.record.name for part in parts})
         size = mix_packed_bytes(reports, self._capacity.element_bytes)
-        most = self._capacity.max_packed_bytes
-        if most is not None and size > most:
+        limit = self._capacity.max_packed_bytes
+        if limit is not None and size > limit:
             raise AdapterTooLarge(
-                f"the mix takes {size} bytes in memory, the arena has {most}",
+                f"the mix takes {size} bytes in memory, the arena has {limit}",
                 field="adapters",
             )
         ranks = mix_ranks(reports)
