@@ -19,7 +19,7 @@ from adaplex.engine.engine import Engine
 from adaplex.server.app import Server, serve
 from adaplex.server.components import Components
 from adaplex.server.config import ServerConfig
-from adaplex.server.convert import ModelLimits
+from adaplex.server.generation_messages import ModelLimits
 from adaplex.server.metrics import Metrics
 from adaplex.server.open_store import open_store
 from adaplex.server.services.info import ModelInfo

@@ -11,8 +11,8 @@ import grpc
 import pytest
 
 from adaplex.engine.errors import RequestInvalid
-from adaplex.server import adapter_messages, convert
-from adaplex.server.convert import ModelLimits
+from adaplex.server import adapter_messages, generation_messages
+from adaplex.server.generation_messages import ModelLimits
 from adaplex.server.prompt_encoder import LONG_BYTES, PromptEncoder
 from adaplex.server.text import TOKEN_BYTES
 from adaplex.v1.generation_pb2 import ChatMessage, ChatPrompt, GenerateRequest, GenerationSpec
@@ -127,7 +127,7 @@ async def test_the_requests_before_the_engine_are_bounded(tmp_path: Path) -> Non
 def test_many_token_ids_are_counted_before_they_are_looked_at() -> None:
     spec: Any = SimpleNamespace(token_ids=SimpleNamespace(ids=Untouched()))
     with pytest.raises(RequestInvalid) as caught:
-        convert.check_prompt_ids(spec, LIMITS)
+        generation_messages.check_prompt_ids(spec, LIMITS)
     assert caught.value.field == "spec.token_ids"
     assert "255" in caught.value.reason
 
@@ -135,7 +135,7 @@ def test_many_token_ids_are_counted_before_they_are_looked_at() -> None:
 def test_many_messages_are_counted_before_they_are_looked_at() -> None:
     spec: Any = SimpleNamespace(chat=SimpleNamespace(messages=Untouched()))
     with pytest.raises(RequestInvalid) as caught:
-        convert.check_chat(spec)
+        generation_messages.check_chat(spec)
     assert caught.value.field == "spec.chat.messages"
     assert "1024" in caught.value.reason
 

@@ -15,7 +15,7 @@ from adaplex.adapters.storage.catalog import Order, Query
 from adaplex.adapters.storage.event import Event
 from adaplex.adapters.storage.name_record import NameRecord
 from adaplex.adapters.storage.staging import FileSpec
-from adaplex.server.convert import check
+from adaplex.server.generation_messages import check
 from adaplex.v1 import adapters_pb2
 
 MAX_PAGE = 1000

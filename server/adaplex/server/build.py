@@ -20,7 +20,7 @@ from adaplex.model.progress import Progress
 from adaplex.model.runner import ModelRunner
 from adaplex.server.components import Components
 from adaplex.server.config import ConfigError, ServerConfig
-from adaplex.server.convert import ModelLimits
+from adaplex.server.generation_messages import ModelLimits
 from adaplex.server.metrics import Metrics
 from adaplex.server.open_store import import_adapters, open_store
 from adaplex.server.services.info import ModelInfo

@@ -11,7 +11,7 @@ from adaplex.adapters.registry.registry import AdapterRegistry
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.config import EngineConfig
 from adaplex.server.config import ServerConfig
-from adaplex.server.convert import ModelLimits
+from adaplex.server.generation_messages import ModelLimits
 from adaplex.server.metrics import Metrics
 from adaplex.server.services.info import ModelInfo
 from adaplex.server.text import Tokenizer

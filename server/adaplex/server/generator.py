@@ -24,8 +24,8 @@ from adaplex.engine.errors import (
     ServerUnavailable,
 )
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams, Timing
-from adaplex.server import convert
-from adaplex.server.convert import ModelLimits
+from adaplex.server import generation_messages as messages
+from adaplex.server.generation_messages import ModelLimits
 from adaplex.server.metrics import FinishedReason, Metrics
 from adaplex.server.prompt_encoder import PromptEncoder
 from adaplex.server.response import Response
@@ -89,10 +89,10 @@ class Generator:
 
         Closing it aborts the request and releases the adapter.
         """
-        sampling = convert.sampling_params(spec, self._limits)
-        mode = convert.adapter_mode(spec)
-        salt, priority = convert.cache_salt(spec), convert.priority(spec)
-        selectors, key = convert.requested_adapters(spec), convert.routing_key(spec)
+        sampling = messages.sampling_params(spec, self._limits)
+        mode = messages.adapter_mode(spec)
+        salt, priority = messages.cache_salt(spec), messages.priority(spec)
+        selectors, key = messages.requested_adapters(spec), messages.routing_key(spec)
         self._prompts.check(spec)
         with self._preparation() as preparation:
             begun = time.monotonic()

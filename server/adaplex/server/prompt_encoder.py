@@ -7,8 +7,9 @@ import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from adaplex.server import convert, text
-from adaplex.server.convert import ModelLimits
+from adaplex.server import generation_messages as messages
+from adaplex.server import text
+from adaplex.server.generation_messages import ModelLimits
 from adaplex.v1.generation_pb2 import GenerationSpec
 
 LONG_BYTES = 8 * 1024
@@ -47,15 +48,15 @@ class PromptEncoder:
     def check(self, spec: GenerationSpec) -> None:
         """Raises RequestInvalid for a prompt that can be refused without encoding it."""
         kind = spec.WhichOneof("prompt")
-        convert.check("spec.prompt", kind is not None, "must be set: text, token_ids or chat")
+        messages.check("spec.prompt", kind is not None, "must be set: text, token_ids or chat")
         if kind == "token_ids":
-            convert.check_prompt_ids(spec, self._limits)
+            messages.check_prompt_ids(spec, self._limits)
             return
         if kind == "chat":
-            convert.check_chat(spec)
+            messages.check_chat(spec)
         size, limit = _size(spec), self._max_bytes
         reason = f"has {size} bytes; no prompt of this model has more than {limit}"
-        convert.check(f"spec.{kind}", size <= limit, reason)
+        messages.check(f"spec.{kind}", size <= limit, reason)
 
     async def encode(self, spec: GenerationSpec) -> tuple[int, ...]:
         """Returns the token ids of a checked prompt. Raises RequestInvalid if they do not fit."""
@@ -64,7 +65,7 @@ class PromptEncoder:
             return tuple(spec.token_ids.ids)
         thread = self._long if _size(spec) > LONG_BYTES else self._short
         ids = await thread.run(_encoder(spec))
-        convert.check_length(f"spec.{kind}", len(ids), self._limits)
+        messages.check_length(f"spec.{kind}", len(ids), self._limits)
         return ids
 
     def close(self) -> None:
@@ -76,8 +77,8 @@ class PromptEncoder:
 def _encoder(spec: GenerationSpec) -> Callable[[text.Tokenizer], tuple[int, ...]]:
     """Returns the function that encodes the prompt, to be called in a thread."""
     if spec.WhichOneof("prompt") == "chat":
-        messages = convert.chat_messages(spec)
-        return lambda tokenizer: text.encode_chat(tokenizer, messages)
+        conversation = messages.chat_messages(spec)
+        return lambda tokenizer: text.encode_chat(tokenizer, conversation)
     return lambda tokenizer: text.encode_text(tokenizer, spec.text)
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from adaplex.adapters.storage.lease import Lease
 from adaplex.engine.request import FinishReason, Logprob, Request, StepOutput, Timing
-from adaplex.server import convert
+from adaplex.server import generation_messages as messages
 from adaplex.server.text import Detokenizer, StopStrings, Tokenizer
 from adaplex.v1.generation_pb2 import GenerationDelta, GenerationFinished, GenerationStarted
 
@@ -64,7 +64,7 @@ class Response:
         return GenerationStarted(
             request_id=request_id,
             model=model,
-            adapter=convert.applied(ref, lease) if ref and lease else None,
+            adapter=messages.applied(ref, lease) if ref and lease else None,
             prompt_tokens=len(self._request.prompt),
         )
 
@@ -83,14 +83,14 @@ class Response:
                 break
         if not text and not tokens:
             return None
-        entries = [convert.token_logprob(logprob) for logprob in logprobs]
+        entries = [messages.token_logprob(logprob) for logprob in logprobs]
         return GenerationDelta(text=text, token_ids=tokens, logprobs=entries)
 
     def finished(self) -> GenerationFinished:
         """Returns the last message."""
         timing = self.timing()
         return GenerationFinished(
-            reason=convert.FINISH[self.finish],
+            reason=messages.FINISH[self.finish],
             stop=self._stop(),
             prompt_tokens=len(self._request.prompt),
             completion_tokens=self.tokens,

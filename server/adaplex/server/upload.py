@@ -12,8 +12,8 @@ from adaplex.adapters.registry.intake import Intake
 from adaplex.adapters.storage.staging import FileSpec, Staging
 from adaplex.server import adapter_messages as messages
 from adaplex.server.config import MAX_CHUNK_BYTES
-from adaplex.server.convert import check
 from adaplex.server.errors import UploadIdle, UploadsBusy
+from adaplex.server.generation_messages import check
 from adaplex.server.slots import Slots
 from adaplex.server.threads import in_thread, owned
 from adaplex.v1.adapters_pb2 import AdapterChunk, UploadAdapterRequest, ValidateAdapterRequest
