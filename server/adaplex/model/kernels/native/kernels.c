@@ -8,6 +8,7 @@
 #include "argmax.h"
 #include "checks.h"
 #include "code_values.h"
+#include "layouts.h"
 #include "pack.h"
 #include "prefetch.h"
 #include "sites.h"

@@ -1,4 +1,4 @@
-"""NativeKernels: the C kernels of one element type, as Python calls them."""
+"""NativeKernels: Python interface of the C kernels for one element type."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ from torch import Tensor
 from adaplex.model import huge_pages
 from adaplex.model.constants import SIMD_LANES as LANES
 from adaplex.model.kernels.native import structs
-from adaplex.model.kernels.native.library import WRONG, InstructionSet, load_library
+from adaplex.model.kernels.native.library import (
+    ERRORS,
+    NO_MEMORY,
+    InstructionSet,
+    load_library,
+)
 from adaplex.model.weights.nf4 import NF4_BLOCK
 
 ELEMENTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 class NativeKernels:
-    """Calls into the library for one compute dtype. Its team of threads is the process's."""
+    """The library's functions for one compute dtype. The process has one team of threads."""
 
     def __init__(
         self, dtype: torch.dtype, cache: Path, instructions: InstructionSet | None = None
     ) -> None:
-        """Builds the library if need be. Raises BuildFailed."""
+        """Loads the library, after building it if it is not in `cache`. Raises BuildFailed."""
         self.dtype = dtype
         self.per_unit = 4 // dtype.itemsize
         self._library = load_library(cache, instructions)
@@ -31,31 +36,35 @@ class NativeKernels:
         self._forward = getattr(self._library, f"{element}_forward")
         self._linear = getattr(self._library, f"{element}_linear")
         self.low_rank = getattr(self._library, f"{element}_low_rank")
+        """(x, stride, in, y, stride, out, spans, sites, count) -> return code, with x [rows, in], y
+        [rows, out], spans [count, 2] int64 and sites [count] as addresses; see standalone.h."""
 
     def use_threads(self, count: int) -> int:
-        """Makes the team this strong; returns how strong it is."""
+        """Resizes the team to `count` threads; returns its size, which may be smaller."""
         return int(self._library.team_resize(count))
 
     def forward(self, model: structs.Model, step: structs.Step) -> None:
-        """Runs one step of a decoder. The caller keeps alive what the structs point to."""
+        """Runs one step of a decoder; the arrays that the structs point to must stay alive. Raises
+        MemoryError, and ValueError for an invalid step.
+        """
         _check(self._forward(ctypes.byref(model), ctypes.byref(step)))
 
     def linear(self, weight: structs.Weight, x: Tensor) -> Tensor:
-        """x [rows, in] -> [rows, out]."""
+        """x [rows, in] of the compute dtype -> x W' + bias [rows, out]. Raises MemoryError."""
         assert x.dtype == self.dtype
         assert x.shape[1] == weight.in_features
         assert x.stride(1) == 1
         y = x.new_empty(x.shape[0], weight.out_features)
-        place = (x.data_ptr(), x.stride(0), x.shape[0])
-        _check(self._linear(ctypes.byref(weight), *place, y.data_ptr(), y.stride(0)))
+        rows = (x.data_ptr(), x.stride(0), x.shape[0])
+        _check(self._linear(ctypes.byref(weight), *rows, y.data_ptr(), y.stride(0)))
         return y
 
     def packs_dense(self, in_features: int) -> bool:
-        """Whether a dense weight of this width has panels."""
+        """True if a dense weight [out, in_features] can be packed."""
         return in_features % self.per_unit == 0
 
     def packs_nf4(self, in_features: int) -> bool:
-        """Whether an nf4 weight of this width has panels."""
+        """True if an nf4 weight [out, in_features] can be packed."""
         return self.dtype == torch.bfloat16 and in_features % NF4_BLOCK == 0
 
     def pack_dense(self, weight: Tensor) -> Tensor:
@@ -64,15 +73,16 @@ class NativeKernels:
         units = columns // self.per_unit
         panels = huge_pages.empty(-(-rows // LANES), units, LANES, self.per_unit, dtype=self.dtype)
         weight = weight.to(self.dtype).contiguous()
-        place = (weight.data_ptr(), rows, columns, self.per_unit)
-        self._library.pack_dense(*place, panels.data_ptr())
+        source = (weight.data_ptr(), rows, columns, self.per_unit)
+        self._library.pack_dense(*source, panels.data_ptr())
         return panels
 
     def pack_nf4(
         self, codes: Tensor, absmax: Tensor, shape: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """What bitsandbytes quantizes [out, in] to -> panels [out / LANES, in / 8, LANES, 2] of
-        four codes each, and scales [out / LANES, in / NF4_BLOCK, LANES]; rounded up.
+        """codes and absmax of a weight of `shape` [out, in], as bitsandbytes quantizes it -> panels
+        [out / LANES, in / 8, LANES, 2] of four codes each, and scales [out / LANES, in / NF4_BLOCK,
+        LANES]; rounded up.
         """
         rows, columns = shape
         scales = absmax.float().view(rows, columns // NF4_BLOCK)
@@ -100,16 +110,17 @@ class NativeKernels:
         return packed
 
     def pack_low_rank(self, b: Tensor) -> Tensor:
-        """The b [rank, out] of a delta in the panels that the kernels read: as many elements."""
+        """b [rank, out] of a low-rank delta -> its panels [rank * out]; see low_rank.h."""
         packed = torch.empty(b.numel(), dtype=self.dtype)
         b = b.to(self.dtype).contiguous()
-        place = (b.data_ptr(), b.shape[0], b.shape[1], self.per_unit)
-        self._library.pack_low_rank(*place, packed.data_ptr())
+        source = (b.data_ptr(), b.shape[0], b.shape[1], self.per_unit)
+        self._library.pack_low_rank(*source, packed.data_ptr())
         return packed
 
 
 def _check(code: int) -> None:
-    if code == 1:
-        raise MemoryError(WRONG[code])
+    """Raises the error of a return code."""
+    if code == NO_MEMORY:
+        raise MemoryError(ERRORS[code])
     if code:
-        raise ValueError(f"the kernels refuse the step: {WRONG[code]}")
+        raise ValueError(f"the kernels refuse the step: {ERRORS[code]}")

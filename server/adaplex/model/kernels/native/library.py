@@ -1,8 +1,8 @@
-"""Building and loading the C kernels.
+"""Building and loading of the C kernels.
 
-The compiler of the machine builds them once, for one of a few instruction sets; the result is
-cached under a hash of sources, flags, compiler and processor. Which set is loaded is decided
-when the library is: by what the processor says it has. Without a compiler the reference serves.
+The machine's C compiler builds them once for one of the instruction sets; the library is cached
+under a hash of sources, flags, compiler and processor features. The set is chosen when the library
+is loaded, by the features of the processor. Without a compiler the reference kernels serve.
 """
 
 from __future__ import annotations
@@ -19,32 +19,33 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaplex.model.kernels.native import structs
+from adaplex.model.kernels.native import layouts, structs
 
 HERE = Path(__file__).parent
 SOURCE = "kernels.c"
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
 BUILD_CPU_SECONDS = 600
-"""Limit of processor time of each process of the compiler: a busy machine does not end a build."""
+"""Limit of CPU seconds of each process of the compiler; a busy machine does not abort a build."""
 VERSION_SECONDS = 60
-"""Wall time in which a compiler must print its version."""
-WRONG = {
-    1: "no memory for the step",
+"""Seconds of wall time in which a compiler must print its version."""
+NO_MEMORY = 1
+ERRORS = {
+    NO_MEMORY: "no memory for the step",
     2: "a token is not in the vocabulary",
     3: "a position is out of range or not the next one",
     4: "a block is not in the cache",
     5: "rows, runs or sequences do not cover the step",
 }
-"""What the kernels answer, as in types.h."""
+"""Text of the kernels' return codes, which types.h numbers."""
 
 
 class BuildFailed(Exception):
-    """The kernels cannot be built or loaded here."""
+    """The kernels cannot be built or loaded on this machine."""
 
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """What the compiler may use, and what the processor must say that it has for it."""
+    """Compiler flags, and the processor features that their code needs."""
 
     name: str
     needs: frozenset[str]
@@ -52,7 +53,7 @@ class InstructionSet:
 
     @property
     def usable(self) -> bool:
-        """Whether this processor has it."""
+        """True if this processor has all needed features."""
         return self.needs <= processor_features()
 
 
@@ -68,11 +69,11 @@ INSTRUCTION_SETS = (
     InstructionSet("avx2", frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
     InstructionSet("portable", frozenset(), ()),
 )
-"""Best first."""
+"""Fastest first."""
 
 
 def processor_features() -> frozenset[str]:
-    """The instruction sets that the processor says it has, by the kernel's names."""
+    """Returns the features of the processor by their names in /proc/cpuinfo; empty if not Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
@@ -82,8 +83,8 @@ def processor_features() -> frozenset[str]:
 
 
 def load_library(cache: Path, instructions: InstructionSet | None = None) -> ctypes.CDLL:
-    """The kernels as a library, built into `cache` if need be, for the best usable instruction set
-    unless told. Raises BuildFailed.
+    """Returns the library for an instruction set, the fastest usable one by default; builds it in
+    `cache` if it is not there. Raises BuildFailed, also if its structs differ from structs.py.
     """
     chosen = instructions or next(each for each in INSTRUCTION_SETS if each.usable)
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
@@ -96,12 +97,14 @@ def load_library(cache: Path, instructions: InstructionSet | None = None) -> cty
         library = ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildFailed(f"{compiler}: {error}") from error
+    if mismatch := layouts.first_mismatch(library):
+        raise BuildFailed(f"the struct layouts of C and Python differ: {mismatch}")
     _declare(library)
     return library
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    """Tells ctypes the signatures."""
+    """Sets the signatures of the library's functions."""
     address, integer = structs.Address, structs.Integer
     rows = (address, integer)
     signatures = {
@@ -125,7 +128,7 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 def _build(compiler: str, instructions: InstructionSet, target: Path) -> None:
-    """Compiles next to the target and renames, so that nobody loads half a library."""
+    """Compiles beside the target and renames, so that no process loads a partial file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         built = Path(work) / "kernels.so"
@@ -139,8 +142,9 @@ def _build(compiler: str, instructions: InstructionSet, target: Path) -> None:
 
 
 def _run_bounded(command: list[str], errors: Path) -> int:
-    """Runs a command in a process group of its own, each process within BUILD_CPU_SECONDS, with
-    stderr in a file; returns its exit status. However this ends, so do the command's children.
+    """Runs a command in its own process group, each process limited to BUILD_CPU_SECONDS, with
+    stderr in a file; returns its exit status. Kills all processes of the group at the end, also
+    after an exception.
     """
     bounded = ["sh", "-c", f'ulimit -t {BUILD_CPU_SECONDS}; exec "$@"', "sh", *command]
     with (
@@ -157,7 +161,7 @@ def _run_bounded(command: list[str], errors: Path) -> int:
 
 
 def _key(compiler: str, instructions: InstructionSet) -> str:
-    """What the library depends on, as a hash."""
+    """Returns a hash of everything that the library depends on."""
     total = hashlib.sha256()
     for path in sorted(HERE.glob("*.[ch]")):
         total.update(path.read_bytes())

@@ -1,4 +1,4 @@
-"""The structs of types.h, for ctypes."""
+"""The structs of types.h for ctypes; `layouts` compares them with those of a loaded library."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from typing import Any
 Address = ctypes.c_void_p
 Integer = ctypes.c_int64
 
+LAYER_MODULES = 13
+"""Modules of a layer, numbered as in types.h: 7 linears, 2 norms, 2 blocks, 2 head norms."""
+LayerModules = Integer * LAYER_MODULES
+"""Type of `Layer.modules`."""
+
 
 def address_of(struct: ctypes.Array[Any] | ctypes.Structure) -> int:
-    """Where a struct, or an array of them, lies."""
+    """Returns the address of a struct or of an array of structs."""
     return ctypes.addressof(struct)
 
 
 class Weight(ctypes.Structure):
-    """A frozen weight in panels."""
+    """A frozen weight [out, in] in panels."""
 
     _fields_ = [
         ("panels", Address),
@@ -29,16 +34,26 @@ class Weight(ctypes.Structure):
 
 
 class Run(ctypes.Structure):
-    """Rows [start, stop) of one adapter."""
+    """Rows [start, stop) of one adapter; `sites` is the address of its table, None for the base."""
 
-    _fields_ = [("start", Integer), ("stop", Integer), ("sites", Address)]
+    _fields_ = [
+        ("start", Integer),
+        ("stop", Integer),
+        ("sites", Address),
+    ]
 
 
 class Layer(ctypes.Structure):
     """One decoder layer."""
 
     _fields_ = [
-        *((name, Weight) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ("q", Weight),
+        ("k", Weight),
+        ("v", Weight),
+        ("o", Weight),
+        ("gate", Weight),
+        ("up", Weight),
+        ("down", Weight),
         ("attention_norm", Address),
         ("mlp_norm", Address),
         ("q_norm", Address),
@@ -46,12 +61,12 @@ class Layer(ctypes.Structure):
         ("keys", Address),
         ("values", Address),
         ("window", Integer),
-        ("modules", Integer * 13),
+        ("modules", LayerModules),
     ]
 
 
 class Model(ctypes.Structure):
-    """A whole decoder."""
+    """A decoder."""
 
     _fields_ = [
         ("embedding", Address),
@@ -60,32 +75,45 @@ class Model(ctypes.Structure):
         ("sines", Address),
         ("layer", ctypes.POINTER(Layer)),
         ("head", Weight),
-        *(
-            (name, Integer)
-            for name in (
-                *("layers", "hidden", "heads", "kv_heads", "head_dim", "middle", "vocabulary"),
-                *("positions", "blocks", "modules"),
-                *("embedding_module", "final_norm_module", "head_module"),
-            )
-        ),
+        ("layers", Integer),
+        ("hidden", Integer),
+        ("heads", Integer),
+        ("kv_heads", Integer),
+        ("head_dim", Integer),
+        ("middle", Integer),
+        ("vocabulary", Integer),
+        ("positions", Integer),
+        ("blocks", Integer),
+        ("modules", Integer),
+        ("embedding_module", Integer),
+        ("final_norm_module", Integer),
+        ("head_module", Integer),
         ("epsilon", ctypes.c_double),
         ("scale", ctypes.c_double),
     ]
 
 
 class Step(ctypes.Structure):
-    """What one step computes."""
+    """The rows of one step, and the addresses of its results."""
 
     _fields_ = [
-        *(
-            (name, Address)
-            for name in (
-                *("tokens", "position", "first", "table", "wanted"),
-                *("run", "head_run", "logits", "likeliest"),
-            )
-        ),
-        *(
-            (name, Integer)
-            for name in ("rows", "sequences", "width", "wanted_rows", "runs", "head_runs")
-        ),
+        ("tokens", Address),
+        ("position", Address),
+        ("first", Address),
+        ("table", Address),
+        ("wanted", Address),
+        ("run", Address),
+        ("head_run", Address),
+        ("logits", Address),
+        ("likeliest", Address),
+        ("rows", Integer),
+        ("sequences", Integer),
+        ("width", Integer),
+        ("wanted_rows", Integer),
+        ("runs", Integer),
+        ("head_runs", Integer),
     ]
+
+
+MIRRORED: tuple[type[ctypes.Structure], ...] = (Weight, Run, Layer, Model, Step)
+"""The structs that types.h declares under the same names."""
