@@ -248,5 +248,5 @@ def _layer(
         keys=cache.keys[index].data_ptr(),
         values=cache.values[index].data_ptr(),
         window=layer.window,
-        modules=(structs.Integer * len(layer.names))(*numbers),
+        modules=structs.LayerModules(*numbers),
     )
