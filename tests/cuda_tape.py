@@ -1,8 +1,8 @@
-"""CUDA graphs without a GPU: torch.cuda's, by a tape of what torch and Triton do.
+"""CudaTape: stands in for the graphs of torch.cuda where there is no GPU.
 
-A capture notes every operation of torch and every launch of Triton's interpreter, with the tensors
-that they were given. A replay runs those again on the same memory, and nothing else: numbers that
-Python worked out stay what they were. As on a device, a capture leaves no result, what needs the
+A capture records every operation of torch and every launch of Triton's interpreter, with the
+tensors of its arguments. A replay runs those again on the same memory, and nothing else: numbers
+that Python computed stay what they were. As on a device, a capture leaves no result, what needs the
 host raises, and graphs of one pool overwrite each other's memory. Where there is a GPU, its own
 graphs are counted instead.
 """
@@ -39,12 +39,12 @@ class Graph:
     def __init__(self) -> None:
         self.operations: list[Callable[[], None]] = []
         self.made: list[Tensor] = []
-        """What the operations made, in memory of the graph's own."""
+        """Results of the operations, in memory of the graph's own."""
         self.pool: list[Graph] = []
         self.replays = 0
 
     def replay(self) -> None:
-        """Runs what was captured; what other graphs of the pool made is gone."""
+        """Runs the recorded operations; results of other graphs of the pool are overwritten."""
         self.replays += 1
         for graph in self.pool:
             if graph is not self:
@@ -53,15 +53,15 @@ class Graph:
             operation()
 
     def spoil(self) -> None:
-        """Leaves numbers that nobody put there."""
+        """Overwrites the results with other numbers."""
         for tensor in self.made:
             if tensor.is_floating_point():
                 tensor.fill_(torch.nan)
             else:
                 tensor.fill_(1)
 
-    def note(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Runs an operation, and will run it again."""
+    def record(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Runs an operation, and records it for replays."""
         given = {_memory(tensor) for tensor in _tensors((args, kwargs))}
         result = function(*args, **kwargs)
         outputs = _tensors(result)
@@ -78,7 +78,7 @@ class Graph:
 
 
 def _counted(tape: CudaTape) -> type[torch.cuda.CUDAGraph]:
-    """Torch's own, which the tape knows once they are captured."""
+    """Returns torch's own class, whose captured graphs are added to the tape."""
 
     class Counted(torch.cuda.CUDAGraph):
         replays = 0
@@ -99,12 +99,12 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _memory(tensor: Tensor) -> int:
-    """Where it is; oneDNN's weights have no address."""
+    """Returns the identity of a tensor's memory; oneDNN's weights have no address."""
     return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()
 
 
 class Tape(TorchDispatchMode):
-    """While it is on, operations go to a graph."""
+    """Records operations into a graph while it is active."""
 
     def __init__(self, graph: Graph, launch: Launch) -> None:
         super().__init__()
@@ -117,10 +117,10 @@ class Tape(TorchDispatchMode):
             return function(*args, **(kwargs or {}))
         if function.name().partition(".")[0] in WAITS:
             raise RuntimeError(f"{function} is not permitted when stream is capturing")
-        return self._graph.note(function, args, kwargs or {})
+        return self._graph.record(function, args, kwargs or {})
 
     def launch(self, kernel: Any, args: Any, kwargs: Any) -> None:
-        """A kernel, which the interpreter runs by operations of its own."""
+        """Records a kernel as one operation; the interpreter runs it by operations of torch."""
         self._launching = True
         self._launch(kernel, *args, **kwargs)
         self._launching = False
@@ -128,12 +128,12 @@ class Tape(TorchDispatchMode):
 
 
 class CudaTape:
-    """What was captured."""
+    """The captured graphs."""
 
     def __init__(self) -> None:
         self.graphs: list[Any] = []
         self._streams: list[Any] = [None]
-        """The current one is the last."""
+        """Stack of streams; the current one is the last."""
         self._tape: Tape | None = None
         self._launch: Launch = InterpretedFunction.run
 
@@ -171,7 +171,7 @@ class CudaTape:
 
 
 class Stream:
-    """In place of torch.cuda.Stream: everything is done at once here."""
+    """In place of torch.cuda.Stream: every operation is synchronous."""
 
     def __init__(self, device: torch.device) -> None:
         pass
@@ -181,7 +181,7 @@ class Stream:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> CudaTape:
-    """Puts the tape into torch.cuda until the test ends."""
+    """Patches torch.cuda with a tape until the test ends."""
     tape, steps = CudaTape(), Stream(torch.device("cpu"))
     if torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "CUDAGraph", _counted(tape))

@@ -1,4 +1,4 @@
-"""Which rows of a step have which of six adapters: what grouped kernels are tested over."""
+"""Mixes of six adapters over the rows of a step, on which grouped kernels are tested."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from adaplex.model.weights.adapter_weights import AdapterRun, AdapterWeights
 
 ROWS = 25
-"""Rows of a mix, but for the distinct one."""
+"""Rows of every mix but the distinct one."""
 _chance = random.Random(3)
 MIXES: dict[str, list[int | None]] = {
     "distinct": [None, *range(6)],
@@ -24,7 +24,7 @@ MIXES: dict[str, list[int | None]] = {
 
 
 def runs_of_mix(mix: Sequence[int | None], adapters: Sequence[AdapterWeights]) -> list[AdapterRun]:
-    """The spans of a mix, in the order of their rows."""
+    """Returns the runs of a mix, in the order of their rows."""
     made: list[AdapterRun] = []
     for row, used in enumerate(mix):
         if used is None:

@@ -1,4 +1,4 @@
-"""Random adapters for the base of a rig, straight in primitives."""
+"""Random adapters for the base of a rig, made of primitives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rig import ModelRig
 
 
 def made(rig: ModelRig, rank: int, seed: int) -> AdapterProgram:
-    """A random adapter on every linear of the decoder layers."""
+    """Returns a random LoRA on every linear of the decoder layers."""
     random = torch.Generator().manual_seed(seed)
     modules = []
     for name, module in sorted(rig.base.spec.modules.items()):
@@ -23,7 +23,7 @@ def made(rig: ModelRig, rank: int, seed: int) -> AdapterProgram:
 
 
 def anything(rig: ModelRig, seed: int) -> AdapterProgram:
-    """A random adapter of every primitive that a module of the base takes."""
+    """Returns a random adapter with a primitive at each module, in turn of all kinds."""
     random = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int, size: float = 0.2, middle: float = 0.0) -> Tensor:

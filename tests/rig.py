@@ -36,7 +36,7 @@ class Programs(dict[str, AdapterProgram]):
 
 
 class ModelRig:
-    """Owns blocks and arena extents in the simplest way: none is ever given back."""
+    """A base and its runner; blocks and arena extents are never reused."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class ModelRig:
         arena_bytes: int = ARENA,
     ) -> None:
         """`triton` forces the kernels and the replayed decoding of CUDA devices, on one if there is
-        one; everything else runs on the CPU. `graphs`: a GPU replays decoding from CUDA graphs.
+        one; everything else runs on the CPU. With `graphs` a GPU replays decoding from CUDA graphs.
         """
         self.base = load_base(
             str(model),
@@ -98,26 +98,26 @@ class ModelRig:
         adapter: AdapterRef | None = None,
         sampling: SamplingParams | None = None,
     ) -> Sequence:
-        """A sequence with room for 64 more tokens."""
+        """Returns a sequence with blocks for 64 more tokens."""
         request = Request("r", tuple(tokens), sampling or SamplingParams(), adapter)
         sequence = Sequence(request)
         sequence.blocks = [next(self._blocks) for _ in range((len(tokens) + 64) // BLOCK + 1)]
         return sequence
 
     def forward(self, *chunks: Chunk) -> Tensor:
-        """fp32 logits of the chunks that sample, [chunks, vocabulary], on the CPU."""
+        """Returns fp32 logits [chunks, vocabulary] of the chunks that sample, on the CPU."""
         return self.runner.forward(Batch(chunks)).cpu()
 
     def prefill(self, *sequences: Sequence) -> Tensor:
-        """Whole prompts in one step."""
+        """Runs whole prompts in one step; returns their logits."""
         return self.forward(*(Chunk(s, 0, len(s)) for s in sequences))
 
     def decode(self, *sequences: Sequence) -> Tensor:
-        """One step of sequences that have one token to compute."""
+        """Runs one step of sequences that have one token to compute; returns their logits."""
         return self.forward(*(Chunk(s, len(s) - 1, 1) for s in sequences))
 
     def generate(self, sequences: Seq[Sequence], steps: int) -> list[list[int]]:
-        """Greedy tokens of every sequence, decoded in one batch."""
+        """Returns the greedy tokens of every sequence, decoded in one batch."""
         logits = self.prefill(*sequences)
         for _ in range(steps):
             for sequence, row in zip(sequences, logits, strict=True):
@@ -127,12 +127,12 @@ class ModelRig:
 
 
 def lowered(directory: Path, base: BaseSpec) -> AdapterProgram:
-    """An adapter directory, read and lowered as an upload would be."""
+    """Reads and lowers an adapter directory, as an upload does."""
     limits = AdapterLimits()
     return formats.lower(read_checkpoint(directory, limits), base, limits)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
-    """Random tokens of the tiny vocabulary, no special ones."""
+    """Returns random tokens of the tiny vocabulary, no special ones."""
     generator = torch.Generator().manual_seed(seed * 1000 + length)
     return torch.randint(3, 259, (length,), generator=generator).tolist()

@@ -1,4 +1,4 @@
-"""A base that runs a step in one call into C, and the same by transformers' modules."""
+"""A base that runs a step in one call into C, and the same base by transformers' modules."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from adaplex.model.kernels.native.library import INSTRUCTION_SETS
 from rig import ModelRig, prompt
 
 BOUNDS = {"fp32": 1e-4, "bf16": 5e-2, "nf4": 5e-2, "int4-group": 5e-2}
-"""Largest difference; of the largest logit, but for fp32."""
+"""Quantization -> largest difference of logits; a share of the largest logit, but for fp32."""
 STEPS = 3
 USABLE = [each for each in INSTRUCTION_SETS if each.usable]
-"""Instruction sets that this processor has."""
+"""Instruction sets of this processor."""
 
 
 def forward_of(rig: ModelRig) -> type[Any]:
@@ -30,7 +30,7 @@ def close(got: Tensor, expected: Tensor, quantization: str) -> bool:
 
 
 def both(model: Path, quantization: str) -> tuple[ModelRig, ModelRig]:
-    """A rig that runs a step in one call, and one that runs transformers' modules."""
+    """Returns a rig that runs a step in one call, and one that runs transformers' modules."""
     fast, slow = (ModelRig(model, quantization, native=native) for native in (True, False))
     assert forward_of(fast) is NativeForward
     assert forward_of(slow) is TorchForward
@@ -40,7 +40,9 @@ def both(model: Path, quantization: str) -> tuple[ModelRig, ModelRig]:
 def decode(
     rig: ModelRig, refs: list[AdapterRef | None], followed: list[Tensor] | None
 ) -> list[Tensor]:
-    """Logits of a prefill and of some decoding steps, which take their tokens from `followed`."""
+    """Returns the logits of a prefill and of STEPS decoding steps, whose tokens are the argmax of
+    `followed`, if given, else of these logits.
+    """
     sequences = [rig.sequence(prompt(9 + 11 * i), ref) for i, ref in enumerate(refs)]
     logits = [rig.prefill(*sequences)]
     for step in range(STEPS):

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of tensors."""
+"""Fixtures of the tests of the model."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def use_threads() -> Iterator[Callable[[NativeKernels, int], None]]:
-    """Makes the team of a library some threads strong, until the test ends."""
+    """Sets the number of threads of a library's team, until the test ends."""
     used: list[NativeKernels] = []
 
     def use(kernels: NativeKernels, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Memory of the CPU: what is shared stays apart, aligned, and lives as long as its tensors."""
+"""Huge pages: tensors that share chunks do not overlap, are aligned, and keep their chunk alive."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from adaplex.model import huge_pages
 
 
-def test_tensors_kept_together_share_pages_but_no_byte() -> None:
+def test_small_tensors_share_pages_but_no_byte() -> None:
     with huge_pages.shared_chunks():
         shapes = [(3, 5), (1,), (1000, 7), (64,), (2, 2, 2)]
         tensors = [huge_pages.empty(*shape, dtype=torch.float32) for shape in shapes]
@@ -26,7 +26,7 @@ def test_tensors_kept_together_share_pages_but_no_byte() -> None:
         assert bool((tensor == value).all())
 
 
-def test_a_tensor_outlives_those_it_was_kept_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_outlives_those_of_its_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huge_pages, "CHUNK", 1 << 16)
     with huge_pages.shared_chunks():
         first, *others = (huge_pages.empty(4000, dtype=torch.float32) for _ in range(12))

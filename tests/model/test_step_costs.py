@@ -1,5 +1,4 @@
-"""What measuring the costs of a base gives; its figures are the machine's, so only their shape is
-looked at."""
+"""Measured step costs of a base; figures depend on the machine, so only their shape is checked."""
 
 from __future__ import annotations
 

@@ -20,24 +20,23 @@ INVOCATION = (301, 302)
 MODES = [AdapterMode.UNMERGED, AdapterMode.MERGED]
 INVOKED_AT = 19
 PROMPT = [*prompt(4), *INVOCATION, *prompt(13, seed=1), *INVOCATION, *prompt(9, seed=2)]
-"""With the invocation twice; the last begins in the second block."""
+"""A prompt with the invocation twice; the last begins in the second block."""
 
 
-def saved(model: Path, directory: Path, seed: int = 0) -> Path:
-    """An activated LoRA, as PEFT saves it."""
-    targets = everything("llama")
-    tokens = list(INVOCATION)
+def save_activated_lora(model: Path, directory: Path, seed: int = 0) -> Path:
+    """Saves an activated LoRA by PEFT; returns its directory."""
     return save_adapter(
-        *(load_plain(model), directory),
+        load_plain(model),
+        directory,
         seed=seed,
         r=4,
-        target_modules=targets,
-        alora_invocation_tokens=tokens,
+        target_modules=everything("llama"),
+        alora_invocation_tokens=list(INVOCATION),
     )
 
 
 def peft_logits(model: Path, directory: Path, tokens: list[int]) -> Tensor:
-    """After the last token, as `generate` asks for them, which finds the invocation."""
+    """Logits [vocabulary] after the last token, by `generate`, which finds the invocation."""
     oracle = Oracle(load_plain(model), directory)
     ids = torch.tensor([tokens])
     out = oracle.model.generate(
@@ -57,7 +56,7 @@ def test_answers_are_those_of_peft(
     native: bool, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
-    directory = saved(model, tmp_path / "a")
+    directory = save_activated_lora(model, tmp_path / "a")
     wanted = peft_logits(model, directory, PROMPT)
     rig = ModelRig(model, native=native)
     made = lowered(directory, rig.base.spec)
@@ -79,7 +78,8 @@ def test_any_chunks_in_any_batch_give_the_same_bits(
     model = tiny_model("llama")
     rig = ModelRig(model, native=native)
     refs = [
-        rig.add(lowered(saved(model, tmp_path / str(i), i), rig.base.spec), mode) for i in range(2)
+        rig.add(lowered(save_activated_lora(model, tmp_path / str(i), i), rig.base.spec), mode)
+        for i in range(2)
     ]
     alone = [rig.prefill(rig.sequence(PROMPT, ref))[0] for ref in (*refs, None)]
     together = rig.prefill(*(rig.sequence(PROMPT, ref) for ref in (*refs, None)))
@@ -99,10 +99,10 @@ def test_any_chunks_in_any_batch_give_the_same_bits(
 def test_a_block_of_the_base_serves_what_comes_before_the_invocation(
     native: bool, mode: AdapterMode, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """And the other way round: both leave the same bits in it."""
+    """And the other way round: base and adapter write the same bits to it."""
     model = tiny_model("llama")
     rig = ModelRig(model, native=native)
-    ref = rig.add(lowered(saved(model, tmp_path / "a"), rig.base.spec), mode)
+    ref = rig.add(lowered(save_activated_lora(model, tmp_path / "a"), rig.base.spec), mode)
     base, invoked = rig.sequence(PROMPT), rig.sequence(PROMPT, ref)
     wanted = [rig.prefill(sequence)[0] for sequence in (base, invoked)]
     for first, second in ((base, invoked), (invoked, base)):
@@ -112,12 +112,12 @@ def test_a_block_of_the_base_serves_what_comes_before_the_invocation(
         assert torch.equal(rest, wanted[second is invoked])
 
 
-def test_runs_are_cut_where_an_adapter_sets_in(
+def test_a_run_ends_where_an_adapter_begins_to_apply(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
     rig = ModelRig(model, native=False)
-    ref = rig.add(lowered(saved(model, tmp_path / "a"), rig.base.spec))
+    ref = rig.add(lowered(save_activated_lora(model, tmp_path / "a"), rig.base.spec))
     invoked, base = rig.sequence(PROMPT, ref), rig.sequence(PROMPT)
     chunks = (Chunk(base, 0, 3), Chunk(invoked, 10, 12), Chunk(invoked, 22, 4))
     assert runs_of(chunks, [3, 12, 4]) == [(None, 0, 12), (ref, 12, 19)]

@@ -21,7 +21,7 @@ from peft_adapters import load_plain
 from rig import BLOCK, ModelRig, prompt
 
 TOKENS = 21
-"""Of a prefix: a whole block, and a part of one."""
+"""Tokens of a prefix: a whole block, and a part of one."""
 ROUNDING = {"fp32": 1e-5, "bf16": 0.06}
 FORWARDS = {True: NativeForward, False: TorchForward}
 
@@ -62,7 +62,7 @@ def program(
 
 @torch.no_grad()
 def expected(model: PreTrainedModel, made: AdapterProgram, tokens: list[int]) -> Tensor:
-    """fp32 logits after the last token, from transformers with past keys and values."""
+    """Returns transformers' fp32 logits after the last token, with past keys and values."""
     cache, layers = DynamicCache(), [m for m in made.modules if m.prefix is not None]
     for layer, module in enumerate(layers):
         assert module.prefix is not None
@@ -105,7 +105,7 @@ def test_a_prompt_behind_a_prefix_equals_one_behind_past_keys_and_values(
 def test_any_chunks_give_the_same_bits(
     native: bool, quantization: str, tiny_model: Callable[[str], Path]
 ) -> None:
-    """Also a chunk within the prefix alone, and one beside rows of others."""
+    """Also a chunk within the prefix only, and one beside rows of another sequence."""
     rig = make_rig(tiny_model("llama"), native, quantization)
     ref = rig.add(program(rig))
     ids, other = prompt(20), rig.sequence(prompt(30))
@@ -124,7 +124,7 @@ def test_any_chunks_give_the_same_bits(
 def test_blocks_of_another_tenant_leave_nothing_behind(
     native: bool, tiny_model: Callable[[str], Path]
 ) -> None:
-    """As after a preemption: other content has been in the blocks meanwhile."""
+    """As after a preemption: the blocks had other content meanwhile."""
     rig = make_rig(tiny_model("llama"), native)
     refs = [rig.add(program(rig, seed=seed, name=f"p{seed}")) for seed in range(2)]
     sequence, other = rig.sequence(prompt(20), refs[0]), rig.sequence(prompt(30), refs[1])
@@ -135,7 +135,7 @@ def test_blocks_of_another_tenant_leave_nothing_behind(
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_a_shared_block_of_a_prefix_is_not_planted_again(
+def test_a_shared_block_of_a_prefix_is_not_written_again(
     native: bool, tiny_model: Callable[[str], Path]
 ) -> None:
     rig = make_rig(tiny_model("llama"), native)
@@ -179,10 +179,10 @@ def test_virtual_tokens_come_behind_the_prefix(
 
 
 @pytest.mark.parametrize("quantization", ["fp32", "bf16"])
-def test_both_layouts_hold_the_same_keys_and_values(
+def test_both_layouts_have_the_same_keys_and_values(
     quantization: str, tiny_model: Callable[[str], Path]
 ) -> None:
-    """What is planted where a kernel in C wrote it changes nothing, but for rounding."""
+    """Writing the torch cache's rows by `write_kv` changes the C cache by rounding only."""
     rig = make_rig(tiny_model("llama"), True, quantization)
     slow = make_rig(tiny_model("llama"), False, quantization)
     sequence, same = rig.sequence(prompt(37)), slow.sequence(prompt(37))

@@ -1,4 +1,4 @@
-"""Adapters that ask something of requests, on a real engine over a real model, short of blocks."""
+"""Adapters with positions before the prompt, or an invocation, on a real engine short of blocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ANSWER = 40
 
 
 class Preemptions(SilentObserver):
-    """Counts them."""
+    """Counts preemptions."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -38,7 +38,7 @@ def rand(*shape: int, seed: int) -> Tensor:
 
 
 def programs(rig: ModelRig) -> list[AdapterProgram]:
-    """One with a prefix, one with virtual tokens, one with both, and one that is invoked."""
+    """Returns adapters with a prefix, with virtual tokens, with both, and with an invocation."""
     spec = rig.base.spec
     attention = [m for m in spec.modules.values() if m.part == "attention"]
     prefix = [
@@ -76,12 +76,12 @@ def ref(program: AdapterProgram, mode: AdapterMode) -> AdapterRef:
 def answers(
     rig: ModelRig, requests: list[Request], **limits: int
 ) -> tuple[dict[str, list[int]], int]:
-    """Of an engine of their own: tokens by request, and preemptions."""
+    """Runs requests on a new engine; returns tokens by request, and preemptions."""
     observer = Preemptions()
     sizes = {"num_blocks": 129, "max_model_len": 256, "max_running": 8, "max_waiting": 32}
     sizes |= {"max_step_tokens": 96, "max_chunk_tokens": 64, "merged_bytes": 1 << 24}
     config = EngineConfig(block_tokens=BLOCK, arena_bytes=ARENA, **sizes | limits)
-    clock = map(float, count())  # every step takes a second: what runs together is always the same
+    clock = map(float, count())  # a second a step, so batches are the same
     engine = Engine(
         *(config, rig.runner, rig.programs),
         base_digest="base",

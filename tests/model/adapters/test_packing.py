@@ -1,4 +1,4 @@
-"""The host tier on torch: a copy from it is the adapter, bit for bit."""
+"""Packed adapters and the host cache: a copy from it is the adapter, bit for bit."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from adaplex.adapters.program.program import AdapterProgram
 from adaplex.model.adapters.packing import HostCache, Packer
-from peft_adapters import load_plain, save_adapter, spread
-from rig import ModelRig, lowered, prompt
+from model.spread_adapters import save_spread
+from rig import ModelRig, prompt
 
 
 @pytest.fixture
@@ -24,13 +24,8 @@ def rig(tiny_model: Callable[[str], Path]) -> ModelRig:
 def programs(
     rig: ModelRig, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> list[AdapterProgram]:
-    model, fields = tiny_model("llama"), spread("llama")
-    return [
-        lowered(
-            save_adapter(load_plain(model), tmp_path / name, seed=i, **fields[name]), rig.base.spec
-        )
-        for i, name in enumerate(fields)
-    ]
+    adapters = save_spread(tiny_model("llama"), rig.base.spec, "llama", tmp_path)
+    return [adapter.program for adapter in adapters.values()]
 
 
 def test_a_packed_adapter_is_its_program_packed(

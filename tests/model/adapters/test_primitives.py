@@ -81,8 +81,10 @@ PROGRAMS: dict[str, tuple[ModuleProgram, ...]] = {
             ModuleProgram(
                 MLP,
                 bottleneck=Bottleneck(
-                    *(rand(6, HIDDEN, seed=19), rand(HIDDEN, 6, seed=20)),
-                    *(rand(6, seed=21), rand(HIDDEN, seed=22)),
+                    down=rand(6, HIDDEN, seed=19),
+                    up=rand(HIDDEN, 6, seed=20),
+                    down_bias=rand(6, seed=21),
+                    up_bias=rand(HIDDEN, seed=22),
                     activation=Activation.GELU,
                     reads=reads,
                 ),
@@ -95,7 +97,8 @@ PROGRAMS: dict[str, tuple[ModuleProgram, ...]] = {
             ModuleProgram(
                 ATTENTION,
                 bottleneck=Bottleneck(
-                    *(rand(5, HIDDEN, seed=23), rand(HIDDEN, 5, seed=24)),
+                    down=rand(5, HIDDEN, seed=23),
+                    up=rand(HIDDEN, 5, seed=24),
                     activation=activation,
                     reads=Reads.SUM,
                 ),
@@ -112,7 +115,7 @@ def programs() -> dict[str, AdapterProgram]:
 
 @contextmanager
 def changed(model: PreTrainedModel, made: ModuleProgram) -> Iterator[None]:
-    """The plain model as the program wants it."""
+    """Within it, the plain model does what the program does."""
     module: Any = model.get_submodule(made.module)
     before = {k: v.clone() for k, v in module.state_dict().items()}
     handles: list[Any] = []
@@ -172,7 +175,7 @@ def _with_bottleneck(model: PreTrainedModel, name: str, made: Bottleneck) -> lis
 
 @torch.no_grad()
 def expected(model: PreTrainedModel, program: AdapterProgram | None, tokens: list[int]) -> Tensor:
-    """fp32 logits after the last token."""
+    """Returns fp32 logits after the last token."""
     parts = () if program is None else program.modules
     virtual = next((m.virtual for m in parts if m.virtual is not None), None)
     embedding: Any = model.get_input_embeddings()

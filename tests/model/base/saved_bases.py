@@ -1,4 +1,4 @@
-"""What a base that was saved must have in common with the one that was quantized."""
+"""Asserts that a restored base equals the base that was saved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_equal(restored: BaseModel, made: BaseModel) -> None:
-    """Asserts that nothing tells the two apart."""
+    """Asserts that spec, backends and every tensor are equal."""
     assert restored.spec.modules == made.spec.modules
     assert (restored.spec.digest, restored.shapes) == (made.spec.digest, made.shapes)
     assert restored.weight_bytes == made.weight_bytes

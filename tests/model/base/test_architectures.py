@@ -134,24 +134,24 @@ def test_bottlenecks_fit_only_behind_blocks_that_join_the_stream(
     assert not any(m.joins for m in blocks)
 
 
-def test_nf4_without_kernels_is_told_in_one_line(
+def test_nf4_without_kernels_is_reported_in_one_line(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    told: list[str] = []
-    load_base(str(tiny_model("llama")), quantization="nf4", dtype="fp32", progress=told.append)
-    assert sum("no nf4 kernel" in line for line in told) == 1
+    lines: list[str] = []
+    load_base(str(tiny_model("llama")), quantization="nf4", dtype="fp32", progress=lines.append)
+    assert sum("no nf4 kernel" in line for line in lines) == 1
     odd = save_tiny("llama", tmp_path, intermediate_size=80)
-    told.clear()
-    load_base(str(odd), quantization="nf4", progress=told.append)
-    (line,) = [line for line in told if "no nf4 kernel" in line]
+    lines.clear()
+    load_base(str(odd), quantization="nf4", progress=lines.append)
+    (line,) = [line for line in lines if "no nf4 kernel" in line]
     assert "21 linears" in line
 
 
-def test_int4_of_another_width_is_told_in_one_line(tmp_path: Path) -> None:
-    told: list[str] = []
+def test_int4_of_another_width_is_reported_in_one_line(tmp_path: Path) -> None:
+    lines: list[str] = []
     odd = save_tiny("llama", tmp_path, intermediate_size=80)
-    base = load_base(str(odd), quantization="int4-group", progress=told.append)
-    (line,) = [line for line in told if "group size" in line]
+    base = load_base(str(odd), quantization="int4-group", progress=lines.append)
+    (line,) = [line for line in lines if "group size" in line]
     assert line.startswith("3 of 21 linears")
     assert len(base.backends["model.layers.0.mlp.down_proj"].dequantize().unique()) < 64 * 3 * 16
 

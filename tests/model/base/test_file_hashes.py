@@ -18,7 +18,7 @@ OLD = time.time_ns() - 3600 * 10**9
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that were read whole; all are worth remembering, and old unless they say not."""
+    """The files that were hashed. Hashes of any size are cached; files count as old."""
     read: list[Path] = []
     real = file_hashes.file_sha256
 
@@ -85,7 +85,7 @@ def test_a_changed_file_is_read_again(
     assert len(hashed) == 2
 
 
-def test_a_file_just_written_is_not_remembered(
+def test_the_hash_of_a_file_just_written_is_not_cached(
     hashed: list[Path], hashes: FileHashes, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_hashes, "RACY_NS", 2 * 10**9)
@@ -99,7 +99,7 @@ def test_a_file_just_written_is_not_remembered(
     assert len(hashed) == 4
 
 
-def test_a_file_that_changes_meanwhile_is_not_remembered(
+def test_the_hash_of_a_file_that_changes_meanwhile_is_not_cached(
     hashed: list[Path], hashes: FileHashes, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counting = file_hashes.file_sha256
@@ -128,7 +128,7 @@ def flip_a_digit(text: str) -> str:
     [lambda _: "", lambda text: text[:-9], lambda _: "[]", lambda _: "{}", flip_a_digit],
     ids=["empty", "cut", "a list", "nothing", "a wrong hash"],
 )
-def test_a_damaged_memory_is_none(
+def test_a_damaged_file_of_hashes_is_ignored(
     damage: Callable[[str], str], hashed: list[Path], hashes: FileHashes, file: Path, tmp_path: Path
 ) -> None:
     hashes.sha256(file)
@@ -139,7 +139,7 @@ def test_a_damaged_memory_is_none(
     assert len(hashed) == 2
 
 
-def test_a_cache_that_cannot_be_written_remembers_nothing(
+def test_a_file_is_hashed_again_where_the_cache_cannot_be_written(
     hashed: list[Path], hashes: FileHashes, file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "cache").write_text("a file")
@@ -148,7 +148,7 @@ def test_a_cache_that_cannot_be_written_remembers_nothing(
     assert len(hashed) == 2
 
 
-def test_files_that_are_gone_are_forgotten(
+def test_files_that_no_longer_exist_are_dropped(
     hashed: list[Path], hashes: FileHashes, file: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
@@ -164,7 +164,7 @@ def test_files_that_are_gone_are_forgotten(
     assert (tmp_path / "cache" / "hashes.json").stat().st_mode & 0o777 == 0o644
 
 
-def test_several_at_once_leave_a_whole_memory(
+def test_several_writers_leave_an_intact_file(
     hashed: list[Path], hashes: FileHashes, tmp_path: Path
 ) -> None:
     files = [tmp_path / f"{i}" for i in range(8)]
@@ -179,6 +179,8 @@ def test_several_at_once_leave_a_whole_memory(
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["hashes.json"]
 
 
-def test_small_files_are_not_worth_it(file: Path, hashes: FileHashes, tmp_path: Path) -> None:
+def test_hashes_of_small_files_are_not_cached(
+    file: Path, hashes: FileHashes, tmp_path: Path
+) -> None:
     assert hashes.sha256(file) == right(file)
     assert not (tmp_path / "cache").exists()

@@ -30,7 +30,7 @@ KEPT = [
 
 @pytest.fixture
 def no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From its call on, a base comes from what was saved or not at all."""
+    """After it is called, reading a checkpoint fails the test."""
 
     def forbid() -> None:
         def read(*_: Any, **__: Any) -> None:
@@ -120,8 +120,12 @@ def test_what_a_base_is_made_of_names_its_file(tmp_path: Path) -> None:
     names = []
     int4 = {"quantization": "int4-group"}
     for options in (
-        *({}, {"quantization": "int8"}, {"native": False}, {"dtype": "fp32"}),
-        *(int4, int4 | {"group_size": 16}),
+        {},
+        {"quantization": "int8"},
+        {"native": False},
+        {"dtype": "fp32"},
+        int4,
+        int4 | {"group_size": 16},
     ):
         directory = save_tiny("llama", tmp_path / "tiny")
         load_base(str(directory), saved=saved, **options)  # type: ignore[arg-type]

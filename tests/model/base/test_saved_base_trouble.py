@@ -24,36 +24,36 @@ from model.base.saved_bases import check_equal, state_of
 
 
 class Starts:
-    """Loads one model again and again, and keeps what was told."""
+    """Loads one model again and again, and records the lines of its progress."""
 
     def __init__(self, model: Path, folder: Path) -> None:
         self._model, self._folder = model, folder
-        self.told: list[str] = []
+        self.lines: list[str] = []
 
     def __call__(self) -> BaseModel:
-        self.told.clear()
-        return load_base(str(self._model), saved=self._folder, progress=self.told.append)
+        self.lines.clear()
+        return load_base(str(self._model), saved=self._folder, progress=self.lines.append)
 
     @property
     def quantized(self) -> bool:
-        return any(line.startswith("quantizing") for line in self.told)
+        return any(line.startswith("quantizing") for line in self.lines)
 
     @property
     def file(self) -> Path:
         (file,) = self._folder.glob("*.safetensors")
         return file
 
-    def rewrite(self, *, without: str = "", **said: str) -> None:
-        """Changes what the file says or holds."""
+    def rewrite(self, *, without: str = "", **changes: str) -> None:
+        """Changes the metadata of the file, or removes a tensor."""
         with safe_open(self.file, "pt") as file:
-            metadata = {**file.metadata(), **said}
+            metadata = {**file.metadata(), **changes}
         tensors = {name: t.clone() for name, t in load_file(self.file).items() if name != without}
         changed = self.file.with_suffix(".new")
         save_file(tensors, changed, metadata)
         changed.rename(self.file)
 
     def replace(self, content: bytes) -> None:
-        """Puts another file there: bases that map the old one go on."""
+        """Replaces the file: bases that map the old one can still read it."""
         changed = self.file.with_suffix(".new")
         changed.write_bytes(content)
         changed.rename(self.file)
@@ -67,7 +67,7 @@ class Starts:
 
 @pytest.fixture
 def starts(tiny_model: Callable[[str], Path], tmp_path: Path) -> Starts:
-    """Has started once."""
+    """A model that was started once."""
     starts = Starts(tiny_model("qwen2"), tmp_path / "saved")
     starts()
     assert starts.quantized
@@ -111,18 +111,24 @@ def with_no_description(starts: Starts) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        *(truncate, empty, scribble, of_another_version, without_a_norm, without_a_linear),
-        *(with_another_description, with_no_description),
+        truncate,
+        empty,
+        scribble,
+        of_another_version,
+        without_a_norm,
+        without_a_linear,
+        with_another_description,
+        with_no_description,
     ],
 )
-def test_a_damaged_file_is_told_and_made_anew(
+def test_a_damaged_file_is_reported_and_replaced(
     damage: Callable[[Starts], None], starts: Starts
 ) -> None:
     made = starts()
     assert not starts.quantized
     damage(starts)
     again = starts()
-    (line,) = [line for line in starts.told if "cannot be used" in line]
+    (line,) = [line for line in starts.lines if "cannot be used" in line]
     assert str(starts.file) in line
     assert starts.quantized
     check_equal(again, made)
@@ -141,8 +147,8 @@ load_base(sys.argv[1], saved=Path(sys.argv[2]), progress=print)
 print("bitsandbytes" in sys.modules)
 """
     command = [sys.executable, "-c", code, str(tiny_model("qwen2")), str(starts.file.parent)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert told == ["mapping the nf4 weights of an earlier start", "False"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines == ["mapping the nf4 weights of an earlier start", "False"]
 
 
 def test_other_panels_are_refused(tmp_path: Path) -> None:
@@ -184,7 +190,7 @@ def test_a_base_that_cannot_be_saved_serves(
         monkeypatch.setattr(saved_base, "_write", full)
     starts = Starts(tiny_model("llama"), folder)
     assert starts().weight_bytes > 0
-    assert sum("cannot be saved" in line for line in starts.told) == 1
+    assert sum("cannot be saved" in line for line in starts.lines) == 1
     if case == "no room":
         assert [path.suffix for path in folder.iterdir()] == [".lock"]
 

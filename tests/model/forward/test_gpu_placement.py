@@ -1,8 +1,8 @@
-"""What steps compute on a GPU stays there: seen without one, by tensors that have no memory.
+"""Steps on a GPU mix no devices and do not wait for it: checked with tensors without memory.
 
-A runner gets a base on torch's meta device, and the kernels of CUDA devices, which are not run. Its
-tensors mix with the host's no more than a GPU's would, and nothing can be read from them: what has
-to wait for a GPU raises.
+A runner has a base on torch's meta device, and the kernels of CUDA devices, which are not run. Its
+tensors mix with the host's no more than a GPU's would, and nothing can be read from them: what
+would wait for a GPU raises.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from rig import BLOCK, ModelRig, prompt
 
 THERE = torch.device("meta")
 FIRST = 4096
-"""Bytes before the first adapter: what has address 0 counts as not there."""
+"""Bytes before the first adapter: address 0 stands for no tensor."""
 MAKES = (torch.tensor, torch.as_tensor, torch.asarray)
 MOVES = (Tensor.to, Tensor.copy_)
 
 
 class OneDevice(TorchFunctionMode):
-    """Refuses tensors of both devices in one operation; but a number may come along from the host.
+    """Refuses tensors of both devices in one operation, but for single numbers of the host.
     Between operations tensors may be moved, unless the step is `captured`.
     """
 
@@ -74,7 +74,7 @@ class OneDevice(TorchFunctionMode):
 
 
 class Kernels:
-    """In place of Triton: a launch counts when all that it is given is in its place."""
+    """In place of Triton: records launches, whose tensors must all be on the device."""
 
     def __init__(self) -> None:
         self.launched: set[str] = set()
@@ -87,7 +87,7 @@ class Kernels:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
-    """Kernels are not run, and the likeliest tokens, for which each step waits, not asked for."""
+    """Kernels are not run, and likeliest tokens, for which each step would wait, not computed."""
     kernels = Kernels()
     kind = type(triton_attention._decode)
     monkeypatch.setattr(kind, "run", lambda kernel, *a, **kw: kernels.run(kernel, *a, **kw))
@@ -96,7 +96,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
 
 
 def moved(base: BaseModel) -> BaseModel:
-    """The base where there is no memory, with the kernels of CUDA devices."""
+    """Returns the base on the meta device, with the kernels of CUDA devices."""
     for module in base.module.modules():
         if isinstance(module, AdaptedLinear):
             module.backend = _moved(module.backend, base.dtype)
@@ -107,7 +107,7 @@ def moved(base: BaseModel) -> BaseModel:
 
 
 def _moved(kept: LinearBackend, dtype: torch.dtype) -> LinearBackend:
-    """One of int4-group as it is, any other dense."""
+    """Returns an int4-group backend as it is, any other one dense."""
     bias = None if kept.bias is None else kept.bias.to(THERE)
     if not isinstance(kept, Int4GroupLinear):
         return DenseLinear(kept.dequantize().to(THERE, dtype), bias)
@@ -116,7 +116,7 @@ def _moved(kept: LinearBackend, dtype: torch.dtype) -> LinearBackend:
 
 
 class Captured:
-    """Holds steps to what a CUDA graph of them allows, and counts them."""
+    """Runs steps under the conditions of a CUDA graph, and counts them."""
 
     def __init__(self) -> None:
         self.runs = 0
@@ -131,7 +131,7 @@ class Captured:
 
 
 class Placed:
-    """A rig whose runner is moved."""
+    """A rig whose base is on the meta device."""
 
     def __init__(self, model: Path, quantization: str = "fp32") -> None:
         self.rig = ModelRig(model, quantization, native=False)
@@ -149,19 +149,19 @@ class Placed:
         self.rig._offset = FIRST
 
     def step(self, *chunks: Chunk) -> None:
-        """Runs the chunks, held to one device."""
+        """Runs the chunks; raises if an operation mixes devices."""
         with OneDevice(captured=False):
             logits = self.rig.runner.forward(Batch(chunks))
         assert logits.shape == (sum(chunk.samples for chunk in chunks), self.rig.base.vocab_size)
         assert logits.device == THERE
 
     def decode(self, rows: Seq[Sequence]) -> None:
-        """One more token of each."""
+        """Decodes one more token of each."""
         self.step(*(Chunk(row, len(row) - 1, 1) for row in rows))
 
 
 def before_the_prompt(rig: ModelRig) -> AdapterProgram:
-    """Two virtual tokens behind a prefix of three."""
+    """Returns an adapter of two virtual tokens behind a prefix of three."""
     modules = []
     for name, module in sorted(rig.base.spec.modules.items()):
         if module.part == "attention":
@@ -192,7 +192,7 @@ def test_a_step_that_is_captured_needs_nothing_of_the_host(
 
 
 def test_prompts_and_merged_rows_mix_no_devices(placed: Placed, kernels: Kernels) -> None:
-    """Also where positions before the prompt are planted and computed."""
+    """Also where positions before the prompt are written and computed."""
     rig = placed.rig
     merged = rig.add(anything(rig, 0), AdapterMode.MERGED)
     adapters = [None, rig.add(anything(rig, 1)), rig.add(before_the_prompt(rig)), merged]
@@ -213,7 +213,7 @@ def test_costs_are_measured_where_the_base_is(placed: Placed, kernels: Kernels) 
 def test_int4_codes_are_multiplied_where_they_are(
     tiny_model: Callable[[str], Path], kernels: Kernels
 ) -> None:
-    """No step makes the weight of the codes, and a captured one needs nothing of the host."""
+    """No step dequantizes the weight, and a captured one needs nothing of the host."""
     placed = Placed(tiny_model("llama"), "int4-group")
     rig = placed.rig
     rows = [rig.sequence(prompt(9), adapter) for adapter in (None, rig.add(made(rig, 3, 2)))]

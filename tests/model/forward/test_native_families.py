@@ -1,4 +1,4 @@
-"""Every primitive in the C decoder: as ModuleForward has it, and with the same bits anywhere."""
+"""Every primitive in the C decoder: as TorchForward, and with the same bits in any batch."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ MIXES: dict[str, list[str | None]] = {
 
 
 class Draw:
-    """Random programs; sizes keep a small model's activations as large as they are."""
+    """Random programs, of sizes that leave a small model's activations about as large."""
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._chance = random.Random(seed)
 
     def program(self, family: str, base: BaseSpec) -> AdapterProgram:
-        """What an adapter of the family does to the base."""
+        """Returns an adapter of the family."""
         made = {
             name: program
             for name, module in base.modules.items()
@@ -100,8 +100,10 @@ class Draw:
     def _bottleneck(self, module: BaseModule) -> Bottleneck:
         hidden, width = module.out_features, self._chance.choice([1, 5, 16, 37])
         return Bottleneck(
-            *(self._rand(width, hidden), self._rand(hidden, width, size=0.1)),
-            *(self._rand(width), self._rand(hidden, size=0.1)),
+            down=self._rand(width, hidden),
+            up=self._rand(hidden, width, size=0.1),
+            down_bias=self._rand(width),
+            up_bias=self._rand(hidden, size=0.1),
             activation=self._chance.choice(list(Activation)),
             reads=self._chance.choice(list(Reads)),
         )
@@ -112,7 +114,7 @@ class Draw:
         return LowRank(*pair, lookup=lookup)
 
     def _rows(self, count: int, features: int) -> ReplacedRows:
-        """The first, the last and some that prompts have."""
+        """Returns the first row, the last row and some of tokens in prompts."""
         ids = tuple(sorted({0, count - 1, *self._chance.sample(range(count), 40)}))
         return ReplacedRows(ids, self._rand(len(ids), features))
 
@@ -121,7 +123,7 @@ class Draw:
 
 
 def families(rig: ModelRig, *merged: str) -> dict[str | None, AdapterRef | None]:
-    """An adapter of each kind in memory, the base's rows as None."""
+    """Makes an adapter of each kind resident; by kind, None for the base."""
     refs: dict[str | None, AdapterRef | None] = {None: None}
     for seed, family in enumerate(FAMILIES):
         mode = AdapterMode.MERGED if family in merged else AdapterMode.UNMERGED
@@ -203,7 +205,9 @@ def test_activations_equal_those_of_torch_over_their_range(
     for activation in Activation:
         for size in (1e-3, 1.0, 12.0, 200.0):
             made = Bottleneck(
-                *(torch.zeros(hidden, hidden), torch.eye(hidden), inner * size),
+                down=torch.zeros(hidden, hidden),
+                up=torch.eye(hidden),
+                down_bias=inner * size,
                 activation=activation,
             )
             module = ModuleProgram("model.layers.1.mlp", bottleneck=made)

@@ -20,6 +20,7 @@ from adaplex.model.forward.torch_forward import TorchForward
 from adaplex.model.kernels.native import library, structs
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kernels.native.library import InstructionSet
+from model.spread_adapters import save_spread
 from peft_adapters import Oracle, load_plain, save_adapter, spread
 from rig import ModelRig, lowered, prompt
 from tiny import ARCHITECTURES, save_tiny
@@ -42,12 +43,12 @@ def mixes(adapters: int) -> dict[str, list[int | None]]:
     }
 
 
-def saved(model: Path, rig: ModelRig, architecture: str, work: Path) -> list[AdapterProgram]:
-    """Adapters of mixed ranks, targets and biases, for the base of `rig`."""
-    return [
-        lowered(save_adapter(load_plain(model), work / name, seed=i, **fields), rig.base.spec)
-        for i, (name, fields) in enumerate(spread(architecture).items())
-    ]
+def spread_programs(
+    model: Path, rig: ModelRig, architecture: str, work: Path
+) -> list[AdapterProgram]:
+    """Returns adapters of mixed ranks, targets and biases for the base of `rig`."""
+    adapters = save_spread(model, rig.base.spec, architecture, work)
+    return [adapter.program for adapter in adapters.values()]
 
 
 @pytest.mark.parametrize("quantization", sorted(BOUNDS))
@@ -57,7 +58,7 @@ def test_a_step_in_one_call_equals_the_modules_over_mixes(
 ) -> None:
     model = tiny_model(architecture)
     fast, slow = both(model, quantization)
-    programs = saved(model, slow, architecture, tmp_path)
+    programs = spread_programs(model, slow, architecture, tmp_path)
     merged = {1, 5}
     modes = [
         AdapterMode.MERGED if i in merged else AdapterMode.UNMERGED for i in range(len(programs))
@@ -99,7 +100,7 @@ def test_odd_sizes_equal_the_modules(quantization: str, tmp_path: Path) -> None:
     sizes = {"hidden_size": 76, "intermediate_size": 258, "vocab_size": 333}
     model = save_tiny("llama", tmp_path / "model", **sizes)
     fast, slow = both(model, quantization)
-    program = saved(model, slow, "llama", tmp_path)[2]
+    program = spread_programs(model, slow, "llama", tmp_path)[2]
     for count in (1, 3, 9):
         refs = [[rig.add(program) if i % 2 else None for i in range(count)] for rig in (fast, slow)]
         expected = decode(slow, refs[1], None)
@@ -119,7 +120,7 @@ def test_every_instruction_set_equals_the_modules(
     monkeypatch.setattr(library, "INSTRUCTION_SETS", (instructions,))
     model = tiny_model("llama")
     fast, slow = both(model, quantization)
-    programs = saved(model, slow, "llama", tmp_path)
+    programs = spread_programs(model, slow, "llama", tmp_path)
     refs = [[None, *(rig.add(program) for program in programs)] for rig in (fast, slow)]
     expected = decode(slow, refs[1], None)
     for one, other in zip(decode(fast, refs[0], expected), expected, strict=True):
@@ -138,7 +139,7 @@ def test_threads_change_no_bit(
     model = tiny_model("qwen2")
     rig = ModelRig(model, quantization)
     assert rig.base.kernels is not None
-    programs = saved(model, rig, "qwen2", tmp_path)
+    programs = spread_programs(model, rig, "qwen2", tmp_path)
     refs = [None, *(rig.add(program) for program in programs)]
     alone = decode(rig, refs, None)
     for count in (2, 3):
@@ -167,7 +168,7 @@ LIKE_LLAMA: dict[str, Any] = {
     "residual_multiplier": 1.0,
     "logits_scaling": 1.0,
 }
-"""What granite, which is built of llama's parts, multiplies by; as if it were llama."""
+"""Factors of granite, which is built of llama's parts, with the values that llama has."""
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ LIKE_LLAMA: dict[str, Any] = {
     ],
     ids=lambda value: "".join(value) if isinstance(value, dict) else None,
 )
-def test_the_trial_finds_parts_that_are_put_together_otherwise(
+def test_the_trial_finds_parts_that_are_combined_otherwise(
     changed: dict[str, Any],
     expected: type[Any],
     tmp_path: Path,
@@ -212,7 +213,7 @@ FAR = {
         ("seed_oss", {}, NativeForward),
     ],
 )
-def test_what_a_short_trial_cannot_show_is_read_off_the_settings(
+def test_what_a_short_trial_cannot_show_is_found_in_the_settings(
     architecture: str,
     changes: dict[str, Any],
     expected: type[Any],
@@ -239,7 +240,7 @@ def test_a_width_without_panels_runs_by_modules_and_merges(tmp_path: Path) -> No
     model = save_tiny("llama", tmp_path / "model", intermediate_size=129)
     rig, plain = ModelRig(model, "bf16"), ModelRig(model, "bf16", native=False)
     assert forward_of(rig) is TorchForward
-    program = saved(model, rig, "llama", tmp_path)[1]
+    program = spread_programs(model, rig, "llama", tmp_path)[1]
     rows = [
         r.prefill(r.sequence(prompt(20), r.add(program, AdapterMode.MERGED))) for r in (rig, plain)
     ]

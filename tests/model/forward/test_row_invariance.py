@@ -1,5 +1,5 @@
-"""A row's logits have the same bits however they come about: alone, in any batch, in any chunks,
-token by token, on one thread or several."""
+"""A row's logits have the same bits alone, in any batch, in any chunks, token by token, and on one
+thread or several."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LENGTHS = (5, 17, 40, 300, 70)
 
 @pytest.fixture
 def three_threads() -> Iterator[None]:
-    """BLAS splits rows between threads, and what is left over from a tile differs."""
+    """BLAS splits rows between threads, and treats rows left over from a tile differently."""
     torch.set_num_threads(3)
     yield
     torch.set_num_threads(1)

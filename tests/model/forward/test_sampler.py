@@ -1,4 +1,4 @@
-"""Sampling: each parameter against its definition, and the seed against everything else."""
+"""Sampling: each parameter against its definition; draws depend on seed and index only."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def logits(seed: int = 0) -> torch.Tensor:
 
 
 def kept(row: torch.Tensor, **fields: float) -> set[int]:
-    """Every token that some seed draws."""
+    """Returns every token that some seed draws."""
     return {
         draw(row, SamplingParams(temperature=1.0, seed=seed, **fields))  # type: ignore[arg-type]
         for seed in range(600)
@@ -91,7 +91,7 @@ def test_top_p_keeps_what_transformers_keeps(p: float, flat: bool) -> None:
 @pytest.mark.parametrize("p", [1e-9, 0.3, 0.95, 0.9999])
 @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 8.0])
 def test_top_p_is_found_among_all_tokens(p: float, spread: float) -> None:
-    """Of equal ones, of almost equal ones and of a few that stand out; some are ruled out."""
+    """Of equal, of almost equal and of a few outstanding logits; some are -inf."""
     row = torch.randn(3000, generator=torch.Generator().manual_seed(5)) * spread
     row[::7] = -torch.inf
     shares = torch.softmax(row.double(), -1)
@@ -157,7 +157,7 @@ def test_logprobs_are_the_models_own() -> None:
     assert silent.logprob.top == ()
 
 
-def test_a_row_that_overflowed_is_told_apart_and_hurts_no_other() -> None:
+def test_a_row_that_overflowed_is_marked_and_changes_no_other() -> None:
     rows = torch.stack([logits(0), logits(1), logits(2)])
     rows[1, 3] = torch.nan
     out = sampled(rows, [sequence(SamplingParams()) for _ in range(3)])

@@ -1,4 +1,4 @@
-"""Inputs of decoding steps, which are kept from step to step and filled anew."""
+"""Inputs of decoding steps, whose buffers are filled again for each step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adaplex.model.step.tiles import Tile
 from rig import BLOCK
 
 
-def test_inputs_are_those_of_the_step_whatever_was_there_before() -> None:
+def test_inputs_are_those_of_the_step_whatever_the_buffer_held_before() -> None:
     """Rows come and go, change places, grow, and are moved to other blocks."""
     dice, inputs = random.Random(4), StepInputs(Shape(8, 6, AdapterUse.PLAIN), torch.device("cpu"))
     sequences = [Sequence(Request(str(i), (0,), SamplingParams())) for i in range(10)]

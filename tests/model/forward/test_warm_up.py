@@ -1,4 +1,4 @@
-"""After the warm-up of a GPU's kernels none is compiled: seen by what Triton would compile for.
+"""After the warm-up of a GPU's kernels none is compiled, by the keys that Triton compiles for.
 
 A launch is asked for the key under which Triton looks a compiled kernel up: types, constants, and
 which numbers and addresses are multiples of 16, or 1.
@@ -42,7 +42,7 @@ ANYTHING = {"_shrink", "_expand", "_scale", "_product", "_rows", "_embed"}
 
 
 class Recorder:
-    """What was launched, by key. Kernels run only if asked to."""
+    """Records launches by key; no kernel runs."""
 
     def __init__(self) -> None:
         self.seen: set[tuple[str, str]] = set()
@@ -61,7 +61,7 @@ class Recorder:
 
 
 def _binder(kernel: Any) -> Any:
-    """Triton's own: arguments -> (.., what a kernel is compiled for, ..)."""
+    """Returns Triton's own binder: arguments -> (.., key that a kernel is compiled for, ..)."""
     said = ("do_not_specialize", "do_not_specialize_on_alignment")
     options = {name: getattr(kernel, "kwargs", vars(kernel))[name] for name in said}
     compiled = JITFunction(kernel.fn, **options)
@@ -82,14 +82,14 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
 
 
 def virtual(rig: ModelRig) -> AdapterProgram:
-    """Tokens before the prompt."""
+    """Returns an adapter of virtual tokens."""
     name, module = next(m for m in rig.base.spec.modules.items() if m[1].kind == "embedding")
     tokens = torch.ones(3, module.out_features)
     return AdapterProgram("sha256:v", "x", (ModuleProgram(name, virtual=tokens),))
 
 
 def serve(rig: ModelRig) -> None:
-    """Prompts and decoding rows of one and of many adapters, in steps of all kinds."""
+    """Runs prompts and decoding rows of one and of many adapters, in steps of all kinds."""
     programs = [*(anything(rig, seed) for seed in range(4)), made(rig, 3, 9), virtual(rig)]
     adapters = [None, *map(rig.add, programs), rig.add(anything(rig, 5), AdapterMode.MERGED)]
     rows = [rig.sequence(prompt(2 + 5 * i, seed=i), a) for i, a in enumerate(adapters)]
@@ -131,7 +131,7 @@ def test_later_steps_launch_nothing_else(
 def test_products_are_compiled_for_any_number_of_rows(
     quantization: str, tiny_model: Callable[[str], Path], recorder: Recorder
 ) -> None:
-    """Also those of merged weights, dense or not, with a bias that the base has not."""
+    """Also products by folded weights, dense or not, with a bias that the base lacks."""
     rig = ModelRig(tiny_model("llama"), quantization, "bf16", triton=True)
     rig.runner.warm_up()
     warm = set(recorder.seen)
@@ -149,7 +149,7 @@ def test_products_are_compiled_for_any_number_of_rows(
 
 
 def test_a_bias_alone_is_the_same_kernel_as_with_a_pair(recorder: Recorder) -> None:
-    """Of an odd number of outputs, for which no norm compiles it."""
+    """For an odd number of outputs, for which no norm compiles it."""
     there = torch.device("cpu")
     kernels = TritonKernels({"head": BaseModule("head", "linear", 100, 21)}, there)
     tiles = torch.tensor([Tile.none()]).T.contiguous()
@@ -173,7 +173,7 @@ def test_every_tile_is_among_those_that_are_tried() -> None:
 def test_a_warm_up_changes_nothing_that_steps_see(
     architecture: str, tiny_model: Callable[[str], Path]
 ) -> None:
-    """Before the first step, and in the midst of sequences."""
+    """Before the first step, and between steps of sequences."""
     logits = []
     for times in (0, 1):
         rig = ModelRig(tiny_model(architecture), triton=True, num_blocks=64, arena_bytes=8 << 20)
@@ -196,7 +196,7 @@ def test_a_warm_up_changes_nothing_that_steps_see(
 
 
 def _state(rig: ModelRig) -> list[torch.Tensor]:
-    """What steps read and keep, but for the scratch block, and what they launch; as copies."""
+    """Returns copies of what steps read and write, but for the scratch block, and of launches."""
     forward: Any = rig.runner._forward
     cache, table = rig.base.step.cache, forward._kernels._table
     assert cache is not None

@@ -1,4 +1,5 @@
-"""The C kernel of grouped low-rank deltas against the reference in torch, over adapter mixes."""
+"""The C kernel of low-rank deltas against the reference in torch over adapter mixes, and how the
+C kernels are built."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def adapter(rank: int, dtype: torch.dtype, modules: tuple[str, ...]) -> AdapterW
 
 
 def packed(weights: AdapterWeights) -> AdapterWeights:
-    """The same as the C kernels read it."""
+    """Returns the same adapter with b in panels, as the C kernels read it."""
     sites = {}
     for name, site in weights.sites.items():
         assert site.a is not None
@@ -60,7 +61,7 @@ def mixes() -> dict[str, list[int | None]]:
     }
 
 
-def spans(mix: list[int | None], adapters: list[AdapterWeights]) -> list[AdapterRun]:
+def runs_of_mix(mix: list[int | None], adapters: list[AdapterWeights]) -> list[AdapterRun]:
     made = []
     for i in range(8):
         rows = [row for row, used in enumerate(mix) if used == i]
@@ -78,8 +79,8 @@ def test_native_equals_reference_and_leaves_base_rows_alone(dtype: torch.dtype, 
     adapters = [adapter((1, 2, 3, 8, 16, 5, 64, 7)[i], dtype, touched[i % 4]) for i in range(8)]
     chosen = mixes()[mix]
     panels = [packed(each) for each in adapters]
-    fast = native(dtype).plan(spans(chosen, panels), MODULES)
-    slow = ReferenceLowRank().plan(spans(chosen, adapters), MODULES)
+    fast = native(dtype).plan(runs_of_mix(chosen, panels), MODULES)
+    slow = ReferenceLowRank().plan(runs_of_mix(chosen, adapters), MODULES)
     for module, (width, out) in SHAPES.items():
         x = torch.randn(len(chosen), width).to(dtype)
         start = torch.randn(len(chosen), out).to(dtype)
@@ -139,17 +140,17 @@ def test_one_adapters_nan_stays_in_its_rows() -> None:
 def test_a_machine_without_a_compiler_gets_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[str] = []
+    lines: list[str] = []
     monkeypatch.setenv("CC", "no-such-compiler")
     cpu = torch.device("cpu")
-    kernels = native_kernels(torch.float32, cpu, cache=tmp_path, progress=told.append)
+    kernels = native_kernels(torch.float32, cpu, cache=tmp_path, progress=lines.append)
     assert kernels is None
     assert isinstance(low_rank_kernel(kernels), ReferenceLowRank)
-    assert len(told) == 1
-    assert "C compiler" in told[0]
+    assert len(lines) == 1
+    assert "C compiler" in lines[0]
 
 
-def test_a_compiler_that_fails_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "false")
     with pytest.raises(library.BuildFailed, match="false ended with 1"):
         library.load_library(tmp_path)
@@ -178,7 +179,7 @@ def test_a_compiler_that_takes_too_long_is_ended_with_its_children(
 
 
 def alive(process: int) -> bool:
-    """True until a process has ended; one that is not waited for counts as ended."""
+    """True until a process has ended; a zombie counts as ended."""
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
     except FileNotFoundError:

@@ -28,12 +28,12 @@ KINDS = {"nf4": Nf4Linear, "int4-group": Int4GroupLinear, "fp32": DenseLinear}
 
 
 def nf4_by_torch(x: Tensor, weight: Nf4Weight, bias: Tensor | None) -> Tensor:
-    """Makes the whole weight."""
+    """An Nf4Product in torch, which dequantizes the whole weight."""
     return reference.dense_product(x, weight.dequantized().to(x.dtype), bias)
 
 
 def delta(name: str, group: int) -> AdapterProgram:
-    """One that is the same for all inputs of a group, at one linear."""
+    """Returns an adapter of one delta, the same for all inputs of a group."""
     torch.manual_seed(group)
     a = torch.randn(4, 64 // group).mul(0.1).repeat_interleave(group, 1)
     pair = LowRank(a, torch.randn(64, 4).mul(0.3), group)
@@ -42,9 +42,9 @@ def delta(name: str, group: int) -> AdapterProgram:
 
 
 def steps(rig: ModelRig, *, alone: bool) -> list[Tensor]:
-    """Logits of a prompt and of a token more of base, unmerged and merged rows.
+    """Returns the logits of a prompt and of one more token, of base, unmerged and merged rows.
 
-    `alone`: holds each row to its bits by itself.
+    With `alone`, asserts that each row has the same bits by itself.
     """
     programs = [delta("zeros", 32), delta("dense", 16)]
     modes = (AdapterMode.MERGED, AdapterMode.UNMERGED)
@@ -85,7 +85,7 @@ def test_rows_of_every_mode_share_steps(
 def test_experts_give_a_row_the_same_bits_in_any_batch(
     architecture: str, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of gpt_oss lie the other way round, and have biases."""
+    """The weights of gpt_oss are transposed, and have biases."""
     logits = []
     for triton in (True, False):
         rig = ModelRig(tiny_model(architecture), "fp32", native=False, triton=triton)

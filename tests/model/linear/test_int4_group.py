@@ -1,4 +1,4 @@
-"""int4-group: GPTQ's grid, and QA-LoRA merged into its zeros without loss."""
+"""int4-group: GPTQ's grid, and QA-LoRA folded into its zeros without loss."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def weight_of(out: int, width: int, *, offset: float = 0.0) -> Tensor:
 
 
 def gptq(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Dequantized weight and steps, as GPTQ's Quantizer has an asymmetric grid of 4 bits."""
+    """Returns dequantized weight and steps of the asymmetric 4-bit grid of GPTQ's Quantizer."""
     x = weight.view(-1, group)
     low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
     scale = ((high - low) / 15)[:, None]
@@ -84,7 +84,7 @@ def grouped_pair(out: int, width: int, group: int, seed: int) -> LowRank:
 
 
 def qa_lora(digest: str, group: int, seed: int) -> AdapterProgram:
-    """On some linears of the middle layer, one with a bias."""
+    """Returns an adapter on some linears of the middle layer, one with a bias."""
     modules = [
         ModuleProgram(
             f"model.layers.1.{site}",
@@ -106,7 +106,7 @@ def alone(rig: ModelRig, *refs: AdapterRef | None) -> list[Tensor]:
 
 @pytest.fixture(params=["llama", "gemma2"])
 def model(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Path:
-    """One for the C decoder, one whose layers run one by one."""
+    """One model for the C decoder, and one whose layers run one by one."""
     return tiny_model(request.param)
 
 

@@ -1,4 +1,4 @@
-"""Linear backends: right, row-invariant, and honest about the weight in effect."""
+"""Linear backends: right, row-invariant, and by the weight that they report."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_is_restored_from_its_tensors_bit_for_bit(
 
 
 def test_nested_maxima_are_restored_bit_for_bit() -> None:
-    """As CUDA keeps them; quantizing and dequantizing run on a CPU too."""
+    """As stored on CUDA devices; quantizing and dequantizing run on a CPU too."""
     data, state = quantize_nf4(torch.randn(64, 512, dtype=torch.bfloat16), nested=True)
     packed = state.as_dict(packed=True)
     assert "nested_absmax" in packed

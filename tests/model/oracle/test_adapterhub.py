@@ -32,7 +32,7 @@ CASES = [
     if (folder / "adapter_config.json").exists() and (folder.parent / "model").exists()
 ]
 PREFILLED = 19
-"""Tokens of the prompt; the others are decoded."""
+"""Tokens of the prompt; further tokens are decoded."""
 
 
 @cache

@@ -43,7 +43,7 @@ LORAS: dict[str, dict[str, Any]] = {
 
 
 def lora(**fields: Any) -> Family:
-    """A variant of LoRA."""
+    """Returns a variant of LoRA as a Family."""
     return Family(
         lambda model, directory, seed: save_adapter(
             load_plain(model), directory, seed=seed, **fields
@@ -57,8 +57,8 @@ MERGED_ONLY = ("OFT", "HIRA")
 BOTTLENECKS = ("houlsby", "pfeiffer", "parallel", "union")
 
 
-def prompt(length: int, seed: int) -> list[int]:
-    """Random tokens of the small vocabulary, and an invocation near the end."""
+def prompt_with_invocation(length: int, seed: int) -> list[int]:
+    """Returns random tokens of the small vocabulary, and an invocation near the end."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(3, 127, (length,), generator=generator).tolist()
     return [*drawn, *INVOCATION, 7, 64]
@@ -74,7 +74,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def saved(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def directories(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Name -> directory of an adapter, of every family."""
     work = tmp_path_factory.mktemp("adapters")
     made = {
@@ -90,7 +90,7 @@ def saved(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 
 def bundled(parts: list[Path], into: Path) -> Path:
-    """One adapter out of several."""
+    """Writes one adapter of several families; returns its directory."""
     made = bundle([read_checkpoint(part, AdapterLimits()) for part in parts])
     into.mkdir()
     (into / CONFIG).write_text(json.dumps(made.config))
@@ -114,12 +114,12 @@ def rigs(model: Path) -> Callable[..., ModelRig]:
     ],
 )
 def test_rows_of_every_family_in_one_batch_have_the_bits_of_each_alone(
-    kind: str, dtype: str, native: bool, rigs: Callable[..., ModelRig], saved: dict[str, Path]
+    kind: str, dtype: str, native: bool, rigs: Callable[..., ModelRig], directories: dict[str, Path]
 ) -> None:
     rig = rigs(kind, dtype, native)
-    names = ["base", *saved, "base"]
-    refs = {name: added(rig, lowered(path, rig.base.spec)) for name, path in saved.items()}
-    prompts = [prompt(9 + 3 * i, seed=i) for i in range(len(names))]
+    names = ["base", *directories, "base"]
+    refs = {name: added(rig, lowered(path, rig.base.spec)) for name, path in directories.items()}
+    prompts = [prompt_with_invocation(9 + 3 * i, seed=i) for i in range(len(names))]
 
     def sequences() -> list[Sequence]:
         return [
@@ -149,7 +149,7 @@ def test_rows_of_every_family_in_one_batch_have_the_bits_of_each_alone(
 
 
 def added(rig: ModelRig, program: AdapterProgram) -> AdapterRef:
-    """Resident, merged where it can only be so."""
+    """Makes an adapter resident; merged if it can only be merged."""
     mode = AdapterMode.MERGED if program.traits.merged_only else AdapterMode.UNMERGED
     return rig.add(program, mode)
 
@@ -171,13 +171,13 @@ def dequantized(
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_family_on_nf4_equals_peft_on_the_dequantized_base(
-    name: str, rigs: Callable[..., ModelRig], saved: dict[str, Path], dequantized: Path
+    name: str, rigs: Callable[..., ModelRig], directories: dict[str, Path], dequantized: Path
 ) -> None:
-    tokens = prompt(30, seed=1)
-    expected = ALL[name].oracle(dequantized, saved[name]).logits(tokens)
+    tokens = prompt_with_invocation(30, seed=1)
+    expected = ALL[name].oracle(dequantized, directories[name]).logits(tokens)
     for dtype in ("fp32", "bf16"):
         rig = rigs("nf4", dtype, True)
-        ref = rig.add(lowered(saved[name], rig.base.spec))
+        ref = rig.add(lowered(directories[name], rig.base.spec))
         got = rig.prefill(rig.sequence(tokens, ref))[0]
         if dtype == "fp32":
             assert (got - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +14,16 @@ from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.model.modules.hooks import AdaptedLinear
-from peft_adapters import Oracle, load_plain, save_adapter, spread
-from rig import ModelRig, lowered, prompt
+from model.spread_adapters import save_spread
+from peft_adapters import Oracle, load_plain
+from rig import ModelRig, prompt
 
 STEPS = 6
 
 
 @dataclass
 class Case:
-    """One adapter, its prompt, and what PEFT says."""
+    """One adapter, its prompt, and PEFT's logits and greedy tokens."""
 
     name: str
     program: AdapterProgram | None
@@ -31,23 +32,15 @@ class Case:
     greedy: list[int]
 
 
-def saved(
-    model: Path, rig: ModelRig, architecture: str, work: Path
-) -> Iterator[tuple[str, Path, AdapterProgram]]:
-    """Each adapter of the spread: name, PEFT directory, and its program."""
-    for i, (name, fields) in enumerate(spread(architecture).items()):
-        directory = save_adapter(load_plain(model), work / name, seed=i, **fields)
-        yield name, directory, lowered(directory, rig.base.spec)
-
-
 def cases(model: Path, rig: ModelRig, architecture: str, work: Path) -> list[Case]:
     """A case for each adapter of the spread, and base rows first, in the middle and last."""
     made = []
-    for i, (name, directory, program) in enumerate(saved(model, rig, architecture, work)):
-        oracle = Oracle(load_plain(model), directory)
+    adapters = save_spread(model, rig.base.spec, architecture, work)
+    for i, adapter in enumerate(adapters.values()):
+        oracle = Oracle(load_plain(model), adapter.directory)
         tokens = prompt(11 + 13 * i, seed=i)
         logits, greedy = oracle.logits(tokens), oracle.greedy(tokens, STEPS)
-        made.append(Case(name, program, tokens, logits, greedy))
+        made.append(Case(adapter.name, adapter.program, tokens, logits, greedy))
     plain = Oracle(load_plain(model), None)
     for place in (0, 3, len(made) + 2):
         tokens = prompt(20 + place)
@@ -119,8 +112,8 @@ def test_merging_leaves_the_base_as_it_was(
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: packed)
     rig = ModelRig(model)
     before = rig.prefill(rig.sequence(prompt(20)))[0]
-    for _, _, program in saved(model, rig, "llama", tmp_path):
-        rig.add(program, AdapterMode.MERGED)
+    for adapter in save_spread(model, rig.base.spec, "llama", tmp_path).values():
+        rig.add(adapter.program, AdapterMode.MERGED)
     assert torch.equal(rig.prefill(rig.sequence(prompt(20)))[0], before)
 
 
@@ -130,11 +123,11 @@ def test_a_step_of_one_merged_adapter_skips_the_base(
 ) -> None:
     model = tiny_model("llama")
     rig = ModelRig(model, native=False)
-    programs = {name: program for name, _, program in saved(model, rig, "llama", tmp_path)}
-    ref = rig.add(programs["r4-rslora"], AdapterMode.MERGED)
+    program = save_spread(model, rig.base.spec, "llama", tmp_path)["r4-rslora"].program
+    ref = rig.add(program, AdapterMode.MERGED)
     sequences = [rig.sequence(prompt(9 + i), ref) for i in range(rows)]
     rig.prefill(*sequences)
-    touched = {module.module for module in programs["r4-rslora"].modules}
+    touched = {module.module for module in program.modules}
     used: list[str] = []
 
     def watched(layer: AdaptedLinear) -> Callable[[Tensor], Tensor]:
@@ -170,7 +163,8 @@ def test_adapted_rows_are_bit_equal_alone_in_any_mix_and_after_reload(
 ) -> None:
     model = tiny_model("llama")
     rig = ModelRig(model, quantization, native=native)
-    programs = [program for _, _, program in saved(model, rig, "llama", tmp_path)]
+    adapters = save_spread(model, rig.base.spec, "llama", tmp_path)
+    programs = [adapter.program for adapter in adapters.values()]
     refs: list[AdapterRef | None] = [rig.add(program, mode) for program in programs]
     a, b, c = refs[:3]
     mixes: dict[str, list[AdapterRef | None]] = {

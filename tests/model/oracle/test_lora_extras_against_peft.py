@@ -1,4 +1,4 @@
-"""What LoRA holds besides pairs of linears, through the runner against HF PEFT, in one batch."""
+"""LoRA beyond pairs at linears, through the runner against HF PEFT, in one batch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tiny import save_tiny
 
 STEPS = 3
 TOKENS = [9, 4, 7]
-"""Some that extras replace."""
+"""Tokens whose rows extras replace."""
 
 
 @dataclass
 class Case:
-    """One adapter, and what PEFT says."""
+    """One adapter, and PEFT's logits and greedy tokens."""
 
     name: str
     program: AdapterProgram
@@ -37,7 +37,7 @@ class Case:
 def cases(
     model: Path, rig: ModelRig, extras: Mapping[str, dict[str, Any]], work: Path
 ) -> Iterator[Case]:
-    """Every extra with a prompt of its own, none of them idle."""
+    """Yields every extra with a prompt of its own; each changes the logits."""
     plain = Oracle(load_plain(model), None)
     for i, (name, more) in enumerate(extras.items()):
         fields = {"r": 4, "lora_alpha": 6, "target_modules": []} | more
@@ -51,7 +51,7 @@ def cases(
 
 
 def check(model: Path, rig: ModelRig, extras: Mapping[str, dict[str, Any]], work: Path) -> None:
-    """All extras in one batch with a base row: prefill, chunks, decode, and merged."""
+    """Compares all extras in one batch with a base row: prefill, chunks, decode, and merged."""
     mix, idle = list(cases(model, rig, extras, work)), prompt(20)
     refs = [rig.add(case.program) for case in mix]
     pairs = list(zip(mix, refs, strict=True))

@@ -27,7 +27,7 @@ GPT2 = [
     "UNILORA",
     "VBLORA",
 ]
-"""PEFT adapts GPT-2's transposed linears by these."""
+"""Types by which PEFT adapts GPT-2's transposed linears."""
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_modules_are_replaced_beside_merged_ones(
 
 
 def check(kind: str, rig: ModelRig, model: Path, folder: Path, **fields: object) -> None:
-    """The logits with the adapter are PEFT's, and not the base's; base rows beside it stay."""
+    """Asserts that the adapter's logits are PEFT's, and those of base rows beside it the base's."""
     expected = save_kind(load_plain(model), folder, kind, **fields)
     idle = Oracle(load_plain(model), None).logits(TOKENS)
     program = lowered(folder, rig.base.spec)

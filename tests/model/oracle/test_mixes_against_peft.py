@@ -31,12 +31,12 @@ MIXES: list[dict[str, float]] = [
     {"r2": 1.3, "r8-patterns": -0.4, "layer-1": 0.8},
     {"r8-patterns": -1.5},
 ]
-"""A plain adapter comes first, as PEFT gives its `use_rslora` and its layers to the result."""
+"""A plain adapter is first: PEFT gives the first one's `use_rslora` and layers to the result."""
 
 
 @dataclass
 class Case:
-    """A row of a batch, and what PEFT says of it; no weights for the base."""
+    """A row of a batch, and PEFT's logits for it; `weights` is empty for the base."""
 
     weights: dict[str, float]
     tokens: list[int]
@@ -75,7 +75,7 @@ def mixed(
     return mixed_program(mix, chosen, rig.base.spec)
 
 
-def saved(model: Path, work: Path, names: list[str]) -> dict[str, Path]:
+def save_named(model: Path, work: Path, names: list[str]) -> dict[str, Path]:
     base = load_plain(model)
     return {
         name: save_adapter(base, work / name, seed=i, **FIELDS[name])
@@ -89,7 +89,7 @@ def refs_of(
     rows: list[dict[str, float]],
     mode: AdapterMode,
 ) -> list[AdapterRef | None]:
-    """Makes each row's adapter resident; those of several or weighted ones are mixed."""
+    """Makes each row's adapter resident; weighted ones and several are mixed."""
     refs: list[AdapterRef | None] = []
     for weights in rows:
         if not weights:
@@ -106,13 +106,13 @@ def refs_of(
     [(AdapterMode.UNMERGED, True), (AdapterMode.UNMERGED, False), (AdapterMode.MERGED, True)],
     ids=["native", "reference", "merged"],
 )
-def test_mixes_in_a_batch_equal_peft(
+def test_mixes_in_one_batch_equal_peft(
     mode: AdapterMode, native: bool, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
     rig = ModelRig(model, native=native)
     names = sorted({name for weights in MIXES for name in weights})
-    directories = saved(model, tmp_path, names)
+    directories = save_named(model, tmp_path, names)
     programs = {n: lowered(d, rig.base.spec) for n, d in directories.items()}
     peft, plain = Peft(model, directories), Oracle(load_plain(model), None)
 
@@ -146,7 +146,7 @@ def test_a_mix_is_bit_equal_alone_and_in_any_batch(
     model = tiny_model("llama")
     rig = ModelRig(model, quantization)
     names = sorted({name for weights in MIXES for name in weights})
-    programs = {n: lowered(d, rig.base.spec) for n, d in saved(model, tmp_path, names).items()}
+    programs = {n: lowered(d, rig.base.spec) for n, d in save_named(model, tmp_path, names).items()}
     rows: list[dict[str, float]] = [*MIXES, {}, {"r2": 1.0}, MIXES[0], MIXES[0]]
     refs = refs_of(rig, programs, rows, AdapterMode.UNMERGED)
     prompts = [prompt(8 + 5 * i, seed=i) for i in range(len(rows))]

@@ -1,4 +1,4 @@
-"""Weights out of panels: by pairs of codes as a code at a time."""
+"""Weights out of panels, two codes at a time, against one code at a time."""
 
 from __future__ import annotations
 
