@@ -91,7 +91,7 @@ def test_top_p_keeps_what_transformers_keeps(p: float, flat: bool) -> None:
 @pytest.mark.parametrize("p", [1e-9, 0.3, 0.95, 0.9999])
 @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 8.0])
 def test_top_p_is_found_among_all_tokens(p: float, spread: float) -> None:
-    """Of equal, of almost equal and of a few outstanding logits; some are -inf."""
+    """Logits are equal, almost equal, or a few stand out; some are -inf."""
     row = torch.randn(3000, generator=torch.Generator().manual_seed(5)) * spread
     row[::7] = -torch.inf
     shares = torch.softmax(row.double(), -1)

@@ -27,14 +27,14 @@ from adaplex.model.weights.site_table import SiteField
 
 @dataclass(frozen=True)
 class FoldedWeights:
-    """What merged rows of one adapter use in place of the base's linears, and beside them."""
+    """An adapter in merged mode: linears in place of the base's, and the rest of the adapter."""
 
     linears: dict[str, LinearBackend]
     """Linears with the adapter folded in, which replace the base's."""
     shifts: dict[str, Tensor]
     """Biases [out] to add to those of the base, by linear."""
     rest: AdapterWeights
-    """What the adapter does at modules that are no linears."""
+    """The adapter's changes at modules that are no linears."""
 
     def table(self, modules: Mapping[str, int]) -> NDArray[np.int64]:
         """Returns the table [modules, SiteField] for the C decoder: the panels, or the zeros, of

@@ -61,7 +61,7 @@ class PackedAdapter:
     """[elements] of the compute dtype, in host memory."""
     layout: tuple[PackedTensor, ...]
     traits: Mapping[str, SiteWeights]
-    """What sites have besides tensors in `flat`, by module."""
+    """Facts of sites that are no tensors in `flat`, by module."""
     modules: int
     """Modules of the base."""
     rows: TableRows

@@ -24,17 +24,17 @@ from adaplex.model.weights.site_table import SiteField
 
 @dataclass(frozen=True)
 class _Resident:
-    """One slot of the table. The weights may be gone, and their identity another's."""
+    """One slot of the table. Its weights may have been freed, and their id() reused."""
 
     slot: int
     weights: weakref.ref[AdapterWeights]
     launches: LaunchPlan
     row_ids: Sequence[Tensor]
-    """What ROW_IDS of the slot points to; kept alive here."""
+    """Tensors to which ROW_IDS of the slot points; they stay alive with it."""
 
 
 class ResidentTable:
-    """Slots for the adapters that steps used last."""
+    """Table of the adapters that steps used most recently."""
 
     def __init__(
         self, modules: Mapping[str, BaseModule], device: torch.device, *, slots: int
@@ -46,7 +46,7 @@ class ResidentTable:
         )
         """[slots, modules, SiteField]: AdapterWeights.table, but ROW_IDS are on the device."""
         self._resident: dict[int, _Resident] = {}
-        """By identity of the weights, least recently used first."""
+        """Slots by id() of the weights, least recently used first."""
 
     @property
     def device(self) -> torch.device:
@@ -67,14 +67,14 @@ class ResidentTable:
         ]
 
     def launches(self, runs: Sequence[AdapterRun]) -> LaunchPlan:
-        """Returns the launches that a step needs whose tiles were made."""
+        """Returns the launches of a step, after `tiles` was called for the same runs."""
         needed = LaunchPlan()
         for key in {id(run.weights) for run in runs}:
             needed |= self._resident[key].launches
         return needed
 
     def _make_resident(self, wanted: Mapping[int, AdapterWeights]) -> None:
-        """Puts adapters into the table in place of those that were not used for longest."""
+        """Copies new adapters into the table; if it is full, over the least recently used ones."""
         resident = self._resident
         assert len(wanted) <= len(self._table)
         for key in wanted.keys() & resident.keys():

@@ -42,7 +42,7 @@ class TorchRun:
     start: int
     stop: int
     sites: Mapping[str, SiteWeights]
-    """What the adapter does, by module."""
+    """The adapter's changes, by module."""
     folded: Mapping[str, LinearBackend] = field(default_factory=dict)
     """Folded linears, which replace the base's, by module."""
     virtual: tuple[tuple[int, int], ...] = ()

@@ -58,7 +58,7 @@ class ModelBuilder:
 
     @property
     def depends_on(self) -> dict[str, object]:
-        """What a built model depends on besides its checkpoint, in JSON's types."""
+        """Everything but the checkpoint on which a built model depends, in JSON's types."""
         return {
             "quantization": self.quantization,
             "dtype": str(self.dtype),

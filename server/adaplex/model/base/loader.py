@@ -47,7 +47,7 @@ STEADY_ROTARY = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The resident base: module, tokenizer, and facts of it."""
+    """The resident base: its module, its tokenizer, and facts about it."""
 
     module: nn.Module
     tokenizer: PreTrainedTokenizerBase

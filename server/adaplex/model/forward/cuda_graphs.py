@@ -13,7 +13,7 @@ from adaplex.model.progress import Progress, silent
 
 
 class CudaGraphs:
-    """A Capture. Its graphs share memory, since the logits of one are gone when another runs."""
+    """A Capture. Its graphs share memory, so the logits of one are valid until another runs."""
 
     def __init__(self, device: torch.device, progress: Progress = silent) -> None:
         """`progress` is called if steps have to be launched kernel by kernel after all."""
@@ -23,7 +23,7 @@ class CudaGraphs:
         self._captures = True
 
     def __call__(self, step: Replay) -> Replay:
-        """See Capture. After a step that cannot be captured none is: all are launched eagerly."""
+        """See Capture. After one step that cannot be captured, every step is launched eagerly."""
         if self._captures:
             try:
                 return self._captured(step)

@@ -46,7 +46,7 @@ def eager(step: Replay) -> Replay:
 
 
 class AdapterUse(Enum):
-    """What the adapters of a batch do."""
+    """Kinds of changes that the adapters of a batch make."""
 
     NONE = auto()
     PLAIN = auto()
@@ -56,7 +56,7 @@ class AdapterUse(Enum):
 
 @dataclass(frozen=True)
 class Shape:
-    """What a replay fixes."""
+    """Sizes that a replay fixes."""
 
     rows: int
     blocks: int
@@ -179,7 +179,7 @@ class DecodeSteps:
         return step.replay()[: len(chunks)].float()
 
     def _captured(self, shape: Shape, needed: LaunchPlan) -> _Step:
-        """Returns the step of a shape, captured anew unless it launches all that is needed."""
+        """Returns the captured step of a shape; captures it again if it lacks needed launches."""
         step = self._replays.get(shape)
         if step is None or needed not in step.launches:
             launches = self._launches[shape.adapters] | needed
@@ -239,7 +239,7 @@ class _Step:
 
 
 def _use(runs: Sequence[AdapterRun]) -> AdapterUse:
-    """Returns what the adapters of these runs do."""
+    """Returns the kind of changes of the adapters of these runs."""
     if not runs:
         return AdapterUse.NONE
     return AdapterUse.PLAIN if all(run.weights.plain for run in runs) else AdapterUse.ANY

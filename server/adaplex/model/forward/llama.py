@@ -62,8 +62,8 @@ ATTENTION_SETTINGS = frozenset(
         ATTEND_ATTRIBUTE,
     }
 )
-"""Known attributes of attention. `use_rope` of smollm3 is none: each fourth layer of it has no
-positions."""
+"""Known attributes of attention. `use_rope` of smollm3 is not among them, on purpose: each fourth
+layer of it has no positions."""
 ROPE_SETTINGS = frozenset(
     {
         "attention_factor",
@@ -82,8 +82,8 @@ ROPE_SETTINGS = frozenset(
         "type",
     }
 )
-"""Known rope parameters. `llama_4_scaling_beta` of ministral3 is none: it scales queries of far
-positions."""
+"""Known rope parameters. `llama_4_scaling_beta` of ministral3 is not among them, on purpose: it
+scales queries of far positions."""
 
 
 class NotLlama(Exception):

@@ -14,9 +14,9 @@ from adaplex.model.weights.nf4 import Nf4Weight
 DenseProduct = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x [rows, in], weight [out, in], bias [out] or None) -> x W' + bias [rows, out] in x's type."""
 Int4Product = Callable[[Tensor, Int4Weight, Tensor | None], Tensor]
-"""The same for a weight in int4-group."""
+"""DenseProduct with a weight in int4-group."""
 Nf4Product = Callable[[Tensor, Nf4Weight, Tensor | None], Tensor]
-"""The same for a weight in nf4."""
+"""DenseProduct with a weight in nf4."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from adaplex.model.weights.site_table import SiteField
 
 
 class Launch(IntEnum):
-    """What the kernels at a module do; each value is an index into `LaunchPlan.modules`."""
+    """Kinds of kernels at a module; each value is an index into `LaunchPlan.modules`."""
 
     INPUT = 0
     """Scale the input."""

@@ -49,7 +49,7 @@ class AdapterKernels(LowRankKernel, Protocol):
         ...
 
     def launches(self, runs: Sequence[AdapterRun]) -> LaunchPlan:
-        """Returns the launches that a step needs whose tiles were made."""
+        """Returns the launches of a step, after `tiles` was called for the same runs."""
         ...
 
     def rows(

@@ -17,7 +17,7 @@ from adaplex.model.weights.site_table import SiteField, empty_table
 
 @dataclass
 class SiteWeights:
-    """What one adapter does at one module, as views into packed memory; None where it does nothing.
+    """Tensors of one adapter at one module, views into packed memory; None where it has none.
 
     Shapes are those of ModuleProgram: a [rank, in], b [rank, out], of an embedding a [in, rank]; a
     replaced weight of a linear has zero rows up to a whole panel. For the C kernels the elements of
@@ -55,7 +55,7 @@ class AdapterWeights:
     """Positions before the prompt whose keys and values the adapter has."""
     make_sites: Callable[[], Mapping[str, SiteWeights]]
     row_ids: NDArray[np.int32] | None = None
-    """What ROW_IDS of the table points to; kept alive here."""
+    """Numbers to which ROW_IDS of the table points; they stay alive with it."""
 
     @cached_property
     def sites(self) -> Mapping[str, SiteWeights]:
