@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +12,17 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
-    PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
-from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
+from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.model import huge_pages, select
-from adaplex.model.base.architecture import Probe, check_supported
+from adaplex.model.base.architecture import check_supported
 from adaplex.model.base.build_model import ModelBuilder
 from adaplex.model.base.saved_base import SavedBase
 from adaplex.model.base.source import default_cache, resolve_model
+from adaplex.model.base.spec import spec_of
 from adaplex.model.errors import UnsupportedModel
 from adaplex.model.file_hashes import HASHES, FileHashes
 from adaplex.model.kernels.native.kernels import NativeKernels
@@ -41,8 +37,6 @@ from adaplex.model.weights.int4_group import GROUP_SIZES, INT4_GROUP
 
 QUANTIZATIONS = ("nf4", "int8", INT4_GROUP, "bf16", "fp32")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-STEADY_ROTARY = ("default", "linear", "llama3", "yarn")
-"""Kinds of rotary embeddings whose frequencies do not depend on the length."""
 
 
 @dataclass(frozen=True)
@@ -144,21 +138,15 @@ def load_base(
     return BaseModel(
         module=module,
         tokenizer=AutoTokenizer.from_pretrained(directory),
-        spec=BaseSpec(
-            name=Path(model).name if Path(model).exists() else model,
-            digest=_digest(fingerprint, _grid(quantization, group_size), compute),
-            model_type=str(config.model_type),
-            modules=_as_defined(module, found.sites),
-            biases=_biases(module, found),
+        spec=spec_of(
+            module,
+            found,
+            config,
+            model=model,
             fingerprint=fingerprint,
-            aliases=_aliases(config, model),
-            heads=int(getattr(config, "num_attention_heads", 0) or 0),
-            kv_heads=int(getattr(config, "num_key_value_heads", 0) or 0),
-            kv_shapes=tuple((s.kv_heads, s.key_dim, s.value_dim) for s in found.shapes),
-            rotary=_rotary(module),
-            tied=bool(config.tie_word_embeddings),
             quantization=quantization,
-            weight=partial(_weight, module),
+            group_size=group_size,
+            dtype=compute,
         ),
         step=step,
         shapes=tuple(found.shapes),
@@ -173,14 +161,6 @@ def load_base(
         products=products,
         kernels=kernels,
     )
-
-
-def _rotary(module: Any) -> Tensor | None:
-    """See BaseSpec.rotary."""
-    embedding = getattr(module.base_model, "rotary_emb", None)
-    if getattr(embedding, "rope_type", None) not in STEADY_ROTARY:
-        return None
-    return embedding.inv_freq.detach().float().cpu().clone()  # type: ignore[union-attr, no-any-return]
 
 
 def _compute_dtype(quantization: str, dtype: str) -> torch.dtype:
@@ -203,65 +183,12 @@ def _device(device: str) -> str:
     return device
 
 
-def _biases(model: nn.Module, found: Probe) -> dict[str, Tensor]:
-    """Returns a copy of each site's bias, fp32 on the CPU, for the sites that have one."""
-    biases = {}
-    for site in found.sites:
-        if not site.has_bias:
-            continue
-        module: Any = model.get_submodule(site.name)
-        bias: Any = module.backend.bias if isinstance(module, AdaptedLinear) else module.bias
-        biases[site.name] = bias.float().cpu().clone()
-    return biases
-
-
-def _as_defined(model: nn.Module, sites: Iterable[BaseModule]) -> dict[str, BaseModule]:
-    """Returns sites by name, in the order in which the model defines them, by which PEFT numbers
-    modules.
-    """
-    place = {name: index for index, (name, _) in enumerate(model.named_modules())}
-
-    def index(site: BaseModule) -> int:  # a parameter of experts has the place of its module
-        return place.get(site.name, place.get(site.name.rpartition(".")[0], len(place)))
-
-    return {site.name: site for site in sorted(sites, key=index)}
-
-
-def _weight(model: nn.Module, name: str) -> Tensor:
-    """See BaseSpec.weight."""
-    try:
-        module: Any = model.get_submodule(name)
-        weight: Tensor = module.weight
-    except AttributeError:
-        raise KeyError(name) from None
-    return weight.detach().float()
-
-
 def _fingerprint(directory: Path, hashes: FileHashes) -> str:
     """Returns the SHA-256 of config and weights, which does not depend on the quantization."""
     total = hashlib.sha256(b"adaplex-base-v1")
     for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
         total.update(hashes.sha256(path).encode())
     return f"sha256:{total.hexdigest()}"
-
-
-def _grid(quantization: str, group_size: int) -> str:
-    """Returns the quantization with all that the values of linears depend on."""
-    return f"{quantization}:{group_size}" if quantization == INT4_GROUP else quantization
-
-
-def _digest(fingerprint: str, quantization: str, dtype: torch.dtype) -> str:
-    """Returns the SHA-256 of all that a KV block depends on: base, quantization and dtype."""
-    parts = json.dumps([fingerprint, quantization, str(dtype)])
-    return f"sha256:{hashlib.sha256(parts.encode()).hexdigest()}"
-
-
-def _aliases(config: PretrainedConfig, model: str) -> tuple[str, ...]:
-    """Returns other names of the base that adapters may use: the name under which its config was
-    saved, and a hub id without its revision.
-    """
-    saved = str(getattr(config, "_name_or_path", "") or "")
-    return tuple(dict.fromkeys(name for name in (saved, model.partition("@")[0]) if name))
 
 
 def _eos_token_ids(directory: Path, model: nn.Module) -> frozenset[int]:
