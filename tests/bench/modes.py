@@ -23,7 +23,7 @@ from statistics import median
 import torch
 
 from adaplex.client.bench.checkpoint import write_checkpoint
-from adaplex.engine.auto_merge import ENOUGH, STRIDE
+from adaplex.engine.auto_merge import MIN_STEPS, STRIDE
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.engine import Engine
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, SamplingParams
@@ -120,7 +120,7 @@ def compare(
         for mode in AdapterMode
     }
     for traffic in engines.values():
-        traffic.run(steps=2 * STRIDE * ENOUGH)
+        traffic.run(steps=2 * STRIDE * MIN_STEPS)
     rounds = [
         {mode: traffic.run(seconds=options.seconds) for mode, traffic in engines.items()}
         for _ in range(options.rounds)

@@ -227,7 +227,7 @@ def digest(name: str) -> str:
     return f"sha256:{name}"
 
 
-class EagerPopularity(AutoMerge):
+class EagerMerge(AutoMerge):
     """Merging pays after so many steps with the adapter."""
 
     def __init__(self, steps: int) -> None:
@@ -235,17 +235,17 @@ class EagerPopularity(AutoMerge):
         self._needed = steps
         self._seen: Counter[str] = Counter()
 
-    def note(self, batch: Batch) -> None:
+    def record_step(self, batch: Batch) -> None:
         adapters = (chunk.sequence.adapter for chunk in batch.chunks)
         self._seen.update({adapter.digest for adapter in adapters if adapter})
 
-    def judges(self, digest: str) -> bool:
+    def has_enough_steps(self, digest: str) -> bool:
         return self.pays(digest)
 
     def pays(self, digest: str) -> bool:
         return self._seen[digest] >= self._needed
 
-    def forget(self, digest: str) -> None:
+    def suspend(self, digest: str) -> None:
         del self._seen[digest]
 
 
@@ -278,13 +278,14 @@ def make_engine(
     runner = runner or FakeRunner()
     engine = Engine(
         make_config(**changes),
-        *(runner, source or FakeSource()),
+        runner,
+        source or FakeSource(),
         base_digest="base",
         executor=executor or InlineExecutor(),
         clock=lambda: runner.now,
     )
     if merge_after:
-        engine._residency._merged.popularity = EagerPopularity(merge_after)
+        engine._residency._merged._auto = EagerMerge(merge_after)
     return engine, runner
 
 

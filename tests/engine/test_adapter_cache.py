@@ -22,7 +22,7 @@ class Bench:
     def load(self, digest: str, units: int = 1) -> bool:
         if self.cache.reserve(digest, units * UNIT) is None:
             return False
-        self.cache.loaded(digest)
+        self.cache.finish_load(digest)
         return True
 
 
@@ -85,13 +85,13 @@ def test_pinned_ones_and_those_that_are_read_stay() -> None:
     assert bench.load("pinned")
     assert bench.load("read")
     pins = {"pinned"}
-    bench.cache.read("read")
-    assert bench.cache.reserve("new", UNIT, keep=pins) is None
+    bench.cache.begin_read("read")
+    assert bench.cache.reserve("new", UNIT, exempt=pins) is None
     assert bench.cache.fits_beside(pins, UNIT)
     assert not bench.cache.fits_beside(pins, 2 * UNIT)
     bench.cache.unload("read")
     assert bench.removed == []
-    bench.cache.read_ended("read")
+    bench.cache.end_read("read")
     assert bench.removed == ["read"]
 
 
@@ -137,7 +137,7 @@ def test_holes_around_a_leased_adapter_do_not_add_up() -> None:
 def test_a_failed_load_leaves_no_trace() -> None:
     bench = Bench(1)
     assert bench.cache.reserve("a", UNIT)
-    bench.cache.failed("a")
+    bench.cache.cancel_load("a")
     assert bench.cache.get("a") is None
     assert bench.cache.stats().used == 0
     assert bench.removed == []
@@ -174,6 +174,6 @@ def test_what_is_unloaded_while_it_loads_goes_as_soon_as_it_is_there() -> None:
     bench = Bench(1)
     assert bench.cache.reserve("a", UNIT)
     assert not bench.cache.unload("a")
-    bench.cache.loaded("a")
+    bench.cache.finish_load("a")
     assert bench.removed == ["a"]
     assert bench.cache.stats().used == 0

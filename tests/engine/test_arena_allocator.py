@@ -39,7 +39,7 @@ def test_sizes_are_rounded_up_and_the_range_down() -> None:
     assert arena.capacity == 2 * ALIGNMENT
     assert arena.allocate(ALIGNMENT + 1) == 0
     assert arena.used == 2 * ALIGNMENT
-    assert not arena.could_hold(2 * ALIGNMENT + 1)
+    assert not arena.fits_empty(2 * ALIGNMENT + 1)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 500)), max_size=60))

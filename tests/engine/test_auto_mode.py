@@ -9,7 +9,7 @@ from itertools import count
 import pytest
 
 from adaplex.adapters.program.program import AdapterProgram
-from adaplex.engine.auto_merge import REMEMBERED, STRIDE
+from adaplex.engine.auto_merge import STRIDE, WINDOW
 from adaplex.engine.batch import Batch
 from adaplex.engine.engine import Engine
 from adaplex.engine.merge_cost_model import FoldedShare, StepCosts, StepRows
@@ -71,10 +71,9 @@ class ModelledRunner(FakeRunner):
         return self.costs
 
     def run(self, batch: Batch) -> list[SampledToken]:
-        mix = StepRows.of(batch)
-        self.now += self.costs.step_seconds(
-            mix, dict.fromkeys(mix.merged | mix.unmerged, self.merge)
-        )
+        rows = StepRows.of(batch)
+        shares = dict.fromkeys(rows.merged | rows.unmerged, self.merge)
+        self.now += self.costs.step_seconds(rows, shares)
         for chunk in batch.chunks:
             self._check_adapter(chunk)
         return [SampledToken(1) for _ in batch.sampling]
@@ -97,7 +96,8 @@ class Traffic:
                 max_chunk_tokens=128,
                 prefix_cache=False,
             ),
-            *(self.runner, FakeSource()),
+            self.runner,
+            FakeSource(),
             base_digest="base",
             executor=InlineExecutor(),
             clock=lambda: self.runner.now,
@@ -133,7 +133,7 @@ def test_auto_is_no_worse_than_the_better_mode(machine: str, skew: str) -> None:
     seconds = {}
     for mode in AdapterMode:
         traffic = Traffic(MACHINES[machine], skew, mode)
-        traffic.seconds_a_token(steps=STRIDE * REMEMBERED + 100)
+        traffic.seconds_a_token(steps=STRIDE * WINDOW + 100)
         seconds[mode] = traffic.seconds_a_token(steps=2500)
         if mode is AUTO:
             paid = bool(traffic.runner.merged)
@@ -151,7 +151,7 @@ def test_auto_knows_what_merging_makes_of_an_adapter(
     seconds = {}
     for mode in AdapterMode:
         traffic = Traffic(MACHINES[machine], skew, mode, merge)
-        traffic.seconds_a_token(steps=STRIDE * REMEMBERED + 100)
+        traffic.seconds_a_token(steps=STRIDE * WINDOW + 100)
         seconds[mode] = traffic.seconds_a_token(steps=1000)
         merged = traffic.runner.merged if mode is AUTO else set()
     assert seconds[AUTO] <= 1.03 * min(seconds[UNMERGED], seconds[MERGED])
@@ -165,7 +165,7 @@ def test_traffic_near_the_point_where_merging_pays_hurts_little(seed: int) -> No
     for mode in AdapterMode:
         traffic = Traffic(BF16_CPU, "skewed", mode)
         traffic._adapters = adapters("skewed", seed)
-        traffic.seconds_a_token(steps=STRIDE * REMEMBERED)
+        traffic.seconds_a_token(steps=STRIDE * WINDOW)
         seconds[mode] = traffic.seconds_a_token(steps=4000)
     assert seconds[AUTO] <= 1.03 * min(seconds[UNMERGED], seconds[MERGED])
 
@@ -194,10 +194,10 @@ def test_a_copy_that_no_longer_pays_is_not_used() -> None:
     traffic.seconds_a_token(steps=500)
     assert traffic.runner.merged == {digest("a0")}
     traffic._adapters = adapters("distinct")
-    traffic.seconds_a_token(steps=2 * STRIDE * REMEMBERED)
+    traffic.seconds_a_token(steps=2 * STRIDE * WINDOW)
     modes = {s.adapter.mode for s in traffic.engine._scheduler.running if s.adapter}
     assert modes == {UNMERGED}
     traffic._adapters = adapters("identical")
-    traffic.seconds_a_token(steps=3 * STRIDE * REMEMBERED)
+    traffic.seconds_a_token(steps=3 * STRIDE * WINDOW)
     modes = {s.adapter.mode for s in traffic.engine._scheduler.running if s.adapter}
     assert modes == {MERGED}

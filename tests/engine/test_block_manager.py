@@ -31,7 +31,7 @@ def test_blocks_come_back_and_block_zero_never_goes_out() -> None:
     assert all(blocks.allocate(sequence) for sequence in sequences)
     held = [block for sequence in sequences for block in sequence.blocks]
     assert sorted(held) == list(range(1, 9))
-    assert blocks.usage == 1.0
+    assert blocks.in_use == 8
     blocks.check_integrity(sequences)
     for sequence in sequences:
         blocks.free(sequence)
@@ -84,7 +84,7 @@ def test_a_computed_prefix_is_shared_while_held_and_after() -> None:
     shared = first.blocks[:2]
     blocks.free(first)
     blocks.free(second)
-    assert blocks.held == 0
+    assert blocks.in_use == 0
     assert blocks.allocate(third)
     assert third.blocks[:2] == shared
     blocks.check_integrity([third])

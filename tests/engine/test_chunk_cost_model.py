@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adaplex.engine.chunk_cost_model import LEAST, RECENT, SmallChunkCosts
+from adaplex.engine.chunk_cost_model import MIN_CHUNK, RECENT, SmallChunkCosts
 
 BLOCK = 16
 CHUNK, TOKEN = 2.5, 0.5
@@ -15,7 +15,7 @@ def measured(*sizes: int, chunk: float = CHUNK, token: float = TOKEN) -> SmallCh
     """What is known after chunks of these sizes."""
     small = SmallChunkCosts()
     for size in sizes:
-        small.note(size, chunk + size * token)
+        small.record(size, chunk + size * token)
     return small
 
 
@@ -26,7 +26,7 @@ def test_while_nothing_is_known_a_block_is_taken() -> None:
 def test_one_size_is_taken_for_tokens_alone_and_a_second_tells_them_apart() -> None:
     small = measured(16)
     assert small.seconds(8) == pytest.approx(0.5 * (CHUNK + 16 * TOKEN))
-    small.note(8, CHUNK + 8 * TOKEN)
+    small.record(8, CHUNK + 8 * TOKEN)
     for size in (2, 4, 12, 16, 32):
         assert small.seconds(size) == pytest.approx(CHUNK + size * TOKEN)
 
@@ -34,15 +34,15 @@ def test_one_size_is_taken_for_tokens_alone_and_a_second_tells_them_apart() -> N
 def test_one_that_is_far_out_changes_nothing() -> None:
     small = measured(16, 8, 16, 8, 16, 16, 16)
     before = small.seconds(4)
-    small.note(8, 500.0)
-    small.note(16, 500.0)
+    small.record(8, 500.0)
+    small.record(16, 500.0)
     assert small.seconds(4) == pytest.approx(before)
 
 
 def test_a_usual_size_is_one_that_came_twice_in_a_row() -> None:
     small = measured(16, 16, 4, 4)
     for seconds in (9.0, 9.0, 9.0):
-        small.note(4, seconds)
+        small.record(4, seconds)
     assert small.seconds(4) == 9.0
 
 
@@ -74,14 +74,14 @@ def test_a_trial_is_of_another_size_and_not_beyond_what_is_bearable() -> None:
     small = measured(16, 8, 16)
     assert small.size(BLOCK, 20.0, trial=True) == 8
     small = measured(4, 2, 2, token=2.0)
-    assert small.size(BLOCK, 7.0, trial=True) == 2 * LEAST
-    assert small.size(BLOCK, 6.8, trial=True) == LEAST
+    assert small.size(BLOCK, 7.0, trial=True) == 2 * MIN_CHUNK
+    assert small.size(BLOCK, 6.8, trial=True) == MIN_CHUNK
 
 
 def test_what_became_cheaper_is_seen_within_a_few_trials() -> None:
     small = measured(*[16] * RECENT, 8, 16, chunk=40.0)
     assert small.size(BLOCK, 10.0) == BLOCK
     for _ in range(RECENT):
-        small.note(8, CHUNK + 8 * TOKEN)
-        small.note(16, CHUNK + 16 * TOKEN)
+        small.record(8, CHUNK + 8 * TOKEN)
+        small.record(16, CHUNK + 16 * TOKEN)
     assert small.size(BLOCK, 10.0) == 8

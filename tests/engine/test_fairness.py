@@ -22,7 +22,7 @@ def queue_of(*requests: Request) -> WaitingQueue:
 
 
 def order(queue: WaitingQueue) -> list[str]:
-    return [sequence.request_id for sequence in queue.in_turn()]
+    return [sequence.request_id for sequence in queue.in_order()]
 
 
 def test_adapters_take_turns_and_each_line_goes_by_arrival() -> None:
@@ -50,7 +50,7 @@ def test_large_prompts_count_for_more() -> None:
 def test_the_queue_may_lose_what_it_just_yielded() -> None:
     queue = queue_of(*(make_request(f"r{i}", adapter="ab"[i % 2], arrival=i) for i in range(6)))
     seen = []
-    for sequence in queue.in_turn():
+    for sequence in queue.in_order():
         seen.append(sequence.request_id)
         if len(seen) % 2:
             queue.remove(sequence)
@@ -61,38 +61,38 @@ def test_the_queue_may_lose_what_it_just_yielded() -> None:
 
 def test_nobody_saves_up_service_while_away() -> None:
     counter = VirtualTokenCounter()
-    counter.joined("busy")
-    counter.served("busy", prompt=1000)
-    counter.joined("new")
+    counter.add_waiting("busy")
+    counter.charge("busy", prompt=1000)
+    counter.add_waiting("new")
     assert counter.counter("new") == counter.counter("busy")
-    counter.left("busy")
-    counter.left("new")
-    counter.joined("later")
+    counter.remove_waiting("busy")
+    counter.remove_waiting("new")
+    counter.add_waiting("later")
     assert counter.counter("later") >= 1000
 
 
 def test_what_runs_is_charged_while_nobody_of_its_key_waits() -> None:
     counter = VirtualTokenCounter()
-    counter.joined("a")
-    counter.served("a", prompt=100)
-    counter.left("a")
-    counter.joined("b")
-    counter.served("a", output=25)
-    counter.joined("a")
+    counter.add_waiting("a")
+    counter.charge("a", prompt=100)
+    counter.remove_waiting("a")
+    counter.add_waiting("b")
+    counter.charge("a", output=25)
+    counter.add_waiting("a")
     assert counter.counter("b") == 100
     assert counter.counter("a") == 150
 
 
 def test_keys_that_fell_behind_are_forgotten_even_if_somebody_always_waits() -> None:
     counter = VirtualTokenCounter()
-    counter.joined("busy")
+    counter.add_waiting("busy")
     for number in range(5 * MAX_IDLE):
-        counter.joined(f"once{number}")
-        counter.served(f"once{number}", prompt=3)
-        counter.left(f"once{number}")
-        counter.served("busy", prompt=5)
+        counter.add_waiting(f"once{number}")
+        counter.charge(f"once{number}", prompt=3)
+        counter.remove_waiting(f"once{number}")
+        counter.charge("busy", prompt=5)
     assert len(counter._counters) <= MAX_IDLE + 10
-    counter.joined("once7")
+    counter.add_waiting("once7")
     assert counter.counter("once7") == counter.counter("busy") > 0
 
 
@@ -103,13 +103,13 @@ def test_the_gap_between_two_that_always_wait_is_bounded(jobs: list[tuple[str, i
     lines = {key: [cost for k, cost in jobs if k == key] for key in "abc"}
     for key, line in lines.items():
         for _ in line:
-            counter.joined(key)
+            counter.add_waiting(key)
     served = Counter(dict.fromkeys("abc", 0))
     while all(lines.values()):
         key = min(lines, key=counter.counter)
         cost = lines[key].pop(0)
-        counter.served(key, prompt=cost)
-        counter.left(key)
+        counter.charge(key, prompt=cost)
+        counter.remove_waiting(key)
         served[key] += cost
         gaps = [served[x] - served[y] for x in "abc" for y in "abc"]
         assert max(gaps) <= 2 * 50

@@ -103,8 +103,8 @@ def test_rows_before_the_invocation_count_as_those_of_the_base() -> None:
     counts = [Chunk(sequence, start, count).base for start, count in ((0, 2), (2, 3), (3, 3))]
     assert counts == [2, 1, 0]
     assert StepRows.of(Batch((Chunk(sequence, 0, 2),))) == StepRows(base=2)
-    mix = StepRows.of(Batch((Chunk(sequence, 0, 6),)))
-    assert mix == StepRows(base=3, unmerged={INVOKED.digest: 3})
+    rows = StepRows.of(Batch((Chunk(sequence, 0, 6),)))
+    assert rows == StepRows(base=3, unmerged={INVOKED.digest: 3})
 
 
 def test_answers_are_the_same_in_any_chunks_and_after_preemption() -> None:

@@ -55,9 +55,9 @@ def test_rows_of_merged_adapters_may_be_spared_the_base() -> None:
     rows, seconds = (1, 16), (1.0, 16.0)
     flat = StepCosts(rows, seconds, (2.0, 2.0), (0.0, 0.0), 0.0)
     spared = replace(flat, base_takes_merged=False)
-    mixed = StepRows(base=4, merged={"a": 8})
-    assert flat.step_seconds(mixed) == pytest.approx(2.0 + 12.0)
-    assert spared.step_seconds(mixed) == pytest.approx(2.0 + 4.0)
+    rowsed = StepRows(base=4, merged={"a": 8})
+    assert flat.step_seconds(rowsed) == pytest.approx(2.0 + 12.0)
+    assert spared.step_seconds(rowsed) == pytest.approx(2.0 + 4.0)
     two = StepRows(merged={"a": 4, "b": 4})
     assert flat.step_seconds(two) == pytest.approx(4.0 + 8.0)
     assert spared.step_seconds(two) == pytest.approx(4.0)
@@ -65,7 +65,7 @@ def test_rows_of_merged_adapters_may_be_spared_the_base() -> None:
     assert flat.step_seconds(alone) == spared.step_seconds(alone) == pytest.approx(2.0)
 
 
-def test_a_mix_counts_rows_by_adapter_and_mode() -> None:
+def test_a_rows_counts_rows_by_adapter_and_mode() -> None:
     batch = Batch(
         tuple(
             chunk
@@ -75,28 +75,30 @@ def test_a_mix_counts_rows_by_adapter_and_mode() -> None:
         + tuple(chunks(None, UNMERGED, 4))
     )
     a, b = digest("a"), digest("b")
-    mix = StepRows.of(batch)
-    assert mix == StepRows(4, {a: 3, b: 1}, {a: 2})
-    assert mix.rows(a) == 5
-    assert mix.applied(a, MERGED) == StepRows(4, {b: 1}, {a: 5})
-    assert mix.applied(a, UNMERGED) == StepRows(4, {a: 5, b: 1}, {})
-    assert mix.applied("other", MERGED) == mix
+    rows = StepRows.of(batch)
+    assert rows == StepRows(4, {a: 3, b: 1}, {a: 2})
+    assert rows.count(a) == 5
+    assert rows.with_mode(a, MERGED) == StepRows(4, {b: 1}, {a: 5})
+    assert rows.with_mode(a, UNMERGED) == StepRows(4, {a: 5, b: 1}, {})
+    assert rows.with_mode("other", MERGED) == rows
 
 
 rows_by_adapter = st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 60), max_size=6)
 
 
 @given(
-    mix=st.builds(StepRows, st.integers(0, 60), rows_by_adapter, rows_by_adapter),
+    rows=st.builds(StepRows, st.integers(0, 60), rows_by_adapter, rows_by_adapter),
     machine=st.sampled_from([*MACHINES.values()]),
     name=st.sampled_from("abcdefg"),
 )
-def test_what_merging_saves_is_the_difference(mix: StepRows, machine: StepCosts, name: str) -> None:
+def test_what_merging_saves_is_the_difference(
+    rows: StepRows, machine: StepCosts, name: str
+) -> None:
     unmerged, merged = (
-        machine.step_seconds(mix.applied(name, mode)) for mode in (UNMERGED, MERGED)
+        machine.step_seconds(rows.with_mode(name, mode)) for mode in (UNMERGED, MERGED)
     )
-    saved = machine.saved(name, mix)
+    saved = machine.saved(name, rows)
     assert saved == unmerged - merged
-    assert saved < unmerged or not mix.rows(name)
-    if not mix.rows(name):
+    assert saved < unmerged or not rows.count(name)
+    if not rows.count(name):
         assert saved == 0.0

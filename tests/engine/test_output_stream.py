@@ -13,12 +13,12 @@ async def test_outputs_that_wait_come_together_and_none_after_the_last() -> None
     steps = [StepOutput("r", tokens=(n,)) for n in range(3)]
     last = StepOutput("r", tokens=(3,), finish=FinishReason.LENGTH)
     stream.put(steps[0])
-    assert await stream.take() == steps[:1]
+    assert await stream.collect() == steps[:1]
     for output in (*steps[1:], last):
         stream.put(output)
     stream.fail(ServerUnavailable("the server has stopped"))
     assert stream.ended
-    assert await stream.take() == [*steps[1:], last]
+    assert await stream.collect() == [*steps[1:], last]
 
 
 async def test_after_the_first_token_so_many_come_at_a_time_and_the_rest_with_the_last() -> None:
@@ -26,23 +26,23 @@ async def test_after_the_first_token_so_many_come_at_a_time_and_the_rest_with_th
     admitted, *steps = (StepOutput("r", tokens=(n,) * (n > 0)) for n in range(8))
     for alone in (admitted, steps[0]):
         stream.put(alone)
-        assert await stream.take() == [alone]
+        assert await stream.collect() == [alone]
     for output in steps[1:4]:
         stream.put(output)
-        assert not stream._came.is_set()
+        assert not stream._ready.is_set()
     stream.put(steps[4])
-    assert await stream.take() == steps[1:5]
+    assert await stream.collect() == steps[1:5]
     last = StepOutput("r", tokens=(9,), finish=FinishReason.LENGTH)
     for output in (steps[5], last):
         stream.put(output)
-    assert await stream.take() == [steps[5], last]
+    assert await stream.collect() == [steps[5], last]
 
 
 async def test_an_error_does_not_wait_for_an_interval() -> None:
     stream = OutputStream(make_request("r"), interval=100)
     first, second = (StepOutput("r", tokens=(n,)) for n in range(2))
     stream.put(first)
-    assert await stream.take() == [first]
+    assert await stream.collect() == [first]
     stream.put(second)
     stream.fail(ServerUnavailable("the server has stopped"))
-    assert [bool(output.error) for output in await stream.take()] == [False, True]
+    assert [bool(output.error) for output in await stream.collect()] == [False, True]

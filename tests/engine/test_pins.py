@@ -40,7 +40,7 @@ def test_pins_are_bounded_in_bytes() -> None:
     engine.pin(digest("a"), UNIT, "a")
     engine.pin(digest("a"), UNIT, "a")
     engine.pin(digest("b"), UNIT, "b")
-    with pytest.raises(PinsFull, match=f"{2 * UNIT} are pinned of the {2 * UNIT}"):
+    with pytest.raises(PinsFull, match=f"pins take {2 * UNIT} of the {2 * UNIT} that"):
         engine.pin(digest("c"), 1, "c")
     assert engine.stats().pinned_bytes_used == engine.stats().pinned_bytes_total == 2 * UNIT
     assert engine.unload(digest("a")) is False
@@ -55,7 +55,7 @@ def test_a_pin_that_other_pins_leave_no_stretch_for_is_refused() -> None:
         engine.pin(digest(name), UNIT, name)
     engine.pin(digest("fits"), 2 * UNIT, "fits")
     engine.unpin(digest("fits"))
-    with pytest.raises(PinsFull, match="long takes 192 bytes in one stretch"):
+    with pytest.raises(PinsFull, match="long takes 192 contiguous bytes"):
         engine.pin(digest("long"), 3 * UNIT, "long")
     assert engine.stats().pinned == {digest("c"), digest("f")}
 

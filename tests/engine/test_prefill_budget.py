@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaplex.engine.batch import Batch, Chunk
-from adaplex.engine.chunk_cost_model import LEAST, RECENT, ChunkCostModel
+from adaplex.engine.chunk_cost_model import MIN_CHUNK, RECENT, ChunkCostModel
 from adaplex.engine.engine import Engine
 from adaplex.engine.prefill_budget import ROW_COUNTS, PrefillBudget
 from adaplex.engine.request import SampledToken
@@ -86,7 +86,7 @@ class TimedRunner(FakeRunner):
         alone = self.machine.exact(Batch(decodes))
         self.steps.append(Step(seconds, alone, len(decodes), prompts))
         for chunk in batch.chunks:
-            assert chunk.end % BLOCK == 0 or chunk.samples or chunk.count % LEAST == 0
+            assert chunk.end % BLOCK == 0 or chunk.samples or chunk.count % MIN_CHUNK == 0
         return [SampledToken(1) for _ in batch.sampling]
 
 
@@ -105,7 +105,8 @@ class Run:
         }
         self.engine = Engine(
             make_config(**limits | changes),
-            *(self.runner, FakeSource()),
+            self.runner,
+            FakeSource(),
             base_digest="base",
             executor=InlineExecutor(),
             clock=lambda: self.runner.now,
@@ -278,11 +279,12 @@ def test_what_is_remembered_is_bounded() -> None:
         run.add(f"r{number}", 1 + number * 37 % 3000, max_tokens=1 + number * 7 % 40)
     while run.engine.has_work:
         run.step()
-    pace = run.engine._pace
-    assert len(pace._decodes) <= ROW_COUNTS
-    assert len(pace._costs._tokens) <= 6
-    small = pace._costs.small
-    kept = [*pace._decodes.values(), *pace._costs._tokens.values(), small._seconds, small._tokens]
+    policy = run.engine._prefill
+    assert len(policy._decodes) <= ROW_COUNTS
+    assert len(policy._costs._tokens) <= 6
+    small = policy._costs._small
+    kept = [*policy._decodes.values(), *policy._costs._tokens.values()]
+    kept += [small._seconds, small._tokens]
     assert all(len(values) <= RECENT for values in kept)
 
 
@@ -308,15 +310,15 @@ def test_a_budget_is_kept(
     costs = ChunkCostModel(BLOCK)
     sequence = Sequence(make_request("r", range(9000)))
     for start in (0, 1000, 8000):
-        costs.note([Chunk(sequence, start, 64)], 64 * (token + context * (start + 32)))
+        costs.record([Chunk(sequence, start, 64)], 64 * (token + context * (start + 32)))
     budget = PrefillBudget(config, rows, seconds, costs)
     taken, spent, dearest = 0, 0.0, 0.0
     for block, wanted, shares in takes:
         was_open = budget.open
-        count = budget.split(shares).take(block * BLOCK, wanted)
+        count = budget.split(shares).spend(block * BLOCK, wanted)
         assert (count > 0) == was_open
         assert count <= min(wanted, 300)
-        assert count in (wanted, 0) or count % LEAST == 0 or taken + count == rows
+        assert count in (wanted, 0) or count % MIN_CHUNK == 0 or taken + count == rows
         taken += count
         price = costs.seconds(block * BLOCK, count)
         spent, dearest = spent + price, max(dearest, price)

@@ -164,7 +164,7 @@ def test_what_has_a_host_copy_leaves_the_arena_first() -> None:
     for name in "ab":
         run_all(engine, [make_request(name, adapter=name)])
     engine._residency._unmerged._host.unload(digest("a"))
-    engine._residency._unmerged._costs.note("host", 1, 1000.0)
+    engine._residency._unmerged._costs.record("host", 1, 1000.0)
     engine.add(make_request("c", adapter="c"))
     ledger.drain()
     assert set(runner.extents) == {digest("a"), digest("c")}, "b came later, but is cheap"

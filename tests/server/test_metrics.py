@@ -57,7 +57,7 @@ def test_labels_and_buckets_are_those_that_dashboards_for_vllm_know() -> None:
     metrics.request_admitted(ref("a"), 1)
     metrics.tokens_generated(2, [0.1])
     metrics.request_ended("stop", 2, Timing(queued=0.5, first_token=1.5, total=5.5))
-    metrics.adapter_loaded(tier="arena", outcome="ok", seconds=0.02)
+    metrics.adapter_loaded(cache="arena", outcome="ok", seconds=0.02)
     metrics.stepped(rows=1)
     buckets = {}
     for metric in registry.collect():
@@ -115,9 +115,9 @@ def test_the_engine_reports_into_the_table() -> None:
     observer.stepped(rows=20)
     observer.preempted()
     observer.prefix_looked_up(tokens=32, hits=16)
-    observer.adapter_loaded(tier="arena", outcome="ok", seconds=0.02)
-    observer.adapter_loaded(tier="merged", outcome="error", seconds=1)
-    observer.adapter_evicted(tier="arena")
+    observer.adapter_loaded(cache="arena", outcome="ok", seconds=0.02)
+    observer.adapter_loaded(cache="merged", outcome="error", seconds=1)
+    observer.adapter_evicted(cache="arena")
     observer.merged_looked_up(hit=True)
     observer.merged_looked_up(hit=False)
     assert value(registry, "iteration_tokens_total_sum") == 20

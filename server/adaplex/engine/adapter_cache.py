@@ -1,4 +1,4 @@
-"""AdapterCache: adapters in one kind of memory, with leases and cost-aware eviction."""
+"""AdapterCache: the adapters in one kind of memory, with leases and cost-aware eviction."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ Space = ArenaAllocator | ByteBudget
 
 
 class Waiter(Protocol):
-    """Who waits for room: a sequence, or a pin."""
+    """A sequence or a pin that waits for room in a cache."""
 
     bypassed: int
-    """Sequences that leased an adapter of the tier meanwhile."""
+    """Sequences that leased an adapter of the cache since this began to wait."""
 
 
 @dataclass(eq=False)
 class CachedAdapter:
-    """One adapter that is in the tier or on its way; what has no entry is absent."""
+    """An adapter that is resident or loading; an absent one has no entry."""
 
     digest: str
     handle: int
-    """Where it is in the space: an offset in the arena."""
+    """The allocation of its bytes; in the arena their offset."""
     nbytes: int
-    usage: UseRecord
+    use: UseRecord
     resident: bool = False
     """False while it loads."""
-    leaving: bool = False
-    """To be dropped once nobody leases it; a new lease cancels that."""
+    unloading: bool = False
+    """True if it is dropped when its last lease ends; a new lease cancels that."""
     readers: int = 0
-    """Loads into a faster tier that copy from it."""
+    """Running copies from it into another cache."""
     leases: set[Sequence] = field(default_factory=set)
 
     @property
     def idle(self) -> bool:
-        """Whether nobody needs it where it is: it is there, and neither leased nor read."""
+        """True if it is resident, not leased and not read."""
         return self.resident and not self.leases and not self.readers
 
 
@@ -58,8 +58,10 @@ class CacheStats:
 
 
 class AdapterCache:
-    """Entries by digest. `remove` forgets the content of one; `cost` says how many seconds bringing
-    back a digest of so many bytes would take.
+    """Resident and loading adapters by digest, within the bytes of `space`.
+
+    `remove` drops the content of a digest; `cost` returns the seconds that loading a digest of so
+    many bytes again would take.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class AdapterCache:
         self.blocked: Waiter | None = None
         """The first waiter of this step without room for its adapter."""
         self._resident: frozenset[str] | None = None
-        """None after a change."""
+        """Cached value of `resident`; None after a change."""
 
     def begin_step(self) -> None:
         """Ends the protections and the blocking of the last step."""
@@ -90,23 +92,23 @@ class AdapterCache:
         self.blocked = None
 
     def protect(self, digest: str) -> None:
-        """Keeps an adapter, resident, loading or absent, from being evicted in this step."""
+        """Excludes an adapter, resident, loading or absent, from eviction in this step."""
         self._protected.add(digest)
 
     def leasable(self, digest: str, max_bypass: int) -> bool:
         """Protects an adapter in this step; returns True if a sequence may lease it now.
 
-        Behind a blocked waiter, which counts them, at most `max_bypass` sequences may lease.
+        At most `max_bypass` sequences may lease past a blocked waiter.
         """
         self.protect(digest)
         return self.has(digest) and (self.blocked is None or self.blocked.bypassed < max_bypass)
 
     def get(self, digest: str) -> CachedAdapter | None:
-        """The entry of an adapter, None when it is absent."""
+        """Returns the entry of an adapter, None if it is absent."""
         return self._entries.get(digest)
 
     def has(self, digest: str) -> bool:
-        """Whether the adapter is resident."""
+        """Returns True if the adapter is resident."""
         entry = self._entries.get(digest)
         return entry is not None and entry.resident
 
@@ -118,6 +120,11 @@ class AdapterCache:
         return self._resident
 
     @property
+    def loading(self) -> int:
+        """Number of adapters that load."""
+        return sum(not entry.resident for entry in self._entries.values())
+
+    @property
     def capacity(self) -> int:
         """Bytes of the cache."""
         return self._space.capacity
@@ -126,28 +133,32 @@ class AdapterCache:
         """Returns how full the cache is now."""
         return CacheStats(self._space.capacity, self._space.used, self.resident)
 
-    @property
-    def loading(self) -> int:
-        """Number of adapters that load."""
-        return sum(not entry.resident for entry in self._entries.values())
+    def fits_empty(self, nbytes: int) -> bool:
+        """Returns True if the cache would have room if it were empty."""
+        return self._space.fits_empty(nbytes)
+
+    def fits_beside(self, others: Collection[str], nbytes: int) -> bool:
+        """Returns True if the cache would have room if all adapters but `others` were evicted."""
+        prices = {e.handle: 0.0 for e in self._entries.values() if e.digest not in others}
+        return self._space.victims(nbytes, prices) is not None
 
     def reserve(
-        self, digest: str, nbytes: int, *, keep: Collection[str] = frozenset()
+        self, digest: str, nbytes: int, *, exempt: Collection[str] = frozenset()
     ) -> CachedAdapter | None:
-        """Room for an absent adapter, which is loading from now on.
+        """Allocates bytes for an absent adapter and returns its entry, which is loading.
 
-        Evicts the adapters of least value, none that is in use, protected or in `keep`. Returns
-        None, and evicts nothing, if that would not make enough room.
+        Evicts the adapters of least value, none that is leased, read, protected or in `exempt`.
+        Returns None, and evicts nothing, if that would not make enough room.
         """
         assert digest not in self._entries
         if (handle := self._space.allocate(nbytes)) is None:
-            victims = self._victims(nbytes, keep)
+            victims = self._victims(nbytes, exempt)
             if victims is None:
                 return None
             for victim in victims:
-                self._policy.evicted(self._value(victim))
+                self._policy.record_eviction(self._value(victim))
                 self._drop(victim)
-                self._observer.adapter_evicted(tier=self.name)
+                self._observer.adapter_evicted(cache=self.name)
             handle = self._space.allocate(nbytes)
             assert handle is not None
         entry = self._entries[digest] = CachedAdapter(
@@ -155,34 +166,25 @@ class AdapterCache:
         )
         return entry
 
-    def fits_empty(self, nbytes: int) -> bool:
-        """Returns True if the cache would have room if it were empty."""
-        return self._space.could_hold(nbytes)
-
-    def fits_beside(self, kept: Collection[str], nbytes: int) -> bool:
-        """Returns True if the cache would have room if all adapters but `kept` were gone."""
-        prices = {e.handle: 0.0 for e in self._entries.values() if e.digest not in kept}
-        return self._space.victims(nbytes, prices) is not None
-
-    def loaded(self, digest: str) -> None:
-        """The content is there."""
+    def finish_load(self, digest: str) -> None:
+        """Makes a loading adapter resident."""
         entry = self._entries[digest]
         entry.resident, self._resident = True, None
-        self._drop_if_leaving(entry)
+        self._drop_if_unloading(entry)
 
-    def failed(self, digest: str) -> None:
-        """The content will not come; the adapter is absent again."""
+    def cancel_load(self, digest: str) -> None:
+        """Makes a loading adapter absent again, after its load failed."""
         self._space.free(self._entries.pop(digest).handle)
 
     def lease(self, digest: str, sequence: Sequence) -> None:
-        """Keeps a resident adapter in place until the sequence releases it."""
+        """Prevents a resident adapter from being dropped until the sequence releases it."""
         entry = self._entries[digest]
         assert entry.resident
-        entry.leaving = False
+        entry.unloading = False
         entry.leases.add(sequence)
         if self.blocked is not None:
             self.blocked.bypassed += 1
-        self.used(digest)
+        self._policy.record_use(entry.use)
 
     def release(self, digest: str, sequence: Sequence) -> None:
         """Ends the lease of a sequence, if it has one."""
@@ -190,54 +192,51 @@ class AdapterCache:
         if entry is None or sequence not in entry.leases:
             return
         entry.leases.remove(sequence)
-        entry.usage.clock = self._policy.clock
-        self._drop_if_leaving(entry)
+        entry.use.clock = self._policy.clock
+        self._drop_if_unloading(entry)
 
-    def used(self, digest: str) -> None:
-        """The adapter was of use once more."""
-        self._policy.use(self._entries[digest].usage)
+    def begin_read(self, digest: str) -> None:
+        """Prevents a resident adapter from being dropped until `end_read`: it is being copied."""
+        entry = self._entries[digest]
+        entry.readers += 1
+        self._policy.record_use(entry.use)
 
-    def read(self, digest: str) -> None:
-        """A resident adapter stays until `read_ended`: it is being copied."""
-        self._entries[digest].readers += 1
-        self.used(digest)
-
-    def read_ended(self, digest: str) -> None:
-        """One copy is made."""
+    def end_read(self, digest: str) -> None:
+        """Ends one `begin_read`."""
         entry = self._entries[digest]
         entry.readers -= 1
-        self._drop_if_leaving(entry)
+        self._drop_if_unloading(entry)
 
     def unload(self, digest: str) -> bool:
-        """Drops an adapter as soon as nobody needs it here; whether it was resident."""
+        """Drops an adapter once it is idle; returns True if it was resident."""
         entry = self._entries.get(digest)
         if entry is None:
             return False
-        resident, entry.leaving = entry.resident, True
-        self._drop_if_leaving(entry)
+        resident, entry.unloading = entry.resident, True
+        self._drop_if_unloading(entry)
         return resident
 
     def cancel_unload(self, digest: str) -> None:
-        """Keeps an adapter that was to be dropped after its last lease."""
+        """Cancels an `unload` that waits for the adapter to be idle."""
         if entry := self._entries.get(digest):
-            entry.leaving = False
+            entry.unloading = False
 
     def check_integrity(self, leases: Iterable[tuple[str, Sequence]]) -> None:
         """Asserts that exactly these leases exist, and that the bytes are those of the entries."""
-        held = {(d, sequence) for d, entry in self._entries.items() for sequence in entry.leases}
-        assert held == set(leases)
+        found = {(d, sequence) for d, entry in self._entries.items() for sequence in entry.leases}
+        assert found == set(leases)
         for entry in self._entries.values():
             assert entry.resident or not (entry.leases or entry.readers)
-            assert not (entry.leaving and entry.idle)
+            assert not (entry.unloading and entry.idle)
             assert entry.readers >= 0
         self._space.check_integrity([entry.handle for entry in self._entries.values()])
 
-    def _victims(self, nbytes: int, keep: Collection[str]) -> list[CachedAdapter] | None:
-        """The cheapest entries whose place is enough."""
+    def _victims(self, nbytes: int, exempt: Collection[str]) -> list[CachedAdapter] | None:
+        """Returns the evictable entries of least value that make room for `nbytes`, if any do."""
         evictable = {
             entry.handle: entry
             for entry in self._entries.values()
-            if entry.idle and entry.digest not in self._protected and entry.digest not in keep
+            if entry.idle and entry.digest not in self._protected and entry.digest not in exempt
         }
         prices = {handle: self._value(entry) for handle, entry in evictable.items()}
         chosen = self._space.victims(nbytes, prices)
@@ -245,14 +244,14 @@ class AdapterCache:
 
     def _value(self, entry: CachedAdapter) -> float:
         seconds = self._cost(entry.digest, entry.nbytes)
-        return self._policy.value(entry.usage, seconds, entry.nbytes)
+        return self._policy.value(entry.use, seconds, entry.nbytes)
 
-    def _drop_if_leaving(self, entry: CachedAdapter) -> None:
-        if entry.leaving and entry.idle:
+    def _drop_if_unloading(self, entry: CachedAdapter) -> None:
+        if entry.unloading and entry.idle:
             self._drop(entry)
 
     def _drop(self, entry: CachedAdapter) -> None:
-        """Forgets the content first: the bytes may be reused right after."""
+        """Drops the content before its bytes are freed, since they may be reused at once."""
         self._resident = None
         self._remove(entry.digest)
         self._space.free(self._entries.pop(entry.digest).handle)

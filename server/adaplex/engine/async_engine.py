@@ -1,4 +1,4 @@
-"""AsyncEngine: the engine on a thread of its own, seen from asyncio."""
+"""AsyncEngine: runs the engine on a thread of its own, for callers in asyncio."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from adaplex.engine.stats import EngineStats
 
 T = TypeVar("T")
 HEARTBEAT_SECONDS = 1.0
-"""The longest that the engine thread sleeps."""
+"""Longest sleep of the engine thread."""
 
 
 class AsyncEngine:
-    """Owns the engine thread. All methods but `stats` belong to one event loop and never block
-    it: calls travel to the thread through an inbox, the outputs of a step travel back in one go.
+    """Owns the engine thread. All methods but `stats` belong to one event loop and never block it:
+    calls reach the thread through an inbox, and all outputs of a step reach the loop in one call.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -38,23 +38,25 @@ class AsyncEngine:
         self._failure: BaseException | None = None
         self._unavailable: str | None = "the server is starting"
         self._open: set[OutputStream] = set()
-        """On the event loop: streams that somebody reads."""
+        """Streams that have a reader; of the event loop."""
         self._all_closed = asyncio.Event()
         self._all_closed.set()
         self._calls: set[asyncio.Future[Any]] = set()
         self._streams: dict[str, OutputStream] = {}
-        """On the engine thread: requests in work."""
+        """Streams of requests in the engine, by id; of the engine thread."""
         self._rejected: list[tuple[OutputStream, StepOutput]] = []
         engine.on_load = self._wake.set
 
     async def start(self) -> None:
-        """Starts the thread; from now on requests are taken."""
+        """Starts the thread; from then on requests are accepted."""
         self._loop = asyncio.get_running_loop()
         self._unavailable = None
         self._thread.start()
 
     async def stop(self, grace: float = 0.0) -> None:
-        """Refuses new work, lets what runs finish for `grace` seconds, ends the rest, joins."""
+        """Refuses new requests, lets others finish for `grace` seconds, aborts the rest, and joins
+        the thread.
+        """
         self.drain()
         if grace > 0:
             with suppress(TimeoutError):
@@ -68,20 +70,20 @@ class AsyncEngine:
             await asyncio.to_thread(self._thread.join)
 
     def drain(self) -> None:
-        """From now on new work raises ServerUnavailable; what is in work goes on."""
+        """Makes new requests raise ServerUnavailable; requests in the engine continue."""
         if self._unavailable is None:
             self._unavailable = "the server is shutting down"
 
     async def generate(
         self, request: Request, *, interval: int = 1
     ) -> AsyncGenerator[list[StepOutput], None]:
-        """Runs a request; yields what steps have given it since the last time, an output each, and
-        raises what ends it badly once all before it is out. What comes before the second token is
-        yielded at once, then `interval` outputs at a time, or more where the caller is slow.
+        """Runs a request; yields its outputs, one per step, in lists, and raises its error after
+        all outputs before it. Yields outputs up to the second token at once, then `interval` at a
+        time, or more if the caller is slow.
 
-        Raises ServerUnavailable, QueueFull, RequestInvalid, AdapterTooLarge or NoRoomBesidePins at
-        its first step.
-        Closing it, or cancelling its task, aborts the request before the next step.
+        Raises ServerUnavailable, QueueFull, RequestInvalid, AdapterTooLarge or NoRoomBesidePins
+        before the first output.
+        Closing the generator, or cancelling its task, aborts the request before the next step.
         """
         self._check_available()
         stream = OutputStream(request, interval)
@@ -91,10 +93,10 @@ class AsyncEngine:
             self._post(partial(self._add, stream))
             ended = False
             while not ended:
-                outputs = await stream.take()
+                outputs = await stream.collect()
                 ended, error = outputs[-1].last, outputs[-1].error
-                if given := outputs if error is None else outputs[:-1]:
-                    yield given
+                if regular := outputs if error is None else outputs[:-1]:
+                    yield regular
                 if error is not None:
                     raise error
         finally:
@@ -105,44 +107,45 @@ class AsyncEngine:
                 self._all_closed.set()
 
     async def unload(self, digest: str) -> bool:
-        """Drops an adapter from memory as soon as nothing runs with it; whether it was there."""
-        return await self._ask(partial(self._engine.unload, digest))
+        """Drops an adapter from memory once no request uses it; returns True if it was there."""
+        return await self._call(partial(self._engine.unload, digest))
 
     async def pin(self, digest: str, packed_bytes: int, name: str) -> None:
-        """Brings an adapter into the arena and keeps it there; returns before it has come. Raises
-        PinsFull.
+        """Loads an adapter into the arena and exempts it from eviction; does not wait for it.
+
+        Raises PinsFull.
         """
-        await self._ask(partial(self._engine.pin, digest, packed_bytes, name))
+        await self._call(partial(self._engine.pin, digest, packed_bytes, name))
 
     async def unpin(self, digest: str) -> None:
-        """Makes a pinned adapter one like others."""
-        await self._ask(partial(self._engine.unpin, digest))
+        """Makes a pinned adapter evictable."""
+        await self._call(partial(self._engine.unpin, digest))
 
     def stats(self) -> EngineStats:
-        """How full the engine was after its last step; from any thread."""
+        """Returns how full the engine was after its last step; safe from any thread."""
         return self._engine.stats()
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine thread runs and is to go on."""
+        """True if the engine thread runs and was not stopped."""
         return self._thread.is_alive() and self._failure is None and not self._stopping
 
     @property
     def heartbeat_age(self) -> float:
-        """Seconds since the engine thread last completed a turn of its loop."""
+        """Seconds since the engine thread last completed an iteration of its loop."""
         return time.monotonic() - self._beat
 
-    async def _ask(self, call: Callable[[], T]) -> T:
-        """What a call on the engine thread returns or raises."""
+    async def _call(self, call: Callable[[], T]) -> T:
+        """Runs a call on the engine thread; returns or raises its result."""
         if not self.healthy:
             raise ServerUnavailable("the engine does not run")
-        answer: asyncio.Future[T] = self._loop.create_future()
-        self._calls.add(answer)
-        self._post(partial(self._reply, call, answer))
+        result: asyncio.Future[T] = self._loop.create_future()
+        self._calls.add(result)
+        self._post(partial(self._run_call, call, result))
         try:
-            return await answer
+            return await result
         finally:
-            self._calls.discard(answer)
+            self._calls.discard(result)
 
     def _check_available(self) -> None:
         if self._failure is not None:
@@ -154,38 +157,38 @@ class AsyncEngine:
         self._inbox.put(call)
         self._wake.set()
 
-    def _close_all(self) -> None:
-        """The thread has ended: nobody else will answer those who still wait."""
+    def _fail_all(self) -> None:
+        """Fails open streams and pending calls after the thread has ended."""
         for stream in tuple(self._open):
             error = EngineFailed(f"the engine has died: {self._failure}")
             error.__cause__ = self._failure
             stream.fail(error)
-        for answer in tuple(self._calls):
-            _answer(answer, ServerUnavailable("the engine has stopped"))
+        for result in tuple(self._calls):
+            _set_result(result, ServerUnavailable("the engine has stopped"))
 
-    # On the engine thread.
+    # Methods of the engine thread.
 
     def _work(self) -> None:
         try:
             while not self._stopping:
-                self._turn()
-            self._take_calls()  # the aborts that stop() has posted
+                self._iterate()
+            self._run_calls()  # the aborts that stop() has posted
         except BaseException as failure:
             self._failure = failure
         finally:
-            self._hand_over(self._close_all)
+            self._run_on_loop(self._fail_all)
             self._engine.close()
 
-    def _turn(self) -> None:
+    def _iterate(self) -> None:
         self._wake.clear()
-        self._take_calls()
+        self._run_calls()
         outputs = self._engine.step()
         self._deliver(outputs)
         self._beat = time.monotonic()
         if self._engine.stalled:
             self._wake.wait(self._sleep_seconds())
 
-    def _take_calls(self) -> None:
+    def _run_calls(self) -> None:
         try:
             while True:
                 self._inbox.get_nowait()()
@@ -193,7 +196,7 @@ class AsyncEngine:
             return
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
-        """Pairs outputs with their streams and hands them to the event loop at once."""
+        """Puts outputs into their streams, in one call on the event loop."""
         delivery = self._rejected
         self._rejected = []
         for output in outputs:
@@ -202,18 +205,18 @@ class AsyncEngine:
                 del self._streams[output.request_id]
             delivery.append((stream, output))
         if delivery:
-            self._hand_over(partial(_put_all, delivery))
+            self._run_on_loop(partial(_put_all, delivery))
 
     def _sleep_seconds(self) -> float:
-        """Until the next deadline, at most a heartbeat."""
+        """Returns the seconds until the next deadline, at most HEARTBEAT_SECONDS."""
         deadline = self._engine.next_deadline
         left = HEARTBEAT_SECONDS if deadline is None else deadline - time.monotonic()
         return min(max(left, 0.0), HEARTBEAT_SECONDS)
 
-    def _hand_over(self, call: Callable[[], None]) -> None:
+    def _run_on_loop(self, call: Callable[[], None]) -> None:
         try:
             self._loop.call_soon_threadsafe(call)
-        except RuntimeError:  # the event loop is closed: nobody is left to hear it
+        except RuntimeError:  # the event loop is closed: there are no readers left
             self._stopping = True
 
     def _add(self, stream: OutputStream) -> None:
@@ -231,13 +234,13 @@ class AsyncEngine:
             del self._streams[request_id]
             self._engine.abort(request_id)
 
-    def _reply(self, call: Callable[[], T], answer: asyncio.Future[T]) -> None:
+    def _run_call(self, call: Callable[[], T], result: asyncio.Future[T]) -> None:
         value: T | Exception
         try:
             value = call()
         except AdaplexError as error:
             value = error
-        self._hand_over(partial(_answer, answer, value))
+        self._run_on_loop(partial(_set_result, result, value))
 
 
 def _put_all(delivery: list[tuple[OutputStream, StepOutput]]) -> None:
@@ -245,11 +248,11 @@ def _put_all(delivery: list[tuple[OutputStream, StepOutput]]) -> None:
         stream.put(output)
 
 
-def _answer(answer: asyncio.Future[T], value: T | Exception) -> None:
-    """Settles a call unless its caller has gone."""
-    if answer.done():
+def _set_result(result: asyncio.Future[T], value: T | Exception) -> None:
+    """Sets the result of a call, unless its caller was cancelled."""
+    if result.done():
         return
     if isinstance(value, Exception):
-        answer.set_exception(value)
+        result.set_exception(value)
     else:
-        answer.set_result(value)
+        result.set_result(value)

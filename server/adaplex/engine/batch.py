@@ -1,4 +1,4 @@
-"""Batch: what one step runs."""
+"""Batch: the chunks that one step runs."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Chunk:
 
     @property
     def base(self) -> int:
-        """How many of its tokens, the first ones, come before the adapter applies."""
+        """Number of its first tokens, those before the position from which the adapter applies."""
         return min(max(self.sequence.adapter_from - self.start, 0), self.count)
 
     @property
     def samples(self) -> bool:
-        """Whether the chunk reaches the last known token, so that a new one is sampled."""
+        """True if the chunk reaches the last known token, so that a new one is sampled."""
         return self.end == len(self.sequence)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Chunks of one step: decoding sequences first, then prompt chunks, by adapter in each."""
+    """Chunks of one step: decoding sequences first, then prompt chunks, each sorted by adapter."""
 
     chunks: tuple[Chunk, ...]
 
@@ -45,5 +45,5 @@ class Batch:
 
     @cached_property
     def sampling(self) -> tuple[Chunk, ...]:
-        """The chunks that yield a token, in order; to be asked for before they are given it."""
+        """The chunks that sample a token, in order. First read before the tokens are appended."""
         return tuple(chunk for chunk in self.chunks if chunk.samples)

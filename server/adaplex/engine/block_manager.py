@@ -1,4 +1,4 @@
-"""BlockManager: who holds which block of the KV cache, and which blocks can be shared."""
+"""BlockManager: allocates blocks of the KV cache to sequences, and shares equal prefixes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from adaplex.engine.sequence import Sequence
 
 
 def digest_fields(*fields: tuple[bytes, bytes]) -> bytes:
-    """SHA-256 over (tag, value) pairs, each part prefixed by its length: no two lists collide by
-    moving bytes from one field to the next.
+    """Returns the SHA-256 over (tag, value) pairs, each part prefixed by its length: no two lists
+    collide by moving bytes from one field to the next.
     """
     digest = hashlib.sha256()
     for part in (part for pair in fields for part in pair):
@@ -23,11 +23,11 @@ def digest_fields(*fields: tuple[bytes, bytes]) -> bytes:
 
 
 class BlockManager:
-    """Reference-counted blocks of `block_tokens` tokens. Block 0 is never handed out.
+    """Reference-counted blocks of `block_tokens` tokens. Block 0 is never allocated.
 
-    A block is free, held (by one or more sequences) or cached: held by none, its content known
-    by a published hash. Cached blocks are reclaimed, least recently used first, when no block is
-    free. A shared block is full, so nobody writes to it.
+    A block is free, in use (by one or more sequences) or cached: used by none, its content known
+    by a published hash. Cached blocks are reused, least recently used first, when no block is free.
+    Shared blocks are full, so no sequence writes to them.
     """
 
     def __init__(self, config: EngineConfig, base_digest: str) -> None:
@@ -37,32 +37,29 @@ class BlockManager:
         self._total = config.usable_blocks
         self._free = list(range(config.num_blocks - 1, 0, -1))
         self._cached: dict[int, None] = {}
-        """Least recently used first."""
+        """Cached blocks, least recently used first."""
         self._references: dict[int, int] = {}
-        """Sequences that hold each held block."""
+        """Number of sequences that use each block in use."""
         self._published: dict[bytes, int] = {}
+        """Blocks by hash."""
         self._hash_of: dict[int, bytes] = {}
 
     @property
     def available(self) -> int:
-        """Blocks that can be handed out now."""
+        """Number of blocks that can be allocated now."""
         return len(self._free) + len(self._cached)
 
     @property
-    def held(self) -> int:
-        """Blocks that sequences hold."""
+    def in_use(self) -> int:
+        """Number of blocks that sequences use."""
         return len(self._references)
 
-    @property
-    def usage(self) -> float:
-        """Share of the blocks that sequences hold, 0 to 1."""
-        return self.held / self._total
-
     def allocate(self, sequence: Sequence, *, reserve: int = 0) -> bool:
-        """Gives a sequence without blocks all that its known tokens need, cached ones first.
+        """Allocates the blocks that the known tokens of a sequence without blocks need, shared
+        ones first.
 
-        Sets `blocks`, `hashes` and `computed`. False, and nothing is changed, when fewer than
-        `reserve` blocks would be left. At least the last token is left to compute.
+        Sets `blocks`, `hashes` and `computed`, and leaves at least the last token to compute.
+        Returns False and changes nothing if fewer than `reserve` blocks would remain available.
         """
         assert not sequence.blocks
         hashes = self._known_prefix(sequence)
@@ -74,21 +71,23 @@ class BlockManager:
         for block in hits:
             self._cached.pop(block, None)
             self._references[block] = self._references.get(block, 0) + 1
-        sequence.blocks = hits + [self._take() for _ in range(fresh)]
+        sequence.blocks = hits + [self._allocate_block() for _ in range(fresh)]
         sequence.hashes = hashes
         sequence.computed = len(hits) * self._block_tokens
         return True
 
     def extend(self, sequence: Sequence) -> bool:
-        """Makes room for every known token of a running sequence; False when blocks run out."""
+        """Allocates blocks for every known token of a running sequence; returns False if blocks run
+        out.
+        """
         while len(sequence.blocks) < self._blocks_for(sequence):
             if not self.available:
                 return False
-            sequence.blocks.append(self._take())
+            sequence.blocks.append(self._allocate_block())
         return True
 
     def publish(self, sequence: Sequence) -> None:
-        """Makes the full, computed blocks of a sequence known to later ones."""
+        """Publishes the full, computed blocks of a sequence, so that later sequences share them."""
         if not self._prefix_cache:
             return
         for index in range(len(sequence.hashes), sequence.computed // self._block_tokens):
@@ -99,7 +98,9 @@ class BlockManager:
                 self._hash_of[sequence.blocks[index]] = key
 
     def free(self, sequence: Sequence) -> None:
-        """Takes all blocks back; published ones stay cached, the end of the prefix going first."""
+        """Frees all blocks of a sequence; published ones stay cached, and the end of the prefix is
+        reused first.
+        """
         for block in reversed(sequence.blocks):
             self._references[block] -= 1
             if self._references[block]:
@@ -114,8 +115,8 @@ class BlockManager:
         sequence.computed = 0
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
-        """Asserts that free, cached and held blocks are all there are, and that the counts equal
-        the block tables of `sequences`: all that the engine knows.
+        """Asserts that every block is free, cached or in use, and that the reference counts equal
+        the block tables of `sequences`, all running ones.
         """
         tables = Counter(block for sequence in sequences for block in sequence.blocks)
         assert tables == self._references
@@ -128,7 +129,7 @@ class BlockManager:
     def _blocks_for(self, sequence: Sequence) -> int:
         return -(-len(sequence) // self._block_tokens)
 
-    def _take(self) -> int:
+    def _allocate_block(self) -> int:
         if self._free:
             block = self._free.pop()
         else:
@@ -139,7 +140,7 @@ class BlockManager:
         return block
 
     def _known_prefix(self, sequence: Sequence) -> list[bytes]:
-        """Hashes of the leading blocks that are published, short of the last token."""
+        """Returns the hashes of the leading blocks that are published, without the last token's."""
         hashes: list[bytes] = []
         if not self._prefix_cache:
             return hashes
@@ -151,10 +152,11 @@ class BlockManager:
         return hashes
 
     def _parent(self, sequence: Sequence, hashes: list[bytes]) -> bytes:
-        """What the next block continues: the block before it, or who may share at all."""
+        """Returns the hash of the block before the next one, for the first block the root."""
         return hashes[-1] if hashes else self._root(sequence)
 
     def _root(self, sequence: Sequence) -> bytes:
+        """Returns the hash that separates bases and tenants."""
         return digest_fields(
             (b"base", self._base),
             (b"salt", sequence.request.cache_salt.encode()),

@@ -1,4 +1,4 @@
-"""ByteBudget: a sum of bytes under a limit, with the interface of ExtentAllocator."""
+"""ByteBudget: a sum of bytes under a limit, with the interface of ArenaAllocator."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from collections.abc import Collection, Mapping
 
 
 class ByteBudget:
-    """Counts bytes only, for memory that need not be contiguous. A handle names each share."""
+    """Counts allocated bytes, of memory that need not be contiguous. Handles are serial numbers."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.used = 0
-        self._shares: dict[int, int] = {}
-        self._next = 0
+        self._allocations: dict[int, int] = {}
+        """Bytes by handle."""
+        self._last_handle = 0
 
-    def could_hold(self, nbytes: int) -> bool:
-        """Whether `nbytes` would fit if nothing else were there."""
+    def fits_empty(self, nbytes: int) -> bool:
+        """Returns True if `nbytes` would fit if nothing were allocated."""
         return nbytes <= self.capacity
 
     def victims(self, nbytes: int, prices: Mapping[int, float]) -> list[int] | None:
-        """Shares that leave `nbytes` when they go, those of the least `prices` by handle first.
-        None when all that have a price are too few.
+        """Returns handles, those of the least `prices` first, that leave `nbytes` once freed; None
+        if all handles with prices are too few.
         """
         short = self.used + nbytes - self.capacity
         chosen: list[int] = []
@@ -28,23 +29,23 @@ class ByteBudget:
             if short <= 0:
                 break
             chosen.append(handle)
-            short -= self._shares[handle]
+            short -= self._allocations[handle]
         return chosen if short <= 0 else None
 
     def allocate(self, nbytes: int) -> int | None:
-        """The handle of a new share; None when too little is left."""
+        """Returns the handle of a new allocation; None if too few bytes are left."""
         if self.used + nbytes > self.capacity:
             return None
-        self._next += 1
-        self._shares[self._next] = nbytes
+        self._last_handle += 1
+        self._allocations[self._last_handle] = nbytes
         self.used += nbytes
-        return self._next
+        return self._last_handle
 
     def free(self, handle: int) -> None:
-        """Gives a share back."""
-        self.used -= self._shares.pop(handle)
+        """Frees an allocation."""
+        self.used -= self._allocations.pop(handle)
 
     def check_integrity(self, handles: Collection[int]) -> None:
-        """Asserts that exactly these shares exist and their sum is right and within the limit."""
-        assert set(handles) == set(self._shares)
-        assert self.used == sum(self._shares.values()) <= self.capacity
+        """Asserts that exactly these allocations exist, and that their sum is within the limit."""
+        assert set(handles) == set(self._allocations)
+        assert self.used == sum(self._allocations.values()) <= self.capacity

@@ -11,61 +11,67 @@ from statistics import median
 from adaplex.engine.batch import Chunk
 
 RECENT = 5
-"""Measurements of a kind that are kept: their median takes no notice of two that are far out, and
-follows a lasting change within three."""
-LEAST = 2
+"""Measurements of a kind that are kept: their median ignores two outliers, and follows a lasting
+change after three.
+"""
+MIN_CHUNK = 2
 """Tokens of the smallest chunk; one token is a row that decodes."""
 WORTHWHILE = 2 / 3
-"""Of the seconds of a chunk, at most, that half of it must take to be chosen for spending less."""
-TOO_MUCH = 1.5
-"""Times the seconds to be spent beyond which any smaller chunk is chosen that stays within."""
+"""Halve a chunk only if the half takes at most this fraction of the whole's time."""
+TOLERANCE = 1.5
+"""Factor over the seconds to be spent up to which a chunk need not be made smaller to fit."""
 NEAR = 256
-"""Tokens of context up to which all costs the same; beyond it, each octave is measured apart."""
+"""Tokens of context up to which all tokens cost the same; above, each octave is measured apart."""
 
 
 class ChunkCostModel:
-    """Seconds a token by the context it attends to, as medians of what was measured lately.
+    """Seconds a token by the context it attends to, as medians of recent measurements.
 
-    What a chunk of a block or more costs by itself counts as its tokens'; `small` knows of less.
+    The fixed cost of a chunk of a block or more counts as its tokens'; SmallChunkCosts separates
+    the two for chunks below a block.
     """
 
     def __init__(self, block_tokens: int) -> None:
         self._block = block_tokens
-        self.small = SmallChunkCosts()
+        self._small = SmallChunkCosts()
         self._tokens: dict[int, deque[tuple[float, float]]] = {}
         """(context, seconds a token) by octave of the context."""
         self._curve: list[tuple[float, float]] = []
         """Their medians, by context."""
 
-    def note(self, chunks: Sequence[Chunk], seconds: float) -> None:
-        """These chunks added so many seconds to a step."""
+    def record(self, chunks: Sequence[Chunk], seconds: float) -> None:
+        """Records that chunks together added `seconds` to a step."""
         rows = sum(chunk.count for chunk in chunks)
         if len(chunks) == 1 and rows <= self._block:
-            self.small.note(rows, seconds)
+            self._small.record(rows, seconds)
             if rows < self._block and self._curve:
                 return
         context = sum(chunk.count * (chunk.start + chunk.end) / 2 for chunk in chunks) / rows
         octave = int(context // NEAR).bit_length()
         self._tokens.setdefault(octave, deque(maxlen=RECENT)).append((context, seconds / rows))
-        self._curve = [_medians(kept) for _, kept in sorted(self._tokens.items())]
+        self._curve = [_medians(pairs) for _, pairs in sorted(self._tokens.items())]
 
     def seconds(self, start: int, count: int) -> float:
-        """What a chunk would add; 0 while nothing is known."""
+        """Returns the seconds that `count` tokens from `start` would add; 0 before any record."""
         return count * self._token(start + count / 2)
 
     def tokens(self, start: int, seconds: float) -> float:
-        """How many tokens from `start` would add so many seconds."""
+        """Returns the number of tokens from `start` that would add `seconds`."""
         count = 0.0
-        for _ in range(2):  # the context they attend to grows with their number
+        for _ in range(2):  # the context that they attend to grows with their number
             cost = self._token(start + count / 2)
             if not cost or math.isinf(seconds):
                 return math.inf
             count = seconds / cost
         return count
 
+    def small_chunk(self, seconds: float, *, trial: bool = False) -> int:
+        """Returns the tokens of a chunk of at most a block; see SmallChunkCosts.size."""
+        return self._small.size(self._block, seconds, trial)
+
     def _token(self, context: float) -> float:
-        """Seconds of a token that attends to so many: between measured contexts in proportion,
-        beyond them as far as they went up.
+        """Returns the seconds of a token by its context: interpolated between measured contexts;
+        beyond them extrapolated, but never downwards.
         """
         if not self._curve:
             return 0.0
@@ -81,22 +87,24 @@ class ChunkCostModel:
 
 
 class SmallChunkCosts:
-    """A chunk takes some seconds for itself and some for each token. Which is which is seen
-    where one of another size comes among those of the usual size, so at nearly the same context.
+    """Separates the fixed seconds of a chunk from those of each token, for chunks below a block.
+
+    The two differ where a chunk of another size runs among chunks of the usual size, at nearly the
+    same context.
     """
 
     def __init__(self) -> None:
         self._size = 0
         """Tokens of a usual chunk."""
         self._seconds: deque[float] = deque(maxlen=RECENT)
-        """Of chunks of that size."""
+        """Seconds of chunks of that size."""
         self._other = 0
-        """Tokens of the last chunk, where it was of another size."""
+        """Tokens of the last chunk, if it was of another size."""
         self._tokens: deque[float] = deque(maxlen=RECENT)
         """Seconds a token, each from two sizes."""
 
-    def note(self, size: int, seconds: float) -> None:
-        """A chunk of so many tokens added so many seconds to a step."""
+    def record(self, size: int, seconds: float) -> None:
+        """Records that a chunk of `size` tokens added `seconds` to a step."""
         if size != self._size:
             if self._seconds and size != self._other:
                 more = seconds - median(self._seconds)
@@ -109,28 +117,32 @@ class SmallChunkCosts:
         self._seconds.append(seconds)
 
     def seconds(self, size: int) -> float:
-        """What a chunk would add; while one size is known only, in proportion."""
+        """Returns the seconds that a chunk would add; proportional to its size while only one size
+        was measured.
+        """
         usual = median(self._seconds)
         token = usual / self._size
-        if self._tokens:  # rather too dear: chunks too large would break the bound
+        if self._tokens:  # too high rather than too low: chunks too large would exceed the limit
             token = min(token, nlargest(2, self._tokens)[-1])
         return usual + (size - self._size) * token
 
     def size(self, block: int, seconds: float, trial: bool = False) -> int:
-        """Tokens of the chunk to take where so many seconds may be spent: a block, or half of one,
-        and so on down to LEAST, and at most twice a usual one, so that nothing is believed far
-        from where it was measured. `trial`: half or twice of that, to see what another size takes.
+        """Returns the tokens of a chunk for which `seconds` may be spent: a block, halved while
+        that pays, down to MIN_CHUNK.
+
+        At most twice the usual size, so that the model is never extrapolated beyond twice a
+        measured size. `trial` returns half or twice that size, to measure another one.
         """
         size = block
         if not self._seconds:
             return size
-        bearable = TOO_MUCH * seconds
-        while size >= 2 * LEAST and (cost := self.seconds(size)) > seconds:
-            helps = cost > bearable >= self.seconds(LEAST) or size > 2 * self._size
+        bearable = TOLERANCE * seconds
+        while size >= 2 * MIN_CHUNK and (cost := self.seconds(size)) > seconds:
+            helps = cost > bearable >= self.seconds(MIN_CHUNK) or size > 2 * self._size
             if not helps and self.seconds(size // 2) > WORTHWHILE * cost:
                 break
             size //= 2
-        if trial and size > LEAST:
+        if trial and size > MIN_CHUNK:
             return size // 2
         return 2 * size if trial and self.seconds(2 * size) <= bearable else size
 

@@ -12,37 +12,37 @@ class EngineConfig:
     """Frozen limits. Derived values are properties."""
 
     num_blocks: int
-    """KV blocks in all; block 0 is scratch for padding rows and never handed out."""
+    """KV blocks in all; block 0 is scratch space for padding rows and never allocated."""
     arena_bytes: int
-    """Bytes of adapters resident at once."""
+    """Bytes of the arena, which holds the adapters that steps use unmerged."""
     host_bytes: int = 0
-    """Bytes of adapters kept packed in host memory, one copy away from the arena."""
+    """Bytes of packed adapters in host memory, one copy away from the arena."""
     max_pinned_share: float = 0.5
-    """Of the arena, at most; 0 to 1."""
+    """Largest fraction of the arena that pins may take, 0 to 1."""
     prefetch_ahead: int = 64
     """Waiting requests whose adapters are fetched into the host, behind those whose adapters may be
     loaded into the arena now."""
     merged_bytes: int = 0
-    """Bytes of merged weights kept at once; 0 refuses merged mode."""
+    """Bytes of merged weights; 0 refuses merged mode."""
     max_bypass: int = 32
-    """Later requests that may use resident adapters past one that waits for room for its own."""
+    """Later requests that may lease resident adapters past one that waits for room for its own."""
     block_tokens: int = 16
     max_model_len: int = 2048
     max_running: int = 64
-    """Sequences in one step."""
+    """Most sequences in one step."""
     max_waiting: int = 1024
     max_step_tokens: int = 512
-    """Rows of one step: one a decoding sequence, the rest for prompt chunks."""
+    """Most rows of one step: one per decoding sequence, the rest for prompt chunks."""
     max_chunk_tokens: int = 512
-    """Prompt tokens of one sequence in one step."""
+    """Most prompt tokens of one sequence in one step."""
     max_stretch: float = 2.0
-    """How many times as long prompt chunks may make a step in which others decode, roughly and
-    above 1; infinity lets them fill every step.
+    """Factor, above 1, by which prompt chunks may lengthen a step in which other sequences decode,
+    roughly; infinity lets them fill every step.
     """
     prefix_cache: bool = True
 
     def __post_init__(self) -> None:
-        """Refuses limits that could not serve a single request."""
+        """Raises RequestInvalid for limits that could not serve a single request."""
         if self.usable_blocks * self.block_tokens < self.max_model_len:
             raise RequestInvalid(
                 "kv_cache_bytes",
@@ -68,5 +68,5 @@ class EngineConfig:
 
     @property
     def usable_blocks(self) -> int:
-        """Blocks that sequences may hold."""
+        """Number of blocks that sequences may use."""
         return self.num_blocks - 1

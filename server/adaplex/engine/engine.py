@@ -33,10 +33,10 @@ from adaplex.engine.residency import Residency
 from adaplex.engine.runner import Runner
 from adaplex.engine.scheduler import Scheduler
 from adaplex.engine.sequence import Sequence
-from adaplex.engine.stats import EngineStats, count_engine
+from adaplex.engine.stats import EngineStats, collect_stats
 
 RETRY_SECONDS = (0.5, 30.0)
-"""Bounds of what QueueFull advises."""
+"""Bounds of the delay that QueueFull advises."""
 
 
 def _nothing() -> None:
@@ -44,10 +44,10 @@ def _nothing() -> None:
 
 
 class Engine:
-    """Requests in, tokens out. Slow work on adapters runs on `executor`, by default a small pool.
+    """Runs requests in steps. Slow work on adapters runs on `executor`, by default small pools.
 
-    `clock` measures steps, for the pace. `on_load` is called on a loader thread when a `step` can
-    take in what was loaded; it may be replaced before the first request.
+    `clock` measures the seconds of steps. `on_load` is called on a thread of LoadJobs when a `step`
+    can collect a load; it may be replaced before the first request.
     """
 
     def __init__(
@@ -64,51 +64,55 @@ class Engine:
         self.config = config
         self.on_load: Callable[[], None] = _nothing
         self.stalled = True
-        """Whether the last step ran nothing: another does neither, until something comes in."""
+        """True if the last step ran nothing; without a call or a load the next runs nothing too."""
         self._runner = runner
         self._observer = observer or SilentObserver()
         self._blocks = BlockManager(config, base_digest)
         self._residency = Residency(
-            *(config, runner, source, self._observer),
+            config,
+            runner,
+            source,
+            self._observer,
             on_completion=lambda: self.on_load(),
             executor=executor,
         )
-        self._clock, self._pace = clock, PrefillPolicy(config)
+        self._clock, self._prefill = clock, PrefillPolicy(config)
         self._scheduler = Scheduler(
-            config, self._blocks, self._residency, self._observer, self._pace
+            config, self._blocks, self._residency, self._observer, self._prefill
         )
         self._sequences: dict[str, Sequence] = {}
         self._numbers = count()
         self._outputs: list[StepOutput] = []
         self._service_seconds: deque[float] = deque(maxlen=64)
-        """From admission to the end, of recent requests."""
+        """Seconds from admission to the end, of recent requests."""
         self._update_stats()
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is waiting or running."""
+        """True if any request waits or runs."""
         return bool(self._sequences)
 
     @property
     def next_deadline(self) -> float | None:
-        """When the first request in work expires."""
+        """Earliest deadline of all requests in `time.monotonic()` seconds; None without any."""
         deadlines = (sequence.request.deadline for sequence in self._sequences.values())
         return min((time for time in deadlines if time is not None), default=None)
 
     def stats(self) -> EngineStats:
-        """How full the engine was after the last call; safe from any thread."""
+        """Returns how full the engine was after the last call; safe from any thread."""
         return self._stats
 
     def add(self, request: Request) -> None:
-        """Takes a request in. Raises RequestInvalid, AdapterTooLarge, NoRoomBesidePins or
-        QueueFull.
+        """Queues a request.
+
+        Raises RequestInvalid, AdapterTooLarge, NoRoomBesidePins or QueueFull.
         """
         if request.request_id in self._sequences:
             raise RequestInvalid("request_id", f"{request.request_id} is in use")
         request.check(self.config)
         if request.adapter is not None:
             self._residency.check(request.adapter)
-        if self._places() <= 0:
+        if self._free_places() <= 0:
             raise QueueFull(self.config.max_waiting, self._retry_after())
         if request.adapter is not None:
             self._residency.record_request(request.adapter)
@@ -118,31 +122,31 @@ class Engine:
         self._update_stats()
 
     def abort(self, request_id: str) -> None:
-        """Ends a request without an output; one that has ended is left alone."""
+        """Ends a request without an output; does nothing if it has ended."""
         if sequence := self._sequences.get(request_id):
             self._finish(sequence, None)
             self._update_stats()
 
     def unload(self, digest: str) -> bool:
-        """Drops an adapter from memory as soon as nothing runs with it; whether it was there."""
+        """Drops an adapter from memory once no request uses it; returns True if it was there."""
         resident = self._residency.unload(digest)
         self._update_stats()
         return resident
 
     def pin(self, digest: str, packed_bytes: int, name: str) -> None:
-        """Brings an adapter into the arena unasked, and keeps it there until it is unpinned,
-        unloaded or found impossible to load. Raises PinsFull.
+        """Loads an adapter into the arena and exempts it from eviction until it is unpinned,
+        unloaded, or fails to load. Raises PinsFull.
         """
         self._residency.pin(digest, packed_bytes, name)
         self._update_stats()
 
     def unpin(self, digest: str) -> None:
-        """Makes a pinned adapter one like others."""
+        """Makes a pinned adapter evictable."""
         self._residency.unpin(digest)
         self._update_stats()
 
     def step(self) -> list[StepOutput]:
-        """Takes in loads, ends what is late, runs one batch; at most one output a request."""
+        """Collects loads, ends expired requests, runs one batch; at most one output a request."""
         now = time.monotonic()
         self._collect_loads()
         self._expire(now)
@@ -155,11 +159,11 @@ class Engine:
         return outputs
 
     def close(self) -> None:
-        """Waits for the loader; to be called last."""
+        """Waits for running loads. The last call."""
         self._residency.close()
 
     def check_integrity(self) -> None:
-        """Asserts that blocks, leases and arena bytes balance with the sequences in work."""
+        """Asserts that blocks, leases and arena bytes balance with the unfinished sequences."""
         running, waiting = self._scheduler.running, self._scheduler.waiting
         assert {*running, *waiting} == set(self._sequences.values())
         assert len(running) + len(waiting) == len(self._sequences)
@@ -167,12 +171,12 @@ class Engine:
         self._blocks.check_integrity(running)
         self._residency.check_integrity(running)
 
-    def _places(self) -> int:
-        """Requests that may still come: those that the next step could start, and the queue."""
+    def _free_places(self) -> int:
+        """Returns how many requests may be added: those that may run, and those that may wait."""
         return self.config.max_running + self.config.max_waiting - len(self._sequences)
 
     def _retry_after(self) -> float:
-        """Seconds that the queue takes, at the pace of recent requests."""
+        """Returns the seconds that a full queue takes, by the durations of recent requests."""
         seconds = self._service_seconds
         mean = sum(seconds) / len(seconds) if seconds else 0.0
         shortest, longest = RETRY_SECONDS
@@ -190,8 +194,8 @@ class Engine:
                 self._fail(sequence, DeadlineExpired("the request's deadline has passed"))
 
     def _run(self, batch: Batch, now: float) -> None:
-        """Runs the batch; if that fails, its sequences do, and only they."""
-        begun = self._clock()
+        """Runs the batch; if that fails, its sequences fail, and no others."""
+        begin = self._clock()
         try:
             tokens = self._runner.run(batch)
             pairs = zip(batch.sampling, tokens, strict=True)
@@ -202,7 +206,7 @@ class Engine:
                 error.__cause__ = cause
                 self._fail(chunk.sequence, error)
             return
-        self._pace.note(batch, self._clock() - begun)
+        self._prefill.record(batch, self._clock() - begin)
         self._residency.record_step(batch)
         self._postprocess(batch, sampled, now, time.monotonic())
         self._observer.stepped(rows=batch.tokens)
@@ -210,7 +214,7 @@ class Engine:
     def _postprocess(
         self, batch: Batch, sampled: Mapping[Sequence, SampledToken], begun: float, ended: float
     ) -> None:
-        """Books what was computed, then appends and emits the new tokens."""
+        """Records the computed tokens, then appends and emits the new ones."""
         for chunk in batch.chunks:
             sequence, token = chunk.sequence, sampled.get(chunk.sequence)
             if token is not None and token.token == OVERFLOWED:
@@ -224,7 +228,7 @@ class Engine:
     def _emit(
         self, sequence: Sequence, sampled: SampledToken | None, begun: float, ended: float
     ) -> None:
-        """One output for a sequence that was first scheduled in this step or has a new token."""
+        """Emits one output if the sequence was first scheduled in this step or has a new token."""
         admitted = sequence.admitted_at is None
         if admitted:
             sequence.admitted_at = begun
@@ -246,7 +250,7 @@ class Engine:
             self._outputs.append(output)
 
     def _append(self, sequence: Sequence, token: int, now: float) -> FinishReason | None:
-        """Books a new token; why it is the last one, if it is."""
+        """Appends a new token; returns why it is the last one, None if it is not."""
         sequence.tokens.append(token)
         self._scheduler.charge_output(sequence)
         if sequence.first_token_at is None:
@@ -254,7 +258,11 @@ class Engine:
         return self._finish_reason(sequence)
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        """Why the newest token is the last one; None if it is not."""
+        """Returns why the newest token is the last one, None if it is not.
+
+        The engine ends requests at stop tokens, at `max_tokens` and at the context length. Stop
+        strings need text: the server's Response finds them, and then aborts the request here.
+        """
         sampling = sequence.request.sampling
         stops = sequence.tokens[-1] in sampling.stop_token_ids
         if stops and sequence.output_len > sampling.min_tokens:
@@ -267,7 +275,7 @@ class Engine:
         self._finish(sequence, StepOutput(sequence.request_id, error=error))
 
     def _finish(self, sequence: Sequence, output: StepOutput | None) -> None:
-        """The one way out: for a normal end, an abort (no output), a deadline and a failure."""
+        """The only exit: for a normal end, an abort (no output), a deadline and a failure."""
         del self._sequences[sequence.request_id]
         self._scheduler.remove(sequence)
         self._blocks.free(sequence)
@@ -279,4 +287,4 @@ class Engine:
             self._outputs.append(replace(output, timing=sequence.timing(now)))
 
     def _update_stats(self) -> None:
-        self._stats = count_engine(self.config, self._blocks, self._residency, self._scheduler)
+        self._stats = collect_stats(self.config, self._blocks, self._residency, self._scheduler)

@@ -4,13 +4,13 @@ AdaplexError            (adaplex.adapters.errors)
 └── RequestError
     ├── RequestInvalid      a field is out of range; names the field and the limit
     ├── QueueFull           too many requests wait; says when to try again
-    ├── PinsFull            pinned adapters may take no more of the arena, or leave no stretch
-    ├── NoRoomBesidePins    pinned adapters leave no room for this one
-    ├── ServerUnavailable   loading or draining
-    ├── DeadlineExpired     the request's time ran out
-    ├── LogitsOverflowed    the model overflowed for this request alone
-    ├── AdapterLoadFailed   the adapter could not be brought into memory
-    └── EngineFailed        a step failed; the request's work is lost
+    ├── PinsFull            pins may take no more of the arena, or leave no contiguous range
+    ├── NoRoomBesidePins    pins leave no room for the adapter of a request
+    ├── ServerUnavailable   the server is starting or draining
+    ├── DeadlineExpired     the request's deadline passed
+    ├── LogitsOverflowed    the logits of this request alone are not finite
+    ├── AdapterLoadFailed   the adapter could not be loaded into memory
+    └── EngineFailed        a step failed; the sequences in it are lost
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from adaplex.adapters.errors import AdaplexError
 
 
 class RequestError(AdaplexError):
-    """Something is wrong with a request, or with serving it now."""
+    """A request is invalid, or cannot be served now."""
 
 
 class RequestInvalid(RequestError):
@@ -41,19 +41,17 @@ class QueueFull(RequestError):
 
 
 class PinsFull(RequestError):
-    """Pinned adapters may take no more of the arena, or leave no stretch of it that is long enough
-    for one more.
-    """
+    """Pins may take no more of the arena, or leave no contiguous range that is long enough."""
 
     def __init__(self, name: str, nbytes: int, pinned: int, limit: int) -> None:
         super().__init__(
-            f"pinned: {name} takes {nbytes} bytes in one stretch of the arena; "
-            f"{pinned} are pinned of the {limit} that may be"
+            f"pinned: {name} takes {nbytes} contiguous bytes of the arena; "
+            f"pins take {pinned} of the {limit} that they may"
         )
 
 
 class NoRoomBesidePins(RequestError):
-    """Pinned adapters leave no room in the arena for this one, even if nothing else were there."""
+    """Pins leave no room in the arena for an adapter, even if all other adapters were evicted."""
 
     def __init__(self, name: str, nbytes: int, pinned: int, capacity: int) -> None:
         super().__init__(
@@ -62,19 +60,19 @@ class NoRoomBesidePins(RequestError):
 
 
 class ServerUnavailable(RequestError):
-    """The server is loading or draining."""
+    """The server is starting or draining."""
 
 
 class DeadlineExpired(RequestError):
-    """The request's deadline passed before it was done."""
+    """The request's deadline passed before it ended."""
 
 
 class AdapterLoadFailed(RequestError):
-    """The adapter could not be brought into memory."""
+    """The adapter could not be loaded into memory."""
 
 
 class LogitsOverflowed(RequestError):
-    """The model overflowed for this request alone, most likely through its adapter."""
+    """The logits of this request alone are not finite, most likely because of its adapter."""
 
     def __init__(self, adapter: str | None) -> None:
         cause = "the base model" if adapter is None else f"adapter {adapter}"

@@ -1,36 +1,40 @@
-"""What an adapter in memory is worth, and what bringing it back would cost."""
+"""GreedyDual and LoadCosts: the value of an adapter in memory, and what loading it again costs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 HALF_LIFE_USES = 256
-"""Uses of a tier after which one of them counts half."""
+"""Uses of a cache after which an earlier use counts half."""
 SMOOTHING = 0.2
-"""Share of the newest measurement in a running mean."""
+"""Weight of the newest measurement in a running mean."""
 UNKNOWN_SECONDS_PER_BYTE = 1e-9
-"""Before anything was measured: a gigabyte a second."""
+"""Assumed before anything was measured: a gigabyte a second."""
+
+LoadKind = Literal["host", "copy", "merged"]
+"""Loads that are measured apart: from the store, from the host into the arena, and merging."""
 
 
 @dataclass
 class UseRecord:
-    """How an entry was used lately."""
+    """Recent uses of an entry of a cache."""
 
     clock: float
     """The policy's clock at the last use."""
     tick: int
     """The policy's count of uses at the last one."""
     count: float = 1.0
-    """Uses, as decayed by then."""
+    """Uses, decayed to the last one."""
 
 
 class GreedyDual:
     """Greedy-Dual-Size-Frequency (Cherkasova, HPL-98-69): value = clock + uses * cost / bytes.
 
-    The clock stands at the value of the last one evicted. What is used again gets a value above
-    it, so that what nobody asks for any more is overtaken. Uses decay besides, by half in
-    HALF_LIFE_USES uses of the whole tier: past popularity fades even while nothing is evicted. No
-    wall clock enters, so that the same uses evict the same entries.
+    The clock is the value of the last evicted entry. An entry that is used again gets a value above
+    the clock, so that entries out of use are overtaken. Uses also decay, by half in HALF_LIFE_USES
+    uses of the whole cache: past popularity fades even while nothing is evicted. No wall clock
+    enters, so that the same uses evict the same entries.
     """
 
     def __init__(self) -> None:
@@ -38,41 +42,41 @@ class GreedyDual:
         self._tick = 0
 
     def first_use(self) -> UseRecord:
-        """The usage of a new entry."""
+        """Returns the record of a new entry."""
         self._tick += 1
         return UseRecord(self.clock, self._tick)
 
-    def use(self, usage: UseRecord) -> None:
-        """An entry was of use once more."""
+    def record_use(self, use: UseRecord) -> None:
+        """Records one more use of an entry."""
         self._tick += 1
-        usage.count = self._decayed(usage) + 1.0
-        usage.clock, usage.tick = self.clock, self._tick
+        use.count = self._decayed(use) + 1.0
+        use.clock, use.tick = self.clock, self._tick
 
-    def value(self, usage: UseRecord, seconds: float, nbytes: int) -> float:
-        """The worth of an entry; `seconds` is what bringing back its `nbytes` costs."""
-        return usage.clock + self._decayed(usage) * seconds / max(1, nbytes)
+    def value(self, use: UseRecord, seconds: float, nbytes: int) -> float:
+        """Returns the value of an entry of `nbytes` that takes `seconds` to load again."""
+        return use.clock + self._decayed(use) * seconds / max(1, nbytes)
 
-    def evicted(self, value: float) -> None:
-        """Something of this value went."""
+    def record_eviction(self, value: float) -> None:
+        """Advances the clock to the value of an evicted entry."""
         self.clock = max(self.clock, value)
 
-    def _decayed(self, usage: UseRecord) -> float:
-        factor: float = 0.5 ** ((self._tick - usage.tick) / HALF_LIFE_USES)
-        return usage.count * factor
+    def _decayed(self, use: UseRecord) -> float:
+        factor: float = 0.5 ** ((self._tick - use.tick) / HALF_LIFE_USES)
+        return use.count * factor
 
 
 class LoadCosts:
-    """Seconds a byte that loads into each tier took lately."""
+    """Running means of the seconds a byte that each kind of load takes."""
 
     def __init__(self) -> None:
-        self._rates: dict[str, float] = {}
+        self._rates: dict[LoadKind, float] = {}
 
-    def note(self, tier: str, nbytes: int, seconds: float) -> None:
-        """A load of `nbytes` into the tier took so long."""
+    def record(self, kind: LoadKind, nbytes: int, seconds: float) -> None:
+        """Records a load of `nbytes` that took `seconds`."""
         rate = seconds / max(1, nbytes)
-        mean = self._rates.get(tier, rate)
-        self._rates[tier] = mean + SMOOTHING * (rate - mean)
+        mean = self._rates.get(kind, rate)
+        self._rates[kind] = mean + SMOOTHING * (rate - mean)
 
-    def seconds(self, tier: str, nbytes: int) -> float:
-        """What a load of `nbytes` into the tier may take."""
-        return self._rates.get(tier, UNKNOWN_SECONDS_PER_BYTE) * nbytes
+    def seconds(self, kind: LoadKind, nbytes: int) -> float:
+        """Returns the seconds that a load of `nbytes` is expected to take."""
+        return self._rates.get(kind, UNKNOWN_SECONDS_PER_BYTE) * nbytes

@@ -26,29 +26,31 @@ class AdapterSource(Protocol):
 
 
 class Job(Enum):
-    """What is done to an adapter."""
+    """Kinds of jobs."""
 
     FETCH = auto()
-    """From the store into host memory."""
+    """Packs a stored adapter into host memory."""
     COPY = auto()
-    """From host memory into the arena."""
+    """Copies an adapter from host memory into the arena."""
     LOAD = auto()
-    """From the store into the arena, where host memory has no room."""
+    """Packs a stored adapter into the arena, if host memory has no room."""
     MEASURE = auto()
-    """What merging makes of it."""
+    """Measures what merging makes of an adapter."""
     BUILD = auto()
-    """Its merged weights."""
+    """Builds the merged weights of an adapter."""
 
 
 THREADS = {True: 1, False: 2}
-"""Of the lane for copies, and of the one for everything slow: no copy ever waits for a disk."""
+"""Threads of the lane for copies (True), and of the lane for all other jobs: no copy waits for a
+disk."""
 MAX_PENDING = {True: 8, False: 4}
-"""Enough to keep the threads busy; a later, more urgent job waits for no more than these."""
+"""Jobs of a lane that suffice to occupy its threads; a later, more urgent job waits for these at
+most."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One job is over: with `result` (of MEASURE alone) or with `error`."""
+    """A job that has ended: with `result` (of MEASURE only) or with `error`."""
 
     job: Job
     digest: str
@@ -58,9 +60,10 @@ class Completion:
 
 
 class LoadJobs:
-    """Runs jobs on `executor` (two small pools of its own by default) and collects completions.
+    """Runs jobs on `executor`, by default two small thread pools of its own, and collects their
+    completions.
 
-    `on_completion` is called on the loader's thread when `collect` would yield something.
+    Calls `on_completion` on the thread of a job when `collect` would return a completion.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class LoadJobs:
     ) -> None:
         self._source = source
         self._pending: Counter[bool] = Counter()
-        """Jobs submitted and not collected, by lane: copies, and the others."""
+        """Jobs submitted and not collected, by lane: copies (True), and all others."""
         self._on_completion = on_completion
         self._own = () if executor else (_lane(fast=False), _lane(fast=True))
         self._lanes: tuple[Executor, ...] = (executor, executor) if executor else self._own
@@ -79,17 +82,17 @@ class LoadJobs:
 
     @property
     def pending(self) -> int:
-        """Jobs submitted and not collected."""
+        """Number of jobs submitted and not collected."""
         return self._pending.total()
 
     def full(self, job: Job) -> bool:
-        """Whether no further job of the kind should be submitted now."""
+        """Returns True if no further job of the kind should be submitted now."""
         fast = job is Job.COPY
         return self._pending[fast] >= MAX_PENDING[fast]
 
-    def spare(self, job: Job) -> bool:
-        """Whether the lane of the kind has a thread for work that nobody waits for yet, and another
-        one for what is asked for meanwhile.
+    def has_spare_thread(self, job: Job) -> bool:
+        """Returns True if the lane of the kind has a thread for a job that no sequence waits for
+        yet, and another one for an urgent job.
         """
         fast = job is Job.COPY
         return self._pending[fast] < THREADS[fast] - 1
@@ -102,11 +105,11 @@ class LoadJobs:
         self._submit(job, digest, lambda: work(self._source.program(digest)))
 
     def submit_copy(self, digest: str, copy: Callable[[], None]) -> None:
-        """Runs `copy`, a COPY, on another thread; the source is not read."""
+        """Runs `copy` as a COPY job on another thread, without reading the source."""
         self._submit(Job.COPY, digest, copy)
 
     def collect(self) -> list[Completion]:
-        """What has been completed since the last call, in order."""
+        """Returns the jobs completed since the last call, in order."""
         completions: list[Completion] = []
         try:
             while True:
@@ -116,7 +119,7 @@ class LoadJobs:
             return completions
 
     def close(self) -> None:
-        """Drops jobs that have not begun and waits for those that have."""
+        """Cancels jobs that have not begun and waits for those that have."""
         for lane in self._own:
             lane.shutdown(wait=True, cancel_futures=True)
 
@@ -129,7 +132,7 @@ class LoadJobs:
         start = time.monotonic()
         try:
             result, error = work(), None
-        except BaseException as caught:  # a lost completion would leave its waiters hanging
+        except BaseException as caught:  # without a completion, sequences would wait for ever
             result, error = None, caught
         seconds = time.monotonic() - start
         self._completions.put(Completion(job, digest, seconds, result, error))

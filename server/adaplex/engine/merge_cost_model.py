@@ -1,4 +1,4 @@
-"""StepCosts: what the products of a step take on this machine, with adapters merged or not."""
+"""StepCosts: the modelled seconds of a step on this machine, with adapters merged or not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adaplex.engine.request import AdapterMode
 
 @dataclass(frozen=True)
 class StepRows:
-    """Rows of a step: of the base, and by adapter, unmerged and merged."""
+    """Numbers of rows in a step: of the base, and of adapters by digest and mode."""
 
     base: int = 0
     unmerged: Mapping[str, int] = field(default_factory=dict)
@@ -22,118 +22,123 @@ class StepRows:
 
     @classmethod
     def of(cls, batch: Batch) -> StepRows:
-        """That of a batch."""
-        base, rows = 0, {mode: Counter[str]() for mode in AdapterMode}
+        """Counts the rows of a batch; those before an invocation are the base's."""
+        base, counts = 0, {mode: Counter[str]() for mode in AdapterMode}
         for chunk in batch.chunks:
             adapter = chunk.sequence.adapter
             own = chunk.count - chunk.base if adapter else 0
             base += chunk.count - own
             if adapter and own:
-                rows[adapter.mode][adapter.digest] += own
-        return cls(base, rows[AdapterMode.UNMERGED], rows[AdapterMode.MERGED])
+                counts[adapter.mode][adapter.digest] += own
+        return cls(base, counts[AdapterMode.UNMERGED], counts[AdapterMode.MERGED])
 
-    def rows(self, digest: str) -> int:
-        """Those of an adapter."""
+    def count(self, digest: str) -> int:
+        """Returns the rows of an adapter, in either mode."""
         return self.unmerged.get(digest, 0) + self.merged.get(digest, 0)
 
-    def applied(self, digest: str, mode: AdapterMode) -> StepRows:
-        """The same rows, were all of an adapter in this mode."""
+    def with_mode(self, digest: str, mode: AdapterMode) -> StepRows:
+        """Returns the same rows with all rows of an adapter in one mode."""
         unmerged = {key: count for key, count in self.unmerged.items() if key != digest}
         merged = {key: count for key, count in self.merged.items() if key != digest}
-        if rows := self.rows(digest):
-            (merged if mode is AdapterMode.MERGED else unmerged)[digest] = rows
+        if count := self.count(digest):
+            (merged if mode is AdapterMode.MERGED else unmerged)[digest] = count
         return StepRows(self.base, unmerged, merged)
 
 
 @dataclass(frozen=True)
 class FoldedShare:
-    """What merging makes of an adapter. The parts are those of all linears but the output layer, by
-    the size of their weights.
+    """What merging makes of an adapter, as fractions of all linears but the output layer, by the
+    size of their weights.
     """
 
     nbytes: int = 0
+    """Bytes of the merged weights."""
     dense: float = 1.0
-    """Part that is dense then."""
+    """Fraction of weights that become dense after merging."""
     kept: float = 0.0
-    """Part that has a weight of its own too, and of the base's kind."""
+    """Fraction of weights that become another weight of the base's own kind."""
 
     @property
     def changed(self) -> float:
-        """Part that the adapter changes, merged or not; the rest stays the base's."""
+        """Fraction that the adapter changes, merged or not; the rest is the base's."""
         return self.dense + self.kept
 
 
 FoldedShares = Mapping[str, FoldedShare]
-"""By digest; of an adapter that is missing all is dense."""
+"""Shares by digest; of a missing adapter all weights become dense."""
 WHOLE = FoldedShare()
 UNKNOWN: FoldedShares = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Seconds of all linears of the model but the output layer, at some numbers of rows."""
+    """Seconds of all linears of the model but the output layer, measured at some row counts."""
 
     rows: tuple[int, ...]
-    """Ascending."""
+    """The row counts, ascending."""
     base: tuple[float, ...]
-    """As they are kept."""
+    """Seconds with the base's weights as stored."""
     merged: tuple[float, ...]
-    """Dense."""
+    """Seconds with dense weights."""
     low_rank: tuple[float, ...]
-    """The deltas of one adapter."""
+    """Seconds of the deltas of one adapter."""
     another_adapter: float
-    """What each further adapter adds to the deltas of the same rows."""
+    """Seconds that each further adapter adds to the deltas of the same rows."""
     base_takes_merged: bool = True
-    """Whether rows of merged adapters go through the base too, unless one of these has all rows."""
+    """True if rows of merged adapters also go through the base, unless all rows are of one."""
 
     def __post_init__(self) -> None:
-        """Asserts that there is a figure for each number of rows."""
+        """Asserts that there is a figure for each row count."""
         assert list(self.rows) == sorted(set(self.rows))
         assert len(self.rows) == len(self.base) == len(self.merged) == len(self.low_rank) > 1
 
-    def step_seconds(self, mix: StepRows, merges: FoldedShares = UNKNOWN) -> float:
-        """A merged adapter is a pass of its own over its weights; all others share one over the
-        base, and so do its rows at linears that it leaves alone.
+    def step_seconds(self, rows: StepRows, shares: FoldedShares = UNKNOWN) -> float:
+        """Returns the seconds of a step.
+
+        A merged adapter is one pass over its own weights. All other rows share one pass over the
+        base, together with merged rows at the linears that their adapters leave unchanged.
         """
-        seconds = self._shared(mix, 1 - _changed(mix.merged, merges))
-        for digest, rows in mix.merged.items():
-            merge = merges.get(digest, WHOLE)
-            seconds += merge.dense * self._at(self.merged, rows)
-            seconds += merge.kept * self._at(self.base, rows)
-        if mix.unmerged:
-            deltas = self._at(self.low_rank, sum(mix.unmerged.values()))
-            deltas += self.another_adapter * (len(mix.unmerged) - 1)
-            seconds += _changed(mix.unmerged, merges) * deltas
+        seconds = self._shared(rows, 1 - _changed(rows.merged, shares))
+        for digest, count in rows.merged.items():
+            share = shares.get(digest, WHOLE)
+            seconds += share.dense * self._at(self.merged, count)
+            seconds += share.kept * self._at(self.base, count)
+        if rows.unmerged:
+            deltas = self._at(self.low_rank, sum(rows.unmerged.values()))
+            deltas += self.another_adapter * (len(rows.unmerged) - 1)
+            seconds += _changed(rows.unmerged, shares) * deltas
         return seconds
 
-    def saved(self, digest: str, mix: StepRows, merges: FoldedShares = UNKNOWN) -> float:
-        """Seconds that merging an adapter would save; below 0 when it would cost some."""
+    def saved(self, digest: str, rows: StepRows, shares: FoldedShares = UNKNOWN) -> float:
+        """Returns the seconds that merging an adapter would save, negative if it would cost."""
         unmerged, merged = (
-            self.step_seconds(mix.applied(digest, mode), merges)
+            self.step_seconds(rows.with_mode(digest, mode), shares)
             for mode in (AdapterMode.UNMERGED, AdapterMode.MERGED)
         )
         return unmerged - merged
 
-    def _shared(self, mix: StepRows, alone: float) -> float:
-        """The pass over the base; at a part `alone` of the linears merged rows have no other."""
-        shared = mix.base + sum(mix.unmerged.values())
-        every = shared + sum(mix.merged.values())
-        if self.base_takes_merged and (shared or len(mix.merged) > 1):
-            alone = 1.0
-        seconds = alone * self._at(self.base, every) if every else 0.0
-        return seconds + ((1 - alone) * self._at(self.base, shared) if shared else 0.0)
+    def _shared(self, rows: StepRows, unchanged: float) -> float:
+        """Returns the seconds of the pass over the base; at a fraction `unchanged` of the linears
+        merged rows have no other pass.
+        """
+        shared = rows.base + sum(rows.unmerged.values())
+        every = shared + sum(rows.merged.values())
+        if self.base_takes_merged and (shared or len(rows.merged) > 1):
+            unchanged = 1.0
+        seconds = unchanged * self._at(self.base, every) if every else 0.0
+        return seconds + ((1 - unchanged) * self._at(self.base, shared) if shared else 0.0)
 
-    def _at(self, seconds: Sequence[float], rows: int) -> float:
-        """Between measured numbers of rows in proportion; beyond them as the last two go on."""
-        if rows <= self.rows[0]:
+    def _at(self, seconds: Sequence[float], count: int) -> float:
+        """Interpolates between measured row counts; extrapolates from the last two."""
+        if count <= self.rows[0]:
             return seconds[0]
-        index = min(bisect_left(self.rows, rows), len(self.rows) - 1)
+        index = min(bisect_left(self.rows, count), len(self.rows) - 1)
         left, right = self.rows[index - 1], self.rows[index]
         slope = (seconds[index] - seconds[index - 1]) / (right - left)
-        return max(0.0, seconds[index - 1] + slope * (rows - left))
+        return max(0.0, seconds[index - 1] + slope * (count - left))
 
 
-def _changed(rows: Mapping[str, int], merges: FoldedShares) -> float:
-    """Part of the linears that adapters change, on the average of their rows; 1 without any."""
-    changed = sum(count * merges.get(digest, WHOLE).changed for digest, count in rows.items())
+def _changed(rows: Mapping[str, int], shares: FoldedShares) -> float:
+    """Returns the fraction of linears that adapters change, averaged over rows; 1 without any."""
+    changed = sum(count * shares.get(digest, WHOLE).changed for digest, count in rows.items())
     return changed / sum(rows.values()) if rows else 1.0

@@ -1,4 +1,4 @@
-"""PrefillPolicy: how much of the prompts a step takes in while others decode."""
+"""PrefillPolicy: how many prompt tokens a step computes while other sequences decode."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections import OrderedDict, deque
 from statistics import median
 
 from adaplex.engine.batch import Batch
-from adaplex.engine.chunk_cost_model import LEAST, RECENT, ChunkCostModel
+from adaplex.engine.chunk_cost_model import MIN_CHUNK, RECENT, ChunkCostModel
 from adaplex.engine.config import EngineConfig
 
 ROW_COUNTS = 16
 """Numbers of decoding rows whose steps are remembered, the latest."""
-LOOK_EVERY = 16
-"""While prompts are under way, one step in so many leaves them out, so that what a step takes
-without them stays known; halfway between, a small chunk is of another size than usual."""
+MEASURE_EVERY = 16
+"""While prompts run, one step in MEASURE_EVERY leaves them out, so that the seconds of a step
+without prompts stay known; halfway between, a small chunk has another size than usual."""
 
 
 class PrefillBudget:
-    """What prompts may take of one step: rows, and seconds where others decode.
+    """Rows that prompts may add to one step, and seconds if other sequences decode.
 
-    The first chunk gets a few tokens however little there is, so that prompts go on.
+    The first chunk gets a few tokens however small the budget is, so that prompts proceed.
     """
 
     def __init__(
@@ -32,31 +32,32 @@ class PrefillBudget:
         trial: bool = False,
         parent: PrefillBudget | None = None,
     ) -> None:
-        """`trial`: a chunk that cannot be a block is to tell what another size takes."""
+        """`trial`: chunks smaller than a block get another size than usual, to be measured."""
         self._config, self._costs, self._parent = config, costs, parent
         self._trial = trial
         self._rows, self._seconds = rows, seconds
-        self._fresh = True
+        self._untouched = True
 
     @property
     def open(self) -> bool:
-        """Whether another chunk may be taken."""
-        enough = self._fresh or self._seconds >= self._block_seconds
+        """True if the budget has room for another chunk."""
+        enough = self._untouched or self._seconds >= self._block_seconds
         return self._rows > 0 and enough and (self._parent is None or self._parent.open)
 
     def split(self, shares: int) -> PrefillBudget:
-        """One of so many equal shares of what is left, whole blocks and one at least if there is
-        one; taken from both.
+        """Returns one of `shares` equal parts of the remaining budget, in whole blocks, at least
+        one if there is one. What it spends is spent from this budget too.
         """
         block = self._config.block_tokens
         rows = max(self._rows // shares // block * block, min(block, self._rows))
         seconds = max(self._seconds / shares, min(self._block_seconds, self._seconds))
         return PrefillBudget(self._config, rows, seconds, self._costs, self._trial, self)
 
-    def take(self, start: int, wanted: int) -> int:
-        """Tokens of a prompt that is computed up to `start`: at most `wanted`, 0 when not `open`.
+    def spend(self, start: int, wanted: int) -> int:
+        """Spends budget on a chunk from position `start` of a prompt; returns its tokens, at most
+        `wanted`, 0 if the budget is not `open`.
 
-        Where some are left for later, the chunk ends at the end of a block if it can.
+        A chunk that leaves tokens for later ends at the end of a block if it can.
         """
         if not self.open:
             return 0
@@ -64,36 +65,37 @@ class PrefillBudget:
         unit = self._config.block_tokens
         affordable = self._costs.tokens(start, self._seconds)
         if affordable < 2 * unit:
-            affordable = unit = self._costs.small.size(unit, self._seconds, self._trial)
-        while LEAST < unit > count:
+            affordable = unit = self._costs.small_chunk(self._seconds, trial=self._trial)
+        while MIN_CHUNK < unit > count:
             unit //= 2
         if affordable < count:
             count = max(1, int(affordable) // unit) * unit
         over = (start + count) % unit
         if count < wanted and over < count:
             count -= over
-        self._spend(count, self._costs.seconds(start, count))
+        self._subtract(count, self._costs.seconds(start, count))
         return count
 
     @property
     def _block_seconds(self) -> float:
         return self._costs.seconds(0, self._config.block_tokens)
 
-    def _spend(self, rows: int, seconds: float) -> None:
+    def _subtract(self, rows: int, seconds: float) -> None:
         self._rows -= rows
         self._seconds -= seconds
-        self._fresh = False
+        self._untouched = False
         if self._parent is not None:
-            self._parent._spend(rows, seconds)
+            self._parent._subtract(rows, seconds)
 
 
 class PrefillPolicy:
-    """Learns from the engine's steps what decoding rows take, and what prompts add; keeps a step
-    with both below about `max_stretch` times one without prompts, of all who decode or soon will.
+    """Learns from the engine's steps the seconds of decoding rows, and those that prompts add; then
+    limits a step with both to about `max_stretch` times a step without prompts, of all sequences
+    that decode or soon will.
 
-    All figures are medians of a few recent measurements. The rows of prompts in such a step grow
-    to twice what went well before, at most, so that nothing is believed far from where it was
-    measured.
+    All figures are medians of a few recent measurements. The prompt rows of such a step grow to at
+    most twice those of a step within the limit, so that the model is never extrapolated beyond
+    twice a measured size.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -101,57 +103,60 @@ class PrefillPolicy:
         self._decodes: OrderedDict[int, deque[float]] = OrderedDict()
         """Seconds of steps without prompts by their rows, the latest last."""
         self._costs = ChunkCostModel(config.block_tokens)
-        self._tried = config.block_tokens
-        """Rows of prompts that may be tried beside decoding ones."""
-        self._mixed = 0
+        self._max_rows = config.block_tokens
+        """Prompt rows that the next step may have beside decoding rows."""
+        self._steps_mixed = 0
         """Steps since the last one without prompts."""
-        self._most = 0.0
-        """Seconds that the step may take for which the last budget was."""
+        self._limit_seconds = 0.0
+        """Seconds that the step of the last budget may take."""
 
     def budget(self, decodes: int, joining: int = 0) -> PrefillBudget:
-        """What prompts may take of a step in which so many rows decode. With those that are about
-        to join, steps will be longer anyway: what they will take is what is stretched.
+        """Returns what prompts may add to a step of `decodes` decoding rows.
+
+        The stretched time is that of a step of `decodes + joining` rows: with rows that are about
+        to decode, steps will be longer anyway.
         """
         rows = self._config.max_step_tokens - decodes
         if not decodes or math.isinf(self._config.max_stretch):
             return PrefillBudget(self._config, rows, math.inf, self._costs)
-        if self._mixed >= LOOK_EVERY or not self._decodes:
+        if self._steps_mixed >= MEASURE_EVERY or not self._decodes:
             return PrefillBudget(self._config, 0, 0.0, self._costs)
-        self._most = self._config.max_stretch * self._decode_seconds(decodes + joining)
-        seconds = max(0.0, self._most - self._decode_seconds(decodes))
-        trial = self._mixed == LOOK_EVERY // 2
-        return PrefillBudget(self._config, min(rows, self._tried), seconds, self._costs, trial)
+        self._limit_seconds = self._config.max_stretch * self._decode_seconds(decodes + joining)
+        seconds = max(0.0, self._limit_seconds - self._decode_seconds(decodes))
+        trial = self._steps_mixed == MEASURE_EVERY // 2
+        return PrefillBudget(self._config, min(rows, self._max_rows), seconds, self._costs, trial)
 
-    def note(self, batch: Batch, seconds: float) -> None:
-        """A step took so long. To be told before its tokens are appended."""
+    def record(self, batch: Batch, seconds: float) -> None:
+        """Records the seconds of a step. Called before its tokens are appended."""
         prompts = [chunk for chunk in batch.chunks if chunk.count > 1]
         decodes = len(batch.chunks) - len(prompts)
         if not prompts:
-            self._mixed = 0
-            self._note_decodes(decodes, seconds)
+            self._steps_mixed = 0
+            self._record_decodes(decodes, seconds)
         elif self._decodes and batch.sampling:
             # A step that samples nothing may return before its device is done.
             alone = self._decode_seconds(max(1, decodes))
-            self._costs.note(prompts, max(0.0, seconds - alone))
+            self._costs.record(prompts, max(0.0, seconds - alone))
             if decodes:
-                self._mixed += 1
-                self._note_rows(batch.tokens - decodes, seconds <= self._most)
+                self._steps_mixed += 1
+                within_limit = seconds <= self._limit_seconds
+                self._adapt_max_rows(batch.tokens - decodes, within_limit)
 
-    def _note_decodes(self, rows: int, seconds: float) -> None:
+    def _record_decodes(self, rows: int, seconds: float) -> None:
         self._decodes.setdefault(rows, deque(maxlen=RECENT)).append(seconds)
         self._decodes.move_to_end(rows)
         if len(self._decodes) > ROW_COUNTS:
             self._decodes.popitem(last=False)
 
-    def _note_rows(self, rows: int, went_well: bool) -> None:
-        if went_well:
-            self._tried = max(self._tried, 2 * rows)
+    def _adapt_max_rows(self, rows: int, within_limit: bool) -> None:
+        if within_limit:
+            self._max_rows = max(self._max_rows, 2 * rows)
         else:
-            self._tried = max(min(self._tried, rows), self._config.block_tokens)
+            self._max_rows = max(min(self._max_rows, rows), self._config.block_tokens)
 
     def _decode_seconds(self, rows: int) -> float:
-        """Of a step of so many decoding rows; between measured numbers of rows in proportion,
-        beyond them rather too little.
+        """Returns the seconds of a step of decoding rows: interpolated between measured numbers of
+        rows; above them, those of the largest, rather too low.
         """
         if (known := self._decodes.get(rows)) is not None:
             return median(known)

@@ -1,4 +1,4 @@
-"""Request: what the edge asks of the engine, already checked and tokenized."""
+"""Request: one generation as the server passes it to the engine, tokenized and validated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adaplex.engine.errors import RequestInvalid
 
 
 class AdapterMode(StrEnum):
-    """How an adapter meets the base weights."""
+    """How an adapter is applied to the base weights."""
 
     UNMERGED = "unmerged"
     MERGED = "merged"
@@ -21,13 +21,13 @@ class AdapterMode(StrEnum):
 
 
 GREEDY_BELOW = 1e-5
-"""Temperature."""
+"""Temperature below which sampling is greedy."""
 SHOWN_TOKENS = 16
 """Tokens of an invocation that an error message shows at most."""
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended well."""
+    """Why a sequence ended without an error."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -35,7 +35,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. Ranges are checked at the edge (see generation.proto)."""
+    """How tokens are chosen. The server checks the ranges (see generation.proto)."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -50,24 +50,24 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     """End-of-sequence tokens included, unless the request ignores them."""
     logprobs: int | None = None
-    """How many likeliest tokens to report beside the chosen one; None reports nothing."""
+    """Number of likeliest tokens to report beside the chosen one; None reports no logprobs."""
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken: no other has a chance at so low a
+        """True if the likeliest token is always chosen: no other has a chance at so low a
         temperature, and dividing by it would overflow.
         """
         return self.temperature < GREEDY_BELOW
 
     @cached_property
     def plain(self) -> bool:
-        """Whether nothing but the likeliest token is wanted."""
-        held_back = self.min_tokens > 0
-        return self.greedy and not self.penalized and not held_back and self.logprobs is None
+        """True if the result is the likeliest token of the unchanged logits, and nothing else."""
+        masks_stops = self.min_tokens > 0
+        return self.greedy and not self.penalized and not masks_stops and self.logprobs is None
 
     @property
     def penalized(self) -> bool:
-        """Whether any penalty changes the logits."""
+        """True if any penalty changes the logits."""
         return (
             self.repetition_penalty != 1.0
             or self.presence_penalty != 0.0
@@ -77,7 +77,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """The content a request is bound to at admission. `digest` is the identity."""
+    """The adapter content that a request is bound to. `digest` is its identity."""
 
     name: str
     version: int
@@ -88,7 +88,7 @@ class AdapterRef:
     """Never AUTO once the engine has admitted the request."""
 
     def __post_init__(self) -> None:
-        """Asserts that nothing that is invoked has positions of its own before the prompt."""
+        """Asserts that no adapter has both an invocation and positions before the prompt."""
         assert not (self.traits.leading and self.traits.invocation)
 
     @classmethod
@@ -99,10 +99,10 @@ class AdapterRef:
         *,
         default: AdapterMode = AdapterMode.UNMERGED,
     ) -> AdapterRef:
-        """Binds a request to a record. Without `mode`, an adapter that can only be merged is
-        merged, and any other is served as `default` says.
+        """Returns a reference to a catalog record. Without `mode`, an adapter that can only be
+        merged is served merged, and any other in the mode `default`.
 
-        Raises RequestInvalid, naming `spec.mode`, for UNMERGED where merging is the only way.
+        Raises RequestInvalid, naming `spec.mode`, for UNMERGED if merging is the only way.
         """
         if record.traits.merged_only:
             if mode is AdapterMode.UNMERGED:
@@ -120,7 +120,7 @@ class AdapterRef:
 
     @cached_property
     def key(self) -> str:
-        """What distinguishes its KV: merged and unmerged weights round differently."""
+        """Key of its keys and values: merged and unmerged weights round differently."""
         return f"{self.digest}/{self.mode}"
 
 
@@ -144,8 +144,8 @@ class Request:
 
     @property
     def invoked_at(self) -> int | None:
-        """The position from which on the adapter is applied: 0, or where its invocation last begins
-        in the prompt; None when it does not.
+        """Position of the prompt from which the adapter is applied: 0, or where its invocation last
+        begins; None if the prompt does not contain it.
         """
         tokens = self.adapter.traits.invocation if self.adapter else ()
         last = len(self.prompt) - len(tokens)
@@ -184,12 +184,12 @@ class Logprob:
 
 
 OVERFLOWED = -1
-"""In place of a token: the logits of this row are not finite."""
+"""Replaces the token of a row whose logits are not finite."""
 
 
 @dataclass(frozen=True)
 class SampledToken:
-    """What the runner says of one sequence after a step."""
+    """The runner's result for one sequence of a step."""
 
     token: int
     """A token id, or OVERFLOWED."""
@@ -198,7 +198,7 @@ class SampledToken:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds from arrival, and what was reused; filled as the request goes on."""
+    """Seconds from arrival to events, and reused tokens; 0 for events that have not happened."""
 
     queued: float = 0.0
     adapter_wait: float = 0.0
@@ -209,23 +209,24 @@ class Timing:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step gave one request. The last one has `finish` or `error` set."""
+    """The output of one step for one request. The last one has `finish` or `error` set."""
 
     request_id: str
     admitted: bool = False
-    """Set on the first output: the adapter is in memory, its mode is decided."""
+    """True on the first output: the adapter is in memory, its mode is decided."""
     adapter: AdapterRef | None = None
-    """What is applied, on the first output; None is the base."""
+    """The applied adapter, on the first output; None for the base."""
     tokens: tuple[int, ...] = ()
     at: float = 0.0
-    """When the step had them, as `time.monotonic()` tells it."""
+    """End of the step, in `time.monotonic()` seconds."""
     logprobs: tuple[Logprob, ...] = ()
     finish: FinishReason | None = None
+    """Why the engine ended the request; stop strings are found later, by the server's Response."""
     error: Exception | None = None
     timing: Timing | None = None
-    """Set on the first output, as far as it is known, and on the last."""
+    """Set on the first output, with the events until then, and on the last."""
 
     @property
     def last(self) -> bool:
-        """Whether the request has ended."""
+        """True if the request has ended."""
         return self.finish is not None or self.error is not None

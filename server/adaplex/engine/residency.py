@@ -78,10 +78,10 @@ class Residency:
 
     Each step begins with `begin_step`, then every waiting sequence is passed in queue order to one
     of `try_admit`, `load` and `prefetch`; a sequence that ends or is preempted, to `release`.
-    Running sequences hold leases, waiting ones nothing. A sequence gets no room for its adapter
+    Running sequences have leases, waiting ones none. A sequence gets no room for its adapter
     that an earlier one waits for. An earlier one without room lets at most `max_bypass` later ones
     lease resident adapters, then the cache admits no more until enough leases have ended: no stream
-    of requests keeps an adapter in memory for ever. A sequence that would find no room even if
+    of requests can hold up another adapter for ever. A sequence that would find no room even if
     every lease ended, because of pins, fails.
     """
 
@@ -140,7 +140,7 @@ class Residency:
         """Admits a waiting sequence if its adapter is in memory and `allocate` finds KV blocks.
 
         The order matters: the mode, decided for good, is part of the hashes of the blocks, and a
-        sequence without blocks holds no lease.
+        sequence without blocks gets no lease.
         """
         if not self.load(sequence):
             return Admission.NO_ADAPTER
@@ -154,8 +154,9 @@ class Residency:
         return Admission.ADMITTED
 
     def load(self, sequence: Sequence) -> bool:
-        """Starts the next job that brings the adapter of a waiting sequence into memory, if it
-        needs one; returns True if the sequence may lease the adapter in this step.
+        """Starts the next job that loads the adapter of a waiting sequence, if one is needed.
+
+        Returns True if the sequence may lease the adapter in this step.
         """
         if sequence.adapter_wanted_at is None:
             sequence.adapter_wanted_at = self._now
@@ -187,7 +188,7 @@ class Residency:
         self._unmerged.pin(digest, packed_bytes, name)
 
     def unpin(self, digest: str) -> None:
-        """Makes an adapter evictable again."""
+        """Makes a pinned adapter evictable."""
         self._unmerged.unpin(digest)
 
     def unload(self, digest: str) -> bool:
@@ -221,7 +222,7 @@ class Residency:
         )
 
     def check_integrity(self, running: Iterable[Sequence]) -> None:
-        """Asserts that exactly running sequences hold leases, and that bytes and jobs balance."""
+        """Asserts that exactly running sequences have leases, and that bytes and jobs balance."""
         leases: dict[AdapterMode, list[tuple[str, Sequence]]] = {mode: [] for mode in AdapterMode}
         for sequence in running:
             if adapter := sequence.adapter:

@@ -1,4 +1,4 @@
-"""Runner: what the engine needs of a model. `adaplex.model` implements it; tests fake it."""
+"""Runner: the model as the engine uses it. `adaplex.model` implements it; tests fake it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:  # it imports torch, which the engine does not
 
 class Runner(Protocol):
     """Runs batches on tensors. `run` and the `remove_` methods are called on the engine thread; the
-    others on loader threads, for several digests at once, but for one digest and kind of memory
-    only once at a time.
+    other methods on the threads of LoadJobs, for several digests at once, but for one digest and
+    kind of memory only once at a time.
     """
 
     def run(self, batch: Batch) -> Seq[SampledToken]:
-        """Runs one step; one token for each of `batch.sampling`, in order."""
+        """Runs one step; returns one token for each chunk of `batch.sampling`, in order."""
         ...
 
     def step_costs(self) -> StepCosts:
-        """Measures what linears and deltas take here. Called once, before the first step."""
+        """Measures the seconds of linears and deltas. Called once, before the first step."""
         ...
 
     def pack_adapter(self, program: AdapterProgram) -> None:
@@ -50,12 +50,12 @@ class Runner(Protocol):
         ...
 
     def remove_adapter(self, digest: str) -> None:
-        """Forgets a resident adapter; its extent is about to be reused."""
+        """Drops a resident adapter; its extent is about to be reused."""
         ...
 
     def build_merged(self, program: AdapterProgram) -> int:
         """Builds the merged weights of an adapter and returns their bytes, at most those that
-        `measure_merge` returned. After an error nothing of them is kept.
+        `measure_merge` returned. After an error no memory has anything of them.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Scheduler: which tokens the next step computes."""
+"""Scheduler: chooses the tokens that the next step computes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from adaplex.engine.residency import Admission, Residency
 from adaplex.engine.sequence import Sequence, Status
 from adaplex.engine.waiting_queue import WaitingQueue
 
-SHORT = 128
+SHORT_PROMPT = 128
 """Tokens of a prompt that is computed within a step or two."""
-MAX_SHARING = 4
-"""Prompts under way beside which a new one gets a share of the step; behind more, it waits for what
-they leave: each prompt holds blocks for all its tokens."""
+MAX_PROMPTS_SHARING = 4
+"""Partly computed prompts beside which a new prompt gets a share of the step. Behind more, it gets
+only what they leave, since each prompt has blocks for all its tokens."""
 
 
 def _rank(sequence: Sequence) -> tuple[int, float, int]:
@@ -31,26 +31,26 @@ def _by_adapter(chunks: list[Chunk]) -> list[Chunk]:
 
 
 class PrefillTurn(NamedTuple):
-    """Of a prompt under way, or of the queue, to take rows of a step."""
+    """A turn of a partly computed prompt, or of the waiting queue, to get rows of a step."""
 
     priority: int
     last: int
-    """The step in which it last took some."""
+    """Number of the step in which it last got rows."""
     sequence: Sequence | None
     """None for the queue."""
 
     @property
     def order(self) -> tuple[int, int]:
-        """The most urgent first, then who had a turn longest ago."""
+        """Sort key: highest priority first, then the least recent turn."""
         return -self.priority, self.last
 
 
 class Scheduler:
-    """Waiting sequences, in turn, and running ones, most urgent first.
+    """Waiting sequences in a queue, and running ones sorted by urgency.
 
-    A running sequence holds blocks for all its known tokens and a lease on its adapter; a waiting
-    one holds nothing. The most urgent running sequence always goes on: it can take the blocks of
-    all others, and the cache holds a sequence of any allowed length.
+    A running sequence has blocks for all its known tokens and a lease on its adapter; a waiting one
+    has neither. The most urgent running sequence always proceeds: it can preempt all others, and
+    the cache has room for one sequence of any allowed length.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class Scheduler:
         blocks: BlockManager,
         residency: Residency,
         observer: Observer,
-        pace: PrefillPolicy,
+        prefill: PrefillPolicy,
     ) -> None:
         self._config = config
-        self._pace = pace
+        self._prefill = prefill
         self._blocks = blocks
         self._residency = residency
         self._observer = observer
@@ -70,15 +70,15 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._step = 0
         self._last_start = 0
-        """The last step that started a waiting sequence."""
+        """Number of the last step that started a waiting sequence."""
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence behind those of its priority and adapter that came before it."""
+        """Queues a sequence behind earlier ones of its priority and adapter."""
         sequence.status = Status.WAITING
         self.waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forgets a sequence; its blocks and lease are the caller's to free."""
+        """Removes a sequence; the caller frees its blocks and its lease."""
         queue = self.waiting if sequence.status is Status.WAITING else self.running
         queue.remove(sequence)
         sequence.status = Status.FINISHED
@@ -88,15 +88,15 @@ class Scheduler:
         self.waiting.charge(sequence, output=1)
 
     def schedule(self, now: float) -> Batch:
-        """The next step: every decoding sequence, and prompts, under way and new, in turn.
+        """Returns the batch of the next step: every decoding sequence, then prompts in turns.
 
-        Empty only if every waiting sequence waits for its adapter.
+        It is empty only if no sequence runs and every waiting one waits for its adapter.
         """
         self._step += 1
         decodes = self._decode()
         self._residency.begin_step(now)
         prompts: list[Chunk] = []
-        budget = self._pace.budget(len(decodes), self._joining() if decodes else 0)
+        budget = self._prefill.budget(len(decodes), self._joining() if decodes else 0)
         turns = self._turns()
         for index, turn in enumerate(turns):
             equals = sum(other.priority == turn.priority for other in turns[index:])
@@ -109,16 +109,18 @@ class Scheduler:
         return Batch((*_by_adapter(decodes), *_by_adapter(prompts)))
 
     def _joining(self) -> int:
-        """Sequences whose prompts are so short that they will decode a step or two from now."""
+        """Returns how many sequences have prompts so short that they will decode a step or two from
+        now.
+        """
         places = max(0, self._config.max_running - len(self.running))
         prompts = (sequence for sequence in self.running if not sequence.decoding)
         return sum(
-            sequence.remaining <= SHORT
-            for sequence in chain(prompts, islice(self.waiting.in_turn(), places))
+            sequence.remaining <= SHORT_PROMPT
+            for sequence in chain(prompts, islice(self.waiting.in_order(), places))
         )
 
     def _decode(self) -> list[Chunk]:
-        """One row for each decoding sequence; when blocks run out, the least urgent give way."""
+        """Returns a row for each decoding sequence; preempts the least urgent if blocks run out."""
         chunks: list[Chunk] = []
         for sequence in tuple(self.running):
             if sequence.status is not Status.RUNNING or not sequence.decoding:
@@ -130,7 +132,7 @@ class Scheduler:
         return chunks
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to waiting, to be computed again: only its tokens and its mode are kept."""
+        """Returns a sequence to the queue, to be computed again; its tokens and mode stay."""
         self.remove(sequence)
         self._blocks.free(sequence)
         self._residency.release(sequence)
@@ -138,23 +140,23 @@ class Scheduler:
         self._observer.preempted()
 
     def _turns(self) -> list[PrefillTurn]:
-        """Of the prompts under way, and of the queue if it shares with them, in order."""
+        """Returns the turns of partly computed prompts, and of the queue if it shares with them."""
         turns = [
             PrefillTurn(s.request.priority, s.last_turn, s) for s in self.running if not s.decoding
         ]
-        if self.waiting and len(turns) <= MAX_SHARING:
+        if self.waiting and len(turns) <= MAX_PROMPTS_SHARING:
             turns.insert(0, PrefillTurn(self.waiting.priority, self._last_start, None))
         return sorted(turns, key=lambda turn: turn.order)
 
     def _admit(self, chunks: list[Chunk], budget: PrefillBudget) -> None:
-        """Starts waiting sequences in turn while rows, places and blocks last.
+        """Starts waiting sequences in order while rows, places and blocks last.
 
-        One whose adapter is not there is passed over; one that finds no blocks is not, so that
-        long prompts get their turn. When nothing more can start, the next few are still asked
-        for, and adapters of more are fetched, so that they are there in time.
+        A sequence whose adapter is not in memory is skipped; one without blocks is not, so that
+        long prompts get their turn. When no more can start, the adapters of the next few are still
+        loaded, and those of more are fetched, so that they are in memory in time.
         """
         more = True
-        for index, sequence in enumerate(self.waiting.in_turn()):
+        for index, sequence in enumerate(self.waiting.in_order()):
             more = more and budget.open and len(self.running) < self._config.max_running
             if more:
                 admission = self._residency.try_admit(sequence, self._allocate)
@@ -185,7 +187,7 @@ class Scheduler:
             self.waiting.charge(sequence, prompt=sequence.prompt_len - cached)
 
     def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: PrefillBudget) -> None:
-        """Adds as much of a prompt as the budget has room for."""
-        if count := budget.take(sequence.computed, sequence.remaining):
+        """Adds a chunk of a prompt, as long as the budget allows."""
+        if count := budget.spend(sequence.computed, sequence.remaining):
             chunks.append(Chunk(sequence, sequence.computed, count))
             sequence.last_turn = self._step

@@ -8,12 +8,12 @@ from enum import Enum, auto
 from adaplex.engine.request import AdapterMode, AdapterRef, Request, Timing
 
 VIRTUAL = 1 << 32
-"""VIRTUAL + i stands for position i of those that an adapter puts before the prompt; no token id of
-a vocabulary is so large."""
+"""VIRTUAL + i represents position i of those that an adapter puts before the prompt; token ids of
+vocabularies are smaller."""
 
 
 class Status(Enum):
-    """Where a sequence is in its life."""
+    """States of a sequence."""
 
     WAITING = auto()
     RUNNING = auto()
@@ -40,21 +40,22 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     """Block table: block i holds tokens [i * block_tokens, (i + 1) * block_tokens)."""
     hashes: list[bytes] = field(default_factory=list)
-    """Hash of each full block published to the prefix cache."""
+    """Hashes of its full blocks that are published to the prefix cache."""
     status: Status = Status.WAITING
     cached_tokens: int = 0
-    """Of the prompt, found in the cache when it first started."""
+    """Tokens of the prompt found in the prefix cache at its first start."""
     bypassed: int = 0
-    """Later sequences that leased an adapter while there was no room for the one of this."""
+    """Later sequences that leased an adapter while this waited for room for its own."""
     last_turn: int = 0
-    """The last step that computed some of its prompt."""
+    """Number of the last step that computed some of its prompt."""
     adapter_wanted_at: float | None = None
+    """When the engine first loaded or looked up the adapter; all times are `time.monotonic()`."""
     adapter_ready_at: float | None = None
     admitted_at: float | None = None
     first_token_at: float | None = None
 
     def __post_init__(self) -> None:
-        """Starts the token list; the prompt has the adapter's invocation."""
+        """Derives the token list; the prompt must contain the adapter's invocation."""
         self.leading, self.prompt_len = self.request.leading, len(self.request.prompt)
         self.tokens = [*range(VIRTUAL, VIRTUAL + self.leading), *self.request.prompt]
         invoked = self.request.invoked_at
@@ -81,17 +82,17 @@ class Sequence:
 
     @property
     def adapter_key(self) -> str:
-        """What groups rows and keys the prefix cache; empty for the base."""
+        """Key that groups rows and separates prefixes in the cache; empty for the base."""
         return self.request.adapter.key if self.request.adapter else ""
 
     @property
     def fair_key(self) -> str:
-        """Whose share of the engine it takes: its adapter's name; empty for the base."""
+        """Key of the share of the engine that it uses: its adapter's name; empty for the base."""
         return self.request.adapter.name if self.request.adapter else ""
 
     @property
     def output_len(self) -> int:
-        """Tokens generated so far."""
+        """Number of tokens generated so far."""
         return len(self.tokens) - self.leading - self.prompt_len
 
     @property
@@ -105,7 +106,7 @@ class Sequence:
         self.request = replace(self.request, adapter=replace(self.adapter, mode=mode))
 
     def timing(self, now: float) -> Timing:
-        """Seconds from arrival to each event, 0 for one that never came."""
+        """Returns seconds from arrival to each event, 0 for an event that has not happened."""
         arrival = self.request.arrival
         wanted, ready = self.adapter_wanted_at, self.adapter_ready_at
         return Timing(
@@ -118,10 +119,10 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens known and not yet computed: 1 when decoding."""
+        """Number of tokens known and not yet computed: 1 when decoding."""
         return len(self.tokens) - self.computed
 
     @property
     def decoding(self) -> bool:
-        """Whether all but the newest generated token is computed."""
+        """True if all but the newest generated token is computed."""
         return self.remaining == 1 and self.output_len > 0

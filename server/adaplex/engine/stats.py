@@ -14,10 +14,12 @@ from adaplex.engine.sequence import Sequence
 
 @dataclass(frozen=True)
 class EngineStats:
-    """How full the engine is now. Safe to read from any thread."""
+    """How full the engine is. Immutable, so that any thread may read it."""
 
     running: int = 0
+    """Running sequences."""
     waiting: int = 0
+    """Waiting sequences."""
     kv_blocks_total: int = 0
     kv_blocks_used: int = 0
     arena_bytes_total: int = 0
@@ -34,29 +36,30 @@ class EngineStats:
     host: frozenset[str] = frozenset()
     """Digests in host memory."""
     pinned: frozenset[str] = frozenset()
-    """Digests that are kept in the arena, or on their way there."""
+    """Digests of pinned adapters, in the arena or not yet."""
     merged: frozenset[str] = frozenset()
     """Digests with merged weights."""
     running_adapters: tuple[str, ...] = ()
     """Names of adapters that running sequences use."""
     waiting_adapters: tuple[str, ...] = ()
+    """Names of adapters that waiting sequences need."""
 
     @property
     def in_memory(self) -> frozenset[str]:
-        """Digests in the arena, or with merged weights, or both."""
+        """Digests in the arena or with merged weights."""
         return self.resident | self.merged
 
 
-def count_engine(
+def collect_stats(
     config: EngineConfig, blocks: BlockManager, residency: Residency, scheduler: Scheduler
 ) -> EngineStats:
-    """How full each part is now; on the engine thread."""
+    """Returns how full the engine is now. Called on the engine thread."""
     running, waiting, adapters = scheduler.running, scheduler.waiting, residency.stats()
     return EngineStats(
         running=len(running),
         waiting=len(waiting),
         kv_blocks_total=config.usable_blocks,
-        kv_blocks_used=blocks.held,
+        kv_blocks_used=blocks.in_use,
         arena_bytes_total=adapters.arena.capacity,
         arena_bytes_used=adapters.arena.used,
         host_bytes_total=adapters.host.capacity,

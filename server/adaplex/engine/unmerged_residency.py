@@ -1,4 +1,4 @@
-"""UnmergedResidency: adapters on their way from the store through host memory into the arena."""
+"""UnmergedResidency: loads adapters from the store through host memory into the arena."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from adaplex.engine.arena_allocator import ArenaAllocator, aligned
 from adaplex.engine.byte_budget import ByteBudget
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.errors import NoRoomBesidePins, PinsFull
-from adaplex.engine.eviction import LoadCosts
+from adaplex.engine.eviction import LoadCosts, LoadKind
 from adaplex.engine.load_jobs import Completion, Job, LoadJobs
 from adaplex.engine.observer import Observer
 from adaplex.engine.request import AdapterRef
 from adaplex.engine.runner import Runner
 from adaplex.engine.sequence import Sequence
 
+LOAD_KINDS: dict[Job, LoadKind] = {Job.FETCH: "host", Job.COPY: "copy", Job.LOAD: "host"}
+
 
 @dataclass(eq=False)
 class Pin:
-    """An adapter that is to stay in the arena."""
+    """An adapter that stays in the arena whether requests use it or not."""
 
     nbytes: int
     bypassed: int = 0
-    """Sequences that leased an adapter while there was no room for this."""
+    """Sequences that leased an adapter since this began to wait for room."""
 
 
 class UnmergedResidency:
-    """Two tiers: the arena, where adapters are used, and the host, from where a copy brings them.
+    """Two caches: the arena, whose adapters steps use, and host memory, one copy away.
 
-    What comes from the store is packed into host memory first, and stays there as long as it is
-    worth it; only what the host has no room for goes straight into the arena. Pinned adapters are
-    in the arena whether anybody asks for them or not.
+    An adapter from the store is packed into host memory first, and stays there while its value
+    lasts; an adapter for which the host has no room is packed straight into the arena. Pinned
+    adapters are loaded into the arena without a request, and not evicted.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class UnmergedResidency:
             "host", budget, runner.remove_host, observer, lambda _, n: fetch_seconds(n)
         )
         self._pins: dict[str, Pin] = {}
-        """By digest."""
+        """Pins by digest."""
 
     @property
     def pinned(self) -> frozenset[str]:
@@ -71,11 +73,21 @@ class UnmergedResidency:
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes of the arena that pins take, or will."""
+        """Bytes of the arena that pins take, loaded or not."""
         return sum(aligned(pin.nbytes) for pin in self._pins.values())
 
+    @property
+    def blocked(self) -> bool:
+        """True if a pin or a sequence of this step waits for room in the arena."""
+        return self._arena.blocked is not None
+
+    @property
+    def loading(self) -> int:
+        """Number of adapters that load into host memory or into the arena."""
+        return self._host.loading + self._arena.loading
+
     def check(self, adapter: AdapterRef) -> None:
-        """Raises AdapterTooLarge or NoRoomBesidePins when the adapter can never be served."""
+        """Raises AdapterTooLarge or NoRoomBesidePins if the adapter can never be served."""
         name, nbytes = adapter.name, adapter.packed_bytes
         if not self._arena.fits_empty(nbytes):
             raise AdapterTooLarge(
@@ -86,13 +98,14 @@ class UnmergedResidency:
             raise NoRoomBesidePins(name, nbytes, self.pinned_bytes, self._arena.capacity)
 
     def fits_beside_pins(self, digest: str, nbytes: int) -> bool:
-        """Returns True if an adapter is in the arena, or would fit if all but pins were gone."""
+        """Returns True if an adapter is in the arena, or would fit if all but pins were evicted."""
         return self._arena.get(digest) is not None or self._arena.fits_beside(self._pins, nbytes)
 
     def begin_step(self) -> None:
-        """Brings what is pinned nearer, before anybody else asks. A pin that finds no room counts
-        who bypasses it as a waiting sequence does; one that other pins leave no room does not hold
-        the others up.
+        """Starts the next jobs of pinned adapters, before those of waiting sequences.
+
+        A pin without room counts the sequences that bypass it, as a waiting sequence does; a pin
+        for which other pins leave no room blocks nothing.
         """
         self._arena.begin_step()
         self._host.begin_step()
@@ -101,26 +114,10 @@ class UnmergedResidency:
                 fits = self._arena.fits_beside(self._pins, pin.nbytes)
                 self._arena.blocked = pin if fits else None
 
-    @property
-    def blocked(self) -> bool:
-        """True if a pin or a sequence of this step waits for room in the arena."""
-        return self._arena.blocked is not None
-
-    def leasable(self, digest: str) -> bool:
-        """Keeps an adapter in the arena for this step; returns True if a sequence may lease it."""
-        return self._arena.leasable(digest, self._config.max_bypass)
-
-    def lease(self, digest: str, sequence: Sequence) -> None:
-        """Keeps an adapter in the arena until the sequence releases it."""
-        self._arena.lease(digest, sequence)
-
-    def release(self, digest: str, sequence: Sequence) -> None:
-        """Ends the lease of a sequence, if it has one."""
-        self._arena.release(digest, sequence)
-
     def load(self, sequence: Sequence, digest: str, nbytes: int) -> bool:
-        """Brings the adapter of a waiting sequence a step nearer to the arena. False when there is
-        no room: whoever is behind must not take what room there will be.
+        """Starts the next job that loads the adapter of a waiting sequence into the arena.
+
+        Returns False if there is no room: later sequences must not take the room that is freed.
         """
         if self._arena.get(digest) is None and not self._start_job(digest, nbytes):
             self._arena.blocked = sequence
@@ -128,18 +125,32 @@ class UnmergedResidency:
         return True
 
     def prefetch(self, digest: str, nbytes: int) -> bool:
-        """Fetches an adapter into host memory for later; False when that must wait."""
+        """Fetches an adapter into host memory ahead of time; returns False if that must wait."""
         if self._arena.get(digest):
             return True
         self._host.protect(digest)
         if self._host.get(digest) or not self._host.fits_empty(nbytes):
             return True
-        return self._jobs.spare(Job.FETCH) and self._fetch(digest, nbytes)
+        return self._jobs.has_spare_thread(Job.FETCH) and self._start_fetch(digest, nbytes)
+
+    def leasable(self, digest: str) -> bool:
+        """Protects an adapter in this step; returns True if a sequence may lease it now."""
+        return self._arena.leasable(digest, self._config.max_bypass)
+
+    def lease(self, digest: str, sequence: Sequence) -> None:
+        """Prevents an adapter from leaving the arena until the sequence releases it."""
+        self._arena.lease(digest, sequence)
+
+    def release(self, digest: str, sequence: Sequence) -> None:
+        """Ends the lease of a sequence, if it has one."""
+        self._arena.release(digest, sequence)
 
     def pin(self, digest: str, nbytes: int, name: str) -> None:
-        """From now on the adapter is brought into the arena and kept there, until it is unpinned,
-        unloaded, or found impossible to load. Raises PinsFull when pins would take too many bytes,
-        and when those that are there leave no stretch of the arena that is long enough.
+        """Loads an adapter into the arena and exempts it from eviction, until it is unpinned,
+        unloaded, or fails to load.
+
+        Raises PinsFull if pins would take more than `max_pinned_bytes`, or if the other pins leave
+        no contiguous range of the arena that is long enough.
         """
         if digest in self._pins:
             return
@@ -150,39 +161,33 @@ class UnmergedResidency:
         self._arena.cancel_unload(digest)
 
     def unpin(self, digest: str) -> None:
-        """The adapter is one like others again."""
+        """Makes a pinned adapter evictable."""
         self._pins.pop(digest, None)
 
     def unload(self, digest: str) -> bool:
-        """Drops an adapter from arena and host as soon as nobody needs it; whether it was in the
-        arena. It is pinned no more.
+        """Unpins an adapter and drops it from arena and host once it is idle there; returns True if
+        it was in the arena.
         """
         self.unpin(digest)
         self._host.unload(digest)
         return self._arena.unload(digest)
 
     def complete(self, done: Completion) -> None:
-        """Takes in what a job has done; what failed is absent again."""
-        tier = self._host if done.job is Job.FETCH else self._arena
+        """Applies a completed job; an adapter whose job failed is absent again, and unpinned."""
+        cache = self._host if done.job is Job.FETCH else self._arena
         if done.job is Job.COPY:
-            self._host.read_ended(done.digest)
-        entry = tier.get(done.digest)
+            self._host.end_read(done.digest)
+        entry = cache.get(done.digest)
         assert entry is not None
         self._observer.adapter_loaded(
-            tier=tier.name, outcome="error" if done.error else "ok", seconds=done.seconds
+            cache=cache.name, outcome="error" if done.error else "ok", seconds=done.seconds
         )
         if done.error is not None:
-            tier.failed(done.digest)
-            self._pins.pop(done.digest, None)
+            cache.cancel_load(done.digest)
+            self.unpin(done.digest)
             return
-        cost = {Job.FETCH: "host", Job.COPY: "copy", Job.LOAD: "host"}[done.job]
-        self._costs.note(cost, entry.nbytes, done.seconds)
-        tier.loaded(done.digest)
-
-    @property
-    def loading(self) -> int:
-        """Number of adapters that load into host memory or into the arena."""
-        return self._host.loading + self._arena.loading
+        self._costs.record(LOAD_KINDS[done.job], entry.nbytes, done.seconds)
+        cache.finish_load(done.digest)
 
     def arena_stats(self) -> CacheStats:
         """Returns how full the arena is now."""
@@ -193,50 +198,50 @@ class UnmergedResidency:
         return self._host.stats()
 
     def check_integrity(self, leases: Iterable[tuple[str, Sequence]]) -> None:
-        """Asserts that both tiers balance, and that pins keep to their bound."""
+        """Asserts that both caches balance, and that pins are within their limit."""
         self._arena.check_integrity(leases)
         self._host.check_integrity(())
         assert self.pinned_bytes <= self.max_pinned_bytes
 
     def _start_job(self, digest: str, nbytes: int) -> bool:
-        """Begins the next job for an adapter that is absent from the arena, if there is one to
-        begin. False when the arena has no room for it.
+        """Starts the next job of an adapter that is absent from the arena, unless one runs or its
+        lane is full; returns False if the arena has no room.
         """
         self._host.protect(digest)
         copy = self._host.get(digest)
         if copy is None and self._jobs.full(Job.FETCH):
             return True
-        if copy is None and self._fetch(digest, nbytes):
+        if copy is None and self._start_fetch(digest, nbytes):
             return True
         if copy is not None and not copy.resident:
-            return True  # it is being fetched
-        return self.blocked or self._load(digest, nbytes)
+            return True  # its FETCH runs
+        return self.blocked or self._start_load(digest, nbytes)
 
-    def _fetch(self, digest: str, nbytes: int) -> bool:
-        """Begins to fetch an absent adapter into the host; False when there is no room for it."""
+    def _start_fetch(self, digest: str, nbytes: int) -> bool:
+        """Starts to fetch an absent adapter into the host; returns False if there is no room."""
         if not self._host.fits_empty(nbytes) or self._host.reserve(digest, nbytes) is None:
             return False
         self._jobs.submit(Job.FETCH, digest, self._runner.pack_adapter)
         return True
 
-    def _load(self, digest: str, nbytes: int) -> bool:
-        """Begins to bring an adapter into the arena, from the host if there is a copy, unless the
-        loader is busy; False when there is no room for it.
+    def _start_load(self, digest: str, nbytes: int) -> bool:
+        """Starts to load an adapter into the arena, from its host copy if there is one, unless the
+        lane is full; returns False if there is no room.
         """
         job = Job.COPY if self._host.has(digest) else Job.LOAD
         if self._jobs.full(job):
             return True
-        if (place := self._arena.reserve(digest, nbytes, keep=self._pins)) is None:
+        if (entry := self._arena.reserve(digest, nbytes, exempt=self._pins)) is None:
             return False
-        runner, offset = self._runner, place.handle
+        runner, offset = self._runner, entry.handle
         if job is Job.COPY:
-            self._host.read(digest)
+            self._host.begin_read(digest)
             self._jobs.submit_copy(digest, partial(runner.copy_adapter, digest, offset, nbytes))
         else:
             self._jobs.submit(job, digest, lambda p: runner.load_adapter(p, offset, nbytes))
         return True
 
     def _reload_seconds(self, digest: str, nbytes: int) -> float:
-        """What bringing an adapter back into the arena would take."""
+        """Returns the seconds that loading an adapter into the arena again is expected to take."""
         copy = self._costs.seconds("copy", nbytes)
         return copy if self._host.has(digest) else copy + self._costs.seconds("host", nbytes)

@@ -130,14 +130,14 @@ class Metrics:
         self._prefix_queries.labels(self._model_name).inc(tokens)
         self._prefix_hits.labels(self._model_name).inc(hits)
 
-    def adapter_loaded(self, *, tier: CacheName, outcome: Outcome, seconds: float) -> None:
+    def adapter_loaded(self, *, cache: CacheName, outcome: Outcome, seconds: float) -> None:
         """See Observer."""
-        self._loads.labels(tier, outcome, self._model_name).inc()
-        self._load_seconds.labels(tier, self._model_name).observe(seconds)
+        self._loads.labels(cache, outcome, self._model_name).inc()
+        self._load_seconds.labels(cache, self._model_name).observe(seconds)
 
-    def adapter_evicted(self, *, tier: CacheName) -> None:
+    def adapter_evicted(self, *, cache: CacheName) -> None:
         """See Observer."""
-        self._evictions.labels(tier, self._model_name).inc()
+        self._evictions.labels(cache, self._model_name).inc()
 
     def merged_looked_up(self, *, hit: bool) -> None:
         """See Observer."""

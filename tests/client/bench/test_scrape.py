@@ -15,12 +15,12 @@ def scraped(registry: CollectorRegistry) -> Scrape:
 def test_swaps_are_what_was_added_between_two_looks_at_the_servers_own_metrics() -> None:
     registry = CollectorRegistry()
     metrics = Metrics(registry, model_name='a "quoted", name')
-    metrics.adapter_loaded(tier="arena", outcome="ok", seconds=5.0)
+    metrics.adapter_loaded(cache="arena", outcome="ok", seconds=5.0)
     before = scraped(registry)
     for seconds in (0.003, 0.004, 0.02):
-        metrics.adapter_loaded(tier="arena", outcome="ok", seconds=seconds)
-    metrics.adapter_evicted(tier="arena")
-    metrics.adapter_evicted(tier="merged")
+        metrics.adapter_loaded(cache="arena", outcome="ok", seconds=seconds)
+    metrics.adapter_evicted(cache="arena")
+    metrics.adapter_evicted(cache="merged")
     swaps = scraped(registry).since(before).swaps()
     assert set(swaps) == {"arena", "merged"}
     arena = swaps["arena"]

@@ -83,7 +83,9 @@ def answers(
     config = EngineConfig(block_tokens=BLOCK, arena_bytes=ARENA, **sizes | limits)
     clock = map(float, count())  # a second a step, so batches are the same
     engine = Engine(
-        *(config, rig.runner, rig.programs),
+        config,
+        rig.runner,
+        rig.programs,
         base_digest="base",
         observer=observer,
         clock=clock.__next__,
