@@ -30,7 +30,8 @@ from adaplex.engine.engine import Engine
 from adaplex.engine.errors import NoRoomBesidePins, PinsFull
 from adaplex.engine.request import AdapterRef, Request
 from adapters.handmade import UPLOAD, files, make_registry, objects, push, staged, tensors
-from engine.fakes import FakeRunner, Ledger, expected, make_engine, make_request
+from engine.fakes import Ledger, make_engine, make_request
+from fake_runner import FakeRunner, expected
 from time_limits import TEST_SECONDS
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)

@@ -1,201 +1,37 @@
-"""A runner without a model, executors without threads, and makers of requests."""
+"""Executors without threads, and makers of engines, adapters and requests."""
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
 from threading import Event
-from typing import Any, NamedTuple
+from typing import Any
 
-from adaplex.adapters.program.program import AdapterProgram
 from adaplex.adapters.program.traits import AdapterTraits
+from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.auto_merge import AutoMerge
-from adaplex.engine.batch import Batch, Chunk
+from adaplex.engine.batch import Batch
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.engine import Engine
-from adaplex.engine.merge_cost_model import FoldedShare, StepCosts
 from adaplex.engine.request import (
     AdapterMode,
     AdapterRef,
     Request,
-    SampledToken,
     SamplingParams,
     StepOutput,
 )
-from adaplex.engine.sequence import VIRTUAL
+from fake_runner import BLOCK, FakeRunner, FakeSource, Row, expected
 
-BLOCK = 4
-"""Tokens a block."""
 UNIT = 64
 """Bytes of the smallest adapter."""
 MERGED, AUTO = AdapterMode.MERGED, AdapterMode.AUTO
 
 
-def next_token(digest: str, tokens: Sequence[int]) -> int:
-    return zlib.crc32(repr((digest, list(tokens))).encode()) % 997
-
-
-def expected(request: Request) -> list[int]:
-    """What the request yields when it runs alone and to its length."""
-    digest = request.adapter.digest if request.adapter else ""
-    tokens = [*range(VIRTUAL, VIRTUAL + request.leading), *request.prompt]
-    known = len(tokens)
-    for _ in range(request.sampling.max_tokens):
-        tokens.append(next_token(digest, tokens))
-    return tokens[known:]
-
-
-class Row(NamedTuple):
-    """A chunk as it was when it ran."""
-
-    request_id: str
-    adapter: str
-    mode: str
-    start: int
-    length: int
-    samples: bool
-
-    @classmethod
-    def of(cls, chunk: Chunk) -> Row:
-        adapter = chunk.sequence.adapter
-        name, mode = (adapter.name, adapter.mode.value) if adapter else ("", "")
-        return cls(chunk.sequence.request_id, name, mode, chunk.start, chunk.count, chunk.samples)
-
-
-class FakeRunner:
-    """The next token is a function of the tokens and the adapter; the KV cache is a dictionary,
-    checked at every read; adapters occupy extents, checked for overlap.
-    """
-
-    def __init__(self) -> None:
-        self.batches: list[list[Row]] = []
-        self.now = 0.0
-        self.cells: dict[tuple[int, int], tuple[str, str, int, int]] = {}
-        self.extents: dict[str, tuple[int, int]] = {}
-        self.merged: set[str] = set()
-        self.merged_size = 100
-        self.host: set[str] = set()
-        self.fetches: list[str] = []
-        self.loads: list[str] = []
-        self.failing: dict[str, Exception] = {}
-        self.step_failure: Exception | None = None
-        self.on_run: Callable[[], None] = lambda: None
-
-    def run(self, batch: Batch) -> list[SampledToken]:
-        self.on_run()
-        self.batches.append([Row.of(chunk) for chunk in batch.chunks])
-        self.now += 0.005 + 0.001 * batch.tokens
-        if self.step_failure is not None:
-            raise self.step_failure
-        self._check_tables(batch)
-        for chunk in batch.chunks:
-            self._check_adapter(chunk)
-            self._write_and_read(chunk)
-        return [
-            SampledToken(next_token(self._digest(chunk), chunk.sequence.tokens))
-            for chunk in batch.sampling
-        ]
-
-    def step_costs(self) -> StepCosts:
-        """A machine on which merging pays for an adapter that has the steps for itself."""
-        return StepCosts((1, 16), (1.0, 2.0), (1.0, 2.0), (0.2, 0.4), 0.1)
-
-    def pack_adapter(self, program: AdapterProgram) -> None:
-        digest = program.digest
-        self.fetches.append(digest)
-        if digest in self.failing:
-            raise self.failing[digest]
-        assert digest not in self.host
-        self.host.add(digest)
-
-    def remove_host(self, digest: str) -> None:
-        self.host.remove(digest)
-
-    def copy_adapter(self, digest: str, offset: int, nbytes: int) -> None:
-        assert digest in self.host, "there is no host copy"
-        self._load(digest, offset, nbytes)
-
-    def load_adapter(self, program: AdapterProgram, offset: int, nbytes: int) -> None:
-        self._load(program.digest, offset, nbytes)
-
-    def _load(self, digest: str, offset: int, nbytes: int) -> None:
-        self.loads.append(digest)
-        if digest in self.failing:
-            raise self.failing[digest]
-        for start, size in self.extents.values():
-            assert offset + nbytes <= start or start + size <= offset, "extents overlap"
-        assert digest not in self.extents
-        self.extents[digest] = (offset, nbytes)
-
-    def remove_adapter(self, digest: str) -> None:
-        del self.extents[digest]
-
-    def measure_merge(self, program: AdapterProgram) -> FoldedShare:
-        return FoldedShare(self.merged_size)
-
-    def build_merged(self, program: AdapterProgram) -> int:
-        digest = program.digest
-        self.loads.append(digest)
-        if digest in self.failing:
-            raise self.failing[digest]
-        self.merged.add(digest)
-        return self.merged_size
-
-    def remove_merged(self, digest: str) -> None:
-        self.merged.remove(digest)
-
-    @staticmethod
-    def _digest(chunk: Chunk) -> str:
-        return chunk.sequence.adapter.digest if chunk.sequence.adapter else ""
-
-    @staticmethod
-    def _check_tables(batch: Batch) -> None:
-        """A block that is written is in no other table; decodes come first; adapters together."""
-        for chunk in batch.chunks:
-            first, last = chunk.start // BLOCK, (chunk.end - 1) // BLOCK
-            written = set(chunk.sequence.blocks[first : last + 1])
-            assert 0 not in written
-            for other in batch.chunks:
-                assert other is chunk or not written & set(other.sequence.blocks)
-        order = [(not c.sequence.decoding, c.sequence.adapter_key) for c in batch.chunks]
-        assert order == sorted(order)
-
-    def _check_adapter(self, chunk: Chunk) -> None:
-        if adapter := chunk.sequence.adapter:
-            assert adapter.mode is not AdapterMode.AUTO
-            loaded = self.merged if adapter.mode is AdapterMode.MERGED else self.extents
-            assert adapter.digest in loaded, "adapter is not loaded"
-
-    def _write_and_read(self, chunk: Chunk) -> None:
-        sequence = chunk.sequence
-        salt = sequence.request.cache_salt
-        for position in range(chunk.end):
-            cell = (sequence.blocks[position // BLOCK], position % BLOCK)
-            key = sequence.adapter_key if position >= sequence.adapter_from else ""
-            right = (key, salt, position, sequence.tokens[position])
-            if position >= chunk.start:
-                self.cells[cell] = right
-            assert self.cells[cell] == right, "stale KV"
-
-
-class FakeSource:
-    """Has every adapter but those of `failing`; a program does nothing."""
-
-    def __init__(self) -> None:
-        self.failing: dict[str, Exception] = {}
-
-    def program(self, digest: str) -> AdapterProgram:
-        if digest in self.failing:
-            raise self.failing[digest]
-        return AdapterProgram(digest, "fake", ())
-
-
 class ManualExecutor(Executor):
-    """Runs a job when told to."""
+    """Runs jobs when the test calls `run`."""
 
     def __init__(self) -> None:
         self.jobs: list[Callable[[], Any]] = []
@@ -215,7 +51,7 @@ class ManualExecutor(Executor):
 
 
 class InlineExecutor(Executor):
-    """Runs a job at once."""
+    """Runs a job when it is submitted."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         fn(*args, **kwargs)
@@ -223,12 +59,12 @@ class InlineExecutor(Executor):
 
 
 def digest(name: str) -> str:
-    """That of the adapter that `make_adapter` makes of a name."""
+    """Returns the digest of the adapter that `make_adapter` makes of a name."""
     return f"sha256:{name}"
 
 
 class EagerMerge(AutoMerge):
-    """Merging pays after so many steps with the adapter."""
+    """Merging pays after `steps` steps with the adapter."""
 
     def __init__(self, steps: int) -> None:
         super().__init__(None)
@@ -272,7 +108,7 @@ def make_engine(
     merge_after: int = 0,
     **changes: Any,
 ) -> tuple[Engine, FakeRunner]:
-    """An engine for which a step takes 5 ms, and a row 1 ms. In auto mode, merging pays after
+    """Returns an engine, and its runner, whose clock it uses. In auto mode, merging pays after
     `merge_after` steps with the adapter, if not 0.
     """
     runner = runner or FakeRunner()
@@ -308,7 +144,7 @@ def make_request(
 
 
 class Ledger:
-    """Steps an engine, checks it after each step, and gathers the outputs by request."""
+    """Steps an engine, checks it after each step, and collects the outputs by request."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -333,7 +169,7 @@ class Ledger:
         raise AssertionError("the engine does not come to an end")
 
     def drain_with(self, executor: ManualExecutor, limit: int = 2000) -> None:
-        """Drains, and completes every job, also those that nobody waits for."""
+        """Drains, and completes every job, also jobs that no request waits for."""
         for _ in range(limit):
             executor.run_all()
             self.step()
@@ -358,7 +194,7 @@ class Ledger:
 
 
 def run_all(engine: Engine, requests: Sequence[Request]) -> Ledger:
-    """Adds the requests, runs them to the end and checks every answer."""
+    """Adds the requests, runs them to the end and checks the tokens of each."""
     ledger = Ledger(engine)
     for request in requests:
         engine.add(request)
@@ -366,3 +202,26 @@ def run_all(engine: Engine, requests: Sequence[Request]) -> Ledger:
     for request in requests:
         assert ledger.tokens(request.request_id) == expected(request)
     return ledger
+
+
+def run_rows(engine: Engine, runner: FakeRunner, request: Request) -> list[Row]:
+    """Runs a request alone to the end, checks its tokens and returns its rows."""
+    begin = len(runner.batches)
+    run_all(engine, [request])
+    return [row for batch in runner.batches[begin:] for row in batch]
+
+
+def recomputed(runner: FakeRunner) -> set[str]:
+    """Returns the ids of requests with rows that ran twice, because of preemption."""
+    rows = Counter((row.request_id, row.start) for batch in runner.batches for row in batch)
+    return {request_id for (request_id, _), count in rows.items() if count > 1}
+
+
+async def collect_tokens(server: AsyncEngine, request: Request) -> list[int]:
+    """Runs a request on a server and returns its tokens."""
+    return [
+        token
+        async for outputs in server.generate(request)
+        for output in outputs
+        for token in output.tokens
+    ]

@@ -1,4 +1,4 @@
-"""Machines whose steps take what a cost model says, and what merging makes of adapters there."""
+"""Modelled machines for tests of merging: their step costs, and shares that merging changes."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ GPU = StepCosts(
 MACHINES = {"nf4 cpu": NF4_CPU, "bf16 cpu": BF16_CPU, "gpu": GPU}
 DENSE = FoldedShare(100)
 ZEROS = FoldedShare(100, dense=0.0, kept=1.0)
-"""Of QA-LoRA on an int4-group base."""
+"""A QA-LoRA adapter on an int4-group base: it changes the zero points."""
 FEW = FoldedShare(100, dense=0.25)
-"""Of an adapter on some of the linears."""
+"""An adapter on a quarter of the linears."""
 
 
 def chunks(name: str | None, mode: AdapterMode, rows: int) -> Iterator[Chunk]:
-    """Decoding rows of an adapter, or of the base."""
+    """Yields decoding rows of an adapter, or of the base."""
     adapter = make_adapter(name, mode=mode) if name else None
     for _ in range(rows):
         yield Chunk(Sequence(make_request("r", [1], adapter)), 0, 1)

@@ -10,7 +10,7 @@ from engine.fakes import UNIT, make_request
 
 
 class Bench:
-    """An arena tier, its removals and a way to fill it."""
+    """An arena cache, the digests it removed, and a way to fill it."""
 
     def __init__(
         self, units: int, cost: Callable[[str, int], float] = lambda _, nbytes: float(nbytes)

@@ -24,18 +24,17 @@ from adaplex.engine.errors import (
 from adaplex.engine.request import Request
 from engine.fakes import (
     UNIT,
-    FakeRunner,
-    FakeSource,
     ManualExecutor,
-    expected,
+    collect_tokens,
     make_adapter,
     make_config,
     make_request,
 )
+from fake_runner import FakeRunner, FakeSource, expected
 
 
 class Gate:
-    """Holds the engine thread inside a step until the test lets it go."""
+    """Blocks the engine thread inside a step until the test opens it."""
 
     def __init__(self, runner: FakeRunner) -> None:
         self.entered = threading.Event()
@@ -62,12 +61,7 @@ class Bench:
         self.server = AsyncEngine(self.engine)
 
     async def collect(self, request: Request) -> list[int]:
-        return [
-            token
-            async for outputs in self.server.generate(request)
-            for output in outputs
-            for token in output.tokens
-        ]
+        return await collect_tokens(self.server, request)
 
     def idle(self) -> bool:
         self.engine.check_integrity()

@@ -1,4 +1,4 @@
-"""Adapters that come and go beside the engine thread, on real threads."""
+"""Loads and pins of adapters beside the engine thread, on real threads."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.engine import Engine
 from adaplex.engine.errors import PinsFull, ServerUnavailable
-from adaplex.engine.request import Request
-from engine.fakes import UNIT, FakeRunner, FakeSource, digest, expected, make_config, make_request
+from engine.fakes import UNIT, collect_tokens, digest, make_config, make_request
+from fake_runner import FakeRunner, FakeSource, expected
 
 
 class GatedRunner(FakeRunner):
@@ -35,18 +35,9 @@ class GatedRunner(FakeRunner):
         self.arrived.set()
 
     async def hang(self, count: int) -> None:
-        """Returns when so many fetches hang."""
+        """Waits until `count` more fetches hang."""
         for _ in range(count):
             assert await asyncio.to_thread(self.hanging.acquire, timeout=10)
-
-
-async def collect(server: AsyncEngine, request: Request) -> list[int]:
-    return [
-        token
-        async for outputs in server.generate(request)
-        for output in outputs
-        for token in output.tokens
-    ]
 
 
 async def test_steps_and_copies_go_on_while_every_fetch_hangs() -> None:
@@ -56,15 +47,15 @@ async def test_steps_and_copies_go_on_while_every_fetch_hangs() -> None:
     await server.start()
     try:
         for name in "abc":  # the arena has room for two
-            await collect(server, make_request(name, adapter=name))
+            await collect_tokens(server, make_request(name, adapter=name))
         loads = len(runner.loads)
         cold = [make_request(f"c{i}", adapter=f"cold{i}") for i in range(4)]
-        tasks = [asyncio.create_task(collect(server, request)) for request in cold]
+        tasks = [asyncio.create_task(collect_tokens(server, request)) for request in cold]
         await runner.hang(2)
         base = make_request("base", max_tokens=20)
-        assert await collect(server, base) == expected(base)
+        assert await collect_tokens(server, base) == expected(base)
         warm = make_request("warm", adapter="a")
-        assert await collect(server, warm) == expected(warm)
+        assert await collect_tokens(server, warm) == expected(warm)
         assert runner.loads[loads:] == [digest("a")], "copied past the fetches that hang"
         assert not any(task.done() for task in tasks)
         runner.gate.set()

@@ -1,4 +1,4 @@
-"""Which adapters the recent steps would have been faster with merged."""
+"""The adapters that recent steps would have run faster with merged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""auto against the two fixed modes, on machines whose steps take what a cost model says."""
+"""`auto` against the two fixed modes, on machines whose steps take modelled times."""
 
 from __future__ import annotations
 
@@ -14,16 +14,7 @@ from adaplex.engine.batch import Batch
 from adaplex.engine.engine import Engine
 from adaplex.engine.merge_cost_model import FoldedShare, StepCosts, StepRows
 from adaplex.engine.request import AdapterMode, SampledToken
-from engine.fakes import (
-    UNIT,
-    FakeRunner,
-    FakeSource,
-    InlineExecutor,
-    digest,
-    make_adapter,
-    make_config,
-    make_request,
-)
+from engine.fakes import UNIT, InlineExecutor, digest, make_adapter, make_config, make_request
 from engine.machines import (
     AUTO,
     BF16_CPU,
@@ -36,12 +27,13 @@ from engine.machines import (
     UNMERGED,
     ZEROS,
 )
+from fake_runner import FakeRunner, FakeSource
 
 STREAMS = 8
 
 
 def adapters(skew: str, seed: int = 7) -> Iterator[str]:
-    """The adapter of each request, one after another."""
+    """Yields the adapter of each request."""
     chance = random.Random(seed)
     weights = {
         "identical": [1.0],
@@ -58,7 +50,7 @@ def adapters(skew: str, seed: int = 7) -> Iterator[str]:
 
 
 class ModelledRunner(FakeRunner):
-    """Moves a clock by what its costs say, for adapters that all merge alike."""
+    """Advances a clock by modelled seconds, for adapters that all merge alike."""
 
     def __init__(self, costs: StepCosts, merge: FoldedShare) -> None:
         super().__init__()
@@ -80,7 +72,7 @@ class ModelledRunner(FakeRunner):
 
 
 class Traffic:
-    """Streams back to back."""
+    """STREAMS concurrent requests; each is followed by another when it ends."""
 
     def __init__(
         self, costs: StepCosts, skew: str, mode: AdapterMode, merge: FoldedShare = DENSE
@@ -106,21 +98,21 @@ class Traffic:
         self._lengths = random.Random(3)
         self.tokens = 0
         for _ in range(STREAMS):
-            self._ask()
+            self._add_request()
 
     def seconds_a_token(self, steps: int) -> float:
-        """Over the next steps."""
+        """Runs steps; returns their mean seconds a token."""
         begun, tokens = self.runner.now, self.tokens
         for _ in range(steps):
             for output in self.engine.step():
                 self.tokens += len(output.tokens)
                 if output.last:
                     assert output.error is None
-                    self._ask()
+                    self._add_request()
         self.engine.check_integrity()
         return (self.runner.now - begun) / (self.tokens - tokens)
 
-    def _ask(self) -> None:
+    def _add_request(self) -> None:
         name = f"r{next(self._numbers)}"
         adapter = make_adapter(next(self._adapters), mode=self.mode)
         length = self._lengths.randint(8, 40)

@@ -6,7 +6,8 @@ from adaplex.adapters.program.traits import NO_TRAITS
 from adaplex.engine.block_manager import BlockManager, digest_fields
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.engine.sequence import Sequence
-from engine.fakes import BLOCK, make_adapter, make_config, make_request
+from engine.fakes import make_adapter, make_config, make_request
+from fake_runner import BLOCK
 
 
 def make_blocks(num_blocks: int = 9, base: str = "base", **changes: object) -> BlockManager:

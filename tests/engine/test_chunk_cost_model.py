@@ -1,4 +1,4 @@
-"""Chunks below a block: what they are expected to take, and the sizes chosen for it."""
+"""Chunks below a block: their modelled seconds, and the sizes chosen by them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from adaplex.engine.chunk_cost_model import MIN_CHUNK, RECENT, SmallChunkCosts
 
 BLOCK = 16
 CHUNK, TOKEN = 2.5, 0.5
-"""Seconds of a chunk by itself, and of each of its tokens."""
+"""Seconds that a chunk takes, and that each of its tokens adds."""
 
 
 def measured(*sizes: int, chunk: float = CHUNK, token: float = TOKEN) -> SmallChunkCosts:
-    """What is known after chunks of these sizes."""
+    """Returns the costs learned from chunks of these sizes."""
     small = SmallChunkCosts()
     for size in sizes:
         small.record(size, chunk + size * token)
@@ -53,8 +53,8 @@ def test_a_usual_size_is_one_that_came_twice_in_a_row() -> None:
 def test_the_largest_that_is_bearable_unless_half_takes_much_less(
     seconds: float, size: int
 ) -> None:
-    """16, 8, 4 and 2 tokens take 10.5, 6.5, 4.5 and 3.5 seconds; half as much again as may be spent
-    is bearable, and only half of 16 takes less than two thirds of the whole.
+    """16, 8, 4 and 2 tokens take 10.5, 6.5, 4.5 and 3.5 seconds; 1.5 times the seconds to be spent
+    are bearable, and of all halves only that of 16 takes less than two thirds of the whole.
     """
     assert measured(16, 16, 8, 16).size(BLOCK, seconds) == size
 

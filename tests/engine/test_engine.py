@@ -11,13 +11,13 @@ from engine.fakes import (
     MERGED,
     UNIT,
     Ledger,
-    expected,
     make_adapter,
     make_config,
     make_engine,
     make_request,
     run_all,
 )
+from fake_runner import expected
 
 
 def test_the_first_output_tells_what_is_applied_before_there_is_a_token() -> None:

@@ -7,15 +7,14 @@ from adaplex.engine.errors import AdapterLoadFailed, RequestInvalid
 from engine.fakes import (
     AUTO,
     MERGED,
-    FakeSource,
     Ledger,
     ManualExecutor,
-    expected,
     make_adapter,
     make_engine,
     make_request,
     run_all,
 )
+from fake_runner import FakeSource, expected
 
 
 def test_a_failed_load_hurts_only_those_who_wait_for_it_and_may_be_tried_again() -> None:

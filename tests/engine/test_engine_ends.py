@@ -7,7 +7,8 @@ import pytest
 from adaplex.engine.batch import Batch
 from adaplex.engine.errors import DeadlineExpired, EngineFailed, LogitsOverflowed
 from adaplex.engine.request import OVERFLOWED, SampledToken
-from engine.fakes import Ledger, ManualExecutor, expected, make_engine, make_request, next_token
+from engine.fakes import Ledger, ManualExecutor, make_engine, make_request
+from fake_runner import expected, next_token
 
 
 @pytest.mark.parametrize("steps", range(8))
@@ -69,9 +70,9 @@ def test_a_failed_step_fails_its_batch_and_the_engine_lives_on() -> None:
     engine.add(make_request("base"))
     engine.add(waiting)
     ledger.step()
-    runner.step_failure = RuntimeError("device")
+    runner.failure = RuntimeError("device")
     ledger.step()
-    runner.step_failure = None
+    runner.failure = None
     for name in ("a", "base"):
         error = ledger.error(name)
         assert isinstance(error, EngineFailed)

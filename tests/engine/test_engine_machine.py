@@ -1,4 +1,4 @@
-"""Any mix of events, in any order, leaves blocks, leases and bytes in balance."""
+"""Any events, in any order, leave blocks, leases and bytes in balance."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from engine.fakes import (
     Ledger,
     ManualExecutor,
     digest,
-    expected,
     make_adapter,
     make_engine,
     make_request,
 )
+from fake_runner import expected
 
 SIZES = {
     "a": UNIT,
@@ -45,7 +45,7 @@ FACTS: dict[str, dict[str, Any]] = {
     "i": {"invocation": (3, 4)},
     "m": {"merged_only": True},
 }
-"""What some of the adapters ask for beside room."""
+"""Facts of some of the adapters."""
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -166,9 +166,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule()
     def fail_a_step(self) -> None:
-        self.runner.step_failure = RuntimeError("device")
+        self.runner.failure = RuntimeError("device")
         self.ledger.step()
-        self.runner.step_failure = None
+        self.runner.failure = None
 
     @invariant()
     def everything_balances(self) -> None:
@@ -210,8 +210,8 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 class HostedEngineMachine(EngineMachine):
-    """With host memory for a few adapters, too few for all, and so few places that most are fetched
-    before their turn.
+    """With host memory for some of the adapters, and so few running sequences that most adapters
+    are prefetched.
     """
 
     host_bytes = 5 * UNIT
@@ -219,7 +219,7 @@ class HostedEngineMachine(EngineMachine):
 
 
 class PacedEngineMachine(EngineMachine):
-    """With prompts that give way to those who decode."""
+    """With prompts limited by the seconds that they add to decoding steps."""
 
     max_stretch = 1.5
 

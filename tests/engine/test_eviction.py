@@ -1,4 +1,4 @@
-"""What an adapter in memory is worth."""
+"""The value of an adapter in memory, and the measured costs of loading it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from adaplex.engine.load_jobs import Completion, Job, LoadJobs
 from adaplex.engine.merged_residency import MergedResidency
 from adaplex.engine.observer import SilentObserver
 from adaplex.engine.sequence import Sequence
-from engine.fakes import FakeRunner, FakeSource, InlineExecutor, digest, make_config, make_request
+from engine.fakes import InlineExecutor, digest, make_config, make_request
+from fake_runner import FakeRunner, FakeSource
 
 
 def test_uses_and_cost_raise_the_value_and_bytes_lower_it() -> None:

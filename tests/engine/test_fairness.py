@@ -1,4 +1,4 @@
-"""Shares between adapters, and how long one can be kept waiting by others."""
+"""Shares between adapters, and bounds on how long others make one wait."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_keys_that_fell_behind_are_forgotten_even_if_somebody_always_waits() -> 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 50)), min_size=30, max_size=200))
 def test_the_gap_between_two_that_always_wait_is_bounded(jobs: list[tuple[str, int]]) -> None:
-    """The bound of the paper: twice the largest request, whatever the mix."""
+    """The bound of the paper is twice the largest request, for any traffic."""
     counter = VirtualTokenCounter()
     lines = {key: [cost for k, cost in jobs if k == key] for key in "abc"}
     for key, line in lines.items():

@@ -1,4 +1,4 @@
-"""Adapters that apply from where they are invoked on, and leave what comes before to the base."""
+"""Adapters that apply from their invocation on; the base computes the rows before it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from adaplex.engine.errors import RequestInvalid
 from adaplex.engine.merge_cost_model import StepRows
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.engine.sequence import Sequence
-from engine.fakes import make_adapter, make_engine, make_request, run_all
+from engine.fakes import make_adapter, make_engine, make_request, recomputed, run_all, run_rows
 
 INVOKED = make_adapter("invoked", invocation=(7, 8))
 OTHER = make_adapter("other", invocation=(8,))
@@ -62,7 +62,7 @@ def test_a_long_invocation_is_named_in_part() -> None:
 def test_blocks_before_the_invocation_are_those_of_the_base(
     first: AdapterRef | None, mode: AdapterMode
 ) -> None:
-    """A block of the prompt that holds the invocation is the adapter's own."""
+    """A block of the prompt that contains the invocation is not shared with the base."""
     engine, runner = make_engine(merged_bytes=200)
     shared = tuple(range(20, 30))
     run_all(engine, [make_request("first", (*shared, 9, 8, 1), first)])
@@ -78,9 +78,8 @@ def test_blocks_before_the_invocation_are_those_of_the_base(
 def test_the_base_shares_what_an_invoked_adapter_has_left_to_it() -> None:
     engine, runner = make_engine()
     run_all(engine, [make_request("first", (*range(20, 28), 7, 8), INVOKED)])
-    before = len(runner.batches)
-    run_all(engine, [make_request("second", (*range(20, 28), 7, 8))])
-    assert runner.batches[before][0].start == 8
+    second = make_request("second", (*range(20, 28), 7, 8))
+    assert run_rows(engine, runner, second)[0].start == 8
 
 
 def test_blocks_from_the_invocation_on_are_shared_with_nobody_else() -> None:
@@ -88,9 +87,7 @@ def test_blocks_from_the_invocation_on_are_shared_with_nobody_else() -> None:
     prompt = (*range(20, 26), 7, 8, *range(30, 40))
 
     def first_computed(request_id: str, adapter: AdapterRef | str | None) -> int:
-        begun = len(runner.batches)
-        run_all(engine, [make_request(request_id, prompt, adapter)])
-        return runner.batches[begun][0].start
+        return run_rows(engine, runner, make_request(request_id, prompt, adapter))[0].start
 
     assert first_computed("first", INVOKED) == 0
     assert first_computed("base", None) == 4
@@ -115,6 +112,4 @@ def test_answers_are_the_same_in_any_chunks_and_after_preemption() -> None:
         for i in range(8)
     ]
     run_all(engine, requests)
-    rows = [(row.request_id, row.start) for batch in runner.batches for row in batch]
-    again = {request_id for request_id, start in rows if rows.count((request_id, start)) > 1}
-    assert again - {"r2", "r5"}, "nothing that is invoked was preempted"
+    assert recomputed(runner) - {"r2", "r5"}, "no request with an invocation was preempted"

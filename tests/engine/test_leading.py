@@ -7,10 +7,18 @@ import pytest
 from adaplex.engine.errors import RequestInvalid
 from adaplex.engine.request import AdapterRef, SamplingParams
 from adaplex.engine.sequence import VIRTUAL, Sequence
-from engine.fakes import Ledger, make_adapter, make_engine, make_request, run_all
+from engine.fakes import (
+    Ledger,
+    make_adapter,
+    make_engine,
+    make_request,
+    recomputed,
+    run_all,
+    run_rows,
+)
 
 TUNED = make_adapter("tuned", leading=10)
-"""Two and a half blocks."""
+"""Its positions fill two and a half blocks."""
 
 
 def test_the_prompt_begins_behind_them_and_the_output_behind_the_prompt() -> None:
@@ -40,8 +48,7 @@ def test_positions_that_fill_their_blocks_are_computed_once() -> None:
     engine, runner = make_engine()
     whole = make_adapter("whole", leading=12)
     run_all(engine, [make_request(f"r{i}", (i, 2, 3, 4, 5), whole) for i in range(3)])
-    run_all(engine, [make_request("later", (2, 2, 3, 4, 5), whole)])
-    rows = [row for batch in runner.batches for row in batch if row.request_id == "later"]
+    rows = run_rows(engine, runner, make_request("later", (2, 2, 3, 4, 5), whole))
     assert rows[0].start == 16, "all of the adapter, and a block of the prompt"
 
 
@@ -49,17 +56,14 @@ def test_positions_that_fill_their_blocks_are_computed_once() -> None:
 def test_they_are_shared_with_no_other_adapter(other: AdapterRef | None) -> None:
     engine, runner = make_engine()
     run_all(engine, [make_request("first", (1, 2, 3), TUNED)])
-    before = len(runner.batches)
-    run_all(engine, [make_request("second", (1, 2, 3), other)])
-    assert runner.batches[before][0].start == 0
+    assert run_rows(engine, runner, make_request("second", (1, 2, 3), other))[0].start == 0
 
 
 def test_salts_keep_them_apart() -> None:
     engine, runner = make_engine()
     run_all(engine, [make_request("first", (1, 2, 3), TUNED, cache_salt="mine")])
-    before = len(runner.batches)
-    run_all(engine, [make_request("second", (1, 2, 3), TUNED, cache_salt="yours")])
-    assert runner.batches[before][0].start == 0
+    second = make_request("second", (1, 2, 3), TUNED, cache_salt="yours")
+    assert run_rows(engine, runner, second)[0].start == 0
 
 
 def test_they_are_cut_into_chunks_and_survive_preemption() -> None:
@@ -69,9 +73,7 @@ def test_they_are_cut_into_chunks_and_survive_preemption() -> None:
         for i in range(6)
     ]
     run_all(engine, requests)
-    rows = [(row.request_id, row.start) for batch in runner.batches for row in batch]
-    again = {request_id for request_id, start in rows if rows.count((request_id, start)) > 1}
-    assert again & {"r1", "r3", "r5"}, "nothing was preempted"
+    assert recomputed(runner) & {"r1", "r3", "r5"}, "no request with positions was preempted"
 
 
 def test_usage_counts_tokens_of_the_prompt_alone() -> None:

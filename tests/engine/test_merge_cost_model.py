@@ -1,4 +1,4 @@
-"""What a cost model says of steps: by rows, modes, and what merging makes of adapters."""
+"""Modelled seconds of steps by rows, modes, and shares that merging changes."""
 
 from __future__ import annotations
 

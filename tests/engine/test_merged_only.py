@@ -1,4 +1,4 @@
-"""Adapters that have nothing but merged weights."""
+"""Adapters that can only be served merged."""
 
 from __future__ import annotations
 

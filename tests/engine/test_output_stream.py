@@ -1,4 +1,4 @@
-"""What one reader is given, and when."""
+"""Which outputs a reader gets at once, and when."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pins: they come, they stay, they keep to their share, and nobody waits in vain beside them."""
+"""Pins: they are loaded, they stay, their bytes are bounded, and no request waits in vain."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from engine.fakes import (
     Ledger,
     ManualExecutor,
     digest,
-    expected,
     make_adapter,
     make_engine,
     make_request,
     run_all,
 )
+from fake_runner import expected
 
 
 def test_a_pinned_adapter_comes_unasked_and_stays() -> None:

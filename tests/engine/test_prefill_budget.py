@@ -16,15 +16,16 @@ from adaplex.engine.engine import Engine
 from adaplex.engine.prefill_budget import ROW_COUNTS, PrefillBudget
 from adaplex.engine.request import SampledToken
 from adaplex.engine.sequence import Sequence
-from engine.fakes import FakeRunner, FakeSource, InlineExecutor, make_config, make_request
+from engine.fakes import InlineExecutor, make_config, make_request
+from fake_runner import FakeRunner, FakeSource
 
 BLOCK = 16
 
 
 @dataclass
 class Machine:
-    """Seconds of a step: what every step costs, each row, each chunk, and each token it attends
-    to.
+    """Seconds of a step: fixed, per row, per prompt chunk, per token attended to, and per prompt
+    chunk and token of its context.
     """
 
     step: float = 15e-3
@@ -55,7 +56,7 @@ SLOW_CONTEXT = Machine(context=1e-6)
 COSTLY_CHUNKS = Machine(chunk=10e-3, row=0.4e-3)
 OVERHEAD = Machine(chunk=10e-3, chunk_context=1e-5)
 QUICK = Machine(step=3.4e-3, row=0.63e-3, chunk=2.2e-3, context=5e-8)
-"""One stream takes as long as two or three tokens of a prompt."""
+"""A step of one stream takes as long as a chunk of two or three tokens adds."""
 GPU = Machine(step=8e-3, row=5e-6, chunk=1e-4, context=2e-9)
 MACHINES = [CPU, SLOW_CONTEXT, COSTLY_CHUNKS, GPU]
 
@@ -64,14 +65,14 @@ MACHINES = [CPU, SLOW_CONTEXT, COSTLY_CHUNKS, GPU]
 class Step:
     seconds: float
     alone: float
-    """What it would have taken without prompts."""
+    """Seconds that it would have taken without prompts."""
     decodes: int
     prompts: dict[str, int] = field(default_factory=dict)
-    """Rows by request."""
+    """Prompt rows by request."""
 
 
 class TimedRunner(FakeRunner):
-    """Moves a clock instead of checking blocks."""
+    """Advances a clock by modelled seconds, and does not check blocks."""
 
     def __init__(self, machine: Machine) -> None:
         super().__init__()
@@ -112,7 +113,7 @@ class Run:
             clock=lambda: self.runner.now,
         )
         self.first: dict[str, float] = {}
-        """When each request had its first token."""
+        """Time of the first token of each request."""
 
     def step(self) -> None:
         for output in self.engine.step():
@@ -133,7 +134,7 @@ class Run:
             self.step()
 
     def until(self, *names: str) -> list[Step]:
-        """Steps until these have had their first tokens; the steps it took."""
+        """Steps until these requests have their first tokens; returns the steps."""
         begun = len(self.runner.steps)
         while not set(names) <= self.first.keys():
             self.step()

@@ -1,4 +1,4 @@
-"""Tiers: host copies, prefetching, and steps that go on while adapters come."""
+"""Host copies, prefetching, and steps that run while adapters load."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from engine.fakes import (
     Ledger,
     ManualExecutor,
     digest,
-    expected,
     make_adapter,
     make_engine,
     make_request,
     run_all,
 )
+from fake_runner import expected
 
 
 def test_an_evicted_adapter_comes_back_from_the_host() -> None:

@@ -2,17 +2,15 @@ from __future__ import annotations
 
 from engine.fakes import (
     UNIT,
-    FakeRunner,
     InlineExecutor,
     Ledger,
     ManualExecutor,
-    Row,
-    expected,
     make_adapter,
     make_engine,
     make_request,
     run_all,
 )
+from fake_runner import FakeRunner, Row, expected
 
 
 def shape(batch: list[Row]) -> list[tuple[str, int, int]]:
