@@ -47,7 +47,7 @@ class CachedAdapter:
 
 @dataclass(frozen=True)
 class CacheStats:
-    """How full one cache is."""
+    """Size and content of one cache."""
 
     capacity: int
     """Bytes."""

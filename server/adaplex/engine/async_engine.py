@@ -78,7 +78,7 @@ class AsyncEngine:
         self, request: Request, *, interval: int = 1
     ) -> AsyncGenerator[list[StepOutput], None]:
         """Runs a request; yields its outputs, one per step, in lists, and raises its error after
-        all outputs before it. Yields outputs up to the second token at once, then `interval` at a
+        all outputs before it. Yields outputs up to the first token at once, then `interval` at a
         time, or more if the caller is slow.
 
         Raises ServerUnavailable, QueueFull, RequestInvalid, AdapterTooLarge or NoRoomBesidePins

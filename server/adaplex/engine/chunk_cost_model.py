@@ -11,7 +11,7 @@ from statistics import median
 from adaplex.engine.batch import Chunk
 
 RECENT = 5
-"""Measurements of a kind that are kept: their median ignores two outliers, and follows a lasting
+"""Measurements of a kind whose median is used: it ignores two outliers, and follows a lasting
 change after three.
 """
 MIN_CHUNK = 2

@@ -14,7 +14,7 @@ class EngineConfig:
     num_blocks: int
     """KV blocks in all; block 0 is scratch space for padding rows and never allocated."""
     arena_bytes: int
-    """Bytes of the arena, which holds the adapters that steps use unmerged."""
+    """Bytes of the arena, the memory of the adapters that steps use unmerged."""
     host_bytes: int = 0
     """Bytes of packed adapters in host memory, one copy away from the arena."""
     max_pinned_share: float = 0.5

@@ -9,7 +9,7 @@ PROMPT_WEIGHT = 1
 OUTPUT_WEIGHT = 2
 """A generated token costs more than a prompt token."""
 MAX_IDLE = 1024
-"""Keys without waiting sequences whose counters are kept, roughly."""
+"""Keys without waiting sequences whose counters are remembered, roughly."""
 
 
 class VirtualTokenCounter:

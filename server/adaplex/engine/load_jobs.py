@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # it imports torch, which the engine does not
 
 
 class AdapterSource(Protocol):
-    """Where adapters are stored. Called on the threads of LoadJobs."""
+    """The store of adapters, read on the threads of LoadJobs."""
 
     def program(self, digest: str) -> AdapterProgram:
         """Reads and lowers a stored adapter. Raises an AdaplexError if it cannot be read."""

@@ -47,7 +47,7 @@ class StepRows:
 
 @dataclass(frozen=True)
 class FoldedShare:
-    """What merging makes of an adapter, as fractions of all linears but the output layer, by the
+    """The effect of merging an adapter, as fractions of all linears but the output layer, by the
     size of their weights.
     """
 

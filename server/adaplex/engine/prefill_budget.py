@@ -53,15 +53,15 @@ class PrefillBudget:
         seconds = max(self._seconds / shares, min(self._block_seconds, self._seconds))
         return PrefillBudget(self._config, rows, seconds, self._costs, self._trial, self)
 
-    def spend(self, start: int, wanted: int) -> int:
+    def spend(self, start: int, limit: int) -> int:
         """Spends budget on a chunk from position `start` of a prompt; returns its tokens, at most
-        `wanted`, 0 if the budget is not `open`.
+        `limit`, 0 if the budget is not `open`.
 
         A chunk that leaves tokens for later ends at the end of a block if it can.
         """
         if not self.open:
             return 0
-        count = min(wanted, self._config.max_chunk_tokens, self._rows)
+        count = min(limit, self._config.max_chunk_tokens, self._rows)
         unit = self._config.block_tokens
         affordable = self._costs.tokens(start, self._seconds)
         if affordable < 2 * unit:
@@ -71,7 +71,7 @@ class PrefillBudget:
         if affordable < count:
             count = max(1, int(affordable) // unit) * unit
         over = (start + count) % unit
-        if count < wanted and over < count:
+        if count < limit and over < count:
             count -= over
         self._subtract(count, self._costs.seconds(start, count))
         return count

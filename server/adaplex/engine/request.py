@@ -13,7 +13,7 @@ from adaplex.engine.errors import RequestInvalid
 
 
 class AdapterMode(StrEnum):
-    """How an adapter is applied to the base weights."""
+    """Ways to apply an adapter to the base weights."""
 
     UNMERGED = "unmerged"
     MERGED = "merged"
@@ -35,7 +35,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. The server checks the ranges (see generation.proto)."""
+    """Sampling settings. The server checks the ranges (see generation.proto)."""
 
     temperature: float = 0.0
     top_k: int = 0

@@ -61,7 +61,7 @@ class LoadFailure:
 
 @dataclass(frozen=True)
 class ResidencyStats:
-    """How full the memory of adapters is."""
+    """Sizes and contents of the caches, and pins."""
 
     arena: CacheStats
     host: CacheStats
@@ -158,8 +158,8 @@ class Residency:
 
         Returns True if the sequence may lease the adapter in this step.
         """
-        if sequence.adapter_wanted_at is None:
-            sequence.adapter_wanted_at = self._now
+        if sequence.adapter_requested_at is None:
+            sequence.adapter_requested_at = self._now
         ready = sequence.adapter is None or self._load(sequence, sequence.adapter)
         if ready and sequence.adapter_ready_at is None:
             sequence.adapter_ready_at = self._now
@@ -184,7 +184,7 @@ class Residency:
             self._merged.release(adapter.digest, sequence)
 
     def pin(self, digest: str, packed_bytes: int, name: str) -> None:
-        """Loads an adapter into the arena and keeps it there; see UnmergedResidency.pin."""
+        """Loads an adapter into the arena and exempts it from eviction. Raises PinsFull."""
         self._unmerged.pin(digest, packed_bytes, name)
 
     def unpin(self, digest: str) -> None:

@@ -48,8 +48,8 @@ class Sequence:
     """Later sequences that leased an adapter while this waited for room for its own."""
     last_turn: int = 0
     """Number of the last step that computed some of its prompt."""
-    adapter_wanted_at: float | None = None
-    """When the engine first loaded or looked up the adapter; all times are `time.monotonic()`."""
+    adapter_requested_at: float | None = None
+    """Time of the first lookup of its adapter; all times in `time.monotonic()` seconds."""
     adapter_ready_at: float | None = None
     admitted_at: float | None = None
     first_token_at: float | None = None
@@ -108,10 +108,10 @@ class Sequence:
     def timing(self, now: float) -> Timing:
         """Returns seconds from arrival to each event, 0 for an event that has not happened."""
         arrival = self.request.arrival
-        wanted, ready = self.adapter_wanted_at, self.adapter_ready_at
+        requested, ready = self.adapter_requested_at, self.adapter_ready_at
         return Timing(
             queued=(self.admitted_at or arrival) - arrival,
-            adapter_wait=ready - wanted if ready is not None and wanted is not None else 0.0,
+            adapter_wait=ready - requested if ready is not None and requested is not None else 0.0,
             first_token=(self.first_token_at or arrival) - arrival,
             total=now - arrival,
             cached_tokens=self.cached_tokens,

@@ -1,4 +1,4 @@
-"""EngineStats: how full the engine is."""
+"""EngineStats: the load and the memory of the engine at one moment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adaplex.engine.sequence import Sequence
 
 @dataclass(frozen=True)
 class EngineStats:
-    """How full the engine is. Immutable, so that any thread may read it."""
+    """Load and memory of the engine. Immutable, so that any thread may read it."""
 
     running: int = 0
     """Running sequences."""

@@ -51,14 +51,14 @@ class PinFollower:
         """
         async with self._lock:
             records = await in_thread(self._registry.names.pinned)
-            wanted = {record.digest: record for record in records}
+            desired = {record.digest: record for record in records}
             pinned = self._engine.stats().pinned
-            for digest in pinned - wanted.keys():
+            for digest in pinned - desired.keys():
                 await self._engine.unpin(digest)
-            self._refused &= wanted.keys()
-            for digest, record in wanted.items():
+            self._refused &= desired.keys()
+            for digest, record in desired.items():
                 if digest not in pinned:
-                    await self._try(record)
+                    await self._try_pin(record)
 
     async def add(self, name: str) -> None:
         """Pins every adapter that a name can resolve to, or none.
@@ -80,7 +80,7 @@ class PinFollower:
                     await self._engine.unpin(digest)
                 raise
 
-    async def _try(self, record: AdapterRecord) -> None:
+    async def _try_pin(self, record: AdapterRecord) -> None:
         try:
             await self._pin(record)
             self._refused.discard(record.digest)
