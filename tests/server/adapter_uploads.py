@@ -15,7 +15,7 @@ from server.fake_model import BASE, FEATURES
 
 
 def adapter_files(seed: int = 0, **config: Any) -> dict[str, bytes]:
-    """A small LoRA checkpoint for BASE as PEFT writes it."""
+    """Returns the files of a small LoRA checkpoint for BASE, as PEFT writes it."""
     rank = 2
     generator = torch.Generator().manual_seed(seed)
     described = {
@@ -45,7 +45,7 @@ def upload_messages(
     chunk: int = 100,
     message: Any = adapters_pb2.UploadAdapterRequest,
 ) -> list[Any]:
-    """The messages of an upload."""
+    """Returns the messages of an upload."""
     metadata = adapters_pb2.AdapterUpload(name=name, policy=policy)  # type: ignore[arg-type]
     for file, data in files.items():
         digest = hashlib.sha256(data).hexdigest()

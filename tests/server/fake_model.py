@@ -34,7 +34,7 @@ BASE = BaseSpec(
 
 
 class ByteTokenizer:
-    """A token is a byte of UTF-8; 256 ends the text."""
+    """Tokens are bytes of UTF-8; 256 ends a text."""
 
     chat_template = "yes"
 
@@ -51,14 +51,14 @@ class ByteTokenizer:
 
 
 def shifted_echo(request: Request) -> list[int]:
-    """The prompt and an end; an adapter shows in the first letter: its digest's first digit."""
+    """Returns the prompt and EOS; an adapter adds the first digit of its digest in front."""
     mark = [ord(request.adapter.digest[7])] if request.adapter else []
     return [*mark, *request.prompt, EOS]
 
 
 @dataclass
 class FakeRunner:
-    """Says what `answer` tells it to; steps are slow while `gate` is closed."""
+    """Generates the tokens that `answer` returns; steps are slow while `gate` is closed."""
 
     answer: Callable[[Request], list[int]] = shifted_echo
     gate: threading.Event = field(default_factory=threading.Event)

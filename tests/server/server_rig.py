@@ -93,7 +93,7 @@ def toy_components(
     tokenizer: ByteTokenizer | None = None,
     **settings: Any,
 ) -> tuple[Components, Engine]:
-    """Components over a fake model, and the engine inside them."""
+    """Returns components over a fake model, and the engine inside them."""
     config = ServerConfig(**{"port": 0, "http_port": 0, "store_dir": folder / "store"} | settings)
     sizes = {"num_blocks": 65, "arena_bytes": 1 << 16, "merged_bytes": 1 << 16}
     sizes |= {"max_model_len": 256, "max_running": 4, "max_waiting": 8}
@@ -142,7 +142,7 @@ async def rig(
     tokenizer: ByteTokenizer | None = None,
     **settings: Any,
 ) -> AsyncIterator[ServerRig]:
-    """A server on free ports; everything balances when it has stopped."""
+    """Yields a server on free ports; checks at the end that blocks, leases and files balance."""
     runner = runner or FakeRunner()
     components, core = toy_components(folder, runner, engine, tokenizer, **settings)
     async with serve(components) as server:

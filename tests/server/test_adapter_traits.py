@@ -39,7 +39,7 @@ BLOCKS = {"block_tokens": 16, "num_blocks": 129}
 
 @pytest.fixture
 def tunable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The toy's base with an embedding and an attention block."""
+    """Gives the toy's base an embedding and an attention block."""
     attention = replace(ATTENTION, layer=0, part="attention")
     modules = BASE.modules | {m.name: m for m in (EMBEDDING, attention)}
     changed = replace(BASE, modules=modules, kv_shapes=((2, 4, 4),))
@@ -47,7 +47,7 @@ def tunable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Recorder(FakeRunner):
-    """Keeps the tokens of every sequence, and where its first chunk began."""
+    """Records the tokens of every sequence, and the position where its first chunk began."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Recorder(FakeRunner):
 
 
 def learned(kind: str, width: int, tokens: int = TOKENS) -> dict[str, bytes]:
-    """A checkpoint of prompt learning, as PEFT writes it."""
+    """Returns the files of a prompt-learning checkpoint, as PEFT writes them."""
     config = {"peft_type": kind, "task_type": "CAUSAL_LM", "num_virtual_tokens": tokens}
     return {
         "adapter_config.json": json.dumps(config).encode(),
@@ -144,13 +144,13 @@ Lower = Callable[..., AdapterProgram]
 
 
 def lowered_by(monkeypatch: pytest.MonkeyPatch, change: Callable[[AdapterProgram], Any]) -> None:
-    """From now on every checkpoint is lowered to what `change` makes of it."""
+    """Makes lowering return the result of `change` for every checkpoint."""
     lower: Lower = formats.lower
     monkeypatch.setattr(formats, "lower", lambda *args: change(lower(*args)))
 
 
 async def test_an_invoked_adapter_needs_its_invocation(tmp_path: Path) -> None:
-    """The blocks before it are those of the base."""
+    """The KV blocks before the invocation are shared with the base."""
     runner = Recorder()
     async with rig(tmp_path, runner=runner, engine=BLOCKS) as toy:
         files = adapter_files(alora_invocation_tokens=list(b"!!"))

@@ -34,7 +34,7 @@ LONG = GenerationSpec(text="x", sampling=SamplingParams(max_tokens=20, ignore_eo
 
 
 async def fetch(toy: ServerRig, path: str) -> tuple[int, str]:
-    """Status and body of a page of the HTTP port."""
+    """Returns status and body of a page of the HTTP port."""
     url = f"http://127.0.0.1:{toy.server.http_port}{path}"
 
     def get() -> tuple[int, str]:

@@ -99,7 +99,7 @@ def test_the_second_start_quantizes_only_what_was_not_saved(
 
 
 class Base:
-    """What sizing looks at."""
+    """The attributes of a base that sizing reads."""
 
     max_positions = 4096
 

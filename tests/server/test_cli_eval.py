@@ -50,7 +50,7 @@ def save_lora(model: Path, directory: Path) -> Path:
 def store(
     base: BaseModel, root: Path, **adapters: tuple[Path, ...]
 ) -> tuple[AdapterRegistry, list[str]]:
-    """A store with these versions of these names, and their digests."""
+    """Returns a store with these versions of these names, and their digests."""
     opened = open_store(ServerConfig(store_dir=root), base.spec, element_bytes=4)
     digests = []
     for name, versions in adapters.items():
@@ -62,7 +62,7 @@ def store(
 
 
 def nats(oracle: Oracle, ids: list[int], length: int, stride: int) -> list[float]:
-    """By plain windows: what is before a token in its window, then the token."""
+    """Returns the loss of each token, given the tokens before it in its window."""
     found = []
     for window in windows(len(ids), length, stride):
         for at in range(window.first, window.end):

@@ -1,4 +1,4 @@
-"""What commands about adapters do without a server, and that they are registered."""
+"""Offline commands for adapters: their registration, `formats` and `verify`."""
 
 from __future__ import annotations
 

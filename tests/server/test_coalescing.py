@@ -1,4 +1,4 @@
-"""A reader who is behind: what the engine has given meanwhile comes as one message."""
+"""A late reader of a stream gets all outputs that wait as one message."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from server.server_rig import rig, toy_components
 
 
 class Script:
-    """In place of the engine: a step gives the next group of outputs, so many steps' at once."""
+    """Stands in for the engine: one step returns the next group, the outputs of several steps."""
 
     stalled = True
     next_deadline = None
@@ -55,11 +55,11 @@ class Script:
 
 
 SECONDS = 0.25
-"""Between two steps of the script."""
+"""Seconds between two steps of the script."""
 
 
 def said(text: str, finish: FinishReason | None = None) -> list[StepOutput]:
-    """A byte a step."""
+    """Returns outputs of one byte per step."""
     outputs = [
         StepOutput("", tokens=(byte,), at=1 + n * SECONDS, logprobs=(Logprob(byte, -0.5),))
         for n, byte in enumerate(text.encode())
@@ -71,7 +71,7 @@ def said(text: str, finish: FinishReason | None = None) -> list[StepOutput]:
 
 @asynccontextmanager
 async def scripted(folder: Path, *groups: list[StepOutput]) -> AsyncIterator[Any]:
-    """A generator over a script, and the script; `value` looks a metric up."""
+    """Yields a generator over a script, the script, and `value`, which reads a metric."""
     parts, _ = toy_components(folder, FakeRunner())
     script = Script(list(groups))
     engine = AsyncEngine(_as_engine(script))

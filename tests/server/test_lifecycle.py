@@ -97,7 +97,7 @@ async def test_labels_filter_order_and_pages(tmp_path: Path) -> None:
 
 
 def token(value: object, name: str) -> str:
-    """A page token that somebody made up."""
+    """Returns a forged page token."""
     return base64.urlsafe_b64encode(json.dumps([["", "", "", []], value, name]).encode()).decode()
 
 

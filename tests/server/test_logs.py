@@ -20,7 +20,7 @@ from server.server_rig import rig
 
 @pytest.fixture
 def configured_logs() -> Iterator[None]:
-    """Logging as before, afterwards."""
+    """Restores the logging configuration afterwards."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     structlog.reset_defaults()

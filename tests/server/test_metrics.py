@@ -37,7 +37,7 @@ LABELS = {
     "adapter_capacity_bytes": ["tier"],
     "adapter_state": ["adapter", "tier"],
 }
-"""Beside model_name; every other family has that one only."""
+"""Labels beside model_name; every other family has model_name only."""
 LATENCIES = "0.3 0.5 0.8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680"
 BETWEEN = "0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5 5 7.5 10 20 40 80"
 BUCKETS = {

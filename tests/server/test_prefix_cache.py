@@ -1,4 +1,4 @@
-"""What is reused of a prompt's KV: within a content and a tenant, whatever happens to names."""
+"""Reuse of a prompt's KV within one content and one tenant, whatever happens to names."""
 
 from __future__ import annotations
 

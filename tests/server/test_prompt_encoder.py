@@ -25,7 +25,7 @@ MOST = 256 * TOKEN_BYTES
 
 
 class Gated(ByteTokenizer):
-    """Long texts take until the gate opens; its copies share the gate."""
+    """Encodes a long text only once the gate opens. Copies share the gate."""
 
     def __init__(self) -> None:
         self.begun, self.gate = threading.Event(), threading.Event()
@@ -43,13 +43,13 @@ class Gated(ByteTokenizer):
 
 
 class Untouched:
-    """Many values that nobody may look at."""
+    """Many values that must not be read."""
 
     def __len__(self) -> int:
         return 1_000_000
 
     def __iter__(self) -> Iterator[NoReturn]:
-        raise AssertionError("looked at before their number was")
+        raise AssertionError("read before they were counted")
 
 
 def chat(*contents: str) -> GenerationSpec:

@@ -24,7 +24,7 @@ TIMINGS = ("first_token_seconds", "total_seconds")
 
 @dataclass(frozen=True)
 class Case:
-    """What an engine says of one request, a token a step."""
+    """A request and the engine's outputs for it, one token per step."""
 
     tokens: tuple[int, ...]
     stops: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Case:
 
     @property
     def outputs(self) -> list[StepOutput]:
-        """Admitted before the first token, ended with the last."""
+        """The admission, then one output per token, the last with the end."""
         admitted = StepOutput("r", admitted=True, timing=Timing(queued=0.5))
         steps = [self._step(token) for token in self.tokens[:-1]]
         finish = FinishReason.STOP if self.tokens[-1] == EOS else FinishReason.LENGTH
@@ -51,8 +51,8 @@ class Case:
 
 
 @dataclass
-class Heard:
-    """What a client and the metrics hear of an response."""
+class Observed:
+    """The observable parts of a response, for client and metrics."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -61,8 +61,8 @@ class Heard:
     finished: GenerationFinished = field(default_factory=GenerationFinished)
 
 
-def heard(case: Case, groups: Sequence[Sequence[StepOutput]]) -> Heard:
-    response, found = Response(ByteTokenizer(), case.request, case.stops), Heard()
+def observed(case: Case, groups: Sequence[Sequence[StepOutput]]) -> Observed:
+    response, found = Response(ByteTokenizer(), case.request, case.stops), Observed()
     for group in groups:
         delta = response.add(group)
         found.gaps += len(response.gaps)
@@ -95,17 +95,17 @@ CASES = st.builds(
 @given(CASES, st.data())
 def test_however_steps_are_grouped_the_answer_is_the_same(case: Case, data: st.DataObject) -> None:
     outputs = case.outputs
-    alone = heard(case, [[output] for output in outputs])
+    alone = observed(case, [[output] for output in outputs])
     cuts = data.draw(st.sets(st.integers(1, len(outputs) - 1)), label="cuts")
     groups = [outputs[a:b] for a, b in pairwise([0, *sorted(cuts), len(outputs)])]
-    assert heard(case, groups) == alone
+    assert observed(case, groups) == alone
     assert alone.logprobs == (alone.tokens if case.logprobs else [])
     assert alone.finished.completion_tokens == len(alone.tokens) == alone.gaps + 1
 
 
 def test_steps_after_a_stop_string_add_nothing() -> None:
     case = Case(tuple(b"hello world"), stops=("lo",), logprobs=True)
-    found = heard(case, [case.outputs])
+    found = observed(case, [case.outputs])
     assert found.text == "hel"
     assert bytes(found.tokens) == bytes(found.logprobs) == b"hello"
     assert found.finished.stop == "lo"
@@ -114,7 +114,7 @@ def test_steps_after_a_stop_string_add_nothing() -> None:
 
 def test_a_stop_string_within_min_tokens_is_text_in_a_group_too() -> None:
     case = Case(tuple(b"ababab"), stops=("ab",), min_tokens=2)
-    found = heard(case, [case.outputs])
+    found = observed(case, [case.outputs])
     assert found.text == "ab"
     assert found.finished.completion_tokens == 4
 

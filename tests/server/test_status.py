@@ -25,7 +25,7 @@ from adaplex.server.rich_status import status_of
 from adaplex.server.status import TABLE, UNEXPECTED, Mapping, mapping_of
 
 ROOTS = {AdaplexError, AdapterError, RequestError}
-"""Never raised themselves."""
+"""Base classes, which are never raised."""
 
 
 def subclasses(kind: type[AdaplexError]) -> Iterator[type[AdaplexError]]:
@@ -35,7 +35,7 @@ def subclasses(kind: type[AdaplexError]) -> Iterator[type[AdaplexError]]:
 
 
 def all_errors() -> set[type[AdaplexError]]:
-    """Every class below AdaplexError, wherever an `errors` module of ours defines one."""
+    """Returns every class below AdaplexError that an `errors` module of ours defines."""
     for package in (adaplex.adapters, adaplex.engine, adaplex.server):
         for module in pkgutil.iter_modules(package.__path__):
             if module.name == "errors":

@@ -56,7 +56,7 @@ class Wrapped:
 
 
 def byte_level() -> Wrapped:
-    """Merges of bytes, as GPT-2 and Llama 3 have them: tokens end inside characters."""
+    """Returns a tokenizer of byte merges, as in GPT-2 and Llama 3: tokens end inside characters."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,7 +69,7 @@ def byte_level() -> Wrapped:
 
 
 def byte_fallback() -> Wrapped:
-    """Pieces with ▁ for a space and single bytes for what is unknown, as Llama 2 has them."""
+    """Returns a tokenizer with ▁ for a space and bytes for unknown text, as in Llama 2."""
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefgh", "▁a", "ab"]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     merges = [("▁", "a"), ("a", "b")]
@@ -93,7 +93,7 @@ TOKENIZERS = {"byte_level": byte_level(), "byte_fallback": byte_fallback()}
 
 
 def streamed(tokenizer: Any, ids: Sequence[int], prompt: Sequence[int] = ()) -> list[str]:
-    """What comes out token by token, the flush last."""
+    """Returns the text of each token, and last the flushed text."""
     detokenizer = Detokenizer(tokenizer, prompt)
     return [*(detokenizer.push([token]) for token in ids), detokenizer.flush(cut=False)]
 
@@ -188,7 +188,7 @@ stops = st.lists(st.text("ab<|>", min_size=1, max_size=4), min_size=1, max_size=
 
 
 def cut_by_hand(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
-    """Looks after each character whether a stop string is complete; the longest counts."""
+    """Returns the text before the first complete stop string, the longest one there, and it."""
     for end in range(1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:

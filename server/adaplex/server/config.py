@@ -135,12 +135,12 @@ class ServerConfig(BaseSettings):
     adapters: NamedPaths = Field(
         default_factory=dict,
         description="name=path of an adapter to import at start. "
-        "Repeat the flag for more; ADAPLEX_ADAPTERS takes commas.",
+        "Repeat the flag for more; ADAPLEX_ADAPTERS separates them by commas.",
     )
     adapter_roots: Paths = Field(
         (),
         description="Folder that LoadAdapter may read; without one, LoadAdapter refuses paths. "
-        "Repeat the flag for more; ADAPLEX_ADAPTER_ROOTS takes commas.",
+        "Repeat the flag for more; ADAPLEX_ADAPTER_ROOTS separates them by commas.",
     )
     hub_allow: Names = Field(
         (),

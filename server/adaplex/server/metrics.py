@@ -70,7 +70,7 @@ class Metrics:
         self._table = CollectorRegistry()
         self._adapters = AdapterLabels()
         self._prompt_tokens = self._counter("prompt_tokens")
-        # Looking up a series takes as long as counting, so the two of every step are kept.
+        # Looking up a series costs as much as counting: those of every step are looked up once.
         self._generation_tokens = self._counter("generation_tokens").labels(model_name)
         self._inter_token = self._histogram("inter_token_latency_seconds").labels(model_name)
         self._prefix_queries = self._counter("prefix_cache_queries")

@@ -44,7 +44,7 @@ class OpenStore:
 
 
 def open_store(config: ServerConfig, spec: BaseSpec, *, element_bytes: int) -> OpenStore:
-    """Opens the store of the configuration. Raises ConfigError if its place is unusable."""
+    """Opens the store of the configuration. Raises ConfigError if it is unusable."""
     limits = adapter_limits(config)
     contents, catalog = open_contents(config)
     registry = AdapterRegistry(
