@@ -222,7 +222,7 @@ def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
     try:
         return server.add_insecure_port(f"{host}:{config.port}")
     except RuntimeError as error:
-        raise ConfigError(f"port: cannot bind {host}:{config.port}") from error
+        raise ConfigError(f"port: cannot bind {host}:{config.port}; is it in use?") from error
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:
