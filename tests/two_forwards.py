@@ -10,14 +10,11 @@ from torch import Tensor
 from adaplex.engine.request import AdapterRef
 from adaplex.model.forward.native_forward import NativeForward
 from adaplex.model.forward.torch_forward import TorchForward
-from adaplex.model.kernels.native.library import INSTRUCTION_SETS
 from rig import ModelRig, prompt
 
 BOUNDS = {"fp32": 1e-4, "bf16": 5e-2, "nf4": 5e-2, "int4-group": 5e-2}
 """Quantization -> largest difference of logits; a share of the largest logit, but for fp32."""
 STEPS = 3
-USABLE = [each for each in INSTRUCTION_SETS if each.usable]
-"""Instruction sets of this processor."""
 
 
 def forward_of(rig: ModelRig) -> type[Any]:

@@ -19,9 +19,10 @@ from adaplex.engine.sequence import VIRTUAL
 from adaplex.model.kernels.native import library
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kernels.native.library import InstructionSet
+from instruction_sets import each_instruction_set
 from rig import ModelRig, prompt
 from tiny import save_tiny
-from two_forwards import BOUNDS, USABLE, both, close, decode
+from two_forwards import BOUNDS, both, close, decode
 
 FAMILIES = ("lora", "scales", "weights", "norms", "embedding", "head", "blocks", "everything")
 """Kinds of adapters; see `Draw`."""
@@ -159,7 +160,7 @@ def test_every_family_on_odd_sizes_equals_the_modules(quantization: str, tmp_pat
 
 
 @pytest.mark.parametrize("quantization", ["fp32", "nf4"])
-@pytest.mark.parametrize("instructions", USABLE, ids=[each.name for each in USABLE])
+@each_instruction_set
 def test_a_row_has_the_same_bits_alone_in_any_batch_chunks_and_threads(
     instructions: InstructionSet,
     quantization: str,
@@ -192,7 +193,7 @@ def test_a_row_has_the_same_bits_alone_in_any_batch_chunks_and_threads(
                 assert torch.equal(rest[i], alone[name]), (name, threads)
 
 
-@pytest.mark.parametrize("instructions", USABLE, ids=[each.name for each in USABLE])
+@each_instruction_set
 def test_activations_equal_those_of_torch_over_their_range(
     instructions: InstructionSet,
     tiny_model: Callable[[str], Path],

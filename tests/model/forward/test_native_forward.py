@@ -20,11 +20,12 @@ from adaplex.model.forward.torch_forward import TorchForward
 from adaplex.model.kernels.native import library, structs
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kernels.native.library import InstructionSet
+from instruction_sets import each_instruction_set
 from model.spread_adapters import save_spread
 from peft_adapters import Oracle, load_plain, save_adapter, spread
 from rig import ModelRig, lowered, prompt
 from tiny import ARCHITECTURES, save_tiny
-from two_forwards import BOUNDS, USABLE, both, close, decode, forward_of
+from two_forwards import BOUNDS, both, close, decode, forward_of
 
 LLAMAS = ["llama", "mistral", "qwen2", "qwen3"]
 ROWS = 12
@@ -109,7 +110,7 @@ def test_odd_sizes_equal_the_modules(quantization: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["fp32", "bf16", "nf4", "int4-group"])
-@pytest.mark.parametrize("instructions", USABLE, ids=[each.name for each in USABLE])
+@each_instruction_set
 def test_every_instruction_set_equals_the_modules(
     instructions: InstructionSet,
     quantization: str,

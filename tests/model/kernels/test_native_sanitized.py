@@ -10,6 +10,8 @@ import pytest
 
 from adaplex.model.kernels.native import library
 
+pytestmark = pytest.mark.slow
+
 DRIVER = Path(__file__).parent / "native_sanitized.c"
 FLAGS = ("-O1", "-g", "-std=gnu11", "-pthread", "-Wno-psabi", "-fno-sanitize-recover=all")
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from adaplex.model.base.saved_base import LAYOUT
 from adaplex.model.base.source import default_cache
 from adaplex.model.kernels.native.kernels import NativeKernels
-from adaplex.model.kernels.native.library import INSTRUCTION_SETS, InstructionSet
+from adaplex.model.kernels.native.library import InstructionSet
 from adaplex.model.linear.native import NativeLinear, native_linear
 from adaplex.model.linear.native_int4 import NativeInt4Linear
+from instruction_sets import USABLE, each_instruction_set
 
-USABLE = [each for each in INSTRUCTION_SETS if each.usable]
 KINDS = {
     **{"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16},
     **{"int4": torch.bfloat16, "int4-fp32": torch.float32},
@@ -34,7 +34,6 @@ SHAPES = {
 }
 """Kind -> [out, in] with panels and groups of panels that are not full."""
 
-EachSet = pytest.mark.parametrize("instructions", USABLE, ids=[each.name for each in USABLE])
 EachShape = pytest.mark.parametrize(
     ("kind", "shape"), [(kind, shape) for kind, shapes in SHAPES.items() for shape in shapes]
 )
@@ -73,7 +72,7 @@ def rows_of(layer: NativeLinear, rows: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(rows, layer.in_features, generator=torch.manual_seed(rows)).to(dtype)
 
 
-@EachSet
+@each_instruction_set
 @EachShape
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 def test_multiplies_by_the_weight_it_reports(
@@ -91,7 +90,7 @@ def test_multiplies_by_the_weight_it_reports(
         assert (got.float() - expected).abs().max() <= bound * max(1, float(expected.abs().max()))
 
 
-@EachSet
+@each_instruction_set
 @EachShape
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(
     kind: str, shape: tuple[int, int], instructions: InstructionSet
@@ -103,7 +102,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(
         assert torch.equal(layer(x[start:stop]), whole[start:stop])
 
 
-@EachSet
+@each_instruction_set
 @EachShape
 def test_threads_change_no_bit(
     kind: str,
@@ -119,7 +118,7 @@ def test_threads_change_no_bit(
         assert torch.equal(layer(x), alone)
 
 
-@EachSet
+@each_instruction_set
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_rows_may_have_gaps_between_them(kind: str, instructions: InstructionSet) -> None:
     layer = layer_of(kind, SHAPES[kind][2], instructions)
@@ -128,7 +127,7 @@ def test_rows_may_have_gaps_between_them(kind: str, instructions: InstructionSet
     assert torch.equal(layer(x), layer(x.contiguous()))
 
 
-@EachSet
+@each_instruction_set
 def test_nf4_has_the_values_of_bitsandbytes_in_bf16(instructions: InstructionSet) -> None:
     table = bnb_functional.get_4bit_type("nf4", device="cpu")
     # one block a row, whose codes are 0 to 15 four times over; the largest value is 1
@@ -175,7 +174,7 @@ def test_a_width_without_blocks_keeps_nf4_values_dense_and_an_odd_one_has_no_pan
     assert native_linear(bf16, weight_of("bf16", (70, 37)), None, nf4=False) is None
 
 
-@EachSet
+@each_instruction_set
 def test_one_rows_nan_stays_in_it(instructions: InstructionSet) -> None:
     for kind in KINDS:
         layer = layer_of(kind, (64, 64), instructions)
@@ -209,7 +208,7 @@ PACKED = {
 """SHA-256 of what a small weight is packed to."""
 
 
-@EachSet
+@each_instruction_set
 @pytest.mark.parametrize("kind", sorted(PACKED))
 def test_saved_panels_stay_readable(kind: str, instructions: InstructionSet) -> None:
     """Panels that differ from these are another layout: raise `saved_base.LAYOUT` with them."""

@@ -19,6 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from adaplex.model.kernels.native import layouts, structs
 
 HERE = Path(__file__).parent
@@ -128,9 +130,14 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 def _build(compiler: str, instructions: InstructionSet, target: Path) -> None:
-    """Compiles beside the target and renames, so that no process loads a partial file."""
+    """Compiles beside the target and renames, so that no process loads a partial file. Of several
+    processes one builds, and the others wait.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+    lock = FileLock(target.parent / ".lock")
+    with lock, tempfile.TemporaryDirectory(dir=target.parent) as work:
+        if target.exists():
+            return
         built = Path(work) / "kernels.so"
         source = (str(HERE / SOURCE), "-lm")
         command = [compiler, *FLAGS, *instructions.flags, "-o", str(built), *source]
