@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ if not torch.cuda.is_available():
 
 from seaweed import s3, s3_prefix
 from tiny import save_tiny
+
+if TYPE_CHECKING:
+    from peft_cases import PeftCaseOf
 
 __all__ = ["s3", "s3_prefix"]
 
@@ -34,3 +38,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return made[architecture]
 
     return directory
+
+
+@pytest.fixture(scope="session")
+def peft_case(
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> PeftCaseOf:
+    """(family, architecture) -> an adapter and PEFT's answers, computed once a session."""
+    from peft_cases import peft_cases  # PEFT takes seconds to import
+
+    return peft_cases(tiny_model, tmp_path_factory.mktemp("families"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -176,6 +178,23 @@ def test_a_compiler_that_takes_too_long_is_ended_with_its_children(
     while alive(int(child)):  # a signal takes its time; the test's own limit ends this
         os.sched_yield()
     assert [path.name for path in (tmp_path / "kernels").iterdir()] == [".lock"]
+
+
+def test_a_compiler_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    children = tmp_path / "children"
+    script = (
+        "from pathlib import Path\n"
+        "from adaplex.model.kernels.native import library\n"
+        f"command = ['sh', '-c', 'echo $$ >> {children}; exec sleep 1000']\n"
+        f"library._run_bounded(command, Path('{tmp_path}') / 'stderr')\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script]) as process:
+        while not (children.exists() and children.read_text().endswith("\n")):
+            assert process.poll() is None
+        process.kill()
+    child = int(children.read_text())
+    while alive(child):  # a signal takes its time; the test's own limit ends this
+        os.sched_yield()
 
 
 def alive(process: int) -> bool:

@@ -28,6 +28,14 @@ SOURCE = "kernels.c"
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
 BUILD_CPU_SECONDS = 600
 """Limit of CPU seconds of each process of the compiler; a busy machine does not abort a build."""
+BOUNDED = """
+ulimit -t {seconds}
+exec 3<&0
+(cat <&3 >/dev/null; kill -KILL 0) &
+exec "$@" 3<&- </dev/null
+"""
+"""Shell script that runs a command with limited CPU seconds, and kills its own process group when
+stdin ends: the other side of that pipe is closed when the process that holds it dies."""
 VERSION_SECONDS = 60
 """Seconds of wall time in which a compiler must print its version."""
 NO_MEMORY = 1
@@ -150,14 +158,18 @@ def _build(compiler: str, instructions: InstructionSet, target: Path) -> None:
 
 def _run_bounded(command: list[str], errors: Path) -> int:
     """Runs a command in its own process group, each process limited to BUILD_CPU_SECONDS, with
-    stderr in a file; returns its exit status. Kills all processes of the group at the end, also
-    after an exception.
+    stderr in a file; returns its exit status. All processes of the group are killed at the end,
+    after an exception, and when this process dies.
     """
-    bounded = ["sh", "-c", f'ulimit -t {BUILD_CPU_SECONDS}; exec "$@"', "sh", *command]
+    bounded = ["sh", "-c", BOUNDED.format(seconds=BUILD_CPU_SECONDS), "sh", *command]
     with (
         errors.open("wb") as stderr,
         subprocess.Popen(
-            bounded, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
+            bounded,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
         ) as process,
     ):
         try:
