@@ -203,7 +203,7 @@ def test_a_failed_fetch_fails_only_those_who_wait_for_it() -> None:
     assert engine.stats().host == {digest("good")}
 
 
-def test_unload_drops_every_tier() -> None:
+def test_unload_drops_every_copy() -> None:
     engine, runner = make_engine(host_bytes=4 * UNIT)
     run_all(engine, [make_request("r", adapter="a")])
     assert engine.unload(digest("a"))

@@ -76,13 +76,14 @@ class ResidencyStats:
 class Residency:
     """Loads adapters into memory for waiting sequences and leases them to running ones.
 
-    Each step begins with `begin_step`, then every waiting sequence is passed in queue order to one
-    of `try_admit`, `load` and `prefetch`; a sequence that ends or is preempted, to `release`.
-    Running sequences have leases, waiting ones none. A sequence gets no room for its adapter
-    that an earlier one waits for. An earlier one without room lets at most `max_bypass` later ones
-    lease resident adapters, then the cache admits no more until enough leases have ended: no stream
-    of requests can hold up another adapter for ever. A sequence that would find no room even if
-    every lease ended, because of pins, fails.
+    Each step begins with `begin_step`. Then waiting sequences go in queue order to `try_admit`,
+    `load` (when no more can start) or `prefetch` (further back); a sequence that ends or is
+    preempted goes to `release`. Running sequences have leases, waiting ones none.
+
+    A sequence gets no room for its adapter that an earlier one waits for. A sequence without room
+    lets at most `max_bypass` later ones lease resident adapters; then the cache admits no more
+    until enough leases have ended, so that no stream of requests blocks another adapter for ever.
+    A sequence that would find no room even if every lease ended, because of pins, fails.
     """
 
     def __init__(
