@@ -34,7 +34,7 @@ from adapters.gguf_adapters import F32, HEADS, LIMITS, Q8_0, convert, lowered, p
         (pair() | {"blk.0.attn_norm.weight": torch.ones(64)}, ["needs replaced norm weights"]),
         (pair() | {"blk.0.attn_v.bias": torch.ones(32)}, ["attn_v.bias: is not a tensor of LoRA"]),
         (pair("rope") | pair("x.weight"), ["rope.lora_a: is not", "x.weight.lora_b: the base"]),
-        ({}, ["lora.gguf: holds no tensor"]),
+        ({}, ["lora.gguf: has no tensor"]),
     ],
 )
 def test_what_fits_no_place_is_refused_by_name(
@@ -54,8 +54,8 @@ def test_what_fits_no_place_is_refused_by_name(
         ({"adapter_type": "cvec"}, "adapter.type: is 'cvec', expected 'lora'"),
         ({"architecture": "qwen2"}, "general.architecture: is 'qwen2', expected 'llama'"),
         ({"invocation": [1, 2]}, "adapter.alora.invocation_tokens: activated LoRA"),
-        ({"alpha": -1.0}, "adapter.lora.alpha: must be"),
-        ({"alpha": float("nan")}, "adapter.lora.alpha: must be"),
+        ({"alpha": -1.0}, "adapter.lora.alpha: is -1.0, must be"),
+        ({"alpha": float("nan")}, "adapter.lora.alpha: is nan, must be"),
         ({"endian": GGUFEndian.BIG}, "lora.gguf: has version 50331648"),
     ],
 )
@@ -69,7 +69,7 @@ def test_metadata_that_cannot_be_served_is_named(
 
 def test_a_base_that_llama_cpp_keeps_otherwise_takes_none(llama: BaseSpec, tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "lora.gguf", pair(), architecture="gpt2")
-    with pytest.raises(AdapterInvalid, match="a base of type gpt2 takes no GGUF adapters"):
+    with pytest.raises(AdapterInvalid, match="the base has type gpt2; GGUF adapters need one of: "):
         convert(file, tmp_path / "into", BaseSpec("tiny", "digest", "gpt2", llama.modules))
 
 
@@ -82,7 +82,7 @@ def test_ggml_may_leave_out_the_one_row_of_a_rank_of_one(llama: BaseSpec, tmp_pa
 
 def test_rows_are_not_reordered_by_a_guess(llama: BaseSpec, tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "lora.gguf", pair())
-    with pytest.raises(AdapterInvalid, match="rows need the heads"):
+    with pytest.raises(AdapterInvalid, match="no number of heads to reorder its rows"):
         convert_gguf_lora(file, tmp_path / "into", llama, LIMITS, heads=HEADS, kv_heads=0)
 
 
@@ -92,7 +92,7 @@ def test_rows_are_not_reordered_by_a_guess(llama: BaseSpec, tmp_path: Path) -> N
         (AdapterLimits(max_rank=3), "lora_b has rank 4, the limit is 3"),
         (AdapterLimits(max_tensors=1), "lora.gguf has 2 tensors, the limit is 1"),
         (AdapterLimits(max_adapter_bytes=1000), "bytes, the limit is 1000"),
-        (AdapterLimits(max_header_bytes=100), "more bytes than the limit, 100"),
+        (AdapterLimits(max_header_bytes=100), "exceeds the limit of 100 bytes"),
     ],
 )
 def test_limits_hold(limits: AdapterLimits, message: str, llama: BaseSpec, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_file_cut_anywhere_is_refused(llama: BaseSpec, tmp_path: Path) -> None
     cut = tmp_path / "cut.gguf"
     for length in [*range(0, 600, 5), len(whole) - 300]:
         cut.write_bytes(whole[:length])
-        with pytest.raises(AdapterInvalid, match=r"cut short|beyond the end|is no GGUF file"):
+        with pytest.raises(AdapterInvalid, match=r"cut short|ends at byte|is not a GGUF file"):
             convert(cut, tmp_path / "into", llama)
 
 

@@ -240,7 +240,9 @@ def test_a_policy_needs_keys_that_are_keys(policy: SignaturePolicy, tmp_path: Pa
     other.write_bytes(public.public_bytes(PEM, SPKI))
     curve = Key(tmp_path / "curve", ec.SECP256K1()).public
     for path in (missing, text, other, curve):
-        with pytest.raises(ValueError, match=f"public_keys: {path} is no elliptic public key"):
+        with pytest.raises(
+            ValueError, match=f"public_keys: {path} is not an elliptic-curve public key"
+        ):
             SignatureVerifier(policy, public_keys=[path])
 
 

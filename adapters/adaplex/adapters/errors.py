@@ -15,8 +15,11 @@ AdaplexError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+MAX_LISTED = 10
+"""Values that an error message lists."""
 
 
 class AdaplexError(Exception):
@@ -87,3 +90,10 @@ class SourceUnavailable(AdapterError):
 
 class StoreCorrupt(AdapterError):
     """Stored content does not match its digest, or is missing. Uploading it again repairs it."""
+
+
+def listed(values: Iterable[object]) -> str:
+    """Returns the first MAX_LISTED values for an error message, `none` if there are none."""
+    words = [str(value) for value in values]
+    more = ", ..." if len(words) > MAX_LISTED else ""
+    return ", ".join(words[:MAX_LISTED]) + more or "none"

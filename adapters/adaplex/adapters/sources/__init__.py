@@ -1,4 +1,4 @@
-"""Sources: where adapters come from. One file a scheme, one line each in Sources."""
+"""Sources that adapters are fetched from: one file per URI scheme, one line each in Sources."""
 
 from adaplex.adapters.sources.sources import Fetched, Sources
 

@@ -1,7 +1,7 @@
-"""The Hugging Face hub: hf://org/repo[/folder][@revision], the commit pinned before all else.
+"""HubSource: the Hugging Face hub, hf://org/repo[/folder][@revision].
 
-API of huggingface_hub: https://huggingface.co/docs/huggingface_hub. The endpoint is HF_ENDPOINT,
-the token HF_TOKEN.
+The revision is resolved to a commit before any file is read. API:
+https://huggingface.co/docs/huggingface_hub. The endpoint is HF_ENDPOINT, the token HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from adaplex.adapters.errors import (
     AdapterInvalid,
     AdapterNotFound,
     SourceUnavailable,
+    listed,
 )
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.sources.transfer import choose_files
@@ -35,24 +36,24 @@ TIMEOUT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository at a commit: bytes, and how its content is known."""
+    """A file of a repository at a commit, with the hashes that the hub lists; `size` in bytes."""
 
     path: str
     size: int
     git_sha1: str
     sha256: str
-    """Of files kept outside git (LFS); empty for the others."""
+    """Hash of a file outside git (LFS); empty for other files."""
 
 
 class HubSource:
-    """Downloads one adapter from a repository."""
+    """Downloads adapters from repositories."""
 
     def __init__(self, allow: Sequence[str], limits: AdapterLimits) -> None:
-        """`allow` are patterns of `org/repo`, such as `my-org/*`."""
+        """`allow` has patterns of `org/repo`, such as `my-org/*`."""
         self._allow, self._limits = tuple(allow), limits
 
     def fetch(self, uri: str, into: Path) -> str:
-        """Downloads an adapter; its URI with the commit in place of the revision.
+        """Downloads an adapter. Returns its URI with the commit in place of the revision.
 
         Raises AdapterInvalid, AdapterNotFound, AdapterTooLarge or SourceUnavailable.
         """
@@ -61,8 +62,10 @@ class HubSource:
             raise AdapterInvalid.because("uri", "must be hf://org/repo[/folder][@revision]")
         repo, folder = match["repo"], match["folder"].strip("/")
         if not any(fnmatchcase(repo, pattern) for pattern in self._allow):
-            raise AdapterInvalid.because("uri", f"{repo} is not under one of --hub-allow")
-        with _asked(repo):
+            raise AdapterInvalid.because(
+                "uri", f"{repo} must match one of --hub-allow: {listed(self._allow)}"
+            )
+        with _hub_errors_as_ours(repo):
             commit, files = _listing(repo, folder, match["revision"])
             sizes = {name: file.size for name, file in files.items()}
             for name in choose_files(sizes, self._limits):
@@ -71,13 +74,13 @@ class HubSource:
 
 
 def _listing(repo: str, folder: str, revision: str | None) -> tuple[str, dict[str, HubFile]]:
-    """The commit that a revision is now, and the files directly in the folder there, by name.
+    """Returns the commit of a revision, and the files directly in the folder there, by name.
 
-    One request says both, with a timeout, which the hub library's listing of a folder lacks.
+    Makes a single request with a timeout; the hub library's listing of a folder has no timeout.
     """
     info = _info(repo, revision)
     if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
-        raise SourceUnavailable(f"the hub named no commit of {repo}")
+        raise SourceUnavailable(f"the hub returned no commit of {repo}")
     files = {}
     for found in info.siblings or ():
         parent, _, name = found.rfilename.rpartition("/")
@@ -88,7 +91,7 @@ def _listing(repo: str, folder: str, revision: str | None) -> tuple[str, dict[st
 
 
 def _info(repo: str, revision: str | None) -> Any:
-    """What the hub says of a repository; an answer that is none of the hub's is told as such."""
+    """Returns the hub's ModelInfo. Raises SourceUnavailable for an answer that is not one."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
 
@@ -97,13 +100,13 @@ def _info(repo: str, revision: str | None) -> Any:
             repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS
         )
     except HFValidationError:
-        raise AdapterInvalid.because("uri", f"{repo} is no name of a repository") from None
+        raise AdapterInvalid.because("uri", f"{repo} is not a valid repository name") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # not the hub's JSON
         raise SourceUnavailable(f"the hub's answer about {repo} cannot be read") from error
 
 
 def _download(repo: str, commit: str, file: HubFile, target: Path) -> None:
-    """Writes one file; what arrives must be what the listing said."""
+    """Writes one file, and compares its size and hash with the listing."""
     from huggingface_hub import utils as hub
 
     headers = hub.build_hf_headers()  # type: ignore[attr-defined]
@@ -123,12 +126,14 @@ def _download(repo: str, commit: str, file: HubFile, target: Path) -> None:
             if written > file.size:
                 break
             output.write(chunk)
-    if written != file.size or not _is(file, target):
-        raise SourceUnavailable(f"{repo}: {file.path} did not arrive as the hub lists it")
+    if written != file.size or not _has_listed_hash(file, target):
+        raise SourceUnavailable(
+            f"{repo}: {file.path} differs from the size or hash that the hub lists"
+        )
 
 
-def _is(file: HubFile, target: Path) -> bool:
-    """Whether a file is the listed one: by its SHA-256, or as git names its content."""
+def _has_listed_hash(file: HubFile, target: Path) -> bool:
+    """Returns True if a file has the listed SHA-256, or else the listed git blob hash."""
     if file.sha256:
         return file_sha256(target) == file.sha256
     data = target.read_bytes()
@@ -141,8 +146,8 @@ def _endpoint() -> str:
 
 
 @contextmanager
-def _asked(repo: str) -> Iterator[None]:
-    """The hub's errors as ours."""
+def _hub_errors_as_ours(repo: str) -> Iterator[None]:
+    """Raises AdapterNotFound or SourceUnavailable for errors of the hub library."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
@@ -155,10 +160,12 @@ def _asked(repo: str) -> Iterator[None]:
     try:
         yield
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
-        raise AdapterNotFound(f"the hub has no such thing in {repo}", field="uri") from error
+        raise AdapterNotFound(
+            f"the hub has no such repository, revision or file: {repo}", field="uri"
+        ) from error
     except HfHubHTTPError as error:
-        raise SourceUnavailable(f"the hub refused to give {repo}") from error
-    except Exception as error:  # the HTTP library is the hub library's choice, and changes
+        raise SourceUnavailable(f"the hub refused access to {repo}; check HF_TOKEN") from error
+    except Exception as error:  # the hub library chooses the HTTP library, and changes it
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             raise
         if type(error).__module__.partition(".")[0] != transport and not isinstance(error, OSError):

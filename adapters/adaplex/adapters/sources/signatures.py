@@ -1,4 +1,4 @@
-"""SignatureVerifier: who signed an adapter, by the OpenSSF model signing format, with EC keys.
+"""SignatureVerifier: checks signatures of adapters, in the OpenSSF model signing format, EC keys.
 
 `model_signing sign key` writes `model.sig`, a sigstore bundle over the SHA-256 of every file in a
 directory. Verification is offline. https://github.com/sigstore/model-transparency
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
 MAX_SIGNATURE_BYTES = MIB
 FINGERPRINT_DIGITS = 16
+"""Hex digits of a key's fingerprint."""
 MAX_REASON = 500
-"""Characters told of a failure."""
+"""Characters of a verdict's problem."""
 
 
 class SignaturePolicy(StrEnum):
-    """What is asked of an adapter: nothing, a warning if it is not signed, or a signature."""
+    """Whether an unsigned adapter is accepted, accepted with a warning, or refused."""
 
     OFF = "off"
     WARN = "warn"
@@ -39,24 +40,24 @@ class SignaturePolicy(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of an adapter's origin."""
+    """Result of verifying an adapter."""
 
     signed: bool = False
-    """Whether a configured key signed exactly these files."""
+    """True if a configured key signed exactly these files."""
     signer: str = ""
-    """The first 16 hex digits of the SHA-256 of that public key, in DER."""
+    """Fingerprint of that public key: the first 16 hex digits of the SHA-256 of its DER."""
     problem: str = ""
-    """Why it does not count as signed; empty when it does, or when the policy is off."""
+    """Why the adapter is not signed; empty if it is, or if the policy is off."""
 
 
 class SignatureVerifier:
     """Verifies adapter directories against a set of public keys. Thread-safe."""
 
     def __init__(self, policy: SignaturePolicy, *, public_keys: Sequence[Path] = ()) -> None:
-        """`public_keys` are PEM files of P-256, P-384 or P-521 keys; any of them may have signed.
+        """`public_keys` has PEM files of P-256, P-384 or P-521 keys; a signature by any is valid.
 
-        Raises ValueError, unless the policy is off, without a key, for a file that is none, and
-        without the package model-signing.
+        Unless the policy is off, raises ValueError without a key, for an invalid key file, and if
+        the package model-signing is not installed.
         """
         self._policy = SignaturePolicy(policy)
         self._keys: Mapping[str, verifying.Config] = {}
@@ -67,10 +68,10 @@ class SignatureVerifier:
             self._keys = dict(_load_key(path) for path in public_keys)
 
     def verify(self, directory: Path) -> Verdict:
-        """Whether `model.sig` in the directory signs all its other files, and no more.
+        """Returns whether `model.sig` in the directory signs exactly its other files.
 
-        Raises AdapterInvalid when the policy requires that and it does not. A policy that is off
-        reads nothing.
+        Raises AdapterInvalid if the policy requires that and it does not. Reads nothing if the
+        policy is off.
         """
         if self._policy is SignaturePolicy.OFF:
             return Verdict()
@@ -89,7 +90,7 @@ class SignatureVerifier:
         for fingerprint, key in self._keys.items():
             try:
                 _verify_with(key, directory)
-            except Exception as error:  # whatever a parser makes of a stranger's bytes is a no
+            except Exception as error:  # parsers may raise anything for untrusted bytes
                 reason = " ".join(str(error).split()) or type(error).__name__
                 problems.append(f"key {fingerprint}: {reason}")
             else:
@@ -108,7 +109,7 @@ def _check_installed(policy: SignaturePolicy) -> None:
 
 
 def _load_key(path: Path) -> tuple[str, verifying.Config]:
-    """The fingerprint of a public key, and the verifier for it. Raises ValueError."""
+    """Returns a public key's fingerprint and its verifier. Raises ValueError."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import (
         Encoding,
@@ -124,14 +125,16 @@ def _load_key(path: Path) -> tuple[str, verifying.Config]:
         config.use_elliptic_key_verifier(public_key=path)
     except (AttributeError, OSError, UnsupportedAlgorithm, ValueError) as error:
         # a key that is not elliptic has no `curve`
-        raise ValueError(f"public_keys: {path} is no elliptic public key: {error}") from error
+        raise ValueError(
+            f"public_keys: {path} is not an elliptic-curve public key: {error}"
+        ) from error
     return hashlib.sha256(der).hexdigest()[:FINGERPRINT_DIGITS], config
 
 
 def _verify_with(key: verifying.Config, directory: Path) -> None:
-    """Raises unless the key signed all files but the signature, and the adapter is among them.
+    """Raises unless the key signed all files but the signature, among them the adapter's.
 
-    A configuration is used once: verifying adds the paths that the signer ignored to it.
+    Works on a copy of `key`: verifying adds the paths that the signer ignored to a configuration.
     """
     from model_signing import hashing
 
@@ -144,7 +147,7 @@ def _verify_with(key: verifying.Config, directory: Path) -> None:
 
 
 def _signed_files(signature: Path) -> set[str]:
-    """Names in a bundle that has been verified."""
+    """Returns the file names in a verified bundle."""
     envelope = json.loads(signature.read_bytes())["dsseEnvelope"]
     statement = json.loads(base64.b64decode(envelope["payload"]))
     return {resource["name"] for resource in statement["predicate"]["resources"]}

@@ -1,4 +1,4 @@
-"""Sources: the one way from a URI to the files of an adapter."""
+"""Sources: fetches the files of an adapter by URI, or by name from templates."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from adaplex.adapters.storage.selector import NAME
 MAX_URI = 2048
 """Characters."""
 FORGET_SECONDS = 10.0
-"""How long a name that was found nowhere is not looked for again."""
+"""Time for which a name that no template has is not looked for again."""
 MAX_MISSING = 10_000
-"""Such names that are remembered."""
+"""Names that no template had, and that are remembered."""
 
 Convert = Callable[[Path, Path], None]
-"""Turns a GGUF file into an adapter directory."""
+"""Converts a GGUF file to an adapter directory, the second argument."""
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """An adapter's files, and the URI of exactly this content."""
+    """A folder with an adapter's files, and the URI that identifies exactly this content."""
 
     directory: Path
     uri: str
 
 
 class Source(Protocol):
-    """One scheme."""
+    """Fetches adapters of one URI scheme."""
 
     def fetch(self, uri: str, into: Path) -> str:
-        """Brings the files of an adapter into an empty folder; the resolved URI."""
+        """Writes an adapter's files into an empty folder. Returns the resolved URI."""
         ...
 
 
@@ -58,31 +58,32 @@ class Sources:
         resolve_templates: Sequence[str] = (),
         convert: Convert | None = None,
     ) -> None:
-        """`roots`, `hub_allow` and `bucket_allow` bound what callers may ask for.
+        """`roots`, `hub_allow` and `bucket_allow` are the places that callers may name in a URI.
 
-        `resolve_templates` are URIs with `{name}` in which `find` looks; they are the operator's,
-        and so allowed. Raises AdapterInvalid for one that cannot be served.
+        `resolve_templates` has URIs with `{name}` for `find`. The operator sets them, so they may
+        be anywhere. Raises AdapterInvalid for an invalid one.
         """
         self._convert, self._templates = convert, tuple(resolve_templates)
-        self._asked = _schemes(roots, hub_allow, bucket_allow, limits)
+        self._allowed = _schemes(roots, hub_allow, bucket_allow, limits)
         self._trusted = _schemes((Path("/"),), ("*/*",), ("s3:/",), limits)
         self._missing: dict[str, float] = {}
         for template in self._templates:
             if "{name}" not in template or _scheme(template) not in self._trusted:
                 raise AdapterInvalid.because(
-                    "resolve_from", f"{template!r:.200} must be a path or URI with {{name}} in it"
+                    "resolve_from",
+                    f"{template!r:.200} must be an absolute path or URI with {{name}} in it",
                 )
 
     def fetch(self, uri: str, into: Path) -> Fetched:
-        """Brings what a URI names into an empty folder.
+        """Fetches the adapter at a URI into an empty folder.
 
         Raises AdapterInvalid, AdapterNotFound or AdapterTooLarge, naming `uri`, or
         SourceUnavailable.
         """
-        return self._fetch(self._asked, uri, into)
+        return self._fetch(self._allowed, uri, into)
 
     def find(self, name: str, into: Path) -> Fetched | None:
-        """Looks for a name in the templates, in order; None when it is nowhere."""
+        """Fetches a name from the first template that has it. Returns None if none has."""
         assert NAME.fullmatch(name)
         if time.monotonic() < self._missing.get(name, 0.0):
             return None
@@ -92,7 +93,7 @@ class Sources:
             except AdapterNotFound:
                 continue
             except AdapterInvalid as error:
-                if error.field != "uri":  # it is there, and wrong
+                if error.field != "uri":  # found, but not a valid adapter
                     raise
         self._remember(name)
         return None
@@ -109,7 +110,9 @@ class Sources:
         fetched = source.fetch(uri, into)
         for file in into.glob(f"*{GGUF}"):
             if self._convert is None:
-                raise AdapterInvalid.because("uri", "is a GGUF file, which is not served here")
+                raise AdapterInvalid.because(
+                    "uri", "is a GGUF file, which this server does not convert"
+                )
             self._convert(file, into)
             file.unlink()
         if (weights := weights_in(into)).exists():
@@ -139,6 +142,6 @@ def _schemes(
 
 
 def _scheme(uri: str) -> str:
-    """The scheme in lower case; empty for a path."""
+    """Returns the scheme in lower case; empty for a path."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
     return match[1].lower() if match else ""

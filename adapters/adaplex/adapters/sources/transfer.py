@@ -1,4 +1,4 @@
-"""What every source has in common: which files of a place are the adapter."""
+"""The choice of an adapter's files in a listing, which all remote sources share."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ GGUF = ".gguf"
 
 
 def choose_files(sizes: Mapping[str, int], limits: AdapterLimits) -> list[str]:
-    """The files to fetch, given the name and bytes of each that is there.
+    """Returns the names of the files to fetch, given the bytes of each listed file.
 
-    The two of PEFT or of AdapterHub, and a signature if there is one; else the only GGUF file.
-    Raises AdapterInvalid, AdapterNotFound or AdapterTooLarge.
+    These are the two files of PEFT or AdapterHub, and a signature if listed; else the only GGUF
+    file. Raises AdapterInvalid, AdapterNotFound or AdapterTooLarge.
     """
     weights = next((name for name in (WEIGHTS, ADAPTERHUB_WEIGHTS) if name in sizes), None)
     if weights is not None and CONFIG in sizes:
@@ -31,7 +31,7 @@ def choose_files(sizes: Mapping[str, int], limits: AdapterLimits) -> list[str]:
     else:
         chosen = [name for name in sizes if name.endswith(GGUF)]
         if len(chosen) != 1:
-            raise _none_chosen(sizes, len(chosen))
+            raise _no_choice(sizes, len(chosen))
     total = sum(sizes[name] for name in chosen)
     if total > limits.max_adapter_bytes:
         raise AdapterTooLarge(
@@ -40,9 +40,9 @@ def choose_files(sizes: Mapping[str, int], limits: AdapterLimits) -> list[str]:
     return chosen
 
 
-def _none_chosen(sizes: Mapping[str, int], ggufs: int) -> AdapterInvalid | AdapterNotFound:
+def _no_choice(sizes: Mapping[str, int], ggufs: int) -> AdapterInvalid | AdapterNotFound:
     if not sizes:
-        return AdapterNotFound("there is nothing", field="uri")
+        return AdapterNotFound("the URI has no files", field="uri")
     if ggufs > 1:
         return AdapterInvalid.because("uri", f"has {ggufs} GGUF files; name one")
     missing = [name for name in FILES if name not in sizes]

@@ -6,11 +6,11 @@ entries, and replace it atomically.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound, StoreFull
+from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound, StoreFull, listed
 from adaplex.adapters.storage.alias_split import Split, Target, choose_version
 from adaplex.adapters.storage.event import Event, Origin
 from adaplex.adapters.storage.selector import ALIAS, DEFAULT, LATEST
@@ -24,8 +24,6 @@ MAX_LABEL_KEY, MAX_LABEL_VALUE = 63, 256
 """Characters."""
 MAX_DESCRIPTION = 1024
 """Characters."""
-MAX_LISTED = 10
-"""Versions or aliases that an error message lists."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,8 @@ class NameRecord:
         for version in reversed(self.versions):
             if version.number == number:
                 return version
-        listed = _listed([str(version.number) for version in self.versions])
-        raise AdapterNotFound(f"{self.name} has no version {number}; it has {listed}")
+        newest = listed(version.number for version in reversed(self.versions))
+        raise AdapterNotFound(f"{self.name} has no version {number}; it has {newest}")
 
     def resolve(self, alias: str, routing_key: str = "") -> tuple[Version, str]:
         """Returns the version that an alias, or the bare name if empty, leads to, and the alias
@@ -217,8 +215,8 @@ class NameRecord:
         return replace(self, history=(*self.history, event)[-MAX_EVENTS:])
 
     def _no_alias(self, alias: str, *, field: str = "adapter") -> AdapterNotFound:
-        listed = _listed([*sorted(self.aliases), LATEST])
-        return AdapterNotFound(f"{self.name} has no alias {alias}; it has {listed}", field=field)
+        aliases = listed([LATEST, *sorted(self.aliases)])
+        return AdapterNotFound(f"{self.name} has no alias {alias}; it has {aliases}", field=field)
 
     def _check_alias(self, alias: str) -> None:
         if not self.alive:
@@ -249,9 +247,3 @@ def _check_labels(labels: Mapping[str, str]) -> None:
                 f"{key!r:.100} has {len(key)} characters and a value of {len(value)}; "
                 f"keys have 1 to {MAX_LABEL_KEY}, values at most {MAX_LABEL_VALUE}",
             )
-
-
-def _listed(words: Sequence[str]) -> str:
-    """Returns the last MAX_LISTED words, separated by commas, after dots if there are more."""
-    more = "..., " if len(words) > MAX_LISTED else ""
-    return more + ", ".join(words[-MAX_LISTED:])

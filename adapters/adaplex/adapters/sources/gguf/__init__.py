@@ -1,1 +1,1 @@
-"""GGUF files, and the LoRA adapters of llama.cpp in them."""
+"""GGUF files, and llama.cpp's LoRA adapters in them."""

@@ -1,8 +1,8 @@
-"""GgufFile: the metadata and tensors of a GGUF file, every size checked before memory is taken.
+"""GgufFile: the metadata and tensors of a GGUF file; sizes are checked before memory is allocated.
 
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the `gguf` package
-makes an object of every element of every array, so it can be made to fill the memory; this one
-keeps scalars and strings, and steps over arrays.
+makes an object of every element of every array, so a small file can fill the memory; this one
+reads scalars and strings, and skips arrays.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from adaplex.adapters.limits import AdapterLimits
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-"""Little-endian ones: 1 had shorter counts, and big-endian files are not read."""
+"""Versions that are read, little-endian only. Version 1 had shorter counts."""
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 1 << 20
 SCALARS = {
@@ -40,29 +40,29 @@ SCALARS = {
     11: "q",
     12: "d",
 }
-"""GGUF value type -> its format in `struct`."""
+"""GGUF value type -> format of `struct`."""
 STRING, ARRAY = 8, 9
 PLAIN = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
-"""Kinds that torch has too; all others become fp32."""
+"""Types that torch has too. Tensors of other types are dequantized to fp32."""
 
 Value = str | int | float | bool | None
-"""Of a metadata key; None for an array."""
+"""Value of a metadata key; None for an array."""
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where one tensor lies in the file, and what it will be when it is read."""
+    """Place, type and shape of one tensor in the file."""
 
     name: str
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
-    """Rows first, as torch has it; GGUF itself writes it the other way round."""
+    """Rows first, as in torch; GGUF has the reverse order."""
     begin: int
-    """Byte of the file."""
+    """Offset in the file, in bytes."""
 
     @property
     def stored_bytes(self) -> int:
@@ -72,23 +72,24 @@ class GgufTensor:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes in memory, once read."""
+        """Bytes in memory after reading."""
         return math.prod(self.shape) * PLAIN.get(self.kind, torch.float32).itemsize
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """The header of a GGUF file, and a way to its tensors."""
+    """The header of a GGUF file. `read` reads its tensors."""
 
     path: Path
     metadata: Mapping[str, Value]
     tensors: Mapping[str, GgufTensor]
 
     def read(self, tensor: GgufTensor) -> Tensor:
-        """One tensor in its own dtype, or in fp32 if it is quantized. Raises AdapterInvalid."""
+        """Returns a tensor in its own dtype, fp32 if it is quantized. Raises AdapterInvalid."""
         data = np.fromfile(self.path, np.uint8, tensor.stored_bytes, offset=tensor.begin)
         if data.size < tensor.stored_bytes:
-            raise AdapterInvalid.because(tensor.name, "is cut short")
+            reason = f"has {data.size} of its {tensor.stored_bytes} bytes: the file is cut short"
+            raise AdapterInvalid.because(tensor.name, reason)
         if tensor.kind in PLAIN:
             return torch.from_numpy(data).view(PLAIN[tensor.kind]).reshape(tensor.shape)
         rows = data.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.kind))
@@ -113,10 +114,10 @@ def read_gguf(path: Path, limits: AdapterLimits) -> GgufFile:
         )
     with path.open("rb") as file:
         header = _Header(path.name, file.read(limits.max_header_bytes), size)
-    if header.take(len(MAGIC)) != MAGIC:
-        raise header.invalid("is no GGUF file")
+    if header.read(len(MAGIC)) != MAGIC:
+        raise header.invalid("is not a GGUF file")
     if (version := header.number("I")) not in VERSIONS:
-        raise header.invalid(f"has version {version}; read are 2 and 3, little-endian")
+        raise header.invalid(f"has version {version}, must be 2 or 3, little-endian")
     tensors, keys = header.number("Q"), header.number("Q")
     if tensors > limits.max_tensors:
         raise AdapterTooLarge(
@@ -126,13 +127,13 @@ def read_gguf(path: Path, limits: AdapterLimits) -> GgufFile:
     for _ in range(keys):
         name = header.string()
         if name in metadata:
-            raise header.invalid(f"gives {name!r:.80} twice")
+            raise header.invalid(f"has the key {name!r:.80} twice")
         metadata[name] = header.value()
     return GgufFile(path, metadata, _read_tensors(header, tensors, metadata))
 
 
 class _Header:
-    """A place in the first bytes of the file; what lies beyond them is refused."""
+    """Reads the first bytes of the file in order. A header longer than that is refused."""
 
     def __init__(self, name: str, data: bytes, file_bytes: int) -> None:
         self.name = name
@@ -141,32 +142,36 @@ class _Header:
         self.place = 0
 
     def invalid(self, reason: str) -> AdapterInvalid:
+        """Returns the error of this file."""
         return AdapterInvalid.because(self.name, reason)
 
-    def take(self, count: int) -> bytes:
-        """The next bytes. Raises AdapterInvalid or AdapterTooLarge where they end."""
+    def read(self, count: int) -> bytes:
+        """Returns the next `count` bytes. Raises AdapterInvalid or AdapterTooLarge at their end."""
         begin, self.place = self.place, self.place + count
         if self.place > self.file_bytes:
-            raise self.invalid("is cut short: the header is not all there")
+            raise self.invalid(
+                f"is cut short: it ends within its header, after {self.file_bytes} bytes"
+            )
         if self.place > len(self.data):
             raise AdapterTooLarge(
-                f"the header of {self.name} has more bytes than the limit, {len(self.data)}",
+                f"the header of {self.name} exceeds the limit of {len(self.data)} bytes",
                 field=self.name,
             )
         return self.data[begin : self.place]
 
     def number(self, format: str) -> int:
-        """The next integer, in a format of `struct`."""
-        return int(struct.unpack(f"<{format}", self.take(struct.calcsize(format)))[0])
+        """Returns the next integer, in a format of `struct`."""
+        return int(struct.unpack(f"<{format}", self.read(struct.calcsize(format)))[0])
 
     def string(self) -> str:
+        """Returns the next string."""
         try:
-            return self.take(self.number("Q")).decode()
+            return self.read(self.number("Q")).decode()
         except UnicodeDecodeError:
-            raise self.invalid("holds a string that is not UTF-8") from None
+            raise self.invalid("has a string that is not UTF-8") from None
 
     def value(self) -> Value:
-        """The next typed value; arrays are stepped over."""
+        """Returns the next typed value, None for an array, which is skipped."""
         kind = self.number("I")
         if kind == STRING:
             return self.string()
@@ -174,29 +179,31 @@ class _Header:
             self._skip_array()
             return None
         format = self._format(kind)
-        return struct.unpack(f"<{format}", self.take(struct.calcsize(format)))[0]  # type: ignore[no-any-return]
+        return struct.unpack(f"<{format}", self.read(struct.calcsize(format)))[0]  # type: ignore[no-any-return]
 
     def _skip_array(self) -> None:
         kind, count = self.number("I"), self.number("Q")
         if kind == STRING:
             for _ in range(count):
-                self.take(self.number("Q"))
+                self.read(self.number("Q"))
         else:
-            self.take(count * struct.calcsize(self._format(kind)))
+            self.read(count * struct.calcsize(self._format(kind)))
 
     def _format(self, kind: int) -> str:
         if kind not in SCALARS:
-            raise self.invalid(f"holds a value of type {kind}, which is not known")
+            raise self.invalid(f"has a value of type {kind}, which GGUF does not define")
         return SCALARS[kind]
 
 
 def _read_tensors(
     header: _Header, count: int, metadata: Mapping[str, Value]
 ) -> dict[str, GgufTensor]:
-    """The tensors by name, each whole within the file."""
+    """Returns the tensors by name. Each lies within the file."""
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment not in {1 << i for i in range(21)}:
-        raise header.invalid("has a general.alignment that is no power of two up to 2**20")
+        raise header.invalid(
+            f"has general.alignment {alignment!r:.40}, must be a power of two up to 2**20"
+        )
     listed = [_read_tensor(header) for _ in range(count)]
     start = -(-header.place // alignment) * alignment
     tensors = {}
@@ -204,25 +211,31 @@ def _read_tensors(
         tensor = GgufTensor(name, kind, shape, start + offset)
         if name in tensors:
             raise AdapterInvalid.because(name, "is given twice")
-        if tensor.begin + tensor.stored_bytes > header.file_bytes:
-            raise AdapterInvalid.because(name, f"ends beyond the end of {header.name}")
+        if (end := tensor.begin + tensor.stored_bytes) > header.file_bytes:
+            raise AdapterInvalid.because(
+                name, f"ends at byte {end} of {header.name}, which has {header.file_bytes}"
+            )
         tensors[name] = tensor
     return tensors
 
 
 def _read_tensor(header: _Header) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
-    """Name, kind, shape and offset in the data of the next tensor."""
+    """Returns name, type, shape and data offset in bytes of the next tensor."""
     name = header.string()
     dimensions = header.number("I")
     if not 1 <= dimensions <= MAX_DIMENSIONS:
-        raise AdapterInvalid.because(name, f"has {dimensions} dimensions; accepted are 1 to 4")
+        raise AdapterInvalid.because(
+            name, f"has {dimensions} dimensions, must have 1 to {MAX_DIMENSIONS}"
+        )
     shape = tuple(header.number("Q") for _ in range(dimensions))[::-1]
     number = header.number("I")
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:
-        raise AdapterInvalid.because(name, f"has type {number}, which is not known") from None
+        raise AdapterInvalid.because(name, f"has type {number}, which is unknown here") from None
     block, _ = GGML_QUANT_SIZES[kind]
     if 0 in shape or shape[-1] % block:
-        raise AdapterInvalid.because(name, f"has shape {list(shape)}, not whole blocks of {block}")
+        raise AdapterInvalid.because(
+            name, f"has shape {list(shape)}, must be whole blocks of {block}"
+        )
     return name, kind, shape, header.number("Q")

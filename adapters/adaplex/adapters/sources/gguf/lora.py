@@ -1,7 +1,7 @@
-"""LoRA as llama.cpp keeps it, turned into the directory that PEFT would have written.
+"""Converts llama.cpp's LoRA files to adapter directories as PEFT writes them.
 
-Sources: llama.cpp's convert_lora_to_gguf.py, which writes such files, and src/llama-adapter.*,
-which reads them: y += B(Ax) * alpha / rank, the rank that of each pair, or B(Ax) where alpha is 0.
+Sources: llama.cpp's convert_lora_to_gguf.py, which writes these files, and src/llama-adapter.*,
+which reads them: y += B(Ax) * alpha / rank, with each pair's own rank, or B(Ax) if alpha is 0.
 """
 
 from __future__ import annotations
@@ -45,12 +45,11 @@ ARCHITECTURES: Mapping[str, str] = {
     "qwen3_moe": "qwen3moe",
     "smollm3": "smollm3",
 }
-"""Hugging Face's model_type -> general.architecture. Only those whose linears llama.cpp keeps as
-they are, but for the order of rows below: it transposes the pairs of GPT-2, for one, and cannot
-apply them itself.
+"""Hugging Face's model_type -> general.architecture, where llama.cpp stores linears unchanged, but
+for ROTARY_ROWS. It transposes the pairs of GPT-2, for example, and cannot apply them itself.
 """
 ROTARY_ROWS = frozenset(["granite", "llama", "olmo", "smollm3"])
-"""Architectures whose query and key rows llama.cpp keeps with a head's two halves interleaved."""
+"""Architectures whose query and key rows llama.cpp stores with each head's halves interleaved."""
 
 ALPHA = "adapter.lora.alpha"
 EXPECTED = {"general.type": "adapter", "adapter.type": "lora"}
@@ -62,7 +61,7 @@ HALVES = {".weight.lora_a": "a", ".weight.lora_b": "b"}
 
 @dataclass(frozen=True)
 class _Target:
-    """A module of the base as llama.cpp names it; `heads` when its rows are interleaved."""
+    """A module of the base; `heads` is set if llama.cpp interleaves its rows."""
 
     module: BaseModule
     heads: int | None
@@ -78,6 +77,7 @@ class _Pair:
 
     @property
     def rank(self) -> int:
+        """Rank of this pair."""
         return self.b.shape[-1]
 
 
@@ -90,10 +90,10 @@ def convert_gguf_lora(
     heads: int,
     kv_heads: int,
 ) -> None:
-    """Writes the LoRA in a GGUF file as adapter_config.json and adapter_model.safetensors.
+    """Writes the LoRA of a GGUF file as adapter_config.json and adapter_model.safetensors.
 
-    `heads` and `kv_heads` are the base's counts of query and of key heads. `into` is made if it is
-    not there. Raises AdapterInvalid with every refusal, or AdapterTooLarge, before it writes.
+    `heads` and `kv_heads` are the base's numbers of query and key heads. `into` is made if absent.
+    Raises AdapterInvalid with every refusal, or AdapterTooLarge, before it writes anything.
     """
     source = read_gguf(file, limits)
     alpha = _check_metadata(source, base)
@@ -106,11 +106,11 @@ def convert_gguf_lora(
 
 
 def _check_metadata(source: GgufFile, base: BaseSpec) -> float:
-    """The adapter's alpha; 0 when it has none. Raises AdapterInvalid."""
+    """Returns the adapter's alpha, 0 if it has none. Raises AdapterInvalid."""
     metadata, refusals = source.metadata, []
     architecture = ARCHITECTURES.get(base.model_type)
     if architecture is None:
-        reason = f"a base of type {base.model_type} takes no GGUF adapters; those that do: "
+        reason = f"the base has type {base.model_type}; GGUF adapters need one of: "
         raise AdapterInvalid.because(source.path.name, reason + ", ".join(ARCHITECTURES))
     for key, expected in (EXPECTED | {"general.architecture": architecture}).items():
         if metadata.get(key) != expected:
@@ -118,7 +118,7 @@ def _check_metadata(source: GgufFile, base: BaseSpec) -> float:
     refusals += [Refusal(key, why) for key, why in UNSUPPORTED.items() if key in metadata]
     alpha = metadata.get(ALPHA, 0.0)
     if not isinstance(alpha, float) or not math.isfinite(alpha) or alpha < 0:
-        refusals.append(Refusal(ALPHA, "must be a float from 0 up"))
+        refusals.append(Refusal(ALPHA, f"is {alpha!r:.40}, must be a finite float of 0 or more"))
     if refusals:
         raise AdapterInvalid(refusals)
     assert isinstance(alpha, float)
@@ -126,13 +126,15 @@ def _check_metadata(source: GgufFile, base: BaseSpec) -> float:
 
 
 def _targets(base: BaseSpec, heads: int, kv_heads: int) -> dict[str, _Target]:
-    """llama.cpp's name -> linear of the base, for every one that it has a name for.
+    """Returns llama.cpp's tensor name -> linear of the base, for the linears that it names.
 
-    Raises AdapterInvalid when the heads matter and are not known.
+    Raises AdapterInvalid if the rows are interleaved and the number of heads is unknown.
     """
     architecture = ARCHITECTURES[base.model_type]
     if architecture in ROTARY_ROWS and not (heads and kv_heads):
-        reason = f"is {architecture}, whose rows need the heads that the base does not tell"
+        reason = (
+            f"is {architecture}, and the base's config has no number of heads to reorder its rows"
+        )
         raise AdapterInvalid.because("general.architecture", reason)
     arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
     linears = [module for module in base.modules.values() if module.kind == "linear"]
@@ -148,7 +150,7 @@ def _targets(base: BaseSpec, heads: int, kv_heads: int) -> dict[str, _Target]:
 
 
 def _find_pairs(source: GgufFile, targets: Mapping[str, _Target]) -> list[_Pair]:
-    """The pairs in the file, in its order. Raises AdapterInvalid for all that fits no place."""
+    """Returns the file's pairs in order. Raises AdapterInvalid with every unusable tensor."""
     refusals: list[Refusal] = []
     halves: dict[str, dict[str, GgufTensor]] = {}
     for name, tensor in source.tensors.items():
@@ -170,12 +172,12 @@ def _find_pairs(source: GgufFile, targets: Mapping[str, _Target]) -> list[_Pair]
     if refusals:
         raise AdapterInvalid(refusals)
     if not pairs:
-        raise AdapterInvalid.because(source.path.name, "holds no tensor")
+        raise AdapterInvalid.because(source.path.name, "has no tensor")
     return pairs
 
 
 def _name_problem(module: str, suffix: str, targets: Mapping[str, _Target]) -> str | None:
-    """Why a tensor has no place, if it has none."""
+    """Returns why a tensor cannot be used, None if it can."""
     if not suffix:
         norm = module.endswith("_norm.weight")
         return "needs replaced norm weights" if norm else "is not a tensor of LoRA"
@@ -185,7 +187,7 @@ def _name_problem(module: str, suffix: str, targets: Mapping[str, _Target]) -> s
 
 
 def _shape_problems(pair: _Pair) -> Iterator[Refusal]:
-    """Shapes that do not fit the base, or each other."""
+    """Yields a refusal for each shape that does not fit the base or the other half."""
     module, rank = pair.target.module, pair.rank
     for tensor, expected in (
         (pair.a, (rank, module.in_features)),
@@ -197,12 +199,12 @@ def _shape_problems(pair: _Pair) -> Iterator[Refusal]:
 
 
 def _matrix(tensor: GgufTensor) -> tuple[int, ...]:
-    """The shape with the leading 1 that ggml may leave out."""
+    """Returns the 2-D shape; ggml may leave out a leading 1."""
     return (1, *tensor.shape) if len(tensor.shape) == 1 else tensor.shape
 
 
 def _check_limits(pairs: list[_Pair], name: str, limits: AdapterLimits) -> None:
-    """Raises AdapterTooLarge for a rank, or for what the tensors take when read."""
+    """Raises AdapterTooLarge for a rank, or for the bytes of all tensors in memory."""
     for pair in pairs:
         if pair.rank > limits.max_rank:
             raise AdapterTooLarge(
@@ -217,7 +219,7 @@ def _check_limits(pairs: list[_Pair], name: str, limits: AdapterLimits) -> None:
 
 
 def _read(source: GgufFile, pair: _Pair) -> Iterator[tuple[str, Tensor]]:
-    """The two tensors under PEFT's keys."""
+    """Yields the two tensors of a pair under PEFT's keys."""
     a, b = source.read(pair.a), source.read(pair.b)
     if pair.target.heads is not None:
         b = _halves_first(b, pair.target.heads)
@@ -227,16 +229,16 @@ def _read(source: GgufFile, pair: _Pair) -> Iterator[tuple[str, Tensor]]:
 
 
 def _halves_first(rows: Tensor, heads: int) -> Tensor:
-    """Undoes llama.cpp's order of rotary rows, [out_features, rank] either way.
+    """[out_features, rank] -> the same shape, with llama.cpp's order of rotary rows undone.
 
-    Row 2i + h of a head there is row i of its half h here.
+    Row 2i + h of a head becomes row i of its half h.
     """
-    assert rows.shape[0] % (2 * heads) == 0, f"{rows.shape[0]} rows are no {heads} rotary heads"
+    assert rows.shape[0] % (2 * heads) == 0, f"{rows.shape[0]} rows are not {heads} rotary heads"
     return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _config(source: GgufFile, pairs: list[_Pair], alpha: float) -> dict[str, Any]:
-    """An adapter_config.json that gives every module its rank, and the scale llama.cpp would."""
+    """Returns an adapter_config.json that gives each module its rank and llama.cpp's scale."""
     usual = Counter(pair.rank for pair in pairs).most_common(1)[0][0]
     ranks = {re.escape(p.target.module.name): p.rank for p in pairs if p.rank != usual}
     return {
