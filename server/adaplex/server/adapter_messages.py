@@ -7,14 +7,21 @@ import binascii
 import json
 from collections.abc import Iterable, Mapping
 
-from adaplex.adapters.compose.merge import MAX_SOURCES, MergeMethod, MergePlan
-from adaplex.adapters.program.report import Report
-from adaplex.adapters.storage.adapter_record import AdapterRecord
-from adaplex.adapters.storage.alias_split import MAX_TARGETS, Split, Target
-from adaplex.adapters.storage.catalog import Order, Query
-from adaplex.adapters.storage.event import Event
-from adaplex.adapters.storage.name_record import NameRecord
-from adaplex.adapters.storage.staging import FileSpec
+from adaplex.adapters.api import (
+    MAX_SOURCES,
+    MAX_TARGETS,
+    AdapterRecord,
+    Event,
+    FileSpec,
+    MergeMethod,
+    MergePlan,
+    NameRecord,
+    Order,
+    Query,
+    Report,
+    Split,
+    Target,
+)
 from adaplex.server.generation_messages import check
 from adaplex.v1 import adapters_pb2
 

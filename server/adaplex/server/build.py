@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from prometheus_client import CollectorRegistry
 
-from adaplex.adapters.program.base_spec import BaseSpec
+from adaplex.adapters.api import BaseSpec
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.config import EngineConfig
 from adaplex.engine.engine import Engine

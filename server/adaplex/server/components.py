@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
-from adaplex.adapters.registry.importer import Importer
-from adaplex.adapters.registry.registry import AdapterRegistry
+from adaplex.adapters.api import AdapterRegistry, Importer
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.config import EngineConfig
 from adaplex.server.config import ServerConfig

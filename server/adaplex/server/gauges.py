@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from adaplex.adapters.registry.registry import AdapterRegistry
+from adaplex.adapters.api import AdapterRegistry
 from adaplex.engine.observer import CacheName
 from adaplex.engine.request import AdapterRef
 from adaplex.engine.stats import EngineStats

@@ -6,7 +6,7 @@ import asyncio
 
 import structlog
 
-from adaplex.adapters.registry.registry import AdapterRegistry
+from adaplex.adapters.api import AdapterRegistry
 from adaplex.server.threads import in_thread
 
 log = structlog.get_logger("adaplex.garbage")

@@ -6,8 +6,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adaplex.adapters.compose.mix import MAX_COMPONENTS
-from adaplex.adapters.storage.lease import Lease
+from adaplex.adapters.api import MAX_COMPONENTS, Lease
 from adaplex.engine.errors import RequestInvalid
 from adaplex.engine.request import (
     AdapterMode,

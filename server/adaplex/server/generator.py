@@ -12,9 +12,8 @@ from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager,
 from dataclasses import replace
 from functools import partial
 
+from adaplex.adapters.api import AdapterRegistry, Lease
 from adaplex.adapters.errors import AdapterNotFound
-from adaplex.adapters.registry.registry import AdapterRegistry
-from adaplex.adapters.storage.lease import Lease
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.errors import (
     DeadlineExpired,

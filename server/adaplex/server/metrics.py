@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from adaplex.adapters.api import AdapterRegistry
 from adaplex.adapters.errors import AdapterTooLarge
-from adaplex.adapters.registry.registry import AdapterRegistry
 from adaplex.engine.errors import (
     AdapterLoadFailed,
     DeadlineExpired,

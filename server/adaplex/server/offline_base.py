@@ -10,10 +10,8 @@ from pathlib import Path
 
 import typer
 
+from adaplex.adapters.api import AdapterProgram, BasePolicy, read_adapter
 from adaplex.adapters.errors import AdaplexError
-from adaplex.adapters.program.base_match import BasePolicy
-from adaplex.adapters.program.program import AdapterProgram
-from adaplex.adapters.registry.read_adapter import read_adapter
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.model.base.loader import BaseModel
 from adaplex.model.constants import KV_BLOCK_TOKENS

@@ -10,24 +10,27 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from adaplex.adapters.api import (
+    AdapterLimits,
+    AdapterRegistry,
+    BasePolicy,
+    BaseSpec,
+    Bucket,
+    BucketCatalog,
+    BucketContent,
+    Capacity,
+    Catalog,
+    ContentStore,
+    FolderContent,
+    Importer,
+    Origin,
+    SignaturePolicy,
+    SignatureVerifier,
+    Sources,
+    SqliteCatalog,
+    convert_gguf_lora,
+)
 from adaplex.adapters.errors import AdapterError
-from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.program.base_match import BasePolicy
-from adaplex.adapters.program.base_spec import BaseSpec
-from adaplex.adapters.registry.importer import Importer
-from adaplex.adapters.registry.intake import Capacity
-from adaplex.adapters.registry.registry import AdapterRegistry
-from adaplex.adapters.sources import Sources
-from adaplex.adapters.sources.gguf.lora import convert_gguf_lora
-from adaplex.adapters.sources.signatures import SignaturePolicy, SignatureVerifier
-from adaplex.adapters.storage.bucket import Bucket
-from adaplex.adapters.storage.bucket_catalog import BucketCatalog
-from adaplex.adapters.storage.bucket_content import BucketContent
-from adaplex.adapters.storage.catalog import Catalog
-from adaplex.adapters.storage.content_store import ContentStore
-from adaplex.adapters.storage.event import Origin
-from adaplex.adapters.storage.folder_content import FolderContent
-from adaplex.adapters.storage.sqlite_catalog import SqliteCatalog
 from adaplex.server.config import ConfigError, ServerConfig
 
 AT_START = "start"

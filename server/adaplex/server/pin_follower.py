@@ -6,8 +6,7 @@ import asyncio
 
 import structlog
 
-from adaplex.adapters.registry.registry import AdapterRegistry
-from adaplex.adapters.storage.adapter_record import AdapterRecord
+from adaplex.adapters.api import AdapterRecord, AdapterRegistry
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.errors import NoRoomBesidePins, PinsFull, RequestInvalid
 from adaplex.server.threads import in_thread

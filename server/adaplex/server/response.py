@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from adaplex.adapters.storage.lease import Lease
+from adaplex.adapters.api import Lease
 from adaplex.engine.request import FinishReason, Logprob, Request, StepOutput, Timing
 from adaplex.server import generation_messages as messages
 from adaplex.server.text import Detokenizer, StopStrings, Tokenizer

@@ -8,8 +8,7 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from adaplex.adapters.registry.intake import Intake
-from adaplex.adapters.storage.staging import FileSpec, Staging
+from adaplex.adapters.api import FileSpec, Intake, Staging
 from adaplex.server import adapter_messages as messages
 from adaplex.server.config import MAX_CHUNK_BYTES
 from adaplex.server.errors import UploadIdle, UploadsBusy

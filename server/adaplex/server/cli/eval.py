@@ -18,7 +18,7 @@ from adaplex.server.config import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaplex.adapters.program.program import AdapterProgram
+    from adaplex.adapters.api import AdapterProgram
     from adaplex.engine.request import AdapterRef
     from adaplex.server.offline_base import OfflineBase
 
@@ -112,7 +112,7 @@ def evaluate(
 
 def _directory(adapter: str) -> Path | None:
     """Returns the directory, None for a selector. Raises ConfigError if it is neither."""
-    from adaplex.adapters.storage.selector import Selector
+    from adaplex.adapters.api import Selector
 
     if Path(adapter).is_dir():
         return Path(adapter)

@@ -13,16 +13,16 @@ from adaplex.client.adapter_types import AdapterReport, ModuleReport, Refusal, V
 from adaplex.client.cli import render
 
 if TYPE_CHECKING:
-    from adaplex.adapters.program.report import Report
+    from adaplex.adapters.api import Report
 
 
 def formats(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the adapter families: as which primitives each is served, and what is refused."""
-    from adaplex.adapters.formats import table  # imports torch, which --help does not need
+    from adaplex.adapters.api import format_rows  # imports torch, which --help does not need
 
-    rows = table.rows()
+    rows = format_rows()
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
         return
@@ -34,8 +34,8 @@ def formats(
 
 def verify(directory: Path, model: str, quantization: str | None) -> Validation:
     """Returns the report that a server of this base would give on an adapter directory."""
-    from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge  # imports torch
-    from adaplex.adapters.program.report import Report, describe
+    from adaplex.adapters.api import Report, describe  # imports torch
+    from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge
     from adaplex.server.offline_base import OfflineBase, errors_as_messages
 
     with errors_as_messages():

@@ -19,10 +19,13 @@ def join(
     The same parts in the same order give the same files. `adaplex adapters push` and
     `adaplex adapters verify` check whether the changes can be added on a base.
     """
-    from adaplex.adapters.checkpoint import read_checkpoint, write_checkpoint
+    from adaplex.adapters.api import (
+        AdapterLimits,
+        bundle,
+        read_checkpoint,
+        write_checkpoint,
+    )
     from adaplex.adapters.errors import AdapterError
-    from adaplex.adapters.formats.bundle import bundle
-    from adaplex.adapters.limits import AdapterLimits
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise typer.BadParameter(f"{out} is not empty", param_hint="--out")

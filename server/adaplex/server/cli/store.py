@@ -15,8 +15,7 @@ from adaplex.server.config import ConfigError
 from adaplex.server.load_config import load_config
 
 if TYPE_CHECKING:
-    from adaplex.adapters.storage.catalog import Catalog
-    from adaplex.adapters.storage.content_store import ContentStore
+    from adaplex.adapters.api import Catalog, ContentStore
 
 StoreDir = Annotated[
     Path | None, typer.Option(help="Folder of the store; by default the store of `adaplex serve`.")
@@ -33,7 +32,7 @@ def fsck(
 ) -> None:
     """Read every stored adapter and list the problems. Exits with 1 if one is harmful."""
     with _opened(store_dir, shared_store, config) as (contents, catalog):
-        from adaplex.adapters.storage.fsck import check_store
+        from adaplex.adapters.api import check_store
 
         problems = list(check_store(catalog, contents))
         stored = len(catalog.digests())
@@ -52,7 +51,7 @@ def gc(
 ) -> None:
     """Remove stored content that no name points to and no server uses."""
     with _opened(store_dir, shared_store, config) as (contents, catalog):
-        from adaplex.adapters.storage.garbage_collector import GarbageCollector
+        from adaplex.adapters.api import GarbageCollector
 
         collector = GarbageCollector(
             catalog, contents, is_leased=lambda _: False, on_removed=lambda _: None

@@ -7,12 +7,14 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from adaplex.adapters.registry.importer import Importer
-from adaplex.adapters.registry.intake import Committed
-from adaplex.adapters.registry.registry import AdapterRegistry
-from adaplex.adapters.storage.adapter_record import AdapterRecord
-from adaplex.adapters.storage.event import Origin
-from adaplex.adapters.storage.name_record import NameRecord
+from adaplex.adapters.api import (
+    AdapterRecord,
+    AdapterRegistry,
+    Committed,
+    Importer,
+    NameRecord,
+    Origin,
+)
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.server import adapter_messages as messages
 from adaplex.server.pin_follower import PinFollower

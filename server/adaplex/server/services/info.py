@@ -6,9 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from adaplex.adapters.program.base_spec import BaseModule
-from adaplex.adapters.registry.registry import AdapterRegistry
-from adaplex.adapters.storage.catalog import StoreUsage
+from adaplex.adapters.api import AdapterRegistry, BaseModule, StoreUsage
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.config import EngineConfig
 from adaplex.server.config import MAX_CHUNK_BYTES
