@@ -1,4 +1,4 @@
-"""A base of a few small modules, and LoRA checkpoints for it made by hand."""
+"""A small base and LoRA checkpoints for it, and registries to store them in."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HEAD = "lm_head"
 
 
 def make_base(name: str = "org/tiny-base", layers: int = 2, *, fingerprint: str = "") -> BaseSpec:
-    """q_proj and norm have a bias, the other modules have none."""
+    """Returns a base whose q_proj and norm have a bias, and no other module."""
     modules = [BaseModule(HEAD, "linear", HIDDEN, 24, is_head=True)]
     for i in range(layers):
         layer = f"model.layers.{i}"
@@ -58,7 +58,7 @@ BASE = make_base()
 
 
 def config(**fields: Any) -> dict[str, Any]:
-    """An adapter_config.json; `fields` win."""
+    """Returns an adapter_config.json with these fields."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -70,7 +70,7 @@ def config(**fields: Any) -> dict[str, Any]:
 
 
 def pair(module: str, rank: int = 2, *, seed: int = 0, base: BaseSpec = BASE) -> dict[str, Tensor]:
-    """The two tensors of one module, under PEFT's keys."""
+    """Returns the two tensors of one module under PEFT's keys."""
     generator = torch.Generator().manual_seed(seed)
     spec = base.modules[module]
     return {
@@ -82,7 +82,7 @@ def pair(module: str, rank: int = 2, *, seed: int = 0, base: BaseSpec = BASE) ->
 
 
 def tensors(*suffixes: str, rank: int = 2, seed: int = 0) -> dict[str, Tensor]:
-    """Pairs for every module of BASE that ends in one of the suffixes, q and v by default."""
+    """Returns pairs for the modules of BASE with one of the suffixes, by default q and v."""
     made: dict[str, Tensor] = {}
     for name in BASE.modules:
         if name.endswith(suffixes or ("q_proj", "v_proj")):
@@ -91,14 +91,14 @@ def tensors(*suffixes: str, rank: int = 2, seed: int = 0) -> dict[str, Tensor]:
 
 
 def checkpoint(weights: Mapping[str, Tensor] | None = None, **fields: Any) -> Checkpoint:
-    """As read_checkpoint would return it."""
+    """Returns a checkpoint as read_checkpoint does."""
     return Checkpoint(config(**fields), tensors() if weights is None else weights)
 
 
 def files(
     fields: Mapping[str, Any] | None = None, weights: Mapping[str, Tensor] | None = None
 ) -> dict[str, bytes]:
-    """The two files of an adapter directory."""
+    """Returns the two files of an adapter directory."""
     return {
         CONFIG: json.dumps(config() if fields is None else fields).encode(),
         WEIGHTS: save(dict(tensors() if weights is None else weights)),
@@ -106,7 +106,7 @@ def files(
 
 
 def safetensors_bytes(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
-    """A safetensors file with any header, and a header length that may lie."""
+    """Returns a safetensors file with any header and any claimed header length."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
@@ -120,7 +120,7 @@ def write(directory: Path, contents: Mapping[str, bytes]) -> Path:
 
 
 def specs(contents: Mapping[str, bytes]) -> list[FileSpec]:
-    """What an upload of these files announces."""
+    """Returns what an upload of these files announces."""
     return [
         FileSpec(name, len(content), hashlib.sha256(content).hexdigest())
         for name, content in contents.items()
@@ -144,34 +144,49 @@ def push(
     seed: int = 0,
     replace: bool = False,
 ) -> Committed:
-    """Uploads and commits; each seed is other content."""
+    """Uploads and commits an adapter; each seed gives different content."""
     contents = contents or files(weights=tensors(seed=seed))
     with stage(registry, contents) as staging:
         return registry.intake.commit(staging, name, replace=replace, origin=UPLOAD)
 
 
 def make_registry(root: Path, base: BaseSpec = BASE, **options: Any) -> AdapterRegistry:
-    """A registry for fp32."""
+    """Returns a registry for fp32."""
     return AdapterRegistry.local(root, base, element_bytes=4, **options)
 
 
+def make_sources(*roots: Path, **options: Any) -> Sources:
+    """Returns sources of local folders; `options` add others."""
+    return Sources(**{"roots": roots, "limits": AdapterLimits()} | options)
+
+
 def make_importer(registry: AdapterRegistry, roots: Sequence[Path], **options: Any) -> Importer:
-    """Imports from folders; `options` add other sources."""
-    sources = Sources(roots=roots, limits=AdapterLimits(), **options)
-    return Importer(registry, registry.intake._contents, sources)
+    """Returns an importer from local folders; `options` add other sources."""
+    return Importer(registry, registry.intake._contents, make_sources(*roots, **options))
+
+
+def digest_of(registry: AdapterRegistry, selector: str, key: str = "") -> str:
+    """Returns the digest that a request resolves a selector to."""
+    with registry.resolve(selector, routing_key=key) as lease:
+        return lease.record.digest
 
 
 def records(registry: AdapterRegistry, **query: Any) -> list[AdapterRecord]:
-    """The newest version of every name, by name."""
+    """Returns the newest version of every name, ordered by name."""
     found = registry.names.query(Query(limit=1_000_000, **query))
     return [registry.names.latest(entry) for entry in found]
 
 
 def staged(root: Path) -> list[str]:
-    """Names of uploads under way, of any process."""
+    """Returns the staging folders of unfinished uploads, of any process."""
     return [path.name for path in (root / "staging").glob("*/*") if path.name != ALIVE]
 
 
 def objects(root: Path) -> set[str]:
-    """Digests of what is stored."""
+    """Returns the digests of stored objects."""
     return {f"sha256:{path.name}" for path in (root / "objects").iterdir()}
+
+
+def object_folder(root: Path, digest: str) -> Path:
+    """Returns the folder of an object in a store."""
+    return root / "objects" / digest.removeprefix("sha256:")

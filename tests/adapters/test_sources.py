@@ -23,12 +23,8 @@ from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.registry.registry import AdapterRegistry
 from adaplex.adapters.sources import Sources
 from adaplex.adapters.storage.bucket import Bucket
-from adapters.handmade import UPLOAD, files, make_importer, push, tensors, write
+from adapters.handmade import UPLOAD, files, make_importer, make_sources, push, tensors, write
 from adapters.hub_server import Hub, serving
-
-
-def sources(*roots: Path, **options: Any) -> Sources:
-    return Sources(**{"roots": roots, "limits": AdapterLimits()} | options)
 
 
 def load(registry: AdapterRegistry, uri: str, roots: list[Path], **options: Any) -> Any:
@@ -90,7 +86,7 @@ def test_what_is_not_allowed_is_refused_at_uri(tmp_path: Path, uri: str) -> None
     write(tmp_path / "outside", files())
     (tmp_path / "into").mkdir()
     with pytest.raises(AdapterError) as caught:
-        sources(root).fetch(uri.replace("{root}", str(root)), tmp_path / "into")
+        make_sources(root).fetch(uri.replace("{root}", str(root)), tmp_path / "into")
     assert caught.value.field == "uri"
     assert list((tmp_path / "into").iterdir()) == []
 
@@ -98,23 +94,23 @@ def test_what_is_not_allowed_is_refused_at_uri(tmp_path: Path, uri: str) -> None
 def test_a_refusal_lists_the_allowed_places(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     with pytest.raises(AdapterInvalid, match=f"one of --adapter-roots: {tmp_path / 'root'}$"):
-        sources(tmp_path / "root").fetch("/etc", tmp_path)
+        make_sources(tmp_path / "root").fetch("/etc", tmp_path)
     with pytest.raises(AdapterInvalid, match=r"org/repo must match one of --hub-allow: none$"):
-        sources().fetch("hf://org/repo", tmp_path)
+        make_sources().fetch("hf://org/repo", tmp_path)
     with pytest.raises(AdapterInvalid, match=r"must lie under one of --bucket-allow: none$"):
-        sources().fetch("s3://bucket/a", tmp_path)
+        make_sources().fetch("s3://bucket/a", tmp_path)
 
 
 def test_without_roots_nothing_is_read(tmp_path: Path) -> None:
     with pytest.raises(AdapterInvalid, match="--adapter-roots"):
-        sources().fetch(str(tmp_path), tmp_path)
+        make_sources().fetch(str(tmp_path), tmp_path)
 
 
 def test_a_directory_that_is_too_large(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", files())
     (tmp_path / "into").mkdir()
     with pytest.raises(AdapterTooLarge, match="the files exceed the limit of 1000 bytes"):
-        sources(tmp_path, limits=AdapterLimits(max_adapter_bytes=1000)).fetch(
+        make_sources(tmp_path, limits=AdapterLimits(max_adapter_bytes=1000)).fetch(
             str(folder), tmp_path / "into"
         )
 
@@ -287,7 +283,7 @@ def test_many_who_ask_at_once_fetch_once(registry: AdapterRegistry, tmp_path: Pa
 def test_a_template_must_have_a_place_for_the_name() -> None:
     for template in ("/srv/adapters", "ftp://host/{name}"):
         with pytest.raises(AdapterInvalid, match="resolve_from"):
-            sources(resolve_templates=(template,))
+            make_sources(resolve_templates=(template,))
 
 
 def test_what_was_deleted_does_not_come_back_by_itself(

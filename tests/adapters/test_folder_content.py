@@ -1,4 +1,4 @@
-"""What is on the disk: one owner, restarts, leftovers, damage."""
+"""FolderContent: restarts, leftovers, and damaged or missing content."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from adapters.handmade import (
     files,
     make_base,
     make_registry,
+    object_folder,
     push,
     records,
     stage,
@@ -83,7 +84,7 @@ def test_damaged_content_is_not_served_and_can_be_uploaded_again(
     registry: AdapterRegistry, tmp_path: Path, name: str, damage: str
 ) -> None:
     record = push(registry, "tone").record
-    path = tmp_path / "store" / "objects" / record.digest.removeprefix("sha256:") / name
+    path = object_folder(tmp_path / "store", record.digest) / name
     data = path.read_bytes()
     if damage == "remove":
         path.unlink()
@@ -103,7 +104,7 @@ def test_damaged_content_is_not_served_and_can_be_uploaded_again(
 def test_lost_content_is_corrupt_and_can_be_uploaded_again(tmp_path: Path, restart: bool) -> None:
     registry = make_registry(tmp_path)
     record = push(registry, "tone").record
-    shutil.rmtree(tmp_path / "objects" / record.digest.removeprefix("sha256:"))
+    shutil.rmtree(object_folder(tmp_path, record.digest))
     if restart:
         registry.close()
         registry = make_registry(tmp_path)
@@ -122,7 +123,7 @@ def test_lost_content_is_not_found_once_nobody_names_it(
     registry: AdapterRegistry, tmp_path: Path
 ) -> None:
     digest = push(registry, "tone").record.digest
-    shutil.rmtree(tmp_path / "store" / "objects" / digest.removeprefix("sha256:"))
+    shutil.rmtree(object_folder(tmp_path / "store", digest))
     with registry.resolve("tone"):
         registry.names.delete("tone", UPLOAD)
         with pytest.raises(StoreCorrupt):
@@ -135,7 +136,7 @@ def test_damaged_content_is_repaired_by_one_of_many(
     registry: AdapterRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest = push(registry, "tone").record.digest
-    (tmp_path / "store" / "objects" / digest.removeprefix("sha256:") / CONFIG).write_text("{}")
+    (object_folder(tmp_path / "store", digest) / CONFIG).write_text("{}")
     workers = 4
     seen = threading.Barrier(workers)
     is_damaged, remove = intake.is_damaged, FolderContent.remove
@@ -166,7 +167,7 @@ def test_a_refused_upload_leaves_damaged_content_alone(
 ) -> None:
     digest = push(registry, "tone").record.digest
     push(registry, "other", seed=1)
-    path = tmp_path / "store" / "objects" / digest.removeprefix("sha256:") / CONFIG
+    path = object_folder(tmp_path / "store", digest) / CONFIG
     path.write_text("{}")
     with pytest.raises(AdapterExists):
         push(registry, "other")

@@ -14,17 +14,16 @@ import pytest
 
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
 from adaplex.adapters.errors import AdapterInvalid, SourceUnavailable
-from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.sources import Sources
 from adaplex.adapters.storage.bucket import Bucket
-from adapters.handmade import files, tensors
+from adapters.handmade import files, make_sources, tensors
 from adapters.hub_server import Hub, serving
 
 Answer = tuple[int, dict[str, str], bytes]
 
 
-def sources(**options: Any) -> Sources:
-    return Sources(roots=(), limits=AdapterLimits(), hub_allow=("*/*",), **options)
+def from_anywhere(**options: Any) -> Sources:
+    return make_sources(hub_allow=("*/*",), **options)
 
 
 @contextmanager
@@ -61,7 +60,7 @@ def test_a_hub_that_hangs_is_given_up(
     with asked(hub, monkeypatch):
         try:
             with pytest.raises(SourceUnavailable):
-                sources().fetch("hf://org/tone", tmp_path)
+                from_anywhere().fetch("hf://org/tone", tmp_path)
         finally:
             hub.over.set()
 
@@ -92,7 +91,7 @@ def test_an_answer_that_is_not_the_hubs(
     hub = LyingHub()
     hub.body = body
     with asked(hub, monkeypatch), pytest.raises(SourceUnavailable):
-        sources().fetch("hf://org/tone", tmp_path)
+        from_anywhere().fetch("hf://org/tone", tmp_path)
 
 
 class TokenlessHub(Hub):
@@ -116,7 +115,7 @@ def test_the_token_stays_with_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setenv("HF_TOKEN", "hf_word")
     hub = TokenlessHub()
     with answering(give) as hub.elsewhere, asked(hub, monkeypatch):
-        sources().fetch("hf://org/tone", tmp_path)
+        from_anywhere().fetch("hf://org/tone", tmp_path)
     assert tokens == [None, None]
 
 
@@ -126,9 +125,9 @@ def test_names_that_no_repository_has(
 ) -> None:
     with asked(Hub(), monkeypatch) as hub:
         with pytest.raises(AdapterInvalid) as caught:
-            sources().fetch(f"hf://org/{name}", tmp_path)
+            from_anywhere().fetch(f"hf://org/{name}", tmp_path)
         assert caught.value.field == "uri"
-        assert sources(resolve_templates=("hf://org/{name}",)).find(name, tmp_path) is None
+        assert from_anywhere(resolve_templates=("hf://org/{name}",)).find(name, tmp_path) is None
         assert hub.requests == []
 
 
@@ -152,7 +151,7 @@ def test_names_that_no_repository_has(
 )
 def test_bucket_uris_that_are_refused(tmp_path: Path, uri: str) -> None:
     with pytest.raises(AdapterInvalid) as caught:
-        sources(bucket_allow=("s3://bucket",)).fetch(uri, tmp_path)
+        from_anywhere(bucket_allow=("s3://bucket",)).fetch(uri, tmp_path)
     assert caught.value.field == "uri"
     assert "word" not in str(caught.value)
 
@@ -172,7 +171,7 @@ def test_files_that_change_while_they_are_read_are_not_mixed(
 
     monkeypatch.setattr(Bucket, "download", overtaken)
     with pytest.raises(SourceUnavailable, match=WEIGHTS):
-        sources(bucket_allow=(s3_prefix,)).fetch(s3_prefix, tmp_path)
+        from_anywhere(bucket_allow=(s3_prefix,)).fetch(s3_prefix, tmp_path)
     monkeypatch.undo()
 
 
@@ -183,7 +182,7 @@ def test_a_listing_has_an_end(
     bucket = Bucket(s3_prefix)
     for name, data in (files() | {"checkpoint-1/a": b"1"}).items():
         bucket.put(name, data)
-    allowed = sources(bucket_allow=(s3_prefix,))
+    allowed = from_anywhere(bucket_allow=(s3_prefix,))
     allowed.fetch(s3_prefix, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
     bucket.put("checkpoint-1/b", b"2")

@@ -1,4 +1,4 @@
-"""Reports of stored content: read once, kept while the content is there."""
+"""ProgramCache: reports of stored content are made once, and dropped with the content."""
 
 from __future__ import annotations
 
@@ -17,12 +17,9 @@ from adapters.handmade import (
     config,
     files,
     make_registry,
+    object_folder,
     push,
 )
-
-
-def stored(root: Path, digest: str) -> Path:
-    return root / "objects" / digest.removeprefix("sha256:")
 
 
 def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +66,7 @@ def test_a_report_goes_when_its_content_is_found_damaged(
 ) -> None:
     done = push(registry, "tone")
     digest = done.record.digest
-    (stored(tmp_path / "store", digest) / CONFIG).write_text("{}")
+    (object_folder(tmp_path / "store", digest) / CONFIG).write_text("{}")
     assert registry.programs.report(digest) == done.report
     with pytest.raises(StoreCorrupt):
         registry.programs.program(digest)
@@ -83,7 +80,7 @@ def test_a_kept_report_does_not_hide_lost_content(
     registry: AdapterRegistry, tmp_path: Path
 ) -> None:
     digest = push(registry, "tone").record.digest
-    shutil.rmtree(stored(tmp_path / "store", digest))
+    shutil.rmtree(object_folder(tmp_path / "store", digest))
     with pytest.raises(StoreCorrupt):
         registry.programs.report(digest)
     push(registry, "tone")
