@@ -1,4 +1,4 @@
-"""Registries that must be well at the end of the test, and bases to lower for."""
+"""Registries that are checked at the end of the test, and bases to lower for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from primitives import describe
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[AdapterRegistry]:
-    """For fp32; nothing may be left staged."""
+    """A registry for fp32. After the test it must have no orphan and nothing staged."""
     made = make_registry(tmp_path / "store")
     yield made
     made.check_integrity()
@@ -30,7 +30,7 @@ def registry(tmp_path: Path) -> Iterator[AdapterRegistry]:
 
 @pytest.fixture
 def replicas(s3_prefix: str, tmp_path: Path) -> Iterator[tuple[AdapterRegistry, AdapterRegistry]]:
-    """Two servers that share a bucket."""
+    """The registries of two servers that share a bucket."""
     made = replica(s3_prefix, tmp_path / "one"), replica(s3_prefix, tmp_path / "two")
     yield made
     for registry in made:
@@ -40,7 +40,7 @@ def replicas(s3_prefix: str, tmp_path: Path) -> Iterator[tuple[AdapterRegistry, 
 
 @pytest.fixture(scope="module")
 def base(tiny_model: Callable[[str], Path]) -> Callable[[str], tuple[PreTrainedModel, BaseSpec]]:
-    """An architecture -> a tiny model of it, and its spec; made once."""
+    """Returns a tiny model of an architecture and its spec, made once."""
 
     @cache
     def load(architecture: str) -> tuple[PreTrainedModel, BaseSpec]:

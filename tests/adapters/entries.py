@@ -1,4 +1,4 @@
-"""Entries and versions made by hand."""
+"""Catalog entries and versions for tests."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def version(seed: int = 0, **fields: Any) -> Version:
 
 
 def entry(name: str = "a", versions: int = 1, *, first: int = 0) -> NameRecord:
-    """An entry whose versions hold contents `first`, `first` + 1, ..."""
+    """Returns an entry whose versions have contents `first`, `first` + 1, ..."""
     made = NameRecord(name)
     for seed in range(first, first + versions):
         made = made.add(version(seed), max_versions=1000)

@@ -1,4 +1,4 @@
-"""PEFT's LoRA as llama.cpp writes it to GGUF files."""
+"""GGUF files with LoRA as llama.cpp writes them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NAMES = {
 
 
 def gguf_name(module: str) -> str:
-    """llama.cpp's name of a module of a llama-shaped model."""
+    """Returns llama.cpp's name of a module of a llama-shaped model."""
     if module == "lm_head":
         return "output"
     _, _, layer, rest = module.split(".", 3)
@@ -45,7 +45,7 @@ def gguf_name(module: str) -> str:
 
 
 def interleaved(rows: Tensor) -> Tensor:
-    """Row i of half h of a head goes to row 2i + h of that head."""
+    """Moves row i of half h of each head to its row 2i + h."""
     made, half = torch.empty_like(rows), HEAD_SIZE // 2
     for row in range(len(rows)):
         head, within = divmod(row, HEAD_SIZE)
@@ -55,7 +55,7 @@ def interleaved(rows: Tensor) -> Tensor:
 
 
 def pairs_of(directory: Path, architecture: str) -> dict[str, Tensor]:
-    """A PEFT adapter's tensors under llama.cpp's names, in its order of rows."""
+    """Returns a PEFT adapter's tensors with llama.cpp's names and order of rows."""
     made = {}
     for key, tensor in load_file(directory / WEIGHTS).items():
         module, _, half = key.removeprefix("base_model.model.").rpartition(".lora_")
@@ -78,7 +78,7 @@ def write_gguf(
     invocation: list[int] | None = None,
     endian: GGUFEndian = GGUFEndian.LITTLE,
 ) -> Path:
-    """What convert_lora_to_gguf.py writes; rows that make no block of `kind` are kept in F16."""
+    """Writes a file as convert_lora_to_gguf.py does; rows without whole blocks stay F16."""
     writer = GGUFWriter(path, architecture, endianess=endian)
     writer.add_type(general_type)
     writer.add_string("adapter.type", adapter_type)

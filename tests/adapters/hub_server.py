@@ -1,4 +1,4 @@
-"""A hub on loopback: the part of the file API that huggingface_hub uses to find and fetch files."""
+"""A hub on loopback, with the file API that huggingface_hub uses to list and fetch files."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def git_sha1(data: bytes) -> str:
 
 @dataclass
 class Hub:
-    """Repositories by id: commits, each with files by path, and branches."""
+    """One repository: files by path and commit, and the commit of each branch."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     repo: str = "org/tone"
     requests: list[str] = field(default_factory=list)
     serve_instead: dict[str, bytes] = field(default_factory=dict)
-    """Bytes to send for a path in place of the right ones."""
+    """Wrong bytes to send, by path."""
     status: int = 200
-    """What every request is answered with, unless it is 200."""
+    """Status of every response, unless it is 200."""
     redirect: bool = False
-    """Files are sent from another path, as the real hub does."""
+    """True to redirect file requests to another path, as the real hub does."""
     url: str = ""
 
     def commit(self, branch: str, files: dict[str, bytes]) -> str:
@@ -40,7 +40,7 @@ class Hub:
         return sha
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body."""
+        """Returns status, headers and body of the response."""
         self.requests.append(path)
         if self.status != 200:
             return self.status, {}, b"{}"
@@ -83,7 +83,7 @@ def _sibling(path: str, data: bytes) -> dict[str, Any]:
 
 @contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
-    """The hub on a free port, until the block ends."""
+    """Serves the hub on a free port until the block ends."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,6 +1,6 @@
-// Loaded before libc: ends the process, as kill -9 does, just before its nth write to the disk.
-// Writes are what changes a file or a folder, or makes a change durable. Nothing is counted until
-// kill_at_write(n) arms it; writes_seen() tells how many there were.
+// Preloaded before libc: kills the process with SIGKILL just before its nth write to the disk.
+// Calls that change a file or a folder, or make a change durable, count as writes. Counting starts
+// with kill_at_write(n); writes_seen() returns the count.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>

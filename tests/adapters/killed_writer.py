@@ -1,7 +1,7 @@
-"""Does one thing to a store again and again, each time killed at its next write. For test_kill.
+"""Repeats operations on a store, killed at the first write, the second and so on. For test_kill.
 
 Runs under kill_at_write.so; forks a child for each kill, since importing torch takes seconds.
-Prints a JSON line: for each operation, its number of writes, and what was wrong after a kill.
+Prints a JSON line: for each operation, its number of writes and the problems after a kill.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ OPERATIONS: dict[str, Callable[[AdapterRegistry], object]] = {
 
 
 def template(root: Path) -> None:
-    """Two names, three contents, an alias."""
+    """Makes a store with two names, four contents and an alias."""
     registry = make_registry(root)
     push(registry, "a", seed=0)
     push(registry, "a", seed=1, replace=True)
@@ -54,7 +54,7 @@ def template(root: Path) -> None:
 
 
 def state(registry: AdapterRegistry) -> dict[str, object]:
-    """All that is known, but for times."""
+    """Returns the versions and aliases of each name."""
     found: dict[str, object] = {}
     for name in ("a", "b", "new"):
         with suppress(AdapterNotFound):
@@ -64,7 +64,7 @@ def state(registry: AdapterRegistry) -> dict[str, object]:
 
 
 def killed_at(root: Path, operation: str, number: int) -> bool:
-    """Runs an operation in a child that dies at its nth write; whether it got so far."""
+    """Runs an operation in a child that is killed at write `number`. Returns True if it was."""
     child = os.fork()
     if child == 0:
         libc = ctypes.CDLL(None)
@@ -81,8 +81,8 @@ def killed_at(root: Path, operation: str, number: int) -> bool:
     return False
 
 
-def looked_after(root: Path, before: object, after: object, operation: str) -> list[str]:
-    """What is wrong with a store after a kill and a restart."""
+def problems_after_kill(root: Path, before: object, after: object, operation: str) -> list[str]:
+    """Returns the problems of a store after a kill and a restart."""
     wrong = []
     registry = make_registry(root)
     try:
@@ -122,7 +122,9 @@ def main(work: Path) -> None:
         for number in range(1, MAX_WRITES):
             shutil.copytree(work / "template", root)
             killed = killed_at(root, operation, number)
-            wrong += [f"at {number}: {it}" for it in looked_after(root, before, after, operation)]
+            wrong += [
+                f"at {number}: {it}" for it in problems_after_kill(root, before, after, operation)
+            ]
             shutil.rmtree(root)
             if not killed:
                 break

@@ -1,4 +1,4 @@
-"""Servers that share a store in a bucket."""
+"""Registries that share a store in a bucket."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def replica(
     grace: timedelta = GRACE,
     refresh_seconds: float = 0.0,
 ) -> AdapterRegistry:
-    """One server's view of the bucket."""
+    """Returns one server's registry of the bucket, for fp32."""
     root.mkdir(parents=True, exist_ok=True)
     bucket = Bucket(uri)
     mirror = SqliteCatalog(root / "catalog.sqlite3")

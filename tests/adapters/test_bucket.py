@@ -1,4 +1,4 @@
-"""A bucket of a real S3 server: objects and conditions."""
+"""Objects and conditional writes in a bucket of a real S3 server."""
 
 from __future__ import annotations
 

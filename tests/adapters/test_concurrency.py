@@ -1,4 +1,4 @@
-"""One name, one lease, many threads."""
+"""Many threads that use one name and one lease."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fsck says of stored adapters, without a base."""
+"""fsck finds missing, damaged and unnamed content, without a base."""
 
 from __future__ import annotations
 

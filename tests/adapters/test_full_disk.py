@@ -1,4 +1,4 @@
-"""A disk without room: StoreFull, nothing left behind, and uploads go on once there is room."""
+"""A full disk: StoreFull, no leftovers, and uploads succeed once there is space."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from adapters.handmade import (
 
 ALWAYS = range(1_000_000)
 SYNCS = 5
-"""Of one upload: two files, the manifest, the folder, the folder of all objects."""
+"""Calls in one upload: two files, the manifest, the folder, the folder of all objects."""
 
 
 def refusing(
     call: Callable[..., Any], code: int, turns: range
 ) -> tuple[Callable[..., Any], list[int]]:
-    """`call`, failing in the given turns; and the turns it had."""
+    """Returns `call` made to fail at the given calls, and the list of its calls."""
     had: list[int] = []
 
     def maybe(*args: Any) -> Any:

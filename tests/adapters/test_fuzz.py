@@ -1,4 +1,4 @@
-"""Damaged uploads: whatever comes in is a valid report or a refusal, and nothing else suffers."""
+"""Damaged uploads give a valid report or a refusal, and leave everything else as it was."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterRegist
 
 
 def survive(registry: AdapterRegistry, contents: dict[str, bytes]) -> None:
-    """Checks and commits an upload; the registry is as good as before, whatever became of it."""
+    """Checks and commits an upload, and checks that the registry stays sound either way."""
     with stage(registry, contents, chunk=1 << 16) as staging:
         report = registry.intake.check(staging)
         assert report.valid == (not report.refusals)

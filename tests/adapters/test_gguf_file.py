@@ -1,4 +1,4 @@
-"""GGUF headers that lie: refused at once, before memory is taken."""
+"""GGUF files with false headers are refused before memory is allocated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adaplex.adapters.sources.gguf.file import read_gguf
 
 LIMITS = AdapterLimits()
 HEADER_START = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q1s", 1, b"k")
-"""A file of one key, up to its type."""
+"""Start of a file with one key, up to its type."""
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_a_header_that_lies_is_refused_at_once(content: bytes, reason: str, tmp_
 
 
 def with_tensors(*tensors: tuple[str, tuple[int, ...], int, int]) -> bytes:
-    """A file that lists tensors, each name, dimensions, type, offset, and holds 64 bytes."""
+    """Returns a file with 64 bytes of data and these tensors: name, dimensions, type, offset."""
     made = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), 0)
     for name, dimensions, kind, offset in tensors:
         made += struct.pack(f"<Q{len(name)}sI", len(name), name.encode(), len(dimensions))

@@ -1,4 +1,4 @@
-"""LoRA in GGUF files, written as llama.cpp does, against the PEFT adapter it came from."""
+"""LoRA in GGUF files as llama.cpp writes them, compared with the PEFT adapter of origin."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ EVERY = everything("llama")
 
 
 def drop_base_weights(directory: Path) -> None:
-    """PEFT copies the base's weight beside a pair on lm_head; llama.cpp leaves it out."""
+    """Removes the base's weight that PEFT saves with a pair on lm_head; llama.cpp has none."""
     tensors = load_file(directory / WEIGHTS)
     save_file({k: v for k, v in tensors.items() if "base_layer" not in k}, directory / WEIGHTS)
 

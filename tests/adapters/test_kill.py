@@ -1,4 +1,4 @@
-"""A registry whose process is killed in mid-upload: what was acknowledged is there."""
+"""A process is killed during uploads: every acknowledged adapter is stored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UPLOADER = Path(__file__).with_name("uploader.py")
 
 
 def upload_until_killed(root: Path, run: int, delay: float) -> list[str]:
-    """Lines that the uploader printed; killed `delay` seconds after it was ready."""
+    """Kills an uploader `delay` seconds after it was ready. Returns the lines that it printed."""
     process = subprocess.Popen(
         [sys.executable, str(UPLOADER), str(root), str(run)],
         stdout=subprocess.PIPE,
@@ -41,7 +41,7 @@ def upload_until_killed(root: Path, run: int, delay: float) -> list[str]:
 
 
 def may_be_deleted(name: str) -> bool:
-    """Whether the uploader deletes this one; it may have done so without coming to say it."""
+    """True if the uploader deletes this name, perhaps without printing that."""
     return int(name.rpartition("-")[2]) % 3 == 2
 
 

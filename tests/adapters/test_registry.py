@@ -243,7 +243,7 @@ def test_what_is_stored_can_be_read_under_smaller_limits(
 
 
 def test_threads_agree(registry: AdapterRegistry) -> None:
-    """Uploads, reads and deletions of few names by many threads at once."""
+    """Runs uploads, reads and deletions of few names in many threads."""
     contents = [files(weights=tensors(seed=seed)) for seed in range(3)]
     start = threading.Barrier(6)
 

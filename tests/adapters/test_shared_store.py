@@ -1,4 +1,4 @@
-"""A store in a bucket that two servers share: what one is told, the other serves."""
+"""Two servers that share a store in a bucket: changes on one apply to the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store in a bucket: damage, a bucket that is away, and everybody at once."""
+"""A store in a bucket: damage, an unreachable bucket, and concurrent changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signatures of adapters, made with keys of our own by the library that publishers use."""
+"""Signatures of adapters, made by the library that publishers use."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SPKI = PublicFormat.SubjectPublicKeyInfo
 
 
 class Key:
-    """A key pair in two PEM files."""
+    """Writes a key pair to two PEM files."""
 
     def __init__(self, where: Path, curve: ec.EllipticCurve) -> None:
         private = ec.generate_private_key(curve)
@@ -73,7 +73,7 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def assert_refused(adapter: Path, reason: str, *keys: Key) -> None:
-    """Refused where a signature is required, and told where it is only wished for."""
+    """Asserts that `require` refuses an adapter, and `warn` reports a problem."""
     paths = [key.public for key in keys]
     with pytest.raises(AdapterInvalid, match=f"^model.sig: .*{reason}"):
         SignatureVerifier(REQUIRE, public_keys=paths).verify(adapter)
@@ -165,13 +165,13 @@ def test_another_key_does_not_count(key: Key, stranger: Key, adapter: Path) -> N
 
 
 def forged(bundle: dict[str, dict[str, dict[str, str]]], key: Key) -> None:
-    """Claims to be by our key."""
+    """Sets the hint to the trusted key's."""
     hint = hashlib.sha256(key.public.read_bytes()).hexdigest()
     bundle["verificationMaterial"]["publicKey"]["hint"] = hint
 
 
 def unhinted(bundle: dict[str, dict[str, dict[str, str]]], key: Key) -> None:
-    """Claims nothing, as the first releases did."""
+    """Removes the hint, as the first releases wrote none."""
     del bundle["verificationMaterial"]["publicKey"]["hint"]
 
 

@@ -1,4 +1,4 @@
-"""Directories, the hub and buckets, through the importer and by themselves."""
+"""Local folders, the hub and buckets, with and without the importer."""
 
 from __future__ import annotations
 

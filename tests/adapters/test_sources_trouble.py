@@ -1,4 +1,4 @@
-"""Sources that hang, lie or change while they are read, and URIs that libraries choke on."""
+"""Sources that hang, send wrong bytes or change while read, and malformed URIs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def asked(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 class HangingHub(Hub):
-    """Takes requests whose path has `hang_at` in it, and never answers before `over`."""
+    """Answers requests whose path has `hang_at` in it only once `over` is set."""
 
     hang_at: str
     over: threading.Event
@@ -66,7 +66,7 @@ def test_a_hub_that_hangs_is_given_up(
 
 
 class LyingHub(Hub):
-    """Answers everything with one body."""
+    """Answers every request with one body."""
 
     body: bytes
 
@@ -95,7 +95,7 @@ def test_an_answer_that_is_not_the_hubs(
 
 
 class TokenlessHub(Hub):
-    """Sends readers of files to another origin."""
+    """Redirects file requests to another origin."""
 
     elsewhere: str
 
@@ -231,7 +231,7 @@ def test_what_stops_coming_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def send(handler: BaseHTTPRequestHandler, body: bytes, *, size: int | None = None) -> None:
-    """A good answer's head, for so many bytes, and the first of them."""
+    """Sends a valid response's head for `size` bytes, then `body`, which may be shorter."""
     handler.send_response(200)
     handler.send_header("Content-Length", str(len(body) if size is None else size))
     handler.send_header("ETag", '"e"')
@@ -243,7 +243,7 @@ def send(handler: BaseHTTPRequestHandler, body: bytes, *, size: int | None = Non
 
 @contextmanager
 def answering(answer: Any) -> Iterator[str]:
-    """The URL of a server that answers every GET so, until the block ends."""
+    """Yields the URL of a server that handles every GET with `answer`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

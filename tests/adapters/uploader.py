@@ -1,4 +1,4 @@
-"""Uploads until it is killed; says what it did once it is committed. For test_kill."""
+"""Uploads until it is killed, and prints each adapter once it is committed. For test_kill."""
 
 from __future__ import annotations
 
