@@ -1,5 +1,6 @@
-"""Fixtures shared by all tests: tiny models made once, one quiet thread, and Triton's interpreter
-where there is no GPU."""
+"""Fixtures of all tests: tiny models saved once, one torch thread, and Triton's interpreter where
+there is no GPU.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-# Before any kernel is defined: Triton decides then whether to compile or to interpret it.
+# Before any kernel is defined, when Triton chooses to compile or to interpret it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -28,7 +29,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Architecture name -> directory of a tiny random model, written once a run."""
+    """Returns the directory of an architecture's tiny random model, saved once a run."""
     made: dict[str, Path] = {}
 
     def directory(architecture: str) -> Path:

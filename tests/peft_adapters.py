@@ -1,4 +1,4 @@
-"""Adapters as HF PEFT writes them, random but not idle, and PEFT as the oracle for them."""
+"""Random LoRA adapters as HF PEFT saves them, which change the output, and PEFT as their oracle."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "dora-table": {"target_modules": ["embed_tokens", "up_proj"], "use_dora": True},
     "dora-bias": {"target_modules": ["q_proj", "o_proj"], "use_dora": True, "bias": "lora_only"},
 }
-"""What LoRA holds besides pairs of linears, for llama-shaped models."""
+"""LoRA configs with more than low-rank pairs of linears, for llama-shaped models."""
 EXPERTS: dict[str, dict[str, Any]] = {
     "both": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     "down": {"target_parameters": ["mlp.experts.down_proj"]},
@@ -76,7 +76,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "use_rslora": True,
     },
 }
-"""Of the fused parameters of experts."""
+"""LoRA configs of the fused parameters of experts."""
 ELSEWHERE: dict[str, dict[str, dict[str, Any]]] = {
     "gpt2": {
         "dora": {"target_modules": ["c_attn", "mlp.c_proj"], "use_dora": True},
@@ -99,22 +99,22 @@ ELSEWHERE: dict[str, dict[str, dict[str, Any]]] = {
         "down": {"target_parameters": ["experts.down_proj"], "target_modules": ["q_proj"]},
     },
 }
-"""Of architectures whose modules are kept, scaled or transposed in another way."""
+"""LoRA configs for architectures whose modules are named, scaled or transposed in another way."""
 
 
 def attention(architecture: str) -> list[str]:
-    """Names of the attention projections."""
+    """Returns the names of the attention projections that LoRA targets by default."""
     return ATTENTION.get(architecture, ["q_proj", "v_proj"])
 
 
 def everything(architecture: str) -> list[str]:
-    """Names of every projection that LoRA can take."""
+    """Returns the names of every projection that LoRA can target."""
     mlp = ["gate_proj", "up_proj", "down_proj"]
     return EVERYTHING.get(architecture, ["q_proj", "k_proj", "v_proj", "o_proj", *mlp])
 
 
 def spread(architecture: str) -> dict[str, dict[str, Any]]:
-    """LoRA configurations that differ in all that matters: rank, scale, targets, bias."""
+    """Returns LoRA configs that differ in rank, scale, targets and bias."""
     first, every = attention(architecture)[0], everything(architecture)
     layer = "h" if architecture == "gpt2" else "layers"
     return {
@@ -146,7 +146,7 @@ def spread(architecture: str) -> dict[str, dict[str, Any]]:
 
 
 def load_plain(model: Path) -> PreTrainedModel:
-    """The base in fp32 with the slow attention."""
+    """Loads the base in fp32 with eager attention."""
     plain = AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, attn_implementation="eager"
     )
@@ -156,7 +156,7 @@ def load_plain(model: Path) -> PreTrainedModel:
 def save_adapter(
     base: PreTrainedModel, directory: Path, *, seed: int = 0, size: float = 0.1, **fields: Any
 ) -> Path:
-    """Saves a PEFT adapter for `base` with random weights; the base is left without it."""
+    """Saves a LoRA with random weights for `base`, and removes it from the base."""
     torch.manual_seed(seed)
     kept = {name: p.detach().clone() for name, p in base.named_parameters() if "bias" in name}
     tuned = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **fields))
@@ -174,18 +174,26 @@ def save_adapter(
     return directory
 
 
+_resolve_variant = Linear.resolve_lora_variant
+
+
+def resolve_with_qalora(linear: Any, *, config: LoraConfig, **more: Any) -> Any:
+    """Stands in for `Linear.resolve_lora_variant`, with QA-LoRA for all linears.
+
+    PEFT has it for GPTQ's linears only.
+    """
+    if config.use_qalora:
+        return QALoraLinearVariant()
+    return _resolve_variant(linear, config=config, **more)
+
+
 def pool_linears(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT pools the inputs of GPTQ's linears for QA-LoRA; this lets it pool those of all."""
-    plain = Linear.resolve_lora_variant
-
-    def resolve(linear: Any, *, config: LoraConfig, **more: Any) -> Any:
-        return QALoraLinearVariant() if config.use_qalora else plain(linear, config=config, **more)
-
-    monkeypatch.setattr(Linear, "resolve_lora_variant", resolve)
+    """Gives all of PEFT's linears QA-LoRA until the test ends."""
+    monkeypatch.setattr(Linear, "resolve_lora_variant", resolve_with_qalora)
 
 
 class Oracle:
-    """PEFT with one adapter on a base of its own."""
+    """PEFT with one adapter on its own base, or the base alone."""
 
     def __init__(self, base: PreTrainedModel, adapter: Path | None) -> None:
         self.model: Any = base if adapter is None else PeftModel.from_pretrained(base, adapter)
@@ -193,13 +201,13 @@ class Oracle:
 
     @torch.no_grad()
     def logits(self, tokens: list[int]) -> Tensor:
-        """[vocabulary] after the last token."""
+        """Returns logits [vocabulary] after the last token."""
         out: Tensor = self.model(torch.tensor([tokens])).logits[0, -1]
         return out.float()
 
     @torch.no_grad()
     def greedy(self, tokens: list[int], count: int) -> list[int]:
-        """The next `count` tokens."""
+        """Returns the next `count` tokens."""
         ids = torch.tensor([tokens])
         out = self.model.generate(
             input_ids=ids,

@@ -1,4 +1,4 @@
-"""One adapter of every family that HF PEFT knows, random but not idle, and PEFT as their oracle."""
+"""Random adapters of every family of HF PEFT that change the output, and PEFT as their oracle."""
 
 from __future__ import annotations
 
@@ -11,50 +11,56 @@ from unittest.mock import patch
 
 import peft
 import torch
-from peft.tuners.lora import layer as peft_layer
-from peft.tuners.lora.variants import QALoraLinearVariant
+from peft.tuners.lora.layer import Linear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
-from peft_adapters import Oracle, attention, everything, load_plain, save_adapter
+from peft_adapters import (
+    Oracle,
+    attention,
+    everything,
+    load_plain,
+    resolve_with_qalora,
+    save_adapter,
+)
 
 Randomize = Callable[[str, Tensor], None]
-"""Fills a parameter, by name, so that the adapter does something."""
+"""Fills a parameter, by name, so that the adapter changes the output."""
 TASK = 1
-"""The one that is served of a multitask adapter."""
+"""The served task of a multitask adapter."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """How an adapter of one family is made, and asked."""
+    """How to save a random adapter of one family, and the oracle of its output."""
 
     save: Callable[[Path, Path, int], Path]
-    """Of the model in a directory, into a directory, with a seed."""
+    """Saves an adapter; arguments are the model's directory, the adapter's and a seed."""
     oracle: Callable[[Path, Path], Oracle]
-    """The model, and the saved adapter."""
+    """Returns the oracle of the model and the adapter in two directories."""
     invocation: tuple[int, ...] = ()
-    """What must stand in a prompt for the adapter to be applied."""
+    """Tokens that a prompt must have for the adapter to be applied."""
 
     def prompt(self, tokens: list[int]) -> list[int]:
-        """The prompt with the invocation in its middle."""
+        """Returns the prompt with the invocation in its middle."""
         middle = len(tokens) // 2
         return [*tokens[:middle], *self.invocation, *tokens[middle:]]
 
 
 class TaskOracle(Oracle):
-    """Asks for one task, without a cache."""
+    """The oracle of a multitask adapter's TASK; it decodes without a KV cache."""
 
     @torch.no_grad()
     def logits(self, tokens: list[int]) -> Tensor:
-        """[vocabulary] after the last token."""
+        """Returns logits [vocabulary] after the last token."""
         task = torch.tensor([TASK])
         out: Tensor = self.model(torch.tensor([tokens]), task_ids=task).logits[0, -1]
         return out.float()
 
     def greedy(self, tokens: list[int], count: int) -> list[int]:
-        """The next `count` tokens."""
+        """Returns the next `count` tokens."""
         grown = list(tokens)
         for _ in range(count):
             grown.append(int(self.logits(grown).argmax()))
@@ -62,7 +68,7 @@ class TaskOracle(Oracle):
 
 
 class BiasOracle(Oracle):
-    """BitFit, of which PEFT has none: the base with the biases put in."""
+    """The oracle of BitFit, which PEFT lacks: the base with the adapter's biases."""
 
     def __init__(self, base: PreTrainedModel, adapter: Path) -> None:
         super().__init__(base, None)
@@ -77,12 +83,12 @@ class BiasOracle(Oracle):
 
 
 def normal(size: float = 0.1, mean: float = 0.0) -> Randomize:
-    """Every trained parameter from a normal distribution."""
+    """Returns a Randomize that draws every trained parameter from a normal distribution."""
     return lambda name, parameter: parameter.normal_(mean, size)  # type: ignore[return-value]
 
 
 def around(size: float = 0.2) -> Randomize:
-    """Every trained parameter moved from where it is."""
+    """Returns a Randomize that adds normal noise to every trained parameter."""
     return lambda name, parameter: parameter.add_(torch.randn_like(parameter) * size)  # type: ignore[return-value]
 
 
@@ -91,7 +97,7 @@ def _saved(
     randomize: Randomize,
     finish: Callable[[Any], None] = lambda tuned: None,
 ) -> Callable[[Path, Path, int], Path]:
-    """Saves what `config` makes for an architecture, its parameters randomized."""
+    """Returns a function that saves an adapter of `config` with random parameters."""
 
     def save(model: Path, directory: Path, seed: int) -> Path:
         torch.manual_seed(seed)
@@ -113,7 +119,7 @@ def family(
     randomize: Randomize,
     finish: Callable[[Any], None] = lambda tuned: None,
 ) -> Family:
-    """A family that PEFT saves and loads."""
+    """Returns a family that PEFT saves and loads."""
     return Family(
         _saved(config, randomize, finish),
         lambda model, adapter: Oracle(load_plain(model), adapter),
@@ -121,7 +127,7 @@ def family(
 
 
 def _prune(tuned: Any) -> None:
-    """Prunes ranks as AdaLoRA's allocator does: all of the first module, every third elsewhere."""
+    """Prunes ranks as AdaLoRA's allocator does: all of the first module, every third of others."""
     names = [n for n, _ in tuned.base_model.model.named_parameters() if ".lora_E." in n]
     config = tuned.peft_config["default"]
     config.rank_pattern = {
@@ -139,7 +145,7 @@ def _scales(name: str, parameter: Tensor) -> None:
 
 
 def _add_task(model: Path, directory: Path, seed: int) -> Path:
-    """A multitask adapter whose config says which task to serve."""
+    """Saves a multitask adapter whose config names the task to serve."""
     make = _saved(
         lambda a: peft.MultitaskPromptTuningConfig(
             task_type="CAUSAL_LM", num_virtual_tokens=5, num_tasks=3, num_ranks=2
@@ -153,7 +159,7 @@ def _add_task(model: Path, directory: Path, seed: int) -> Path:
 
 
 def _bitfit(model: Path, directory: Path, seed: int) -> Path:
-    """Biases of every linear and norm, also of those that have none."""
+    """Saves biases for every linear and norm, including those that have none."""
     torch.manual_seed(seed)
     biases = {
         f"base_model.model.{name}.bias": torch.randn(_width(module)) * 0.1
@@ -192,7 +198,7 @@ def _prompt(kind: type, **fields: Any) -> Callable[[str], peft.PeftConfig]:
 
 
 def lora(**fields: Any) -> Family:
-    """LoRA with the fields; on q and v if they name no targets."""
+    """Returns LoRA with the fields, by default on the attention projections."""
 
     def save(model: Path, directory: Path, seed: int) -> Path:
         base = load_plain(model)
@@ -208,15 +214,11 @@ def lora(**fields: Any) -> Family:
 
 
 def _pooled(made: Family) -> Family:
-    """QA-LoRA, which PEFT has for GPTQ's linears alone; this gives it to all."""
-    plain = peft_layer.Linear.resolve_lora_variant
-
-    def resolve(layer: Any, *, config: Any, **more: Any) -> Any:
-        return QALoraLinearVariant() if config.use_qalora else plain(layer, config=config, **more)
+    """Returns the family, saved and loaded with QA-LoRA for all of PEFT's linears."""
 
     def patched(call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            with patch.object(peft_layer.Linear, "resolve_lora_variant", resolve):
+            with patch.object(Linear, "resolve_lora_variant", resolve_with_qalora):
                 return call(*args)
 
         return run
@@ -243,7 +245,7 @@ LORAS: Mapping[str, Family] = {
         around(),
     ),
 }
-"""LoRA and what goes by its name."""
+"""LoRA and its variants."""
 FAMILIES: Mapping[str, Family] = {
     "adalora": family(
         lambda a: peft.AdaLoraConfig(
@@ -328,11 +330,12 @@ FAMILIES: Mapping[str, Family] = {
         normal(0.4),
     ),
 }
-"""Every family but LoRA's, and variants that differ in what PEFT writes."""
+"""The other families, and variants that PEFT saves in another way."""
 NOT_GPT2 = (
-    # the tiny config has heads that GPT-2 does not know
+    # The tiny config has kv heads, which GPT-2 lacks.
     *("prefix-tuning", "prefix-projection", "cartridge"),
-    *("loha", "lokr", "lokr-both", "lokr-whole", "beft"),  # PEFT has no Conv1D of these
+    # PEFT has no Conv1D of these.
+    *("loha", "lokr", "lokr-both", "lokr-whole", "beft"),
     *("lora-whole", "qalora"),
 )
-"""Those that PEFT cannot make, or not ask, of the tiny GPT-2."""
+"""Families that PEFT cannot save or run for the tiny GPT-2."""

@@ -1,4 +1,4 @@
-"""Configs of the PEFT types that are merged, small enough for tiny models."""
+"""Configs of the PEFT types that are served merged only, small enough for tiny models."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ TOKENS = list(range(3, 40))
 def save_kind(
     base: PreTrainedModel, directory: Path, kind: str, *, size: float = 0.3, **fields: Any
 ) -> Tensor:
-    """Saves a random adapter of the type; PEFT's logits [vocabulary] after TOKENS with the adapter
-    beside the base, not merged. The base is used up.
+    """Saves a random adapter of the type and returns PEFT's logits [vocabulary] after TOKENS, with
+    the adapter unmerged. The base cannot be used afterwards.
     """
     torch.manual_seed(3)
     fields = {"target_modules": TARGETS, **CONFIGS[kind], **fields}

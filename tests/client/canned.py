@@ -1,4 +1,4 @@
-"""Canned answers of the three services, as FakeServer gives them."""
+"""Canned responses of the three services, as FakeServer returns them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ WORDS = ["The", " answer", " is", " 42", "."]
 
 
 def logprob(token: int) -> generation_pb2.TokenLogprob:
+    """A token's log probability, with the next token as the only likely one."""
     top = [generation_pb2.TopLogprob(token_id=token + 1, logprob=-1.5)]
     return generation_pb2.TokenLogprob(token_id=token, logprob=-0.25, top=top)
 
 
 def started(spec: generation_pb2.GenerationSpec, request_id: str) -> Any:
+    """The first event: version 3 of the adapter unless the spec names another."""
     message = generation_pb2.GenerationStarted(request_id=request_id, model="tiny", prompt_tokens=7)
     if spec.adapter:
         name, _, version = spec.adapter.partition("@")
@@ -35,6 +37,7 @@ def started(spec: generation_pb2.GenerationSpec, request_id: str) -> Any:
 
 
 def deltas(spec: generation_pb2.GenerationSpec) -> list[generation_pb2.GenerationDelta]:
+    """One delta for each of WORDS."""
     wanted = spec.sampling.HasField("logprobs")
     return [
         generation_pb2.GenerationDelta(
@@ -45,6 +48,7 @@ def deltas(spec: generation_pb2.GenerationSpec) -> list[generation_pb2.Generatio
 
 
 def finished() -> generation_pb2.GenerationFinished:
+    """The last event."""
     return generation_pb2.GenerationFinished(
         reason=generation_pb2.FINISH_REASON_STOP,
         stop="</s>",
@@ -59,10 +63,12 @@ def finished() -> generation_pb2.GenerationFinished:
 
 
 def event(**kind: Any) -> generation_pb2.GenerateStreamResponse:
+    """A message of a stream."""
     return generation_pb2.GenerateStreamResponse(**kind)
 
 
 def adapter(name: str, version: int = 1) -> adapters_pb2.Adapter:
+    """A stored adapter with every field set but `signer` and `description`."""
     return adapters_pb2.Adapter(
         name=name,
         version=version,
@@ -88,6 +94,7 @@ def adapter(name: str, version: int = 1) -> adapters_pb2.Adapter:
 
 
 def targets(*weights: float) -> list[adapters_pb2.AliasTarget]:
+    """Targets of an alias, from version 3 on."""
     return [adapters_pb2.AliasTarget(version=3 + i, weight=w) for i, w in enumerate(weights)]
 
 
@@ -102,7 +109,8 @@ def version(number: int) -> adapters_pb2.AdapterVersion:
     )
 
 
-def event_of(kind: str) -> adapters_pb2.AdapterEvent:
+def adapter_event(kind: str) -> adapters_pb2.AdapterEvent:
+    """A change of the alias `prod`."""
     return adapters_pb2.AdapterEvent(
         time=Timestamp(seconds=1_700_000_000),
         kind=kind,
@@ -114,6 +122,7 @@ def event_of(kind: str) -> adapters_pb2.AdapterEvent:
 
 
 def report(*refusals: tuple[str, str]) -> adapters_pb2.AdapterReport:
+    """The report of a LoRA on two modules."""
     return adapters_pb2.AdapterReport(
         family="lora",
         digest=DIGEST,

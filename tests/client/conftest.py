@@ -16,13 +16,13 @@ from client.fake_server import FakeServer
 
 
 class Blocking:
-    """Drives Client."""
+    """Drives a Client by method paths."""
 
     def __init__(self, target: str, **options: Any) -> None:
         self.client = Client(target, **options)
 
     def __call__(self, method: str, /, *args: Any, **keywords: Any) -> Any:
-        """Calls a method by its path; what it iterates over comes as a list."""
+        """Calls a method by its path; returns an iterator's items as a list."""
         result = attrgetter(method)(self.client)(*args, **keywords)
         return list(result) if isgenerator(result) else result
 
@@ -35,7 +35,7 @@ class Blocking:
 
 
 class Asyncio:
-    """Drives AsyncClient on a loop of its own, with the interface of Blocking."""
+    """Drives an AsyncClient on its own event loop, with the interface of Blocking."""
 
     def __init__(self, target: str, **options: Any) -> None:
         self.runner = asyncio.Runner()
@@ -78,7 +78,7 @@ def server() -> Iterator[FakeServer]:
 
 @pytest.fixture(params=[Blocking, Asyncio], ids=["sync", "asyncio"])
 def connect(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
-    """Makes drivers of either client; the tests that use it hold for both."""
+    """A function that opens a driver of either client, so that tests run with both."""
     opened: list[Any] = []
 
     def open_driver(target: str, **options: Any) -> Any:
@@ -97,7 +97,7 @@ def call(connect: Callable[..., Any], server: FakeServer) -> Any:
 
 @pytest.fixture
 def adapter_directory(tmp_path: Path) -> Path:
-    """An adapter of more than two chunks, among files that are nobody's business."""
+    """An adapter of more than two chunks, beside files that must not be uploaded."""
     directory = tmp_path / "tone"
     directory.mkdir()
     (directory / "adapter_config.json").write_bytes(b'{"peft_type": "LORA"}')
@@ -111,7 +111,7 @@ def adapter_directory(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(server: FakeServer) -> Callable[..., Result]:
-    """Runs the command line against the fake server."""
+    """A function that runs the command line against the fake server."""
 
     def invoke(*arguments: object, text: str | None = None) -> Result:
         line = ["--target", server.target, *map(str, arguments)]

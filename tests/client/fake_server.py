@@ -1,5 +1,5 @@
-"""FakeServer: the three services and health over real gRPC, with canned answers and a memory."""
-# ruff: noqa: N802 - methods are named as in the services
+"""FakeServer: the three services and health over real gRPC, with canned responses."""
+# ruff: noqa: N802 - methods have the names of the services
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from adaplex.v1 import (
 )
 from client.canned import (
     adapter,
+    adapter_event,
     deltas,
-    event_of,
     finished,
     report,
     server_info,
@@ -36,27 +36,27 @@ from time_limits import WAIT_SECONDS
 
 
 class FakeHealth(health.HealthServicer):
-    """Health that turns to SERVING when it has been looked at often enough."""
+    """Health that becomes SERVING at the check number `serving_after`, if that is set."""
 
-    looks = 0
+    checks = 0
     serving_after: int | None = None
 
     def Check(self, request: Any, context: Any) -> Any:
-        self.looks += 1
-        if self.looks == self.serving_after:
+        self.checks += 1
+        if self.checks == self.serving_after:
             self.set("", health_pb2.HealthCheckResponse.SERVING)
         return super().Check(request, context)
 
 
 @dataclass
 class Upload:
-    """One upload as it arrived."""
+    """The messages of an upload."""
 
     metadata: adapters_pb2.AdapterUpload
     chunks: list[adapters_pb2.AdapterChunk] = field(default_factory=list)
 
     def content(self, index: int) -> bytes:
-        """A file put together by the offsets of its chunks."""
+        """Returns a file's content, assembled by the offsets of its chunks."""
         content = bytearray(self.metadata.files[index].size_bytes)
         for chunk in self.chunks:
             if chunk.file_index == index:
@@ -69,7 +69,7 @@ class FakeServer(
     adapters_pb2_grpc.AdapterServiceServicer,
     server_pb2_grpc.ServerServiceServicer,
 ):
-    """Answers every call the same way and remembers what was asked; use it in `with`."""
+    """Returns canned responses and records requests, metadata and uploads; use it in `with`."""
 
     def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
         self.requests: list[Any] = []
@@ -77,17 +77,19 @@ class FakeServer(
         self.uploads: list[Upload] = []
         self.names = [f"adapter-{n}" for n in range(5)]
         self.refusals: list[tuple[str, str]] = []
-        self.history = [event_of("alias")]
+        self.history = [adapter_event("alias")]
         self.events: list[generation_pb2.GenerateStreamResponse] | None = None
         """Events to stream instead of the canned ones."""
         self.hold = False
-        """Streams stop after their first delta, uploads after their first chunk, until they end."""
+        """True blocks streams after their first delta, and uploads after their first chunk, until
+        the client cancels them.
+        """
         self.cancelled = threading.Event()
-        """Set when a held call has been ended from the other side."""
+        """Set when a blocked call has been cancelled by the client."""
         self.failure: Status | None = None
-        """What every call ends with, after `fail`."""
+        """The status of every call, after `fail`."""
         self.fail_after_chunks: int | None = None
-        """How much of an upload is read before the failure; None reads nothing."""
+        """Number of chunks of an upload to read before the failure; None fails before the first."""
         self.health = FakeHealth()
         self._server = grpc.server(futures.ThreadPoolExecutor(8))
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, self._server)
@@ -109,6 +111,7 @@ class FakeServer(
         self._server.stop(0).wait(WAIT_SECONDS)
 
     def fail(self, code: grpc.StatusCode, message: str, *details: Any) -> None:
+        """Lets every later call fail with a status and its `google.rpc` details."""
         packed = []
         for detail in details:
             packed.append(AnyMessage())
@@ -118,7 +121,7 @@ class FakeServer(
     # Generation.
 
     def Generate(self, request: Any, context: Any) -> Any:
-        request_id = self._remember(request, context)
+        request_id = self._record(request, context)
         answers = deltas(request.spec)
         return generation_pb2.GenerateResponse(
             started=started(request.spec, request_id),
@@ -129,7 +132,7 @@ class FakeServer(
         )
 
     def GenerateStream(self, request: Any, context: Any) -> Iterator[Any]:
-        request_id = self._remember(request, context)
+        request_id = self._record(request, context)
         message = generation_pb2.GenerateStreamResponse
         self._watch(context)
         if self.events is not None:
@@ -157,45 +160,45 @@ class FakeServer(
         )
 
     def LoadAdapter(self, request: Any, context: Any) -> Any:
-        self._remember(request, context)
+        self._record(request, context)
         return adapters_pb2.LoadAdapterResponse(
             adapter=adapter(request.name), report=report(), created=False
         )
 
     def GetAdapter(self, request: Any, context: Any) -> Any:
-        self._remember(request, context)
+        self._record(request, context)
         return adapters_pb2.GetAdapterResponse(
             adapter=adapter(request.name), report=report(), versions=[version(3), version(4)]
         )
 
     def GetAdapterHistory(self, request: Any, context: Any) -> Any:
-        self._remember(request, context)
+        self._record(request, context)
         return adapters_pb2.GetAdapterHistoryResponse(events=self.history)
 
     def MergeAdapters(self, request: Any, context: Any) -> Any:
-        self._remember(request, context)
+        self._record(request, context)
         return adapters_pb2.MergeAdaptersResponse(
             adapter=adapter(request.name), report=report(), created=True
         )
 
     def UpdateAdapter(self, request: Any, context: Any) -> Any:
-        self._remember(request, context)
+        self._record(request, context)
         return adapters_pb2.UpdateAdapterResponse(adapter=adapter(request.name))
 
     def SetAlias(self, request: Any, context: Any) -> Any:
-        self._remember(request, context)
+        self._record(request, context)
         return adapters_pb2.SetAliasResponse(adapter=adapter(request.name))
 
     def DeleteAlias(self, request: Any, context: Any) -> Any:
-        self._remember(request, context)
+        self._record(request, context)
         return adapters_pb2.DeleteAliasResponse(adapter=adapter(request.name))
 
     def RollbackAlias(self, request: Any, context: Any) -> Any:
-        self._remember(request, context)
+        self._record(request, context)
         return adapters_pb2.RollbackAliasResponse(adapter=adapter(request.name))
 
     def ListAdapters(self, request: Any, context: Any) -> Any:
-        self._remember(request, context)
+        self._record(request, context)
         first = int(request.page_token or 0)
         last = first + request.page_size
         return adapters_pb2.ListAdaptersResponse(
@@ -204,25 +207,25 @@ class FakeServer(
         )
 
     def UnloadAdapter(self, request: Any, context: Any) -> Any:
-        self._remember(request, context)
+        self._record(request, context)
         return adapters_pb2.UnloadAdapterResponse(was_resident=request.name in self.names)
 
     def DeleteAdapter(self, request: Any, context: Any) -> Any:
-        self._remember(request, context)
+        self._record(request, context)
         return adapters_pb2.DeleteAdapterResponse(versions_deleted=2)
 
     # Server.
 
     def GetServerInfo(self, request: Any, context: Any) -> Any:
-        self._remember(request, context)
+        self._record(request, context)
         return server_info()
 
-    def _remember(self, request: Any, context: Any) -> str:
-        """Keeps a request and its metadata, and fails if told to. The request id."""
+    def _record(self, request: Any, context: Any) -> str:
+        """Records a request and its metadata, fails after `fail`; returns the request id."""
         metadata = dict(context.invocation_metadata())
         self.requests.append(request)
         self.metadata.append(metadata)
-        self._fail_if_told(context)
+        self._fail_if_set(context)
         return str(metadata["x-request-id"])
 
     def _receive(self, requests: Iterator[Any], context: Any) -> Upload:
@@ -230,20 +233,20 @@ class FakeServer(
         first = next(requests)
         self.uploads.append(upload := Upload(first.metadata))
         if self.fail_after_chunks is None:
-            self._remember(first, context)
+            self._record(first, context)
         for request in requests:
             upload.chunks.append(request.chunk)
             if len(upload.chunks) == self.fail_after_chunks:
-                self._remember(first, context)
+                self._record(first, context)
             if self.hold:
                 self.cancelled.wait(WAIT_SECONDS)
         return upload
 
     def _watch(self, context: Any) -> None:
-        """A held call ends in no other way than from the other side."""
+        """Sets `cancelled` at the end of a blocked call, which only the client can end."""
         if self.hold and not context.add_callback(self.cancelled.set):
             self.cancelled.set()
 
-    def _fail_if_told(self, context: Any) -> None:
+    def _fail_if_set(self, context: Any) -> None:
         if self.failure is not None:
             context.abort_with_status(rpc_status.to_status(self.failure))

@@ -118,7 +118,7 @@ def test_a_progress_callback_that_fails_is_not_swallowed(
 
 @pytest.mark.parametrize("chunks", [None, 1, 3])
 @pytest.mark.parametrize("method", ["upload", "validate"])
-def test_a_refusal_in_the_middle_of_an_upload_is_the_answer(
+def test_a_refusal_during_an_upload_is_raised(
     call: Any, server: FakeServer, adapter_directory: Path, chunks: int | None, method: str
 ) -> None:
     with (adapter_directory / "adapter_model.safetensors").open("ab") as file:
@@ -174,7 +174,7 @@ def test_a_pickled_adapter_must_be_converted(call: Any, adapter_directory: Path)
         call("adapters.validate", adapter_directory)
 
 
-def test_a_directory_that_is_not_there(call: Any, tmp_path: Path) -> None:
+def test_a_missing_directory_is_named(call: Any, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="is not a directory"):
         call("adapters.upload", "tone", tmp_path / "nothing")
 

@@ -52,7 +52,7 @@ def test_an_error_is_one_line_with_field_and_reason(run: Any, server: FakeServer
         assert result.stderr == 'error: adapter: no adapter "x" here [ADAPTER_NOT_FOUND]\n'
 
 
-def test_a_server_that_is_not_there_is_one_line() -> None:
+def test_an_unreachable_server_is_one_line() -> None:
     result = CliRunner().invoke(
         app, ["--target", "127.0.0.1:1", "--timeout", str(WAIT_SECONDS), "status"]
     )

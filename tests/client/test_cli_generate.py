@@ -22,7 +22,7 @@ def test_generate_prints_the_answer_and_its_proof(run: Any) -> None:
     )
 
 
-def test_generate_from_the_base_says_so(run: Any) -> None:
+def test_generate_from_the_base_names_the_base(run: Any) -> None:
     assert run("generate", "hello").stderr.startswith("base model tiny | ")
 
 
@@ -42,7 +42,7 @@ def test_generate_names_the_alias_and_prints_warnings(
     assert lines[1:] == ["warning: another base[2J error: forged"]
 
 
-def test_generate_chats_unless_told_otherwise(run: Any, server: FakeServer) -> None:
+def test_generate_applies_the_chat_template_unless_raw(run: Any, server: FakeServer) -> None:
     run("generate", "hello")
     run("generate", "--raw", "hello")
     chat, raw = (request.spec for request in server.requests)
@@ -103,7 +103,7 @@ def test_generate_as_json_is_the_whole_result(run: Any) -> None:
     assert answer["usage"]["cached_tokens"] == 4
 
 
-def test_generate_that_breaks_off_closes_the_line(run: Any, server: FakeServer) -> None:
+def test_generate_ends_the_line_after_an_error(run: Any, server: FakeServer) -> None:
     spec = generation_pb2.GenerationSpec()
     delta = generation_pb2.GenerationDelta(text="half an ans")
     server.events = [event(started=started(spec, "r")), event(delta=delta)]

@@ -15,7 +15,7 @@ from adaplex.client.cli import plugins
 
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A module with commands, found as entry points; `broken` cannot be imported."""
+    """A module with commands registered as entry points; `serve` cannot be imported."""
     module = ModuleType("adaplex_test_plugin")
     group = typer.Typer()
 
@@ -61,7 +61,7 @@ def test_commands_of_other_packages_for_adapters(run: Any) -> None:
     assert run("adapters", "greet", "you").exit_code == 2
 
 
-def test_verify_without_a_server_is_done_by_what_is_installed(
+def test_verify_without_a_server_uses_the_installed_package(
     run: Any, adapter_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []

@@ -14,7 +14,7 @@ from client.fake_server import FakeServer
 from time_limits import WAIT_SECONDS
 
 
-def configured(target: str | None = None, **options: Any) -> Connection:
+def connection_to(target: str | None = None, **options: Any) -> Connection:
     defaults: dict[str, Any] = {"timeout": None, "token": None, "metadata": None, "tls": False}
     return Connection.from_options(target, **defaults | options)
 
@@ -23,17 +23,17 @@ def test_the_target_is_the_argument_the_environment_or_loopback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("ADAPLEX_TARGET", raising=False)
-    assert configured().target == "127.0.0.1:50051"
+    assert connection_to().target == "127.0.0.1:50051"
     monkeypatch.setenv("ADAPLEX_TARGET", "gpu-1:50051")
-    assert configured().target == "gpu-1:50051"
-    assert configured("gpu-2:50051").target == "gpu-2:50051"
+    assert connection_to().target == "gpu-1:50051"
+    assert connection_to("gpu-2:50051").target == "gpu-2:50051"
 
 
-def test_a_call_may_shorten_or_take_the_clients_timeout() -> None:
-    connection = configured(timeout=30.0)
+def test_a_call_has_its_own_timeout_or_the_clients() -> None:
+    connection = connection_to(timeout=30.0)
     assert connection.call_options().timeout == 30.0
     assert connection.call_options(timeout=0.5).timeout == 0.5
-    assert configured().call_options().timeout is None
+    assert connection_to().call_options().timeout is None
 
 
 def test_token_and_metadata_go_with_every_call(connect: Any, server: FakeServer) -> None:
@@ -53,7 +53,7 @@ def test_metadata_that_grpc_cannot_send_is_refused(options: dict[str, Any]) -> N
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Path]:
-    """A private key, and a certificate for 127.0.0.1 that signs itself."""
+    """A private key, and the path of its self-signed certificate for 127.0.0.1."""
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.fail("needs the openssl command: apt-get install openssl")

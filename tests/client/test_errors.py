@@ -99,6 +99,6 @@ def test_damaged_details_do_not_hide_the_error() -> None:
     assert str(error) == "gone"
 
 
-def test_a_server_that_is_not_there_is_unavailable(connect: Any) -> None:
+def test_an_unreachable_server_is_unavailable(connect: Any) -> None:
     with pytest.raises(errors.Unavailable):
         connect("127.0.0.1:1")("server_info", timeout=WAIT_SECONDS)

@@ -99,14 +99,14 @@ def test_fields_reach_the_server_as_given(call: Any, server: FakeServer) -> None
     assert spec.sampling.seed == 2**64 - 1
 
 
-def test_what_is_not_chosen_is_absent_on_the_wire(call: Any, server: FakeServer) -> None:
+def test_unset_fields_are_absent_in_the_message(call: Any, server: FakeServer) -> None:
     call("generate", "hello")
     spec = server.requests[0].spec
     assert spec.sampling.ListFields() == []
     assert spec.mode == generation_pb2.ADAPTER_MODE_UNSPECIFIED
 
 
-def test_a_single_stop_string_is_not_taken_apart(call: Any, server: FakeServer) -> None:
+def test_a_single_stop_string_is_not_split_into_characters(call: Any, server: FakeServer) -> None:
     call("generate", "hello", stop="END")
     assert list(server.requests[0].spec.sampling.stop) == ["END"]
 
@@ -192,7 +192,7 @@ def test_metadata_of_a_base_call_names_no_adapter(call: Any, server: FakeServer)
 
 def test_a_deadline_ends_the_call(call: Any, server: FakeServer) -> None:
     server.hold = True
-    call("health")  # connects first, so that the call below reaches the server in time
+    call("health")  # connects before the timeout starts
     with pytest.raises(DeadlineExceeded) as raised:
         call.stream("hello", timeout=0.5, request_id="late")
     assert raised.value.request_id == "late"

@@ -50,22 +50,22 @@ def test_wait_ready_waits_until_the_server_serves(call: Any, server: FakeServer)
     server.health.set("", NOT_SERVING)
     server.health.serving_after = 3
     call("wait_ready", timeout=WAIT_SECONDS)
-    assert server.health.looks == 3
+    assert server.health.checks == 3
 
 
 def test_wait_ready_gives_up(call: Any, server: FakeServer) -> None:
     server.health.set("", NOT_SERVING)
-    assert call("health") is Health.NOT_SERVING  # connects first: looks take little of the timeout
+    assert call("health") is Health.NOT_SERVING  # connects before the timeout starts
     with pytest.raises(DeadlineExceeded, match=r"not ready within 1 s \(not_serving\)"):
         call("wait_ready", timeout=1.0)
 
 
-def test_wait_ready_gives_up_on_a_server_that_is_not_there(connect: Any) -> None:
+def test_wait_ready_gives_up_on_an_unreachable_server(connect: Any) -> None:
     with pytest.raises(DeadlineExceeded, match=r"127\.0\.0\.1:1 was not ready"):
         connect("127.0.0.1:1")("wait_ready", timeout=0.3)
 
 
-def test_readiness_waits_only_for_what_can_change() -> None:
+def test_readiness_waits_only_if_the_result_can_change() -> None:
     readiness = _health.Readiness("host:1", 60.0)
     assert not readiness.is_ready(Unavailable("draining"))
     assert not readiness.is_ready(Health.NOT_SERVING)

@@ -1,4 +1,4 @@
-"""Aliases, splits, labels, pins, history, merges and combinations, by both clients and the CLI."""
+"""Aliases, splits, labels, pins, history, merges and mixes, by both clients and the CLI."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_merge_is_sent_whole(call: Any, server: FakeServer) -> None:
         assert caught.value.violations[0].field == "method"
 
 
-def test_a_combination_is_sent_with_its_weights(call: Any, server: FakeServer) -> None:
+def test_a_mix_is_sent_with_its_weights(call: Any, server: FakeServer) -> None:
     answer = call("generate", "hi", adapters=[("a", 0.7), ("b@1", 0.3)], routing_key="user-7")
     assert [(c.name, c.weight) for c in answer.adapter.components] == [("a", 0.7), ("b@1", 0.3)]
     [sent] = server.requests
@@ -79,7 +79,7 @@ def test_a_combination_is_sent_with_its_weights(call: Any, server: FakeServer) -
     assert server.metadata[0]["x-adapter-id"] == "a+b@1"
 
 
-def test_lists_of_selectors_weigh_one_and_what_is_none_is_named(
+def test_selectors_without_weight_have_weight_1_and_invalid_ones_are_named(
     call: Any, server: FakeServer
 ) -> None:
     call("generate", "hi", adapters=["b", ("a", 0.5)])
@@ -128,7 +128,7 @@ def test_an_adapter_can_be_a_member_of_a_set(call: Any) -> None:
     assert {first, again} == {first}
 
 
-def test_what_others_wrote_cannot_drive_a_terminal(run: Any, server: FakeServer) -> None:
+def test_control_characters_of_others_do_not_reach_a_terminal(run: Any, server: FakeServer) -> None:
     server.names = ["a\x1b[2Jb"]
     shown = run("adapters", "ls").stdout
     assert "\x1b" not in shown
@@ -139,7 +139,7 @@ def test_what_others_wrote_cannot_drive_a_terminal(run: Any, server: FakeServer)
     assert run("adapters", "ls").stderr == "error: bad [2J end\n"
 
 
-def test_refusals_cannot_drive_a_terminal_nor_forge_a_line(
+def test_refusals_print_no_control_characters_and_no_extra_line(
     run: Any, server: FakeServer, adapter_directory: Path
 ) -> None:
     server.refusals = [("x\x1b[2J", "no\nvalid\x9b")]
@@ -223,7 +223,7 @@ def test_history_keeps_the_detail_of_a_version(run: Any, server: FakeServer) -> 
     assert "update pinned" in shown
 
 
-def test_the_command_line_merges_and_combines(run: Any, server: FakeServer) -> None:
+def test_the_command_line_merges_and_mixes(run: Any, server: FakeServer) -> None:
     merged = run("adapters", "merge", "both", "a:0.7", "b", "--method", "svd", "--rank", "4")
     run("adapters", "merge", "both", "a", "b", "--method", "ties", "--majority-sign", "frequency")
     assert server.requests.pop().majority_sign == "frequency"
@@ -255,7 +255,7 @@ def test_the_command_line_merges_and_combines(run: Any, server: FakeServer) -> N
         ["adapters", "label", "tone"],
     ],
 )
-def test_what_cannot_be_read_is_said(run: Any, arguments: list[str]) -> None:
+def test_invalid_arguments_are_usage_errors(run: Any, arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
     assert "Invalid value" in result.output

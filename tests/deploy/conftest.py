@@ -1,4 +1,4 @@
-"""The files of deploy/, the metrics that the server exposes, and Prometheus' own tools."""
+"""The files of deploy/, the metrics that the server exposes, and promtool."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from time_limits import WAIT_SECONDS
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 DIGEST = "sha256:" + "a" * 64
+TARGET_LABELS = {"job", "instance", "le"}
+"""Labels that Prometheus adds to every series, and the bounds of histograms."""
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -66,7 +68,7 @@ def promtool_path() -> Path:
 
 @pytest.fixture(scope="session")
 def promtool(promtool_path: Path) -> Run:
-    """Runs promtool in deploy/prometheus."""
+    """A function that runs promtool in deploy/prometheus."""
 
     def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -83,7 +85,7 @@ def promtool(promtool_path: Path) -> Run:
 
 
 def report_everything(metrics: Metrics, rpc: RpcMetrics) -> None:
-    """Makes one report of each kind."""
+    """Reports one event of each kind."""
     metrics.stepped(rows=8)
     metrics.preempted()
     metrics.prefix_looked_up(tokens=32, hits=16)
@@ -103,7 +105,7 @@ def report_everything(metrics: Metrics, rpc: RpcMetrics) -> None:
 
 
 class SharedStore:
-    """What the gauges ask of a registry whose store is elsewhere."""
+    """The part of a registry with a remote store that the gauges use."""
 
     names = SimpleNamespace(usage=lambda: StoreUsage(names=1, stored_bytes=2))
 
@@ -112,7 +114,7 @@ class SharedStore:
 
 
 class ServerMetrics:
-    """All that the server exposes, each metric with at least one series."""
+    """Every metric of the server, each with at least one series."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -121,16 +123,16 @@ class ServerMetrics:
         stats = EngineStats(running=1, kv_blocks_total=8, resident=frozenset({DIGEST}))
         self._metrics.watch(lambda: stats, max_lora=8)
         self._metrics.watch_store(SharedStore(), store_bytes=9, cache_bytes=9)  # type: ignore[arg-type]
-        self.move()
+        self.report()
 
-    def move(self) -> None:
-        """Makes one more report of each kind."""
+    def report(self) -> None:
+        """Reports one more event of each kind."""
         report_everything(self._metrics, self._rpc)
 
 
 @pytest.fixture(scope="session")
 def exposed() -> dict[str, set[str]]:
-    """Name of each series, suffix included -> its labels."""
+    """Labels by name of series, including suffixes."""
     found: dict[str, set[str]] = {}
     for family in ServerMetrics(CollectorRegistry()).registry.collect():
         for sample in family.samples:

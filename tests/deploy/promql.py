@@ -1,4 +1,4 @@
-"""Just enough PromQL to tell which metrics an expression reads, and by which labels."""
+"""A minimal PromQL parser: the metrics that an expression reads, and their labels."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ GRAFANA = {
 
 
 def as_prometheus(expression: str) -> str:
-    """A panel's expression with Grafana's variables filled in; an unknown one stays."""
+    """Replaces Grafana's variables in a panel's expression; unknown ones stay."""
     for name, value in GRAFANA.items():
         expression = expression.replace(name, value)
     return expression
 
 
 def selectors(expression: str) -> Iterator[tuple[str, set[str]]]:
-    """Each metric it reads, with the labels that are matched."""
+    """Yields each metric that an expression reads, with the labels that it matches."""
     bare = RANGE.sub(" ", GROUPING.sub(" ", STRING.sub('""', expression)))
     for name, matchers in SELECTOR.findall(bare):
         if name not in OPERATORS:
@@ -36,11 +36,11 @@ def selectors(expression: str) -> Iterator[tuple[str, set[str]]]:
 
 
 def metrics_in(expression: str) -> set[str]:
-    """Names of the metrics it reads."""
+    """Returns the names of the metrics that an expression reads."""
     return {name for name, _ in selectors(expression)}
 
 
 def groupings(expression: str) -> set[str]:
-    """Labels that it groups or joins by."""
+    """Returns the labels by which an expression groups or joins."""
     lists = GROUPING.findall(STRING.sub('""', expression))
     return {label.strip() for labels in lists for label in labels.split(",") if label.strip()}

@@ -1,4 +1,4 @@
-"""compose.yaml agrees with the image, the server's settings and the files beside it."""
+"""compose.yaml is consistent with the image, the server's settings and the other files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Json = dict[str, Any]
 
 
 def filled_in(value: str) -> str:
-    """A value with its ${NAME:-default} replaced by the default."""
+    """Replaces ${NAME:-default} in a value by the default."""
     return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)
 
 
@@ -32,7 +32,7 @@ def settings(compose: Json) -> dict[str, str]:
 
 @pytest.fixture
 def config(settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> ServerConfig:
-    """What the server makes of its environment."""
+    """The server's configuration in the container's environment."""
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     return load_config({})

@@ -1,4 +1,4 @@
-"""The Grafana dashboard: whole, laid out, and about metrics that exist."""
+"""The Grafana dashboard: layout, variables, and queries of metrics that exist."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from typing import Any
 
 import yaml
 
-from deploy.conftest import DEPLOY, Run, read_yaml
+from deploy.conftest import DEPLOY, TARGET_LABELS, Run, read_yaml
 from deploy.promql import as_prometheus, groupings, metrics_in, selectors
 
 Json = dict[str, Any]
-OF_TARGETS = {"job", "instance", "le"}
 NOT_SHOWN = {"adaplex_lora_requests_info"}
-"""Written for inference gateways; its labels are lists of names."""
+"""For inference gateways; its labels are lists of names."""
 
 
 def panels_of(dashboard: Json) -> Iterator[Json]:
-    """All panels that show something."""
+    """Returns the panels that are not rows."""
     return (panel for panel in dashboard["panels"] if panel["type"] != "row")
 
 
 def queries_of(dashboard: Json) -> Iterator[tuple[str, str]]:
-    """Title and expression of each query."""
+    """Yields panel title and expression of each query."""
     for panel in panels_of(dashboard):
         for target in panel["targets"]:
             yield panel["title"], target["expr"]
 
 
 def cells(panel: Json) -> set[tuple[int, int]]:
-    """What a panel covers of the grid."""
+    """Returns the cells of the grid that a panel covers."""
     at = panel["gridPos"]
     return set(
         itertools.product(range(at["x"], at["x"] + at["w"]), range(at["y"], at["y"] + at["h"]))
@@ -44,7 +43,7 @@ def test_identity_is_fixed(dashboard: Json) -> None:
     assert dashboard["schemaVersion"] >= 39
 
 
-def test_rows_come_in_the_order_of_a_look(dashboard: Json) -> None:
+def test_rows_go_from_overview_to_detail(dashboard: Json) -> None:
     rows = [panel["title"] for panel in dashboard["panels"] if panel["type"] == "row"]
     assert rows == ["Overview", "Traffic", "Latency", "Engine", "Adapters", "gRPC"]
 
@@ -58,7 +57,7 @@ def test_panels_fill_the_grid_without_overlap(dashboard: Json) -> None:
     assert covered == set(itertools.product(range(24), range(height)))
 
 
-def test_every_panel_explains_itself(dashboard: Json) -> None:
+def test_every_panel_has_a_description_and_a_unit(dashboard: Json) -> None:
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(set(ids)) == len(ids)
     for panel in panels_of(dashboard):
@@ -109,7 +108,7 @@ def test_queries_read_metrics_and_labels_that_the_server_exposes(
     for title, expression in queries_of(dashboard):
         assert metrics_in(expression) <= exposed.keys(), title
         for metric, matched in selectors(expression):
-            labels = exposed[metric] | OF_TARGETS
+            labels = exposed[metric] | TARGET_LABELS
             assert matched <= labels, (title, metric)
             assert groupings(expression) <= labels, (title, metric)
 
@@ -121,7 +120,7 @@ def test_variables_list_values_of_metrics_that_the_server_exposes(
         if variable["type"] == "query":
             series, label = variable["query"]["query"][len("label_values(") : -1].rsplit(", ", 1)
             (metric,) = metrics_in(series)
-            assert label in exposed[metric] | OF_TARGETS, variable["name"]
+            assert label in exposed[metric] | TARGET_LABELS, variable["name"]
 
 
 def test_every_metric_of_the_server_is_shown(dashboard: Json, exposed: dict[str, set[str]]) -> None:

@@ -30,18 +30,18 @@ def make_promtool(folder: Path) -> Path:
     return tool
 
 
-def test_the_one_on_the_path_is_taken(tmp_path: Path) -> None:
+def test_promtool_on_the_path_is_used(tmp_path: Path) -> None:
     tool = make_promtool(tmp_path / "bin")
     assert run(PATH=f"{tool.parent}:{os.environ['PATH']}").stdout == f"{tool}\n"
 
 
-def test_an_unpacked_one_is_found_again_without_any_network(tmp_path: Path) -> None:
+def test_an_unpacked_promtool_is_found_without_network(tmp_path: Path) -> None:
     tool = make_promtool(tmp_path / "tools" / "prometheus" / "usr" / "bin")
     done = run(PATH=str(tmp_path / "empty"), ADAPLEX_CACHE=str(tmp_path))
     assert (done.returncode, done.stdout) == (0, f"{tool}\n")
 
 
-def test_where_it_cannot_be_had_the_way_to_get_it_is_told(tmp_path: Path) -> None:
+def test_without_apt_the_error_says_how_to_install_it(tmp_path: Path) -> None:
     done = run(PATH=str(tmp_path / "empty"), ADAPLEX_CACHE=str(tmp_path))
     assert done.returncode == 1
     assert "install Prometheus" in done.stderr

@@ -1,4 +1,4 @@
-"""The Dockerfile, read instruction by instruction, and the health check it carries."""
+"""The instructions of the Dockerfile, and the image's health check."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Check = Callable[[str], "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="module")
 def instructions() -> list[tuple[str, str]]:
-    """(keyword, rest) of each instruction, continuation lines joined, comments left out."""
+    """Pairs (keyword, rest) of the instructions: continuation lines joined, no comments."""
     lines = (DEPLOY / "Dockerfile").read_text().splitlines()
     text = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
     whole = re.sub(r"\\\n\s*", " ", text)
@@ -62,7 +62,7 @@ def test_base_image_is_pinned(instructions: list[tuple[str, str]]) -> None:
     assert values(instructions, "ARG")[0] == "PYTHON=python:3.11-slim-bookworm"
 
 
-def test_it_runs_as_a_fixed_user_without_rights(final: list[tuple[str, str]]) -> None:
+def test_it_runs_as_a_fixed_unprivileged_user(final: list[tuple[str, str]]) -> None:
     assert one(final, "USER") == "10001:10001"
     keywords = [keyword for keyword, _ in final]
     assert "RUN" not in keywords[keywords.index("USER") :]
@@ -93,7 +93,7 @@ def test_the_image_can_build_the_kernels(final: list[tuple[str, str]]) -> None:
     assert {"gcc", "libc6-dev"} <= set(packages)
 
 
-def test_the_image_carries_no_more_than_it_needs(final: list[tuple[str, str]]) -> None:
+def test_the_image_installs_only_what_it_needs(final: list[tuple[str, str]]) -> None:
     (install,) = (rest for rest in values(final, "RUN") if "apt-get install" in rest)
     assert "--no-install-recommends" in install
     assert install.endswith("&& rm -rf /var/lib/apt/lists/*")
@@ -117,7 +117,7 @@ def test_ports_and_folders_are_those_of_the_settings(
         assert any(folder.is_relative_to(volume) for volume in volumes), folder
 
 
-def test_image_and_compose_say_the_same(
+def test_image_and_compose_have_the_same_settings(
     final: list[tuple[str, str]], compose: dict[str, dict[str, dict[str, dict[str, str]]]]
 ) -> None:
     given = compose["services"]["server"]["environment"]
@@ -148,7 +148,7 @@ def test_everything_copied_is_in_the_build_context(instructions: list[tuple[str,
 
 @pytest.fixture
 def check(final: list[tuple[str, str]]) -> Check:
-    """Runs the image's health check against a port."""
+    """A function that runs the image's health check against a port."""
     command = json.loads(one(final, "HEALTHCHECK").split("CMD", 1)[1])
     assert command[0] == "python"
     assert Path(command[1]).name == "healthcheck.py"

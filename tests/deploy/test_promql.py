@@ -8,7 +8,7 @@ RATIO = (
 )
 
 
-def test_metrics_are_told_from_functions_operators_labels_and_strings() -> None:
+def test_functions_operators_labels_and_strings_are_not_metrics() -> None:
     assert metrics_in(RATIO) == {"a_total", "b_total", "c", "d"}
 
 
@@ -21,5 +21,5 @@ def test_groupings_are_collected() -> None:
     assert groupings(RATIO) == {"job", "tier"}
 
 
-def test_known_variables_are_filled_in_and_unknown_ones_stay() -> None:
+def test_known_variables_are_replaced_and_unknown_ones_stay() -> None:
     assert as_prometheus('x{a=~"$adapter"}[$__rate_interval] + $y') == 'x{a=~".*"}[5m] + $y'

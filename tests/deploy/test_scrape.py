@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes the server's own HTTP port and answers the dashboard's queries."""
+"""A real Prometheus scrapes the server's HTTP port and evaluates the dashboard's queries."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from deploy.promql import as_prometheus
 from deploy.test_dashboard import Json, queries_of
 from time_limits import WAIT_SECONDS
 
-Ask = Callable[..., Any]
+Query = Callable[..., Any]
 SCRAPES = 5
 SCRAPED = f'count_over_time(up{{job="adaplex"}}[1h]) >= {SCRAPES}'
-LOOK_SECONDS = 1.0
-"""Between two looks at whether the process still runs."""
+POLL_SECONDS = 1.0
+"""Interval at which the process is polled while the test waits for a scrape."""
 
 
-def asker(port: int) -> Ask:
-    """A function that calls Prometheus' HTTP API; it returns None until Prometheus is ready."""
+def api_of(port: int) -> Query:
+    """Returns a function that calls Prometheus' HTTP API, and returns None until it is ready."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def ask(path: str, **parameters: str) -> Any:
+    def call(path: str, **parameters: str) -> Any:
         url = f"http://127.0.0.1:{port}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         try:
             with direct.open(url, timeout=WAIT_SECONDS) as answer:
@@ -48,7 +48,7 @@ def asker(port: int) -> Ask:
         except OSError:
             return None
 
-    return ask
+    return call
 
 
 class CountedRegistry(CollectorRegistry):
@@ -60,18 +60,18 @@ class CountedRegistry(CollectorRegistry):
         """Released by each scrape."""
 
     def collect(self) -> Iterable[Metric]:
-        """Every metric."""
+        """Returns every metric."""
         self.scrapes.release()
         return super().collect()
 
 
 class Prometheus:
-    """A Prometheus on loopback that scrapes `registry`; `ask` calls its HTTP API."""
+    """A Prometheus on loopback that scrapes `registry`; `call` calls its HTTP API."""
 
     def __init__(self, binary: Path, config: Json, folder: Path, registry: CountedRegistry) -> None:
         file, self._log, port = folder / "prometheus.yml", folder / "log", free_port()
         file.write_text(yaml.safe_dump(config))
-        self._registry, self.ask = registry, asker(port)
+        self._registry, self.call = registry, api_of(port)
         with self._log.open("w") as output:
             self._process = subprocess.Popen(
                 [
@@ -87,23 +87,23 @@ class Prometheus:
     def wait_scraped(self) -> None:
         """Waits for the next scrape. Fails with the log if the process has ended."""
         deadline = time.monotonic() + WAIT_SECONDS
-        while not self._registry.scrapes.acquire(timeout=LOOK_SECONDS):
+        while not self._registry.scrapes.acquire(timeout=POLL_SECONDS):
             if self._process.poll() is not None:
                 pytest.fail(self._log.read_text())
             if time.monotonic() > deadline:
                 pytest.fail(f"no scrape in {WAIT_SECONDS:g} s: {self._log.read_text()}")
 
     def wait_for(self, condition: Callable[[Any], bool], path: str, **parameters: str) -> Any:
-        """Asks after every scrape until the answer meets the condition; returns that answer."""
+        """Calls the API after every scrape until the answer meets the condition; returns it."""
         deadline = time.monotonic() + WAIT_SECONDS
-        while (answer := self.ask(path, **parameters)) is None or not condition(answer):
+        while (answer := self.call(path, **parameters)) is None or not condition(answer):
             if time.monotonic() > deadline:
                 pytest.fail(f"{path}: still {answer} after {WAIT_SECONDS:g} s")
             self.wait_scraped()
         return answer
 
     def stop(self) -> None:
-        """Ends the process."""
+        """Terminates the process."""
         self._process.terminate()
         self._process.wait(WAIT_SECONDS)
 
@@ -112,8 +112,8 @@ class Prometheus:
 def prometheus(
     promtool_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
-    """A Prometheus with our configuration that scrapes our HTTP port every 200 ms, once it has
-    samples enough for rates.
+    """A Prometheus with the repository's configuration that scrapes the server's HTTP port every
+    200 ms, once it has SCRAPES samples.
     """
     registry = CountedRegistry()
     metrics = ServerMetrics(registry)
@@ -128,7 +128,7 @@ def prometheus(
     try:
         for _ in range(SCRAPES):
             started.wait_scraped()
-            metrics.move()
+            metrics.report()
         started.wait_for(lambda answer: bool(answer["result"]), "query", query=SCRAPED)
         yield started
     finally:
@@ -155,10 +155,10 @@ def test_every_panel_has_data(prometheus: Prometheus, dashboard: Json) -> None:
     empty = [
         (title, expression)
         for title, expression in queries_of(dashboard)
-        if not prometheus.ask("query", query=as_prometheus(expression))["result"]
+        if not prometheus.call("query", query=as_prometheus(expression))["result"]
     ]
     assert empty == []
 
 
 def test_adapters_can_be_chosen(prometheus: Prometheus) -> None:
-    assert prometheus.ask("label/adapter/values") == ["poet"]
+    assert prometheus.call("label/adapter/values") == ["poet"]

@@ -1,4 +1,4 @@
-"""A whole server in this process: tiny model, real engine, real gRPC on port 0."""
+"""ModelServerRig: a whole server in this process, with a tiny model and real gRPC on port 0."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Serving = Callable[..., AbstractAsyncContextManager["ModelServerRig"]]
 
 @dataclass
 class ModelServerRig:
-    """A running server and a client of it."""
+    """A running server of a real model, its components and a client."""
 
     server: Server
     parts: Components
     client: AsyncClient
 
     def check_idle(self) -> None:
-        """Asserts, once the server has stopped, that everything balances and nothing is held."""
+        """Asserts, after the stop, the engine's integrity, and that no request or block is left."""
         engine = self.parts.engine._engine
         engine.check_integrity()
         stats = engine.stats()
@@ -39,8 +39,8 @@ class ModelServerRig:
 
 @pytest.fixture
 def serving(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Serving:
-    """`async with serving(setting=value, ...) as rig`: serves the tiny llama, and checks that
-    everything balances afterwards.
+    """`async with serving(setting=value, ...) as rig` serves the tiny llama, and checks that the
+    engine is idle afterwards.
     """
 
     @asynccontextmanager

@@ -1,4 +1,4 @@
-"""An adapter of every family on the default model, against HF PEFT, through both forwards."""
+"""An adapter of every family on the default model, against HF PEFT: prefill and decoding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(TEST_SECONDS)
 STEPS = 4
 HUB = Path(__file__).parents[1] / "adapterhub" / "fixtures" / "smollm2-135m-instruct"
 KEPT = slice(None, None, 96)
-"""Tokens whose logits AdapterHub's fixtures keep."""
+"""Tokens whose logits AdapterHub's fixtures have."""
 MERGED = ("OFT", "HRA", "FOURIERFT", "VBLORA", "RANDLORA", "C3A")
 ALL = {**LORAS, **FAMILIES}
 
@@ -58,9 +58,7 @@ def test_prefill_and_decode_equal_peft(name: str, model: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", MERGED)
-def test_what_peft_merges_equals_peft_beside_the_base(
-    kind: str, model: Path, tmp_path: Path
-) -> None:
+def test_merged_adapters_equal_peft_unmerged(kind: str, model: Path, tmp_path: Path) -> None:
     served = rig(model)
     expected = save_kind(load_plain(model), tmp_path / kind, kind, size=0.1)
     ref = served.add(lowered(tmp_path / kind, served.base.spec), AdapterMode.MERGED)
@@ -73,12 +71,12 @@ def test_what_peft_merges_equals_peft_beside_the_base(
 
 @pytest.mark.parametrize("name", ["houlsby", "pfeiffer", "parallel"])
 def test_bottlenecks_equal_adapterhub(name: str, model: Path) -> None:
-    """What its library said is kept by tests/adapterhub/make_fixtures.py."""
-    served, said = rig(model), load_file(HUB / "logits.safetensors")
-    tokens, expected = said["tokens"].tolist(), said[name]
+    """tests/adapterhub/make_fixtures.py saved the logits of AdapterHub's library."""
+    served, saved = rig(model), load_file(HUB / "logits.safetensors")
+    tokens, expected = saved["tokens"].tolist(), saved[name]
     ref = served.add(lowered(HUB / name, served.base.spec))
     alone, base = served.prefill(served.sequence(tokens, ref), served.sequence(tokens))
-    assert (base[KEPT] - said["base"]).abs().max() < 1e-4 * said["base"].abs().max()
+    assert (base[KEPT] - saved["base"]).abs().max() < 1e-4 * saved["base"].abs().max()
     assert (alone[KEPT] - expected).abs().max() < 1e-4 * expected.abs().max()
     sequence = served.sequence(tokens[:-1], ref)
     served.prefill(sequence)

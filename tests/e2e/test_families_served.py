@@ -1,4 +1,4 @@
-"""Adapters of all families through the whole server: uploaded, asked at once, said what applied."""
+"""Adapters of all families through the whole server: upload, one batch, reports and metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from time_limits import TEST_SECONDS
 pytestmark = pytest.mark.timeout(TEST_SECONDS)
 NAMES = ("lora", "dora", "lora-tokens", "lora-whole", "vera", "loha", "ia3", "ln-tuning", "bitfit")
 BEFORE = ("prompt-tuning", "prefix-tuning")
-"""They put five positions before the prompt."""
+"""Families that put five positions before the prompt."""
 MERGED = ("OFT", "HIRA")
 PROMPT = "The quick brown fox jumps over the lazy dog"
 
@@ -36,7 +36,7 @@ def saved(
     return made
 
 
-async def test_every_family_answers_at_once_as_it_does_alone(
+async def test_every_family_answers_in_a_batch_as_alone(
     serving: Serving, saved: dict[str, Path]
 ) -> None:
     async with serving(merged_bytes="16MiB", kv_cache_bytes="16MiB") as rig:
@@ -80,7 +80,7 @@ async def test_every_family_answers_at_once_as_it_does_alone(
             await rig.client.generate(PROMPT, adapters=halves)
 
 
-async def test_one_that_can_only_be_merged_is_refused_where_nothing_is_kept_merged(
+async def test_a_merged_only_adapter_is_refused_without_memory_for_merged_weights(
     serving: Serving, saved: dict[str, Path]
 ) -> None:
     async with serving(merged_bytes=0) as rig:

@@ -1,4 +1,4 @@
-"""Adapters come, go and change under load; every answer is the one its adapter gives alone."""
+"""Adapters change under load; every answer is the one that its adapter gives alone."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ async def answer(
     )
 
 
-Told = dict[tuple[str, str, int], tuple[int, ...]]
+Answers = dict[tuple[str, str, int], tuple[int, ...]]
+"""Token ids by (digest, mode, prompt index)."""
 
 
 def key(got: Generation, index: int) -> tuple[str, str, int]:
-    """(digest, mode, prompt index); empty for the base."""
+    """Returns (digest, mode, prompt index); digest and mode are empty for the base."""
     if got.adapter is None:
         return "", "", index
     return got.adapter.digest, str(got.adapter.mode), index
 
 
-async def alone(serving: Serving, adapters: list[Path], modes: tuple[str, ...]) -> Told:
-    """What every adapter says to every prompt in every mode, with nothing else running."""
-    told = {}
+async def alone(serving: Serving, adapters: list[Path], modes: tuple[str, ...]) -> Answers:
+    """Returns every adapter's answer to every prompt in every mode, each generated alone."""
+    expected = {}
     async with serving(prefix_cache=False, merged_bytes="4MiB") as rig:
         asked: list[tuple[str | None, str | None]] = [(None, None)]
         for i, directory in enumerate(adapters):
@@ -49,10 +50,10 @@ async def alone(serving: Serving, adapters: list[Path], modes: tuple[str, ...]) 
         for name, mode in asked:
             for index, prompt in enumerate(PROMPTS):
                 got = await answer(rig.client, prompt, name, mode)
-                told[key(got, index)] = tuple(got.token_ids)
+                expected[key(got, index)] = tuple(got.token_ids)
         for i in range(len(adapters)):
             await rig.client.adapters.delete(f"ref{i}")
-    return told
+    return expected
 
 
 @pytest.mark.parametrize(
@@ -64,11 +65,11 @@ async def alone(serving: Serving, adapters: list[Path], modes: tuple[str, ...]) 
     ],
     ids=["plain", "merges", "few-blocks"],
 )
-async def test_every_answer_under_churn_is_that_of_its_digest(
+async def test_every_answer_under_churn_equals_its_adapters_alone(
     serving: Serving, adapters: list[Path], settings: dict[str, str]
 ) -> None:
     modes = ("unmerged", "merged") if "merged_bytes" in settings else ("unmerged",)
-    told = await alone(serving, adapters, modes)
+    expected = await alone(serving, adapters, modes)
     seen: set[str] = set()
     chance = random.Random(7)
     async with serving(arena_bytes="200KiB", **settings) as rig:
@@ -79,14 +80,14 @@ async def test_every_answer_under_churn_is_that_of_its_digest(
 
         async def ask(name: str | None) -> None:
             index = chance.randrange(len(PROMPTS))
-            mode = chance.choice([None, modes[-1]])  # what auto picks is up to this machine
+            mode = chance.choice([None, modes[-1]])  # auto's choice depends on this machine
             try:
                 got = await answer(rig.client, PROMPTS[index], name, mode)
             except NotFound:
                 assert name == "churned"
                 return
             assert (got.adapter is None) == (name is None)
-            assert tuple(got.token_ids) == told[key(got, index)], name
+            assert tuple(got.token_ids) == expected[key(got, index)], name
             seen.add(key(got, index)[1])
             if name is not None and name.startswith("steady"):
                 assert got.adapter is not None
@@ -103,7 +104,7 @@ async def test_every_answer_under_churn_is_that_of_its_digest(
 
 
 async def churn(rig: ModelServerRig, adapters: list[Path], chance: random.Random) -> None:
-    """Uploads, replaces, unloads and deletes without end."""
+    """Uploads, replaces, unloads and deletes adapters until it is cancelled."""
     client = rig.client.adapters
     while True:
         await client.upload("churned", adapters[8 + chance.randrange(12)], replace=True)
@@ -114,7 +115,7 @@ async def churn(rig: ModelServerRig, adapters: list[Path], chance: random.Random
 
 
 async def disturb(rig: ModelServerRig, chance: random.Random) -> None:
-    """Starts requests and lets them die: cancelled in mid-stream, or out of time."""
+    """Starts requests that end early: cancelled in mid-stream, or by their deadline."""
     while True:
         adapter = chance.choice([None, "steady1", "steady5"])
         if chance.random() < 0.5:
@@ -130,10 +131,10 @@ async def disturb(rig: ModelServerRig, chance: random.Random) -> None:
         await asyncio.sleep(PACE_SECONDS)
 
 
-async def test_a_replaced_name_answers_anew_and_runs_on_old_content_until_done(
+async def test_running_requests_finish_on_the_old_version_of_a_replaced_name(
     serving: Serving, adapters: list[Path]
 ) -> None:
-    told = await alone(serving, adapters[:2], ("unmerged",))
+    expected = await alone(serving, adapters[:2], ("unmerged",))
     async with serving() as rig:
         first = await rig.client.adapters.upload("name", adapters[0])
         async with rig.client.stream(
@@ -151,14 +152,14 @@ async def test_a_replaced_name_answers_anew_and_runs_on_old_content_until_done(
         assert new.adapter is not None
         assert (old.adapter.digest, old.adapter.version) == (first.adapter.digest, 1)
         assert (new.adapter.digest, new.adapter.version) == (second.adapter.digest, 2)
-        assert tuple(old.token_ids) == told[first.adapter.digest, "unmerged", 3]
-        assert tuple(new.token_ids) == told[second.adapter.digest, "unmerged", 3]
+        assert tuple(old.token_ids) == expected[first.adapter.digest, "unmerged", 3]
+        assert tuple(new.token_ids) == expected[second.adapter.digest, "unmerged", 3]
         assert old.token_ids != new.token_ids
         pinned = await answer(rig.client, PROMPTS[3], "name@1")
         assert pinned.token_ids == old.token_ids
 
 
-async def test_prefix_cache_serves_one_adapter_one_mode_and_one_salt(
+async def test_the_prefix_cache_separates_adapters_modes_and_salts(
     serving: Serving, adapters: list[Path]
 ) -> None:
     async with serving(merged_bytes="4MiB") as rig:

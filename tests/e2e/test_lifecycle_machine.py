@@ -1,6 +1,6 @@
-"""Any mix of uploads, flips, pins, deletes, requests and restarts, against a simple model.
+"""Random uploads, alias changes, pins, deletes, requests and restarts, against a simple model.
 
-The store, the catalog and the engine are real; the model is a fake whose next token depends on the
+Store, catalog and engine are real. The language model is a fake whose next token depends on the
 adapter's digest, and which checks every read of the KV cache.
 """
 
@@ -39,21 +39,21 @@ NAMES = ["a", "b"]
 ALIASES = ["default", "prod"]
 CONTENTS = [files(weights=tensors(seed=seed)) for seed in range(4)]
 PACKED = 512
-"""Bytes of each content in the arena; two fit, and one may be pinned."""
+"""Bytes of each content in the arena; two fit, and one can be pinned."""
 
 Split = dict[int, float]
 
 
 @dataclass
 class Known:
-    """What must be true of a name."""
+    """The expected state of a name."""
 
     last: int = 0
     versions: dict[int, str] = field(default_factory=dict)
     aliases: dict[str, Split] = field(default_factory=dict)
 
     def reachable(self, alias: str) -> set[str]:
-        """Digests that a selector may lead to; nothing when it must not be found."""
+        """Returns the digests that a selector may resolve to; none if it must not be found."""
         if not self.versions:
             return set()
         split = self.aliases.get(alias or "default")
@@ -85,11 +85,11 @@ class LifecycleMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        """So that flips soon have two versions to choose from."""
+        """Uploads two versions, so that alias changes soon have a choice."""
         for seed in range(2):
             self.upload("a", seed)
 
-    # The life of names.
+    # Names.
 
     @rule(name=st.sampled_from(NAMES), seed=st.integers(0, 3))
     def upload(self, name: str, seed: int) -> None:
@@ -153,7 +153,7 @@ class LifecycleMachine(RuleBasedStateMachine):
             del known.versions[number]
 
     def forget(self, digests: tuple[str, ...]) -> None:
-        """As the service does with contents that are gone."""
+        """Unloads deleted contents, as the service does."""
         for digest in digests:
             self.engine.unload(digest)
 
@@ -221,7 +221,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         tokens = self.ledger.tokens(request_id) if outputs else []
         request = self.requests.pop(request_id)
         wanted = expected(request)
-        assert tokens == wanted[: len(tokens)], "the answer of another content"
+        assert tokens == wanted[: len(tokens)], "the answer of another digest"
         if request_id not in self.aborted:
             failed = isinstance(outputs[-1].error, NoRoomBesidePins)
             assert failed or tokens == wanted

@@ -1,4 +1,4 @@
-"""The server as a process of its own: the command line, kill -9, and a drained stop."""
+"""The server as its own process: the command line, kill -9, and a drained stop."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def starting(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Any:
     return start
 
 
-def test_the_command_line_does_the_main_job(starting: Any, adapters: list[Path]) -> None:
+def test_the_command_line_manages_adapters_and_generates(
+    starting: Any, adapters: list[Path]
+) -> None:
     with starting() as process:
         process.client().close()
         pushed = process.cli("adapters", "push", "first", str(adapters[0]))
@@ -112,7 +114,7 @@ def test_the_command_line_does_the_main_job(starting: Any, adapters: list[Path])
         assert json.loads(process.cli("adapters", "ls", "--json").stdout) == []
 
 
-def test_kill_9_during_uploads_loses_nothing_acknowledged(
+def test_kill_9_during_uploads_loses_no_acknowledged_upload(
     starting: Any, adapters: list[Path], tmp_path: Path
 ) -> None:
     acknowledged: dict[str, str] = {}
@@ -160,7 +162,7 @@ def test_kill_9_during_uploads_loses_nothing_acknowledged(
             assert got.adapter.digest == digest
 
 
-def test_sigterm_lets_a_running_stream_finish_and_takes_no_new_work(starting: Any) -> None:
+def test_sigterm_finishes_running_streams_and_refuses_new_requests(starting: Any) -> None:
     with starting() as process:
         client = process.client()
         with client.stream("hello", max_tokens=400, ignore_eos=True) as stream:
@@ -175,6 +177,6 @@ def test_sigterm_lets_a_running_stream_finish_and_takes_no_new_work(starting: An
         assert process.process.wait(WAIT_SECONDS) == 0
 
 
-def test_unknown_adapter_is_not_found_and_never_the_base(starting: Any) -> None:
+def test_an_unknown_adapter_is_not_found(starting: Any) -> None:
     with starting() as process, process.client() as client, pytest.raises(NotFound):
         client.generate("hello", adapter="nobody")

@@ -1,4 +1,4 @@
-"""The default model and the example adapters, through the whole server."""
+"""The default model with the example adapters, against PEFT and through the whole server."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_fp32_rows_of_a_mixed_batch_equal_peft(model: Path) -> None:
 
 @torch.inference_mode()
 def test_int4_is_as_good_as_nf4(model: Path) -> None:
-    """By the divergence of what comes next from fp32's, and the likelihood of what does. A page of
-    text: sentence by sentence either is the better one by far.
+    """Compares the divergence of next-token distributions from fp32's, and the likelihood of a page
+    of text; for single sentences either can be much better.
     """
     plain = load_plain(model)
     text = (EXAMPLES.parents[1] / "LICENSE").read_text()[:3000]
@@ -90,7 +90,7 @@ def test_four_bit_logits_are_those_of_peft_on_the_dequantized_base(
         expected = Oracle(dequantized, EXAMPLES / name).logits(tokens)
         got = rig.prefill(rig.sequence(tokens, ref))[0]
         bound = 1e-4 * float(expected.abs().max())
-        if dtype == "bf16":  # it rounds; PEFT's own bf16 tells how much that is on this model
+        if dtype == "bf16":  # PEFT's own bf16 shows how much rounding changes this model's logits
             rounded = Oracle(dequantized.bfloat16(), EXAMPLES / name).logits(tokens)
             bound = 2 * float((rounded - expected).abs().max())
         assert float((got - expected).abs().max()) < bound, name
@@ -98,7 +98,7 @@ def test_four_bit_logits_are_those_of_peft_on_the_dequantized_base(
         assert float(behind) < bound, f"{name}: the likeliest token is another"
 
 
-async def test_one_concurrent_batch_shows_every_adapter(serving: Serving, model: Path) -> None:
+async def test_every_adapter_shows_in_one_concurrent_batch(serving: Serving, model: Path) -> None:
     settings = {"quantization": "nf4", "kv_cache_bytes": "128MiB", "arena_bytes": "64MiB"}
     async with serving(model=str(model), **settings) as rig:
         for name in NAMES:

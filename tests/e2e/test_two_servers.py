@@ -16,7 +16,7 @@ from time_limits import TEST_SECONDS, WAIT_SECONDS
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)
 SOON = 1.0
-"""A request that begins so many seconds after a change gets what was changed, from both servers."""
+"""A request that begins this many seconds after a change sees the change, on both servers."""
 
 
 @pytest.fixture(scope="module", params=["folder", "bucket"])
@@ -51,7 +51,7 @@ def pair(
 
 
 def digest(client: Client, adapter: str) -> str:
-    """The digest of the adapter that answers; empty where there is none of the name."""
+    """Returns the digest of the adapter that answers; empty if there is none of the name."""
     try:
         answer = client.generate("hello", adapter=adapter, max_tokens=2)
     except NotFound:
@@ -61,8 +61,8 @@ def digest(client: Client, adapter: str) -> str:
 
 
 def wait_served(client: Client, adapter: str, expected: str) -> None:
-    """Asks until the answer has the expected digest. Fails if an answer has another and its request
-    began later than SOON.
+    """Generates until the answer has the expected digest. Fails if a request that begins later than
+    SOON has another one.
     """
     changed = time.monotonic()
     while True:

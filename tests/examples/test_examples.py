@@ -1,4 +1,4 @@
-"""The example adapters: whole, small, free of local paths, and doing what their cards say."""
+"""The example adapters: complete, small, free of local paths, and trained as their cards say."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def directory() -> Path:
 
 @pytest.fixture(scope="module", params=["bf16", "nf4"])
 def base(request: pytest.FixtureRequest, train: ModuleType, directory: Path) -> Callable[[], Any]:
-    """Makes the default model, as stored or with the values that a server with an nf4 base has."""
+    """A function that loads the default model, as stored or with the dequantized nf4 weights of a
+    server.
+    """
 
     def made() -> Any:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
@@ -51,7 +53,7 @@ def base(request: pytest.FixtureRequest, train: ModuleType, directory: Path) -> 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_folder_is_a_whole_checkpoint(name: str) -> None:
+def test_folder_is_a_complete_checkpoint(name: str) -> None:
     assert {path.name for path in (EXAMPLES / name).iterdir()} == FILES
 
 
@@ -117,7 +119,7 @@ def test_tensors_are_bf16_and_finite(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LORAS)
-def test_pairs_are_whole_and_of_the_rank(name: str) -> None:
+def test_pairs_are_complete_and_of_the_rank(name: str) -> None:
     rank, found = LoraConfig.from_pretrained(EXAMPLES / name).r, tensors(name)
     firsts = {key for key in found if "lora_A" in key}
     assert {key.replace("lora_A", "lora_B") for key in firsts} == {
@@ -127,7 +129,7 @@ def test_pairs_are_whole_and_of_the_rank(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_card_tells_of_a_lower_loss(name: str) -> None:
+def test_card_has_a_lower_loss(name: str) -> None:
     card = (EXAMPLES / name / "README.md").read_text()
     loss = {row: float(value) for row, value in re.findall(r"\| (.*?) \| (\d\.\d+) \|", card)}
     assert set(loss) == {"base, bf16", "adapter, bf16 base", "adapter, nf4 base"}
@@ -179,5 +181,5 @@ def test_default_model_speaks_chatml(directory: Path) -> None:
     )
     assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert text.endswith("<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    # As the original tokenizer: digits are cut first, so a blank line before a list is one token.
+    # As in the original tokenizer, digits are split first: a blank line before a list is one token.
     assert tokenizer.convert_ids_to_tokens(tokenizer("a\n\n12").input_ids) == ["a", "ĊĊ", "1", "2"]

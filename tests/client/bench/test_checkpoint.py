@@ -35,7 +35,7 @@ def test_a_checkpoint_is_finite_bf16_of_the_shapes_of_all_linears(tmp_path: Path
         assert (tensor < 0).any()
 
 
-def test_seeds_tell_checkpoints_apart(tmp_path: Path) -> None:
+def test_checkpoints_of_other_seeds_differ(tmp_path: Path) -> None:
     one, same, other = (
         (write_checkpoint(tmp_path / str(i), MODULES, 2, seed) / "adapter_model.safetensors")
         for i, seed in enumerate((1, 1, 2))
@@ -44,7 +44,7 @@ def test_seeds_tell_checkpoints_apart(tmp_path: Path) -> None:
     assert one.read_bytes() != other.read_bytes()
 
 
-def test_a_renewed_checkpoint_is_another_and_still_finite(tmp_path: Path) -> None:
+def test_perturbed_weights_differ_and_stay_finite(tmp_path: Path) -> None:
     directory, rng = write_checkpoint(tmp_path, MODULES, 2, 0), random.Random(0)
     contents = set()
     for _ in range(20):

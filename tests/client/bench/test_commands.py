@@ -1,4 +1,4 @@
-"""Every workload end to end, against a real server over a fake model, within seconds."""
+"""Every workload end to end, against a real server with a fake model, within seconds."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ async def run(toy: ServerRig, *arguments: object) -> Result:
     metrics = ["--metrics", f"http://127.0.0.1:{toy.server.http_port}/metrics"]
     line = ["--target", f"127.0.0.1:{toy.server.port}", "bench"]
     command, *rest = map(str, arguments)
-    line += [command, *metrics, *rest]  # which `rest` may overrule
+    line += [command, *metrics, *rest]  # `rest` can override the metrics
     return await asyncio.to_thread(
         CliRunner().invoke, app, line, env={"TERM": "dumb"}, catch_exceptions=False
     )
 
 
 async def reported(toy: ServerRig, folder: Path, *arguments: object) -> Any:
-    """The report of a run that must succeed."""
+    """Runs a command that must succeed; returns its JSON report."""
     result = await run(toy, *arguments, "--json", folder / "report.json")
     assert result.exit_code == 0, result.stderr
     assert "TOK/S" in result.stdout
@@ -75,7 +75,7 @@ async def test_punica_measures_every_mix_and_leaves_no_adapter_behind(tmp_path: 
     assert b"<svg" in (tmp_path / "report.svg").read_bytes()
 
 
-async def test_slora_asks_the_adapters_that_are_there(tmp_path: Path) -> None:
+async def test_slora_uses_the_adapters_on_the_server(tmp_path: Path) -> None:
     async with rig(tmp_path) as toy:
         for i in range(2):
             await toy.upload(f"a{i}", seed=i)
@@ -92,7 +92,7 @@ async def test_slora_asks_the_adapters_that_are_there(tmp_path: Path) -> None:
     assert run_["swaps"]["arena"]["loads"] == 2
 
 
-async def test_slora_counts_what_is_refused(tmp_path: Path) -> None:
+async def test_slora_counts_refused_requests(tmp_path: Path) -> None:
     async with rig(tmp_path, engine={"max_waiting": 1, "max_running": 1}) as toy:
         await toy.upload("a")
         toy.runner.gate.clear()

@@ -13,7 +13,7 @@ REQUEST = BenchRequest("a", (1, 2), 3)
 def result(
     first: float | None, *, sent: float = 0.0, gaps: tuple[float, ...] = (), error: str = ""
 ) -> RequestResult:
-    """One whose tokens came at these times."""
+    """Returns a result whose tokens arrived at these times."""
     times = [] if first is None else [sent + first]
     for gap in gaps:
         times.append(times[-1] + gap)
@@ -28,7 +28,7 @@ def test_percentiles_are_numpys(count: int, share: float) -> None:
     assert percentile(values, share) == pytest.approx(np.percentile(values, 100 * share))
 
 
-def test_percentiles_are_in_milliseconds_and_none_of_nothing() -> None:
+def test_percentiles_are_in_milliseconds_and_none_without_values() -> None:
     found = Percentiles.of([0.003, 0.001, 0.002])
     assert found
     assert (found.count, found.p50, found.max) == (3, pytest.approx(2.0), pytest.approx(3.0))
@@ -47,7 +47,7 @@ def test_rates_are_over_the_whole_run() -> None:
     assert (found.inter_token.count, found.inter_token.p50) == (3, pytest.approx(500))
 
 
-def test_tokens_that_come_together_are_one_gap() -> None:
+def test_tokens_that_arrive_together_are_one_gap() -> None:
     together = RequestResult(REQUEST, 0.0, ((1.0, 2), (3.0, 3)), 3.0)
     found = Measurement.of([together], 6.0)
     assert found.output_tokens == 5
@@ -55,7 +55,7 @@ def test_tokens_that_come_together_are_one_gap() -> None:
     assert (found.inter_token.count, found.inter_token.p50) == (1, pytest.approx(2000))
 
 
-def test_a_late_reader_changes_gaps_but_not_the_time_a_token() -> None:
+def test_a_late_reader_changes_gaps_but_not_the_time_per_token() -> None:
     steady = result(1.0, gaps=(1.0, 1.0, 1.0))
     late = result(1.0, gaps=(2.998, 0.001, 0.001))
     assert steady.per_token == pytest.approx(1.0)
@@ -68,7 +68,7 @@ def test_a_late_reader_changes_gaps_but_not_the_time_a_token() -> None:
     assert result(1.0).per_token is result(None).per_token is None
 
 
-def test_attainment_counts_what_kept_the_bound_and_was_answered_to_its_end() -> None:
+def test_attainment_counts_finished_requests_within_the_bound() -> None:
     results = [
         result(0.5),
         result(1.0),
@@ -82,12 +82,12 @@ def test_attainment_counts_what_kept_the_bound_and_was_answered_to_its_end() -> 
     assert found.failed == 2
 
 
-def test_nothing_asked_is_nothing_to_measure() -> None:
+def test_a_measurement_needs_results() -> None:
     with pytest.raises(ValueError, match="no request was sent"):
         Measurement.of([], 1.0)
 
 
-async def test_a_closed_loop_asks_one_after_the_other_in_each_stream() -> None:
+async def test_a_closed_loop_sends_one_request_at_a_time_in_each_stream() -> None:
     running, most, order = 0, 0, []
 
     async def send(request: BenchRequest) -> RequestResult:
@@ -127,7 +127,7 @@ async def test_an_open_loop_does_not_wait_for_answers() -> None:
     assert len(load.results) == 3
 
 
-def test_asks_last_so_many_seconds() -> None:
+def test_requests_end_after_the_seconds() -> None:
     endless = Prompts(10, 0).requests("a", 2, 1)
     assert list(for_seconds(endless, -1.0)) == []
     assert next(iter(for_seconds(endless, 60.0))).adapter == "a"

@@ -55,7 +55,7 @@ def test_the_bandwidth_of_this_machine_is_a_bandwidth() -> None:
     assert here.processor
 
 
-def test_usage_tells_processor_time_and_memory() -> None:
+def test_usage_has_processor_time_and_memory() -> None:
     with ProcessMonitor(os.getpid()).measure() as found:
         assert found == []
         ballast = bytearray(os.urandom(1 << 20)) * 64
@@ -74,6 +74,6 @@ def test_a_listener_is_found_by_its_port() -> None:
         assert listening_pid(port) == os.getpid()
 
 
-def test_a_process_that_is_not_there_is_a_lookup_error() -> None:
+def test_a_missing_process_is_a_lookup_error() -> None:
     with pytest.raises(LookupError):
         ProcessMonitor(2**31 - 1)

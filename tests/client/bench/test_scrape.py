@@ -12,7 +12,7 @@ def scraped(registry: CollectorRegistry) -> Scrape:
     return Scrape.parse(generate_latest(registry).decode())
 
 
-def test_swaps_are_what_was_added_between_two_looks_at_the_servers_own_metrics() -> None:
+def test_swaps_are_the_difference_of_two_scrapes_of_the_servers_metrics() -> None:
     registry = CollectorRegistry()
     metrics = Metrics(registry, model_name='a "quoted", name')
     metrics.adapter_loaded(cache="arena", outcome="ok", seconds=5.0)
@@ -31,7 +31,7 @@ def test_swaps_are_what_was_added_between_two_looks_at_the_servers_own_metrics()
     assert swaps["merged"].p99 == 0
 
 
-def test_nothing_between_two_looks_is_no_swaps() -> None:
+def test_equal_scrapes_have_no_swaps() -> None:
     registry = CollectorRegistry()
     Metrics(registry, model_name="m")
     assert scraped(registry).since(scraped(registry)).swaps() == {}

@@ -68,7 +68,7 @@ def test_a_power_law_never_leaves_its_range() -> None:
 
 
 @pytest.mark.parametrize("cv", [0.0, 0.5, 1.0, 3.0])
-def test_gaps_have_the_rate_and_the_variation_that_are_asked(cv: float) -> None:
+def test_gaps_have_the_given_rate_and_variation(cv: float) -> None:
     trace = Trace(rate=50.0, cv=cv, seconds=200.0, inputs=(1, 2), outputs=(1, 2))
     times = [request.at for request in trace.requests(["a"], Prompts(100, 0), seed=3)]
     gaps = [after - before for before, after in zip([0.0, *times], times, strict=False)]
@@ -93,7 +93,7 @@ def test_the_same_seed_gives_the_same_trace_and_another_one_another() -> None:
     assert traced(1) != traced(2)
 
 
-def test_no_prompt_comes_twice() -> None:
+def test_no_prompt_is_repeated() -> None:
     prompts = Prompts(50_000, 42)
     drawn = [prompts.draw(16) for _ in range(1000)]
     assert len(set(drawn)) == 1000
@@ -113,6 +113,6 @@ def test_uniform_draws_are_alike() -> None:
     assert [counts[i] / 5000 for i in range(4)] == pytest.approx([1] * 4, rel=0.05)
 
 
-def test_a_short_trace_still_asks_once() -> None:
+def test_a_short_trace_has_one_request() -> None:
     trace = replace(Trace(), rate=0.1, seconds=1.0)
     assert len(trace.requests(["a"], Prompts(10, 0), seed=0)) == 1
