@@ -17,8 +17,17 @@ from adaplex.server.build import build
 from adaplex.server.components import Components
 from adaplex.server.load_config import load_config
 from peft_adapters import everything, load_plain, save_adapter
+from time_limits import TEST_SECONDS
 
+HERE = Path(__file__).parent
 Serving = Callable[..., AbstractAsyncContextManager["ModelServerRig"]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives the tests of this folder TEST_SECONDS, as they start servers and load models."""
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
 
 
 @dataclass

@@ -14,9 +14,7 @@ from peft_adapters import Oracle, load_plain
 from peft_families import FAMILIES, LORAS
 from peft_kinds import TOKENS, save_kind
 from rig import ModelRig, lowered, prompt
-from time_limits import TEST_SECONDS
 
-pytestmark = pytest.mark.timeout(TEST_SECONDS)
 STEPS = 4
 HUB = Path(__file__).parents[1] / "adapterhub" / "fixtures" / "smollm2-135m-instruct"
 KEPT = slice(None, None, 96)

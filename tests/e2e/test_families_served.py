@@ -13,9 +13,7 @@ from e2e.conftest import Serving
 from peft_adapters import load_plain
 from peft_families import FAMILIES, LORAS
 from peft_kinds import save_kind
-from time_limits import TEST_SECONDS
 
-pytestmark = pytest.mark.timeout(TEST_SECONDS)
 NAMES = ("lora", "dora", "lora-tokens", "lora-whole", "vera", "loha", "ia3", "ln-tuning", "bitfit")
 BEFORE = ("prompt-tuning", "prefix-tuning")
 """Families that put five positions before the prompt."""

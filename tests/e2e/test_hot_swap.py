@@ -11,9 +11,7 @@ import pytest
 
 from adaplex.client import AsyncClient, DeadlineExceeded, Generation, NotFound
 from e2e.conftest import ModelServerRig, Serving
-from time_limits import TEST_SECONDS
 
-pytestmark = pytest.mark.timeout(TEST_SECONDS)
 PACE_SECONDS = 0.01
 """Pause between two changes or two disturbances, so that they do not use up a core."""
 PROMPTS = ["Once upon a time", "hello, world", "x" * 90, "The quick brown fox " * 8]

@@ -11,7 +11,6 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -32,9 +31,7 @@ from adaplex.engine.request import AdapterRef, Request
 from adapters.handmade import UPLOAD, files, make_registry, objects, push, staged, tensors
 from engine.fakes import Ledger, make_engine, make_request
 from fake_runner import FakeRunner, expected
-from time_limits import TEST_SECONDS
 
-pytestmark = pytest.mark.timeout(TEST_SECONDS)
 NAMES = ["a", "b"]
 ALIASES = ["default", "prod"]
 CONTENTS = [files(weights=tensors(seed=seed)) for seed in range(4)]

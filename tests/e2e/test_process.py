@@ -17,9 +17,8 @@ import pytest
 from adaplex.client import AdaplexClientError, Client, NotFound, Unavailable
 from adaplex.client.local import LocalServer, LogRecord
 from adapters.handmade import staged
-from time_limits import TEST_SECONDS, WAIT_SECONDS
+from time_limits import WAIT_SECONDS
 
-pytestmark = pytest.mark.timeout(TEST_SECONDS)
 ADAPLEX = [str(Path(sys.executable).with_name("adaplex"))]
 
 

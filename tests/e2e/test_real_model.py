@@ -17,9 +17,7 @@ from adaplex.model.weights.int4_group import int4_roundtrip
 from e2e.conftest import Serving
 from peft_adapters import Oracle, load_plain
 from rig import ModelRig, lowered
-from time_limits import TEST_SECONDS
 
-pytestmark = pytest.mark.timeout(TEST_SECONDS)
 EXAMPLES = Path(__file__).parents[2] / "adapters" / "examples"
 NAMES = ("json", "pirate", "terse", "news", "list", "polite", "tag")
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]

@@ -12,9 +12,8 @@ import pytest
 from adaplex.client import Client, NotFound
 from adaplex.client.local import LocalServer
 from seaweed import S3Server
-from time_limits import TEST_SECONDS, WAIT_SECONDS
+from time_limits import WAIT_SECONDS
 
-pytestmark = pytest.mark.timeout(TEST_SECONDS)
 SOON = 1.0
 """A request that begins this many seconds after a change sees the change, on both servers."""
 
