@@ -25,16 +25,17 @@ from adaplex.client.local import free_port
 from . import install
 from .events import post
 from .inputs import model_files
-from .server_process import ServerProcess
+from .server_process import ProcessSystem
 from .system import Inputs, PeerError, ReportProgress, StreamResult
 
 
-class LlamaCpp:
+class LlamaCpp(ProcessSystem):
     """llama-server with a model of `file_type` "bf16" or "q8_0"."""
 
     def __init__(self, file_type: str, inputs: Inputs) -> None:
         self.name = f"llama.cpp-{file_type}"
-        self._file_type, self._inputs = file_type, inputs
+        super().__init__(inputs)
+        self._file_type = file_type
         self._folder = Path()
         self._model = Path()
         self._adapters: list[Path] = []
@@ -84,12 +85,8 @@ class LlamaCpp:
         ]
         if self._adapters:
             command += ["--lora", ",".join(map(str, self._adapters))]
-        self._server = ServerProcess(command, port=port, log=inputs.logs / f"{self.name}.log")
-        await self._server.wait_ready()
+        await self._start(command, port)
         return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.stop()
 
     async def generate(
         self, prompt: Sequence[int], adapter: int | None, tokens: int

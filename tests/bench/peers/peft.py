@@ -21,19 +21,16 @@ from adaplex.client.local import free_port
 
 from . import install
 from .events import post
-from .server_process import ServerProcess
-from .system import Inputs, ReportProgress, StreamResult
+from .server_process import ProcessSystem
+from .system import ReportProgress, StreamResult
 
 SERVER = Path(__file__).with_name("peft_server.py")
 
 
-class Peft:
+class Peft(ProcessSystem):
     """PEFT in its own environment."""
 
     name = "peft"
-
-    def __init__(self, inputs: Inputs) -> None:
-        self._inputs = inputs
 
     def prepare(self, progress: ReportProgress) -> None:
         """Installs PEFT. Raises PeerError."""
@@ -47,14 +44,8 @@ class Peft:
             *("--threads", str(inputs.threads), "--slots", str(inputs.slots)),
             *("--adapters", *inputs.adapters),
         ]
-        log = inputs.logs / f"{self.name}.log"
-        variables = {"HF_HUB_OFFLINE": "1"}
-        self._server = ServerProcess(command, port=port, log=log, variables=variables)
-        await self._server.wait_ready()
+        await self._start(command, port, {"HF_HUB_OFFLINE": "1"})
         return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.stop()
 
     async def generate(
         self, prompt: Sequence[int], adapter: int | None, tokens: int

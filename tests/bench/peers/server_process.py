@@ -1,4 +1,4 @@
-"""ServerProcess: a peer's server as a child process, with the workers that it starts."""
+"""ServerProcess, ProcessSystem: a peer's server as a child process, with its workers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.request import urlopen
 
-from .system import PeerError
+from .system import Inputs, PeerError
 
 START_SECONDS = 600.0
 """Limit of a start; vLLM compiles its kernels for the model at its first."""
@@ -96,3 +96,23 @@ class ServerProcess:
         """Returns the last line of the log, and the log's path."""
         lines = self.log.read_text(errors="replace").strip().splitlines()
         return f"{lines[-1] if lines else 'the log is empty'} (log: {self.log})"
+
+
+class ProcessSystem:
+    """A system whose server is a child process with its log in the inputs' folder."""
+
+    name: str
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.stop()
+
+    async def _start(
+        self, command: Sequence[object], port: int, variables: Mapping[str, str] | None = None
+    ) -> None:
+        """Starts the server, which listens on `port`, and waits until it is ready."""
+        log = self._inputs.logs / f"{self.name}.log"
+        self._server = ServerProcess(command, port=port, log=log, variables=variables)
+        await self._server.wait_ready()

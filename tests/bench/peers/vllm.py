@@ -23,20 +23,17 @@ from adaplex.client.local import free_port
 
 from . import install
 from .events import post
-from .server_process import ServerProcess
-from .system import Inputs, ReportProgress, StreamResult
+from .server_process import ProcessSystem
+from .system import ReportProgress, StreamResult
 
 KV_CACHE_GIB = 2
 MODEL = "base"
 
 
-class Vllm:
+class Vllm(ProcessSystem):
     """`vllm serve` on the CPU."""
 
     name = "vllm"
-
-    def __init__(self, inputs: Inputs) -> None:
-        self._inputs = inputs
 
     def prepare(self, progress: ReportProgress) -> None:
         """Installs vLLM. Raises PeerError."""
@@ -63,13 +60,8 @@ class Vllm:
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        log = inputs.logs / f"{self.name}.log"
-        self._server = ServerProcess(command, port=port, log=log, variables=variables)
-        await self._server.wait_ready()
+        await self._start(command, port, variables)
         return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.stop()
 
     async def generate(
         self, prompt: Sequence[int], adapter: int | None, tokens: int
