@@ -51,7 +51,7 @@ def packed(weights: AdapterWeights) -> AdapterWeights:
 
 
 def mixes() -> dict[str, list[int | None]]:
-    """Name -> adapter of each row, None for base rows."""
+    """Name -> number of the adapter of each row, None for rows of the base."""
     chance = random.Random(3)
     zipf = sorted(min(int(1 / (1 - chance.random())) - 1, 7) for _ in range(ROWS - 1))
     return {
@@ -198,7 +198,7 @@ def test_a_compiler_ends_with_the_process_that_started_it(tmp_path: Path) -> Non
 
 
 def alive(process: int) -> bool:
-    """True until a process has ended; a zombie counts as ended."""
+    """True until a process has ended; a zombie has ended."""
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
     except FileNotFoundError:

@@ -16,7 +16,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK = 16
 BLOCKS = 160
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
-"""bf16: two steps of rounding at the size of the answers."""
+"""Largest error by dtype; for bf16 two roundings of values of the results' size."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"window": 20},
@@ -26,7 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Paged:
-    """Sequences of the given lengths in shuffled blocks, and a query for the last n tokens."""
+    """Sequences of these lengths in shuffled blocks, and a query of the last n tokens."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Paged:
         self.positions = torch.stack([torch.arange(length - n, length) for length in lengths]).to(
             DEVICE
         )
-        # As attention layers hand it over: heads first, the rows of all sequences together.
+        # The layout of attention layers: heads first, the rows of all sequences together.
         self.query = normal(h, len(lengths), n, dk).transpose(0, 1)
         self.sinks = normal(h)
 

@@ -28,11 +28,11 @@ RANKS = (1, 3, 8, 16, 64, 17)
 ALIGNED = 32
 """Elements between the starts of tensors."""
 BACKEND = DenseLinear(torch.zeros(8, 8), None)
-"""Of which nothing is asked here."""
+"""A backend that these tests do not call."""
 
 
 class Adapters:
-    """Adapters in one flat tensor, as they lie in the arena, with NaN between them."""
+    """Adapters in one flat tensor, as in the arena, with NaN between them."""
 
     def __init__(self, dtype: torch.dtype, ranks: Sequence[int] = RANKS) -> None:
         torch.manual_seed(2)
@@ -136,14 +136,14 @@ def test_rows_may_have_gaps_between_them() -> None:
     expected = y.clone()
     used = [AdapterRun(2, 9, adapters.weights[1])]
     ReferenceLowRank().plan(used, MODULES)("key", x, expected)
-    # Of a base with a module more than the adapters know, as when costs are measured.
+    # The base has one more module than the adapters' tables, as when costs are measured.
     modules = {**LINEARS, "another": BaseModule("another", "linear", 8, 8)}
     TritonKernels(modules, DEVICE).plan(used, MODULES)("key", x, y)
     assert (y - expected).abs().max() < 1e-5
 
 
 def test_adapters_share_few_table_rows_in_turn() -> None:
-    """Six adapters over a table of two, in an order that evicts what comes back."""
+    """Six adapters in a table of two, in an order that evicts adapters which are used again."""
     adapters = Adapters(torch.float32)
     kernel = TritonKernels(LINEARS, DEVICE, slots=2)
     for pair in [(0, 1), (2, 1), (0, 3), (3, 4), (5, 3), (1, 0)]:
@@ -169,7 +169,7 @@ def test_another_adapter_of_the_same_identity_is_another() -> None:
 
 
 def test_one_step_serves_whatever_its_tiles_say() -> None:
-    """The same call after the tiles, the table and the arena's bytes were changed in place."""
+    """Repeats a call after the tiles, the table and the arena's bytes were changed in place."""
     adapters = Adapters(torch.float32)
     kernel = TritonKernels(LINEARS, DEVICE, slots=3)
     tiles = torch.zeros(3, 8, dtype=torch.int64, device=DEVICE)

@@ -1,4 +1,4 @@
-"""Triton's products by weights of every form, against torch's. On the GPU, or interpreted."""
+"""Triton's products by weights of every format, against torch's. On the GPU, or interpreted."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CODES = [f"int4-{group}" for group in GROUP_SIZES]
 FORMS = ["dense", "nf4", *CODES, "merged int4-16", "merged int4-64"]
 SHAPES = [(100, 384), (64, 128), (5, 1408), (321, 256)]
-"""[out, in]: both may end within a block, and splits may be of several blocks or one."""
+"""Shapes [out, in] that end within a block, and with splits of one and of several blocks."""
 ROWS = (1, 15, 17, 70)
-"""One tile, several, and more than have a program for each split."""
+"""Rows of one tile, of several tiles, and too many for a program per split."""
 ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 2**-8 + 1e-5}
-"""Of the largest product, from exact: sums are in fp32, and bf16 rounds by half of at most 2^-7."""
+"""Largest error as a fraction of the largest product: sums are fp32, and bf16 rounds by up to 2^-8.
+"""
 
 
 pytestmark = pytest.mark.usefixtures("round_to_nearest")
 
 
 def pair(shape: tuple[int, int], group: int) -> LowRank:
-    """A delta that is the same for all inputs of a group."""
+    """Returns a low-rank delta that is constant within each group of inputs."""
     a = torch.randn(4, shape[1] // group).mul(0.1).repeat_interleave(group, 1)
     return LowRank(a, torch.randn(shape[0], 4).mul(0.3), group)
 
@@ -45,7 +46,7 @@ def linear(
     *,
     biased: bool = True,
 ) -> LinearBackend:
-    """A random weight, with Triton's product."""
+    """Returns a linear with a random weight that multiplies by Triton."""
     torch.manual_seed(shape[0])
     weight = (torch.randn(shape) * 0.1).to(DEVICE)
     bias = torch.randn(shape[0]).to(DEVICE, dtype) if biased else None
@@ -62,14 +63,14 @@ def linear(
 
 
 def whole(layer: LinearBackend, dtype: torch.dtype) -> Tensor:
-    """The weight as products in a type have it, fp64."""
+    """Returns the weight as fp64, with the values that products in `dtype` multiply by."""
     if isinstance(layer, Nf4Linear) and layer._weight is not None:
         return layer._weight.dequantized(dtype).double()
     return layer.dequantize().to(dtype).double()
 
 
 def exactly(layer: LinearBackend, x: Tensor) -> Tensor:
-    """What the product of x's numbers and the weight's is, fp64."""
+    """Returns the product of x and the weight in fp64."""
     bias = None if layer.bias is None else layer.bias.double()
     return F.linear(x.double(), whole(layer, x.dtype), bias)
 
@@ -94,7 +95,7 @@ def test_equals_torch_on_the_whole_weight(form: str, dtype: torch.dtype, biased:
 
 @pytest.mark.parametrize(("form", "width"), [("dense", 208), ("nf4", 320), ("int4-16", 208)])
 def test_a_last_block_may_be_a_part_of_one(form: str, width: int) -> None:
-    """A width that groups divide and blocks do not; what is not there has no weight."""
+    """Groups divide the width but blocks do not; inputs beyond it must not count."""
     for dtype in (torch.float32, torch.bfloat16):
         layer, x = linear(form, (70, width), dtype), inputs(9, width, dtype)
         expected = exactly(layer, x)
@@ -102,7 +103,7 @@ def test_a_last_block_may_be_a_part_of_one(form: str, width: int) -> None:
 
 
 def test_a_last_split_reads_nothing_behind_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two splits of three blocks where there are five, and no number behind the scales."""
+    """Two splits of three blocks each for five blocks, with NaN after the scales."""
     monkeypatch.setattr(triton_product, "PROGRAMS", 4)
     layer, x = linear("nf4", (256, 320), torch.float32), inputs(1, 320, torch.float32)
     assert weight_formats.NF4.split_size(256, 320) == 192
@@ -119,7 +120,7 @@ def test_a_last_split_reads_nothing_behind_the_weight(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMS)
 def test_each_column_is_the_weight_bit_for_bit(form: str, dtype: torch.dtype) -> None:
-    """Rows of the identity ask for single weights, which no sum rounds."""
+    """Products by rows of the identity are single weights, which no sum rounds."""
     layer = linear(form, (33, 256), dtype, biased=False)
     one = torch.eye(256, dtype=dtype, device=DEVICE)
     weight = whole(layer, dtype).to(dtype)
@@ -131,7 +132,7 @@ def test_each_column_is_the_weight_bit_for_bit(form: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", ["dense", "nf4", "int4-32"])
 def test_a_row_has_the_same_bits_among_any_number(form: str, shape: tuple[int, int]) -> None:
-    """In either tile, alone in a program for each split or with all splits in one."""
+    """Tiles of few and of many rows, with a program per split or for all splits."""
     layer, x = linear(form, shape), inputs(100, shape[1], torch.bfloat16)
     together = layer(x)
     for rows in (*(range(1, 20) if shape == SHAPES[0] else (1, 16, 17)), 40, 64, 65):

@@ -52,7 +52,7 @@ def bottleneck(width: int, activation: Activation, reads: Reads, *, bias: bool) 
 
 
 def made() -> list[list[ModuleProgram]]:
-    """Six adapters that do something else each."""
+    """Six adapters, each with other changes."""
     pair = LowRank(rand(5, HIDDEN), rand(OUT, 5))
     some = ReplacedRows((1, 4, 70, 89), rand(4, HIDDEN))
     many = ReplacedRows(tuple(range(2, 40)), rand(38, HIDDEN))
@@ -104,7 +104,7 @@ def made() -> list[list[ModuleProgram]]:
 
 
 class RMSNorm(nn.Module):
-    """Llama's, which multiplies in the type of the input."""
+    """Llama's norm, which multiplies in the type of the input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class RMSNorm(nn.Module):
 
 
 class ScaledEmbedding(nn.Embedding):
-    """Gemma's, which multiplies its table; others keep the factor as a number."""
+    """Gemma's embedding, which scales its table by a tensor; others scale it by a number."""
 
     embed_scale: Tensor | float = 6.25
 
@@ -127,7 +127,7 @@ class ScaledEmbedding(nn.Embedding):
 
 @dataclass
 class Inputs:
-    """What the layers of a step see, by row; and which row is which virtual token, -1 for none."""
+    """Inputs of the layers of a step by row; `virtual` is -1 for rows of no virtual token."""
 
     x: Tensor
     y: Tensor
@@ -137,7 +137,7 @@ class Inputs:
     chosen: Tensor
 
     def rows(self, start: int, stop: int) -> Inputs:
-        """Some of them, all routed to the expert."""
+        """Returns rows [start, stop), all routed to the expert."""
         tensors = (self.x, self.y, self.residual, self.ids, self.virtual)
         return Inputs(*(t[start:stop] for t in tensors), torch.arange(stop - start, device=DEVICE))
 
@@ -184,9 +184,7 @@ class Layers:
         )
 
     def run(self, rows: AdapterRows, inputs: Inputs) -> dict[str, Tensor]:
-        """What comes out of every layer, [rows, features]; of experts only the chosen rows are
-        changed.
-        """
+        """Returns the output of every layer [rows, features]; experts change chosen rows."""
         out = {name: rows.linear(name, linear, inputs.x) for name, linear in self.linears.items()}
         for i, norm in enumerate(self.norms):
             out[f"norm {i}"] = norm(inputs.x)
@@ -269,7 +267,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(which: int, dtype: torch
         everything.virtual = torch.randint(-1, VIRTUAL, (ROWS,), device=DEVICE)
 
     def run(start: int, stop: int, before: int = 0) -> dict[str, Tensor]:
-        """Rows of the adapter after so many of the one that does everything."""
+        """Returns the outputs for rows of the adapter, after `before` rows of adapter 1."""
         inputs = everything.rows(start - before, stop)
         inputs.virtual = inputs.virtual.index_fill(0, torch.arange(before, device=DEVICE), -1)
         used = [AdapterRun(before, stop - start + before, layers.adapters[which])]
@@ -302,7 +300,7 @@ def test_one_adapters_nan_stays_in_its_rows() -> None:
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 @pytest.mark.parametrize("activation", list(Activation))
 def test_every_activation(activation: Activation) -> None:
-    """From far below to far above nothing, and at both ends."""
+    """Inputs of both signs, from near zero to the limits of each activation."""
     torch.manual_seed(5)
     program = bottleneck(16, activation, Reads.INPUT, bias=True)
     packed = Packer(MODULES, torch.float32).pack(

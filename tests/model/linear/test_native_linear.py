@@ -1,4 +1,4 @@
-"""NativeLinear for every instruction set: right, row-invariant, and as bitsandbytes quantizes."""
+"""NativeLinear for every instruction set: correct, row-invariant, quantized as by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHAPES = {
     "int4": [(64, 64), (3, 32), (70, 96), (321, 128)],
     "int4-fp32": [(64, 64), (3, 32), (70, 96), (321, 128)],
 }
-"""Kind -> [out, in] with panels and groups of panels that are not full."""
+"""Kind -> shapes [out, in], some with incomplete panels and groups of panels."""
 
 EachShape = pytest.mark.parametrize(
     ("kind", "shape"), [(kind, shape) for kind, shapes in SHAPES.items() for shape in shapes]
@@ -85,7 +85,7 @@ def test_multiplies_by_the_weight_it_reports(
         expected = F.linear(x.float(), layer.dequantize(), bias)
         got = layer(x)
         assert got.dtype == x.dtype
-        # bf16 answers have eight bits: half of the last one is 1/256 of the value
+        # bf16 results have eight bits: half of the last one is 1/256 of the value
         bound = 1e-5 if x.dtype == torch.float32 else 5e-3
         assert (got.float() - expected).abs().max() <= bound * max(1, float(expected.abs().max()))
 
@@ -130,7 +130,7 @@ def test_rows_may_have_gaps_between_them(kind: str, instructions: InstructionSet
 @each_instruction_set
 def test_nf4_has_the_values_of_bitsandbytes_in_bf16(instructions: InstructionSet) -> None:
     table = bnb_functional.get_4bit_type("nf4", device="cpu")
-    # one block a row, whose codes are 0 to 15 four times over; the largest value is 1
+    # one block per row, of codes 0 to 15 four times; the largest value is 1
     weight = table.repeat(4).expand(16, 64).bfloat16()
     layer = NativeLinear.nf4(kernels(torch.bfloat16, instructions), weight, None)
     each = layer(torch.eye(64, dtype=torch.bfloat16))
@@ -148,7 +148,7 @@ def test_nf4_is_what_bitsandbytes_quantizes_to(shape: tuple[int, int]) -> None:
     exact = bnb_functional.dequantize_4bit(codes, state)
     found = layer_of("nf4", shape, USABLE[0]).dequantize()
     assert found.shape == exact.shape
-    # rounding a table value to bf16 moves it by no more than 1/256
+    # rounding a table value to bf16 changes it by at most 1/256
     assert bool(((found - exact).abs() <= exact.abs() / 256).all())
 
 
@@ -205,13 +205,13 @@ PACKED = {
     "nf4": "395c0c68e429ebf042962f4f43c6d1a15d5e9cbbb30808baf0883fcbd8820875",
     **dict.fromkeys(INT4, "c9acfbaeafce87facc43ccfd5d32e48a341565a947f31fda169b8066dbb02c0f"),
 }
-"""SHA-256 of what a small weight is packed to."""
+"""SHA-256 of the packed tensors of a small weight."""
 
 
 @each_instruction_set
 @pytest.mark.parametrize("kind", sorted(PACKED))
 def test_saved_panels_stay_readable(kind: str, instructions: InstructionSet) -> None:
-    """Panels that differ from these are another layout: raise `saved_base.LAYOUT` with them."""
+    """Other panels are a new layout, for which `saved_base.LAYOUT` must be raised."""
     ramp = torch.arange(35 * 128).reshape(35, 128).remainder(251).sub(125) / 8
     layer = made(kind, ramp.to(KINDS[kind]), None, instructions)
     total = hashlib.sha256()

@@ -30,7 +30,7 @@ INLINE void NAME(store_value)(ELEMENT *block, long token, const float *value, lo
 typedef struct {
   const ELEMENT *q;              // [tokens * group, dim]
   const ELEMENT *keys, *values;  // [blocks, 16 * dim]
-  const int32_t *table;          // blocks of the sequence
+  const int32_t *table;          // [blocks of the sequence]
   long tokens, group, dim, position;
   long window;  // visible keys, 0 for all
   float scale;

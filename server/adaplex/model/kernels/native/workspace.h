@@ -12,7 +12,7 @@ typedef struct {
   long sequence, start, stop;
 } QuerySpan;
 
-// "Elements" are of the compute type, fp32 or bf16.
+// The buffers of a step; `elements` are of the compute type, fp32 or bf16.
 typedef struct {
   float *residual;                   // [rows, hidden]
   void *normed;                      // elements [rows, hidden]
