@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Before any kernel is defined, when Triton chooses to compile or to interpret it.
 if not torch.cuda.is_available():
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 __all__ = ["s3", "s3_prefix"]
 
 torch.set_num_threads(1)
+# Examples may take any time: a slow machine is no fault.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")
