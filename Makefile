@@ -26,6 +26,9 @@ test: model ## Run the tests that take minutes in all, one process a core
 test-slow: model ## Run the other tests: sanitizers, kills, other instruction sets, every family
 	@$(PYTEST) -m slow
 
+mutants: model ## Break a copy of the code in twenty-two places: a test must fail for each
+	@PYTHONPATH=tests $(BIN)/python -m tools.mutants $(ARGS)
+
 check: $(INSTALLED) ## Lint, types, imports, prose, protocol, drift of stubs and documents
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
