@@ -19,6 +19,7 @@ from adaplex.model.kernels.native import library
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.select import low_rank_kernel, native_kernels
 from adaplex.model.weights.adapter_weights import AdapterRun, AdapterWeights, SiteWeights
+from mixes import runs_of_mix
 
 MODULES = {"narrow": 0, "wide": 1, "odd": 2, "untouched": 3}
 SHAPES = {"narrow": (64, 48), "wide": (128, 320), "odd": (37, 21), "untouched": (8, 8)}
@@ -63,16 +64,6 @@ def mixes() -> dict[str, list[int | None]]:
     }
 
 
-def runs_of_mix(mix: list[int | None], adapters: list[AdapterWeights]) -> list[AdapterRun]:
-    made = []
-    for i in range(8):
-        rows = [row for row, used in enumerate(mix) if used == i]
-        if rows:
-            assert rows == list(range(rows[0], rows[-1] + 1))
-            made.append(AdapterRun(rows[0], rows[-1] + 1, adapters[i]))
-    return made
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mix", sorted(mixes()))
 def test_native_equals_reference_and_leaves_base_rows_alone(dtype: torch.dtype, mix: str) -> None:
@@ -108,8 +99,8 @@ def test_a_row_has_the_same_bits_alone_and_in_any_block(dtype: torch.dtype, modu
 
     def run(start: int, stop: int) -> Tensor:
         rows = y[start:stop].clone()
-        span = AdapterRun(0, stop - start, weights)
-        kernel.plan([span], MODULES)(module, x[start:stop], rows)
+        run_of_rows = AdapterRun(0, stop - start, weights)
+        kernel.plan([run_of_rows], MODULES)(module, x[start:stop], rows)
         return rows
 
     whole = run(0, ROWS)
