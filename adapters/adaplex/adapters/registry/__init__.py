@@ -1,1 +1,1 @@
-"""AdapterRegistry and what it is made of: names, intake, and lowered programs."""
+"""The registry of adapters: names, intake, imports, and lowered programs."""

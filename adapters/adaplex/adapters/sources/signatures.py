@@ -31,7 +31,7 @@ MAX_REASON = 500
 
 
 class SignaturePolicy(StrEnum):
-    """Whether an unsigned adapter is accepted, accepted with a warning, or refused."""
+    """Treatment of unsigned adapters: accept, accept with a warning, or refuse."""
 
     OFF = "off"
     WARN = "warn"

@@ -1,1 +1,1 @@
-"""Where names, versions and the files of adapters are kept."""
+"""Storage: names and versions in catalogs, the files of adapters in content stores."""

@@ -68,9 +68,8 @@ class BucketCatalog:
                 assert blob is None or isinstance(blob, Blob)
                 before = from_json(blob.data) if blob else None
                 if before is not None and blob and blob.data == sent:
-                    return self._mirror_change(
-                        before, blob.etag
-                    )  # this change, whose response was lost
+                    # this change, whose response was lost
+                    return self._mirror_change(before, blob.etag)
                 after = change(before)
                 if blob and after == before:
                     return self._mirror_change(after, blob.etag)
@@ -179,9 +178,8 @@ class BucketCatalog:
         mirrored, begun = self._mirror.tags(), time.monotonic()
         listed = {_name(stat.key): stat.etag for stat in self._bucket.list(FOLDER)}
         changed = {name for name, etag in listed.items() if mirrored.get(name) != etag}
-        for name in changed | (
-            mirrored.keys() - listed.keys()
-        ):  # some were added since the listing
+        absent = mirrored.keys() - listed.keys()  # or added since the listing
+        for name in changed | absent:
             try:
                 self._refresh(name)
             except SourceUnavailable:
@@ -191,7 +189,7 @@ class BucketCatalog:
         self._all_refreshed = begun
 
     def _mirror_change(self, entry: NameRecord, etag: str) -> NameRecord:
-        """Writes an entry that this process has put into the bucket to the mirror."""
+        """Writes an entry to the mirror after this process wrote it to the bucket."""
         with self._mirroring:
             self._mirror.put(entry, etag)
             self._changes[entry.name] = self._changes.get(entry.name, 0) + 1

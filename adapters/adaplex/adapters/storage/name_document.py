@@ -33,7 +33,7 @@ def from_json(document: bytes | str) -> NameRecord:
     """Returns the record of a document. Raises AdapterError for invalid documents."""
     try:
         fields = pydantic_core.from_json(document)
-        # pydantic ignores unknown fields, so that each of the two takes its own
+        # pydantic ignores fields that a class does not have
         versions = [{**version, "traits": version} for version in fields.get("versions", ())]
         return _RECORD.validate_python({**fields, "versions": versions})
     except (ValueError, TypeError, AttributeError) as error:
