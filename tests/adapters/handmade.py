@@ -20,7 +20,7 @@ from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
 from adaplex.adapters.registry.importer import Importer
 from adaplex.adapters.registry.intake import Committed
 from adaplex.adapters.registry.registry import AdapterRegistry
-from adaplex.adapters.sources import Sources
+from adaplex.adapters.sources.sources import Sources
 from adaplex.adapters.storage.adapter_record import AdapterRecord
 from adaplex.adapters.storage.catalog import Query
 from adaplex.adapters.storage.event import Origin

@@ -21,7 +21,7 @@ from adaplex.adapters.errors import (
 )
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.registry.registry import AdapterRegistry
-from adaplex.adapters.sources import Sources
+from adaplex.adapters.sources.sources import Sources
 from adaplex.adapters.storage.bucket import Bucket
 from adapters.handmade import UPLOAD, files, make_importer, make_sources, push, tensors, write
 from adapters.hub_server import Hub, serving

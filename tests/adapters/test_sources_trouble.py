@@ -14,7 +14,7 @@ import pytest
 
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS
 from adaplex.adapters.errors import AdapterInvalid, SourceUnavailable
-from adaplex.adapters.sources import Sources
+from adaplex.adapters.sources.sources import Sources
 from adaplex.adapters.storage.bucket import Bucket
 from adapters.handmade import files, make_sources, tensors
 from adapters.hub_server import Hub, serving

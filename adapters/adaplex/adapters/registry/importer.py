@@ -16,7 +16,7 @@ from adaplex.adapters.durable_files import full_disk_is_store_full
 from adaplex.adapters.errors import AdapterExists
 from adaplex.adapters.registry.intake import Committed
 from adaplex.adapters.registry.registry import AdapterRegistry
-from adaplex.adapters.sources import Fetched, Sources
+from adaplex.adapters.sources.sources import Fetched, Sources
 from adaplex.adapters.storage.content_store import ContentStore
 from adaplex.adapters.storage.event import Origin
 from adaplex.adapters.storage.lease import Lease
