@@ -165,7 +165,7 @@ def test_a_bucket_that_is_away_is_asked_once_an_interval(
     catalog = one.names._catalog
     assert isinstance(catalog, BucketCatalog)
     catalog._refreshed.clear()
-    catalog._listed = 0.0
+    catalog._all_refreshed = -3600.0
     asked = []
 
     def away(_bucket: Bucket, key: str = "", **_options: object) -> None:
