@@ -32,6 +32,8 @@ from adapters.handmade import (
     tensors,
 )
 
+pytestmark = pytest.mark.slow
+
 GOOD = files()
 HEADER_BYTES = int.from_bytes(GOOD[WEIGHTS][:8], "little")
 HEADER: dict[str, Any] = json.loads(GOOD[WEIGHTS][8 : 8 + HEADER_BYTES])

@@ -11,11 +11,15 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 from adapters.handmade import (
     make_registry,
     records,
     staged,
 )
+
+pytestmark = pytest.mark.slow
 
 ROUNDS = 5
 UPLOADER = Path(__file__).with_name("uploader.py")

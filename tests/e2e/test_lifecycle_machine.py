@@ -11,6 +11,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -31,6 +32,8 @@ from adaplex.engine.request import AdapterRef, Request
 from adapters.handmade import UPLOAD, files, make_registry, objects, push, staged, tensors
 from engine.fakes import Ledger, make_engine, make_request
 from fake_runner import FakeRunner, expected
+
+pytestmark = pytest.mark.slow
 
 NAMES = ["a", "b"]
 ALIASES = ["default", "prod"]

@@ -18,6 +18,8 @@ from e2e.conftest import Serving
 from peft_adapters import Oracle, load_plain
 from rig import ModelRig, lowered
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "adapters" / "examples"
 NAMES = ("json", "pirate", "terse", "news", "list", "polite", "tag")
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]

@@ -29,6 +29,8 @@ from engine.machines import (
 )
 from fake_runner import FakeRunner, FakeSource
 
+pytestmark = pytest.mark.slow
+
 STREAMS = 8
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -27,6 +28,8 @@ from engine.fakes import (
     make_request,
 )
 from fake_runner import expected
+
+pytestmark = pytest.mark.slow
 
 SIZES = {
     "a": UNIT,

@@ -24,6 +24,8 @@ from mixes import MIXES
 from random_programs import anything, made
 from rig import BLOCK, ModelRig, prompt
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def tape(monkeypatch: pytest.MonkeyPatch) -> CudaTape:

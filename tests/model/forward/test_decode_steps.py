@@ -21,7 +21,7 @@ from random_programs import anything, made
 from rig import BLOCK, ModelRig, lowered, prompt
 
 RANKS = (1, 3, 8, 16)
-pytestmark = pytest.mark.usefixtures("row_by_row")
+pytestmark = [pytest.mark.usefixtures("row_by_row"), pytest.mark.slow]
 
 
 class Recorded:

@@ -35,6 +35,8 @@ from adaplex.model.step.tiles import Tile
 from random_programs import anything, made
 from rig import ModelRig, prompt
 
+pytestmark = pytest.mark.slow
+
 TARGET = make_backend(GPUTarget("cuda", 90, 32))
 KERNEL = type(triton_attention._decode)
 ANYTHING = {"_shrink", "_expand", "_scale", "_product", "_rows", "_embed"}

@@ -23,6 +23,8 @@ from adaplex.model.linear.products import Products
 from adaplex.model.weights.nf4 import Nf4Weight
 from rig import ModelRig, prompt
 
+pytestmark = pytest.mark.slow
+
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 KINDS = {"nf4": Nf4Linear, "int4-group": Int4GroupLinear, "fp32": DenseLinear}
 
