@@ -1,4 +1,4 @@
-"""What an adapter is: reading, checking, lowering, naming and storing it.
+"""Reads, checks, lowers, names and stores adapters.
 
 Its surface for other packages is `api`, and `errors`. Imports neither grpc nor the engine.
 """

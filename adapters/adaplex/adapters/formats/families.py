@@ -71,7 +71,7 @@ NEEDS: Mapping[str, str] = {
     "SHADOW": "a second, smaller network beside the base's layers",
     "XLORA": "a router between low-rank pairs",
 }
-"""What serving each unsupported `peft_type` would need."""
+"""Feature that each unsupported `peft_type` would need."""
 
 
 def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:

@@ -21,7 +21,7 @@ QUANTIZATION = "base_model_quantization"
 
 
 class BasePolicy(StrEnum):
-    """What to do with an adapter trained on another base. Shapes that do not fit are always
+    """How an adapter that was trained on another base is treated. Wrong shapes are always
     refused.
     """
 

@@ -13,7 +13,7 @@ EventKind = Literal["upload", "alias", "update", "delete_version", "delete"]
 
 @dataclass(frozen=True)
 class Origin:
-    """Who requests a change, when, and where its content comes from."""
+    """Requester, time and content source of a change."""
 
     time: datetime
     actor: str = ""

@@ -41,7 +41,7 @@ NEEDS = {
     "prompt_tuning": "a layout that the library has for no model served here",
     "reft": "interventions at chosen positions of the prompt",
 }
-"""What serving each unsupported `architecture` would need."""
+"""Feature that each unsupported `architecture` would need."""
 KEY = re.compile(
     r"(model\.)?(?P<place>prefix_tuning|layers\.\d+\.[\w.]+?)"
     r"\.(adapters|loras|prefix_tunings)\.(?P<name>[^.]+)\.(?P<tensor>.+)"
