@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from adaplex.adapters.program.base_spec import BaseModule, BaseSpec
-from adaplex.adapters.program.program import AdapterProgram
-from adaplex.engine.batch import Batch
-from adaplex.engine.merge_cost_model import FoldedShare, StepCosts
+from adaplex.engine.batch import Chunk
 from adaplex.engine.request import Logprob, Request, SampledToken
+from fake_runner import FakeRunner
 
 EOS = 256
 VOCAB = 257
@@ -56,49 +54,27 @@ def shifted_echo(request: Request) -> list[int]:
     return [*mark, *request.prompt, EOS]
 
 
-@dataclass
-class FakeRunner:
-    """Generates the tokens that `answer` returns; steps are slow while `gate` is closed."""
+class ScriptedRunner(FakeRunner):
+    """A FakeRunner that generates the tokens of `script`; steps are slow while `gate` is closed."""
 
-    answer: Callable[[Request], list[int]] = shifted_echo
-    gate: threading.Event = field(default_factory=threading.Event)
-    slow: float = 0.05
-    """Seconds of a step while the gate is closed."""
-    failure: Exception | None = None
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        script: Callable[[Request], list[int]] = shifted_echo,
+        *,
+        slow: float = 0.05,
+        failure: Exception | None = None,
+    ) -> None:
+        """`slow`: seconds of a step while the gate is closed."""
+        super().__init__(block_tokens=16)
+        self.script, self.failure = script, failure
+        self.gate = threading.Event()
         self.gate.set()
+        self.on_run = lambda: self.gate.wait(slow)
 
-    def run(self, batch: Batch) -> list[SampledToken]:
-        self.gate.wait(self.slow)
-        if self.failure is not None:
-            raise self.failure
-        return [self._next(chunk.sequence) for chunk in batch.sampling]
-
-    def _next(self, sequence: Any) -> SampledToken:
-        answer = self.answer(sequence.request)
-        token = answer[len(sequence.output) % len(answer)]
-        wanted = sequence.request.sampling.logprobs
-        logprob = None if wanted is None else Logprob(token, -0.5, ((token, -0.5),) * wanted)
+    def sample(self, chunk: Chunk) -> SampledToken:
+        sequence = chunk.sequence
+        tokens = self.script(sequence.request)
+        token = tokens[len(sequence.output) % len(tokens)]
+        count = sequence.request.sampling.logprobs
+        logprob = None if count is None else Logprob(token, -0.5, ((token, -0.5),) * count)
         return SampledToken(token, logprob)
-
-    def pack_adapter(self, program: AdapterProgram) -> None: ...
-
-    def remove_host(self, digest: str) -> None: ...
-
-    def copy_adapter(self, digest: str, offset: int, nbytes: int) -> None: ...
-
-    def load_adapter(self, program: AdapterProgram, offset: int, nbytes: int) -> None: ...
-
-    def remove_adapter(self, digest: str) -> None: ...
-
-    def build_merged(self, program: AdapterProgram) -> int:
-        return 100
-
-    def measure_merge(self, program: AdapterProgram) -> FoldedShare:
-        return FoldedShare(100)
-
-    def remove_merged(self, digest: str) -> None: ...
-
-    def step_costs(self) -> StepCosts:
-        return StepCosts((1, 2), (1.0, 1.0), (1.0, 1.0), (0.1, 0.1), 0.1)

@@ -28,7 +28,7 @@ from adaplex.v1.generation_pb2 import GenerateRequest, GenerationSpec
 from adapters.handmade import staged
 from server.adapter_uploads import adapter_files, upload_messages
 from server.calls import spec, until
-from server.fake_model import BASE, EOS, MODEL, VOCAB, ByteTokenizer, FakeRunner
+from server.fake_model import BASE, EOS, MODEL, VOCAB, ByteTokenizer, ScriptedRunner
 
 
 @dataclass
@@ -38,7 +38,7 @@ class ServerRig:
     server: Server
     components: Components
     engine: Engine
-    runner: FakeRunner
+    runner: ScriptedRunner
     channel: grpc.aio.Channel
 
     @property
@@ -88,7 +88,7 @@ class ServerRig:
 
 def toy_components(
     folder: Path,
-    runner: FakeRunner,
+    runner: ScriptedRunner,
     engine: dict[str, int] | None = None,
     tokenizer: ByteTokenizer | None = None,
     **settings: Any,
@@ -137,13 +137,13 @@ def toy_components(
 async def rig(
     folder: Path,
     *,
-    runner: FakeRunner | None = None,
+    runner: ScriptedRunner | None = None,
     engine: dict[str, int] | None = None,
     tokenizer: ByteTokenizer | None = None,
     **settings: Any,
 ) -> AsyncIterator[ServerRig]:
     """Yields a server on free ports; checks at the end that blocks, leases and files balance."""
-    runner = runner or FakeRunner()
+    runner = runner or ScriptedRunner()
     components, core = toy_components(folder, runner, engine, tokenizer, **settings)
     async with serve(components) as server:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:

@@ -28,7 +28,7 @@ from adaplex.v1.generation_pb2 import (
 from server import server_rig
 from server.adapter_uploads import adapter_files
 from server.calls import status
-from server.fake_model import BASE, FEATURES, VOCAB, FakeRunner
+from server.fake_model import BASE, FEATURES, VOCAB, ScriptedRunner
 from server.server_rig import rig
 
 EMBEDDING = BaseModule("model.embed_tokens", "embedding", VOCAB, FEATURES)
@@ -46,7 +46,7 @@ def tunable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_rig, "BASE", changed)
 
 
-class Recorder(FakeRunner):
+class Recorder(ScriptedRunner):
     """Records the tokens of every sequence, and the position where its first chunk began."""
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ from adaplex.v1.adapters_pb2 import (
 from adaplex.v1.generation_pb2 import SamplingParams
 from server.adapter_uploads import adapter_files
 from server.calls import applied, point, status, target, until, versions
-from server.fake_model import FakeRunner
+from server.fake_model import ScriptedRunner
 from server.server_rig import rig
 
 
@@ -59,7 +59,7 @@ async def test_unload_frees_memory_and_keeps_the_adapter(tmp_path: Path) -> None
 
 
 async def test_a_running_request_outlives_the_deletion_of_its_adapter(tmp_path: Path) -> None:
-    runner = FakeRunner(lambda request: [65])
+    runner = ScriptedRunner(lambda request: [65])
     async with rig(tmp_path, runner=runner) as toy:
         stored = await toy.upload("a")
         runner.gate.clear()
@@ -112,7 +112,7 @@ async def test_questions_about_adapters_do_not_starve_generation(tmp_path: Path)
 
 
 async def test_content_that_goes_with_its_last_request_leaves_the_memory(tmp_path: Path) -> None:
-    async with rig(tmp_path, runner=FakeRunner(slow=0.01)) as toy:
+    async with rig(tmp_path, runner=ScriptedRunner(slow=0.01)) as toy:
         stored = await toy.upload("a")
         toy.runner.gate.clear()
         running = asyncio.ensure_future(

@@ -25,7 +25,7 @@ from adaplex.v1.generation_pb2 import (
 )
 from adaplex.v1.server_pb2 import GetServerInfoRequest
 from server.calls import status, until
-from server.fake_model import BASE, FEATURES, FakeRunner
+from server.fake_model import BASE, FEATURES, ScriptedRunner
 from server.server_rig import ServerRig, rig, toy_components
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -103,7 +103,7 @@ async def test_info_tells_what_the_server_is(tmp_path: Path) -> None:
 
 
 async def test_a_drain_finishes_what_runs_and_takes_nothing_new(tmp_path: Path) -> None:
-    runner = FakeRunner()
+    runner = ScriptedRunner()
     async with rig(tmp_path, runner=runner) as toy:
         runner.gate.clear()
         running = asyncio.ensure_future(toy.generate(LONG))
@@ -152,7 +152,7 @@ async def test_a_second_signal_cuts_the_drain_short(tmp_path: Path) -> None:
 
 
 async def test_sigterm_drains_and_ends_the_run(tmp_path: Path) -> None:
-    runner = FakeRunner()
+    runner = ScriptedRunner()
     parts, core = toy_components(tmp_path, runner)
     with structlog.testing.capture_logs() as lines:
         running = asyncio.ensure_future(run(parts))

@@ -24,7 +24,7 @@ from adaplex.v1.generation_pb2 import (
     SamplingParams,
 )
 from server.calls import until
-from server.fake_model import FakeRunner
+from server.fake_model import ScriptedRunner
 from server.server_rig import rig, toy_components
 
 
@@ -72,7 +72,7 @@ def said(text: str, finish: FinishReason | None = None) -> list[StepOutput]:
 @asynccontextmanager
 async def scripted(folder: Path, *groups: list[StepOutput]) -> AsyncIterator[Any]:
     """Yields a generator over a script, the script, and `value`, which reads a metric."""
-    parts, _ = toy_components(folder, FakeRunner())
+    parts, _ = toy_components(folder, ScriptedRunner())
     script = Script(list(groups))
     engine = AsyncEngine(_as_engine(script))
     generator = Generator(
@@ -137,7 +137,7 @@ async def test_what_waits_is_one_message_and_every_token_counts(tmp_path: Path) 
 async def test_a_stream_is_told_in_messages_of_so_many_tokens(
     tmp_path: Path, interval: int
 ) -> None:
-    runner = FakeRunner(lambda request: [*b"abcdefgh"], slow=0.01)
+    runner = ScriptedRunner(lambda request: [*b"abcdefgh"], slow=0.01)
     spec = GenerationSpec(text="x", sampling=SamplingParams(max_tokens=40))
     async with rig(tmp_path, runner=runner, stream_interval=interval) as toy:
         runner.gate.clear()
@@ -204,7 +204,7 @@ async def test_closing_aborts_while_outputs_wait(tmp_path: Path) -> None:
 
 
 async def test_a_loop_that_was_held_up_catches_up_with_one_message(tmp_path: Path) -> None:
-    runner = FakeRunner(lambda request: [*b"abcdefgh"])
+    runner = ScriptedRunner(lambda request: [*b"abcdefgh"])
     sampling = SamplingParams(max_tokens=200, stop=["nowhere"], logprobs=1)
     request = GenerateStreamRequest(spec=GenerationSpec(text="x", sampling=sampling))
     async with rig(tmp_path, runner=runner) as toy:

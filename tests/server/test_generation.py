@@ -15,7 +15,7 @@ from adaplex.v1.generation_pb2 import (
     TokenIds,
 )
 from server.calls import spec, status
-from server.fake_model import EOS, FakeRunner
+from server.fake_model import EOS, ScriptedRunner
 from server.server_rig import rig
 
 
@@ -131,7 +131,7 @@ async def test_max_tokens_cut_without_half_a_character(tmp_path: Path) -> None:
 
 
 async def test_the_context_length_bounds_the_answer(tmp_path: Path) -> None:
-    async with rig(tmp_path, runner=FakeRunner(lambda request: [65])) as toy:
+    async with rig(tmp_path, runner=ScriptedRunner(lambda request: [65])) as toy:
         sampling = SamplingParams(max_tokens=100_000)
         answer = await toy.generate("x" * 250, sampling=sampling)
     assert answer.text == "A" * 6

@@ -8,12 +8,12 @@ import pytest
 
 from adaplex.v1.generation_pb2 import GenerateRequest, GenerateStreamRequest, SamplingParams
 from server.calls import spec, status, until
-from server.fake_model import FakeRunner
+from server.fake_model import ScriptedRunner
 from server.server_rig import rig
 
 
-def endless() -> FakeRunner:
-    return FakeRunner(lambda request: [65])
+def endless() -> ScriptedRunner:
+    return ScriptedRunner(lambda request: [65])
 
 
 LONG = SamplingParams(max_tokens=200)
@@ -63,7 +63,7 @@ async def test_a_full_queue_says_when_to_try_again(tmp_path: Path) -> None:
 
 
 async def test_a_failed_step_tells_nothing_of_the_inside(tmp_path: Path) -> None:
-    runner = FakeRunner(failure=RuntimeError("secret path /srv/x"))
+    runner = ScriptedRunner(failure=RuntimeError("secret path /srv/x"))
     async with rig(tmp_path, runner=runner) as toy:
         call = toy.generate(metadata=(("x-request-id", "r-1"),))
         code, details = await status(call)
@@ -79,7 +79,7 @@ async def test_a_failed_step_tells_nothing_of_the_inside(tmp_path: Path) -> None
 async def test_a_failed_step_counts_as_an_error_of_its_requests(
     tmp_path: Path, fails_at_once: bool
 ) -> None:
-    runner = FakeRunner(lambda request: [65])
+    runner = ScriptedRunner(lambda request: [65])
     async with rig(tmp_path, runner=runner) as toy:
         failure = RuntimeError("bug")
         runner.failure = failure if fails_at_once else None

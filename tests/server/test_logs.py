@@ -14,7 +14,7 @@ from adaplex.v1.generation_pb2 import (
     GenerationSpec,
 )
 from server.calls import status
-from server.fake_model import FakeRunner
+from server.fake_model import ScriptedRunner
 from server.server_rig import rig
 
 
@@ -57,7 +57,7 @@ async def test_a_failure_is_logged_with_its_traceback_and_no_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], form: Any
 ) -> None:
     logs.configure("info", form)
-    async with rig(tmp_path, runner=FakeRunner(failure=KeyError("bug"))) as toy:
+    async with rig(tmp_path, runner=ScriptedRunner(failure=KeyError("bug"))) as toy:
         digest = (await toy.upload("german")).adapter.digest
         capsys.readouterr()  # the line of the upload
         spec = GenerationSpec(text="my secret", adapter="german")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from adaplex.client.bench.session import BenchConfig
 from adaplex.client.cli import app
-from server.fake_model import FakeRunner
+from server.fake_model import ScriptedRunner
 from server.server_rig import ServerRig, rig
 
 SMALL = ("--prompt", 6, "--output", 4)
@@ -46,7 +46,7 @@ async def names(toy: ServerRig) -> list[str]:
 
 
 async def test_punica_measures_every_mix_and_leaves_no_adapter_behind(tmp_path: Path) -> None:
-    paced = FakeRunner(slow=0.003)  # so that tokens are read one by one
+    paced = ScriptedRunner(slow=0.003)  # so that tokens are read one by one
     paced.gate.clear()
     async with rig(tmp_path, runner=paced) as toy:
         report = await reported(
