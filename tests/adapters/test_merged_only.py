@@ -159,7 +159,7 @@ def test_a_weight_that_would_not_be_finite_is_refused(upload: Callable[[str], Up
     sent = upload("HIRA")
     for key in sent.tensors:
         sent.tensors[key] = sent.tensors[key] * 1e30
-    sent.refused("its weight is not finite")
+    sent.refused("its merged weight is not finite")
 
 
 def test_real_numbers_for_positions_and_the_other_way_round(
@@ -194,4 +194,4 @@ def test_a_long_trial_still_tries_every_shape(
     key = "base_model.model.model.layers.0.mlp.down_proj.hira_"  # the first of its shape
     for half in "AB":
         sent.tensors[key + half] = sent.tensors[key + half] * 1e30
-    sent.refused("its weight is not finite")
+    sent.refused("its merged weight is not finite")
