@@ -57,7 +57,7 @@ class Chat:
         return torch.tensor(asked + said), torch.tensor([IGNORED] * len(asked) + said)
 
     def batch(self, examples: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """Returns input_ids, labels and attention_mask, each [rows, tokens], padded at the end."""
+        """Returns input_ids, labels and attention_mask, each [rows, tokens], right-padded."""
         ids = [row for row, _ in examples]
         labels = [row for _, row in examples]
         return {

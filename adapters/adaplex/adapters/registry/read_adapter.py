@@ -70,7 +70,9 @@ def _try_merging(program: AdapterProgram, base: BaseSpec) -> None:
         try:
             transform(base.weight(name))
         except AdapterInvalid as error:
-            refusals += (Refusal(f"{name} {r.where}", r.reason) for r in error.refusals)
+            for refusal in error.refusals:
+                where = name if refusal.where == name else f"{name} {refusal.where}"
+                refusals.append(Refusal(where, refusal.reason))
     if refusals:
         raise AdapterInvalid(refusals)
 
