@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from seaweed import s3, s3_prefix
+from time_limits import TEST_SECONDS
 from tiny import save_tiny
 
 if TYPE_CHECKING:
@@ -55,3 +56,10 @@ def peft_case(
     from peft_cases import peft_cases  # PEFT takes seconds to import
 
     return peft_cases(tiny_model, tmp_path_factory.mktemp("families"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives slow tests TEST_SECONDS each."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
