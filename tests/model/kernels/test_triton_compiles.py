@@ -12,6 +12,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import json, re, sys
 import triton
@@ -20,8 +22,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from adaplex.model.kernels.triton import attention, embedding, low_rank, product, replaced
 from adaplex.model.kernels.triton import weight_formats as formats
-
-pytestmark = pytest.mark.slow
 
 arch, name = int(sys.argv[1]), sys.argv[2]
 x, dot = ("*bf16", tl.bfloat16) if name == "bf16" else ("*fp32", tl.float32)
