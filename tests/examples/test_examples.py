@@ -153,6 +153,7 @@ def test_every_taught_answer_has_the_taught_form(train: ModuleType) -> None:
                 assert task.fits(task.answer(question)), (task.name, question)
 
 
+@pytest.mark.slow
 def test_answers_change_in_the_intended_way(
     base: Callable[[], Any], train: ModuleType, directory: Path
 ) -> None:

@@ -54,6 +54,7 @@ def check_same_bits(restored: ModelRig, made: ModelRig) -> None:
     assert generated[0] == generated[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantization", "native"), KEPT)
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_the_saved_base_is_the_quantized_one(

@@ -40,6 +40,8 @@ from adaplex.model.weights.int4_group import Int4Weight
 from random_programs import anything, made
 from rig import BLOCK, ModelRig, prompt
 
+pytestmark = pytest.mark.slow
+
 THERE = torch.device("meta")
 FIRST = 4096
 """Bytes before the first adapter: address 0 stands for no tensor."""

@@ -19,6 +19,8 @@ from adaplex.model.step.tiles import Tile
 from adaplex.model.weights.adapter_weights import AdapterRun, AdapterWeights, SiteWeights
 from mixes import MIXES, ROWS, runs_of_mix
 
+pytestmark = pytest.mark.slow
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {"up": (576, 1536), "down": (1536, 576), "key": (576, 192), "odd": (37, 21), "no": (8, 8)}
 """Module -> (in, out)."""

@@ -30,7 +30,7 @@ ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 2**-8 + 1e-5}
 """
 
 
-pytestmark = pytest.mark.usefixtures("round_to_nearest")
+pytestmark = [pytest.mark.usefixtures("round_to_nearest"), pytest.mark.slow]
 
 
 def pair(shape: tuple[int, int], group: int) -> LowRank:

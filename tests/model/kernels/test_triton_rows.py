@@ -23,6 +23,8 @@ from adaplex.model.step.step_context import AdapterRows
 from adaplex.model.weights.adapter_weights import AdapterRun, AdapterWeights
 from mixes import MIXES, ROWS, runs_of_mix
 
+pytestmark = pytest.mark.slow
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HIDDEN, OUT, VOCABULARY, EXPERTS = 40, 150, 90, 2
 NUMBERS = {"linear": 0, "head": 1, "norm": 2, "embedding": 3, "block": 4, "experts": 5, "no": 6}

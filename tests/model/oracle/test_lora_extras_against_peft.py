@@ -18,6 +18,8 @@ from peft_adapters import ELSEWHERE, EXPERTS, EXTRAS, Oracle, load_plain, pool_l
 from rig import ModelRig, lowered, prompt
 from tiny import save_tiny
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 TOKENS = [9, 4, 7]
 """Tokens whose rows extras replace."""
