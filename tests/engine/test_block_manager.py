@@ -227,3 +227,18 @@ def test_prompts_that_differ_early_share_nothing_later() -> None:
     compute(blocks, first)
     assert blocks.allocate(second)
     assert second.computed == 0
+
+
+@pytest.mark.parametrize("position", range(BLOCK))
+def test_a_block_is_shared_only_if_every_token_of_it_is_the_same(position: int) -> None:
+    blocks = make_blocks()
+    first = make_sequence(2 * BLOCK)
+    prompt = list(range(2 * BLOCK))
+    prompt[BLOCK + position] = 999
+    other = Sequence(make_request(prompt=[*prompt, 7]))
+    assert blocks.allocate(first)
+    compute(blocks, first)
+    assert blocks.allocate(other)
+    assert other.computed == BLOCK
+    assert other.blocks[0] == first.blocks[0]
+    assert other.blocks[1] != first.blocks[1]

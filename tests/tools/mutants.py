@@ -51,7 +51,7 @@ MUTANTS = (
         f"{ENGINE}/scheduler.py",
         "return -self.priority, self.last",
         "return self.priority, self.last",
-        ("tests/engine/test_scheduler.py",),
+        ("tests/engine/test_prefill_budget.py",),
     ),
     Mutant(
         "fairness: generated tokens are not charged",
@@ -103,11 +103,11 @@ MUTANTS = (
         ("tests/engine/test_residency.py", "tests/engine/test_pins.py"),
     ),
     Mutant(
-        "merged weights: unloading keeps the measured share",
+        "merged weights: a background build evicts weights that pay",
         f"{ENGINE}/merged_residency.py",
-        "self._auto.record_share(digest, None)",
-        "self._auto.record_share",
-        ("tests/engine/test_auto_merge.py", "tests/engine/test_merged_only.py"),
+        "self._start_build(digest, share.nbytes, exempt=exempt)",
+        "self._start_build(digest, share.nbytes)",
+        ("tests/engine/test_engine_adapters.py",),
     ),
     Mutant(
         "registry: the lease of a mix's first adapter is not released",
@@ -208,7 +208,7 @@ MUTANTS = (
 
 
 class Outcome(Enum):
-    """What became of a mutant. Only CAUGHT is a success."""
+    """The outcome of a mutant. Only CAUGHT is a success."""
 
     CAUGHT = "caught"
     SURVIVED = "SURVIVED"
@@ -283,7 +283,7 @@ def named_tests(mutants: Iterable[Mutant]) -> list[str]:
 
 
 def main() -> int:
-    """Tries the selected mutants and prints what became of each; returns the exit code."""
+    """Tries the selected mutants and prints their outcomes; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("words", nargs="*", help="only mutants whose names contain one of these")
     parser.add_argument("--fast", action="store_true", help="no mutants of C kernels")
