@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from adaplex.model.kernels.native import library
+from time_limits import WAIT_SECONDS
 
 pytestmark = pytest.mark.slow
 
@@ -16,8 +17,14 @@ DRIVER = Path(__file__).parent / "native_sanitized.c"
 FLAGS = ("-O1", "-g", "-std=gnu11", "-pthread", "-Wno-psabi", "-fno-sanitize-recover=all")
 
 
-@pytest.mark.parametrize("processor", [("-march=native",), ()], ids=["native", "portable"])
-@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+@pytest.mark.parametrize(
+    ("sanitizers", "processor"),
+    [
+        pytest.param("address,undefined", ("-march=native",), id="memory-native"),
+        pytest.param("address,undefined", (), id="memory-portable"),
+        pytest.param("thread", ("-march=native",), id="threads-native"),
+    ],
+)
 def test_the_sanitizers_find_nothing(
     sanitizers: str, processor: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -30,7 +37,7 @@ def test_the_sanitizers_find_nothing(
             *("-o", str(binary), str(DRIVER), "-lm"),
         ],
         check=True,
-        timeout=200,
+        timeout=WAIT_SECONDS,
     )
-    done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=WAIT_SECONDS)
     assert done.returncode == 0, done.stderr[:2000]
