@@ -111,9 +111,18 @@ def serve(rig: ModelRig) -> None:
     rig.forward(Chunk(long, 299, 1), ones[1])
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "architecture", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "mixtral"]
+    ("architecture", "dtype"),
+    [
+        ("llama", "fp32"),
+        ("llama", "bf16"),
+        ("qwen2", "fp32"),
+        ("qwen3", "bf16"),
+        ("mistral", "fp32"),
+        ("gemma2", "bf16"),
+        ("gpt2", "fp32"),
+        ("mixtral", "bf16"),
+    ],
 )
 def test_later_steps_launch_nothing_else(
     architecture: str, dtype: str, tiny_model: Callable[[str], Path], recorder: Recorder
