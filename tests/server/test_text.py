@@ -260,3 +260,11 @@ def test_no_text_has_fewer_tokens_than_the_longest_token_allows(text: str) -> No
 def test_a_model_without_a_chat_template_says_so() -> None:
     with pytest.raises(RequestInvalid, match="no chat template"):
         encode_chat(TOKENIZERS["byte_level"], [{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize("cut", range(1, 5))
+def test_a_stop_string_is_found_wherever_it_is_cut_in_two(cut: int) -> None:
+    matcher = StopStrings(["abcde"])
+    assert matcher.push("x" + "abcde"[:cut]) == "x"
+    assert matcher.push("abcde"[cut:] + "y") == ""
+    assert matcher.found == "abcde"
