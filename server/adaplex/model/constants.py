@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-SIMD_LANES = 16
-"""fp32 elements of a 512-bit register: output columns of a panel, LANES in the C sources."""
+PANEL_COLUMNS = 16
+"""Output columns of a panel, and tokens of a block of keys: PANEL in the C sources."""
 
 KV_BLOCK_TOKENS = 16
 """Tokens of a KV block."""
@@ -13,7 +13,7 @@ CUDA_MIN_ROWS = 16
 threads, and sums fewer rows in another order. Source: setReduceConfig in torch's
 ATen/native/cuda/Reduce.cuh."""
 
-assert KV_BLOCK_TOKENS == SIMD_LANES, (
-    f"the C decoder reads KV blocks of {SIMD_LANES} tokens, not {KV_BLOCK_TOKENS}: "
+assert KV_BLOCK_TOKENS == PANEL_COLUMNS, (
+    f"the C decoder reads KV blocks of {PANEL_COLUMNS} tokens, not {KV_BLOCK_TOKENS}: "
     "every step would fall back to the modules of transformers"
 )

@@ -16,8 +16,8 @@ from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.model.constants import CUDA_MIN_ROWS
 from adaplex.model.kernels import reference
 from adaplex.model.kernels.low_rank import LowRankKernel, NativeLowRank, ReferenceLowRank
+from adaplex.model.kernels.native.build import BuildFailed
 from adaplex.model.kernels.native.kernels import NativeKernels
-from adaplex.model.kernels.native.library import BuildFailed
 from adaplex.model.kernels.paged_kv import PagedAttend
 from adaplex.model.linear.products import Products
 from adaplex.model.progress import Progress
@@ -33,7 +33,7 @@ def native_kernels(
     if device.type != "cpu":
         return None
     try:
-        return NativeKernels(dtype, cache)
+        return NativeKernels(dtype, cache, progress=progress)
     except BuildFailed as error:
         progress(f"the model runs on torch, several times slower than on C kernels: {error}")
         return None

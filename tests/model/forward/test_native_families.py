@@ -16,9 +16,9 @@ from adaplex.adapters.program.program import AdapterProgram, ModuleProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.engine.sequence import VIRTUAL
-from adaplex.model.kernels.native import library
+from adaplex.model.kernels.native import instruction_sets
+from adaplex.model.kernels.native.instruction_sets import InstructionSet
 from adaplex.model.kernels.native.kernels import NativeKernels
-from adaplex.model.kernels.native.library import InstructionSet
 from instruction_sets import each_instruction_set
 from rig import ModelRig, prompt
 from tiny import save_tiny
@@ -168,7 +168,7 @@ def test_a_row_has_the_same_bits_alone_in_any_batch_chunks_and_threads(
     monkeypatch: pytest.MonkeyPatch,
     use_threads: Callable[[NativeKernels, int], None],
 ) -> None:
-    monkeypatch.setattr(library, "INSTRUCTION_SETS", (instructions,))
+    monkeypatch.setenv(instruction_sets.VARIABLE, instructions.name)
     rig = ModelRig(tiny_model("qwen2"), quantization)
     assert rig.base.kernels is not None
     refs = families(rig, "weights")
@@ -199,7 +199,7 @@ def test_activations_equal_those_of_torch_over_their_range(
     tiny_model: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(library, "INSTRUCTION_SETS", (instructions,))
+    monkeypatch.setenv(instruction_sets.VARIABLE, instructions.name)
     fast, slow = both(tiny_model("llama"), "fp32")
     hidden = fast.base.spec.modules["model.norm"].out_features
     inner = torch.linspace(-1, 1, hidden)

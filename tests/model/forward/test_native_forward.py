@@ -17,9 +17,9 @@ from adaplex.engine.sequence import Sequence
 from adaplex.model.forward import native_forward
 from adaplex.model.forward.native_forward import NativeForward
 from adaplex.model.forward.torch_forward import TorchForward
-from adaplex.model.kernels.native import library, structs
+from adaplex.model.kernels.native import instruction_sets, structs
+from adaplex.model.kernels.native.instruction_sets import InstructionSet
 from adaplex.model.kernels.native.kernels import NativeKernels
-from adaplex.model.kernels.native.library import InstructionSet
 from instruction_sets import each_instruction_set
 from model.spread_adapters import save_spread
 from peft_adapters import Oracle, load_plain, save_adapter, spread
@@ -118,7 +118,7 @@ def test_every_instruction_set_equals_the_modules(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(library, "INSTRUCTION_SETS", (instructions,))
+    monkeypatch.setenv(instruction_sets.VARIABLE, instructions.name)
     model = tiny_model("llama")
     fast, slow = both(model, quantization)
     programs = spread_programs(model, slow, "llama", tmp_path)

@@ -1,6 +1,7 @@
 // Random models and adapters of odd shapes, in buffers of exactly their size.
 
-#include "kernels.c"
+#include "kernels.h"
+#include "vectors.h"
 
 enum { BLOCKS = 17, POSITIONS = 64 };
 
@@ -46,14 +47,14 @@ static void *elements(size_t size, long count) {
 // A random weight [out, in] in dense panels.
 static void *dense_panels(const Shape *s, long in, long out) {
   long per_unit = s->element == 4 ? 1 : 2;
-  char *panels = allocate((size_t)((out + LANES - 1) / LANES * (in / per_unit) * 64));
+  char *panels = allocate((size_t)((out + PANEL - 1) / PANEL * (in / per_unit) * 64));
   pack_dense(elements(s->element, out * in), out, in, per_unit, panels);
   return panels;
 }
 
 // Random group values [out, count] of four bytes, packed; of `size` bytes an element.
 static float *groups(size_t size, long count, long out) {
-  float *packed = allocate(sizeof(float) * (size_t)((out + LANES - 1) / LANES * count * LANES));
+  float *packed = allocate(sizeof(float) * (size_t)((out + PANEL - 1) / PANEL * count * PANEL));
   pack_groups(elements(size, out * count * (4 / (long)size)), out, count, (uint32_t *)packed);
   return packed;
 }
@@ -66,7 +67,7 @@ static Weight weight(const Shape *s, long in, long out, int group) {
     w.panels = dense_panels(s, in, out);
     return w;
   }
-  long panels = (out + LANES - 1) / LANES;
+  long panels = (out + PANEL - 1) / PANEL;
   uint8_t *codes = allocate((size_t)(out * in / 2));
   for (long i = 0; i < out * in / 2; i++) codes[i] = (uint8_t)random_below(256);
   void *packed = allocate((size_t)(panels * in / 8 * 64));
@@ -82,7 +83,7 @@ static Model model_of(const Shape *s) {
   long q = s->heads * s->head_dim, kv = s->kv_heads * s->head_dim, h = s->hidden, mid = s->middle;
   Layer *layers = allocate(sizeof(Layer) * (size_t)s->layers);
   for (long i = 0; i < s->layers; i++) {
-    size_t cache = s->element * (size_t)(kv * BLOCKS * LANES);
+    size_t cache = s->element * (size_t)(kv * BLOCKS * PANEL);
     layers[i] = (Layer){
         .q = weight(s, h, q, s->group),
         .k = weight(s, h, kv, s->group),

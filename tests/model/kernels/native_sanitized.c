@@ -183,6 +183,5 @@ int main(void) {
     }
   }
   team_resize(1);
-  free(memory.start);
   return 0;
 }

@@ -10,6 +10,7 @@ import pytest
 
 from adaplex.model.base.source import default_cache
 from adaplex.model.kernels.native import layouts, library, structs
+from adaplex.model.kernels.native.build import HERE, BuildFailed
 from adaplex.model.kernels.native.structs import Address, Integer
 from adaplex.model.weights.site_table import SITE_FIELDS
 
@@ -53,7 +54,7 @@ def test_a_struct_that_differs_is_refused_by_name(
     run = type("Run", (run,), {})
     rest = tuple(each for each in structs.MIRRORED if each is not structs.Run)
     monkeypatch.setattr(structs, "MIRRORED", (run, *rest))
-    with pytest.raises(library.BuildFailed, match=field):
+    with pytest.raises(BuildFailed, match=field):
         library.load_library(default_cache())
 
 
@@ -69,7 +70,7 @@ def test_fields_of_sites_that_differ_are_refused_by_name(
     fields: tuple[str, ...], field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layouts, "SITE_FIELDS", fields)
-    with pytest.raises(library.BuildFailed, match=field):
+    with pytest.raises(BuildFailed, match=field):
         library.load_library(default_cache())
 
 
@@ -78,7 +79,7 @@ def test_a_number_of_modules_that_differs_is_refused(monkeypatch: pytest.MonkeyP
     layer = type("Layer", (ctypes.Structure,), {"_fields_": fields})
     rest = tuple(each for each in structs.MIRRORED if each is not structs.Layer)
     monkeypatch.setattr(structs, "MIRRORED", (layer, *rest))
-    with pytest.raises(library.BuildFailed, match=r"Layer\.modules has 104 bytes"):
+    with pytest.raises(BuildFailed, match=r"Layer\.modules has 104 bytes"):
         library.load_library(default_cache())
 
 
@@ -99,6 +100,6 @@ def test_every_field_of_every_struct_is_compared() -> None:
 
 
 def test_every_struct_of_the_header_is_compared() -> None:
-    header = Path(library.HERE / "types.h").read_text()
+    header = Path(HERE / "types.h").read_text()
     in_c = layouts.library_layouts(library.load_library(default_cache()))
     assert header.count("typedef struct") == sum("." not in name for name in in_c)

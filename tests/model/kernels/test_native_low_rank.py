@@ -1,13 +1,8 @@
-"""The C kernel of low-rank deltas against the reference in torch over adapter mixes, and how the
-C kernels are built."""
+"""The C kernel of low-rank deltas against the reference in torch over adapter mixes."""
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +10,7 @@ from torch import Tensor
 
 from adaplex.model.base.source import default_cache
 from adaplex.model.kernels.low_rank import NativeLowRank, ReferenceLowRank
-from adaplex.model.kernels.native import library
 from adaplex.model.kernels.native.kernels import NativeKernels
-from adaplex.model.select import low_rank_kernel, native_kernels
 from adaplex.model.weights.adapter_weights import AdapterRun, AdapterWeights, SiteWeights
 from mixes import runs_of_mix
 
@@ -128,83 +121,3 @@ def test_one_adapters_nan_stays_in_its_rows() -> None:
     kernel.plan([AdapterRun(0, 2, good), AdapterRun(2, 4, bad)], MODULES)("wide", x, y)
     assert bool(torch.isnan(y[2:4]).all())
     assert bool(torch.isfinite(y[[0, 1, 4, 5]]).all())
-
-
-def test_a_machine_without_a_compiler_gets_the_reference(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines: list[str] = []
-    monkeypatch.setenv("CC", "no-such-compiler")
-    cpu = torch.device("cpu")
-    kernels = native_kernels(torch.float32, cpu, cache=tmp_path, progress=lines.append)
-    assert kernels is None
-    assert isinstance(low_rank_kernel(kernels), ReferenceLowRank)
-    assert len(lines) == 1
-    assert "C compiler" in lines[0]
-
-
-def test_a_compiler_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CC", "false")
-    with pytest.raises(library.BuildFailed, match="false ended with 1"):
-        library.load_library(tmp_path)
-
-
-def test_a_compiler_that_takes_too_long_is_ended_with_its_children(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    children = tmp_path / "children"
-    compiler = tmp_path / "cc"
-    compiler.write_text(
-        "#!/bin/sh\n"
-        '[ "$1" = --version ] && exit 0\n'
-        f"sleep 1000 & echo $! >> {children}\n"
-        "while :; do :; done\n"
-    )
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
-    monkeypatch.setattr(library, "BUILD_CPU_SECONDS", 1)
-    with pytest.raises(library.BuildFailed, match="ended with -"):
-        library.load_library(tmp_path)
-    (child,) = children.read_text().split()
-    while alive(int(child)):  # a signal takes its time; the test's own limit ends this
-        os.sched_yield()
-    assert [path.name for path in (tmp_path / "kernels").iterdir()] == [".lock"]
-
-
-def test_a_compiler_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    children = tmp_path / "children"
-    script = (
-        "from pathlib import Path\n"
-        "from adaplex.model.kernels.native import library\n"
-        f"command = ['sh', '-c', 'echo $$ >> {children}; exec sleep 1000']\n"
-        f"library._run_bounded(command, Path('{tmp_path}') / 'stderr')\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", script]) as process:
-        while not (children.exists() and children.read_text().endswith("\n")):
-            assert process.poll() is None
-        process.kill()
-    child = int(children.read_text())
-    while alive(child):  # a signal takes its time; the test's own limit ends this
-        os.sched_yield()
-
-
-def alive(process: int) -> bool:
-    """True until a process has ended; a zombie has ended."""
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
-    except FileNotFoundError:
-        return False
-    return state not in "ZX"
-
-
-@pytest.mark.slow
-def test_the_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library.load_library(tmp_path)
-    (built,) = (tmp_path / "kernels").glob("*.so")
-
-    def build(*_: object) -> None:
-        raise AssertionError("built again")
-
-    monkeypatch.setattr(library, "_build", build)
-    library.load_library(tmp_path)
-    assert built.suffix == ".so"

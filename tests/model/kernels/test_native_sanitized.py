@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adaplex.model.kernels.native import library
+from adaplex.model.kernels.native import build
 from time_limits import WAIT_SECONDS
 
 pytestmark = pytest.mark.slow
@@ -29,12 +29,13 @@ def test_the_sanitizers_find_nothing(
     sanitizers: str, processor: tuple[str, ...], tmp_path: Path
 ) -> None:
     binary = tmp_path / "sanitized"
+    units = [str(build.HERE / unit) for unit in build.UNITS]
     compiler = shutil.which("gcc")
     assert compiler is not None
     subprocess.run(
         [
-            *(compiler, *FLAGS, f"-fsanitize={sanitizers}", *processor, f"-I{library.HERE}"),
-            *("-o", str(binary), str(DRIVER), "-lm"),
+            *(compiler, *FLAGS, f"-fsanitize={sanitizers}", *processor, f"-I{build.HERE}"),
+            *("-o", str(binary), str(DRIVER), *units, "-lm"),
         ],
         check=True,
         timeout=WAIT_SECONDS,

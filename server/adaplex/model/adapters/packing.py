@@ -18,13 +18,13 @@ from torch import Tensor
 
 from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.adapters.program.program import PANEL, AdapterProgram, ModuleProgram, PackedTensor
-from adaplex.model.constants import SIMD_LANES
+from adaplex.model.constants import PANEL_COLUMNS
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.weights.adapter_weights import AdapterWeights, SiteWeights
 from adaplex.model.weights.site_table import SITE_FIELDS, SiteField, empty_table, shape_code
 
-assert PANEL == SIMD_LANES, (
-    f"replaced weights are padded to {PANEL} rows, and C kernels read panels of {SIMD_LANES}: "
+assert PANEL == PANEL_COLUMNS, (
+    f"replaced weights are padded to {PANEL} rows, and C kernels read panels of {PANEL_COLUMNS}: "
     "no replaced weight could be packed for them"
 )
 

@@ -63,7 +63,7 @@ class ModelBuilder:
             "quantization": self.quantization,
             "dtype": str(self.dtype),
             "device": self.device.type,
-            "native": self.kernels is not None,
+            "native": None if self.kernels is None else self.kernels.instructions.name,
             "fused_nf4": self.kernels is None and self._fuses_nf4(),
             "versions": {name: version(name) for name in LIBRARIES},
             **({"group_size": self.group_size} if self.quantization == INT4_GROUP else {}),

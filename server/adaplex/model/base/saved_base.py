@@ -25,7 +25,7 @@ from adaplex.model.base.architecture import Probe
 from adaplex.model.kv_cache import LayerShape
 from adaplex.model.modules.hooks import AdaptedLinear
 
-LAYOUT = 3
+LAYOUT = 4
 """Version of the content. Raised when a backend stores a weight in another way, in Python or in C,
 when other modules are sites, or when this file changes."""
 ALIGNMENT = 64

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adaplex.model.constants import SIMD_LANES
+from adaplex.model.constants import PANEL_COLUMNS
 from adaplex.model.linear.native import NativeLinear
 from adaplex.model.modules.attention import ATTEND_ATTRIBUTE
 from adaplex.model.modules.hooks import AdaptedLinear
@@ -162,8 +162,8 @@ def _read(model: Any, positions: int, windows: Mapping[int, int]) -> Llama:
     )
     attention = inner.layers[0].self_attn
     head_dim = int(attention.head_dim)
-    if head_dim % SIMD_LANES:
-        raise NotLlama(f"heads of {head_dim} dimensions, no multiple of {SIMD_LANES}")
+    if head_dim % PANEL_COLUMNS:
+        raise NotLlama(f"heads of {head_dim} dimensions, no multiple of {PANEL_COLUMNS}")
     where = torch.arange(positions)[None]
     cosines, sines = inner.rotary_emb(torch.zeros(1, dtype=torch.float32), where)
     if cosines.shape[-1] != head_dim or inner.rotary_emb.rope_type in ("dynamic", "longrope"):

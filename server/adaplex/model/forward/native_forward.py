@@ -24,7 +24,7 @@ from adaplex.model import measure_native_costs
 from adaplex.model.adapters.prefix import WriteKV, panel_writer
 from adaplex.model.adapters.resident import ResidentAdapters
 from adaplex.model.base.loader import BaseModel
-from adaplex.model.constants import SIMD_LANES
+from adaplex.model.constants import PANEL_COLUMNS
 from adaplex.model.forward.llama import LINEARS, Llama, LlamaLayer, NotLlama, read_llama
 from adaplex.model.forward.protocol import Forward, RowRun, runs_of
 from adaplex.model.kernels.native import structs
@@ -196,9 +196,9 @@ def choose_forward(
     """
     if base.kernels is None:
         return modules
-    if cache.block_tokens != SIMD_LANES:
+    if cache.block_tokens != PANEL_COLUMNS:
         progress(
-            f"layers run one by one: the C decoder needs KV blocks of {SIMD_LANES} tokens, "
+            f"layers run one by one: the C decoder needs KV blocks of {PANEL_COLUMNS} tokens, "
             f"not {cache.block_tokens}"
         )
         return modules
@@ -226,10 +226,10 @@ def _trial(vocab_size: int) -> Batch:
     """Returns a prompt of one block. Its tokens are words: the first tokens of a vocabulary have no
     meaning, so logits after them are mostly rounding.
     """
-    tokens = tuple((vocab_size // 2 + i) % vocab_size for i in range(SIMD_LANES))
+    tokens = tuple((vocab_size // 2 + i) % vocab_size for i in range(PANEL_COLUMNS))
     sequence = Sequence(Request("trial", tokens, SamplingParams()))
     sequence.blocks = [0]
-    return Batch((Chunk(sequence, 0, SIMD_LANES),))
+    return Batch((Chunk(sequence, 0, PANEL_COLUMNS),))
 
 
 def _layer(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from adaplex.model import huge_pages
-from adaplex.model.constants import SIMD_LANES
+from adaplex.model.constants import PANEL_COLUMNS
 from adaplex.model.kernels.native import structs
-from adaplex.model.kernels.native.kernels import NativeKernels
+from adaplex.model.kernels.native.kernels import CODE_LINE, NativeKernels
 from adaplex.model.linear.backend import LinearBackend
 from adaplex.model.linear.dense import DenseLinear
 from adaplex.model.linear.products import Products
@@ -69,10 +69,10 @@ class NativeLinear(LinearBackend):
         shape.
         """
         panels, scales = tensors["panels"], tensors.get("scales")
-        units = (shape[1] // kernels.per_unit, SIMD_LANES, kernels.per_unit)
+        units: tuple[int, ...] = (shape[1] // kernels.per_unit, PANEL_COLUMNS, kernels.per_unit)
         if scales is not None:
-            units = (shape[1] // 8, SIMD_LANES, 2)
-        if tuple(panels.shape) != (-(-shape[0] // SIMD_LANES), *units):
+            units = (shape[1] // 8, CODE_LINE)
+        if tuple(panels.shape) != (-(-shape[0] // PANEL_COLUMNS), *units):
             raise ValueError(f"panels {tuple(panels.shape)} do not hold a weight {shape}")
         scales = None if scales is None else _in_huge_pages(scales)
         return cls(kernels, shape, _in_huge_pages(panels), scales, bias)
@@ -86,7 +86,8 @@ class NativeLinear(LinearBackend):
         if self.scales is None:
             return unpack_dense(self.panels, self.out_features).float()
         values = torch.tensor(NF4_VALUES).bfloat16().float()
-        return nf4_weight(self.panels, self.scales, self.out_features, values)
+        codes = self._kernels.unpack_codes(self.panels, self.out_features)
+        return nf4_weight(codes, self.scales, values)
 
     def tensors(self) -> dict[str, Tensor]:
         """See LinearBackend."""

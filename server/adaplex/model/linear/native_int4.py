@@ -18,7 +18,7 @@ from adaplex.model.weights.int4_group import (
     grouped_weight,
     int4_roundtrip,
 )
-from adaplex.model.weights.panel_codes import codes, unpack_groups
+from adaplex.model.weights.panel_codes import unpack_groups
 
 
 class NativeInt4Linear(NativeLinear):
@@ -33,7 +33,7 @@ class NativeInt4Linear(NativeLinear):
         bias: Tensor | None,
         zeros: Tensor | None = None,
     ) -> None:
-        """`panels`, `scales` [panels, groups, LANES, 2] and fp32 `zeros` [panels, groups, LANES] as
+        """`panels`, `scales` [panels, groups, 16, 2] and fp32 `zeros` [panels, groups, 16] as
         NativeKernels packs them.
         """
         super().__init__(kernels, shape, panels, scales, bias)
@@ -56,7 +56,8 @@ class NativeInt4Linear(NativeLinear):
 
     def dequantize(self) -> Tensor:
         """See LinearBackend."""
-        return grouped_weight(codes(self.panels, self.out_features), *self._grid())
+        codes = self._kernels.unpack_codes(self.panels, self.out_features)
+        return grouped_weight(codes, *self._grid())
 
     @property
     def nbytes(self) -> int:

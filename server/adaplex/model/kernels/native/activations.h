@@ -9,42 +9,42 @@ enum { IDENTITY, RELU, GELU, GELU_TANH, SILU, TANH, SIGMOID, LEAKY_RELU };
 enum { READ_OUTPUT, READ_SUM, READ_INPUT, READ_RESIDUAL };
 
 // 1 / (1 + exp(-x)).
-INLINE F32x16 sigmoid_lanes(F32x16 x) { return 1.0f / (exp_lanes(-x) + 1.0f); }
+INLINE VecF32 sigmoid_lanes(VecF32 x) { return 1.0f / (exp_lanes(-x) + 1.0f); }
 
 // erf(x) within 2e-7: Abramowitz and Stegun, 7.1.26.
-INLINE F32x16 erf_lanes(F32x16 x) {
-  I32x16 negative = x < (F32x16){0};
-  F32x16 size = select_lanes(negative, -x, x), t = 1.0f / (size * 0.3275911f + 1.0f);
-  F32x16 p = splat(1.061405429f);
+INLINE VecF32 erf_lanes(VecF32 x) {
+  VecI32 negative = x < (VecF32){0};
+  VecF32 size = select_lanes(negative, -x, x), t = 1.0f / (size * 0.3275911f + 1.0f);
+  VecF32 p = splat(1.061405429f);
   p = p * t - 1.453152027f;
   p = p * t + 1.421413741f;
   p = p * t - 0.284496736f;
   p = p * t + 0.254829592f;
-  F32x16 y = 1.0f - p * t * exp_lanes(-size * size);
+  VecF32 y = 1.0f - p * t * exp_lanes(-size * size);
   return select_lanes(negative, -y, y);
 }
 
 // tanh(x): Cephes' polynomial near zero, where the quotient loses digits.
-INLINE F32x16 tanh_lanes(F32x16 x) {
-  F32x16 z = x * x, p = splat(-5.70498872745e-3f);
+INLINE VecF32 tanh_lanes(VecF32 x) {
+  VecF32 z = x * x, p = splat(-5.70498872745e-3f);
   p = p * z + 2.06390887954e-2f;
   p = p * z - 5.37397155531e-2f;
   p = p * z + 1.33314422036e-1f;
   p = p * z - 3.33332819422e-1f;
-  F32x16 far = 1.0f - 2.0f / (exp_lanes(x + x) + 1.0f);
+  VecF32 far = 1.0f - 2.0f / (exp_lanes(x + x) + 1.0f);
   return select_lanes(z < 0.390625f, x + x * z * p, far);
 }
 
 // The activation with this number; x for an unknown number.
-INLINE F32x16 activate_lanes(F32x16 x, int activation) {
+INLINE VecF32 activate_lanes(VecF32 x, int activation) {
   switch (activation) {
-    case RELU: return select_lanes(x < (F32x16){0}, (F32x16){0}, x);
+    case RELU: return select_lanes(x < (VecF32){0}, (VecF32){0}, x);
     case GELU: return x * 0.5f * (erf_lanes(x * 0.70710678f) + 1.0f);
     case GELU_TANH: return x * 0.5f * (tanh_lanes((x + x * x * x * 0.044715f) * 0.79788456f) + 1.0f);
     case SILU: return x * sigmoid_lanes(x);
     case TANH: return tanh_lanes(x);
     case SIGMOID: return sigmoid_lanes(x);
-    case LEAKY_RELU: return select_lanes(x < (F32x16){0}, x * 0.01f, x);
+    case LEAKY_RELU: return select_lanes(x < (VecF32){0}, x * 0.01f, x);
     default: return x;
   }
 }

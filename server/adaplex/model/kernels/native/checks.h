@@ -37,10 +37,10 @@ static int check_step(const Model *m, const Step *step) {
       long at = step->position[row];
       while (row >= run->stop) run++;
       if (!is_known_token(m, run, step->tokens[row])) return BAD_TOKEN;
-      if (at < 0 || at >= m->positions || at >= step->width * LANES) return BAD_POSITION;
+      if (at < 0 || at >= m->positions || at >= step->width * PANEL) return BAD_POSITION;
       if (row > start && at != step->position[row - 1] + 1) return BAD_POSITION;
     }
-    for (long b = 0; b <= step->position[stop - 1] / LANES; b++) {
+    for (long b = 0; b <= step->position[stop - 1] / PANEL; b++) {
       long block = step->table[s * step->width + b];
       if (block < 0 || block >= m->blocks) return BAD_BLOCK;
     }

@@ -1,13 +1,24 @@
-// Values of 4-bit codes: 16 bf16 values, and their lookup.
+// Values of 4-bit codes: 16 bf16 values, and the decoding of lines of codes.
+//
+// A line is 64 bytes, the codes of eight inputs in 16 columns: four units of two inputs. Wide lines, for
+// AVX512: half (n, p) of two bytes has in nibble j the code of column n at input 2 j + p of the line. Narrow
+// lines, for the others: byte 32 h + 16 l + 8 v + 2 c + p is of column 8 v + 4 l + c, and has in its low half
+// the code of input 4 h + p, in its high half that of input 4 h + 2 + p. So one byte shuffle looks up 32 codes.
 
 #pragma once
 
 #include "vectors.h"
 
+#if defined(__AVX512BW__)
+#define WIDE_LINES 1
+#else
+#define WIDE_LINES 0
+#endif
+
 // value [32]: the 16 values twice, so that the fifth bit of an index has no effect. low, high [16]: the low
 // and high bytes of the values, for byte shuffles.
 typedef struct {
-  U16x32 value;
+  _Alignas(64) uint16_t value[32];
   uint8_t low[16], high[16];
 } CodeValues;
 
@@ -27,33 +38,41 @@ static const CodeValues INT4 = {
     {0x00, 0xe0, 0xc0, 0xa0, 0x80, 0x40, 0x00, 0x80, 0x00, 0x80, 0x00, 0x40, 0x80, 0xa0, 0xc0, 0xe0},
     {0xc1, 0xc0, 0xc0, 0xc0, 0xc0, 0xc0, 0xc0, 0xbf, 0x00, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x40, 0x40}};
 
-// packed [32] of four codes each -> the bf16 values [32] of code j (bits 4 j to 4 j + 3) of each.
-INLINE U32x16 look_up(const CodeValues *values, U16x32 packed, int j) {
-  U16x32 index = packed >> (uint16_t)(4 * j);
-#ifdef NATIVE_BF16
-  return (U32x16)_mm512_permutexvar_epi16((__m512i)index, (__m512i)values->value);
-#elif defined(__AVX2__)
-  // Byte shuffles: the code is copied to both bytes of its half; one shuffle gives the low byte of the
-  // value, the other the high byte.
-  index &= 15;
-  index |= index << 8;
-  __m256i parts[2];
-  __m128i lows, highs;
-  memcpy(parts, &index, sizeof parts);
-  memcpy(&lows, values->low, sizeof lows);
-  memcpy(&highs, values->high, sizeof highs);
-  for (int i = 0; i < 2; i++) {
-    __m256i low = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(lows), parts[i]);
-    __m256i high = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(highs), parts[i]);
-    parts[i] = _mm256_blendv_epi8(low, high, _mm256_set1_epi16((short)0xff00));
-  }
-  U32x16 found;
-  memcpy(&found, parts, sizeof found);
-  return found;
+// line [64]. The place of the code of a column at an input of its line: a byte of it, and a shift in the byte.
+typedef struct {
+  int byte, shift;
+} CodePlace;
+
+static inline CodePlace code_place(int column, int input) {
+#if WIDE_LINES
+  return (CodePlace){4 * column + 2 * (input % 2) + input / 4, input / 2 % 2 * 4};
 #else
-  index &= 15;
-  U16x32 found;
-  for (int i = 0; i < 32; i++) found[i] = values->value[index[i]];
-  return (U32x16)found;
+  int vec = column / 8, lane = column / 4 % 2;
+  return (CodePlace){input / 4 * 32 + 16 * lane + 8 * vec + column % 4 * 2 + input % 2, input / 2 % 2 * 4};
+#endif
+}
+
+// line [64], w [PANEL_VECS]. w = the bf16 values of inputs 2 j and 2 j + 1 of the line, for all columns.
+INLINE void decode_unit(const CodeValues *values, const char *line, const int j, VecU32 *w) {
+#if WIDE_LINES
+  __m512i index = _mm512_srli_epi16((__m512i)load_words(line), (unsigned)(4 * j));
+  w[0] = (VecU32)_mm512_permutexvar_epi16(index, _mm512_load_si512(values->value));
+#elif defined(__AVX2__)
+  __m256i codes = _mm256_loadu_si256((const __m256i *)(line + j / 2 * 32));
+  if (j % 2) codes = _mm256_srli_epi16(codes, 4);
+  codes = _mm256_and_si256(codes, _mm256_set1_epi8(15));
+  __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)values->low));
+  __m256i high = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)values->high));
+  low = _mm256_shuffle_epi8(low, codes);
+  high = _mm256_shuffle_epi8(high, codes);
+  w[0] = (VecU32)_mm256_unpacklo_epi8(low, high);
+  w[1] = (VecU32)_mm256_unpackhi_epi8(low, high);
+#else
+  for (int v = 0; v < PANEL_VECS; v++)
+    for (int n = 0; n < VEC_LANES; n++) {
+      CodePlace even = code_place(v * VEC_LANES + n, 2 * j), odd = code_place(v * VEC_LANES + n, 2 * j + 1);
+      uint32_t first = values->value[(uint8_t)line[even.byte] >> even.shift & 15];
+      w[v][n] = first | (uint32_t)values->value[(uint8_t)line[odd.byte] >> odd.shift & 15] << 16;
+    }
 #endif
 }

@@ -30,14 +30,14 @@ static void NAME(rope_and_store_kv)(ThreadContext *me, const NAME(StepTask) *tas
         NAME(rope_head)(x, m->cosines + at * dim / 2, m->sines + at * dim / 2, dim);
         if (!is_key) {
           // By head of keys, so that the queries that read the same keys are neighbours.
-          ELEMENT *query = (ELEMENT *)space->query + row * m->heads * dim + head * dim;
-          NAME(narrow_row)(x, dim, query);
+          ACTIVATION *query = (ACTIVATION *)space->query + row * m->heads * dim + head * dim;
+          NAME(round_row)(x, dim, query);
           continue;
         }
-        long kv = head - m->heads, size = LANES * dim;
+        long kv = head - m->heads, size = PANEL * dim;
         long cell = kv * m->blocks + space->kv_block[row];
-        NAME(store_key)((ELEMENT *)layer->keys + cell * size, at % LANES, x, dim);
-        NAME(store_value)((ELEMENT *)layer->values + cell * size, at % LANES,
+        NAME(store_key)((ELEMENT *)layer->keys + cell * size, at % PANEL, x, dim);
+        NAME(store_value)((ELEMENT *)layer->values + cell * size, at % PANEL,
                           products[2].y + row * products[2].y_stride + column, dim);
       }
     }
@@ -50,16 +50,16 @@ static void NAME(attention)(ThreadContext *me, const NAME(StepTask) *task, const
   const Step *step = task->step;
   const Workspace *space = &task->space;
   long dim = m->head_dim, group = m->heads / m->kv_heads, width = m->heads * dim;
-  const ELEMENT *query = space->query;
-  ELEMENT *attended = space->attended;
+  const ACTIVATION *query = space->query;
+  ACTIVATION *attended = space->attended;
   for (long ticket; (ticket = team_next_ticket(&me->cursor, space->spans * m->kv_heads)) >= 0;) {
     const QuerySpan *span = space->span + ticket / m->kv_heads;
     long kv = ticket % m->kv_heads, rows = span->stop - span->start;
-    ELEMENT *q = me->query;
+    ACTIVATION *q = me->query;
     for (long r = 0; r < rows; r++)
       memcpy(q + r * group * dim, query + (span->start + r) * width + kv * group * dim,
-             sizeof(ELEMENT) * (size_t)(group * dim));
-    long plane = kv * m->blocks * LANES * dim;
+             sizeof(ACTIVATION) * (size_t)(group * dim));
+    long plane = kv * m->blocks * PANEL * dim;
     NAME(HeadAttention) head = {.q = q,
                                 .keys = (const ELEMENT *)layer->keys + plane,
                                 .values = (const ELEMENT *)layer->values + plane,
@@ -76,7 +76,7 @@ static void NAME(attention)(ThreadContext *me, const NAME(StepTask) *task, const
                                 .weighted = me->weighted};
     NAME(attend)(&head);
     for (long r = 0; r < rows; r++)
-      NAME(narrow_row)(me->weighted + r * group * dim, group * dim,
+      NAME(round_row)(me->weighted + r * group * dim, group * dim,
                        attended + (span->start + r) * width + kv * group * dim);
   }
 }
@@ -98,7 +98,7 @@ static void NAME(silu_gate)(ThreadContext *me, const NAME(StepTask) *task,
     for (long row = start; row < stop; row++)
       NAME(silu_multiply_row)(products[0].y + row * products[0].y_stride + from,
                               products[1].y + row * products[1].y_stride + from, to - from,
-                              (ELEMENT *)space->act + row * middle + from);
+                              (ACTIVATION *)space->act + row * middle + from);
   }
 }
 
@@ -107,7 +107,7 @@ static void NAME(compute_logits)(ThreadContext *me, const NAME(StepTask) *task) 
   const Model *m = task->model;
   const Step *step = task->step;
   const Workspace *space = &task->space;
-  ELEMENT *normed = space->normed;
+  ACTIVATION *normed = space->normed;
   for (long i; (i = team_next_ticket(&me->cursor, step->wanted_rows)) >= 0;)
     NAME(rms_norm_row)(space->residual + step->wanted[i] * m->hidden, m->final_norm,
                        site_of(space->head_sites, i, m->final_norm_module), m->hidden, m->epsilon,
@@ -136,7 +136,7 @@ static void NAME(run_layers)(void *context, int thread) {
   const Workspace *space = &task->space;
   size_t used = 0;
   char *buffer = space->thread_buffers + thread * space->thread_bytes;
-  ThreadContext mine = thread_context(space, m, sizeof(ELEMENT), thread, buffer, &used), *me = &mine;
+  ThreadContext mine = thread_context(space, m, sizeof(ACTIVATION), thread, buffer, &used), *me = &mine;
   const Run *runs = step->run;
   long count = step->runs;
 
@@ -179,7 +179,7 @@ int NAME(forward)(const Model *model, const Step *step) {
   int wrong = check_step(model, step);
   if (wrong) return wrong;
   pthread_mutex_lock(&memory.in_use);
-  wrong = prepare_workspace(&task.space, model, step, sizeof(ELEMENT));
+  wrong = prepare_workspace(&task.space, model, step, sizeof(ACTIVATION));
   if (!wrong) team_run(NAME(run_layers), &task);
   pthread_mutex_unlock(&memory.in_use);
   return wrong;

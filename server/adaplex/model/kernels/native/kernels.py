@@ -9,29 +9,33 @@ import torch
 from torch import Tensor
 
 from adaplex.model import huge_pages
-from adaplex.model.constants import SIMD_LANES as LANES
+from adaplex.model.constants import PANEL_COLUMNS
 from adaplex.model.kernels.native import structs
-from adaplex.model.kernels.native.library import (
-    ERRORS,
-    NO_MEMORY,
-    InstructionSet,
-    load_library,
-)
+from adaplex.model.kernels.native.instruction_sets import InstructionSet, chosen_set
+from adaplex.model.kernels.native.library import ERRORS, NO_MEMORY, load_library
+from adaplex.model.progress import Progress, silent
 from adaplex.model.weights.nf4 import NF4_BLOCK
 
 ELEMENTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+CODE_LINE = 64
+"""Bytes of a line: the 4-bit codes of eight inputs of a panel."""
 
 
 class NativeKernels:
     """The library's functions for one compute dtype. The process has one team of threads."""
 
     def __init__(
-        self, dtype: torch.dtype, cache: Path, instructions: InstructionSet | None = None
+        self,
+        dtype: torch.dtype,
+        cache: Path,
+        instructions: InstructionSet | None = None,
+        progress: Progress = silent,
     ) -> None:
         """Loads the library, after building it if it is not in `cache`. Raises BuildFailed."""
+        self.instructions = instructions or chosen_set()
         self.dtype = dtype
         self.per_unit = 4 // dtype.itemsize
-        self._library = load_library(cache, instructions)
+        self._library = load_library(cache, self.instructions, progress)
         element = ELEMENTS[dtype]
         self._forward = getattr(self._library, f"{element}_forward")
         self._linear = getattr(self._library, f"{element}_linear")
@@ -68,10 +72,12 @@ class NativeKernels:
         return self.dtype == torch.bfloat16 and in_features % NF4_BLOCK == 0
 
     def pack_dense(self, weight: Tensor) -> Tensor:
-        """weight [out, in] -> panels [out / LANES, in / per_unit, LANES, per_unit], rounded up."""
+        """weight [out, in] -> panels [out / 16, in / per_unit, 16, per_unit], rounded up."""
         rows, columns = weight.shape
         units = columns // self.per_unit
-        panels = huge_pages.empty(-(-rows // LANES), units, LANES, self.per_unit, dtype=self.dtype)
+        panels = huge_pages.empty(
+            -(-rows // PANEL_COLUMNS), units, PANEL_COLUMNS, self.per_unit, dtype=self.dtype
+        )
         weight = weight.to(self.dtype).contiguous()
         source = (weight.data_ptr(), rows, columns, self.per_unit)
         self._library.pack_dense(*source, panels.data_ptr())
@@ -81,8 +87,7 @@ class NativeKernels:
         self, codes: Tensor, absmax: Tensor, shape: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """codes and absmax of a weight of `shape` [out, in], as bitsandbytes quantizes it -> panels
-        [out / LANES, in / 8, LANES, 2] of four codes each, and scales [out / LANES, in / NF4_BLOCK,
-        LANES]; rounded up.
+        as of `pack_codes`, and scales [out / 16, in / NF4_BLOCK, 16]; rounded up.
         """
         rows, columns = shape
         scales = absmax.float().view(rows, columns // NF4_BLOCK)
@@ -90,20 +95,32 @@ class NativeKernels:
 
     def pack_codes(self, codes: Tensor) -> Tensor:
         """codes [out, in / 2], the first of two in the high half of a byte -> panels
-        [out / LANES, in / 8, LANES, 2] of four codes each, rounded up.
+        [out / 16, in / 8, CODE_LINE] of lines of eight inputs, rounded up; the order within a
+        line is that of the instruction set.
         """
         rows, columns = codes.shape[0], codes.shape[1] * 2
-        panels = huge_pages.empty(-(-rows // LANES), columns // 8, LANES, 2, dtype=torch.int16)
+        panels = huge_pages.empty(
+            -(-rows // PANEL_COLUMNS), columns // 8, CODE_LINE, dtype=torch.uint8
+        )
         codes = codes.contiguous()
         self._library.pack_codes(codes.data_ptr(), rows, columns, panels.data_ptr())
         return panels
 
+    def unpack_codes(self, panels: Tensor, rows: int) -> Tensor:
+        """panels of `pack_codes` -> codes of 0 to 15, uint8 [rows, in]."""
+        columns = panels.shape[1] * 8
+        codes = torch.empty(rows, columns, dtype=torch.uint8)
+        self._library.unpack_codes(panels.data_ptr(), rows, columns, codes.data_ptr())
+        return codes
+
     def pack_groups(self, values: Tensor) -> Tensor:
-        """values [out, groups, ..] of four bytes a group -> [out / LANES, groups, LANES, ..],
+        """values [out, groups, ..] of four bytes a group -> [out / 16, groups, 16, ..],
         rounded up.
         """
         rows, groups, *rest = values.shape
-        packed = huge_pages.empty(-(-rows // LANES), groups, LANES, *rest, dtype=values.dtype)
+        packed = huge_pages.empty(
+            -(-rows // PANEL_COLUMNS), groups, PANEL_COLUMNS, *rest, dtype=values.dtype
+        )
         values = values.contiguous()
         assert values.nbytes == 4 * rows * groups
         self._library.pack_groups(values.data_ptr(), rows, groups, packed.data_ptr())

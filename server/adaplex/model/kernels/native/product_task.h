@@ -3,13 +3,13 @@
 // A product of all rows: y = x W' + bias; for rows of an adapter output_scale * y + b h + the adapter's bias.
 typedef struct {
   const Weight *weight;
-  const ELEMENT *x;  // [rows, in], rows x_stride apart
+  const ACTIVATION *x;  // [rows, in], rows x_stride apart
   long x_stride;
   float *y;  // [rows, out], rows y_stride apart
   long y_stride;
   const Site *const *sites;  // [rows] of [modules]: as Workspace.sites
   long module;               // number of the product's module
-  ELEMENT *h;                // [rows, h_stride]: a x, where the site has a rank
+  ACTIVATION *h;             // [rows, h_stride]: a x, where the site has a rank
   long h_stride;
   int replaces_rows;          // true if a site replaces rows of W
   NextProduct *next_product;  // or null
@@ -17,7 +17,7 @@ typedef struct {
 
 // The inputs of the R rows of a tile.
 typedef struct {
-  const ELEMENT *x;  // [R, in], rows x_stride apart
+  const ACTIVATION *x;  // [R, in], rows x_stride apart
   long x_stride;
   const PrefetchPlan *plan;  // or null
   RowBlock block;
@@ -50,7 +50,7 @@ static void NAME(add_next_product)(const NAME(ProductTask) *task, PrefetchPlan *
 static const char *NAME(b_panels)(const NAME(ProductTask) *task, long row, long panel) {
   const Site *site = site_of(task->sites, row, task->module);
   if (!site || !site->rank) return (const char *)(task->x + row * task->x_stride);
-  return (const char *)((const ELEMENT *)site->b + panel * LANES * site->rank);
+  return (const char *)((const ELEMENT *)site->b + panel * PANEL * site->rank);
 }
 
 // Fills in the plan of the tile of rows [row, row + rows) at `panel` and returns 1. If its rows share an

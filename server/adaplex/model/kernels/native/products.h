@@ -26,7 +26,7 @@ static NAME(ProductTask) NAME(product_task)(const NAME(StepTask) *task, const We
       .y_stride = width,
       .sites = space->sites,
       .module = module,
-      .h = (ELEMENT *)space->shrunk + slot * task->step->rows * space->rank_stride,
+      .h = (ACTIVATION *)space->shrunk + slot * task->step->rows * space->rank_stride,
       .h_stride = space->rank_stride,
   };
 }
@@ -73,14 +73,13 @@ static void NAME(set_next_product)(const ThreadContext *me, NAME(Products) *prod
 }
 
 // x [n], scale [n] or null, to [n]. to = x * scale; to = x without a scale.
-static void NAME(scale_row)(const ELEMENT *x, const ELEMENT *scale, long n, ELEMENT *to) {
+static void NAME(scale_row)(const ACTIVATION *x, const ELEMENT *scale, long n, ACTIVATION *to) {
   if (!scale) {
-    memcpy(to, x, sizeof(ELEMENT) * (size_t)n);
+    memcpy(to, x, sizeof(ACTIVATION) * (size_t)n);
     return;
   }
-  for (long i = 0; i < n; i += LANES)
-    NAME(store_partial)(to + i, NAME(load_partial)(x + i, n - i) * NAME(load_partial)(scale + i, n - i),
-                        n - i);
+  for (long i = 0; i < n; i += VEC_LANES)
+    ACT(store_partial)(to + i, ACT(load_partial)(x + i, n - i) * NAME(load_partial)(scale + i, n - i), n - i);
 }
 
 // runs [run_count]. The products of a phase, each of which reads a scaled copy of x if an adapter scales its
@@ -93,7 +92,7 @@ static NAME(Products) NAME(scale_inputs)(ThreadContext *me, const Workspace *spa
     NAME(ProductTask) *product = scaled.product + i;
     if (!any_input_scale(runs, run_count, product->module)) continue;
     long in = product->weight->in_features;
-    ELEMENT *copy = (ELEMENT *)space->scaled + i * rows * in;
+    ACTIVATION *copy = (ACTIVATION *)space->scaled + i * rows * in;
     for (long row; (row = team_next_ticket(&me->cursor, rows)) >= 0;) {
       const Site *site = site_of(product->sites, row, product->module);
       NAME(scale_row)(product->x + row * in, site ? site->input_scale : NULL, in, copy + row * in);
@@ -129,7 +128,7 @@ static void NAME(shrink_all)(ThreadContext *me, const NAME(Products) *products, 
                                        .rank = site->rank,
                                        .h = product->h + start * product->h_stride,
                                        .h_stride = product->h_stride};
-      NAME(shrink)(shrink, rows);
+      NAME(shrink)(&shrink, rows);
     }
   }
 }

@@ -16,9 +16,9 @@ static const ELEMENT *NAME(embedding_row)(const Model *m, const Site *site, long
 // y += b a[token], for one row.
 static void NAME(add_embedding_delta)(const NAME(ProductTask) *table, const Site *site, long row,
                                       long token) {
-  ELEMENT *h = table->h + row * table->h_stride;
+  ACTIVATION *h = table->h + row * table->h_stride;
   long panels = panel_count(table->weight);
-  memcpy(h, (const ELEMENT *)site->a + token * site->rank, sizeof(ELEMENT) * (size_t)site->rank);
+  NAME(activation_row)((const ELEMENT *)site->a + token * site->rank, site->rank, h);
   for (long j = site->rank; j % PER_UNIT; j++) h[j] = 0;
   for (long panel = 0; panel < panels; panel += 2)
     NAME(add_adapters)(table, row, 1, panel, min_long(panels - panel, 2));
@@ -29,7 +29,7 @@ static void NAME(norm_residual_row)(const NAME(StepTask) *task, long row, const 
   const Workspace *space = &task->space;
   long hidden = task->model->hidden;
   NAME(rms_norm_row)(space->residual + row * hidden, norm, site_of(space->sites, row, module), hidden,
-                     task->model->epsilon, (ELEMENT *)space->normed + row * hidden);
+                     task->model->epsilon, (ACTIVATION *)space->normed + row * hidden);
 }
 
 // Fills in the residual stream with the embeddings of the tokens, and norms it for the first layer. A ticket

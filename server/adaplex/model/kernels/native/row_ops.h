@@ -2,22 +2,22 @@
 
 // x, weight, dense, bias [left]; dense and bias may be null. The first `left` lanes of x * inverse * dense +
 // bias, of x * inverse * weight + bias without `dense`.
-INLINE F32x16 NAME(scale_normed)(const float *x, float inverse, const float *weight, const ELEMENT *dense,
+INLINE VecF32 NAME(scale_normed)(const float *x, float inverse, const float *weight, const ELEMENT *dense,
                                  const ELEMENT *bias, long left) {
-  F32x16 scale = dense ? NAME(load_partial)(dense, left) : f32_load_partial(weight, left);
-  F32x16 y = f32_load_partial(x, left) * inverse * scale;
+  VecF32 scale = dense ? NAME(load_partial)(dense, left) : f32_load_partial(weight, left);
+  VecF32 y = f32_load_partial(x, left) * inverse * scale;
   return bias ? y + NAME(load_partial)(bias, left) : y;
 }
 
 // x, weight, to [n]. to = RMSNorm(x) * weight, with the weight and bias of the adapter where it has them;
 // `site` is null for the base.
 static void NAME(rms_norm_row)(const float *x, const float *weight, const Site *site, long n, double epsilon,
-                               ELEMENT *to) {
+                               ACTIVATION *to) {
   const ELEMENT *dense = site ? site->dense : NULL, *bias = site ? site->bias : NULL;
-  F32x16 sums = {0};
+  VecF32 sums = {0};
   long i = 0;
-  for (; i + LANES <= n; i += LANES) {
-    F32x16 v = f32_load(x + i);
+  for (; i + VEC_LANES <= n; i += VEC_LANES) {
+    VecF32 v = f32_load(x + i);
     sums += v * v;
   }
   float total = sum_lanes(sums);
@@ -25,8 +25,8 @@ static void NAME(rms_norm_row)(const float *x, const float *weight, const Site *
   float inverse = 1.0f / sqrtf(total / (float)n + (float)epsilon);
 #define NORMED(left) \
   NAME(scale_normed)(x + i, inverse, weight + i, dense ? dense + i : NULL, bias ? bias + i : NULL, left)
-  for (i = 0; i + LANES <= n; i += LANES) NAME(store)(to + i, NORMED(LANES));
-  if (i < n) NAME(store_partial)(to + i, NORMED(n - i), n - i);
+  for (i = 0; i + VEC_LANES <= n; i += VEC_LANES) ACT(store)(to + i, NORMED(VEC_LANES));
+  if (i < n) ACT(store_partial)(to + i, NORMED(n - i), n - i);
 #undef NORMED
 }
 
@@ -36,7 +36,7 @@ static void NAME(rms_norm_head)(float *x, const float *weight, const Site *site,
   float total = 0;
   for (long i = 0; i < n; i++) total += x[i] * x[i];
   float inverse = 1.0f / sqrtf(total / (float)n + (float)epsilon);
-  for (long i = 0; i < n; i += LANES)
+  for (long i = 0; i < n; i += VEC_LANES)
     f32_store_partial(x + i,
                       NAME(scale_normed)(x + i, inverse, weight + i, dense ? dense + i : NULL,
                                          bias ? bias + i : NULL, n - i),
@@ -55,28 +55,42 @@ static void NAME(rope_head)(float *x, const float *cosines, const float *sines, 
 }
 
 // gate, up, to [n]. to = silu(gate) * up.
-static void NAME(silu_multiply_row)(const float *gate, const float *up, long n, ELEMENT *to) {
+static void NAME(silu_multiply_row)(const float *gate, const float *up, long n, ACTIVATION *to) {
   long i = 0;
-  for (; i + LANES <= n; i += LANES) {
-    F32x16 g = f32_load(gate + i);
-    NAME(store)(to + i, g / (exp_lanes(-g) + 1.0f) * f32_load(up + i));
+  for (; i + VEC_LANES <= n; i += VEC_LANES) {
+    VecF32 g = f32_load(gate + i);
+    ACT(store)(to + i, g / (exp_lanes(-g) + 1.0f) * f32_load(up + i));
   }
   for (; i < n; i++) {
-    F32x16 g = splat(gate[i]);
-    to[i] = NAME(narrow)((g / (exp_lanes(-g) + 1.0f))[0] * up[i]);
+    VecF32 g = splat(gate[i]);
+    to[i] = ACT(narrow)((g / (exp_lanes(-g) + 1.0f))[0] * up[i]);
   }
 }
 
 // x [n] elements, to [n] fp32. to = x.
 static void NAME(widen_row)(const ELEMENT *x, long n, float *to) {
   long i = 0;
-  for (; i + LANES <= n; i += LANES) f32_store(to + i, NAME(load)(x + i));
+  for (; i + VEC_LANES <= n; i += VEC_LANES) f32_store(to + i, NAME(load)(x + i));
   for (; i < n; i++) to[i] = NAME(widen)(x[i]);
 }
 
 // x [n] fp32, to [n] elements. to = x, rounded.
 static void NAME(narrow_row)(const float *x, long n, ELEMENT *to) {
   long i = 0;
-  for (; i + LANES <= n; i += LANES) NAME(store)(to + i, f32_load(x + i));
+  for (; i + VEC_LANES <= n; i += VEC_LANES) NAME(store)(to + i, f32_load(x + i));
   for (; i < n; i++) to[i] = NAME(narrow)(x[i]);
+}
+
+// x [n] elements, to [n] activations. to = x.
+static void NAME(activation_row)(const ELEMENT *x, long n, ACTIVATION *to) {
+  long i = 0;
+  for (; i + VEC_LANES <= n; i += VEC_LANES) ACT(store)(to + i, NAME(load)(x + i));
+  for (; i < n; i++) to[i] = ACT(narrow)(NAME(widen)(x[i]));
+}
+
+// x [n] fp32, to [n] activations. to = x, rounded.
+static void NAME(round_row)(const float *x, long n, ACTIVATION *to) {
+  long i = 0;
+  for (; i + VEC_LANES <= n; i += VEC_LANES) ACT(store)(to + i, f32_load(x + i));
+  for (; i < n; i++) to[i] = ACT(narrow)(x[i]);
 }

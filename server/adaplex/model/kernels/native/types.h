@@ -9,7 +9,7 @@
 // A frozen weight [out, in] in panels of 16 output columns; see linear.h.
 typedef struct {
   const void *panels;
-  const float *scales;  // nf4: [panels, in / 64, 16]; int4: see int4.h; null if dense
+  const float *scales;  // nf4: [panels, in / 64, 16]; int4: pairs, see linear.h; null if dense
   const float *bias;    // [out] or null
   int64_t in_features, out_features;
   int64_t group;       // int4: inputs that share a scale; 0 for other formats

@@ -1,44 +1,78 @@
-// Vectors of 16 fp32 lanes (64 bytes), and loads and stores of the two element types, fp32 and bf16.
+// Vectors of fp32 lanes of the processor's own width, and loads and stores of the two element types, fp32 and
+// bf16.
 //
-// GCC compiles its vector types to AVX-512, AVX2 or scalar instructions, as the library's flags allow.
-// Intrinsics are used only for AVX512-BF16, and for AVX512-BW and AVX2 shuffles in code_values.h.
+// GCC compiles vector types of this width to one register each: AVX-512, AVX2, SSE2 or NEON, as the library's
+// flags allow. A wider type would live on the stack. Intrinsics are used only for AVX512-BF16, and for
+// shuffles in code_values.h.
 
 #pragma once
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#define NATIVE_BF16 1
-#elif defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define NATIVE_BF16 1
+#endif
 
-#define LANES 16
+// fp32 lanes of a register, and the largest tiles that fit all registers. TILE_PANELS(R) panels are multiplied
+// by R rows at once, CODE_PANELS(R) of those in codes, whose decoding takes registers: few rows need several
+// panels, so that the additions to one sum need not wait for each other.
+#if defined(__AVX512F__)
+#define VEC_LANES 16
+#define TILE_ROWS 8
+#define TILE_PANELS(R) ((R) <= 2 ? 4 : 2)
+#define CODE_PANELS(R) TILE_PANELS(R)
+#elif defined(__AVX__)
+#define VEC_LANES 8
+#define TILE_ROWS 4
+#define TILE_PANELS(R) ((R) == 1 ? 4 : (R) == 2 ? 2 : 1)
+#define CODE_PANELS(R) ((R) == 1 ? 2 : 1)
+#else
+#define VEC_LANES 4
+#if defined(__aarch64__)
+#define TILE_ROWS 4
+#else
+#define TILE_ROWS 2
+#endif
+#define TILE_PANELS(R) 1
+#define CODE_PANELS(R) 1
+#endif
+
+#define PANEL 16  // output columns of a panel, and tokens of a block of keys
+#define PANEL_VECS (PANEL / VEC_LANES)
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
-typedef float F32x16 __attribute__((vector_size(64)));
-typedef uint32_t U32x16 __attribute__((vector_size(64)));
-typedef int32_t I32x16 __attribute__((vector_size(64)));
-typedef uint16_t U16x32 __attribute__((vector_size(64)));
-typedef uint16_t U16x16 __attribute__((vector_size(32)));
+typedef float VecF32 __attribute__((vector_size(4 * VEC_LANES)));
+typedef uint32_t VecU32 __attribute__((vector_size(4 * VEC_LANES)));
+typedef int32_t VecI32 __attribute__((vector_size(4 * VEC_LANES)));
+typedef uint16_t VecU16 __attribute__((vector_size(2 * VEC_LANES)));
 
 // x in every lane.
-INLINE F32x16 splat(float x) { return x - (F32x16){0}; }
+INLINE VecF32 splat(float x) { return x - (VecF32){0}; }
 
-// p [16] words of four bytes.
-INLINE U32x16 load_words(const void *p) {
-  U32x16 w;
+// The number of each lane.
+INLINE VecI32 lane_numbers(void) {
+  VecI32 lane;
+  for (int i = 0; i < VEC_LANES; i++) lane[i] = i;
+  return lane;
+}
+
+// p [VEC_LANES] words of four bytes.
+INLINE VecU32 load_words(const void *p) {
+  VecU32 w;
   memcpy(&w, p, sizeof w);
   return w;
 }
 
-// p [bytes], at most 64 -> words; the bytes after them are zero.
-INLINE U32x16 load_partial(const void *p, long bytes) {
-  U32x16 w = {0};
-  memcpy(&w, p, (size_t)bytes);
+// p [bytes] -> words; the bytes after them are zero, and all if `bytes` is negative.
+INLINE VecU32 load_partial(const void *p, long bytes) {
+  VecU32 w = {0};
+  if (bytes >= (long)sizeof w) return load_words(p);
+  if (bytes > 0) memcpy(&w, p, (size_t)bytes);
   return w;
 }
 
@@ -49,115 +83,119 @@ INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
 // Prefetches the cache line at p into the second-level cache, for data that is read later.
 INLINE void prefetch_later(const void *p) { __builtin_prefetch(p, 0, 2); }
 
-// The sum of 16 lanes, by a fixed tree of additions, so that its bits do not depend on the caller.
-INLINE float sum_lanes(F32x16 v) {
+// The sum of all lanes, by a fixed tree of additions, so that its bits do not depend on the caller.
+INLINE float sum_lanes(VecF32 v) {
+#if VEC_LANES == 16
   float half[8];
   for (int i = 0; i < 8; i++) half[i] = v[i] + v[i + 8];
   float quarter[4];
   for (int i = 0; i < 4; i++) quarter[i] = half[i] + half[i + 4];
+#elif VEC_LANES == 8
+  float quarter[4];
+  for (int i = 0; i < 4; i++) quarter[i] = v[i] + v[i + 4];
+#else
+  VecF32 quarter = v;
+#endif
   return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
+#if VEC_LANES == 16
 // Lanes 0-7: first half of a plus its second half; lanes 8-15: the same of b. add_quarters and add_pairs
 // do the same within each half and each quarter.
-INLINE F32x16 add_halves(F32x16 a, F32x16 b) {
-  return __builtin_shuffle(a, b, (I32x16){0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
-         __builtin_shuffle(a, b, (I32x16){8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+INLINE VecF32 add_halves(VecF32 a, VecF32 b) {
+  return __builtin_shuffle(a, b, (VecI32){0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
+         __builtin_shuffle(a, b, (VecI32){8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
 }
 
-INLINE F32x16 add_quarters(F32x16 a, F32x16 b) {
-  return __builtin_shuffle(a, b, (I32x16){0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27}) +
-         __builtin_shuffle(a, b, (I32x16){4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31});
+INLINE VecF32 add_quarters(VecF32 a, VecF32 b) {
+  return __builtin_shuffle(a, b, (VecI32){0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27}) +
+         __builtin_shuffle(a, b, (VecI32){4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31});
 }
 
-INLINE F32x16 add_pairs(F32x16 a, F32x16 b) {
-  return __builtin_shuffle(a, b, (I32x16){0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29}) +
-         __builtin_shuffle(a, b, (I32x16){2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31});
+INLINE VecF32 add_pairs(VecF32 a, VecF32 b) {
+  return __builtin_shuffle(a, b, (VecI32){0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29}) +
+         __builtin_shuffle(a, b, (VecI32){2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31});
 }
 
-// v [R] vectors, R at most 8 -> sum_lanes(v[r]) in lane 2 r, with the same bits.
-INLINE F32x16 lane_sums(const F32x16 *v, const int R) {
-  F32x16 half[4], quarter[2];
+// v [R] vectors, R at most 8 -> sums [R]: sum_lanes of each, with the same bits.
+INLINE void lane_sums(const VecF32 *v, const int R, float *sums) {
+  VecF32 half[4], quarter[2];
 #define AT(i) ((i) < R ? (i) : R - 1)
   UNROLL for (int i = 0; i < 4; i++) half[i] = add_halves(v[AT(2 * i)], v[AT(2 * i + 1)]);
 #undef AT
   UNROLL for (int i = 0; i < 2; i++) quarter[i] = add_quarters(half[2 * i], half[2 * i + 1]);
-  F32x16 pair = add_pairs(quarter[0], quarter[1]);
-  return pair + __builtin_shuffle(pair, (I32x16){1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+  VecF32 pair = add_pairs(quarter[0], quarter[1]);
+  pair += __builtin_shuffle(pair, (VecI32){1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+  for (int r = 0; r < R; r++) sums[r] = pair[2 * r];
 }
+#else
+// v [R] vectors -> sums [R]: sum_lanes of each.
+INLINE void lane_sums(const VecF32 *v, const int R, float *sums) {
+  for (int r = 0; r < R; r++) sums[r] = sum_lanes(v[r]);
+}
+#endif
 
-// The largest of 16 lanes, none of which is NaN.
-INLINE float max_lanes(F32x16 v) {
+// The largest of all lanes, none of which is NaN.
+INLINE float max_lanes(VecF32 v) {
   float m = v[0];
-  for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
+  for (int i = 1; i < VEC_LANES; i++) m = v[i] > m ? v[i] : m;
   return m;
 }
 
 // `yes` in lanes where the mask is -1, `no` where it is 0.
-INLINE F32x16 select_lanes(I32x16 mask, F32x16 yes, F32x16 no) {
-  return (F32x16)(((I32x16)yes & mask) | ((I32x16)no & ~mask));
+INLINE VecF32 select_lanes(VecI32 mask, VecF32 yes, VecF32 no) {
+  return (VecF32)(((VecI32)yes & mask) | ((VecI32)no & ~mask));
 }
 
 // exp(x) of each lane within 2 ulp; 0 below -87, exp(88) above 88, NaN for NaN. Cody and Waite's
 // reduction, then Cephes' polynomial.
-INLINE F32x16 exp_lanes(F32x16 x) {
-  I32x16 under = x<splat(-87.0f), over = x> splat(88.0f), nan = x != x;
-  F32x16 safe = select_lanes(under | nan, splat(-87.0f), select_lanes(over, splat(88.0f), x));
-  F32x16 shifted = safe * 1.44269504f + 12582912.0f;  // 1.5 * 2^23 rounds to the nearest integer
-  F32x16 n = shifted - 12582912.0f;
-  F32x16 r = (safe - n * 0.693359375f) + n * 2.12194440e-4f;
-  F32x16 p = splat(1.9875691500e-4f);
+INLINE VecF32 exp_lanes(VecF32 x) {
+  VecI32 under = x<splat(-87.0f), over = x> splat(88.0f), nan = x != x;
+  VecF32 safe = select_lanes(under | nan, splat(-87.0f), select_lanes(over, splat(88.0f), x));
+  VecF32 shifted = safe * 1.44269504f + 12582912.0f;  // 1.5 * 2^23 rounds to the nearest integer
+  VecF32 n = shifted - 12582912.0f;
+  VecF32 r = (safe - n * 0.693359375f) + n * 2.12194440e-4f;
+  VecF32 p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  I32x16 exponent = __builtin_convertvector(n, I32x16);
-  F32x16 scaled = (F32x16)((I32x16)p + (exponent << 23));
-  return select_lanes(nan, x, select_lanes(under, (F32x16){0}, scaled));
+  VecI32 exponent = __builtin_convertvector(n, VecI32);
+  VecF32 scaled = (VecF32)((VecI32)p + (exponent << 23));
+  return select_lanes(nan, x, select_lanes(under, (VecF32){0}, scaled));
 }
 
-// fp32. A unit is four bytes: one element.
+// fp32.
 
 INLINE float f32_widen(float x) { return x; }
 INLINE float f32_narrow(float x) { return x; }
 
-// p [16].
-INLINE F32x16 f32_load(const float *p) {
-  F32x16 v;
+// p [VEC_LANES].
+INLINE VecF32 f32_load(const float *p) {
+  VecF32 v;
   memcpy(&v, p, sizeof v);
   return v;
 }
 
-// p [16] = v.
-INLINE void f32_store(float *p, F32x16 v) { memcpy(p, &v, sizeof v); }
+// p [VEC_LANES] = v.
+INLINE void f32_store(float *p, VecF32 v) { memcpy(p, &v, sizeof v); }
 
-// p [left] -> the first 16 of them, zero in lanes beyond `left`, which may be negative.
-INLINE F32x16 f32_load_partial(const float *p, long left) {
-  if (left >= LANES) return f32_load(p);
-  return left > 0 ? (F32x16)load_partial(p, left * (long)sizeof(float)) : (F32x16){0};
+// p [left] -> the first lanes of them, zero in lanes beyond `left`, which may be negative.
+INLINE VecF32 f32_load_partial(const float *p, long left) {
+  return (VecF32)load_partial(p, left * (long)sizeof(float));
 }
 
-// p [left] = the first `left` lanes of v, all if `left` is more than 16, none if it is negative.
-INLINE void f32_store_partial(float *p, F32x16 v, long left) {
-  if (left >= LANES)
+// p [left] = the first `left` lanes of v, all if `left` is larger, none if it is negative.
+INLINE void f32_store_partial(float *p, VecF32 v, long left) {
+  if (left >= VEC_LANES)
     f32_store(p, v);
   else if (left > 0)
     memcpy(p, &v, (size_t)left * sizeof(float));
 }
 
-// row [units] -> unit u in every lane.
-INLINE U32x16 f32_broadcast_unit(const float *row, long u) {
-  uint32_t w;
-  memcpy(&w, row + u, sizeof w);
-  return w + (U32x16){0};
-}
-
-// acc + w * x, lane by lane.
-INLINE F32x16 f32_mac(F32x16 acc, U32x16 w, U32x16 x) { return acc + (F32x16)w * (F32x16)x; }
-
-// bf16. A unit is four bytes: two neighbouring elements, the first one in the low half.
+// bf16.
 
 INLINE float bf16_widen(uint16_t x) {
   uint32_t w = (uint32_t)x << 16;
@@ -174,55 +212,38 @@ INLINE uint16_t bf16_narrow(float x) {
   return (uint16_t)((w + 0x7fff + ((w >> 16) & 1)) >> 16);
 }
 
-// p [16], widened to fp32.
-INLINE F32x16 bf16_load(const uint16_t *p) {
-  U16x16 h;
+// p [VEC_LANES], widened to fp32.
+INLINE VecF32 bf16_load(const uint16_t *p) {
+  VecU16 h;
   memcpy(&h, p, sizeof h);
-  return (F32x16)(__builtin_convertvector(h, U32x16) << 16);
+  return (VecF32)(__builtin_convertvector(h, VecU32) << 16);
 }
 
 // p [left], as f32_load_partial.
-INLINE F32x16 bf16_load_partial(const uint16_t *p, long left) {
-  U16x16 h = {0};
-  if (left >= LANES) return bf16_load(p);
+INLINE VecF32 bf16_load_partial(const uint16_t *p, long left) {
+  VecU16 h = {0};
+  if (left >= VEC_LANES) return bf16_load(p);
   if (left > 0) memcpy(&h, p, (size_t)left * sizeof(uint16_t));
-  return (F32x16)(__builtin_convertvector(h, U32x16) << 16);
+  return (VecF32)(__builtin_convertvector(h, VecU32) << 16);
 }
 
-// p [16] = v, rounded to nearest, ties to even; NaN gives NaN.
-INLINE void bf16_store(uint16_t *p, F32x16 v) {
+// p [VEC_LANES] = v, rounded to nearest, ties to even; NaN gives NaN.
+INLINE void bf16_store(uint16_t *p, VecF32 v) {
 #ifdef NATIVE_BF16
-  U16x16 h = (U16x16)_mm512_cvtneps_pbh((__m512)v);
+  VecU16 h = (VecU16)_mm512_cvtneps_pbh((__m512)v);
 #else
-  U32x16 w = (U32x16)v;
-  U32x16 rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-  U32x16 nan = (U32x16)(v != v);
-  U32x16 kept = (rounded & ~nan) | (((w >> 16) | 0x40) & nan);
-  U16x16 h = __builtin_convertvector(kept, U16x16);
+  VecU32 w = (VecU32)v;
+  VecU32 rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+  VecU32 nan = (VecU32)(v != v);
+  VecU32 kept = (rounded & ~nan) | (((w >> 16) | 0x40) & nan);
+  VecU16 h = __builtin_convertvector(kept, VecU16);
 #endif
   memcpy(p, &h, sizeof h);
 }
 
 // p [left] = v, as f32_store_partial.
-INLINE void bf16_store_partial(uint16_t *p, F32x16 v, long left) {
-  uint16_t line[LANES];
-  bf16_store(left < LANES ? line : p, v);
-  if (left < LANES && left > 0) memcpy(p, line, (size_t)left * sizeof(uint16_t));
-}
-
-// row [2 * units] -> unit u in every lane.
-INLINE U32x16 bf16_broadcast_unit(const uint16_t *row, long u) {
-  uint32_t w;
-  memcpy(&w, row + 2 * u, sizeof w);
-  return w + (U32x16){0};
-}
-
-// acc + the sum of the two products of a unit's elements, lane by lane.
-INLINE F32x16 bf16_mac(F32x16 acc, U32x16 w, U32x16 x) {
-#ifdef NATIVE_BF16
-  return (F32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
-#else
-  acc += (F32x16)(w & 0xffff0000u) * (F32x16)(x & 0xffff0000u);
-  return acc + (F32x16)(w << 16) * (F32x16)(x << 16);
-#endif
+INLINE void bf16_store_partial(uint16_t *p, VecF32 v, long left) {
+  uint16_t line[VEC_LANES];
+  bf16_store(left < VEC_LANES ? line : p, v);
+  if (left < VEC_LANES && left > 0) memcpy(p, line, (size_t)left * sizeof(uint16_t));
 }

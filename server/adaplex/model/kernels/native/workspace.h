@@ -124,7 +124,7 @@ static void allocate_buffers(Workspace *space, const Model *m, const Step *step,
 static int prepare_workspace(Workspace *space, const Model *m, const Step *step, size_t element) {
   long tokens = tokens_per_span(m, step);
   space->spans = split_into_spans(step, tokens, NULL);
-  space->score_stride = step->width * LANES;
+  space->score_stride = step->width * PANEL;
   space->ranges = 3 * (2 * max_long(step->runs, step->head_runs) + 1) + 1;
   scan_sites(m, step->run, step->runs, &space->needs);
   scan_sites(m, step->head_run, step->head_runs, &space->needs);
@@ -147,6 +147,6 @@ static int prepare_workspace(Workspace *space, const Model *m, const Step *step,
   split_into_spans(step, tokens, space->span);
   for (long s = 0; s < step->sequences; s++)
     for (long row = step->first[s]; row < step->first[s + 1]; row++)
-      space->kv_block[row] = step->table[s * step->width + step->position[row] / LANES];
+      space->kv_block[row] = step->table[s * step->width + step->position[row] / PANEL];
   return DONE;
 }

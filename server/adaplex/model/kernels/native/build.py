@@ -1,0 +1,119 @@
+"""Building of the C kernels: compiles the translation units side by side, and links them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from adaplex.model.kernels.native.instruction_sets import InstructionSet
+
+HERE = Path(__file__).parent
+UNITS = ("bf16.c", "f32.c", "team.c", "packing.c")
+"""The translation units, those that take longest first."""
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-pthread", "-Wno-psabi")
+BUILD_CPU_SECONDS = 600
+"""Limit of CPU seconds of each process of the compiler; a busy machine does not abort a build."""
+BOUNDED = """
+ulimit -t {seconds}
+exec 3<&0
+(cat <&3 >/dev/null; kill -KILL 0) &
+exec "$@" 3<&- </dev/null
+"""
+"""Shell script that runs a command with limited CPU seconds, and kills its own process group when
+stdin ends: the other side of that pipe is closed when the process that holds it dies."""
+VERSION_SECONDS = 60
+"""Seconds of wall time in which a compiler must print its version."""
+
+
+class BuildFailed(Exception):
+    """The kernels cannot be built or loaded on this machine."""
+
+
+def find_compiler() -> list[str] | None:
+    """Returns the command of the C compiler: $CC, cc, gcc, or the one of PyPI's ziglang; None if
+    there is none.
+    """
+    if named := os.environ.get("CC"):
+        command = named.split()
+        return command if command and shutil.which(command[0]) else None
+    found = shutil.which("cc") or shutil.which("gcc")
+    return [found] if found else _zig()
+
+
+def compiler_version(compiler: Sequence[str]) -> bytes:
+    """Returns what the compiler prints of itself. Raises OSError and SubprocessError."""
+    command = [*compiler, "--version"]
+    return subprocess.run(command, capture_output=True, timeout=VERSION_SECONDS).stdout
+
+
+def build(
+    compiler: Sequence[str], instructions: InstructionSet, objects: Path, target: Path
+) -> None:
+    """Builds `target`, a shared library, by way of `objects`, a folder that is left with what was
+    compiled if the build fails, so that the next one goes on from there. Raises BuildFailed.
+    """
+    objects.mkdir(parents=True, exist_ok=True)
+    flags = [*FLAGS, *instructions.flags]
+
+    def compiled(unit: str) -> Path:
+        made = objects / f"{unit}.o"
+        if not made.exists():
+            partial = made.with_suffix(".partial")
+            run([*compiler, *flags, "-c", "-o", str(partial), str(HERE / unit)], objects / unit)
+            partial.rename(made)
+        return made
+
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        waiting = [pool.submit(compiled, unit) for unit in UNITS]
+    made = [str(each.result()) for each in waiting]
+    partial = objects / "kernels.so"
+    run([*compiler, *flags, "-shared", "-o", str(partial), *made, "-lm"], objects / "link")
+    partial.rename(target)
+    shutil.rmtree(objects)
+
+
+def run(command: list[str], log: Path) -> None:
+    """Runs a command of the compiler, with its stderr in a file. Raises BuildFailed."""
+    errors = log.with_suffix(".stderr")
+    if status := run_bounded(command, errors):
+        reason = errors.read_text(errors="replace")[:500]
+        raise BuildFailed(f"{command[0]} ended with {status}: {reason}")
+
+
+def run_bounded(command: list[str], errors: Path) -> int:
+    """Runs a command in its own process group, each process limited to BUILD_CPU_SECONDS, with
+    stderr in a file; returns its exit status. All processes of the group are killed at the end,
+    after an exception, and when this process dies.
+    """
+    bounded = ["sh", "-c", BOUNDED.format(seconds=BUILD_CPU_SECONDS), "sh", *command]
+    with (
+        errors.open("wb") as stderr,
+        subprocess.Popen(
+            bounded,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            return process.wait()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _zig() -> list[str] | None:
+    """Returns the command of the compiler in PyPI's ziglang, if that is installed."""
+    import importlib.util
+    import sys
+
+    if importlib.util.find_spec("ziglang") is None:
+        return None
+    return [sys.executable, "-m", "ziglang", "cc"]

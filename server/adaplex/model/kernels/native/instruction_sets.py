@@ -1,0 +1,72 @@
+"""Instruction sets: which code of the C kernels a processor can run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+VARIABLE = "ADAPLEX_INSTRUCTION_SET"
+"""Environment variable that names a lower set than the best one of the processor."""
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """Compiler flags, and the processor features that their code needs."""
+
+    name: str
+    needs: frozenset[str]
+    flags: tuple[str, ...]
+
+    @property
+    def usable(self) -> bool:
+        """True if this processor has all needed features."""
+        return self.needs <= processor_features()
+
+
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma"})
+_AVX512_FLAGS = (
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+    *("-mavx2", "-mfma", "-mprefer-vector-width=512"),
+)
+INSTRUCTION_SETS = (
+    InstructionSet("avx512-bf16", _AVX512 | {"avx512_bf16"}, (*_AVX512_FLAGS, "-mavx512bf16")),
+    InstructionSet("avx512", _AVX512, _AVX512_FLAGS),
+    InstructionSet("avx2", frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
+    InstructionSet("portable", frozenset(), ()),
+)
+"""Fastest first. `portable` is SSE2 on x86-64 and NEON on aarch64."""
+
+
+class UnknownInstructionSet(ValueError):
+    """ADAPLEX_INSTRUCTION_SET names a set that does not exist or that this processor lacks."""
+
+
+def usable_sets() -> list[InstructionSet]:
+    """Returns the sets that this processor can run, fastest first."""
+    return [each for each in INSTRUCTION_SETS if each.usable]
+
+
+def chosen_set() -> InstructionSet:
+    """Returns the fastest usable set, or the one that ADAPLEX_INSTRUCTION_SET names. Raises
+    UnknownInstructionSet.
+    """
+    usable = usable_sets()
+    name = os.environ.get(VARIABLE)
+    if not name:
+        return usable[0]
+    for each in usable:
+        if each.name == name:
+            return each
+    names = ", ".join(each.name for each in usable)
+    raise UnknownInstructionSet(f"{VARIABLE} is {name!r}; this processor can run: {names}")
+
+
+def processor_features() -> frozenset[str]:
+    """Returns the features of the processor by their names in /proc/cpuinfo; empty if not Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return frozenset()
+    line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(line.partition(":")[2].split())
