@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import fast_interpreter
 from seaweed import s3, s3_prefix
 from time_limits import TEST_SECONDS
 from tiny import save_tiny
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["s3", "s3_prefix"]
 
+if not torch.cuda.is_available():
+    fast_interpreter.install()
 torch.set_num_threads(1)
 # Examples may take any time: a slow machine is no fault.
 settings.register_profile(

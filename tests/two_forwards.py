@@ -40,7 +40,7 @@ def decode(
     """Returns the logits of a prefill and of STEPS decoding steps, whose tokens are the argmax of
     `followed`, if given, else of these logits.
     """
-    sequences = [rig.sequence(prompt(9 + 11 * i), ref) for i, ref in enumerate(refs)]
+    sequences = [rig.sequence(prompt(9 + 5 * i), ref) for i, ref in enumerate(refs)]
     logits = [rig.prefill(*sequences)]
     for step in range(STEPS):
         tops = (followed or logits)[step].argmax(-1).tolist()

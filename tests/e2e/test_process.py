@@ -108,11 +108,14 @@ def test_the_command_line_manages_adapters_and_generates(
         unknown = process.cli("generate", "--adapter", "nobody", "hello")
         assert unknown.returncode == 1
         assert "nobody" in unknown.stderr
+        with process.client() as client, pytest.raises(NotFound):
+            client.generate("hello", adapter="nobody")
         removed = process.cli("adapters", "rm", "first")
         assert removed.returncode == 0, removed.stderr
         assert json.loads(process.cli("adapters", "ls", "--json").stdout) == []
 
 
+@pytest.mark.slow
 def test_kill_9_during_uploads_loses_no_acknowledged_upload(
     starting: Any, adapters: list[Path], tmp_path: Path
 ) -> None:
@@ -174,8 +177,3 @@ def test_sigterm_finishes_running_streams_and_refuses_new_requests(starting: Any
                 pass
         assert stream.generation.usage.completion_tokens == 400
         assert process.process.wait(WAIT_SECONDS) == 0
-
-
-def test_an_unknown_adapter_is_not_found(starting: Any) -> None:
-    with starting() as process, process.client() as client, pytest.raises(NotFound):
-        client.generate("hello", adapter="nobody")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from adaplex.adapters.program.base_spec import BaseSpec
@@ -21,12 +22,19 @@ class SpreadAdapter:
     program: AdapterProgram
 
 
-def save_spread(
-    model: Path, base: BaseSpec, architecture: str, work: Path
-) -> dict[str, SpreadAdapter]:
-    """Saves every adapter of the architecture's spread into a folder of `work`; by name."""
-    adapters = {}
-    for seed, (name, fields) in enumerate(spread(architecture).items()):
-        directory = save_adapter(load_plain(model), work / name, seed=seed, **fields)
-        adapters[name] = SpreadAdapter(name, directory, lowered(directory, base))
-    return adapters
+def spread_adapters(model: Path, base: BaseSpec, architecture: str) -> dict[str, SpreadAdapter]:
+    """Returns every adapter of the architecture's spread, lowered for the base; by name."""
+    return {
+        name: SpreadAdapter(name, directory, lowered(directory, base))
+        for name, directory in saved_spread(model, architecture).items()
+    }
+
+
+@cache
+def saved_spread(model: Path, architecture: str) -> dict[str, Path]:
+    """Saves the spread beside the model's folder, once a session; adapter's name -> directory."""
+    base, work = load_plain(model), model.with_name(f"{model.name}-spread")
+    return {
+        name: save_adapter(base, work / name, seed=seed, **fields)
+        for seed, (name, fields) in enumerate(spread(architecture).items())
+    }

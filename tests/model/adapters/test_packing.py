@@ -11,7 +11,7 @@ import torch
 
 from adaplex.adapters.program.program import AdapterProgram
 from adaplex.model.adapters.packing import HostCache, Packer
-from model.spread_adapters import save_spread
+from model.spread_adapters import spread_adapters
 from rig import ModelRig, prompt
 
 
@@ -21,10 +21,8 @@ def rig(tiny_model: Callable[[str], Path]) -> ModelRig:
 
 
 @pytest.fixture
-def programs(
-    rig: ModelRig, tiny_model: Callable[[str], Path], tmp_path: Path
-) -> list[AdapterProgram]:
-    adapters = save_spread(tiny_model("llama"), rig.base.spec, "llama", tmp_path)
+def programs(rig: ModelRig, tiny_model: Callable[[str], Path]) -> list[AdapterProgram]:
+    adapters = spread_adapters(tiny_model("llama"), rig.base.spec, "llama")
     return [adapter.program for adapter in adapters.values()]
 
 

@@ -19,6 +19,7 @@ from adaplex.model.select import min_rows
 from peft_adapters import everything, load_plain, save_adapter
 from random_programs import anything, made
 from rig import BLOCK, ModelRig, lowered, prompt
+from tiny import save_tiny
 
 RANKS = (1, 3, 8, 16)
 pytestmark = [pytest.mark.usefixtures("row_by_row"), pytest.mark.slow]
@@ -50,9 +51,11 @@ def recorded(rig: ModelRig, **limits: int) -> Recorded:
     return capture
 
 
-@pytest.fixture
-def model(tiny_model: Callable[[str], Path]) -> Path:
-    return tiny_model("llama")
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers: one that others follow, and the last."""
+    where = tmp_path_factory.mktemp("llama") / "tiny"
+    return save_tiny("llama", where, num_hidden_layers=2)
 
 
 @pytest.fixture
@@ -299,7 +302,7 @@ def test_long_contexts_have_wider_tables(rigs: tuple[ModelRig, ModelRig]) -> Non
     logits = []
     for rig in rigs:
         adapter = rig.add(made(rig, 3, 1))
-        rows = [rig.sequence(prompt(length), adapter) for length in (250, 600)]
+        rows = [rig.sequence(prompt(length), adapter) for length in (100, 270)]
         rig.prefill(*rows)
         for sequence in rows:
             sequence.tokens.append(7)

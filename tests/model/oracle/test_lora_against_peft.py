@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,50 +15,72 @@ from adaplex.adapters.program.program import AdapterProgram
 from adaplex.engine.batch import Chunk
 from adaplex.engine.request import AdapterMode, AdapterRef
 from adaplex.model.modules.hooks import AdaptedLinear
-from model.spread_adapters import save_spread
+from model.spread_adapters import saved_spread, spread_adapters
 from peft_adapters import Oracle, load_plain
 from rig import ModelRig, prompt
 
 STEPS = 6
 
 
-@dataclass
-class Case:
-    """One adapter, its prompt, and PEFT's logits and greedy tokens."""
+@dataclass(frozen=True)
+class Answers:
+    """PEFT's logits and greedy tokens after a prompt; `name` is "base" without an adapter."""
 
     name: str
-    program: AdapterProgram | None
     tokens: list[int]
     logits: Tensor
     greedy: list[int]
+    idle: Tensor
+    """The base's logits after the same prompt."""
 
 
-def cases(model: Path, rig: ModelRig, architecture: str, work: Path) -> list[Case]:
-    """A case for each adapter of the spread, and base rows first, in the middle and last."""
-    made = []
-    adapters = save_spread(model, rig.base.spec, architecture, work)
-    for i, adapter in enumerate(adapters.values()):
-        oracle = Oracle(load_plain(model), adapter.directory)
-        tokens = prompt(11 + 13 * i, seed=i)
-        logits, greedy = oracle.logits(tokens), oracle.greedy(tokens, STEPS)
-        made.append(Case(adapter.name, adapter.program, tokens, logits, greedy))
+@dataclass(frozen=True)
+class Case(Answers):
+    """A row's adapter, and PEFT's answers."""
+
+    program: AdapterProgram | None
+
+
+@cache
+def answers(model: Path, architecture: str) -> list[Answers]:
+    """Returns PEFT's answers for each adapter of the spread, computed once a session, and the
+    base's first, in the middle and last.
+    """
     plain = Oracle(load_plain(model), None)
+
+    def answer(name: str, oracle: Oracle, tokens: list[int]) -> Answers:
+        logits, greedy = oracle.logits(tokens), oracle.greedy(tokens, STEPS)
+        return Answers(name, tokens, logits, greedy, plain.logits(tokens))
+
+    made = []
+    for i, (name, directory) in enumerate(saved_spread(model, architecture).items()):
+        oracle = Oracle(load_plain(model), directory)
+        made.append(answer(name, oracle, prompt(11 + 13 * i, seed=i)))
     for place in (0, 3, len(made) + 2):
-        tokens = prompt(20 + place)
-        base_case = Case("base", None, tokens, plain.logits(tokens), plain.greedy(tokens, STEPS))
-        made.insert(place, base_case)
+        made.insert(place, answer("base", plain, prompt(20 + place)))
     return made
+
+
+def cases(model: Path, rig: ModelRig, architecture: str) -> list[Case]:
+    """Returns a case for each adapter of the spread, and for base rows."""
+    programs = {
+        name: adapter.program
+        for name, adapter in spread_adapters(model, rig.base.spec, architecture).items()
+    }
+    return [
+        Case(**vars(answer), program=programs.get(answer.name))
+        for answer in answers(model, architecture)
+    ]
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gpt2", "mixtral"])
 def test_a_mixed_batch_equals_peft(
-    architecture: str, native: bool, tiny_model: Callable[[str], Path], tmp_path: Path
+    architecture: str, native: bool, tiny_model: Callable[[str], Path]
 ) -> None:
     model = tiny_model(architecture)
     rig = ModelRig(model, native=native)
-    mix = cases(model, rig, architecture, tmp_path)
-    plain = Oracle(load_plain(model), None)
+    mix = cases(model, rig, architecture)
     refs = [None if case.program is None else rig.add(case.program) for case in mix]
 
     def sequences(order: list[int]) -> list[tuple[Case, AdapterRef | None]]:
@@ -70,8 +93,7 @@ def test_a_mixed_batch_equals_peft(
         for row, (case, _) in zip(got, sequences(order), strict=True):
             assert (row - case.logits).abs().max() < 1e-4, case.name
             if case.program is not None:
-                idle = plain.logits(case.tokens)
-                assert (idle - case.logits).abs().max() > 1e-2, f"{case.name} does nothing"
+                assert (case.idle - case.logits).abs().max() > 1e-2, f"{case.name} does nothing"
         tokens = rig.generate([rig.sequence(c.tokens, r) for c, r in sequences(order)], STEPS)
         assert tokens == [case.greedy for case, _ in sequences(order)]
 
@@ -85,11 +107,11 @@ def test_a_mixed_batch_equals_peft(
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "mixtral"])
 def test_merged_rows_beside_unmerged_and_base_rows_equal_peft(
-    architecture: str, tiny_model: Callable[[str], Path], tmp_path: Path
+    architecture: str, tiny_model: Callable[[str], Path]
 ) -> None:
     model = tiny_model(architecture)
     rig = ModelRig(model)
-    mix = cases(model, rig, architecture, tmp_path)
+    mix = cases(model, rig, architecture)
     modes = [AdapterMode.MERGED if i % 2 else AdapterMode.UNMERGED for i in range(len(mix))]
     refs = [
         None if case.program is None else rig.add(case.program, mode)
@@ -105,25 +127,24 @@ def test_merged_rows_beside_unmerged_and_base_rows_equal_peft(
 def test_merging_leaves_the_base_as_it_was(
     packed: bool,
     tiny_model: Callable[[str], Path],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tiny_model("llama")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: packed)
     rig = ModelRig(model)
     before = rig.prefill(rig.sequence(prompt(20)))[0]
-    for adapter in save_spread(model, rig.base.spec, "llama", tmp_path).values():
+    for adapter in spread_adapters(model, rig.base.spec, "llama").values():
         rig.add(adapter.program, AdapterMode.MERGED)
     assert torch.equal(rig.prefill(rig.sequence(prompt(20)))[0], before)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5])
 def test_a_step_of_one_merged_adapter_skips_the_base(
-    rows: int, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: int, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama")
     rig = ModelRig(model, native=False)
-    program = save_spread(model, rig.base.spec, "llama", tmp_path)["r4-rslora"].program
+    program = spread_adapters(model, rig.base.spec, "llama")["r4-rslora"].program
     ref = rig.add(program, AdapterMode.MERGED)
     sequences = [rig.sequence(prompt(9 + i), ref) for i in range(rows)]
     rig.prefill(*sequences)
@@ -159,11 +180,10 @@ def test_adapted_rows_are_bit_equal_alone_in_any_mix_and_after_reload(
     mode: AdapterMode,
     native: bool,
     tiny_model: Callable[[str], Path],
-    tmp_path: Path,
 ) -> None:
     model = tiny_model("llama")
     rig = ModelRig(model, quantization, native=native)
-    adapters = save_spread(model, rig.base.spec, "llama", tmp_path)
+    adapters = spread_adapters(model, rig.base.spec, "llama")
     programs = [adapter.program for adapter in adapters.values()]
     refs: list[AdapterRef | None] = [rig.add(program, mode) for program in programs]
     a, b, c = refs[:3]
@@ -174,14 +194,17 @@ def test_adapted_rows_are_bit_equal_alone_in_any_mix_and_after_reload(
         "skewed": [a, a, a, a, b, c, None, a],
         "zipf": [a, a, a, b, b, c, *refs[3:], None],
     }
-    alone = {
-        ref: [rig.prefill(rig.sequence(prompt(9 + i), ref))[0] for i in range(12)]
-        for ref in [*refs, None]
-    }
+
+    @cache
+    def alone(ref: AdapterRef | None, i: int) -> Tensor:
+        return rig.prefill(rig.sequence(prompt(9 + i), ref))[0]
+
+    for i, ref in enumerate(refs):
+        alone(ref, i)
     for name, mix in mixes.items():
         rows = rig.prefill(*(rig.sequence(prompt(9 + i), ref) for i, ref in enumerate(mix)))
         for i, ref in enumerate(mix):
-            assert torch.equal(rows[i], alone[ref][i]), name
+            assert torch.equal(rows[i], alone(ref, i)), name
 
     drop = rig.runner.remove_merged if mode is AdapterMode.MERGED else rig.runner.remove_adapter
     for program in programs:
@@ -189,7 +212,7 @@ def test_adapted_rows_are_bit_equal_alone_in_any_mix_and_after_reload(
     for program in reversed(programs):
         rig.add(program, mode)
     for i, ref in enumerate(refs):
-        assert torch.equal(rig.prefill(rig.sequence(prompt(9 + i), ref))[0], alone[ref][i])
+        assert torch.equal(rig.prefill(rig.sequence(prompt(9 + i), ref))[0], alone(ref, i))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int4-group"])
@@ -203,7 +226,7 @@ def test_four_bits_equal_peft_on_the_dequantized_base(
     for name, backend in rig.base.backends.items():
         dequantized.get_submodule(name).weight.data = backend.dequantize().clone()
     dequantized.save_pretrained(tmp_path / "dequantized")
-    for case in cases(tmp_path / "dequantized", rig, "llama", tmp_path):
+    for case in cases(tmp_path / "dequantized", rig, "llama"):
         ref = None if case.program is None else rig.add(case.program)
         got = torch.log_softmax(rig.prefill(rig.sequence(case.tokens, ref))[0], -1)
         expected = torch.log_softmax(case.logits, -1)
