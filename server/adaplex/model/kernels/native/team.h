@@ -12,11 +12,16 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define MAX_THREADS 256
-// Polls of a barrier before a thread yields its core: about half a millisecond. Not fewer, since a process
-// that gets the core by sched_yield runs for milliseconds, and most waits end within microseconds.
-#define SPINS 30000
+// Polls of a barrier before a thread sleeps: some tens of microseconds. Most waits end sooner; a longer one
+// means that another process has the core of a thread, and a core that sleeps may take that process over.
+#define SPINS 5000
 
 typedef void (*WorkFunction)(void *context, int thread);
 
@@ -34,6 +39,7 @@ typedef struct {
   } share[MAX_THREADS];  // number of tickets drawn from each thread's share in this round
   _Alignas(64) atomic_int arrived;
   _Alignas(64) atomic_uint generation;
+  atomic_int asleep;  // threads that sleep until `generation` changes, or are about to
 } Team;
 
 // Defined in team.c.
@@ -45,6 +51,23 @@ static inline void pause_briefly(void) {
   __builtin_ia32_pause();
 #endif
 }
+
+// Sleeps while *word is `value`; may return sooner. wake_all wakes all threads that sleep on `word`.
+#ifdef __linux__
+static inline void sleep_while_equal(atomic_uint *word, unsigned value) {
+  syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+}
+
+static inline void wake_all(atomic_uint *word) {
+  syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, MAX_THREADS, NULL, NULL, 0);
+}
+#else
+static inline void sleep_while_equal(atomic_uint *word, unsigned value) {
+  if (atomic_load(word) == value) sched_yield();
+}
+
+static inline void wake_all(atomic_uint *word) { (void)word; }
+#endif
 
 // Marks every ticket as not drawn.
 static void team_reset_tickets(void) {
@@ -58,14 +81,16 @@ static void team_barrier(void) {
     atomic_store(&team.arrived, 0);
     team_reset_tickets();
     atomic_store(&team.generation, generation + 1);
+    if (atomic_load(&team.asleep)) wake_all(&team.generation);
     return;
   }
-  for (long spins = 0; atomic_load(&team.generation) == generation; spins++) {
-    if (spins < SPINS)
-      pause_briefly();
-    else
-      sched_yield();
+  for (long spins = 0; spins < SPINS; spins++) {
+    if (atomic_load(&team.generation) != generation) return;
+    pause_briefly();
   }
+  atomic_fetch_add(&team.asleep, 1);
+  while (atomic_load(&team.generation) == generation) sleep_while_equal(&team.generation, generation);
+  atomic_fetch_sub(&team.asleep, 1);
 }
 
 // The place of one thread in a round.
