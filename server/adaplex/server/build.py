@@ -19,7 +19,8 @@ from adaplex.model.constants import KV_BLOCK_TOKENS
 from adaplex.model.progress import Progress
 from adaplex.model.runner import ModelRunner
 from adaplex.server.components import Components
-from adaplex.server.config import ConfigError, ServerConfig
+from adaplex.server.config import ServerConfig
+from adaplex.server.errors import ConfigError
 from adaplex.server.generation_messages import ModelLimits
 from adaplex.server.metrics import Metrics
 from adaplex.server.open_store import import_adapters, open_store
