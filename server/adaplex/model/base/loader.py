@@ -20,10 +20,11 @@ from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.model import huge_pages, select
 from adaplex.model.base.architecture import check_supported
 from adaplex.model.base.build_model import ModelBuilder
+from adaplex.model.base.checkpoint_files import check_model_folder
 from adaplex.model.base.saved_base import SavedBase
 from adaplex.model.base.source import default_cache, resolve_model
 from adaplex.model.base.spec import spec_of
-from adaplex.model.errors import UnsupportedModel
+from adaplex.model.errors import UnsupportedModel, errors_as_unsupported
 from adaplex.model.file_hashes import HASHES, FileHashes
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kv_cache import LayerShape
@@ -119,12 +120,16 @@ def load_base(
         )
     cache = cache or default_cache()
     directory = resolve_model(model, cache=cache, progress=progress)
+    check_model_folder(model, directory)
     compute = _compute_dtype(quantization, dtype)
     where = torch.device(_device(device))
     products = select.products(where)
     transformers_logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(directory)
+    with errors_as_unsupported(f"model {model!r}: its config"):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     check_supported(config)
+    with errors_as_unsupported(f"model {model!r}: its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(directory)
     fingerprint = _fingerprint(directory, FileHashes(cache / HASHES))
     kernels = None
     if native:
@@ -137,7 +142,7 @@ def load_base(
         module, found = builder.build(directory, config, saved_base, progress)
     return BaseModel(
         module=module,
-        tokenizer=AutoTokenizer.from_pretrained(directory),
+        tokenizer=tokenizer,
         spec=spec_of(
             module,
             found,

