@@ -79,6 +79,7 @@ def load(config: ServerConfig, progress: Progress) -> BaseModel:
         device=config.device,
         cache=config.cache,
         saved=_saved_bases(config),
+        cache_limit=config.max_cache_bytes,
         progress=progress,
     )
 

@@ -78,6 +78,12 @@ class ServerConfig(BaseSettings):
         description="Save quantized weights in the cache, so that the next start maps them instead "
         "of quantizing again.",
     )
+    max_cache_bytes: ByteSize = Field(
+        ByteSize(16 * 1024 * MIB),
+        ge=0,
+        description="Quantized weights and built kernels in the cache; a start removes the least "
+        "recently used ones beyond it, but none that is in use.",
+    )
     threads: Literal["auto"] | Count = Field(
         "auto",
         description="Compute threads; auto is every core, less one for the network from three "

@@ -101,7 +101,7 @@ def _command(point: EntryPoint) -> Any:
     except ImportError as error:
         return _stub(point.name, str(error))
     if isinstance(loaded, typer.Typer):
-        return as_command(point.name, loaded)
+        return LazyCommand(point.name, loaded.info.help, lambda: as_command(point.name, loaded))
     return LazyCommand(
         point.name, inspect.getdoc(loaded), lambda: as_command(point.name, command_app(loaded))
     )

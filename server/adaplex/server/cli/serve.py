@@ -30,7 +30,6 @@ class Serve:
 
     def __call__(self, **options: Any) -> None:
         """Loads and checks the settings, then serves, or prints them for `--print-config`."""
-        from adaplex.server import preflight
         from adaplex.server.load_config import describe, load_config
 
         print_config = options.pop("print_config", False)
@@ -40,6 +39,8 @@ class Serve:
             if print_config:
                 print(describe(config, flags))
                 return
+            from adaplex.server import preflight
+
             preflight.check(config)
             _run(config)
         except ConfigError as error:
