@@ -36,10 +36,11 @@ def build(config: ServerConfig, progress: Progress) -> Components:
     base = load(config, progress)
     spec = replace(base.spec, name=config.model_name or base.spec.name)
     engine_config = engine_limits(config, base)
-    progress(f"sizing the KV cache: {engine_config.num_blocks} blocks of {KV_BLOCK_TOKENS} tokens")
+    progress("opening the adapter store")
     store = open_store(config, spec, element_bytes=base.dtype.itemsize)
     import_adapters(config, store, progress)
     use_threads(config, base)
+    progress(f"sizing the KV cache: {engine_config.num_blocks} blocks of {KV_BLOCK_TOKENS} tokens")
     runner = ModelRunner.for_base(
         base,
         num_blocks=engine_config.num_blocks,

@@ -126,6 +126,7 @@ def load_base(
     cache = cache or default_cache()
     directory = resolve_model(model, cache=cache, progress=progress)
     check_model_folder(model, directory)
+    progress("reading config and tokenizer")
     compute = _compute_dtype(quantization, dtype)
     where = torch.device(_device(device))
     products = select.products(where)
@@ -138,6 +139,7 @@ def load_base(
     fingerprint = _fingerprint(directory, FileHashes(cache / HASHES))
     kernels = None
     if native:
+        progress("loading the kernels, which a first start builds")
         kernels = select.native_kernels(compute, where, cache=cache, progress=progress)
     step = StepContext()
     builder = ModelBuilder(quantization, compute, where, kernels, products, step, group_size)

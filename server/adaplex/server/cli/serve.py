@@ -60,12 +60,14 @@ def _run(config: ServerConfig) -> None:
     logs.configure(config.log_level, config.log_format)  # before libraries that log on import
 
     from adaplex.adapters.errors import AdaplexError
-    from adaplex.server import process
-    from adaplex.server.build import build
     from adaplex.server.progress import report_progress
 
     try:
         with report_progress() as progress:
+            progress("importing torch and transformers")
+            from adaplex.server import process
+            from adaplex.server.build import build
+
             components = build(config, progress)
     except AdaplexError as error:
         _fail(str(error))
