@@ -60,15 +60,19 @@ def _run(config: ServerConfig) -> None:
     logs.configure(config.log_level, config.log_format)  # before libraries that log on import
 
     from adaplex.adapters.errors import AdaplexError
+    from adaplex.model.light_imports import light_imports
     from adaplex.server.progress import report_progress
 
     try:
         with report_progress() as progress:
             progress("importing torch and transformers")
-            from adaplex.server import process
-            from adaplex.server.build import build
+            with light_imports():
+                import transformers.masking_utils  # noqa: F401  # every model imports it
 
-            components = build(config, progress)
+                from adaplex.server import process
+                from adaplex.server.build import build
+
+                components = build(config, progress)
     except AdaplexError as error:
         _fail(str(error))
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
