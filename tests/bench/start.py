@@ -25,8 +25,13 @@ from adaplex.client.local import LocalServer
 from adaplex.model.base.source import default_cache
 
 POLL_SECONDS = 0.01
-PHASES = {"imports": "", "base": "sizing the KV cache", "parts": "warming up", "trial": "serving"}
-"""Phase -> prefix of the log event that ends it; the first event of all ends the imports."""
+PHASES = {
+    "imports": "reading config",
+    "base": "sizing the KV cache",
+    "parts": "warming up",
+    "trial": "serving",
+}
+"""Phase -> prefix of the log event that ends it."""
 
 
 @dataclass(frozen=True)

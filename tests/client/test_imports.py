@@ -8,14 +8,60 @@ import pytest
 import adaplex
 import adaplex.client
 from adaplex.client import adapter_types, types
+from adaplex.client.cli.commands import COMMANDS, build
+
+SERVER = ("torch", "transformers", "numpy", "pydantic_settings", "adaplex.adapters.api")
 
 
-@pytest.mark.parametrize("module", ["adaplex.client", "adaplex.client.cli"])
-def test_the_client_needs_no_torch_and_no_server(module: str) -> None:
-    heavy = ["torch", "transformers", "numpy", "pydantic", "adaplex.server", "adaplex.adapters"]
-    code = f"import {module}, sys; print([m for m in {heavy!r} if m in sys.modules])"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"
+def imported(code: str) -> set[str]:
+    """Returns the modules that a Python program has imported at its end, also by sys.exit."""
+    program = f"import sys\ntry:\n    {code}\nfinally:\n    print(*sys.modules, file=sys.stderr)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return set(ran.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        ("import adaplex.client", ("grpc", "google.protobuf", "asyncio")),
+        ("import adaplex.client.cli", ("grpc", "google.protobuf", "adaplex.server")),
+        (
+            "from adaplex.client import Client",
+            ("adaplex.client.aio", "adaplex.client.cli", "adaplex.server", "rich", "typer"),
+        ),
+        ("from adaplex.client import AsyncClient", ("adaplex.server", "rich", "typer")),
+        ("import adaplex.client.cli.adapters", ("adaplex.server", "adaplex.client.bench")),
+    ],
+)
+def test_the_client_imports_no_more_than_it_needs(code: str, heavy: tuple[str, ...]) -> None:
+    assert imported(code) & {*SERVER, *heavy} == set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "heavy"),
+    [
+        ("--help", ("grpc", "adaplex.client.client", "adaplex.client.bench", *SERVER)),
+        ("--version", ("grpc", "adaplex.client.client", *SERVER)),
+        ("adapters --help", SERVER),
+        ("bench punica --help", SERVER),
+    ],
+)
+def test_help_imports_no_client_and_no_server(arguments: str, heavy: tuple[str, ...]) -> None:
+    run = f"sys.argv += {arguments.split()!r}; from adaplex.client.cli import main; main()"
+    assert imported(run) & set(heavy) == set()
+
+
+def test_the_help_of_each_command_is_that_of_its_module() -> None:
+    for name, text in COMMANDS.items():
+        assert build(name).help == text
+
+
+def test_modules_of_the_client_are_found_without_an_import_of_each() -> None:
+    code = "import adaplex.client as c; c.errors.NotFound, c.types.ServerInfo, c.adapters.Adapters"
+    assert "adaplex.client.errors" in imported(code)
+    with pytest.raises(AttributeError, match="no attribute 'Clinet'"):
+        adaplex.client.Clinet  # noqa: B018
 
 
 def test_the_package_is_a_namespace() -> None:

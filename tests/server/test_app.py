@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from adaplex.server.app import SERVICES
-from adaplex.server.config import ConfigError
+from adaplex.server.errors import ConfigError
 from adaplex.server.process import run
 from adaplex.v1 import generation_pb2_grpc
 from adaplex.v1.adapters_pb2 import ListAdaptersRequest

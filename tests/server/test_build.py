@@ -9,7 +9,8 @@ import pytest
 from adaplex.model.base.source import default_cache
 from adaplex.server.app import serve
 from adaplex.server.build import build, engine_limits, open_store
-from adaplex.server.config import ConfigError, ServerConfig
+from adaplex.server.config import ServerConfig
+from adaplex.server.errors import ConfigError
 from adaplex.v1 import generation_pb2_grpc, server_pb2_grpc
 from adaplex.v1.generation_pb2 import (
     ChatMessage,

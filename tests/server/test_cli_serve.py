@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import typer
 import yaml
@@ -14,6 +17,20 @@ def command() -> typer.Typer:
     app = typer.Typer()
     app.command()(serve)
     return app
+
+
+@pytest.mark.parametrize("flag", ["--help", "--print-config"])
+def test_flags_and_settings_are_shown_without_torch_and_grpc(flag: str) -> None:
+    heavy = ["torch", "transformers", "numpy", "grpc", "adaplex.model", "adaplex.server.build"]
+    program = (
+        "import sys, typer; from adaplex.client.cli.plugins import command_app;"
+        "from adaplex.server.cli.serve import serve\n"
+        f"try: command_app(serve)([{flag!r}])\n"
+        f"finally: print([m for m in {heavy!r} if m in sys.modules], file=sys.stderr)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "[]\n")
+    assert "kv" in ran.stdout
 
 
 def test_help_shows_every_flag_with_its_meaning(command: typer.Typer) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from adaplex.server.config import ConfigError, ServerConfig
+from adaplex.server.config import ServerConfig
+from adaplex.server.errors import ConfigError
 from adaplex.server.load_config import describe, load_config
 
 MIB = 1024**2

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import grpc
 
+from adaplex.client._defaults import DEFAULT_TARGET
 from adaplex.client._wire import GenerationCall
 from adaplex.client.errors import InvalidArgument
-
-DEFAULT_TARGET = "127.0.0.1:50051"
-DEFAULT_TIMEOUT = 600.0
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # grpc must not retry a generation, not even transparently: it would run twice.

@@ -12,7 +12,8 @@ import grpc
 import grpc.aio
 
 from adaplex.client import _health, _wire
-from adaplex.client._connection import DEFAULT_TIMEOUT, CallOptions, Connection
+from adaplex.client._connection import CallOptions, Connection
+from adaplex.client._defaults import DEFAULT_TIMEOUT
 from adaplex.client._stream import StreamState
 from adaplex.client._transport import AsyncTransport
 from adaplex.client.aio_adapters import AsyncAdapters

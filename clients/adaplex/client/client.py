@@ -10,7 +10,8 @@ from typing import Self, Unpack
 import grpc
 
 from adaplex.client import _health, _wire
-from adaplex.client._connection import DEFAULT_TIMEOUT, CallOptions, Connection
+from adaplex.client._connection import CallOptions, Connection
+from adaplex.client._defaults import DEFAULT_TIMEOUT
 from adaplex.client._stream import StreamState
 from adaplex.client._transport import Transport
 from adaplex.client.adapters import Adapters

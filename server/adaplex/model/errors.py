@@ -8,6 +8,9 @@ AdaplexError            (adaplex.adapters.errors)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from adaplex.adapters.errors import AdaplexError
 
 
@@ -30,3 +33,13 @@ class UnsupportedModel(ModelError):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+@contextmanager
+def errors_as_unsupported(what: str) -> Iterator[None]:
+    """Raises UnsupportedModel, in one line, for any error of a library that reads a model."""
+    try:
+        yield
+    except Exception as error:  # transformers raises all kinds, some over several lines
+        reason = next(iter(str(error).split("\n")), "").strip() or type(error).__name__
+        raise UnsupportedModel(f"{what} cannot be read: {reason}") from error

@@ -15,7 +15,8 @@ from grpc_reflection.v1alpha import reflection
 
 from adaplex.engine.request import AdapterMode
 from adaplex.server.components import Components
-from adaplex.server.config import MAX_CHUNK_BYTES, ConfigError, ServerConfig
+from adaplex.server.config import MAX_CHUNK_BYTES, ServerConfig
+from adaplex.server.errors import ConfigError
 from adaplex.server.gc_timer import GcTimer
 from adaplex.server.generator import Generator
 from adaplex.server.health import Health

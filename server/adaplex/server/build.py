@@ -19,7 +19,8 @@ from adaplex.model.constants import KV_BLOCK_TOKENS
 from adaplex.model.progress import Progress
 from adaplex.model.runner import ModelRunner
 from adaplex.server.components import Components
-from adaplex.server.config import ConfigError, ServerConfig
+from adaplex.server.config import ServerConfig
+from adaplex.server.errors import ConfigError
 from adaplex.server.generation_messages import ModelLimits
 from adaplex.server.metrics import Metrics
 from adaplex.server.open_store import import_adapters, open_store
@@ -35,10 +36,11 @@ def build(config: ServerConfig, progress: Progress) -> Components:
     base = load(config, progress)
     spec = replace(base.spec, name=config.model_name or base.spec.name)
     engine_config = engine_limits(config, base)
-    progress(f"sizing the KV cache: {engine_config.num_blocks} blocks of {KV_BLOCK_TOKENS} tokens")
+    progress("opening the adapter store")
     store = open_store(config, spec, element_bytes=base.dtype.itemsize)
     import_adapters(config, store, progress)
     use_threads(config, base)
+    progress(f"sizing the KV cache: {engine_config.num_blocks} blocks of {KV_BLOCK_TOKENS} tokens")
     runner = ModelRunner.for_base(
         base,
         num_blocks=engine_config.num_blocks,
@@ -78,6 +80,7 @@ def load(config: ServerConfig, progress: Progress) -> BaseModel:
         device=config.device,
         cache=config.cache,
         saved=_saved_bases(config),
+        cache_limit=config.max_cache_bytes,
         progress=progress,
     )
 

@@ -27,15 +27,10 @@ from adaplex.server.config_types import (
     available_cpus,
     default_store,
 )
-from adaplex.server.settings_file import SettingsFile
 
 MAX_CHUNK_BYTES = MIB
 """Data of one upload chunk. The largest gRPC message, so also the longest prompt text, is a little
 larger: app.MAX_MESSAGE_BYTES."""
-
-
-class ConfigError(Exception):
-    """The configuration cannot be served. Names every setting at fault and its limit."""
 
 
 class ServerConfig(BaseSettings):
@@ -82,6 +77,12 @@ class ServerConfig(BaseSettings):
         True,
         description="Save quantized weights in the cache, so that the next start maps them instead "
         "of quantizing again.",
+    )
+    max_cache_bytes: ByteSize = Field(
+        ByteSize(16 * 1024 * MIB),
+        ge=0,
+        description="Quantized weights and built kernels in the cache; a start removes the least "
+        "recently used ones beyond it, but none that is in use.",
     )
     threads: Literal["auto"] | Count = Field(
         "auto",
@@ -256,5 +257,7 @@ class ServerConfig(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Returns flags, environment, then the YAML file that one of them names."""
+        from adaplex.server.settings_file import SettingsFile  # imports yaml, not needed by --help
+
         file = {**env_settings(), **init_settings()}.get("config")
         return init_settings, env_settings, SettingsFile(settings_cls, yaml_file=file)

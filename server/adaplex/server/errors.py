@@ -4,6 +4,7 @@ AdaplexError            (adaplex.adapters.errors)
 └── RequestError        (adaplex.engine.errors)
     ├── UploadsBusy     too many uploads at once; has the delay to try again
     └── UploadIdle      the client of an upload stopped sending
+ConfigError             the settings cannot be served; ends the start
 """
 
 from __future__ import annotations
@@ -25,3 +26,7 @@ class UploadIdle(RequestError):
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"upload: nothing received for {seconds:g} s; send chunks without pauses")
+
+
+class ConfigError(Exception):
+    """The configuration cannot be served. Names every setting at fault, its value and its limit."""

@@ -11,22 +11,25 @@ import yaml
 from pydantic import ValidationError
 from pydantic_settings import EnvSettingsSource
 
-from adaplex.server.config import ConfigError, ServerConfig
+from adaplex.server.config import ServerConfig
+from adaplex.server.errors import ConfigError
 from adaplex.server.settings_file import SettingsFile
 
 
 def load_config(flags: Mapping[str, object]) -> ServerConfig:
     """Returns the effective settings, given the flags that were set. Raises ConfigError."""
+    file = None
     try:
         file = _sources(flags)[0]
         if file is not None and not file.is_file():
-            raise ConfigError(f"config: no such file: {file}")
+            raise ConfigError(f"config: no such file: {file}; name a YAML file of settings")
         return _checked(ServerConfig(**dict[str, Any](flags)))
     except ValidationError as error:
         lines = (f"{'.'.join(map(str, e['loc'][:1]))}: {e['msg']}" for e in error.errors())
         raise ConfigError("\n".join(dict.fromkeys(lines))) from error
     except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise ConfigError(f"config: not a YAML mapping of settings: {error}") from error
+        reason = " ".join(str(error).split())  # YAML's errors have several lines
+        raise ConfigError(f"config: {file}: not a YAML mapping of settings: {reason}") from error
 
 
 def _checked(config: ServerConfig) -> ServerConfig:

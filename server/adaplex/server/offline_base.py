@@ -18,7 +18,8 @@ from adaplex.model.constants import KV_BLOCK_TOKENS
 from adaplex.model.perplexity import window_blocks
 from adaplex.model.runner import ModelRunner
 from adaplex.server.build import load, use_threads
-from adaplex.server.config import ConfigError, ServerConfig
+from adaplex.server.config import ServerConfig
+from adaplex.server.errors import ConfigError
 from adaplex.server.load_config import load_config
 from adaplex.server.open_store import adapter_limits, open_store, require_store
 

@@ -31,7 +31,8 @@ from adaplex.adapters.api import (
     convert_gguf_lora,
 )
 from adaplex.adapters.errors import AdapterError
-from adaplex.server.config import ConfigError, ServerConfig
+from adaplex.server.config import ServerConfig
+from adaplex.server.errors import ConfigError
 
 AT_START = "start"
 """Actor in the history of adapters that `--adapters` imports."""

@@ -148,7 +148,7 @@ print("bitsandbytes" in sys.modules)
 """
     command = [sys.executable, "-c", code, str(tiny_model("qwen2")), str(starts.file.parent)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines == ["mapping the nf4 weights of an earlier start", "False"]
+    assert lines[-2:] == ["mapping the nf4 weights of an earlier start", "False"]
 
 
 def test_other_panels_are_refused(tmp_path: Path) -> None:

@@ -19,7 +19,10 @@ from adaplex.client.cli.plugins import AdapterCommands, offline
 from adaplex.client.cli.values import labels
 
 app = typer.Typer(
-    cls=AdapterCommands, no_args_is_help=True, help="List, upload, check, name and delete adapters."
+    cls=AdapterCommands,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="List, upload, check, name and delete adapters.",
 )
 for command in (
     names.merge,

@@ -5,19 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adaplex.client._connection import DEFAULT_TARGET, DEFAULT_TIMEOUT
-from adaplex.client.aio import AsyncClient
-from adaplex.client.cli.plugins import CommandGroup
-from adaplex.client.client import Client
+from adaplex.client._defaults import DEFAULT_TARGET, DEFAULT_TIMEOUT
+from adaplex.client.cli.commands import RootCommands
+
+if TYPE_CHECKING:
+    from adaplex.client.aio import AsyncClient
+    from adaplex.client.client import Client
 
 app = typer.Typer(
-    cls=CommandGroup,
+    cls=RootCommands,
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,  # plain help is shown in half the time, and cuts no flag
     help="Multi-adapter inference: one base model, an adapter per request.",
 )
 
@@ -34,12 +37,16 @@ class Target:
 
     def client(self) -> Client:
         """Returns a new client, to be used in `with`."""
+        from adaplex.client.client import Client  # imports grpc, which --help does not need
+
         return Client(
             self.target, token=self.token, tls=self.tls, timeout=self.timeout, actor=self.actor
         )
 
     def async_client(self) -> AsyncClient:
         """Returns a new client for asyncio, to be used in `async with`."""
+        from adaplex.client.aio import AsyncClient
+
         return AsyncClient(
             self.target, token=self.token, tls=self.tls, timeout=self.timeout, actor=self.actor
         )

@@ -27,6 +27,7 @@ from adaplex.client.cli.values import length_range, numbers
 
 app = typer.Typer(
     no_args_is_help=True,
+    rich_markup_mode=None,
     help="Send load to a running server and measure it. Prompts are random tokens, none repeated; "
     "answers are greedy and of full length.",
 )

@@ -12,7 +12,7 @@ from adaplex.client.cli.app import connect
 from adaplex.client.cli.arguments import AsJson, Name, Replace
 from adaplex.client.cli.values import labels, shares, weighted_selector
 
-alias_app = typer.Typer(no_args_is_help=True, help="Set and remove aliases.")
+alias_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Set and remove aliases.")
 
 Alias = Annotated[str, typer.Argument(help="Alias; the bare name follows `default`.")]
 

@@ -1,21 +1,36 @@
-"""CommandGroup: a group with the commands of other packages, whose errors are one line."""
+"""CommandGroup: a group with the commands of other packages, whose errors are one line.
+
+A command is imported when it runs. Help of its group needs its name and its first line only.
+"""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
-
-from adaplex.client.cli.render import line
-from adaplex.client.errors import AdaplexClientError
+from typer.core import TyperCommand, TyperGroup
 
 GROUP = "adaplex.commands"
 """Entry point group: a command's name -> a typer command function, or a Typer app."""
 OFFLINE = "adaplex.offline"
 """Entry point group: a command's name -> a function that does its work without a server."""
+
+
+class LazyCommand(TyperCommand):
+    """A command, or a group of commands, that is built when it runs."""
+
+    # The types of click depend on typer's version: click's own, or typer's copy of it.
+    def __init__(self, name: str, help: str | None, build: Callable[[], Any]) -> None:
+        super().__init__(name, help=help)
+        self._build = build
+
+    def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
+        """Returns the context of the command that is built, which then runs in place of this."""
+        return self._build().make_context(info_name, args, parent, **extra)
 
 
 class CommandGroup(TyperGroup):
@@ -45,7 +60,9 @@ class CommandGroup(TyperGroup):
         """Runs a command. A failed call prints one line on standard error; the exit code is 1."""
         try:
             return super().invoke(ctx)
-        except AdaplexClientError as error:
+        except _client_errors() as error:
+            from adaplex.client.cli.render import line
+
             reason = f" [{error.reason}]" if error.reason else ""
             typer.echo(line(f"error: {error}{reason}"), err=True)
             raise typer.Exit(1) from error
@@ -55,6 +72,12 @@ class AdapterCommands(CommandGroup):
     """The group `adaplex adapters`, with commands of the server package."""
 
     entry_points = "adaplex.adapters_commands"
+
+
+def _client_errors() -> tuple[type[Any], ...]:
+    """Returns the errors of calls; none if no command has imported the client, and with it grpc."""
+    module = sys.modules.get("adaplex.client.errors")
+    return () if module is None else (module.AdaplexClientError,)
 
 
 def offline(name: str) -> Callable[..., Any]:
@@ -77,15 +100,24 @@ def _command(point: EntryPoint) -> Any:
         loaded = point.load()
     except ImportError as error:
         return _stub(point.name, str(error))
-    if not isinstance(loaded, typer.Typer):
-        function = loaded
-        loaded = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
-        loaded.command()(function)
-    return _as_command(point.name, loaded)
+    if isinstance(loaded, typer.Typer):
+        return LazyCommand(point.name, loaded.info.help, lambda: as_command(point.name, loaded))
+    return LazyCommand(
+        point.name, inspect.getdoc(loaded), lambda: as_command(point.name, command_app(loaded))
+    )
+
+
+def command_app(function: Callable[..., Any]) -> typer.Typer:
+    """Returns an app whose only command is a function."""
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode=None
+    )
+    app.command()(function)
+    return app
 
 
 def _stub(name: str, cause: str) -> Any:
-    app = typer.Typer(add_completion=False)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
     @app.command(
         help='Not installed: pip install "adaplex[server]"',
@@ -96,10 +128,10 @@ def _stub(name: str, cause: str) -> Any:
         typer.echo(f"error: {name} needs more packages ({cause}): {hint}", err=True)
         raise typer.Exit(1)
 
-    return _as_command(name, app)
+    return as_command(name, app)
 
 
-def _as_command(name: str, app: typer.Typer) -> Any:
+def as_command(name: str, app: typer.Typer) -> Any:
     """Returns an app as one command of this name, by which the group's help finds it."""
     command = typer.main.get_command(app)
     command.name = name

@@ -15,6 +15,7 @@ from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.model import select
 from adaplex.model.base.architecture import Probe, is_linear, output_layer, probe
 from adaplex.model.base.saved_base import Contents, SavedBase
+from adaplex.model.errors import errors_as_unsupported
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.linear.backend import LinearBackend
 from adaplex.model.linear.dense import DenseLinear
@@ -106,12 +107,13 @@ class ModelBuilder:
     ) -> tuple[nn.Module, Probe]:
         """Reads, probes and quantizes a checkpoint. Raises UnsupportedModel."""
         progress(f"reading {directory}")
-        model = AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=config,
-            dtype=self.dtype,
-            attn_implementation=attention.IMPLEMENTATION,
-        )
+        with errors_as_unsupported(f"model {str(directory)!r}: its weights"):
+            model = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=config,
+                dtype=self.dtype,
+                attn_implementation=attention.IMPLEMENTATION,
+            )
         self._prepare(model)
         found = probe(model)
         progress(f"quantizing {len(found.sites)} modules to {self.quantization}")

@@ -20,10 +20,12 @@ from adaplex.adapters.program.base_spec import BaseSpec
 from adaplex.model import huge_pages, select
 from adaplex.model.base.architecture import check_supported
 from adaplex.model.base.build_model import ModelBuilder
+from adaplex.model.base.cache_folder import CacheFolder, Use
+from adaplex.model.base.checkpoint_files import check_model_folder
 from adaplex.model.base.saved_base import SavedBase
 from adaplex.model.base.source import default_cache, resolve_model
 from adaplex.model.base.spec import spec_of
-from adaplex.model.errors import UnsupportedModel
+from adaplex.model.errors import UnsupportedModel, errors_as_unsupported
 from adaplex.model.file_hashes import HASHES, FileHashes
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kv_cache import LayerShape
@@ -62,6 +64,8 @@ class BaseModel:
     """Products of linears that the C kernels do not run."""
     kernels: NativeKernels | None = None
     """C kernels of the CPU, if they run the linears."""
+    cache_use: Use | None = None
+    """Lease of the files of the cache that this base was made from."""
 
     @property
     def backends(self) -> dict[str, LinearBackend]:
@@ -98,6 +102,7 @@ def load_base(
     cache: Path | None = None,
     native: bool = True,
     saved: Path | None = None,
+    cache_limit: int | None = None,
     progress: Progress = silent,
 ) -> BaseModel:
     """Loads a base model and quantizes it.
@@ -106,7 +111,8 @@ def load_base(
     `quantization` is one of QUANTIZATIONS, `group_size`, for int4-group, one of GROUP_SIZES;
     `dtype`, the compute dtype, is auto, bf16 or fp32;
     `device` is auto, cpu or cuda; without `native` a CPU computes in torch alone;
-    `saved` is a folder in which the quantized base is saved for the next start.
+    `saved` is a folder in which the quantized base is saved for the next start;
+    `cache_limit` is the limit in bytes of what starts make in the cache, None for no limit.
     Raises ModelSourceError or UnsupportedModel.
     """
     if quantization not in QUANTIZATIONS:
@@ -119,15 +125,21 @@ def load_base(
         )
     cache = cache or default_cache()
     directory = resolve_model(model, cache=cache, progress=progress)
+    check_model_folder(model, directory)
+    progress("reading config and tokenizer")
     compute = _compute_dtype(quantization, dtype)
     where = torch.device(_device(device))
     products = select.products(where)
     transformers_logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(directory)
+    with errors_as_unsupported(f"model {model!r}: its config"):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     check_supported(config)
+    with errors_as_unsupported(f"model {model!r}: its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(directory)
     fingerprint = _fingerprint(directory, FileHashes(cache / HASHES))
     kernels = None
     if native:
+        progress("loading the kernels, which a first start builds")
         kernels = select.native_kernels(compute, where, cache=cache, progress=progress)
     step = StepContext()
     builder = ModelBuilder(quantization, compute, where, kernels, products, step, group_size)
@@ -135,9 +147,10 @@ def load_base(
     saved_base = None if saved is None else SavedBase(saved, parts)
     with huge_pages.shared_chunks():
         module, found = builder.build(directory, config, saved_base, progress)
+    use = _use_cache(CacheFolder(cache), saved_base, directory, cache_limit, progress)
     return BaseModel(
         module=module,
-        tokenizer=AutoTokenizer.from_pretrained(directory),
+        tokenizer=tokenizer,
         spec=spec_of(
             module,
             found,
@@ -160,7 +173,27 @@ def load_base(
         weight_bytes=_weight_bytes(module),
         products=products,
         kernels=kernels,
+        cache_use=use,
     )
+
+
+def _use_cache(
+    folder: CacheFolder,
+    saved: SavedBase | None,
+    directory: Path,
+    limit: int | None,
+    progress: Progress,
+) -> Use:
+    """Marks the files of the cache that this base uses, then removes others beyond the limit."""
+    used = {*folder.mapped(), *([] if saved is None else [saved.path])}
+    if directory.parent == folder.root / "models":
+        used |= set(directory.glob("*.safetensors"))
+    use = Use(sorted(used))
+    removed = [] if limit is None else folder.trim(limit)
+    if removed:
+        size = sum(entry.size for entry in removed)
+        progress(f"removed {len(removed)} files, {size} bytes, that the cache had beyond its limit")
+    return use
 
 
 def _compute_dtype(quantization: str, dtype: str) -> torch.dtype:

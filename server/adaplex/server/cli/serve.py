@@ -2,46 +2,77 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
-from typing import Any
+from inspect import Signature
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from adaplex.server.cli.flags import signature
-from adaplex.server.config import ConfigError, ServerConfig
-from adaplex.server.load_config import describe, load_config
+from adaplex.server.errors import ConfigError
+
+if TYPE_CHECKING:
+    from adaplex.server.config import ServerConfig
 
 
-def serve(**options: Any) -> None:
+class Serve:
     """Serve one base model, with an adapter per request, over gRPC."""
-    print_config = options.pop("print_config", False)
-    flags = {name: value for name, value in options.items() if value not in (None, [])}
-    try:
-        config = load_config(flags)
-        if print_config:
-            print(describe(config, flags))
-            return
-        _run(config)
-    except ConfigError as error:
-        _fail(str(error))
+
+    def __init__(self) -> None:
+        self.__name__ = "serve"
+        self.__annotations__: dict[str, Any] = {}  # typer reads it where a function has it
+
+    @property
+    def __signature__(self) -> Signature:
+        """One keyword per setting, by which typer makes the flags when the command runs."""
+        from adaplex.server.cli.flags import signature
+
+        return signature()
+
+    def __call__(self, **options: Any) -> None:
+        """Loads and checks the settings, then serves, or prints them for `--print-config`."""
+        from adaplex.server.load_config import describe, load_config
+
+        print_config = options.pop("print_config", False)
+        flags = {name: value for name, value in options.items() if value not in (None, [])}
+        try:
+            config = load_config(flags)
+            if print_config:
+                print(describe(config, flags))
+                return
+            from adaplex.server import preflight
+
+            preflight.check(config)
+            _run(config)
+        except ConfigError as error:
+            _fail(str(error))
+
+
+serve = Serve()
 
 
 def _run(config: ServerConfig) -> None:
     """Builds the server and serves until a signal."""
     # Imported here: these import torch, which --help and --print-config do not need.
+    import asyncio
+
     from adaplex.server import logs
 
     logs.configure(config.log_level, config.log_format)  # before libraries that log on import
 
     from adaplex.adapters.errors import AdaplexError
-    from adaplex.server import process
-    from adaplex.server.build import build
+    from adaplex.model.light_imports import light_imports
     from adaplex.server.progress import report_progress
 
     try:
         with report_progress() as progress:
-            components = build(config, progress)
+            progress("importing torch and transformers")
+            with light_imports():
+                import transformers.masking_utils  # noqa: F401  # every model imports it
+
+                from adaplex.server import process
+                from adaplex.server.build import build
+
+                components = build(config, progress)
     except AdaplexError as error:
         _fail(str(error))
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -61,7 +92,3 @@ def _fail(message: str) -> None:
     for line in message.splitlines():
         print(f"adaplex serve: {line}", file=sys.stderr)
     raise typer.Exit(2)
-
-
-# Typer reads the flags from this attribute of functions, which mypy does not know.
-serve.__signature__ = signature()  # type: ignore[attr-defined]

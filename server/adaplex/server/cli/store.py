@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adaplex.server.config import ConfigError
-from adaplex.server.load_config import load_config
+from adaplex.server.errors import ConfigError
 
 if TYPE_CHECKING:
     from adaplex.adapters.api import Catalog, ContentStore
@@ -66,6 +65,7 @@ def _opened(
 ) -> Iterator[tuple[ContentStore, Catalog]]:
     """Opens the store that flags, environment or YAML file select."""
     from adaplex.adapters.errors import AdaplexError
+    from adaplex.server.load_config import load_config
     from adaplex.server.open_store import open_contents, require_store
 
     given = {"store_dir": store_dir, "shared_store": shared_store, "config": config}
