@@ -19,7 +19,7 @@
 #endif
 
 #define MAX_THREADS 256
-// Polls of a barrier before a thread sleeps: some tens of microseconds. Most waits end sooner; a longer one
+// Polls of a barrier before a thread sleeps: a tenth of a millisecond. Most waits end sooner; a longer one
 // means that another process has the core of a thread, and a core that sleeps may take that process over.
 #define SPINS 5000
 
