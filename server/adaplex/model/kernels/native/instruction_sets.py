@@ -29,7 +29,7 @@ _AVX512_FLAGS = (
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
     *("-mavx2", "-mfma", "-mprefer-vector-width=512"),
 )
-INSTRUCTION_SETS = (
+INSTRUCTION_SETS: tuple[InstructionSet, ...] = (
     InstructionSet("avx512-bf16", _AVX512 | {"avx512_bf16"}, (*_AVX512_FLAGS, "-mavx512bf16")),
     InstructionSet("avx512", _AVX512, _AVX512_FLAGS),
     InstructionSet("avx2", frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
