@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import fast_interpreter
+import instruction_sets
 from seaweed import s3, s3_prefix
 from time_limits import TEST_SECONDS
 from tiny import save_tiny
@@ -59,6 +60,12 @@ def peft_case(
     from peft_cases import peft_cases  # PEFT takes seconds to import
 
     return peft_cases(tiny_model, tmp_path_factory.mktemp("families"))
+
+
+def pytest_report_header() -> str:
+    """Returns the line that says which code of the C kernels is tested."""
+    best, *rest = (each.name for each in instruction_sets.USABLE)
+    return f"instruction sets: {best}; slow tests: {', '.join(rest)}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

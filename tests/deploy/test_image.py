@@ -87,10 +87,16 @@ def test_every_family_is_served(instructions: list[tuple[str, str]]) -> None:
     assert install.endswith('pip install ".[${EXTRAS}]"')
 
 
-def test_the_image_can_build_the_kernels(final: list[tuple[str, str]]) -> None:
-    (install,) = (rest for rest in values(final, "RUN") if "apt-get install" in rest)
+def test_the_image_has_its_kernels_compiled_and_no_compiler(
+    instructions: list[tuple[str, str]], final: list[tuple[str, str]]
+) -> None:
+    first = instructions[: len(instructions) - len(final)]
+    (install,) = (rest for rest in values(first, "RUN") if "apt-get install" in rest)
     packages = install.split("apt-get install", 1)[1].split("&&", 1)[0].split()
     assert {"gcc", "libc6-dev"} <= set(packages)
+    (build,) = (rest for rest in values(first, "RUN") if "bin/pip install" in rest)
+    assert 'ADAPLEX_WHEEL_PLATFORM="linux_$(uname -m)"' in build
+    assert not any("gcc" in rest for _, rest in final)
 
 
 def test_the_image_installs_only_what_it_needs(final: list[tuple[str, str]]) -> None:
