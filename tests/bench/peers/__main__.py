@@ -38,6 +38,7 @@ STOPPED = 130
 SYSTEMS: dict[str, Callable[[Inputs], System]] = {
     "llama.cpp-bf16": partial(LlamaCpp, "bf16"),
     "llama.cpp-q8_0": partial(LlamaCpp, "q8_0"),
+    "llama.cpp-q4_k_m": partial(LlamaCpp, "q4_k_m"),
     "vllm": Vllm,
     "peft": Peft,
 }

@@ -43,6 +43,7 @@ LLAMA_CPP_BUILD = (
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
 )
+LLAMA_CPP_TARGETS = ("llama-server", "llama-quantize")
 VLLM = HERE / "vllm.txt"
 TCMALLOC = "libtcmalloc-minimal4"
 """Debian's package."""
@@ -113,9 +114,10 @@ def llama_cpp(progress: ReportProgress) -> Path:
         tools = target / "env" / "bin"
         given = ["-S", "source", "-B", "build", "-G", "Ninja", *LLAMA_CPP_BUILD]
         _run(target, [tools / "cmake", *given, f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}"])
-        _run(target, [tools / "cmake", "--build", "build", "--target", "llama-server"])
+        _run(target, [tools / "cmake", "--build", "build", "--target", *LLAMA_CPP_TARGETS])
 
-    text = _text((LLAMA_CPP, *LLAMA_CPP_TOOLS, *LLAMA_CPP_CONVERTERS, *LLAMA_CPP_BUILD))
+    recipe = (LLAMA_CPP, *LLAMA_CPP_TOOLS, *LLAMA_CPP_CONVERTERS, *LLAMA_CPP_BUILD)
+    text = _text((*recipe, *LLAMA_CPP_TARGETS))
     return _made("llama.cpp", text, make, progress)
 
 
