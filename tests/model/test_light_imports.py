@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from adaplex.model import light_imports
 from adaplex.model.base.source import default_cache
 
+ROOT = Path(__file__).parents[2]
 HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp")
 
 
@@ -68,3 +70,21 @@ with light_imports():
     print(torch.distributed.is_available(), torch._dynamo is before)
 """
     assert run(program) == "True True"
+
+
+def test_other_versions_import_the_compiler_as_they_like() -> None:
+    program = """
+from adaplex.model import light_imports as module
+module.TESTED["torch"] = "0."
+import torch.compiler
+disable = torch.compiler.disable
+with light_imports():
+    print(torch.compiler.disable is disable, torch.distributed.is_available())
+"""
+    assert run(program).split() == ["True", "True"]
+
+
+def test_the_tested_versions_are_those_that_are_pinned() -> None:
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    for name, version in light_imports.TESTED.items():
+        assert any(pin.startswith(f"{name}=={version}") for pin in pins)

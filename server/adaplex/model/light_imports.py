@@ -13,10 +13,13 @@ from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
+TESTED = {"torch": "2.13.", "transformers": "5.23."}
+"""Package -> the versions whose imports were tested without the compiler; others import it."""
 COMPILER = "torch._dynamo"
 LEAF = f"{COMPILER}._trace_wrapped_higher_order_op"
 """Submodule that transformers' masks import, and that does not import the compiler."""
@@ -31,7 +34,7 @@ def light_imports() -> Iterator[None]:
     never uses in this process. The compiler is imported after all where more of it is needed than
     MARKERS, also within the block.
     """
-    if COMPILER in sys.modules:
+    if COMPILER in sys.modules or not _tested():
         yield
         return
     import torch
@@ -100,6 +103,10 @@ class _Submodules(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Does nothing: the module is loaded."""
+
+
+def _tested() -> bool:
+    return all(version(name).startswith(start) for name, start in TESTED.items())
 
 
 def _unmarked(function: Any = None, *_: Any, **__: Any) -> Any:
