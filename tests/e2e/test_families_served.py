@@ -34,6 +34,7 @@ def saved(
     return made
 
 
+@pytest.mark.slow
 async def test_every_family_answers_in_a_batch_as_alone(
     serving: Serving, saved: dict[str, Path]
 ) -> None:

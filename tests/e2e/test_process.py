@@ -80,6 +80,7 @@ def starting(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Any:
     return start
 
 
+@pytest.mark.slow
 def test_the_command_line_manages_adapters_and_generates(
     starting: Any, adapters: list[Path]
 ) -> None:

@@ -82,11 +82,12 @@ def test_four_bit_logits_are_those_of_peft_on_the_dequantized_base(
     tokens = rig.base.tokenizer.apply_chat_template(
         QUESTION, add_generation_prompt=True, return_dict=False
     )
+    weights = {site: backend.dequantize() for site, backend in rig.base.backends.items()}
     for name in NAMES:
         ref = rig.add(lowered(EXAMPLES / name, rig.base.spec))
         dequantized = load_plain(model)
-        for site, backend in rig.base.backends.items():
-            dequantized.get_submodule(site).weight.data = backend.dequantize().clone()
+        for site, weight in weights.items():
+            dequantized.get_submodule(site).weight.data = weight.clone()
         expected = Oracle(dequantized, EXAMPLES / name).logits(tokens)
         got = rig.prefill(rig.sequence(tokens, ref))[0]
         bound = 1e-4 * float(expected.abs().max())

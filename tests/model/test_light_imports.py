@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from adaplex.model import light_imports
 from adaplex.model.base.source import default_cache
 
@@ -39,6 +41,7 @@ print([name for name in HEAVY if name in sys.modules])
     assert run(program) == "[]"
 
 
+@pytest.mark.slow
 def test_the_compiler_works_after_the_block() -> None:
     program = """
 with light_imports():
@@ -51,6 +54,7 @@ print(torch.distributed.is_available(), torch._dynamo.__file__ is not None)
     assert run(program).split() == ["2.0", "True", "True"]
 
 
+@pytest.mark.slow
 def test_the_compiler_works_within_the_block_where_it_is_needed() -> None:
     program = """
 with light_imports():
@@ -72,6 +76,7 @@ with light_imports():
     assert run(program) == "True True"
 
 
+@pytest.mark.slow
 def test_other_versions_import_the_compiler_as_they_like() -> None:
     program = """
 from adaplex.model import light_imports as module

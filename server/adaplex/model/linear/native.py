@@ -86,8 +86,8 @@ class NativeLinear(LinearBackend):
         if self.scales is None:
             return unpack_dense(self.panels, self.out_features).float()
         values = torch.tensor(NF4_VALUES).bfloat16().float()
-        codes = self._kernels.unpack_codes(self.panels, self.out_features)
-        return nf4_weight(codes, self.scales, values)
+        pairs = self._kernels.unpack_codes(self.panels, self.out_features)
+        return nf4_weight(pairs, self.scales, values)
 
     def tensors(self) -> dict[str, Tensor]:
         """See LinearBackend."""

@@ -18,7 +18,7 @@ from adaplex.model.weights.int4_group import (
     grouped_weight,
     int4_roundtrip,
 )
-from adaplex.model.weights.panel_codes import unpack_groups
+from adaplex.model.weights.panel_codes import single_codes, unpack_groups
 
 
 class NativeInt4Linear(NativeLinear):
@@ -56,8 +56,8 @@ class NativeInt4Linear(NativeLinear):
 
     def dequantize(self) -> Tensor:
         """See LinearBackend."""
-        codes = self._kernels.unpack_codes(self.panels, self.out_features)
-        return grouped_weight(codes, *self._grid())
+        pairs = self._kernels.unpack_codes(self.panels, self.out_features)
+        return grouped_weight(single_codes(pairs), *self._grid())
 
     @property
     def nbytes(self) -> int:

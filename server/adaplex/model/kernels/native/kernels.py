@@ -107,9 +107,11 @@ class NativeKernels:
         return panels
 
     def unpack_codes(self, panels: Tensor, rows: int) -> Tensor:
-        """panels of `pack_codes` -> codes of 0 to 15, uint8 [rows, in]."""
+        """panels of `pack_codes` -> uint8 [rows, in / 2]: the codes of two inputs, the first in the
+        low half.
+        """
         columns = panels.shape[1] * 8
-        codes = torch.empty(rows, columns, dtype=torch.uint8)
+        codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
         self._library.unpack_codes(panels.data_ptr(), rows, columns, codes.data_ptr())
         return codes
 

@@ -32,15 +32,18 @@ void pack_codes(const uint8_t *codes, int64_t out, int64_t in, uint8_t *panels) 
     }
 }
 
-// panels of pack_codes -> codes [out, in], one a byte.
+// panels of pack_codes -> codes [out, in / 2] bytes of two codes, the first in the low half.
 void unpack_codes(const uint8_t *panels, int64_t out, int64_t in, uint8_t *codes) {
   int64_t lines = in / 8;
   for (int64_t n = 0; n < out; n++)
-    for (int64_t v = 0; v < lines; v++)
-      for (int i = 0; i < 8; i++) {
-        CodePlace at = code_place((int)(n % PANEL), i);
-        codes[n * in + v * 8 + i] = panels[(n / PANEL * lines + v) * 64 + at.byte] >> at.shift & 15;
+    for (int64_t v = 0; v < lines; v++) {
+      const uint8_t *line = panels + (n / PANEL * lines + v) * 64;
+      for (int i = 0; i < 8; i += 2) {
+        CodePlace first = code_place((int)(n % PANEL), i), second = code_place((int)(n % PANEL), i + 1);
+        int low = line[first.byte] >> first.shift & 15, high = line[second.byte] >> second.shift & 15;
+        codes[n * in / 2 + v * 4 + i / 2] = (uint8_t)(low | high << 4);
       }
+    }
 }
 
 // values [out, groups] of four bytes -> packed [panels, groups, 16].
