@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from adaplex.model.kernels.native import instruction_sets
 from adaplex.server import preflight
 from adaplex.server.config import ServerConfig
 from adaplex.server.errors import ConfigError
@@ -131,3 +132,13 @@ def test_serve_names_what_is_wrong_with_its_file(
     assert code == 2
     assert stderr.count("\n") == 1
     assert reason in stderr
+
+
+def test_an_instruction_set_that_the_processor_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(instruction_sets.VARIABLE, "avx1024")
+    [line] = problems(tmp_path)
+    assert line.startswith("ADAPLEX_INSTRUCTION_SET is 'avx1024'; this processor can run: ")
+    monkeypatch.setenv(instruction_sets.VARIABLE, "portable")
+    assert problems(tmp_path) == []

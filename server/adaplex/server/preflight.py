@@ -10,6 +10,7 @@ from pathlib import Path
 
 from adaplex.model.base.source import check_model
 from adaplex.model.errors import ModelSourceError
+from adaplex.model.kernels.native.instruction_sets import UnknownInstructionSet, chosen_set
 from adaplex.server.config import ServerConfig
 from adaplex.server.errors import ConfigError
 
@@ -17,6 +18,7 @@ from adaplex.server.errors import ConfigError
 def check(config: ServerConfig) -> None:
     """Raises ConfigError, a line for each setting that the server could not start with."""
     problems = [*_ports(config), *_model(config), *_folders(config), *_files(config)]
+    problems += _instruction_set()
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -57,6 +59,13 @@ def _model(config: ServerConfig) -> Iterator[str]:
     try:
         check_model(config.model)
     except ModelSourceError as error:
+        yield str(error)
+
+
+def _instruction_set() -> Iterator[str]:
+    try:
+        chosen_set()
+    except UnknownInstructionSet as error:
         yield str(error)
 
 
