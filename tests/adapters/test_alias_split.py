@@ -28,6 +28,13 @@ def test_shares_follow_the_weights() -> None:
     assert drawn[4] / 20_000 == pytest.approx(0.05, abs=0.01)
 
 
+def test_each_of_three_versions_gets_its_share() -> None:
+    split = checked_split([Target(1, 50), Target(2, 30), Target(3, 20)])
+    counts = Counter(version_by_key(split).values())
+    shares = {version: count / len(KEYS) for version, count in counts.items()}
+    assert shares == pytest.approx({1: 0.5, 2: 0.3, 3: 0.2}, abs=0.01)
+
+
 def test_a_key_keeps_its_version_while_the_canary_grows() -> None:
     before, after = (
         version_by_key(checked_split([Target(3, 100 - w), Target(4, w)])) for w in (5, 20)
