@@ -1,5 +1,8 @@
 // Random models and adapters of odd shapes, in buffers of exactly their size.
 
+#include <stdlib.h>
+#include <string.h>
+
 #include "kernels.h"
 #include "vectors.h"
 

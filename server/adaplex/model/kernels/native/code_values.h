@@ -3,7 +3,8 @@
 // A line is 64 bytes, the codes of eight inputs in 16 columns: four units of two inputs. Wide lines, for
 // AVX512: half (n, p) of two bytes has in nibble j the code of column n at input 2 j + p of the line. Narrow
 // lines, for the others: byte 32 h + 16 l + 8 v + 2 c + p is of column 8 v + 4 l + c, and has in its low half
-// the code of input 4 h + p, in its high half that of input 4 h + 2 + p. So one byte shuffle looks up 32 codes.
+// the code of input 4 h + p, in its high half that of input 4 h + 2 + p. So one byte shuffle looks up 32
+// codes.
 
 #pragma once
 
@@ -38,7 +39,8 @@ static const CodeValues INT4 = {
     {0x00, 0xe0, 0xc0, 0xa0, 0x80, 0x40, 0x00, 0x80, 0x00, 0x80, 0x00, 0x40, 0x80, 0xa0, 0xc0, 0xe0},
     {0xc1, 0xc0, 0xc0, 0xc0, 0xc0, 0xc0, 0xc0, 0xbf, 0x00, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x40, 0x40}};
 
-// line [64]. The place of the code of a column at an input of its line: a byte of it, and a shift in the byte.
+// line [64]. The place of the code of a column at an input of its line: a byte of it, and a shift in the
+// byte.
 typedef struct {
   int byte, shift;
 } CodePlace;

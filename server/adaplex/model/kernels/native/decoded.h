@@ -1,6 +1,6 @@
 // Products of more rows than a tile has: a block of a panel is decoded to fp32 once, into the first-level
-// cache, and multiplied by all rows. Only for registers narrower than a panel: wider ones hold tiles of so many
-// rows that decoding is a small part of a tile.
+// cache, and multiplied by all rows. Only for registers narrower than a panel: wider ones hold tiles of so
+// many rows that decoding is a small part of a tile.
 
 #pragma once
 
@@ -91,8 +91,8 @@ INLINE void decoded_tile(const DecodedBlock *block, const float *x, long x_strid
   case R: decoded_tile(block, x + row * x_stride, x_stride, sums, row, R); break;
 
 // x [rows, inputs], rows x_stride apart: all rows of the chunk, in tiles of nearly equal numbers of rows.
-static inline void multiply_decoded_block(const DecodedBlock *block, const float *x, long x_stride, ChunkSums *sums,
-                                   long rows) {
+static inline void multiply_decoded_block(const DecodedBlock *block, const float *x, long x_stride,
+                                          ChunkSums *sums, long rows) {
   long tiles = (rows + DECODED_ROWS - 1) / DECODED_ROWS;
   for (long tile = 0, row = 0; tile < tiles; tile++) {
     long count = (rows - row + tiles - tile - 1) / (tiles - tile);

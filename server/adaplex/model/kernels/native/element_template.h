@@ -1,9 +1,9 @@
-// Included by the translation unit of each element type, with ELEMENT (its C type), PER_UNIT (elements in four
-// bytes), LARGEST (its largest finite value) and NAME(x) (x with the type's prefix) defined.
+// Included by the translation unit of each element type, with ELEMENT (its C type), PER_UNIT (elements in
+// four bytes), LARGEST (its largest finite value) and NAME(x) (x with the type's prefix) defined.
 //
-// Weights, adapters, keys and values are elements. ACTIVATION is the type of what goes from product to product:
-// bf16 where the processor multiplies bf16, fp32 elsewhere, so that no product widens it again. ACT(x), UNIT(x)
-// and CODE(x) are x for activations, for units of weights, and for units of decoded codes.
+// Weights, adapters, keys and values are elements. ACTIVATION is the type of what goes from product to
+// product: bf16 where the processor multiplies bf16, fp32 elsewhere, so that no product widens it again.
+// ACT(x), UNIT(x) and CODE(x) are x for activations, for units of weights, and for units of decoded codes.
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE

@@ -1,10 +1,10 @@
 // Included once for each element type: tiles of y = x W' for a frozen W [out, in].
 //
 // W is stored in panels of 16 output columns. Dense: [panels, in / PER_UNIT, 16] units of four bytes. Codes:
-// [panels, in / 8] lines as in code_values.h, with a scale for each column and group of inputs. nf4: groups of
-// 64 inputs, scales fp32 [panels, in / 64, 16]. int4: scales [panels, in / group, 16] are pairs of bf16, scale
-// and zero; separate zeros are [panels, in / group, 16] fp32. Codes are exact in bf16, and a group's zero is
-// subtracted once: y += scale * (sum of code * x - zero * sum of x).
+// [panels, in / 8] lines as in code_values.h, with a scale for each column and group of inputs. nf4: groups
+// of 64 inputs, scales fp32 [panels, in / 64, 16]. int4: scales [panels, in / group, 16] are pairs of bf16,
+// scale and zero; separate zeros are [panels, in / group, 16] fp32. Codes are exact in bf16, and a group's
+// zero is subtracted once: y += scale * (sum of code * x - zero * sum of x).
 //
 // Each output is one chain of operations, whose order does not depend on the number of rows.
 
@@ -60,8 +60,10 @@ INLINE void NAME(code_tile)(NAME(TileRows) rows, const Weight *weight, const int
       UNROLL for (int j = 0; j < 4; j++)
         UNROLL for (int first = 0; first < P; first += at_once) {
           VecU32 words[4];
-          UNROLL for (int p = 0; p < at_once; p++)
-            decode_unit(values, codes + ((first + p) * groups * lines + line) * 64, j, words + p * PANEL_VECS);
+          UNROLL for (int p = 0; p < at_once; p++) {
+            const char *from = codes + ((first + p) * groups * lines + line) * 64;
+            decode_unit(values, from, j, words + p * PANEL_VECS);
+          }
           CODE(mac_rows)(sum, first * PANEL_VECS, words, at_once * PANEL_VECS, rows.x + 8 * line + 2 * j,
                          rows.x_stride, R);
         }

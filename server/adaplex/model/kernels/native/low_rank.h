@@ -82,8 +82,10 @@ INLINE void NAME(expand)(const ACTIVATION *h, long h_stride, const Site *site, l
 #if PER_UNIT == 2
     if (site->rank % 2) {
       VecU32 words[PANEL_VECS];
-      UNROLL for (int v = 0; v < PANEL_VECS; v++)
-        words[v] = (VecU32)bf16_load_partial(b + units * width * 2 + v * VEC_LANES, width - v * VEC_LANES) >> 16;
+      UNROLL for (int v = 0; v < PANEL_VECS; v++) {
+        const ELEMENT *from = b + units * width * 2 + v * VEC_LANES;
+        words[v] = (VecU32)bf16_load_partial(from, width - v * VEC_LANES) >> 16;
+      }
       UNIT(mac_rows)(acc, p * PANEL_VECS, words, PANEL_VECS, h + units * 2, h_stride, R);
     }
 #endif

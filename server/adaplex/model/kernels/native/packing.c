@@ -16,8 +16,8 @@ void pack_dense(const char *weight, int64_t out, int64_t in, int64_t per_unit, c
       memcpy(panels + ((n / PANEL * units + u) * PANEL + n % PANEL) * 4, weight + (n * units + u) * 4, 4);
 }
 
-// codes [out, in / 2] bytes of two 4-bit codes, the first in the high half -> panels [panels, in / 8] of lines
-// as in code_values.h.
+// codes [out, in / 2] bytes of two 4-bit codes, the first in the high half -> panels [panels, in / 8] of
+// lines as in code_values.h.
 void pack_codes(const uint8_t *codes, int64_t out, int64_t in, uint8_t *panels) {
   int64_t lines = in / 8;
   memset(panels, 0, (size_t)((out + PANEL - 1) / PANEL * lines * 64));

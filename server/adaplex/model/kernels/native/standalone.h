@@ -9,8 +9,8 @@ typedef struct {
   long y_stride;
 } NAME(LinearCall);
 
-// Work of one thread of the team; `context` is a LinearCall. A ticket is a row if activations are no elements,
-// then a group of panels.
+// Work of one thread of the team; `context` is a LinearCall. A ticket is a row if activations are no
+// elements, then a group of panels.
 static void NAME(linear_on_thread)(void *context, int thread) {
   const NAME(LinearCall) *call = context;
   const Weight *w = call->task.weight;
@@ -57,7 +57,8 @@ static void NAME(add_low_rank_row)(const ACTIVATION *h, const Site *site, long o
     long width = min_long(out - n, PANEL);
     NAME(widen_row)(y + n, width, wide);
     Tile acc;
-    for (int v = 0; v < PANEL_VECS; v++) acc[0][v] = f32_load_partial(wide + v * VEC_LANES, width - v * VEC_LANES);
+    for (int v = 0; v < PANEL_VECS; v++)
+      acc[0][v] = f32_load_partial(wide + v * VEC_LANES, width - v * VEC_LANES);
     NAME(expand)(h, 0, site, out, n / PANEL, 1, 1, acc);
     for (int v = 0; v < PANEL_VECS; v++) f32_store(wide + v * VEC_LANES, acc[0][v]);
     NAME(narrow_row)(wide, width, y + n);

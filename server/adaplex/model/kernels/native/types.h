@@ -1,6 +1,6 @@
-// The structs that Python passes, mirrored by structs.py; layouts.h lists their fields, and Python compares them
-// with its own when it loads the library. Integers are 64 bits wide except in arrays of tokens, positions and
-// blocks, so that no struct has padding.
+// The structs that Python passes, mirrored by structs.py; layouts.h lists their fields, and Python compares
+// them with its own when it loads the library. Integers are 64 bits wide except in arrays of tokens,
+// positions and blocks, so that no struct has padding.
 
 #pragma once
 

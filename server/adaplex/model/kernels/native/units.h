@@ -1,7 +1,7 @@
 // Multiplication of weights by activations, by the types of both.
 //
-// single: fp32 weights times fp32 activations. pair: bf16 weights times fp32 activations. native: bf16 weights
-// times bf16 activations, by AVX512-BF16.
+// single: fp32 weights times fp32 activations. pair: bf16 weights times fp32 activations. native: bf16
+// weights times bf16 activations, by AVX512-BF16.
 //
 // A unit is four bytes of weights for each column of a vector: one input in fp32, or two neighbouring inputs
 // in bf16, the first in the low half. A line is a register of weights along the inputs of one column.
@@ -109,15 +109,16 @@ INLINE void native_minus_sums(const uint16_t *x, long x_stride, long n, const in
 
 // words [V]: one unit of V vectors of columns; x: the activations of row 0 at the unit, rows x_stride apart.
 // acc[r][first + v] += words[v] * (x of row r), for R rows.
-#define DEFINE_MAC_ROWS(kind, Activation)                                                                     \
-  INLINE void kind##_mac_rows(Tile acc, const int first, const VecU32 *words, const int V, const Activation *x, \
-                              long x_stride, const int R) {                                                    \
-    kind##_Unit unit[4];                                                                                       \
-    UNROLL for (int v = 0; v < V; v++) unit[v] = kind##_unit(words[v]);                                        \
-    UNROLL for (int r = 0; r < R; r++) {                                                                       \
-      kind##_Unit spread = kind##_spread(x + r * x_stride);                                                    \
-      UNROLL for (int v = 0; v < V; v++) acc[r][first + v] = kind##_mac(acc[r][first + v], unit[v], spread);   \
-    }                                                                                                          \
+#define DEFINE_MAC_ROWS(kind, Activation)                                                  \
+  INLINE void kind##_mac_rows(Tile acc, const int first, const VecU32 *words, const int V, \
+                              const Activation *x, long x_stride, const int R) {           \
+    kind##_Unit unit[4];                                                                   \
+    UNROLL for (int v = 0; v < V; v++) unit[v] = kind##_unit(words[v]);                    \
+    UNROLL for (int r = 0; r < R; r++) {                                                   \
+      kind##_Unit spread = kind##_spread(x + r * x_stride);                                \
+      UNROLL for (int v = 0; v < V; v++)                                                   \
+        acc[r][first + v] = kind##_mac(acc[r][first + v], unit[v], spread);                \
+    }                                                                                      \
   }
 
 DEFINE_MAC_ROWS(single, float)

@@ -17,9 +17,9 @@
 #define NATIVE_BF16 1
 #endif
 
-// fp32 lanes of a register, and the largest tiles that fit all registers. TILE_PANELS(R) panels are multiplied
-// by R rows at once, CODE_PANELS(R) of those in codes, whose decoding takes registers: few rows need several
-// panels, so that the additions to one sum need not wait for each other.
+// fp32 lanes of a register, and the largest tiles that fit all registers. TILE_PANELS(R) panels are
+// multiplied by R rows at once, CODE_PANELS(R) of those in codes, whose decoding takes registers: few rows
+// need several panels, so that the additions to one sum need not wait for each other.
 #if defined(__AVX512F__)
 #define VEC_LANES 16
 #define TILE_ROWS 8
