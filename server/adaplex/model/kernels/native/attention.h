@@ -34,10 +34,10 @@ typedef struct {
   long tokens, group, dim, position;
   long window;  // visible keys, 0 for all
   float scale;
-  float *scores;     // scratch [tokens * group, stride]
+  float *scores;        // scratch [tokens * group, stride]
   ACTIVATION *weights;  // scratch [tokens * group, stride]
-  long stride;       // a multiple of PANEL, at least the number of keys
-  float *weighted;   // [tokens * group, dim]: the result
+  long stride;          // a multiple of PANEL, at least the number of keys
+  float *weighted;      // [tokens * group, dim]: the result
 } NAME(HeadAttention);
 
 // scores[row + r][t] = scale * q[row + r] keys[t], for R queries from `row` on and the tokens t of B blocks

@@ -6,9 +6,11 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 from adaplex.model.kernels.native.instruction_sets import InstructionSet
@@ -111,9 +113,6 @@ def run_bounded(command: list[str], errors: Path) -> int:
 
 def _zig() -> list[str] | None:
     """Returns the command of the compiler in PyPI's ziglang, if that is installed."""
-    import importlib.util
-    import sys
-
-    if importlib.util.find_spec("ziglang") is None:
+    if find_spec("ziglang") is None:
         return None
     return [sys.executable, "-m", "ziglang", "cc"]

@@ -12,7 +12,7 @@ import hashlib
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -31,6 +31,7 @@ from adaplex.model.kernels.native.instruction_sets import (
     chosen_set,
     processor_features,
 )
+from adaplex.model.progress import Progress, silent
 
 NO_MEMORY = 1
 ERRORS = {
@@ -48,7 +49,7 @@ PREBUILT = HERE / "prebuilt"
 def load_library(
     cache: Path,
     instructions: InstructionSet | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = silent,
 ) -> ctypes.CDLL:
     """Returns the library for an instruction set, by default `chosen_set()`: that of the wheel,
     or of `cache`, where it is built if it is missing, which `progress` tells. Raises BuildFailed,
@@ -68,7 +69,7 @@ def load_library(
     return library
 
 
-def _cached(folder: Path, chosen: InstructionSet, progress: Callable[[str], None]) -> Path:
+def _cached(folder: Path, chosen: InstructionSet, progress: Progress) -> Path:
     """Returns the library in the cache; builds it if it is missing. Without a compiler the newest
     one that any compiler built of these sources serves. A build that failed is not tried again
     with the same compiler until its note is removed. Raises BuildFailed.
@@ -94,7 +95,7 @@ def _build(
     compiler: Sequence[str],
     chosen: InstructionSet,
     target: Path,
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> None:
     """Builds `target`. Of several processes one builds, and the others wait. Raises BuildFailed."""
     target.parent.mkdir(parents=True, exist_ok=True)

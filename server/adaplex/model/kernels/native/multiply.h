@@ -44,7 +44,7 @@ static void NAME(prefetch_b)(const NAME(ProductTask) *task, long row, long rows,
   for (long last = row + rows; row < last; row++) {
     const Site *site = site_of(task->sites, row, task->module);
     if (!site || line * 64 >= site->rank * PANEL * (long)sizeof(ELEMENT)) continue;
-    prefetch((const char *)((const ELEMENT *)site->b + panel * PANEL * site->rank) + line * 64);
+    prefetch(NAME(b_panels)(task, row, panel) + line * 64);
   }
 }
 

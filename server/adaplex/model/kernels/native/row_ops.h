@@ -67,30 +67,16 @@ static void NAME(silu_multiply_row)(const float *gate, const float *up, long n, 
   }
 }
 
-// x [n] elements, to [n] fp32. to = x.
-static void NAME(widen_row)(const ELEMENT *x, long n, float *to) {
-  long i = 0;
-  for (; i + VEC_LANES <= n; i += VEC_LANES) f32_store(to + i, NAME(load)(x + i));
-  for (; i < n; i++) to[i] = NAME(widen)(x[i]);
-}
+// x [n] of type From, to [n] of type To. to = x, rounded. FROM(x) and TO(x) are x with the types' prefixes.
+#define DEFINE_CONVERSION(name, From, FROM, To, TO)                                  \
+  static void NAME(name)(const From *x, long n, To *to) {                            \
+    long i = 0;                                                                      \
+    for (; i + VEC_LANES <= n; i += VEC_LANES) TO(store)(to + i, FROM(load)(x + i)); \
+    for (; i < n; i++) to[i] = TO(narrow)(FROM(widen)(x[i]));                        \
+  }
 
-// x [n] fp32, to [n] elements. to = x, rounded.
-static void NAME(narrow_row)(const float *x, long n, ELEMENT *to) {
-  long i = 0;
-  for (; i + VEC_LANES <= n; i += VEC_LANES) NAME(store)(to + i, f32_load(x + i));
-  for (; i < n; i++) to[i] = NAME(narrow)(x[i]);
-}
-
-// x [n] elements, to [n] activations. to = x.
-static void NAME(activation_row)(const ELEMENT *x, long n, ACTIVATION *to) {
-  long i = 0;
-  for (; i + VEC_LANES <= n; i += VEC_LANES) ACT(store)(to + i, NAME(load)(x + i));
-  for (; i < n; i++) to[i] = ACT(narrow)(NAME(widen)(x[i]));
-}
-
-// x [n] fp32, to [n] activations. to = x, rounded.
-static void NAME(round_row)(const float *x, long n, ACTIVATION *to) {
-  long i = 0;
-  for (; i + VEC_LANES <= n; i += VEC_LANES) ACT(store)(to + i, f32_load(x + i));
-  for (; i < n; i++) to[i] = ACT(narrow)(x[i]);
-}
+DEFINE_CONVERSION(widen_row, ELEMENT, NAME, float, F32)
+DEFINE_CONVERSION(narrow_row, float, F32, ELEMENT, NAME)
+DEFINE_CONVERSION(activation_row, ELEMENT, NAME, ACTIVATION, ACT)
+DEFINE_CONVERSION(round_row, float, F32, ACTIVATION, ACT)
+#undef DEFINE_CONVERSION

@@ -72,17 +72,18 @@ int NAME(low_rank)(const ELEMENT *x, int64_t x_stride, int64_t in, ELEMENT *y, i
   long widest = 0;
   for (long s = 0; s < count; s++) widest = max_long(widest, sites[s]->rank);
   if (!widest) return DONE;
+  const int converts = sizeof(ELEMENT) != sizeof(ACTIVATION);
   long stride = widest + widest % PER_UNIT;
-  ACTIVATION *h = malloc(sizeof(ACTIVATION) * BLOCK_ROWS * (size_t)(stride + in));
+  ACTIVATION *h = malloc(sizeof(ACTIVATION) * BLOCK_ROWS * (size_t)(stride + (converts ? in : 0)));
   if (!h) return NO_MEMORY;
   ACTIVATION *inputs = h + BLOCK_ROWS * stride;
   for (long s = 0; s < count; s++)
     for (long row = spans[2 * s]; sites[s]->rank && row < spans[2 * s + 1];) {
       long rows = spans[2 * s + 1] - row >= BLOCK_ROWS ? BLOCK_ROWS : 1;
-      for (long r = 0; r < rows; r++)
+      for (long r = 0; converts && r < rows; r++)
         NAME(activation_row)(x + (row + r) * x_stride, in, inputs + r * in);
-      const NAME(ShrinkTask) shrink = {.x = inputs,
-                                       .x_stride = in,
+      const NAME(ShrinkTask) shrink = {.x = converts ? inputs : (const void *)(x + row * x_stride),
+                                       .x_stride = converts ? in : x_stride,
                                        .in_features = in,
                                        .a = sites[s]->a,
                                        .rank = sites[s]->rank,
