@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from adaplex.model.base.source import check_model
@@ -17,9 +18,8 @@ from adaplex.server.errors import ConfigError
 
 def check(config: ServerConfig) -> None:
     """Raises ConfigError, a line for each setting that the server could not start with."""
-    problems = [*_ports(config), *_model(config), *_folders(config), *_files(config)]
-    problems += _instruction_set()
-    if problems:
+    checks = (_ports(config), _model(config), _folders(config), _files(config), _instruction_set())
+    if problems := [*chain(*checks)]:
         raise ConfigError("\n".join(problems))
 
 

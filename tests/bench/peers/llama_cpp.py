@@ -62,14 +62,9 @@ class LlamaCpp(ProcessSystem):
             return
         wide = self._model.with_name("bf16.gguf")
         self._convert("convert_hf_to_gguf.py", [model], wide, "bf16", progress)
-        if self._model.is_file():
-            return
-        staging = self._model.with_suffix(".partial")
+        staging = self._staging(self._model)
         command = [self._folder / "build/bin/llama-quantize", wide, staging, "Q4_K_M"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise PeerError(f"llama-quantize: {done.stderr.strip()[-200:]}")
-        staging.rename(self._model)
+        self._write(self._model, command, progress)
 
     def _convert(
         self,
@@ -79,18 +74,27 @@ class LlamaCpp(ProcessSystem):
         kind: str,
         progress: ReportProgress,
     ) -> None:
-        """Runs one of llama.cpp's converters, unless `file` exists."""
+        """Runs one of llama.cpp's converters, unless `file` exists. Raises PeerError."""
+        python, script_file = self._folder / "env/bin/python", self._folder / "source" / script
+        staging = self._staging(file)
+        command = [python, script_file, *given, "--outfile", staging, "--outtype", kind]
+        self._write(file, command, progress)
+
+    @staticmethod
+    def _staging(file: Path) -> Path:
+        """Returns where a command writes what becomes `file`."""
+        return file.with_suffix(".partial")
+
+    def _write(self, file: Path, command: Sequence[Path | str], progress: ReportProgress) -> None:
+        """Runs a command that writes `_staging(file)`, unless `file` exists. Raises PeerError."""
         if file.is_file():
             return
         progress(f"{self.name}: converting into {file.name}")
-        staging = file.with_suffix(".partial")
-        python, script_file = self._folder / "env/bin/python", self._folder / "source" / script
-        command = [python, script_file, *given, "--outfile", staging, "--outtype", kind]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-            raise PeerError(f"{script}: {last[0]}")
-        staging.rename(file)
+            raise PeerError(f"{file.name}: {last[0]}")
+        self._staging(file).rename(file)
 
     async def __aenter__(self) -> Self:
         inputs = self._inputs

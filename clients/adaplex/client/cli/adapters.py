@@ -15,6 +15,7 @@ from adaplex.client import upload
 from adaplex.client.cli import adapter_tables, names, render
 from adaplex.client.cli.app import connect
 from adaplex.client.cli.arguments import AsJson, Name, Replace
+from adaplex.client.cli.commands import COMMANDS
 from adaplex.client.cli.plugins import AdapterCommands, offline
 from adaplex.client.cli.values import labels
 
@@ -22,7 +23,7 @@ app = typer.Typer(
     cls=AdapterCommands,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="List, upload, check, name and delete adapters.",
+    help=COMMANDS["adapters"],
 )
 for command in (
     names.merge,

@@ -23,13 +23,13 @@ from adaplex.client.bench.slora import SLoraPlan, run_slora
 from adaplex.client.bench.workload import MIXES, Trace
 from adaplex.client.cli import render
 from adaplex.client.cli.app import Target
+from adaplex.client.cli.commands import COMMANDS
 from adaplex.client.cli.values import length_range, numbers
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Send load to a running server and measure it. Prompts are random tokens, none repeated; "
-    "answers are greedy and of full length.",
+    help=COMMANDS["bench"],
 )
 
 Plan = TypeVar("Plan")
