@@ -20,7 +20,7 @@ SOURCES = (
     *("pyproject.toml", "README.md", "LICENSE", "protos", "clients", "deploy/wheel"),
     *("adapters/adaplex", "server/adaplex"),
 )
-"""What the build of a wheel reads."""
+"""Files and folders that the build of a wheel reads."""
 USE = """
 import torch
 from pathlib import Path

@@ -4,7 +4,7 @@ thread or several."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import pytest
@@ -19,15 +19,19 @@ WHOLE = ("fp32", "bf16")
 FEWER_BITS = ("nf4", "int8", "int4-group")
 IN_ALL = ("llama", "mixtral")
 """Architectures in every quantization: one for the C decoder, one for modules, with experts."""
+IN_TURN = {
+    (architecture, FEWER_BITS[index % len(FEWER_BITS)])
+    for index, architecture in enumerate(sorted(ARCHITECTURES.keys() - set(IN_ALL)))
+}
+"""Fewer bits change the products of linears alone: `make test` takes one for each other
+architecture, `make test-slow` the rest."""
 BASES = [
-    *((architecture, whole) for architecture in sorted(ARCHITECTURES) for whole in WHOLE),
-    *((architecture, fewer) for architecture in IN_ALL for fewer in FEWER_BITS),
-    *(
-        (architecture, FEWER_BITS[index % len(FEWER_BITS)])
-        for index, architecture in enumerate(sorted(ARCHITECTURES.keys() - set(IN_ALL)))
-    ),
+    pytest.param(
+        *pair,
+        marks=() if pair[1] in WHOLE or pair[0] in IN_ALL or pair in IN_TURN else pytest.mark.slow,
+    )
+    for pair in product(sorted(ARCHITECTURES), (*WHOLE, *FEWER_BITS))
 ]
-"""Fewer bits change the products of linears alone: other architectures have them in turn."""
 
 
 @pytest.fixture

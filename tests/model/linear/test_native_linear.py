@@ -211,7 +211,7 @@ NARROW = {
     "nf4": "a48faf8fa1ea24cb96ac2786281fd415e1e9421bddc7f3c310dc117badef0358",
     **dict.fromkeys(INT4, "52da9686df599a21c1b0c2bb88a0658249e3ad2ed078c394e397f07441155d29"),
 }
-"""The same with the narrow lines of the other sets."""
+"""SHA-256 of the same tensors, codes in the narrow lines of the other sets."""
 
 
 @each_instruction_set
