@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from bitsandbytes import functional as bnb_functional
 from torch import Tensor
 
-from adaplex.model.linear import bitsandbytes_linear, dense
+from adaplex.model.kernels import onednn
+from adaplex.model.linear import bitsandbytes_linear
 from adaplex.model.linear.backend import LinearBackend
 from adaplex.model.linear.bitsandbytes_linear import (
     Int8Linear,
@@ -141,7 +142,7 @@ def test_a_processor_that_cannot_prepack_multiplies_without(
         raise RuntimeError("bf16 path needs the cpu support avx512bw\nand a long trace")
 
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
-    dense._probe_prepacking.cache_clear()
+    onednn._probe.cache_clear()
     try:
         weight, x = torch.randn(48, 80).to(dtype), torch.randn(9, 80).to(dtype)
         layer, other = DenseLinear(weight, None), DenseLinear(weight, None)
@@ -152,6 +153,6 @@ def test_a_processor_that_cannot_prepack_multiplies_without(
         for row in range(9):
             assert torch.equal(layer(x[row : row + 1])[0], y[row])
     finally:
-        dense._probe_prepacking.cache_clear()
+        onednn._probe.cache_clear()
     (line,) = caplog.messages
     assert line.endswith("needs the cpu support avx512bw")

@@ -2,23 +2,30 @@
 them.
 
 They are row-invariant: the bits of row i of a result depend on row i of the inputs alone, not on
-the content or the number of other rows. BLAS sums the rows that remain after tiles of ROW_TILE in
-another order, so fp32 products are padded to whole tiles.
+the content or the number of other rows. BLAS chooses the order of sums by the number of rows;
+oneDNN does not, if rows are padded to whole tiles of ROW_TILE.
 """
 
 from __future__ import annotations
+
+import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adaplex.model.kernels import onednn
 from adaplex.model.kernels.paged_kv import AttentionOptions, PagedKV
 from adaplex.model.weights.int4_group import Int4Weight
 
 ROW_TILE = 4
-"""Rows of a tile. fp32 products of whole tiles give each row the same bits, on any number of
-threads; bf16 products of any number of rows do. Measured on 1 to 8 threads, see
-server/DECISIONS.md."""
+"""Rows of a tile. Products of whole tiles give each row the same bits, on any number of threads.
+Measured, see server/DECISIONS.md."""
+
+SHORT_SUM = 64
+"""Inner size of a batch of fp32 products, which BLAS adds in one order for all whole tiles of rows.
+Measured: up to 80 on Intel processors, any size on AMD's; see server/DECISIONS.md."""
 
 PARTITION = 256
 """Keys of one partition of attention. All products of partitions have the same inner size."""
@@ -40,9 +47,18 @@ def whole_tiles(x: Tensor) -> Tensor:
 
 def linear_rows(x: Tensor, weight: Tensor) -> Tensor:
     """x [rows, in], weight [out, in] -> x @ weight.T [rows, out], row-invariant."""
-    if x.dtype == torch.bfloat16:
-        return F.linear(x, weight)
-    return F.linear(whole_tiles(x), weight)[: x.shape[0]]
+    product = onednn.multiply if x.shape[1] and onednn.multiplies(weight) else F.linear
+    return product(whole_tiles(x), weight)[: x.shape[0]]
+
+
+def batch_product(x: Tensor, y: Tensor) -> Tensor:
+    """x [batch, rows, inner], y [batch, inner, out] -> x y [batch, rows, out], row-invariant if
+    rows are whole tiles.
+    """
+    if x.dtype == torch.bfloat16 or x.device.type != "cpu":
+        return torch.bmm(x, y)
+    parts = zip(x.split(SHORT_SUM, dim=2), y.split(SHORT_SUM, dim=1), strict=True)
+    return functools.reduce(torch.add, itertools.starmap(torch.bmm, parts))
 
 
 def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -89,7 +105,7 @@ def attend(query: Tensor, kv: PagedKV, options: AttentionOptions) -> Tensor:
         blocks = tables[:, start // block_tokens :][:, :per_partition].reshape(-1)
         k = kv.keys.index_select(1, blocks).view(kv_heads * batch, PARTITION, dk)
         v = kv.values.index_select(1, blocks).view(kv_heads * batch, PARTITION, dv)
-        scores = torch.bmm(q, k.transpose(1, 2)).view(kv_heads, batch, rows, PARTITION)
+        scores = batch_product(q, k.transpose(1, 2)).view(kv_heads, batch, rows, PARTITION)
         scores = scores.float() * options.scale
         if options.softcap is not None:
             scores = options.softcap * torch.tanh(scores / options.softcap)
@@ -120,6 +136,6 @@ def _merge(
     weights = torch.exp(scores - new_peak)
     fade = torch.exp(peak - new_peak)
     kv_heads, batch, rows, partition = scores.shape
-    part = torch.bmm(weights.view(-1, rows, partition).to(values.dtype), values)
+    part = batch_product(weights.view(-1, rows, partition).to(values.dtype), values)
     total = total * fade + weights.sum(-1, keepdim=True)
     return new_peak, total, weighted * fade + part.view(kv_heads, batch, rows, -1).float()
