@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def multiplies(weight: Tensor) -> bool:
-    """True if oneDNN can multiply by a weight of this type on this device."""
+    """weight [out, in] -> True if oneDNN can multiply by its type on its device."""
     on_cpu = weight.device.type == "cpu"
     return on_cpu and torch.backends.mkldnn.is_available() and _probe(weight.dtype)
 
