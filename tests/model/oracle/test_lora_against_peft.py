@@ -169,12 +169,23 @@ def test_a_step_of_one_merged_adapter_skips_the_base(
     assert used == ["lm_head"]
 
 
-@pytest.mark.parametrize("quantization", ["fp32", "bf16", "nf4", "int8", "int4-group"])
-@pytest.mark.parametrize(
-    ("mode", "native"),
-    [(AdapterMode.UNMERGED, True), (AdapterMode.UNMERGED, False), (AdapterMode.MERGED, True)],
-    ids=["native", "reference", "merged"],
-)
+BIT_EQUAL = [
+    pytest.param(
+        quantization,
+        *way,
+        marks=pytest.mark.slow if quantization in later else (),
+        id=f"{name}-{quantization}",
+    )
+    for name, way, later in (
+        ("native", (AdapterMode.UNMERGED, True), ()),
+        ("reference", (AdapterMode.UNMERGED, False), ("bf16", "int8", "int4-group")),
+        ("merged", (AdapterMode.MERGED, True), ("fp32", "nf4", "int8")),
+    )
+    for quantization in ("fp32", "bf16", "nf4", "int8", "int4-group")
+]
+
+
+@pytest.mark.parametrize(("quantization", "mode", "native"), BIT_EQUAL)
 def test_adapted_rows_are_bit_equal_alone_in_any_mix_and_after_reload(
     quantization: str,
     mode: AdapterMode,
