@@ -56,11 +56,13 @@ class Connection:
         metadata: Mapping[str, str] | None,
         actor: str | None = None,
         tls: bool | bytes | str | os.PathLike[str],
+        client_cert: str | os.PathLike[str] | None = None,
+        client_key: str | os.PathLike[str] | None = None,
     ) -> Connection:
         """Resolves the options of a client (see Client).
 
-        Raises InvalidArgument for an actor of another length than 1 to 128 characters, and for
-        metadata that is not printable ASCII.
+        Raises InvalidArgument for an actor of another length than 1 to 128 characters, for metadata
+        that is not printable ASCII, and for PEM files that are missing or cannot be read.
         """
         sent = {key.lower(): value for key, value in (metadata or {}).items()}
         if token is not None:
@@ -75,7 +77,7 @@ class Connection:
             target=target or os.environ.get("ADAPLEX_TARGET") or DEFAULT_TARGET,
             timeout=timeout,
             metadata=tuple(sent.items()),
-            credentials=_credentials(tls),
+            credentials=_credentials(tls, client_cert, client_key),
         )
 
     def blocking_channel(self) -> grpc.Channel:
@@ -127,10 +129,28 @@ def _check_metadata(field: str, value: str) -> None:
         raise InvalidArgument.because(field, "must be printable ASCII")
 
 
-def _credentials(tls: bool | bytes | str | os.PathLike[str]) -> grpc.ChannelCredentials | None:
+def _credentials(
+    tls: bool | bytes | str | os.PathLike[str],
+    client_cert: str | os.PathLike[str] | None,
+    client_key: str | os.PathLike[str] | None,
+) -> grpc.ChannelCredentials | None:
+    """Returns None without TLS. Raises InvalidArgument."""
+    pair = {"client_cert": client_cert, "client_key": client_key}
+    missing = [name for name, path in pair.items() if path is None]
+    if len(missing) == 1:
+        raise InvalidArgument.because(missing[0], "client_cert and client_key go together")
     if tls is False:
+        if not missing:
+            raise InvalidArgument.because("tls", "client_cert needs TLS; set tls too")
         return None
-    if tls is True:
-        return grpc.ssl_channel_credentials()
-    roots = tls if isinstance(tls, bytes) else Path(tls).read_bytes()
-    return grpc.ssl_channel_credentials(root_certificates=roots)
+    roots = None if tls is True else tls if isinstance(tls, bytes) else _read("tls", tls)
+    chain, key = (None if path is None else _read(name, path) for name, path in pair.items())
+    return grpc.ssl_channel_credentials(roots, key, chain)
+
+
+def _read(field: str, path: str | os.PathLike[str]) -> bytes:
+    """Returns the content of a file. Raises InvalidArgument."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InvalidArgument.because(field, f"cannot read {path}: {error.strerror}") from error

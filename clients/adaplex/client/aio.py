@@ -46,10 +46,19 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
         actor: str | None = None,
         tls: bool | bytes | str | os.PathLike[str] = False,
+        client_cert: str | os.PathLike[str] | None = None,
+        client_key: str | os.PathLike[str] | None = None,
     ) -> None:
         self._transport = AsyncTransport(
             Connection.from_options(
-                target, timeout=timeout, token=token, metadata=metadata, actor=actor, tls=tls
+                target,
+                timeout=timeout,
+                token=token,
+                metadata=metadata,
+                actor=actor,
+                tls=tls,
+                client_cert=client_cert,
+                client_key=client_key,
             )
         )
         channel = self._transport.channel

@@ -35,6 +35,7 @@ class Client:
     `metadata`: sent with every call, printable ASCII.
     `actor`: the caller's self-reported identity, recorded in adapter history; 1 to 128 characters.
     `tls`: True trusts the system's roots; PEM roots can be given as bytes or as a file's path.
+    `client_cert`, `client_key`: PEM files by which a server with `tls_client_ca` knows the client.
 
     Every call raises AdaplexClientError if it fails (see `errors`), and InvalidArgument before
     sending for a value that its field cannot hold. Nothing is retried.
@@ -49,10 +50,19 @@ class Client:
         metadata: Mapping[str, str] | None = None,
         actor: str | None = None,
         tls: bool | bytes | str | os.PathLike[str] = False,
+        client_cert: str | os.PathLike[str] | None = None,
+        client_key: str | os.PathLike[str] | None = None,
     ) -> None:
         self._transport = Transport(
             Connection.from_options(
-                target, timeout=timeout, token=token, metadata=metadata, actor=actor, tls=tls
+                target,
+                timeout=timeout,
+                token=token,
+                metadata=metadata,
+                actor=actor,
+                tls=tls,
+                client_cert=client_cert,
+                client_key=client_key,
             )
         )
         channel = self._transport.channel

@@ -174,6 +174,15 @@ ERRORS: Mapping[grpc.StatusCode, type[AdaplexClientError]] = {
 }
 """The error of every status but OK."""
 
+TLS_HINTS = {
+    "WRONG_VERSION_NUMBER": "the server does not speak TLS: connect without tls",
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not of a trusted root: give its root "
+    "as tls (--tls-roots)",
+    "Socket closed": "if the server speaks TLS, set tls (--tls or --tls-roots), and client_cert if "
+    "it asks for one",
+}
+"""Part of grpc's text for a connection that could not be made -> what to do."""
+
 
 @contextmanager
 def translate_errors(request_id: str) -> Iterator[None]:
@@ -201,8 +210,11 @@ def from_rpc(error: grpc.RpcError, request_id: str) -> AdaplexClientError:
             info_retry = error_details_pb2.RetryInfo()
             detail.Unpack(info_retry)
             retry = info_retry.retry_delay.ToTimedelta().total_seconds()
+    message = error.details() or rich.message
+    if error.code() is grpc.StatusCode.UNAVAILABLE and "failed to connect" in message:
+        message = "; ".join([message, *(TLS_HINTS[part] for part in TLS_HINTS if part in message)])
     return ERRORS[error.code()](
-        error.details() or rich.message,
+        message,
         code=error.code(),
         reason=info.reason,
         metadata=dict(info.metadata),

@@ -27,6 +27,7 @@ from adaplex.server.pin_follower import PinFollower
 from adaplex.server.services.adapters import AdapterService
 from adaplex.server.services.generation import GenerationService
 from adaplex.server.services.info import AdapterSizes, InfoService
+from adaplex.server.tls import Certificates, TlsFiles
 from adaplex.server.upload import Receiver
 from adaplex.v1 import (
     adapters_pb2,
@@ -70,6 +71,8 @@ class Server:
         self._pins = PinFollower(components.registry, components.engine)
         self._fetch_threads = ThreadPoolExecutor(FETCH_THREADS, "fetch")
         self._generator = self._make_generator()
+        files = TlsFiles.of(components.config)
+        self._certificates = Certificates(files) if files else None
         self._grpc = grpc.aio.server(interceptors=[self._edge], options=_options(components.config))
         self._add_services()
         self._http: HttpServer | None = None
@@ -87,13 +90,14 @@ class Server:
     async def start(self) -> None:
         """Binds both ports and starts to serve. Raises ConfigError for a port that is not free."""
         config = self._config
-        self.port = _bind(self._grpc, config)
+        self.port = _bind(self._grpc, config, self._certificates)
         try:
             self._http = HttpServer(
                 config.http_host,
                 config.http_port,
                 self._components.prometheus,
                 lambda: self._health.ready,
+                self._certificates,
             )
         except OSError as error:
             where = f"{config.http_host}:{config.http_port}"
@@ -218,12 +222,15 @@ def _version() -> str:
         return "unknown"
 
 
-def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
+def _bind(server: grpc.aio.Server, config: ServerConfig, certificates: Certificates | None) -> int:
     host = f"[{config.host}]" if ":" in config.host else config.host
+    address = f"{host}:{config.port}"
     try:
-        return server.add_insecure_port(f"{host}:{config.port}")
+        if certificates is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, certificates.for_grpc())
     except RuntimeError as error:
-        raise ConfigError(f"port: cannot bind {host}:{config.port}; is it in use?") from error
+        raise ConfigError(f"port: cannot bind {address}; is it in use?") from error
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:

@@ -94,6 +94,17 @@ class ServerConfig(BaseSettings):
     port: Port = Field(50051, description="Port of gRPC; 0 picks a free one.")
     http_host: str = Field("127.0.0.1", description="Address that /metrics and /health bind.")
     http_port: Port = Field(9400, description="Port of /metrics and /health; 0 picks a free one.")
+    tls_cert: Path | None = Field(
+        None,
+        description="PEM certificate chain of both ports, which then speak TLS only; read again "
+        "when it changes. Needs tls_key.",
+    )
+    tls_key: Path | None = Field(None, description="PEM private key of tls_cert, unencrypted.")
+    tls_client_ca: Path | None = Field(
+        None,
+        description="PEM roots of client certificates, which gRPC and /metrics then require; "
+        "/health does not.",
+    )
     max_connection_age: Annotated[Seconds, Field(ge=1, le=MAX_CONNECTION_AGE)] = Field(
         3600,
         description="Age at which the server closes a gRPC connection, so that load balancers can "

@@ -14,11 +14,15 @@ from adaplex.model.errors import ModelSourceError
 from adaplex.model.kernels.native.instruction_sets import UnknownInstructionSet, chosen_set
 from adaplex.server.config import ServerConfig
 from adaplex.server.errors import ConfigError
+from adaplex.server.tls import Certificates, TlsFiles
 
 
 def check(config: ServerConfig) -> None:
     """Raises ConfigError, a line for each setting that the server could not start with."""
-    checks = (_ports(config), _model(config), _folders(config), _files(config), _instruction_set())
+    checks = (
+        *(_ports(config), _tls(config), _model(config), _folders(config), _files(config)),
+        _instruction_set(),
+    )
     if problems := [*chain(*checks)]:
         raise ConfigError("\n".join(problems))
 
@@ -53,6 +57,14 @@ def _port(host_name: str, host: str, port_name: str, port: int) -> Iterator[str]
                 yield f"{port_name}: {port} needs privileges; choose a port from 1024 on"
             else:
                 yield f"{host_name}: cannot bind {host}: {error.strerror}"
+
+
+def _tls(config: ServerConfig) -> Iterator[str]:
+    try:
+        if files := TlsFiles.of(config):
+            Certificates(files)
+    except ConfigError as error:
+        yield str(error)
 
 
 def _model(config: ServerConfig) -> Iterator[str]:

@@ -34,22 +34,20 @@ class Target:
     tls: bool | Path
     timeout: float
     actor: str | None
+    client_cert: Path | None
+    client_key: Path | None
 
     def client(self) -> Client:
         """Returns a new client, to be used in `with`."""
         from adaplex.client.client import Client  # imports grpc, which --help does not need
 
-        return Client(
-            self.target, token=self.token, tls=self.tls, timeout=self.timeout, actor=self.actor
-        )
+        return Client(**vars(self))
 
     def async_client(self) -> AsyncClient:
         """Returns a new client for asyncio, to be used in `async with`."""
         from adaplex.client.aio import AsyncClient
 
-        return AsyncClient(
-            self.target, token=self.token, tls=self.tls, timeout=self.timeout, actor=self.actor
-        )
+        return AsyncClient(**vars(self))
 
 
 def connect(context: typer.Context) -> Client:
@@ -84,6 +82,24 @@ def root(
             help="Use TLS, trusting the roots of this PEM file.",
         ),
     ] = None,
+    client_cert: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="ADAPLEX_CLIENT_CERT",
+            exists=True,
+            dir_okay=False,
+            help="PEM certificate that shows the server who calls; needs --client-key and TLS.",
+        ),
+    ] = None,
+    client_key: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="ADAPLEX_CLIENT_KEY",
+            exists=True,
+            dir_okay=False,
+            help="PEM key of --client-cert.",
+        ),
+    ] = None,
     timeout: Annotated[
         float, typer.Option(min=0.001, help="Seconds of a call, at most.")
     ] = DEFAULT_TIMEOUT,
@@ -100,4 +116,4 @@ def root(
     ] = False,
 ) -> None:
     """Multi-adapter inference: one base model, an adapter per request."""
-    context.obj = Target(target, token, tls_roots or tls, timeout, actor)
+    context.obj = Target(target, token, tls_roots or tls, timeout, actor, client_cert, client_key)
