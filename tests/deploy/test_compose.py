@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from adaplex.server.config import ServerConfig
 from adaplex.server.load_config import load_config
@@ -106,6 +107,22 @@ def test_mounted_files_are_in_the_repository(compose: Json) -> None:
             source = volume["source"] if isinstance(volume, dict) else volume.split(":")[0]
             if source.startswith("."):
                 assert (DEPLOY / source).is_dir(), source
+
+
+def test_the_network_file_publishes_only_with_tls_and_tokens() -> None:
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("!override", lambda loader, node: loader.construct_sequence(node))
+    text = (DEPLOY / "compose.network.yaml").read_text()
+    server = yaml.load(text, Loader)["services"]["server"]
+    given = server["environment"]
+    assert given.keys() <= {f"ADAPLEX_{name.upper()}" for name in ServerConfig.model_fields}
+    assert given["ADAPLEX_INSECURE"] == "false"
+    (secrets,) = server["volumes"]
+    for name in ("TLS_CERT", "TLS_KEY", "TOKENS_FILE"):
+        assert Path(given[f"ADAPLEX_{name}"]).parent == Path(secrets["target"])
+    assert server["ports"] == ["50051:50051", "9400:9400"]
 
 
 def test_server_runs_with_the_least_rights(compose: Json) -> None:

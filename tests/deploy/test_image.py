@@ -17,7 +17,9 @@ from prometheus_client import CollectorRegistry
 from adaplex.server.config import ServerConfig
 from adaplex.server.http import HttpServer
 from adaplex.server.load_config import load_config
+from adaplex.server.tls import Certificates, TlsFiles
 from deploy.conftest import DEPLOY, ROOT
+from server.certificates import Authority
 from time_limits import WAIT_SECONDS
 
 Check = Callable[[str], "subprocess.CompletedProcess[str]"]
@@ -159,11 +161,11 @@ def check(final: list[tuple[str, str]]) -> Check:
     assert command[0] == "python"
     assert Path(command[1]).name == "healthcheck.py"
 
-    def run(port: str) -> subprocess.CompletedProcess[str]:
+    def run(port: str, **environment: str) -> subprocess.CompletedProcess[str]:
         proxy = {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
         return subprocess.run(
             [sys.executable, DEPLOY / "healthcheck.py"],
-            env={**os.environ, **proxy, "ADAPLEX_HTTP_PORT": port},
+            env={**os.environ, **proxy, "ADAPLEX_HTTP_PORT": port, **environment},
             capture_output=True,
             text=True,
             check=False,
@@ -180,6 +182,21 @@ def test_health_check_follows_the_server(check: Check, ready: bool, status: int)
         assert check(str(server.port)).returncode == status
     finally:
         server.close()
+
+
+def test_health_check_speaks_tls_where_the_server_does(check: Check, tmp_path: Path) -> None:
+    pair = Authority(tmp_path).issue("server")
+    certificates = Certificates(TlsFiles(pair.cert, pair.key, None))
+    server = HttpServer("127.0.0.1", 0, CollectorRegistry(), lambda: True, certificates)
+    try:
+        assert check(str(server.port), ADAPLEX_TLS_CERT=str(pair.cert)).returncode == 0
+        assert check(str(server.port)).returncode == 1
+    finally:
+        server.close()
+
+
+def test_the_image_alone_is_refused_on_its_addresses(final: list[tuple[str, str]]) -> None:
+    assert "ADAPLEX_INSECURE" not in environment(final), "whoever runs it decides that"
 
 
 def test_health_check_fails_when_nothing_listens(check: Check) -> None:

@@ -23,10 +23,21 @@ ALERTS = [
 ]
 
 
-def test_configuration_is_valid(promtool: Run) -> None:
-    done = promtool("check", "config", "prometheus.yml")
+@pytest.mark.parametrize("name", ["prometheus.yml", "network.yml"])
+def test_configuration_is_valid(name: str, promtool: Run) -> None:
+    syntax = ["--syntax-only"] if name == "network.yml" else []  # the token is elsewhere
+    done = promtool("check", "config", *syntax, name)
     assert done.returncode == 0, done.stdout
-    assert "1 rule files found" in done.stdout
+    assert syntax or "1 rule files found" in done.stdout
+
+
+def test_the_network_configuration_differs_by_credentials_alone() -> None:
+    plain, network = (read_yaml(PROMETHEUS / name) for name in ("prometheus.yml", "network.yml"))
+    job = network["scrape_configs"][0]
+    assert job.pop("scheme") == "https"
+    assert job.pop("authorization")["credentials_file"].startswith("/run/adaplex/")
+    assert job.pop("tls_config")["ca_file"].startswith("/run/adaplex/")
+    assert network == plain
 
 
 def test_rules_are_valid(promtool: Run) -> None:

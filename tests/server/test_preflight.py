@@ -13,8 +13,11 @@ import pytest
 
 from adaplex.model.kernels.native import instruction_sets
 from adaplex.server import preflight
+from adaplex.server.access.principal import Scope
+from adaplex.server.access.token_file import TokenFile
 from adaplex.server.config import ServerConfig
 from adaplex.server.errors import ConfigError
+from server.certificates import Authority
 from time_limits import WAIT_SECONDS
 
 
@@ -58,10 +61,36 @@ def test_one_port_for_both(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["host", "http_host"])
 def test_an_address_of_another_machine(name: str, tmp_path: Path) -> None:
-    [line] = problems(tmp_path, **{name: "192.0.2.1"})
+    [line] = problems(tmp_path, **{name: "192.0.2.1"}, insecure=True)
     assert line.startswith(f"{name}: cannot bind 192.0.2.1: ")
     [line] = problems(tmp_path, **{name: "256.0.0.1"})
     assert line.startswith(f"{name}: 256.0.0.1 is no address: ")
+
+
+@pytest.mark.parametrize("name", ["host", "http_host"])
+def test_an_address_beyond_loopback_needs_tls_and_tokens(name: str, tmp_path: Path) -> None:
+    pair = Authority(tmp_path).issue("server")
+    tls = {"tls_cert": pair.cert, "tls_key": pair.key}
+    file = TokenFile(tmp_path / "tokens.json")
+    file.create("ci", tenant="t", scopes=frozenset([Scope.ADMIN]))
+    tokens = {"tokens_file": file.path}
+    for lacking, given in (
+        ("--tls-cert and --tokens-file", {}),
+        ("--tokens-file", tls),
+        ("--tls-cert", tokens),
+    ):
+        [line] = problems(tmp_path, **{name: "0.0.0.0"}, **given)
+        assert line.startswith(f"{name}: 0.0.0.0 is not loopback, where others can call")
+        assert f"set {lacking}, or --insecure" in line
+    assert problems(tmp_path, **{name: "0.0.0.0"}, **tls, **tokens) == []
+    assert problems(tmp_path, **{name: "0.0.0.0"}, insecure=True) == []
+    assert problems(tmp_path, **{name: "localhost"}) == []
+
+
+def test_files_of_certificates_and_tokens_are_read(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    lines = problems(tmp_path, tls_cert=gone, tls_key=gone, tokens_file=gone)
+    assert [line.split(":")[0] for line in lines] == ["tls_cert", "tls_key", "tokens_file"]
 
 
 def test_paths_that_do_not_exist(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_reflection.v1alpha import reflection
 
 from adaplex.engine.request import AdapterMode
+from adaplex.server.access.guard import Guard
 from adaplex.server.components import Components
 from adaplex.server.config import MAX_CHUNK_BYTES, ServerConfig
 from adaplex.server.errors import ConfigError
@@ -66,7 +67,8 @@ class Server:
             store_bytes=components.config.max_store_bytes,
             cache_bytes=components.config.cache_bytes,
         )
-        self._edge = EdgeInterceptor(RpcMetrics(components.prometheus))
+        self._guard = Guard.of(components.config)
+        self._edge = EdgeInterceptor(RpcMetrics(components.prometheus), self._guard)
         self._health = Health(SERVICES, self._engine_alive)
         self._pins = PinFollower(components.registry, components.engine)
         self._fetch_threads = ThreadPoolExecutor(FETCH_THREADS, "fetch")
@@ -98,6 +100,7 @@ class Server:
                 self._components.prometheus,
                 lambda: self._health.ready,
                 self._certificates,
+                self._guard,
             )
         except OSError as error:
             where = f"{config.http_host}:{config.http_port}"
@@ -146,6 +149,8 @@ class Server:
         await self._components.engine.stop()
         if self._http is not None:
             await asyncio.to_thread(self._http.close)
+        if self._guard is not None:
+            self._guard.close()
         self._generator.close()
         self._fetch_threads.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._components.registry.close)

@@ -13,27 +13,26 @@ from pydantic_settings import (
 )
 
 from adaplex.server.config_types import (
-    MAX_CONNECTION_AGE,
     MIB,
     Count,
     GroupSize,
     NamedPaths,
     Names,
     Paths,
-    Port,
     PositiveSeconds,
     Seconds,
     Share,
     available_cpus,
     default_store,
 )
+from adaplex.server.network_config import NetworkConfig
 
 MAX_CHUNK_BYTES = MIB
 """Data of one upload chunk. The largest gRPC message, so also the longest prompt text, is a little
 larger: app.MAX_MESSAGE_BYTES."""
 
 
-class ServerConfig(BaseSettings):
+class ServerConfig(NetworkConfig, BaseSettings):
     """Every setting of the server, frozen. A flag overrides ADAPLEX_<NAME>, which overrides the
     YAML file, which overrides the default. Byte sizes accept units, such as 512MiB.
     """
@@ -88,33 +87,6 @@ class ServerConfig(BaseSettings):
         "auto",
         description="Compute threads; auto is every core, less one for the network from three "
         "cores on.",
-    )
-
-    host: str = Field("127.0.0.1", description="Address that gRPC binds.")
-    port: Port = Field(50051, description="Port of gRPC; 0 picks a free one.")
-    http_host: str = Field("127.0.0.1", description="Address that /metrics and /health bind.")
-    http_port: Port = Field(9400, description="Port of /metrics and /health; 0 picks a free one.")
-    tls_cert: Path | None = Field(
-        None,
-        description="PEM certificate chain of both ports, which then speak TLS only; read again "
-        "when it changes. Needs tls_key.",
-    )
-    tls_key: Path | None = Field(None, description="PEM private key of tls_cert, unencrypted.")
-    tls_client_ca: Path | None = Field(
-        None,
-        description="PEM roots of client certificates, which gRPC and /metrics then require; "
-        "/health does not.",
-    )
-    max_connection_age: Annotated[Seconds, Field(ge=1, le=MAX_CONNECTION_AGE)] = Field(
-        3600,
-        description="Age at which the server closes a gRPC connection, so that load balancers can "
-        "move clients; running requests get the same time again.",
-    )
-    shutdown_timeout: Seconds = Field(
-        30, description="Time that running requests get after SIGTERM."
-    )
-    stall_timeout: PositiveSeconds = Field(
-        60, description="Time without a heartbeat of the engine until health says NOT_SERVING."
     )
 
     store_dir: Path = Field(

@@ -3,7 +3,10 @@
 AdaplexError            (adaplex.adapters.errors)
 └── RequestError        (adaplex.engine.errors)
     ├── UploadsBusy     too many uploads at once; has the delay to try again
-    └── UploadIdle      the client of an upload stopped sending
+    ├── UploadIdle      the client of an upload stopped sending
+    ├── Unauthenticated no valid credential
+    ├── ScopeMissing    the principal may not do that
+    └── AuthenticationBusy  too many tokens are being checked; has the delay to try again
 ConfigError             the settings cannot be served; ends the start
 """
 
@@ -26,6 +29,23 @@ class UploadIdle(RequestError):
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"upload: nothing received for {seconds:g} s; send chunks without pauses")
+
+
+class Unauthenticated(RequestError):
+    """The call shows no credential, or none that is valid."""
+
+
+class ScopeMissing(RequestError):
+    """The principal lacks the scope that the call needs."""
+
+
+class AuthenticationBusy(RequestError):
+    """As many tokens as allowed wait to be checked for the first time."""
+
+    def __init__(self, limit: int, retry_after: float = 1.0) -> None:
+        super().__init__(f"{limit} tokens are being checked, the limit; try again")
+        self.retry_after = retry_after
+        """Seconds."""
 
 
 class ConfigError(Exception):

@@ -13,6 +13,9 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import structlog
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
+from adaplex.server.access.authenticator import Credential
+from adaplex.server.access.guard import Guard
+from adaplex.server.errors import AuthenticationBusy, ScopeMissing, Unauthenticated
 from adaplex.server.tls import Certificates
 
 if TYPE_CHECKING:
@@ -22,8 +25,9 @@ log = structlog.get_logger("adaplex.http")
 
 TIMEOUT_SECONDS = 10
 """Time that a client has for its handshake, and again to send its request."""
-VERIFIED = "SSL_CLIENT_VERIFY"
-"""WSGI variable: SUCCESS if the client has shown a certificate that tls_client_ca signed."""
+VERIFIED, COMMON_NAME = "SSL_CLIENT_VERIFY", "SSL_CLIENT_S_DN_CN"
+"""WSGI variables: SUCCESS if the client has shown a certificate that tls_client_ca signed, and the
+common name in it."""
 HANDSHAKE = b"\x16"
 """First byte of a TLS client."""
 PLAIN_ANSWER = (
@@ -42,10 +46,14 @@ class HttpServer:
         registry: CollectorRegistry,
         ready: Callable[[], bool],
         certificates: Certificates | None = None,
+        guard: Guard | None = None,
     ) -> None:
-        """Binds at once; port 0 picks a free one. Speaks TLS with certificates. Raises OSError."""
+        """Binds at once; port 0 picks a free one. Speaks TLS with certificates, and admits to
+        metrics whom the guard admits. Raises OSError.
+        """
         verify = certificates is not None and certificates.files.client_ca is not None
-        app = _routes(make_wsgi_app(registry), ready, verify=verify)
+        metrics = _guarded(make_wsgi_app(registry), guard, verify=verify)
+        app = _routes(metrics, ready)
         self._server = make_server(host, port, app, _ThreadingServer, _QuietHandler)
         self._server.certificates = certificates
         self._thread = threading.Thread(
@@ -65,29 +73,56 @@ class HttpServer:
         self._thread.join()
 
 
-def _routes(
-    metrics: WSGIApplication, ready: Callable[[], bool], *, verify: bool
-) -> WSGIApplication:
-    """Returns the WSGI application of the port. `verify` demands a certificate for metrics."""
+def _routes(metrics: WSGIApplication, ready: Callable[[], bool]) -> WSGIApplication:
+    """Returns the WSGI application of the port."""
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            status, body = "405 Method Not Allowed", b"method not allowed\n"
-        elif path == "/metrics" and verify and environ[VERIFIED] != "SUCCESS":
-            status, body = "403 Forbidden", b"needs a certificate signed by tls_client_ca\n"
-        elif path == "/metrics":
+            return _answer(start_response, "405 Method Not Allowed", "method not allowed")
+        if path == "/metrics":
             return metrics(environ, start_response)
-        elif path == "/health":
-            is_ready = ready()
-            status = "200 OK" if is_ready else "503 Service Unavailable"
-            body = b"serving\n" if is_ready else b"not serving\n"
-        else:
-            status, body = "404 Not Found", b"not found\n"
-        start_response(status, [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
-        return [body]
+        if path != "/health":
+            return _answer(start_response, "404 Not Found", "not found")
+        if ready():
+            return _answer(start_response, "200 OK", "serving")
+        return _answer(start_response, "503 Service Unavailable", "not serving")
 
     return app
+
+
+def _guarded(metrics: WSGIApplication, guard: Guard | None, *, verify: bool) -> WSGIApplication:
+    """Returns /metrics for callers that may read it; `verify` demands a client certificate."""
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if verify and environ[VERIFIED] != "SUCCESS":
+            message = "needs a certificate signed by tls_client_ca"
+            return _answer(start_response, "403 Forbidden", message)
+        try:
+            if guard is not None:
+                header = environ.get("HTTP_AUTHORIZATION", "")
+                guard.admit_to_metrics(Credential(header, environ[COMMON_NAME]))
+        except Unauthenticated as error:
+            challenge = ("WWW-Authenticate", "Bearer")
+            return _answer(start_response, "401 Unauthorized", str(error), challenge)
+        except ScopeMissing as error:
+            return _answer(start_response, "403 Forbidden", str(error))
+        except AuthenticationBusy as error:
+            retry = ("Retry-After", f"{error.retry_after:.0f}")
+            return _answer(start_response, "429 Too Many Requests", str(error), retry)
+        return metrics(environ, start_response)
+
+    return app
+
+
+def _answer(
+    start_response: StartResponse, status: str, message: str, *headers: tuple[str, str]
+) -> list[bytes]:
+    """Starts a response of one line of text, and returns its body."""
+    body = f"{message}\n".encode()
+    usual = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))]
+    start_response(status, [*usual, *headers])
+    return [body]
 
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):
@@ -115,11 +150,13 @@ class _QuietHandler(WSGIRequestHandler):
     timeout = TIMEOUT_SECONDS
 
     def get_environ(self) -> WSGIEnvironment:
-        """Returns the variables of the request, and VERIFIED."""
-        environ = super().get_environ()
+        """Returns the variables of the request, and those of the client's certificate."""
         secured = isinstance(self.request, ssl.SSLSocket)
-        shown = secured and bool(self.request.getpeercert())
-        return environ | {VERIFIED: "SUCCESS" if shown else "NONE"}
+        certificate = (secured and self.request.getpeercert()) or {}
+        subject = [pair for part in certificate.get("subject", ()) for pair in part]
+        common = dict(subject).get("commonName", "")
+        shown = {VERIFIED: "SUCCESS" if certificate else "NONE", COMMON_NAME: common}
+        return super().get_environ() | shown
 
     def log_message(self, format: str, *args: object) -> None:
         """Logs nothing: a scrape is not worth a line."""

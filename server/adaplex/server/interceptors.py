@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha.reflection import SERVICE_NAME as REFLECTION_SERVIC
 from grpc_status import rpc_status
 
 from adaplex.engine.errors import ServerUnavailable
+from adaplex.server.access.guard import Guard
 from adaplex.server.metrics import RpcMetrics
 from adaplex.server.rich_status import status_of
 from adaplex.server.rpc_context import (
@@ -23,6 +24,7 @@ from adaplex.server.rpc_context import (
     Inflight,
     RpcContext,
     actor_of,
+    credential_of,
     deadline_of,
     enter_rpc,
     request_id_of,
@@ -48,8 +50,8 @@ KINDS = {
 class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps every handler; the only place that turns exceptions into statuses."""
 
-    def __init__(self, metrics: RpcMetrics) -> None:
-        self._metrics = metrics
+    def __init__(self, metrics: RpcMetrics, guard: Guard | None = None) -> None:
+        self._metrics, self._guard = metrics, guard
         self.inflight = Inflight()
         self.draining = False
         """True once new RPCs are refused."""
@@ -97,6 +99,9 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         try:
             rpc.request_id = request_id_of(context)
             rpc.actor = actor_of(context)
+            if self._guard is not None:
+                rpc.principal = await self._guard.admit(service, method, credential_of(context))
+                rpc.actor = rpc.principal.name if rpc.principal else ""
             enter_rpc(rpc)
             echo = ((REQUEST_ID, rpc.request_id),)
             context.set_trailing_metadata(echo)
@@ -136,6 +141,7 @@ def _log(rpc: RpcContext, code: grpc.StatusCode, seconds: float, failure: Except
     fields = {
         "request_id": rpc.request_id,
         "method": f"{rpc.service}/{rpc.method}",
+        **({"principal": rpc.principal.name} if rpc.principal else {}),
         "code": code.name,
         "total_ms": round(seconds * 1e3, 2),
         **rpc.log,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import socket
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from adaplex.model.base.source import check_model
 from adaplex.model.errors import ModelSourceError
 from adaplex.model.kernels.native.instruction_sets import UnknownInstructionSet, chosen_set
+from adaplex.server.access.token_file import TokenFile
 from adaplex.server.config import ServerConfig
 from adaplex.server.errors import ConfigError
 from adaplex.server.tls import Certificates, TlsFiles
@@ -20,7 +22,15 @@ from adaplex.server.tls import Certificates, TlsFiles
 def check(config: ServerConfig) -> None:
     """Raises ConfigError, a line for each setting that the server could not start with."""
     checks = (
-        *(_ports(config), _tls(config), _model(config), _folders(config), _files(config)),
+        *(
+            _ports(config),
+            _exposed(config),
+            _tls(config),
+            _tokens(config),
+            _model(config),
+            _folders(config),
+            _files(config),
+        ),
         _instruction_set(),
     )
     if problems := [*chain(*checks)]:
@@ -57,6 +67,44 @@ def _port(host_name: str, host: str, port_name: str, port: int) -> Iterator[str]
                 yield f"{port_name}: {port} needs privileges; choose a port from 1024 on"
             else:
                 yield f"{host_name}: cannot bind {host}: {error.strerror}"
+
+
+def _exposed(config: ServerConfig) -> Iterator[str]:
+    """Yields which address other machines reach, without TLS or without tokens."""
+    if config.insecure:
+        return
+    lacking = [
+        setting
+        for setting, value in (("tls_cert", config.tls_cert), ("tokens_file", config.tokens_file))
+        if value is None
+    ]
+    flags = " and ".join(f"--{setting.replace('_', '-')}" for setting in lacking)
+    for name, host in (("host", config.host), ("http_host", config.http_host)):
+        if lacking and not _is_loopback(host):
+            yield (
+                f"{name}: {host} is not loopback, where others can call and listen; set {flags}, "
+                "or --insecure where every peer is trusted"
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    """True if all addresses of a host are of this machine alone; a host that is none is told by
+    _port.
+    """
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return True
+    return all(ipaddress.ip_address(each.partition("%")[0]).is_loopback for each in found)
+
+
+def _tokens(config: ServerConfig) -> Iterator[str]:
+    if config.tokens_file is None:
+        return
+    try:
+        TokenFile(config.tokens_file).read()
+    except ConfigError as error:
+        yield str(error)
 
 
 def _tls(config: ServerConfig) -> Iterator[str]:

@@ -13,11 +13,15 @@ from typing import Any, TypeAlias
 import grpc
 
 from adaplex.engine.errors import RequestInvalid
+from adaplex.server.access.authenticator import Credential
+from adaplex.server.access.principal import Principal
+from adaplex.server.errors import Unauthenticated
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 REQUEST_ID = "x-request-id"
 ACTOR = "x-adaplex-actor"
+AUTHORIZATION = "authorization"
 MAX_ACTOR_CHARS = 128
 _VALID_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+=@-]{0,127}")
 
@@ -35,7 +39,9 @@ class RpcContext:
     """`time.monotonic()` seconds, as is `deadline`."""
     deadline: float | None
     actor: str = ""
-    """Caller's self-reported identity (unauthenticated); recorded in adapter history."""
+    """Recorded in adapter history: the principal's name, or what an unknown caller says it is."""
+    principal: Principal | None = None
+    """The caller; None if the server does not know its callers, or lets everybody call this."""
     log: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -80,6 +86,15 @@ def actor_of(context: Context) -> str:
 def _metadata(context: Context, key: str) -> str | bytes | None:
     """Returns the first value of a metadata key, None if the client did not send it."""
     return next((v for k, v in context.invocation_metadata() or () if k == key), None)
+
+
+def credential_of(context: Context) -> Credential:
+    """Returns the credential of a call. Raises Unauthenticated for a header that is not text."""
+    sent = _metadata(context, AUTHORIZATION) or ""
+    if not isinstance(sent, str):
+        raise Unauthenticated("authorization: must be `Bearer TOKEN`")
+    name = next(iter(context.auth_context().get("x509_common_name", ())), b"")
+    return Credential(sent, name.decode(errors="replace"))
 
 
 def deadline_of(context: Context, now: float) -> float | None:

@@ -150,6 +150,26 @@ TABLE: dict[type[BaseException], Mapping] = {
         "The client of an upload sent nothing for `upload_idle_timeout` seconds.",
         "Send the upload again without pauses, or raise `upload_idle_timeout`.",
     ),
+    edge.Unauthenticated: Mapping(
+        StatusCode.UNAUTHENTICATED,
+        "UNAUTHENTICATED",
+        "The server knows its callers (`tokens_file`), and the call shows no valid token or "
+        "certificate.",
+        "Send a token that `adaplex tokens create` made (`--token`, `ADAPLEX_TOKEN`), or a client "
+        "certificate that it knows; `adaplex tokens list` shows which are expired or revoked.",
+    ),
+    edge.ScopeMissing: Mapping(
+        StatusCode.PERMISSION_DENIED,
+        "SCOPE_MISSING",
+        "The caller's token lacks the scope that the call needs.",
+        "Use a token with the scope that the message names: `adaplex tokens create --scope`.",
+    ),
+    edge.AuthenticationBusy: Mapping(
+        StatusCode.RESOURCE_EXHAUSTED,
+        "AUTHENTICATION_BUSY",
+        "Too many tokens that the server has not seen before came at once.",
+        "Try again after the delay; find out who sends wrong tokens.",
+    ),
     model.ModelError: Mapping(
         StatusCode.INTERNAL,
         "MODEL_ERROR",
@@ -177,7 +197,13 @@ UNEXPECTED = Mapping(
     "Report it with the traceback, which the server logs under the request id.",
 )
 
-RETRIED = engine.QueueFull | edge.UploadsBusy | adapters.StoreFull | adapters.SourceUnavailable
+RETRIED = (
+    engine.QueueFull
+    | edge.UploadsBusy
+    | edge.AuthenticationBusy
+    | adapters.StoreFull
+    | adapters.SourceUnavailable
+)
 """Errors with `retry_after`, whose statuses carry a RetryInfo."""
 
 

@@ -16,14 +16,12 @@ import structlog
 
 from adaplex.server.config import ServerConfig
 from adaplex.server.errors import ConfigError
+from adaplex.server.file_stamp import FileStamp, file_stamp
 
 if TYPE_CHECKING:
     import grpc
 
 log = structlog.get_logger("adaplex.tls")
-
-Stamp = tuple[tuple[int, int, int], ...]
-"""Inode, size and modification time in ns of each file."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,11 @@ class TlsFiles:
         named = {"tls_cert": self.cert, "tls_key": self.key, "tls_client_ca": self.client_ca}
         return {name: path for name, path in named.items() if path is not None}
 
+    @property
+    def stamps(self) -> tuple[FileStamp, ...]:
+        """The stamp of each file."""
+        return tuple(map(file_stamp, self.paths.values()))
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -83,7 +86,7 @@ class Certificates:
         """Raises ConfigError, a line for each file that is missing or wrong."""
         self.files = files
         self._lock = threading.Lock()
-        self._stamp = _stamp(files)
+        self._stamps = files.stamps
         self._identity = _read(files)
         self._generation = 0
 
@@ -116,28 +119,15 @@ class Certificates:
         """Returns the identity and its number, which rises with each change."""
         with self._lock:
             try:
-                stamp = _stamp(self.files)
-                if stamp != self._stamp:
-                    self._stamp = stamp
+                stamps = self.files.stamps
+                if stamps != self._stamps:
+                    self._stamps = stamps
                     self._identity = _read(self.files)
                     self._generation += 1
                     log.info("certificates changed", files=[*map(str, self.files.paths.values())])
             except ConfigError as error:
                 log.error("certificates not changed", error=str(error))
             return self._generation, self._identity
-
-
-def _stamp(files: TlsFiles) -> Stamp:
-    """Returns what changes with the files; a missing file is zeros."""
-
-    def of(path: Path) -> tuple[int, int, int]:
-        try:
-            found = path.stat()
-        except OSError:
-            return (0, 0, 0)
-        return (found.st_ino, found.st_size, found.st_mtime_ns)
-
-    return tuple(map(of, files.paths.values()))
 
 
 def _read(files: TlsFiles) -> Identity:

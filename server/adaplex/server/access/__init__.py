@@ -1,0 +1,1 @@
+"""Access: credentials, principals, and the scopes that calls need."""
