@@ -45,11 +45,33 @@ class NetworkConfig(BaseModel):
         description="File of callers that `adaplex tokens` makes. With it every call needs a token "
         "or a known client certificate, /health and gRPC health excepted.",
     )
+    oidc_issuer: str | None = Field(
+        None,
+        description="Identity provider whose signed tokens (JWT) are accepted as bearer tokens; "
+        "needs the extra oidc. Every call then needs a credential, as with tokens_file.",
+    )
+    oidc_audience: str | None = Field(
+        None, description="Audience (aud) that tokens of oidc_issuer must name."
+    )
+    oidc_jwks: str | None = Field(
+        None,
+        description="File or https URL of the provider's key set; by default the issuer's own "
+        "discovery document says where it is.",
+    )
+    oidc_name_claim: str = Field("sub", description="Claim with the name of the principal.")
+    oidc_tenant_claim: str = Field(
+        "tenant", description="Claim with the tenant; without it the tenant is default."
+    )
+    oidc_scope_claim: str = Field(
+        "scope",
+        description="Claim with the scopes, a list or words of one string; others are ignored.",
+    )
     public_reflection: bool = Field(
-        False, description="With tokens_file: server reflection needs no credential."
+        False, description="Where callers are known: server reflection needs no credential."
     )
     public_metrics: bool = Field(
-        False, description="With tokens_file: /metrics needs no credential; else the scope admin."
+        False,
+        description="Where callers are known: /metrics needs no credential; else the scope admin.",
     )
     insecure: bool = Field(
         False,

@@ -13,6 +13,7 @@ from pathlib import Path
 from adaplex.model.base.source import check_model
 from adaplex.model.errors import ModelSourceError
 from adaplex.model.kernels.native.instruction_sets import UnknownInstructionSet, chosen_set
+from adaplex.server.access.oidc import OidcSettings
 from adaplex.server.access.token_file import TokenFile
 from adaplex.server.config import ServerConfig
 from adaplex.server.errors import ConfigError
@@ -75,7 +76,10 @@ def _exposed(config: ServerConfig) -> Iterator[str]:
         return
     lacking = [
         setting
-        for setting, value in (("tls_cert", config.tls_cert), ("tokens_file", config.tokens_file))
+        for setting, value in (
+            ("tls_cert", config.tls_cert),
+            ("tokens_file", config.tokens_file or config.oidc_issuer),
+        )
         if value is None
     ]
     flags = " and ".join(f"--{setting.replace('_', '-')}" for setting in lacking)
@@ -99,10 +103,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def _tokens(config: ServerConfig) -> Iterator[str]:
-    if config.tokens_file is None:
-        return
     try:
-        TokenFile(config.tokens_file).read()
+        OidcSettings.of(config)
+        if config.tokens_file is not None:
+            TokenFile(config.tokens_file).read()
     except ConfigError as error:
         yield str(error)
 

@@ -7,12 +7,14 @@ import hashlib
 import secrets
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import structlog
 
+from adaplex.server.access.oidc import OidcVerifier
 from adaplex.server.access.principal import Principal, Scope
 from adaplex.server.access.token_file import Entry, TokenFile
 from adaplex.server.access.tokens import SALT_BYTES, Token, hash_secret, matches
@@ -23,6 +25,8 @@ from adaplex.server.errors import (
     Unauthenticated,
 )
 from adaplex.server.file_stamp import FileStamp, file_stamp
+
+R = TypeVar("R")
 
 log = structlog.get_logger("adaplex.access")
 
@@ -55,36 +59,44 @@ class _Known(NamedTuple):
 
 
 class Authenticator:
-    """Knows the principals of a token file, and follows its changes. Thread-safe."""
+    """Knows the principals of a token file, whose changes it follows, and those that an identity
+    provider vouches for. Thread-safe.
+    """
 
-    def __init__(self, file: TokenFile) -> None:
+    def __init__(self, file: TokenFile | None, provider: OidcVerifier | None = None) -> None:
         """Raises ConfigError if the file cannot be read."""
-        self._file = file
+        self._file, self._provider = file, provider
         self._lock = threading.Lock()
-        self._known = self._load(file_stamp(file.path))
+        self._known = self._load(self._stamp())
         self._remembered: OrderedDict[bytes, str] = OrderedDict()
         self._salt = secrets.token_bytes(SALT_BYTES)
         # One thread: a flood of wrong tokens must not take the cores of the model.
         self._hashing = ThreadPoolExecutor(1, "authenticate")
+        self._asking = ThreadPoolExecutor(1, "provider")
         self._waiting = 0
 
     async def authenticate(self, credential: Credential) -> Principal:
         """Returns the principal of a credential. Raises Unauthenticated and AuthenticationBusy."""
         token = _bearer(credential)
+        if self._is_foreign(token):
+            return await asyncio.wrap_future(self._start(self._asking, self._ask, token))
         if (found := self._recall(token)) is None:
-            found = await asyncio.wrap_future(self._start_hashing(token))
+            found = await asyncio.wrap_future(self._start(self._hashing, self._hash, token))
         return self._principal(credential, found)
 
     def authenticate_blocking(self, credential: Credential) -> Principal:
         """Does the same for callers on a thread of their own."""
         token = _bearer(credential)
+        if self._is_foreign(token):
+            return self._start(self._asking, self._ask, token).result()
         if (found := self._recall(token)) is None:
-            found = self._start_hashing(token).result()
+            found = self._start(self._hashing, self._hash, token).result()
         return self._principal(credential, found)
 
     def close(self) -> None:
-        """Ends the thread."""
-        self._hashing.shutdown(wait=False, cancel_futures=True)
+        """Ends the threads."""
+        for threads in (self._hashing, self._asking):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _principal(self, credential: Credential, found: str) -> Principal:
         """Returns the principal of the entry `found`, or of the certificate without a token."""
@@ -114,12 +126,31 @@ class Authenticator:
         with self._lock:
             return self._remembered.get(_key(token))
 
-    def _start_hashing(self, token: str) -> Future[str]:
+    def _is_foreign(self, token: str) -> bool:
+        """True if a token is for the provider to judge."""
+        return bool(token) and self._provider is not None and Token.parse(token) is None
+
+    def _ask(self, token: str) -> Principal:
+        assert self._provider is not None
+        return self._provider.principal(token)
+
+    def _start(
+        self, threads: ThreadPoolExecutor, work: Callable[[str], R], token: str
+    ) -> Future[R]:
+        """Starts work on a token, or raises AuthenticationBusy if too much waits."""
         with self._lock:
             if self._waiting >= MAX_WAITING:
                 raise AuthenticationBusy(MAX_WAITING)
             self._waiting += 1
-        return self._hashing.submit(self._hash, token)
+
+        def run() -> R:
+            try:
+                return work(token)
+            finally:
+                with self._lock:
+                    self._waiting -= 1
+
+        return threads.submit(run)
 
     def _hash(self, text: str) -> str:
         """Hashes a token; returns and remembers the id of its entry, empty if it has none. A token
@@ -133,7 +164,6 @@ class Authenticator:
         else:
             found = entry.id if matches(token.secret, entry.salt, entry.hash) else ""
         with self._lock:
-            self._waiting -= 1
             self._remembered[_key(text)] = found
             while len(self._remembered) > REMEMBERED:
                 self._remembered.popitem(last=False)
@@ -143,7 +173,7 @@ class Authenticator:
         """Returns the entries, read again if the file has changed. A file that became unreadable is
         logged once, and the last entries stay in force.
         """
-        stamp = file_stamp(self._file.path)
+        stamp = self._stamp()
         with self._lock:
             if stamp != self._known.stamp:
                 try:
@@ -155,8 +185,11 @@ class Authenticator:
                     log.error("tokens not changed", error=str(error))
             return self._known
 
+    def _stamp(self) -> FileStamp:
+        return (0, 0, 0) if self._file is None else file_stamp(self._file.path)
+
     def _load(self, stamp: FileStamp) -> _Known:
-        entries = self._file.read()
+        entries = [] if self._file is None else self._file.read()
         named = {e.name: e for e in entries if e.is_certificate}
         return _Known(stamp, {e.id: e for e in entries}, named)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from grpc_reflection.v1alpha.reflection import SERVICE_NAME as REFLECTION_SERVICE
 
 from adaplex.server.access.authenticator import Authenticator, Credential, require
+from adaplex.server.access.oidc import OidcSettings, OidcVerifier
 from adaplex.server.access.permissions import METRICS, OPEN_SERVICES, scope_of
 from adaplex.server.access.principal import Principal
 from adaplex.server.access.token_file import TokenFile
@@ -22,13 +23,17 @@ class Guard:
 
     @classmethod
     def of(cls, config: ServerConfig) -> Guard | None:
-        """Returns the guard that the settings ask for, None if they name no tokens. Raises
-        ConfigError.
+        """Returns the guard that the settings ask for, None if they name neither tokens nor a
+        provider. Raises ConfigError.
         """
-        if config.tokens_file is None:
+        provider = OidcSettings.of(config)
+        if config.tokens_file is None and provider is None:
             return None
         return cls(
-            Authenticator(TokenFile(config.tokens_file)),
+            Authenticator(
+                None if config.tokens_file is None else TokenFile(config.tokens_file),
+                None if provider is None else OidcVerifier(provider),
+            ),
             open_reflection=config.public_reflection,
             open_metrics=config.public_metrics,
         )
