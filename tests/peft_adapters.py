@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 ATTENTION = {
     "gpt2": ["c_attn", "attn.c_proj"],
+    "phi3": ["qkv_proj"],
 }
 EVERYTHING = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
 }
 
 EXTRAS: dict[str, dict[str, Any]] = {

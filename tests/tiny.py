@@ -40,6 +40,20 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 5.0,
         "query_pre_attn_scalar": 16,
     },
+    "gemma3_text": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 24,
+    },
+    "phi3": {
+        "partial_rotary_factor": 0.75,
+        "rope_parameters": {
+            "partial_rotary_factor": 0.75,
+            "rope_theta": 10000.0,
+            "rope_type": "default",
+        },
+        "sliding_window": 24,
+    },
     "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": 2048},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24},

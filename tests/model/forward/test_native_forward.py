@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,18 @@ from model.spread_adapters import spread_adapters
 from peft_adapters import Oracle, load_plain, save_adapter, spread
 from rig import ModelRig, lowered, prompt
 from tiny import ARCHITECTURES, save_tiny
-from two_forwards import BOUNDS, both, close, decode, forward_of
+from two_forwards import (
+    BOUNDS,
+    LLAMAS,
+    OTHER_SHAPES,
+    both,
+    close,
+    decode,
+    each_shape,
+    forward_of,
+)
 
-LLAMAS = ["llama", "mistral", "qwen2", "qwen3"]
 ROWS = 12
-IN_TURN = dict(zip(LLAMAS[1:], ("bf16", "fp32", "int4-group"), strict=True))
-"""Architectures differ in biases, norms and windows, quantizations in products: `make test` takes
-every quantization of llama and one of each other, `make test-slow` the rest."""
-BASES = [
-    pytest.param(*pair, marks=() if pair[1] == IN_TURN.get(pair[0], pair[1]) else pytest.mark.slow)
-    for pair in product(LLAMAS, sorted(BOUNDS))
-]
 
 
 def mixes(adapters: int) -> dict[str, list[int | None]]:
@@ -57,7 +57,7 @@ def spread_programs(model: Path, rig: ModelRig, architecture: str) -> list[Adapt
     return [each.program for each in spread_adapters(model, rig.base.spec, architecture).values()]
 
 
-@pytest.mark.parametrize(("architecture", "quantization"), BASES)
+@each_shape(*LLAMAS, exact=False)
 def test_a_step_in_one_call_equals_the_modules_over_mixes(
     architecture: str, quantization: str, tiny_model: Callable[[str], Path]
 ) -> None:
@@ -77,13 +77,13 @@ def test_a_step_in_one_call_equals_the_modules_over_mixes(
         expected = decode(slow, used[1], None)
         got = decode(fast, used[0], expected)
         for one, other in zip(got, expected, strict=True):
-            assert close(one, other, quantization)
+            assert close(one, other, quantization, architecture)
         idle = fast.prefill(fast.sequence(prompt(9 + 5)))[0]
         if mix[1] is not None:
             assert (got[0][1] - idle).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize(("architecture", "quantization"), BASES)
+@each_shape(*LLAMAS)
 def test_long_prompts_in_chunks_equal_the_modules(
     architecture: str, quantization: str, tiny_model: Callable[[str], Path]
 ) -> None:
@@ -92,7 +92,7 @@ def test_long_prompts_in_chunks_equal_the_modules(
     expected = slow.prefill(*(slow.sequence(prompt(n)) for n in lengths))
     sequences = [fast.sequence(prompt(n)) for n in lengths]
     whole = fast.prefill(*sequences)
-    assert close(whole, expected, quantization)
+    assert close(whole, expected, quantization, architecture)
     for row, sequence in zip(whole, sequences, strict=True):
         for start in range(0, len(sequence), 37):
             last = fast.forward(Chunk(sequence, start, min(37, len(sequence) - start)))
@@ -153,11 +153,11 @@ def test_threads_change_no_bit(
 @pytest.mark.parametrize(
     ("architecture", "expected"),
     [
-        *((name, NativeForward) for name in LLAMAS),
-        *((name, TorchForward) for name in ("gemma2", "gpt2", "mixtral", "gpt_oss")),
+        *((name, NativeForward) for name in (*LLAMAS, *OTHER_SHAPES)),
+        *((name, TorchForward) for name in ("mixtral", "gpt_oss")),
     ],
 )
-def test_what_is_shaped_like_llama_runs_in_one_call(
+def test_bases_of_known_shapes_run_in_one_call(
     architecture: str, expected: type[Any], tiny_model: Callable[[str], Path]
 ) -> None:
     for quantization in ("fp32", "nf4"):
@@ -204,6 +204,13 @@ FAR = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+BY_LENGTH = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 64,
+}
 
 
 @pytest.mark.parametrize(
@@ -213,6 +220,8 @@ FAR = {
         ("ministral3", {"rope_parameters": FAR | {"llama_4_scaling_beta": 0.5}}, TorchForward),
         ("smollm3", {"num_hidden_layers": 4}, TorchForward),
         ("seed_oss", {}, NativeForward),
+        ("phi3", {"rope_parameters": BY_LENGTH}, TorchForward),
+        ("gemma2", {"hidden_activation": "quick_gelu"}, TorchForward),
     ],
 )
 def test_what_a_short_trial_cannot_show_is_found_in_the_settings(

@@ -12,7 +12,12 @@ typedef struct {
   size_t element;  // 4 or 2 bytes
   long layers, hidden, heads, kv_heads, head_dim, middle, vocabulary, window;
   int group, head_norms, biased;  // group: 0 for dense weights, 1 for nf4, else inputs of an int4 group
+  int kind;                       // of a decoder
 } Shape;
+
+// Kinds of decoders: llama's; Gemma's, with norms after blocks, soft caps and scaled embeddings; phi-3's,
+// with fused linears and partial rotations; gpt2's, with LayerNorms, a table of positions and no gate.
+enum { LLAMA, GEMMA, PHI, GPT };
 
 static void *allocated[4096];
 static long allocations;
@@ -81,37 +86,63 @@ static Weight weight(const Shape *s, long in, long out, int group) {
   return w;
 }
 
+// A random linear [out, in], and the next number of a module.
+static Linear linear(const Shape *s, long in, long out, long *modules) {
+  return (Linear){weight(s, in, out, s->group), (*modules)++};
+}
+
+// A random norm with the next number of a module; without a weight unless `exists`.
+static Norm norm(const Shape *s, long features, int exists, long *modules) {
+  if (!exists) return (Norm){.module = -1};
+  return (Norm){.weight = elements(4, features),
+                .bias = s->kind == GPT ? elements(4, features) : NULL,
+                .module = (*modules)++,
+                .centered = s->kind == GPT,
+                .epsilon = 1e-5,
+                .offset = s->kind == GEMMA};
+}
+
 // A random model of a shape.
 static Model model_of(const Shape *s) {
   long q = s->heads * s->head_dim, kv = s->kv_heads * s->head_dim, h = s->hidden, mid = s->middle;
+  long rotary = s->kind == GPT ? 0 : s->kind == PHI ? s->head_dim / 4 * 2 : s->head_dim, modules = 2;
+  int gemma = s->kind == GEMMA, fused = s->kind == PHI || s->kind == GPT, gated = s->kind != GPT;
   Layer *layers = allocate(sizeof(Layer) * (size_t)s->layers);
   for (long i = 0; i < s->layers; i++) {
     size_t cache = s->element * (size_t)(kv * BLOCKS * PANEL);
-    layers[i] = (Layer){
-        .q = weight(s, h, q, s->group),
-        .k = weight(s, h, kv, s->group),
-        .v = weight(s, h, kv, s->group),
-        .o = weight(s, q, h, s->group),
-        .gate = weight(s, h, mid, s->group),
-        .up = weight(s, h, mid, s->group),
-        .down = weight(s, mid, h, s->group),
-        .attention_norm = elements(4, h),
-        .mlp_norm = elements(4, h),
-        .q_norm = s->head_norms ? elements(4, s->head_dim) : NULL,
-        .k_norm = s->head_norms ? elements(4, s->head_dim) : NULL,
+    Layer l = {
+        .qkv = {linear(s, h, fused ? q + 2 * kv : q, &modules)},
+        .gate_up = {linear(s, h, fused && gated ? 2 * mid : mid, &modules)},
+        .out = linear(s, q, h, &modules),
+        .down = linear(s, mid, h, &modules),
+        .qkv_count = fused ? 1 : 3,
+        .gate_up_count = fused ? 1 : 2,
+        .attention_norm = norm(s, h, 1, &modules),
+        .q_norm = norm(s, s->head_dim, s->head_norms, &modules),
+        .k_norm = norm(s, s->head_dim, s->head_norms, &modules),
+        .attention_out_norm = norm(s, h, gemma, &modules),
+        .mlp_norm = norm(s, h, 1, &modules),
+        .mlp_out_norm = norm(s, h, gemma, &modules),
+        .attention_module = s->kind == LLAMA ? modules++ : -1,
+        .mlp_module = s->kind == LLAMA ? modules++ : -1,
         .keys = memset(allocate(cache), 0, cache),
         .values = memset(allocate(cache), 0, cache),
+        .cosines = rotary ? elements(4, POSITIONS * rotary / 2) : NULL,
+        .sines = rotary ? elements(4, POSITIONS * rotary / 2) : NULL,
         .window = s->window,
+        .scale = 0.25,
+        .softcap = gemma ? 5 : 0,
     };
-    for (int part = 0; part < LAYER_MODULES; part++) layers[i].modules[part] = 3 + LAYER_MODULES * i + part;
+    for (int j = 1; j < l.qkv_count; j++) l.qkv[j] = linear(s, h, kv, &modules);
+    for (int j = 1; j < l.gate_up_count; j++) l.gate_up[j] = linear(s, h, mid, &modules);
+    layers[i] = l;
   }
-  long half = s->head_dim / 2;
+  Norm last = norm(s, h, 1, &modules);
   return (Model){
       .embedding = elements(s->element, s->vocabulary * h),
-      .final_norm = elements(4, h),
-      .cosines = elements(4, POSITIONS * half),
-      .sines = elements(4, POSITIONS * half),
+      .position_embedding = s->kind == GPT ? elements(s->element, POSITIONS * h) : NULL,
       .layer = layers,
+      .final_norm = last,
       .head = weight(s, h, s->vocabulary, 0),
       .layers = s->layers,
       .hidden = h,
@@ -122,12 +153,14 @@ static Model model_of(const Shape *s) {
       .vocabulary = s->vocabulary,
       .positions = POSITIONS,
       .blocks = BLOCKS,
-      .modules = 3 + LAYER_MODULES * s->layers,
+      .modules = modules,
+      .rotary_dim = rotary,
+      .activation = 3 + s->kind % 2,  // SILU or GELU_TANH
+      .gated = gated,
       .embedding_module = 0,
-      .final_norm_module = 1,
-      .head_module = 2,
-      .epsilon = 1e-5,
-      .scale = 0.25,
+      .head_module = 1,
+      .embedding_scale = gemma ? 6 : 1,
+      .logit_softcap = gemma ? 7 : 0,
   };
 }
 
@@ -154,7 +187,7 @@ static void replace_some(const Shape *s, Site *site, long rows, long features) {
   site->rows = elements(s->element, 3 * features);
 }
 
-static void at_linear(const Shape *s, Site *site, const Weight *w, int merged) {
+static void at_weight(const Shape *s, Site *site, const Weight *w, int merged) {
   if (merged && w->group && random_below(2))
     site->zeros = groups(4, w->in_features / w->group, w->out_features);
   else if (merged && random_below(2))
@@ -165,9 +198,14 @@ static void at_linear(const Shape *s, Site *site, const Weight *w, int merged) {
   site->bias = maybe(s, w->out_features);
 }
 
-static void at_norm(const Shape *s, Site *site, long features) {
-  site->dense = maybe(s, features);
-  site->bias = maybe(s, features);
+static void at_linear(const Shape *s, Site *sites, const Linear *l, int merged) {
+  at_weight(s, sites + l->module, &l->weight, merged);
+}
+
+static void at_norm(const Shape *s, Site *sites, const Norm *norm, long features) {
+  if (norm->module < 0) return;
+  sites[norm->module].dense = maybe(s, features);
+  sites[norm->module].bias = maybe(s, features);
 }
 
 static void at_block(const Shape *s, Site *site, long hidden) {
@@ -191,15 +229,20 @@ static Site *adapter(const Shape *s, const Model *m, int merged) {
   Site *sites = allocate(sizeof(Site) * (size_t)m->modules);
   memset(sites, 0, sizeof(Site) * (size_t)m->modules);
   at_embedding(s, sites + m->embedding_module, m->vocabulary, m->hidden);
-  at_norm(s, sites + m->final_norm_module, m->hidden);
-  at_linear(s, sites + m->head_module, &m->head, merged);
+  at_norm(s, sites, &m->final_norm, m->hidden);
+  at_weight(s, sites + m->head_module, &m->head, merged);
   if (random_below(2)) replace_some(s, sites + m->head_module, m->vocabulary, m->hidden);
   for (const Layer *l = m->layer; l < m->layer + m->layers; l++) {
-    const Weight *parts[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
-    for (int i = Q; i <= DOWN; i++) at_linear(s, sites + l->modules[i], parts[i], merged);
-    for (int i = ATTENTION_NORM; i <= MLP_NORM; i++) at_norm(s, sites + l->modules[i], m->hidden);
-    for (int i = ATTENTION; i <= MLP; i++) at_block(s, sites + l->modules[i], m->hidden);
-    for (int i = Q_NORM; i <= K_NORM; i++) at_norm(s, sites + l->modules[i], m->head_dim);
+    for (int i = 0; i < l->qkv_count; i++) at_linear(s, sites, l->qkv + i, merged);
+    for (int i = 0; i < l->gate_up_count; i++) at_linear(s, sites, l->gate_up + i, merged);
+    at_linear(s, sites, &l->out, merged);
+    at_linear(s, sites, &l->down, merged);
+    const Norm *norms[] = {&l->attention_norm, &l->attention_out_norm, &l->mlp_norm, &l->mlp_out_norm};
+    for (int i = 0; i < 4; i++) at_norm(s, sites, norms[i], m->hidden);
+    at_norm(s, sites, &l->q_norm, m->head_dim);
+    at_norm(s, sites, &l->k_norm, m->head_dim);
+    if (l->attention_module >= 0) at_block(s, sites + l->attention_module, m->hidden);
+    if (l->mlp_module >= 0) at_block(s, sites + l->mlp_module, m->hidden);
   }
   return sites;
 }

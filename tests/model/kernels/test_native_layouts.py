@@ -74,12 +74,12 @@ def test_fields_of_sites_that_differ_are_refused_by_name(
         library.load_library(default_cache())
 
 
-def test_a_number_of_modules_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    fields: list[Any] = [*structs.Layer._fields_[:-1], ("modules", Integer * 12)]
+def test_a_number_of_linears_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields: list[Any] = [("qkv", structs.Linear * 2), *structs.Layer._fields_[1:]]
     layer = type("Layer", (ctypes.Structure,), {"_fields_": fields})
     rest = tuple(each for each in structs.MIRRORED if each is not structs.Layer)
     monkeypatch.setattr(structs, "MIRRORED", (layer, *rest))
-    with pytest.raises(BuildFailed, match=r"Layer\.modules has 104 bytes"):
+    with pytest.raises(BuildFailed, match=r"Layer\.qkv has 192 bytes"):
         library.load_library(default_cache())
 
 

@@ -74,7 +74,9 @@ def cases(model: Path, rig: ModelRig, architecture: str) -> list[Case]:
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "qwen2", "gemma2", "gemma3_text", "phi3", "gpt2", "mixtral"]
+)
 def test_a_mixed_batch_equals_peft(
     architecture: str, native: bool, tiny_model: Callable[[str], Path]
 ) -> None:
@@ -105,7 +107,7 @@ def test_a_mixed_batch_equals_peft(
         assert (chunked - case.logits).abs().max() < 1e-4, case.name
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "phi3", "gpt2", "mixtral"])
 def test_merged_rows_beside_unmerged_and_base_rows_equal_peft(
     architecture: str, tiny_model: Callable[[str], Path]
 ) -> None:

@@ -1,4 +1,4 @@
-"""NativeForward: steps of a llama-shaped model by the C kernels, all layers in one call.
+"""NativeForward: steps by the C kernels, all layers in one call, of bases with a DecoderShape.
 
 It gives the logits of TorchForward within rounding; `choose_forward` tries whether it does.
 """
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.engine.batch import Batch, Chunk
 from adaplex.engine.merge_cost_model import StepCosts
 from adaplex.engine.request import Request, SamplingParams
@@ -25,8 +26,10 @@ from adaplex.model.adapters.prefix import WriteKV, panel_writer
 from adaplex.model.adapters.resident import ResidentAdapters
 from adaplex.model.base.loader import BaseModel
 from adaplex.model.constants import PANEL_COLUMNS
-from adaplex.model.forward.llama import LINEARS, Llama, LlamaLayer, NotLlama, read_llama
+from adaplex.model.forward.decoder_shape import DecoderShape, OtherShape
+from adaplex.model.forward.decoder_structs import model_struct
 from adaplex.model.forward.protocol import Forward, RowRun, runs_of
+from adaplex.model.forward.read_decoder import read_decoder
 from adaplex.model.kernels.native import structs
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kv_cache import KVCache
@@ -47,45 +50,24 @@ class NativeForward:
 
     def __init__(
         self,
-        llama: Llama,
+        shape: DecoderShape,
         kernels: NativeKernels,
         cache: KVCache,
         adapters: ResidentAdapters,
-        modules: Mapping[str, int],
+        modules: Mapping[str, BaseModule],
     ) -> None:
-        """`modules` numbers every module of the base."""
-        self._llama, self._kernels, self._cache = llama, kernels, cache
+        """`modules` are all modules of the base; their order numbers them."""
+        numbers = {name: number for number, name in enumerate(modules)}
+        self._shape, self._kernels, self._cache = shape, kernels, cache
         self._adapters = adapters
-        self._layers = (structs.Layer * len(llama.layers))(
-            *(_layer(each, cache, i, modules) for i, each in enumerate(llama.layers))
-        )
-        self._model = structs.Model(
-            embedding=llama.embedding.data_ptr(),
-            final_norm=llama.final_norm.data_ptr(),
-            cosines=llama.cosines.data_ptr(),
-            sines=llama.sines.data_ptr(),
-            layer=self._layers,
-            head=llama.head.struct,
-            layers=len(llama.layers),
-            hidden=llama.embedding.shape[1],
-            heads=llama.heads,
-            kv_heads=llama.kv_heads,
-            head_dim=llama.head_dim,
-            middle=llama.layers[0].linears.gate.out_features,
-            vocabulary=llama.head.out_features,
-            positions=llama.cosines.shape[0],
-            blocks=cache.num_blocks,
-            modules=len(modules),
-            embedding_module=modules[llama.embedding_name],
-            final_norm_module=modules[llama.final_norm_name],
-            head_module=modules[llama.head_name],
-            epsilon=llama.epsilon,
-            scale=llama.scale,
-        )
-        self._logits = torch.empty(0, llama.head.out_features)
+        self._model = model_struct(shape, cache, modules)
+        self._logits = torch.empty(0, shape.head.backend.out_features)
         self.layers = tuple(
-            TimedLayer(each.linears, tuple(modules[name] for name in each.names[: len(LINEARS)]))
-            for each in llama.layers
+            TimedLayer(
+                tuple(linear.backend for linear in layer.linears),
+                tuple(numbers[linear.name] for linear in layer.linears),
+            )
+            for layer in shape.layers
         )
         self.modules = len(modules)
         """Modules of the base."""
@@ -190,7 +172,7 @@ def choose_forward(
     modules: Forward,
     progress: Progress,
 ) -> Forward:
-    """Returns the C decoder if the base has its shape and it agrees with `modules`, the forward by
+    """Returns the C decoder if it knows the base's shape and agrees with `modules`, the forward by
     modules of transformers, on a prompt that both run in the scratch block; else `modules`, and a
     line reports why.
     """
@@ -206,12 +188,11 @@ def choose_forward(
     expected = modules(trial)[0]
     positions = min(base.max_positions, cache.num_blocks * cache.block_tokens)
     try:
-        llama = read_llama(base.module, positions=positions, windows=base.step.windows)
-    except NotLlama as other:
-        progress(f"layers run one by one: the base is not llama-shaped: {other}")
+        shape = read_decoder(base.module, base.shapes, base.step.attention, positions=positions)
+    except OtherShape as other:
+        progress(f"layers run one by one: the C decoder does not know the base's shape: {other}")
         return modules
-    numbers = {name: index for index, name in enumerate(base.spec.modules)}
-    native = NativeForward(llama, base.kernels, cache, adapters, numbers)
+    native = NativeForward(shape, base.kernels, cache, adapters, base.spec.modules)
     found = native(trial)[0]
     for each in (*cache.keys, *cache.values):
         each[:, 0].zero_()
@@ -230,23 +211,3 @@ def _trial(vocab_size: int) -> Batch:
     sequence = Sequence(Request("trial", tokens, SamplingParams()))
     sequence.blocks = [0]
     return Batch((Chunk(sequence, 0, PANEL_COLUMNS),))
-
-
-def _layer(
-    layer: LlamaLayer, cache: KVCache, index: int, modules: Mapping[str, int]
-) -> structs.Layer:
-    def optional(tensor: Tensor | None) -> int | None:
-        return None if tensor is None else tensor.data_ptr()
-
-    numbers = (modules.get(name, 0) for name in layer.names)
-    return structs.Layer(
-        **{name: linear.struct for name, linear in layer.linears._asdict().items()},
-        attention_norm=layer.attention_norm.data_ptr(),
-        mlp_norm=layer.mlp_norm.data_ptr(),
-        q_norm=optional(layer.q_norm),
-        k_norm=optional(layer.k_norm),
-        keys=cache.keys[index].data_ptr(),
-        values=cache.values[index].data_ptr(),
-        window=layer.window,
-        modules=structs.LayerModules(*numbers),
-    )

@@ -83,8 +83,8 @@ class PagedAttention:
         cache = step.cache
         cache.write(layer, step.slots, key[0], value[0])
         window = sliding_window or getattr(module, "sliding_window", None)
-        step.windows[layer] = int(window or 0)
         options = AttentionOptions(scale, window, softcap, s_aux)
+        step.attention[layer] = options
         heads, rows = query.shape[1], query.shape[2]
         out = query.new_zeros(rows, heads, value.shape[-1])
         for group in step.groups:

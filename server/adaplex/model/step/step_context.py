@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from adaplex.model.kernels.paged_kv import AttentionOptions
 from adaplex.model.kv_cache import KVCache
 from adaplex.model.linear.backend import LinearBackend
 
@@ -101,8 +102,8 @@ class StepContext:
         self.slots: Tensor = torch.zeros(0, dtype=torch.int64)
         """int64 [rows]: where each row's key and value go, block * block_tokens + offset."""
         self.groups: tuple[AttentionGroup, ...] = ()
-        self.windows: dict[int, int] = {}
-        """Layer -> visible keys, 0 for all, of each layer that ran."""
+        self.attention: dict[int, AttentionOptions] = {}
+        """How each layer that ran scores keys."""
         self.residual: Tensor | None = None
         """Input of the last norm; set in steps with adapters only."""
         self.rows: AdapterRows = BaseRows()

@@ -1,4 +1,4 @@
-// Activations of bottlenecks, lane by lane, and the numbers of their inputs.
+// Activations of MLPs and bottlenecks, lane by lane, and the numbers of the inputs of bottlenecks.
 
 #pragma once
 
@@ -41,10 +41,18 @@ INLINE VecF32 activate_lanes(VecF32 x, int activation) {
     case RELU: return select_lanes(x < (VecF32){0}, (VecF32){0}, x);
     case GELU: return x * 0.5f * (erf_lanes(x * 0.70710678f) + 1.0f);
     case GELU_TANH: return x * 0.5f * (tanh_lanes((x + x * x * x * 0.044715f) * 0.79788456f) + 1.0f);
-    case SILU: return x * sigmoid_lanes(x);
+    case SILU: return x / (exp_lanes(-x) + 1.0f);
     case TANH: return tanh_lanes(x);
     case SIGMOID: return sigmoid_lanes(x);
     case LEAKY_RELU: return select_lanes(x < (VecF32){0}, x * 0.01f, x);
     default: return x;
+  }
+}
+
+// x [n]. x = cap * tanh(x / cap), in place; not a number stays that.
+static void cap_row(float *x, long n, float cap) {
+  for (long i = 0; i < n; i += VEC_LANES) {
+    VecF32 capped = tanh_lanes(f32_load_partial(x + i, n - i) * (1.0f / cap)) * cap;
+    f32_store_partial(x + i, capped, n - i);
   }
 }

@@ -33,7 +33,7 @@ typedef struct {
   const int32_t *table;          // [blocks of the sequence]
   long tokens, group, dim, position;
   long window;  // visible keys, 0 for all
-  float scale;
+  float scale, softcap;  // see Layer
   float *scores;        // scratch [tokens * group, stride]
   ACTIVATION *weights;  // scratch [tokens * group, stride]
   long stride;          // a multiple of PANEL, at least the number of keys
@@ -168,6 +168,7 @@ static void NAME(attend)(const NAME(HeadAttention) *a) {
   const long first = window && position + 1 > window ? (position + 1 - window) / PANEL : 0;
   FOR_QUERY_GROUPS(score_rows)
   for (long r = 0; r < queries; r++) {
+    if (a->softcap) cap_row(a->scores + r * stride + first * PANEL, (last - first) * PANEL, a->softcap);
     long seen = position + r / a->group + 1, from = window && seen > window ? seen - window : 0;
     float total = NAME(softmax_weights)(a->scores + r * stride, first * PANEL, last * PANEL, from, seen,
                                         a->weights + r * stride);

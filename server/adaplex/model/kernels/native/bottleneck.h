@@ -31,10 +31,11 @@ static const ACTIVATION *NAME(bottleneck_input)(const Workspace *space, const NA
   return to - rows * hidden;
 }
 
-// Adds all bottlenecks at the `module` of a block, whose last product is `last`. A ticket is up to READ_ROWS
-// rows of one adapter.
+// Adds all bottlenecks at the `module` of a block, -1 for none, whose last product is `last`. A ticket is up
+// to READ_ROWS rows of one adapter.
 static void NAME(add_bottlenecks)(ThreadContext *me, const NAME(StepTask) *task,
                                   const NAME(ProductTask) *last, long module) {
+  if (module < 0) return;
   const Step *step = task->step;
   long hidden = task->model->hidden, panels = (hidden + PANEL - 1) / PANEL;
   long tickets = rank_ranges(me->ranges, &module, 1, step->run, step->runs, READ_ROWS);

@@ -1,33 +1,28 @@
-// Included once for each element type: one step of a llama-shaped decoder, all layers in one call.
+// Included once for each element type: one step of a decoder, all layers in one call.
 //
 // Every thread of the team runs `run_layers`. Each phase is a round of tickets (team.h), which ends for all
 // threads together.
 
-// products [3]: q, k and v. Applies head norms and rotary embeddings to queries and keys, stores queries in
+// wide [rows, q | k | v]. Applies head norms and rotary embeddings to queries and keys, stores queries in
 // `query` and keys and values in the cache. A ticket is ROW_GROUP rows; one head of them if tickets are few.
-static void NAME(rope_and_store_kv)(ThreadContext *me, const NAME(StepTask) *task, const Layer *layer,
-                                    const NAME(ProductTask) *products) {
+static void NAME(rope_and_store_kv)(ThreadContext *me, const NAME(StepTask) *task, const Layer *layer) {
   const Model *m = task->model;
   const Step *step = task->step;
   const Workspace *space = &task->space;
-  long dim = m->head_dim, all = m->heads + m->kv_heads;
+  long dim = m->head_dim, half = m->rotary_dim / 2, all = m->heads + m->kv_heads;
+  long width = (all + m->kv_heads) * dim;
   long groups = row_group_count(step->rows), split = groups >= 4 * team.threads ? 1 : all;
   for (long ticket; (ticket = team_next_ticket(&me->cursor, groups * split)) >= 0;) {
     long start = ticket / split * ROW_GROUP, stop = min_long(start + ROW_GROUP, step->rows);
     long from = split == 1 ? 0 : ticket % split, to = split == 1 ? all : from + 1;
     for (long head = from; head < to; head++) {
       int is_key = head >= m->heads;
-      const NAME(ProductTask) *product = products + is_key;
-      long column = (is_key ? head - m->heads : head) * dim;
-      const float *norm = is_key ? layer->k_norm : layer->q_norm;
+      const Norm *norm = is_key ? &layer->k_norm : &layer->q_norm;
       for (long row = start; row < stop; row++) {
         long at = step->position[row];
-        float *x = product->y + row * product->y_stride + column;
-        if (norm) {
-          long module = layer->modules[is_key ? K_NORM : Q_NORM];
-          NAME(rms_norm_head)(x, norm, site_of(space->sites, row, module), dim, m->epsilon);
-        }
-        NAME(rope_head)(x, m->cosines + at * dim / 2, m->sines + at * dim / 2, dim);
+        float *x = space->wide + row * width + head * dim;
+        if (norm->weight) NAME(norm_in_place)(x, norm, site_of_norm(space->sites, row, norm), dim);
+        if (half) NAME(rope_head)(x, layer->cosines + at * half, layer->sines + at * half, 2 * half);
         if (!is_key) {
           // By head of keys, so that the queries that read the same keys are neighbours.
           ACTIVATION *query = (ACTIVATION *)space->query + row * m->heads * dim + head * dim;
@@ -37,8 +32,7 @@ static void NAME(rope_and_store_kv)(ThreadContext *me, const NAME(StepTask) *tas
         long kv = head - m->heads, size = PANEL * dim;
         long cell = kv * m->blocks + space->kv_block[row];
         NAME(store_key)((ELEMENT *)layer->keys + cell * size, at % PANEL, x, dim);
-        NAME(store_value)((ELEMENT *)layer->values + cell * size, at % PANEL,
-                          products[2].y + row * products[2].y_stride + column, dim);
+        NAME(store_value)((ELEMENT *)layer->values + cell * size, at % PANEL, x + m->kv_heads * dim, dim);
       }
     }
   }
@@ -69,7 +63,8 @@ static void NAME(attention)(ThreadContext *me, const NAME(StepTask) *task, const
                                 .dim = dim,
                                 .position = step->position[span->start],
                                 .window = layer->window,
-                                .scale = (float)m->scale,
+                                .scale = (float)layer->scale,
+                                .softcap = (float)layer->softcap,
                                 .scores = me->scores,
                                 .weights = me->weights,
                                 .stride = space->score_stride,
@@ -81,12 +76,12 @@ static void NAME(attention)(ThreadContext *me, const NAME(StepTask) *task, const
   }
 }
 
-// products [2]: gate and up. act = silu(gate) * up. A ticket is ROW_GROUP rows; a part of their columns if
-// tickets are few.
-static void NAME(silu_gate)(ThreadContext *me, const NAME(StepTask) *task,
-                            const NAME(ProductTask) *products) {
+// wide [rows, gate | up], or [rows, up] if MLPs are not gated. act = activation(gate) * up, or
+// activation(up). A ticket is ROW_GROUP rows; a part of their columns if tickets are few.
+static void NAME(activate)(ThreadContext *me, const NAME(StepTask) *task) {
   const Workspace *space = &task->space;
-  long middle = task->model->middle;
+  const Model *m = task->model;
+  long middle = m->middle, width = m->gated ? 2 * middle : middle;
   long rows = task->step->rows, groups = row_group_count(rows);
   long split = groups >= 4 * team.threads ? 1 : 4 * team.threads;
   long share = ((middle + split - 1) / split + 63) / 64 * 64;
@@ -95,10 +90,11 @@ static void NAME(silu_gate)(ThreadContext *me, const NAME(StepTask) *task,
     long from = split == 1 ? 0 : ticket % split * share;
     long to = split == 1 || from + share > middle ? middle : from + share;
     if (from >= to) continue;
-    for (long row = start; row < stop; row++)
-      NAME(silu_multiply_row)(products[0].y + row * products[0].y_stride + from,
-                              products[1].y + row * products[1].y_stride + from, to - from,
-                              (ACTIVATION *)space->act + row * middle + from);
+    for (long row = start; row < stop; row++) {
+      const float *gate = space->wide + row * width + from;
+      NAME(gate_row)(gate, m->gated ? gate + middle : NULL, (int)m->activation, to - from,
+                     (ACTIVATION *)space->act + row * middle + from);
+    }
   }
 }
 
@@ -109,9 +105,8 @@ static void NAME(compute_logits)(ThreadContext *me, const NAME(StepTask) *task) 
   const Workspace *space = &task->space;
   ACTIVATION *normed = space->normed;
   for (long i; (i = team_next_ticket(&me->cursor, step->wanted_rows)) >= 0;)
-    NAME(rms_norm_row)(space->residual + step->wanted[i] * m->hidden, m->final_norm,
-                       site_of(space->head_sites, i, m->final_norm_module), m->hidden, m->epsilon,
-                       normed + i * m->hidden);
+    NAME(norm_row)(space->residual + step->wanted[i] * m->hidden, &m->final_norm,
+                   site_of_norm(space->head_sites, i, &m->final_norm), m->hidden, normed + i * m->hidden);
   const NAME(ProductTask) product = {.weight = &m->head,
                                      .x = normed,
                                      .x_stride = m->hidden,
@@ -124,8 +119,10 @@ static void NAME(compute_logits)(ThreadContext *me, const NAME(StepTask) *task) 
                                      .replaces_rows = space->needs.head_rows};
   const NAME(Products) head = {{product}, 1};
   NAME(run_products)(me, space, &head, step->head_run, step->head_runs);
-  for (long i; (i = team_next_ticket(&me->cursor, step->wanted_rows)) >= 0;)
+  for (long i; (i = team_next_ticket(&me->cursor, step->wanted_rows)) >= 0;) {
     step->likeliest[i] = finite_argmax(step->logits + i * m->vocabulary, m->vocabulary);
+    if (m->logit_softcap) cap_row(step->logits + i * m->vocabulary, m->vocabulary, (float)m->logit_softcap);
+  }
 }
 
 // Work of one thread of the team for one step; `context` is a StepTask.
@@ -143,10 +140,10 @@ static void NAME(run_layers)(void *context, int thread) {
   NAME(embed_tokens)(me, task);
   for (long i = 0; i < m->layers; i++) {
     const Layer *l = m->layer + i, *next = i + 1 < m->layers ? l + 1 : NULL;
-    NAME(Products) qkv = NAME(qkv_products)(task, l);
-    NAME(Products) out = NAME(single_product)(task, &l->o, l->modules[O], space->attended);
-    NAME(Products) gate_up = NAME(gate_up_products)(task, l);
-    NAME(Products) down = NAME(single_product)(task, &l->down, l->modules[DOWN], space->act);
+    NAME(Products) qkv = NAME(products_of)(task, l->qkv, l->qkv_count, space->normed);
+    NAME(Products) out = NAME(products_of)(task, &l->out, 1, space->attended);
+    NAME(Products) gate_up = NAME(products_of)(task, l->gate_up, l->gate_up_count, space->normed);
+    NAME(Products) down = NAME(products_of)(task, &l->down, 1, space->act);
     NextProduct next_product[4];
     if (space->sites) {
       NAME(set_next_product)(me, &qkv, &out, step->rows, next_product);
@@ -154,21 +151,21 @@ static void NAME(run_layers)(void *context, int thread) {
       NAME(set_next_product)(me, &gate_up, &down, step->rows, next_product + 2);
     }
     if (space->sites && next) {
-      const NAME(Products) next_qkv = NAME(qkv_products)(task, next);
+      const NAME(Products) next_qkv = NAME(products_of)(task, next->qkv, next->qkv_count, space->normed);
       NAME(set_next_product)(me, &down, &next_qkv, step->rows, next_product + 3);
     }
     NAME(run_products)(me, space, &qkv, runs, count);
-    NAME(rope_and_store_kv)(me, task, l, qkv.product);
+    NAME(rope_and_store_kv)(me, task, l);
     NAME(attention)(me, task, l);
     NAME(run_products)(me, space, &out, runs, count);
-    if (space->needs.bottlenecks) NAME(add_bottlenecks)(me, task, out.product, l->modules[ATTENTION]);
-    NAME(add_residual_and_norm)(me, task, out.product, l->mlp_norm, l->modules[MLP_NORM]);
+    if (space->needs.bottlenecks) NAME(add_bottlenecks)(me, task, out.product, l->attention_module);
+    NAME(add_residual_and_norm)(me, task, out.product, &l->attention_out_norm, &l->mlp_norm);
     NAME(run_products)(me, space, &gate_up, runs, count);
-    NAME(silu_gate)(me, task, gate_up.product);
+    NAME(activate)(me, task);
     NAME(run_products)(me, space, &down, runs, count);
-    if (space->needs.bottlenecks) NAME(add_bottlenecks)(me, task, down.product, l->modules[MLP]);
-    NAME(add_residual_and_norm)(me, task, down.product, next ? next->attention_norm : NULL,
-                                next ? next->modules[ATTENTION_NORM] : 0);
+    if (space->needs.bottlenecks) NAME(add_bottlenecks)(me, task, down.product, l->mlp_module);
+    NAME(add_residual_and_norm)(me, task, down.product, &l->mlp_out_norm,
+                                next ? &next->attention_norm : NULL);
   }
   if (step->wanted_rows) NAME(compute_logits)(me, task);
 }

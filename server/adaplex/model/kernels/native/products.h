@@ -7,53 +7,33 @@ typedef struct {
   Workspace space;
 } NAME(StepTask);
 
-// The products of a phase, which read the same x: q, k and v; o; gate and up; down; or the output layer.
+// The products of a phase, which read the same x: those of qkv, out, gate_up or down, or the output layer.
 typedef struct {
   NAME(ProductTask) product[3];
   long count;
 } NAME(Products);
 
-// x [rows, in]. A product whose y are the columns from `column` on of `wide` [rows, width], and whose h is
-// part `slot` of `shrunk`.
-static NAME(ProductTask) NAME(product_task)(const NAME(StepTask) *task, const Weight *weight, long module,
-                                            const void *x, long column, long width, long slot) {
+// linear [count], x [rows, in]. A phase of the products of linears that read the same x: their y lie side by
+// side in `wide`, and the h of each is a part of `shrunk`.
+static NAME(Products) NAME(products_of)(const NAME(StepTask) *task, const Linear *linear, long count,
+                                        const void *x) {
   const Workspace *space = &task->space;
-  return (NAME(ProductTask)){
-      .weight = weight,
-      .x = x,
-      .x_stride = weight->in_features,
-      .y = space->wide + column,
-      .y_stride = width,
-      .sites = space->sites,
-      .module = module,
-      .h = (ACTIVATION *)space->shrunk + slot * task->step->rows * space->rank_stride,
-      .h_stride = space->rank_stride,
-  };
-}
-
-// The products of queries, keys and values, side by side in `wide`.
-static NAME(Products) NAME(qkv_products)(const NAME(StepTask) *task, const Layer *l) {
-  const void *x = task->space.normed;
-  long q = l->q.out_features, kv = l->k.out_features, width = q + 2 * kv;
-  return (NAME(Products)){{NAME(product_task)(task, &l->q, l->modules[Q], x, 0, width, 0),
-                           NAME(product_task)(task, &l->k, l->modules[K], x, q, width, 1),
-                           NAME(product_task)(task, &l->v, l->modules[V], x, q + kv, width, 2)},
-                          3};
-}
-
-// The products of gate and up, side by side in `wide`.
-static NAME(Products) NAME(gate_up_products)(const NAME(StepTask) *task, const Layer *l) {
-  const void *x = task->space.normed;
-  long middle = l->gate.out_features;
-  return (NAME(Products)){{NAME(product_task)(task, &l->gate, l->modules[GATE], x, 0, 2 * middle, 0),
-                           NAME(product_task)(task, &l->up, l->modules[UP], x, middle, 2 * middle, 1)},
-                          2};
-}
-
-// x [rows, in]. A phase of one product.
-static NAME(Products) NAME(single_product)(const NAME(StepTask) *task, const Weight *weight, long module,
-                                           const void *x) {
-  return (NAME(Products)){{NAME(product_task)(task, weight, module, x, 0, weight->out_features, 0)}, 1};
+  NAME(Products) made = {.count = count};
+  long width = 0, column = 0;
+  for (long i = 0; i < count; i++) width += linear[i].weight.out_features;
+  for (long i = 0; i < count; column += linear[i++].weight.out_features)
+    made.product[i] = (NAME(ProductTask)){
+        .weight = &linear[i].weight,
+        .x = x,
+        .x_stride = linear[i].weight.in_features,
+        .y = space->wide + column,
+        .y_stride = width,
+        .sites = space->sites,
+        .module = linear[i].module,
+        .h = (ACTIVATION *)space->shrunk + i * task->step->rows * space->rank_stride,
+        .h_stride = space->rank_stride,
+    };
+  return made;
 }
 
 // Makes the tiles of `products` prefetch the `a` of the phase `next`; fills in `next_product`, which must

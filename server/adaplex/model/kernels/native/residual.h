@@ -24,12 +24,23 @@ static void NAME(add_embedding_delta)(const NAME(ProductTask) *table, const Site
     NAME(add_adapters)(table, row, 1, panel, min_long(panels - panel, 2));
 }
 
-// norm [hidden]. normed[row] = RMSNorm of residual[row], by the norm with this module number.
-static void NAME(norm_residual_row)(const NAME(StepTask) *task, long row, const float *norm, long module) {
+// normed[row] = norm of residual[row].
+static void NAME(norm_residual_row)(const NAME(StepTask) *task, long row, const Norm *norm) {
   const Workspace *space = &task->space;
   long hidden = task->model->hidden;
-  NAME(rms_norm_row)(space->residual + row * hidden, norm, site_of(space->sites, row, module), hidden,
-                     task->model->epsilon, (ACTIVATION *)space->normed + row * hidden);
+  NAME(norm_row)(space->residual + row * hidden, norm, site_of_norm(space->sites, row, norm), hidden,
+                 (ACTIVATION *)space->normed + row * hidden);
+}
+
+// x [hidden]. Scales the embedding of a token and adds that of its position, in place; virtual tokens are
+// not scaled.
+static void NAME(place_embedding)(const Model *m, float *x, long token, long position) {
+  const float scale = token < 0 ? 1.0f : (float)m->embedding_scale;
+  const ELEMENT *place = m->position_embedding;
+  if (scale != 1.0f)
+    for (long i = 0; i < m->hidden; i++) x[i] *= scale;
+  if (place)
+    for (long i = 0; i < m->hidden; i++) x[i] += NAME(widen)(place[position * m->hidden + i]);
 }
 
 // Fills in the residual stream with the embeddings of the tokens, and norms it for the first layer. A ticket
@@ -51,19 +62,21 @@ static void NAME(embed_tokens)(ThreadContext *me, const NAME(StepTask) *task) {
     const Site *site = site_of(space->sites, row, m->embedding_module);
     NAME(widen_row)(NAME(embedding_row)(m, site, token), m->hidden, residual);
     if (site && site->rank && token >= 0) NAME(add_embedding_delta)(&table, site, row, token);
-    NAME(norm_residual_row)(task, row, m->layer[0].attention_norm, m->layer[0].modules[ATTENTION_NORM]);
+    NAME(place_embedding)(m, residual, token, task->step->position[row]);
+    NAME(norm_residual_row)(task, row, &m->layer->attention_norm);
   }
 }
 
-// norm [hidden] or null. residual += y of a product; then norms the sum for the next phase unless `norm` is
-// null. A ticket is a row.
+// residual += y of a product, by the norm `out` if the layer has it; then norms the sum for the next phase
+// unless `next` is null. A ticket is a row.
 static void NAME(add_residual_and_norm)(ThreadContext *me, const NAME(StepTask) *task,
-                                        const NAME(ProductTask) *product, const float *norm, long module) {
+                                        const NAME(ProductTask) *product, const Norm *out, const Norm *next) {
+  const Workspace *space = &task->space;
   long hidden = task->model->hidden;
   for (long row; (row = team_next_ticket(&me->cursor, task->step->rows)) >= 0;) {
-    float *residual = task->space.residual + row * hidden;
-    const float *y = product->y + row * product->y_stride;
+    float *residual = space->residual + row * hidden, *y = product->y + row * product->y_stride;
+    if (out->weight) NAME(norm_in_place)(y, out, site_of_norm(space->sites, row, out), hidden);
     for (long i = 0; i < hidden; i++) residual[i] += y[i];
-    if (norm) NAME(norm_residual_row)(task, row, norm, module);
+    if (next) NAME(norm_residual_row)(task, row, next);
   }
 }

@@ -1,46 +1,61 @@
 // Included once for each element type: operations on single rows between the products.
 
-// x, weight, dense, bias [left]; dense and bias may be null. The first `left` lanes of x * inverse * dense +
-// bias, of x * inverse * weight + bias without `dense`.
-INLINE VecF32 NAME(scale_normed)(const float *x, float inverse, const float *weight, const ELEMENT *dense,
-                                 const ELEMENT *bias, long left) {
-  VecF32 scale = dense ? NAME(load_partial)(dense, left) : f32_load_partial(weight, left);
-  VecF32 y = f32_load_partial(x, left) * inverse * scale;
-  return bias ? y + NAME(load_partial)(bias, left) : y;
-}
+// A norm of one row, with the changes of the row's adapter.
+typedef struct {
+  const float *weight, *bias;
+  const ELEMENT *dense, *shift;  // of the adapter, or null: what replaces weight - offset; a further bias
+  float mean, inverse, offset;   // inverse: 1 / sqrt(variance + epsilon)
+} NAME(RowNorm);
 
-// x, weight, to [n]. to = RMSNorm(x) * weight, with the weight and bias of the adapter where it has them;
-// `site` is null for the base.
-static void NAME(rms_norm_row)(const float *x, const float *weight, const Site *site, long n, double epsilon,
-                               ACTIVATION *to) {
-  const ELEMENT *dense = site ? site->dense : NULL, *bias = site ? site->bias : NULL;
+// x [n]. The norm of x; `site` is null for the base.
+static NAME(RowNorm) NAME(measure_row)(const float *x, const Norm *norm, const Site *site, long n) {
+  NAME(RowNorm) row = {.weight = norm->weight,
+                       .bias = norm->bias,
+                       .dense = site ? site->dense : NULL,
+                       .shift = site ? site->bias : NULL,
+                       .offset = (float)norm->offset};
   VecF32 sums = {0};
-  long i = 0;
-  for (; i + VEC_LANES <= n; i += VEC_LANES) {
-    VecF32 v = f32_load(x + i);
+  float total = 0;
+  long whole = n - n % VEC_LANES;
+  if (norm->centered) {
+    for (long i = 0; i < whole; i += VEC_LANES) sums += f32_load(x + i);
+    total = sum_lanes(sums);
+    for (long i = whole; i < n; i++) total += x[i];
+    row.mean = total / (float)n;
+    sums = (VecF32){0};
+  }
+  for (long i = 0; i < whole; i += VEC_LANES) {
+    VecF32 v = f32_load(x + i) - row.mean;
     sums += v * v;
   }
-  float total = sum_lanes(sums);
-  for (; i < n; i++) total += x[i] * x[i];
-  float inverse = 1.0f / sqrtf(total / (float)n + (float)epsilon);
-#define NORMED(left) \
-  NAME(scale_normed)(x + i, inverse, weight + i, dense ? dense + i : NULL, bias ? bias + i : NULL, left)
-  for (i = 0; i + VEC_LANES <= n; i += VEC_LANES) ACT(store)(to + i, NORMED(VEC_LANES));
-  if (i < n) ACT(store_partial)(to + i, NORMED(n - i), n - i);
-#undef NORMED
+  total = sum_lanes(sums);
+  for (long i = whole; i < n; i++) total += (x[i] - row.mean) * (x[i] - row.mean);
+  row.inverse = 1.0f / sqrtf(total / (float)n + (float)norm->epsilon);
+  return row;
 }
 
-// x, weight [n]. x = RMSNorm(x) * weight for one head, as rms_norm_row; Qwen3 norms queries and keys.
-static void NAME(rms_norm_head)(float *x, const float *weight, const Site *site, long n, double epsilon) {
-  const ELEMENT *dense = site ? site->dense : NULL, *bias = site ? site->bias : NULL;
-  float total = 0;
-  for (long i = 0; i < n; i++) total += x[i] * x[i];
-  float inverse = 1.0f / sqrtf(total / (float)n + (float)epsilon);
+// x [left]: the elements of a row from number i on. The first `left` lanes of their norm.
+INLINE VecF32 NAME(normed)(const NAME(RowNorm) *row, const float *x, long i, long left) {
+  VecF32 scale = row->dense ? NAME(load_partial)(row->dense + i, left) + row->offset
+                            : f32_load_partial(row->weight + i, left);
+  VecF32 shift = row->bias ? f32_load_partial(row->bias + i, left) : (VecF32){0};
+  if (row->shift) shift += NAME(load_partial)(row->shift + i, left);
+  return (f32_load_partial(x, left) - row->mean) * row->inverse * scale + shift;
+}
+
+// x, to [n]. to = norm of x; `site` is null for the base.
+static void NAME(norm_row)(const float *x, const Norm *norm, const Site *site, long n, ACTIVATION *to) {
+  const NAME(RowNorm) row = NAME(measure_row)(x, norm, site, n);
+  long i = 0;
+  for (; i + VEC_LANES <= n; i += VEC_LANES) ACT(store)(to + i, NAME(normed)(&row, x + i, i, VEC_LANES));
+  if (i < n) ACT(store_partial)(to + i, NAME(normed)(&row, x + i, i, n - i), n - i);
+}
+
+// x [n]. x = norm of x, as norm_row.
+static void NAME(norm_in_place)(float *x, const Norm *norm, const Site *site, long n) {
+  const NAME(RowNorm) row = NAME(measure_row)(x, norm, site, n);
   for (long i = 0; i < n; i += VEC_LANES)
-    f32_store_partial(x + i,
-                      NAME(scale_normed)(x + i, inverse, weight + i, dense ? dense + i : NULL,
-                                         bias ? bias + i : NULL, n - i),
-                      n - i);
+    f32_store_partial(x + i, NAME(normed)(&row, x + i, i, n - i), n - i);
 }
 
 // x [n]; cosines, sines [n / 2]. Applies the rotary position embedding to one head, in place: rotates the
@@ -54,17 +69,21 @@ static void NAME(rope_head)(float *x, const float *cosines, const float *sines, 
   }
 }
 
-// gate, up, to [n]. to = silu(gate) * up.
-static void NAME(silu_multiply_row)(const float *gate, const float *up, long n, ACTIVATION *to) {
+// gate, up, to [n]. to = activation(gate) * up; activation(gate) if `up` is null.
+static void NAME(gate_row)(const float *gate, const float *up, int activation, long n, ACTIVATION *to) {
+#define GATED(left)                                                        \
+  VecF32 y = activate_lanes(f32_load_partial(gate + i, left), activation); \
+  if (up) y *= f32_load_partial(up + i, left);
   long i = 0;
   for (; i + VEC_LANES <= n; i += VEC_LANES) {
-    VecF32 g = f32_load(gate + i);
-    ACT(store)(to + i, g / (exp_lanes(-g) + 1.0f) * f32_load(up + i));
+    GATED(VEC_LANES)
+    ACT(store)(to + i, y);
   }
-  for (; i < n; i++) {
-    VecF32 g = splat(gate[i]);
-    to[i] = ACT(narrow)((g / (exp_lanes(-g) + 1.0f))[0] * up[i]);
+  if (i < n) {
+    GATED(n - i)
+    ACT(store_partial)(to + i, y, n - i);
   }
+#undef GATED
 }
 
 // x [n] of type From, to [n] of type To. to = x, rounded. FROM(x) and TO(x) are x with the types' prefixes.

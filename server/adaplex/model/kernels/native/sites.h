@@ -17,6 +17,16 @@ static inline int has_own_weight(const Site *site, const Weight *weight) {
   return site->dense || (site->zeros && weight->group);
 }
 
+// The site of a row's adapter at a norm, as site_of; null if adapters cannot change the norm.
+static inline const Site *site_of_norm(const Site *const *sites, long row, const Norm *norm) {
+  return norm->module < 0 ? NULL : site_of(sites, row, norm->module);
+}
+
+// True if an adapter has a bottleneck at the module of a block, -1 for none.
+static inline int has_bottleneck(const Site *sites, long module) {
+  return module >= 0 && sites[module].rank > 0;
+}
+
 // sites [modules], module [modules]. True if a site of the listed modules has a rank.
 static int has_rank(const Site *sites, const long *module, long modules) {
   for (long i = 0; i < modules; i++)
@@ -61,8 +71,9 @@ static void scan_sites(const Model *m, const Run *runs, long count, StepNeeds *n
       needs->input_scales |= sites[i].input_scale != NULL;
     }
     for (long i = 0; i < m->layers; i++) {
-      const int64_t *modules = m->layer[i].modules;
-      needs->bottlenecks |= sites[modules[ATTENTION]].rank > 0 || sites[modules[MLP]].rank > 0;
+      const Layer *l = m->layer + i;
+      needs->bottlenecks |= has_bottleneck(sites, l->attention_module);
+      needs->bottlenecks |= has_bottleneck(sites, l->mlp_module);
     }
     needs->head_rows |= sites[m->head_module].row_count > 0;
   }

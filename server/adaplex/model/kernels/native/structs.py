@@ -8,11 +8,6 @@ from typing import Any
 Address = ctypes.c_void_p
 Integer = ctypes.c_int64
 
-LAYER_MODULES = 13
-"""Modules of a layer, numbered as in types.h: 7 linears, 2 norms, 2 blocks, 2 head norms."""
-LayerModules = Integer * LAYER_MODULES
-"""Type of `Layer.modules`."""
-
 
 def address_of(struct: ctypes.Array[Any] | ctypes.Structure) -> int:
     """Returns the address of a struct or of an array of structs."""
@@ -43,25 +38,53 @@ class Run(ctypes.Structure):
     ]
 
 
+class Linear(ctypes.Structure):
+    """A linear of the base, and the number of its module."""
+
+    _fields_ = [
+        ("weight", Weight),
+        ("module", Integer),
+    ]
+
+
+class Norm(ctypes.Structure):
+    """A norm of the base; without a weight, a layer lacks it."""
+
+    _fields_ = [
+        ("weight", Address),
+        ("bias", Address),
+        ("module", Integer),
+        ("centered", Integer),
+        ("epsilon", ctypes.c_double),
+        ("offset", ctypes.c_double),
+    ]
+
+
 class Layer(ctypes.Structure):
     """One decoder layer."""
 
     _fields_ = [
-        ("q", Weight),
-        ("k", Weight),
-        ("v", Weight),
-        ("o", Weight),
-        ("gate", Weight),
-        ("up", Weight),
-        ("down", Weight),
-        ("attention_norm", Address),
-        ("mlp_norm", Address),
-        ("q_norm", Address),
-        ("k_norm", Address),
+        ("qkv", Linear * 3),
+        ("gate_up", Linear * 2),
+        ("out", Linear),
+        ("down", Linear),
+        ("qkv_count", Integer),
+        ("gate_up_count", Integer),
+        ("attention_norm", Norm),
+        ("q_norm", Norm),
+        ("k_norm", Norm),
+        ("attention_out_norm", Norm),
+        ("mlp_norm", Norm),
+        ("mlp_out_norm", Norm),
+        ("attention_module", Integer),
+        ("mlp_module", Integer),
         ("keys", Address),
         ("values", Address),
+        ("cosines", Address),
+        ("sines", Address),
         ("window", Integer),
-        ("modules", LayerModules),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
     ]
 
 
@@ -70,10 +93,9 @@ class Model(ctypes.Structure):
 
     _fields_ = [
         ("embedding", Address),
-        ("final_norm", Address),
-        ("cosines", Address),
-        ("sines", Address),
+        ("position_embedding", Address),
         ("layer", ctypes.POINTER(Layer)),
+        ("final_norm", Norm),
         ("head", Weight),
         ("layers", Integer),
         ("hidden", Integer),
@@ -85,11 +107,13 @@ class Model(ctypes.Structure):
         ("positions", Integer),
         ("blocks", Integer),
         ("modules", Integer),
+        ("rotary_dim", Integer),
+        ("activation", Integer),
+        ("gated", Integer),
         ("embedding_module", Integer),
-        ("final_norm_module", Integer),
         ("head_module", Integer),
-        ("epsilon", ctypes.c_double),
-        ("scale", ctypes.c_double),
+        ("embedding_scale", ctypes.c_double),
+        ("logit_softcap", ctypes.c_double),
     ]
 
 
@@ -115,5 +139,13 @@ class Step(ctypes.Structure):
     ]
 
 
-MIRRORED: tuple[type[ctypes.Structure], ...] = (Weight, Run, Layer, Model, Step)
+MIRRORED: tuple[type[ctypes.Structure], ...] = (
+    Weight,
+    Run,
+    Linear,
+    Norm,
+    Layer,
+    Model,
+    Step,
+)
 """The structs that types.h declares under the same names."""

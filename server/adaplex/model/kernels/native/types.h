@@ -50,29 +50,51 @@ typedef struct {
   const Site *sites;  // [modules]; null for the base
 } Run;
 
-// Indices into Layer.modules; LAYER_MODULES is their number.
-enum { Q, K, V, O, GATE, UP, DOWN, ATTENTION_NORM, MLP_NORM, ATTENTION, MLP, Q_NORM, K_NORM, LAYER_MODULES };
-
-// One decoder layer.
+// A linear of the base, and the number of its module, an index into Run.sites.
 typedef struct {
-  Weight q, k, v, o, gate, up, down;
-  const float *attention_norm, *mlp_norm;  // [hidden]
-  const float *q_norm, *k_norm;            // [head_dim] or null
-  void *keys, *values;                     // [kv_heads, blocks, 16 * head_dim]; see attention.h
-  int64_t window;                          // visible keys, 0 for all
-  int64_t modules[LAYER_MODULES];          // numbers of the layer's modules, indices into Run.sites
+  Weight weight;
+  int64_t module;
+} Linear;
+
+// A norm of the base: y = (x - mean) / sqrt(variance + epsilon) * weight + bias. An RMSNorm has no mean: it
+// counts as zero. A norm that a layer lacks has no weight.
+typedef struct {
+  const float *weight;  // [features], `offset` included
+  const float *bias;    // [features] or null
+  int64_t module;       // an index into Run.sites; -1 if adapters cannot change the norm
+  int64_t centered;     // 1 for a LayerNorm, 0 for an RMSNorm
+  double epsilon;
+  double offset;  // of the weight that an adapter puts in place of the base's
+} Norm;
+
+// One decoder layer: residual += attention_out_norm(attention(attention_norm(residual))), then likewise for
+// the MLP. Norms of one head have [head_dim] features, the others [hidden].
+typedef struct {
+  Linear qkv[3];      // [qkv_count]: q, k and v, or one whose outputs are q | k | v
+  Linear gate_up[2];  // [gate_up_count]: gate and up, or one whose outputs are gate | up; up if not gated
+  Linear out, down;
+  int64_t qkv_count, gate_up_count;
+  Norm attention_norm, q_norm, k_norm, attention_out_norm, mlp_norm, mlp_out_norm;
+  int64_t attention_module, mlp_module;  // indices into Run.sites; -1 if no bottleneck fits the block
+  void *keys, *values;                   // [kv_heads, blocks, 16 * head_dim]; see attention.h
+  const float *cosines, *sines;          // [positions, rotary_dim / 2]
+  int64_t window;                        // visible keys, 0 for all
+  double scale, softcap;                 // score = softcap * tanh(scale * q k / softcap); scale * q k if 0
 } Layer;
 
 // A decoder.
 typedef struct {
-  const void *embedding;         // [vocabulary, hidden]
-  const float *final_norm;       // [hidden]
-  const float *cosines, *sines;  // [positions, head_dim / 2]
-  const Layer *layer;            // [layers]
+  const void *embedding;           // [vocabulary, hidden]
+  const void *position_embedding;  // [positions, hidden], added to the embeddings of tokens; or null
+  const Layer *layer;              // [layers]
+  Norm final_norm;
   Weight head;
   int64_t layers, hidden, heads, kv_heads, head_dim, middle, vocabulary, positions, blocks, modules;
-  int64_t embedding_module, final_norm_module, head_module;
-  double epsilon, scale;
+  int64_t rotary_dim;         // dimensions of a head that positions rotate, the first ones
+  int64_t activation, gated;  // of MLPs: numbered as in activations.h; 1 if it multiplies up
+  int64_t embedding_module, head_module;
+  double embedding_scale;  // factor of the embeddings of tokens
+  double logit_softcap;    // logit = logit_softcap * tanh(logit / logit_softcap); 0 for none
 } Model;
 
 // The rows of one step, and where its results go.
