@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -82,6 +83,19 @@ class Mlp:
     """Numbered as in activations.h."""
 
 
+class LayerKind(NamedTuple):
+    """Facts in which all layers of a decoder agree."""
+
+    queries: int
+    """Features of all heads of queries."""
+    rotated: int
+    """Dimensions of a head that are rotated."""
+    middle: int
+    """Features between the linears of the MLP."""
+    gated: bool
+    activation: int
+
+
 @dataclass(frozen=True)
 class DecoderLayer:
     """residual += attention_out_norm(attention(attention_norm(residual))), then likewise for the
@@ -102,9 +116,16 @@ class DecoderLayer:
         return (*attention.qkv, attention.out, *mlp.gate_up, mlp.down)
 
     @property
-    def widths(self) -> tuple[int, int]:
-        """Features of all heads of queries, and features between the linears of the MLP."""
-        return self.attention.out.backend.in_features, self.mlp.down.backend.in_features
+    def kind(self) -> LayerKind:
+        """The facts in which it has to agree with the other layers."""
+        rotary, mlp = self.attention.rotary, self.mlp
+        return LayerKind(
+            queries=self.attention.out.backend.in_features,
+            rotated=0 if rotary is None else rotary.rotated,
+            middle=mlp.down.backend.in_features,
+            gated=mlp.gated,
+            activation=mlp.activation,
+        )
 
 
 @dataclass(frozen=True)
@@ -119,7 +140,7 @@ class DecoderShape:
     position_embedding: Tensor | None
     """[positions, hidden] in the compute dtype, added to the embeddings of tokens."""
     layers: tuple[DecoderLayer, ...]
-    """Equally many heads, and MLPs of one kind and width."""
+    """Layers of one kind."""
     final_norm: Norm
     head: Linear
     logit_softcap: float

@@ -26,8 +26,7 @@ def model_struct(
     layers = (structs.Layer * len(shape.layers))(
         *(_layer(each, cache, i, numbers, blocks) for i, each in enumerate(shape.layers))
     )
-    (queries, middle), mlp = shape.layers[0].widths, shape.layers[0].mlp
-    rotary = shape.layers[0].attention.rotary
+    kind = shape.layers[0].kind
     return structs.Model(
         embedding=shape.embedding.data_ptr(),
         position_embedding=_address(shape.position_embedding),
@@ -36,17 +35,17 @@ def model_struct(
         head=shape.head.backend.struct,
         layers=len(layers),
         hidden=shape.embedding.shape[1],
-        heads=queries // shape.head_dim,
+        heads=kind.queries // shape.head_dim,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        middle=middle,
+        middle=kind.middle,
         vocabulary=shape.head.backend.out_features,
         positions=shape.positions,
         blocks=cache.num_blocks,
         modules=len(modules),
-        rotary_dim=0 if rotary is None else rotary.rotated,
-        activation=mlp.activation,
-        gated=mlp.gated,
+        rotary_dim=kind.rotated,
+        activation=kind.activation,
+        gated=kind.gated,
         embedding_module=numbers[shape.embedding_name],
         head_module=numbers[shape.head.name],
         embedding_scale=shape.embedding_scale,

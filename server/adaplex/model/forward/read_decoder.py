@@ -58,10 +58,8 @@ def _read(
 ) -> DecoderShape:
     prefix, inner = model.base_model_prefix, model.base_model
     parts, table = parts_of(inner), model.get_input_embeddings()
-    (layers,), (final,) = (
-        first_found(parts, LAYERS, "layers"),
-        first_found(parts, FINAL_NORMS, "norm"),
-    )
+    (layers,) = first_found(parts, LAYERS, "layers")
+    (final,) = first_found(parts, FINAL_NORMS, "last norm")
     embedding = next((name for name in parts if getattr(inner, name) is table), "")
     require_no_more(parts, {embedding, layers, final, ROTARY, POSITIONS}, "a decoder")
     places = getattr(inner, POSITIONS).weight.detach() if POSITIONS in parts else None
@@ -75,8 +73,8 @@ def _read(
         reader.read(f"{prefix}.{layers}.{i}", layer, options[i])
         for i, layer in enumerate(getattr(inner, layers))
     )
-    if len({(*layer.widths, layer.mlp.gated, layer.mlp.activation) for layer in read}) != 1:
-        raise OtherShape("layers that differ in width or activation")
+    if len({layer.kind for layer in read}) != 1:
+        raise OtherShape("layers that differ in width, rotated dimensions or activation")
     scale = table_scale(table, table.weight)
     return DecoderShape(
         embedding_name=f"{prefix}.{embedding}",
@@ -85,7 +83,7 @@ def _read(
         position_embedding=None if places is None else places.contiguous(),
         layers=read,
         final_norm=read_norm(f"{prefix}.{final}", getattr(inner, final), hidden),
-        head=read_linear(model.get_output_embeddings()),
+        head=read_linear(model.get_output_embeddings(), *table.weight.shape),
         logit_softcap=float(getattr(model.config, "final_logit_softcapping", None) or 0),
         kv_heads=shape.kv_heads,
         head_dim=shape.key_dim,

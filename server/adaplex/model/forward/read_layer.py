@@ -38,7 +38,7 @@ GATED = (("gate_proj", "up_proj"), ("gate_up_proj",))
 UNGATED = (("up_proj",), ("c_fc",))
 DOWNS = (("down_proj",), ("c_proj",))
 ACTIVATION_NAMES = (("act_fn",), ("activation_fn",), ("act",))
-NORMS = (
+NORMS: tuple[tuple[str, str | None, str, str | None], ...] = (
     ("input_layernorm", None, "post_attention_layernorm", None),
     (
         "input_layernorm",
@@ -106,8 +106,6 @@ class LayerReader:
             return None if part is None else norm(part)
 
         before_attention, after_attention, before_mlp, after_mlp = norms
-        assert before_attention is not None
-        assert before_mlp is not None
         return DecoderLayer(
             attention=self._attention(f"{name}.{attention}", getattr(layer, attention), options),
             mlp=self._mlp(f"{name}.mlp", layer.mlp),
@@ -125,7 +123,7 @@ class LayerReader:
         require_no_more(settings, ATTENTION_SETTINGS, "attention")
         if options.sinks is not None:
             raise OtherShape("attention with sinks")
-        last = read_linear(module.get_submodule(out))
+        last = read_linear(module.get_submodule(out), self.hidden)
         queries, keys = last.backend.in_features, self.kv_heads * self.head_dim
         widths = (queries, keys, keys) if len(qkv) > 1 else (queries + 2 * keys,)
         q_norm, k_norm = (
@@ -137,7 +135,7 @@ class LayerReader:
         return Attention(
             name=name,
             qkv=self._linears(module, qkv, widths),
-            out=read_linear(module.get_submodule(out), (self.hidden, queries)),
+            out=last,
             q_norm=q_norm,
             k_norm=k_norm,
             rotary=self.rotary.read(getattr(module, "layer_type", None)),
@@ -151,13 +149,13 @@ class LayerReader:
         (activation,) = first_found(parts, ACTIVATION_NAMES, "activation")
         require_no_more(parts, {*gate_up, down, activation}, "an MLP")
         gated = gate_up in GATED
-        last = read_linear(module.get_submodule(down))
+        last = read_linear(module.get_submodule(down), self.hidden)
         middle = last.backend.in_features
         widths = (2 * middle,) if gated and len(gate_up) == 1 else (middle,) * len(gate_up)
         return Mlp(
             name=name,
             gate_up=self._linears(module, gate_up, widths),
-            down=read_linear(module.get_submodule(down), (self.hidden, middle)),
+            down=last,
             gated=gated,
             activation=read_activation(module.get_submodule(activation)),
         )
@@ -167,6 +165,6 @@ class LayerReader:
     ) -> tuple[Linear, ...]:
         """Returns linears of the residual stream that have these numbers of outputs."""
         return tuple(
-            read_linear(module.get_submodule(name), (width, self.hidden))
+            read_linear(module.get_submodule(name), width, self.hidden)
             for name, width in zip(names, widths, strict=True)
         )

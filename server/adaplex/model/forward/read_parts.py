@@ -51,15 +51,15 @@ def require_no_more(parts: Set[str], known: Set[str], owner: str) -> None:
         raise OtherShape(f"{owner} with {', '.join(sorted(extra))}")
 
 
-def read_linear(module: Any, features: tuple[int, int] | None = None) -> Linear:
-    """Returns a linear. Raises OtherShape for one without panels, or with others than `features`
-    (out, in).
+def read_linear(module: Any, outputs: int, inputs: int | None = None) -> Linear:
+    """Returns a linear [outputs, inputs]; `inputs` None for any. Raises OtherShape for one of
+    another size or without panels.
     """
     if not isinstance(module, AdaptedLinear) or not isinstance(module.backend, NativeLinear):
         raise OtherShape("a linear without panels")
     found = (module.backend.out_features, module.backend.in_features)
-    if features not in (None, found):
-        raise OtherShape(f"{module.name} of {found} features, not {features}")
+    if found != (outputs, found[1] if inputs is None else inputs):
+        raise OtherShape(f"{module.name} [{found[0]}, {found[1]}], not [{outputs}, {inputs}]")
     return Linear(module.name, module.backend)
 
 
