@@ -25,7 +25,12 @@ from adaplex.model.step.tiles import AdapterKernels
 
 
 def native_kernels(
-    dtype: torch.dtype, device: torch.device, *, cache: Path, progress: Progress
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    cache: Path,
+    progress: Progress,
+    int8_activations: bool = False,
 ) -> NativeKernels | None:
     """Returns the C kernels on a CPU, None on other devices and where they cannot be built, which
     one line reports.
@@ -33,7 +38,9 @@ def native_kernels(
     if device.type != "cpu":
         return None
     try:
-        return NativeKernels(dtype, cache, progress=progress)
+        return NativeKernels(
+            dtype, cache, progress=progress, int8_activations=int8_activations
+        )
     except BuildFailed as error:
         progress(f"the model runs on torch, several times slower than on C kernels: {error}")
         return None

@@ -78,6 +78,7 @@ def load(config: ServerConfig, progress: Progress) -> BaseModel:
         group_size=config.group_size,
         dtype=config.dtype,
         device=config.device,
+        cpu_activations=config.cpu_activations,
         cache=config.cache,
         saved=_saved_bases(config),
         cache_limit=config.max_cache_bytes,

@@ -62,6 +62,12 @@ class ServerConfig(NetworkConfig, BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Device of the model; auto is cuda if there is one, else cpu."
     )
+    cpu_activations: Literal["float", "int8"] = Field(
+        "float",
+        description="On a CPU, how activations are multiplied by 4-bit weights: float, in the "
+        "compute dtype, or int8, rounded to 8 bits a block of 32 inputs, which is faster and less "
+        "exact.",
+    )
     enforce_eager: bool = Field(
         False,
         description="On a CUDA device, launch decode steps kernel by kernel instead of replaying "

@@ -36,8 +36,10 @@ from adaplex.model.modules.hooks import AdaptedLinear
 from adaplex.model.progress import Progress, silent
 from adaplex.model.step.step_context import StepContext
 from adaplex.model.weights.int4_group import GROUP_SIZES, INT4_GROUP
+from adaplex.model.weights.integer_weight import INT8_BLOCK
 
 QUANTIZATIONS = ("nf4", "int8", INT4_GROUP, "bf16", "fp32")
+ACTIVATIONS = ("float", "int8")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -99,6 +101,7 @@ def load_base(
     group_size: int = 32,
     dtype: str = "auto",
     device: str = "auto",
+    cpu_activations: str = "float",
     cache: Path | None = None,
     native: bool = True,
     saved: Path | None = None,
@@ -111,6 +114,7 @@ def load_base(
     `quantization` is one of QUANTIZATIONS, `group_size`, for int4-group, one of GROUP_SIZES;
     `dtype`, the compute dtype, is auto, bf16 or fp32;
     `device` is auto, cpu or cuda; without `native` a CPU computes in torch alone;
+    `cpu_activations` is one of ACTIVATIONS;
     `saved` is a folder in which the quantized base is saved for the next start;
     `cache_limit` is the limit in bytes of what starts make in the cache, None for no limit.
     Raises ModelSourceError or UnsupportedModel.
@@ -130,6 +134,7 @@ def load_base(
     compute = _compute_dtype(quantization, dtype)
     where = torch.device(_device(device))
     products = select.products(where)
+    int8 = _int8_activations(cpu_activations, quantization, group_size, compute, where)
     transformers_logging.disable_progress_bar()
     with errors_as_unsupported(f"model {model!r}: its config"):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
@@ -140,7 +145,14 @@ def load_base(
     kernels = None
     if native:
         progress("loading the kernels, which a first start builds")
-        kernels = select.native_kernels(compute, where, cache=cache, progress=progress)
+        kernels = select.native_kernels(
+            compute, where, cache=cache, progress=progress, int8_activations=int8
+        )
+    if int8 and kernels is None:
+        raise UnsupportedModel(
+            "cpu_activations: int8 needs the C kernels, which are not there: install a C compiler "
+            "or set float"
+        )
     step = StepContext()
     builder = ModelBuilder(quantization, compute, where, kernels, products, step, group_size)
     parts = {"fingerprint": fingerprint, **builder.depends_on}
@@ -205,6 +217,32 @@ def _compute_dtype(quantization: str, dtype: str) -> torch.dtype:
     if quantization in DTYPES and quantization != dtype:
         raise UnsupportedModel(f"dtype: {dtype} does not fit quantization {quantization}")
     return DTYPES[dtype]
+
+
+def _int8_activations(
+    activations: str, quantization: str, group_size: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Returns whether activations are rounded to 8 bits. Raises UnsupportedModel for settings that
+    they do not fit.
+    """
+    if activations not in ACTIVATIONS:
+        raise UnsupportedModel(
+            f"cpu_activations: {activations!r} is not one of {', '.join(ACTIVATIONS)}"
+        )
+    if activations == "float":
+        return False
+    reason = None
+    if device.type != "cpu":
+        reason = f"device {device.type}: it is for CPUs"
+    elif quantization not in ("nf4", INT4_GROUP):
+        reason = f"quantization {quantization}: it multiplies 4-bit weights, nf4 and {INT4_GROUP}"
+    elif quantization == "nf4" and dtype != torch.bfloat16:
+        reason = "dtype fp32 with nf4, whose values are bf16"
+    elif quantization == INT4_GROUP and group_size < INT8_BLOCK:
+        reason = f"group_size {group_size}: it needs at least {INT8_BLOCK} inputs a group"
+    if reason:
+        raise UnsupportedModel(f"cpu_activations: int8 does not fit {reason}; set float")
+    return True
 
 
 def _device(device: str) -> str:

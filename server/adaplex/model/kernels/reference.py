@@ -18,6 +18,7 @@ from torch import Tensor
 from adaplex.model.kernels import onednn
 from adaplex.model.kernels.paged_kv import AttentionOptions, PagedKV
 from adaplex.model.weights.int4_group import Int4Weight
+from adaplex.model.weights.integer_weight import INT8_BLOCK, IntegerWeight
 
 ROW_TILE = 4
 """Rows of a tile. Products of whole tiles give each row the same bits, on any number of threads.
@@ -29,6 +30,9 @@ Measured: up to 80 on Intel processors, any size on AMD's; see server/DECISIONS.
 
 PARTITION = 256
 """Keys of one partition of attention. All products of partitions have the same inner size."""
+
+LEAST_MAXIMUM = 1e-30
+"""Blocks of smaller activations are rounded to zeros of 8 bits."""
 
 MASKED = -1e30
 """Running maximum before the first key; finite, so that differences are never NaN."""
@@ -65,6 +69,35 @@ def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [rows, in], weight [out, in], bias [out] or None -> x W' + bias [rows, out]."""
     y = linear_rows(x, weight)
     return y if bias is None else y + bias
+
+
+def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [rows, in] -> integers of -127 to 127, fp64 [rows, in / INT8_BLOCK, INT8_BLOCK], and the
+    scale of each block, fp32 [rows, in / INT8_BLOCK].
+    """
+    blocks = x.float().view(len(x), -1, INT8_BLOCK)
+    largest = blocks.abs().amax(-1)
+    # not 127 / largest, which torch computes by the reciprocal
+    inverse = torch.where(largest > LEAST_MAXIMUM, torch.full_like(largest, 127) / largest, 0)
+    return (blocks * inverse[..., None]).round().double(), largest / 127
+
+
+def int8_product(x: Tensor, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
+    """x [rows, in], weight [out, in], bias [out] or None -> fp32 x W' + bias [rows, out], with x
+    rounded to 8 bits; the sums of blocks are added in their order.
+    """
+    values, block_scales = int8_rows(x)
+    codes = weight.codes.double().unflatten(-1, (-1, INT8_BLOCK))
+    sums = torch.einsum("rbi,obi->bro", values, codes)
+    totals = values.sum(-1)
+    each = codes.shape[1] // weight.scales.shape[1]
+    y = x.new_zeros(len(x), len(weight.codes), dtype=torch.float32)
+    for block, products in enumerate(sums):
+        group = block // each
+        centered = products - totals[:, block, None] * weight.zeros[:, group].double()
+        y += centered.float() * (weight.scales[:, group].float() * block_scales[:, block, None])
+    y /= weight.units
+    return y if bias is None else y + bias.float()
 
 
 def int4_product(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:

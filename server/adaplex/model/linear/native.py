@@ -14,8 +14,14 @@ from adaplex.model.kernels.native.kernels import CODE_LINE, NativeKernels
 from adaplex.model.linear.backend import LinearBackend
 from adaplex.model.linear.dense import DenseLinear
 from adaplex.model.linear.products import Products
+from adaplex.model.weights.integer_weight import IntegerWeight
 from adaplex.model.weights.nf4 import NF4_VALUES
-from adaplex.model.weights.panel_codes import nf4_weight, unpack_dense
+from adaplex.model.weights.panel_codes import (
+    nf4_weight,
+    single_codes,
+    unpack_dense,
+    unpack_groups,
+)
 
 
 class NativeLinear(LinearBackend):
@@ -40,6 +46,7 @@ class NativeLinear(LinearBackend):
             None if self._wide_bias is None else self._wide_bias.data_ptr(),
             self.in_features,
             self.out_features,
+            int8_inputs=int(scales is not None and kernels.int8_activations),
         )
 
     @classmethod
@@ -88,6 +95,13 @@ class NativeLinear(LinearBackend):
         values = torch.tensor(NF4_VALUES).bfloat16().float()
         pairs = self._kernels.unpack_codes(self.panels, self.out_features)
         return nf4_weight(pairs, self.scales, values)
+
+    def integers(self) -> IntegerWeight:
+        """Returns the 4-bit weight as it is multiplied by activations of 8 bits."""
+        assert self.scales is not None
+        pairs = self._kernels.unpack_codes(self.panels, self.out_features)
+        scales = unpack_groups(self.scales, self.out_features)
+        return IntegerWeight.nf4(single_codes(pairs), scales)
 
     def tensors(self) -> dict[str, Tensor]:
         """See LinearBackend."""

@@ -12,12 +12,14 @@ from adaplex.model.linear.int4_group import Int4GroupLinear
 from adaplex.model.linear.native import NativeLinear, dense_linear
 from adaplex.model.linear.products import Products
 from adaplex.model.weights.int4_group import (
+    CENTER,
     Int4Weight,
     fits,
     folded_zeros,
     grouped_weight,
     int4_roundtrip,
 )
+from adaplex.model.weights.integer_weight import IntegerWeight
 from adaplex.model.weights.panel_codes import single_codes, unpack_groups
 
 
@@ -58,6 +60,11 @@ class NativeInt4Linear(NativeLinear):
         """See LinearBackend."""
         pairs = self._kernels.unpack_codes(self.panels, self.out_features)
         return grouped_weight(single_codes(pairs), *self._grid())
+
+    def integers(self) -> IntegerWeight:
+        """See NativeLinear."""
+        pairs = self._kernels.unpack_codes(self.panels, self.out_features)
+        return IntegerWeight(single_codes(pairs).int() - CENTER, *self._grid())
 
     @property
     def nbytes(self) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from adaplex.model.kernels.native.instruction_sets import InstructionSet
 
 HERE = Path(__file__).parent
-UNITS = ("bf16.c", "f32.c", "team.c", "packing.c")
+UNITS = ("bf16.c", "f32.c", "integers.c", "team.c", "packing.c")
 """The translation units, those that take longest first."""
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-pthread", "-Wno-psabi")
 BUILD_CPU_SECONDS = 600

@@ -30,7 +30,11 @@ _AVX512_FLAGS = (
     *("-mavx2", "-mfma", "-mprefer-vector-width=512"),
 )
 INSTRUCTION_SETS: tuple[InstructionSet, ...] = (
-    InstructionSet("avx512-bf16", _AVX512 | {"avx512_bf16"}, (*_AVX512_FLAGS, "-mavx512bf16")),
+    InstructionSet(
+        "avx512-bf16",
+        _AVX512 | {"avx512_bf16", "avx512_vnni"},
+        (*_AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"),
+    ),
     InstructionSet("avx512", _AVX512, _AVX512_FLAGS),
     InstructionSet("avx2", frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
     InstructionSet("portable", frozenset(), ()),

@@ -30,10 +30,14 @@ class NativeKernels:
         cache: Path,
         instructions: InstructionSet | None = None,
         progress: Progress = silent,
+        *,
+        int8_activations: bool = False,
     ) -> None:
         """Loads the library, after building it if it is not in `cache`. Raises BuildFailed."""
         self.instructions = instructions or chosen_set()
         self.dtype = dtype
+        self.int8_activations = int8_activations
+        """True if 4-bit weights are multiplied by activations of 8 bits; see integers.h."""
         self.per_unit = 4 // dtype.itemsize
         self._library = load_library(cache, self.instructions, progress)
         element = ELEMENTS[dtype]

@@ -40,6 +40,7 @@ const FieldLayout struct_layouts[] = {
     FIELD(Weight, out_features),
     FIELD(Weight, group),
     FIELD(Weight, zeros),
+    FIELD(Weight, int8_inputs),
     STRUCT(Weight),
     FIELD(Run, start),
     FIELD(Run, stop),

@@ -115,11 +115,15 @@ static void NAME(multiply_chunk)(const NAME(ProductTask) *task, const Site *own,
 static void NAME(multiply_panels)(const NAME(ProductTask) *task, const Site *own, long row, long stop,
                                   long first, long last) {
   RowBlock row_block = {0, 1};
-  if (stop - row > TILE_ROWS) {
+  const int integers = task->weight->int8_inputs && !(own && own->dense);
+  if (stop - row > TILE_ROWS && !integers) {
     for (; row < stop; row += CHUNK_ROWS)
       NAME(multiply_chunk)(task, own, row, min_long(CHUNK_ROWS, stop - row), first, last);
     return;
   }
+  // Tiles of integers decode so fast that they share no decoded blocks.
+  for (; stop - row > TILE_ROWS; row += TILE_ROWS)
+    MULTIPLY_TILES(TILE_ROWS, TILE_PANELS(TILE_ROWS), first, last)
   switch (stop - row) {
 #if TILE_ROWS > 2
     REMAINDER(4)

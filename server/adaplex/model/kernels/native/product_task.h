@@ -13,6 +13,7 @@ typedef struct {
   long h_stride;
   int replaces_rows;          // true if a site replaces rows of W
   NextProduct *next_product;  // or null
+  QuantizedRows quantized;    // x in 8 bits, if the weight has int8_inputs
 } NAME(ProductTask);
 
 // The inputs of the R rows of a tile.

@@ -15,8 +15,19 @@ INLINE void NAME(product_tile)(const NAME(ProductTask) *task, const Site *own, l
   const int at_once = CODE_PANELS(R) < P ? CODE_PANELS(R) : P;
   Tile acc;
   const void *dense = own ? own->dense : NULL;
-  if (w->group && !dense) {
-    const float *zeros = own ? own->zeros : w->zeros;
+  const float *zeros = own ? own->zeros : w->zeros;
+  if (w->int8_inputs && !dense) {
+    const IntegerTile tile = {.weight = w,
+                              .zeros = zeros,
+                              .panel = panel,
+                              .rows = quantized_from(task->quantized, row, w->in_features),
+                              .plan = rows.plan,
+                              .block = row_block};
+    Tile sums;
+    multiply_integers(&tile, R, P, sums);
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int v = 0; v < P * PANEL_VECS; v++) acc[r][v] = sums[r][v];
+  } else if (w->group && !dense) {
     UNROLL for (int p = 0; p < P; p += at_once)
       NAME(code_tile)(rows, w, 0, zeros, panel + p, R, at_once, acc, p * PANEL_VECS);
 #if PER_UNIT == 2

@@ -82,6 +82,23 @@ static NAME(Products) NAME(scale_inputs)(ThreadContext *me, const Workspace *spa
   return scaled;
 }
 
+// Quantizes the x of every product of a phase whose weight has int8_inputs; products of the same x share it. A
+// ticket is a row.
+static void NAME(quantize_inputs)(ThreadContext *me, const Workspace *space, NAME(Products) *products,
+                                  long rows) {
+  for (int i = 0; i < products->count; i++) {
+    NAME(ProductTask) *product = products->product + i;
+    if (!product->weight->int8_inputs) continue;
+    for (int j = 0; j < i && !product->quantized.values; j++)
+      if (products->product[j].x == product->x) product->quantized = products->product[j].quantized;
+    if (product->quantized.values) continue;
+    const long in = product->weight->in_features;
+    product->quantized = quantized_from(space->quantized, i * rows, in);
+    for (long row; (row = team_next_ticket(&me->cursor, rows)) >= 0;)
+      NAME(quantize_row)(product->x + row * in, in, product->quantized, row);
+  }
+}
+
 // runs [run_count]. h = a x for all rows of adapters that have a rank at a product of the phase. A ticket is
 // up to SHRINK_ROWS rows of one adapter, for all products of the phase; for one of them if tickets are few.
 static void NAME(shrink_all)(ThreadContext *me, const NAME(Products) *products, const Run *runs,
@@ -148,10 +165,15 @@ static long NAME(weight_ranges)(TicketRange *ranges, const NAME(Products) *produ
 // weight are multiplied by it; neighbouring other runs share the tickets of the base's weight.
 static void NAME(run_products)(ThreadContext *me, const Workspace *space, const NAME(Products) *products,
                                const Run *runs, long run_count) {
-  NAME(Products) scaled;
+  NAME(Products) changed;
   if (space->needs.input_scales) {
-    scaled = NAME(scale_inputs)(me, space, products, runs, run_count);
-    products = &scaled;
+    changed = NAME(scale_inputs)(me, space, products, runs, run_count);
+    products = &changed;
+  }
+  if (space->quantized.values) {
+    changed = *products;
+    NAME(quantize_inputs)(me, space, &changed, runs[run_count - 1].stop);
+    products = &changed;
   }
   if (products->product[0].sites) NAME(shrink_all)(me, products, runs, run_count);
   long tickets = NAME(weight_ranges)(me->ranges, products, runs, run_count);

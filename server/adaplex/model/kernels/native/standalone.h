@@ -10,7 +10,7 @@ typedef struct {
 } NAME(LinearCall);
 
 // Work of one thread of the team; `context` is a LinearCall. A ticket is a row if activations are no
-// elements, then a group of panels.
+// elements, a row that is quantized if the weight has int8_inputs, then a group of panels.
 static void NAME(linear_on_thread)(void *context, int thread) {
   const NAME(LinearCall) *call = context;
   const Weight *w = call->task.weight;
@@ -20,6 +20,9 @@ static void NAME(linear_on_thread)(void *context, int thread) {
     for (long row; (row = team_next_ticket(&cursor, call->rows)) >= 0;)
       NAME(activation_row)(call->x + row * call->x_stride, w->in_features,
                            (ACTIVATION *)call->task.x + row * w->in_features);
+  if (w->int8_inputs)
+    for (long row; (row = team_next_ticket(&cursor, call->rows)) >= 0;)
+      NAME(quantize_row)(call->task.x + row * call->task.x_stride, w->in_features, call->task.quantized, row);
   for (long group; (group = team_next_ticket(&cursor, panel_group_count(w))) >= 0;) {
     long first = group * PANEL_GROUP, last = min_long(first + PANEL_GROUP, panels);
     NAME(multiply_panels)(&call->task, NULL, 0, call->rows, first, last);
@@ -36,7 +39,8 @@ int NAME(linear)(const Weight *weight, const ELEMENT *x, int64_t x_stride, int64
   const int converts = sizeof(ELEMENT) != sizeof(ACTIVATION);
   size_t wide = sizeof(float) * (size_t)(rows * weight->out_features);
   size_t inputs = converts ? sizeof(ACTIVATION) * (size_t)(rows * weight->in_features) : 0;
-  float *buffer = aligned_alloc(64, (wide + inputs + 63) / 64 * 64);
+  size_t quantized = weight->int8_inputs ? quantized_bytes(rows, weight->in_features) : 0;
+  float *buffer = aligned_alloc(64, (wide + inputs + quantized + 63) / 64 * 64);
   if (!buffer) return NO_MEMORY;
   NAME(ProductTask) task = {
       .weight = weight,
@@ -44,6 +48,8 @@ int NAME(linear)(const Weight *weight, const ELEMENT *x, int64_t x_stride, int64
       .x_stride = converts ? weight->in_features : x_stride,
       .y = buffer,
       .y_stride = weight->out_features};
+  if (quantized)
+    task.quantized = quantized_rows((char *)buffer + wide + inputs, rows, weight->in_features);
   NAME(LinearCall) call = {task, x, x_stride, rows, y, y_stride};
   team_run(NAME(linear_on_thread), &call);
   free(buffer);

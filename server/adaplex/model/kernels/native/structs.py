@@ -25,6 +25,7 @@ class Weight(ctypes.Structure):
         ("out_features", Integer),
         ("group", Integer),
         ("zeros", Address),
+        ("int8_inputs", Integer),
     ]
 
 

@@ -14,6 +14,7 @@ typedef struct {
   int64_t in_features, out_features;
   int64_t group;       // int4: inputs that share a scale; 0 for other formats
   const float *zeros;  // int4: [panels, in / group, 16], replacing the zeros in `scales`; or null
+  int64_t int8_inputs;  // 1 if codes are multiplied by activations of 8 bits; see integers.h
 } Weight;
 
 // The changes of one adapter at one module; zero where it has none. Pointers are to elements unless they have

@@ -12,6 +12,8 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define NATIVE_BF16 1
@@ -140,6 +142,24 @@ INLINE float max_lanes(VecF32 v) {
   float m = v[0];
   for (int i = 1; i < VEC_LANES; i++) m = v[i] > m ? v[i] : m;
   return m;
+}
+
+// The nearest integers of lanes below 2^22, ties to even, by an operation that no compiler joins with a
+// multiplication before it where it could round otherwise.
+INLINE VecI32 round_lanes(VecF32 v) {
+#if VEC_LANES == 16
+  return (VecI32)_mm512_cvtps_epi32((__m512)v);
+#elif VEC_LANES == 8
+  return (VecI32)_mm256_cvtps_epi32((__m256)v);
+#elif defined(__x86_64__)
+  return (VecI32)_mm_cvtps_epi32((__m128)v);
+#elif defined(__aarch64__)
+  return (VecI32)vcvtnq_s32_f32((float32x4_t)v);
+#else
+  VecI32 n;
+  for (int i = 0; i < VEC_LANES; i++) n[i] = (int32_t)rintf(v[i]);
+  return n;
+#endif
 }
 
 // `yes` in lanes where the mask is -1, `no` where it is 0.

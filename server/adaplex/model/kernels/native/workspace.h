@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "integers.h"
 #include "sites.h"
 #include "sizes.h"
 #include "team.h"
@@ -21,6 +22,7 @@ typedef struct {
   float *wide;                       // [rows, width of the widest phase]: outputs of a phase's products
   void *shrunk;                      // elements [3, rows, rank_stride]: a x of a phase's products
   void *scaled;                      // elements [rows, inputs of a phase]: scaled copies, if any are needed
+  QuantizedRows quantized;           // [rows, inputs of a phase] in 8 bits, if a weight has int8_inputs
   int32_t *kv_block;                 // [rows]: block of each row's key and value
   const Site **sites, **head_sites;  // [rows], [wanted_rows] of [modules]; null if every row has the base
   QuerySpan *span;                   // [spans]
@@ -98,6 +100,14 @@ static ThreadContext thread_context(const Workspace *space, const Model *m, size
   return me;
 }
 
+// True if a linear of a layer has int8_inputs.
+static int any_int8_inputs(const Model *m) {
+  for (const Layer *l = m->layer; l < m->layer + m->layers; l++)
+    for (const Weight *w = &l->q; w <= &l->down; w++)
+      if (w->int8_inputs) return 1;
+  return 0;
+}
+
 // buffer [size] or null. Divides the step's buffer; adds the bytes to `used`.
 static void allocate_buffers(Workspace *space, const Model *m, const Step *step, size_t element, char *buffer,
                              size_t *used) {
@@ -113,6 +123,10 @@ static void allocate_buffers(Workspace *space, const Model *m, const Step *step,
   space->wide = bump_allocate(buffer, used, wide * rows * widest);
   space->shrunk = bump_allocate(buffer, used, element * 3 * rows * (size_t)space->rank_stride);
   if (space->needs.input_scales) space->scaled = bump_allocate(buffer, used, element * rows * inputs);
+  if (any_int8_inputs(m)) {
+    char *start = bump_allocate(buffer, used, quantized_bytes((long)rows, (long)inputs));
+    if (start) space->quantized = quantized_rows(start, (long)rows, (long)inputs);
+  }
   space->kv_block = bump_allocate(buffer, used, sizeof(int32_t) * rows);
   space->sites = bump_allocate(buffer, used, sizeof(Site *) * rows);
   space->head_sites = bump_allocate(buffer, used, sizeof(Site *) * rows);

@@ -1,0 +1,45 @@
+"""IntegerWeight: 4-bit weights as the integers that activations of 8 bits are multiplied by.
+
+W[o, i] = scale[o, g] * (code[o, i] - zero[o, g]) / units with g the group of input i. The values of
+nf4 are rounded to integers, NF4_UNITS of which are 1; the codes of int4-group are integers already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaplex.model.weights.nf4 import NF4_VALUES
+
+INT8_BLOCK = 32
+"""Inputs of a row that share a scale when activations are rounded to 8 bits."""
+NF4_UNITS = 63.34
+"""Integers that make 1 in nf4, as in integers.h: of all numbers up to 63.5, the one that rounds the
+values best. With more, pairs of products would exceed the 16 bits that AVX2 adds them in."""
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A weight [out, in]."""
+
+    codes: Tensor
+    """Integers [out, in]."""
+    scales: Tensor
+    """[out, groups]."""
+    zeros: Tensor
+    """[out, groups]."""
+    units: float = 1.0
+
+    @classmethod
+    def nf4(cls, codes: Tensor, scales: Tensor) -> IntegerWeight:
+        """Makes the weight of nf4 codes of 0 to 15 [out, in] and maxima of blocks [out, blocks]."""
+        table = torch.tensor(NF4_VALUES).mul(NF4_UNITS).round().int()
+        return cls(table[codes.int()], scales, torch.zeros_like(scales), NF4_UNITS)
+
+    def dequantized(self) -> Tensor:
+        """Returns the weight, fp32 [out, in]."""
+        codes = self.codes.float().unflatten(-1, (self.scales.shape[1], -1))
+        grid = (codes - self.zeros.float()[..., None]) * self.scales.float()[..., None]
+        return grid.flatten(1) / self.units
