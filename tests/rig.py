@@ -49,6 +49,7 @@ class ModelRig:
         triton: bool = False,
         graphs: bool = False,
         group_size: int = 32,
+        cpu_activations: str = "float",
         num_blocks: int = 2048,
         arena_bytes: int = ARENA,
     ) -> None:
@@ -60,6 +61,7 @@ class ModelRig:
             quantization=quantization,
             group_size=group_size,
             dtype=dtype,
+            cpu_activations=cpu_activations,
             device="auto" if triton else "cpu",
             native=native and not triton,
             saved=saved,
