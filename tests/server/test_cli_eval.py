@@ -178,6 +178,30 @@ def test_several_texts_are_shown_as_a_table(
     assert second.split()[:2] == [str(other), "18"]
 
 
+def test_rounded_activations_are_measured_beside_exact_ones(
+    text: Path, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = save_lora(tiny_model("llama"), tmp_path / "lora")
+    flags = (directory, "--file", text, "--model", tiny_model("llama"), "--max-tokens", 100)
+
+    def measured(activations: str) -> Any:
+        result = run(*flags, "--cpu-activations", activations, "--json")
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)
+        assert found["cpu_activations"] == activations
+        return found["texts"][0]
+
+    exact, rounded = measured("float"), measured("int8")
+    assert exact["base_in_float"] is None
+    for model in ("base", "adapter"):
+        assert rounded[f"{model}_in_float"] == exact[model]
+        assert rounded[model] != exact[model]
+        assert rounded[model] == pytest.approx(exact[model], rel=0.02)
+    table = run(*flags, "--cpu-activations", "int8").stdout.strip().splitlines()
+    assert table[-2].endswith("BASE IN FLOAT  ADAPTER IN FLOAT")
+    assert table[-1].split()[-2:] == [f"{exact[model]:.3f}" for model in ("base", "adapter")]
+
+
 @pytest.mark.parametrize(
     ("content", "arguments", "reason"),
     [

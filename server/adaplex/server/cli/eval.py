@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +34,10 @@ Files = Annotated[
 ]
 Model = Annotated[str | None, typer.Option(help="Base model, as for `adaplex serve`.")]
 Quantization = Annotated[str | None, typer.Option(help="Weight format of the base.")]
+CpuActivations = Annotated[
+    str | None,
+    typer.Option(help="As for `adaplex serve`; int8 is measured beside float, which is exact."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -46,6 +50,9 @@ class TextScore:
     """Scored tokens: each has at least one token before it in its window."""
     base: float
     adapter: float
+    base_in_float: float | None = None
+    """`base` with activations in float; None unless they were rounded to 8 bits."""
+    adapter_in_float: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -67,6 +74,7 @@ def evaluate(
     merged: Annotated[bool, typer.Option("--merged", help="Evaluate merged mode.")] = False,
     model: Model = None,
     quantization: Quantization = None,
+    cpu_activations: CpuActivations = None,
     store_dir: StoreDir = None,
     shared_store: SharedStore = None,
     config: ConfigFile = None,
@@ -78,15 +86,15 @@ def evaluate(
     with errors_as_messages():
         texts = {path: path.read_text(encoding="utf-8") for path in file}
         directory = _directory(adapter)
-        offline = OfflineBase.of(
-            {
-                "model": model,
-                "quantization": quantization,
-                "config": config,
-                "store_dir": store_dir,
-                "shared_store": shared_store,
-            }
-        )
+        flags = {
+            "model": model,
+            "quantization": quantization,
+            "cpu_activations": cpu_activations,
+            "config": config,
+            "store_dir": store_dir,
+            "shared_store": shared_store,
+        }
+        offline = OfflineBase.of(flags)
         if directory is None:
             name, program = offline.stored(adapter)
         else:
@@ -94,20 +102,35 @@ def evaluate(
         ids = {path: _tokens(offline, path, text, max_tokens) for path, text in texts.items()}
         step = min(stride or max(window // 2, 1), window)
         scores = _scores(offline, name, program, ids, window, step, merged=merged)
+        rounded = offline.config.cpu_activations == "int8"
+        if rounded:
+            exact = OfflineBase.of(flags | {"cpu_activations": "float"})
+            in_float = _scores(exact, name, program, ids, window, step, merged=merged)
+            scores = [
+                replace(score, base_in_float=same.base, adapter_in_float=same.adapter)
+                for score, same in zip(scores, in_float, strict=True)
+            ]
     render.warnings(program.warnings)
     if as_json:
         document = {
             "model": offline.base.spec.name,
             "quantization": offline.base.quantization,
+            "cpu_activations": offline.config.cpu_activations,
             "adapter": {"name": name, "family": program.family, "digest": program.digest},
             "texts": [asdict(score) | {"ratio": score.ratio} for score in scores],
         }
         typer.echo(json.dumps(document, indent=2))
         return
-    render.table(
-        ("TEXT", "TOKENS", "BASE", "ADAPTER", "ADAPTER / BASE"),
-        [(s.file, s.tokens, f"{s.base:.3f}", f"{s.adapter:.3f}", f"{s.ratio:.3f}") for s in scores],
-    )
+    head = ("TEXT", "TOKENS", "BASE", "ADAPTER", "ADAPTER / BASE")
+    if rounded:
+        head = (*head, "BASE IN FLOAT", "ADAPTER IN FLOAT")
+    render.table(head, [_line(score) for score in scores])
+
+
+def _line(score: TextScore) -> tuple[object, ...]:
+    """Returns the columns of one text; in float only where activations were rounded."""
+    found = (score.base, score.adapter, score.ratio, score.base_in_float, score.adapter_in_float)
+    return (score.file, score.tokens, *(f"{each:.3f}" for each in found if each is not None))
 
 
 def _directory(adapter: str) -> Path | None:
