@@ -11,7 +11,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos \
   --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
   --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
 
-.PHONY: help demo test test-slow mutants check bench bench-attainment bench-engine bench-overhead bench-long-prompt \
+.PHONY: help demo test test-slow mutants check bench bench-activations bench-attainment bench-engine bench-overhead bench-long-prompt \
   adapterhub-fixtures bench-residency bench-gpu bench-peers bench-modes bench-start bench-switch protos formats docs model wheel format clean
 
 help: ## Show the targets
@@ -51,6 +51,9 @@ bench: model ## Measure serving through gRPC, every workload; ARGS="--out FOLDER
 
 bench-engine: model ## Measure the engine alone, without gRPC
 	@PYTHONPATH=tests $(BIN)/python -m bench.engine $(ARGS)
+
+bench-activations: model ## Measure what activations of 8 bits gain on a CPU
+	@PYTHONPATH=tests $(BIN)/python -m bench.activations $(ARGS)
 
 bench-overhead: model ## Measure what serving through gRPC leaves of the engine's speed
 	@PYTHONPATH=tests $(BIN)/python -m bench.overhead $(ARGS)

@@ -16,7 +16,7 @@ EMULATED = InstructionSet(
     frozenset(),
     (
         *("-O1", f"-I{INTRINSICS}"),
-        *("-D__AVX512F__", "-D__AVX512BW__", "-D__AVX512BF16__"),
+        *("-D__AVX512F__", "-D__AVX512BW__", "-D__AVX512BF16__", "-D__AVX512VNNI__"),
     ),
 )
 """The code of AVX512-BF16 with the intrinsics of `INTRINSICS`, slow as it is."""

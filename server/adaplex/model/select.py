@@ -38,9 +38,7 @@ def native_kernels(
     if device.type != "cpu":
         return None
     try:
-        return NativeKernels(
-            dtype, cache, progress=progress, int8_activations=int8_activations
-        )
+        return NativeKernels(dtype, cache, progress=progress, int8_activations=int8_activations)
     except BuildFailed as error:
         progress(f"the model runs on torch, several times slower than on C kernels: {error}")
         return None

@@ -58,5 +58,5 @@ def test_int8_is_refused_on_a_cuda_device(
     tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UnsupportedModel, match="^cpu_activations: int8 does not fit device cuda"):
+    with pytest.raises(UnsupportedModel, match=r"^cpu_activations: int8 does not fit device cuda"):
         load_base(str(tiny_model("llama")), device="cuda", cpu_activations="int8")

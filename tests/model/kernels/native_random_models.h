@@ -83,6 +83,7 @@ static Weight weight(const Shape *s, long in, long out, int group) {
   w.panels = packed;
   w.scales = groups(group == 1 ? 4 : 2, in / each, out);
   if (group > 1) w.group = group;
+  w.int8_inputs = each % 32 == 0 && random_below(2);
   return w;
 }
 

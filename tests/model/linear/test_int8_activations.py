@@ -28,7 +28,9 @@ EachShape = pytest.mark.parametrize("shape", SHAPES)
 
 
 @cache
-def kernels(dtype: torch.dtype, instructions: InstructionSet, *, int8: bool = True) -> NativeKernels:
+def kernels(
+    dtype: torch.dtype, instructions: InstructionSet, *, int8: bool = True
+) -> NativeKernels:
     return NativeKernels(dtype, default_cache(), instructions, int8_activations=int8)
 
 

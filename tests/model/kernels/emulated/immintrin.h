@@ -1,5 +1,6 @@
-// The intrinsics of AVX512-BF16 that the kernels use, in plain C, so that the code of that instruction set is
-// tested on any processor. Compiled with __AVX512F__, __AVX512BW__ and __AVX512BF16__ defined by hand.
+// The intrinsics of AVX512-BF16 and VNNI that the kernels use, in plain C, so that the code of that instruction
+// set is tested on any processor. Compiled with __AVX512F__, __AVX512BW__, __AVX512VNNI__ and __AVX512BF16__
+// defined by hand.
 
 #pragma once
 
@@ -56,6 +57,35 @@ static inline __m512i _mm512_permutexvar_epi16(__m512i index, __m512i table) {
   for (int i = 0; i < 32; i++) found[i] = from[at[i] & 31];
   memcpy(&index, found, sizeof index);
   return index;
+}
+
+static inline __m512i _mm512_shuffle_epi8(__m512i table, __m512i index) {
+  uint8_t from[64], at[64], found[64];
+  memcpy(from, &table, sizeof from);
+  memcpy(at, &index, sizeof at);
+  for (int i = 0; i < 64; i++) found[i] = at[i] & 128 ? 0 : from[i / 16 * 16 + (at[i] & 15)];
+  memcpy(&index, found, sizeof index);
+  return index;
+}
+
+static inline __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
+  int32_t sum[16];
+  uint8_t x[64];
+  int8_t y[64];
+  memcpy(sum, &sums, sizeof sum);
+  memcpy(x, &a, sizeof x);
+  memcpy(y, &b, sizeof y);
+  for (int i = 0; i < 64; i++) sum[i / 4] += x[i] * y[i];
+  memcpy(&sums, sum, sizeof sums);
+  return sums;
+}
+
+static inline __m512i _mm512_cvtps_epi32(__m512 a) {
+  int32_t n[16];
+  for (int i = 0; i < 16; i++) n[i] = (int32_t)__builtin_rintf(a[i]);
+  __m512i rounded;
+  memcpy(&rounded, n, sizeof rounded);
+  return rounded;
 }
 
 static inline __m512i _mm512_load_si512(const void *p) {

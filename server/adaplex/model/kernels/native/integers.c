@@ -43,7 +43,8 @@ INLINE VecU32 bytes_of_codes(VecU32 codes, const int nf4) {
   return (VecU32)BYTES(shuffle_epi8, AS_BYTES(load_words(nf4_bytes)), AS_BYTES(codes));
 }
 
-// line [64]. The bytes of four inputs in all columns, the inputs `half` of the line in their order.
+// line [64], w [PANEL_VECS]. w = the bytes of four inputs in all columns: those of the first or second half
+// of the line, in the order of quantize.h.
 INLINE void integer_units(const char *line, const int half, const int nf4, VecU32 *w) {
 #if WIDE_LINES
   VecU32 codes = load_words(line);
@@ -79,6 +80,7 @@ INLINE VecI32 whole_sums(VecI32 acc, const int nf4) {
 #endif
 }
 #else
+// line [64], w [PANEL_VECS]. As above.
 INLINE void integer_units(const char *line, const int half, const int nf4, VecU32 *w) {
   for (int v = 0; v < PANEL_VECS; v++)
     for (int n = 0; n < VEC_LANES; n++) {

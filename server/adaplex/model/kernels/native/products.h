@@ -82,8 +82,8 @@ static NAME(Products) NAME(scale_inputs)(ThreadContext *me, const Workspace *spa
   return scaled;
 }
 
-// Quantizes the x of every product of a phase whose weight has int8_inputs; products of the same x share it. A
-// ticket is a row.
+// Quantizes the x of every product of a phase whose weight has int8_inputs; products of the same x share it.
+// A ticket is a row.
 static void NAME(quantize_inputs)(ThreadContext *me, const Workspace *space, NAME(Products) *products,
                                   long rows) {
   for (int i = 0; i < products->count; i++) {

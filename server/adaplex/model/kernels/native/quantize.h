@@ -14,7 +14,7 @@ INLINE void NAME(store_quantized)(VecI32 values, int8_t *to) {
   memcpy(to, &bytes, sizeof bytes);
 }
 
-// x [in], in whole blocks, to row `row` of `rows`. A block that is not finite has a scale that is not.
+// x [in], in whole blocks, to row `row` of `rows`. A block that is not finite has NaN as its scale.
 static void NAME(quantize_row)(const ACTIVATION *x, long in, QuantizedRows rows, long row) {
   const QuantizedRows to = quantized_from(rows, row, in);
   for (long b = 0; b < in / QUANTIZED_BLOCK; b++) {
@@ -33,7 +33,7 @@ static void NAME(quantize_row)(const ACTIVATION *x, long in, QuantizedRows rows,
       NAME(store_quantized)(values, to.values + b * QUANTIZED_BLOCK + i * VEC_LANES);
     }
     to.scales[b] = most / INT8_LARGEST + sum_lanes(zeros);
-    to.minus_sums[b] = -sum_lanes(sum);
+    to.minus_sums[b] = to.scales[b] == to.scales[b] ? -sum_lanes(sum) : 0;
   }
 }
 #undef LEAST_MAXIMUM
