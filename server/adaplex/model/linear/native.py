@@ -101,7 +101,7 @@ class NativeLinear(LinearBackend):
         assert self.scales is not None
         pairs = self._kernels.unpack_codes(self.panels, self.out_features)
         scales = unpack_groups(self.scales, self.out_features)
-        return IntegerWeight.nf4(single_codes(pairs), scales)
+        return IntegerWeight.nf4(single_codes(pairs), scales, self._kernels.nf4_units)
 
     def tensors(self) -> dict[str, Tensor]:
         """See LinearBackend."""

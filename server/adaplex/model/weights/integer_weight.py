@@ -1,7 +1,7 @@
 """IntegerWeight: 4-bit weights as the integers that activations of 8 bits are multiplied by.
 
 W[o, i] = scale[o, g] * (code[o, i] - zero[o, g]) / units with g the group of input i. The values of
-nf4 are rounded to integers, NF4_UNITS of which are 1; the codes of int4-group are integers already.
+nf4 are rounded to integers, `units` of which are 1; the codes of int4-group are integers already.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from adaplex.model.weights.nf4 import NF4_VALUES
 
 INT8_BLOCK = 32
 """Inputs of a row that share a scale when activations are rounded to 8 bits."""
-NF4_UNITS = 63.34
-"""Integers that make 1 in nf4, as in integers.h: of all numbers up to 63.5, the one that rounds the
-values best. With more, pairs of products would exceed the 16 bits that AVX2 adds them in."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +30,10 @@ class IntegerWeight:
     units: float = 1.0
 
     @classmethod
-    def nf4(cls, codes: Tensor, scales: Tensor) -> IntegerWeight:
+    def nf4(cls, codes: Tensor, scales: Tensor, units: float) -> IntegerWeight:
         """Makes the weight of nf4 codes of 0 to 15 [out, in] and maxima of blocks [out, blocks]."""
-        table = torch.tensor(NF4_VALUES).mul(NF4_UNITS).round().int()
-        return cls(table[codes.int()], scales, torch.zeros_like(scales), NF4_UNITS)
+        table = torch.tensor(NF4_VALUES).mul(units).round().int()
+        return cls(table[codes.int()], scales, torch.zeros_like(scales), units)
 
     def dequantized(self) -> Tensor:
         """Returns the weight, fp32 [out, in]."""

@@ -1,7 +1,7 @@
 // Tiles of products of codes by integers; see integers.h.
 //
-// The processor multiplies unsigned bytes by signed ones, so the bytes of nf4 are its integers and 64 more,
-// those of int4 its codes and 8 more. Four neighbouring inputs of a column are the four bytes of a lane.
+// The processor multiplies unsigned bytes by signed ones, so the bytes of nf4 are its integers and NF4_OFFSET
+// more, those of int4 its codes and 8 more. Four neighbouring inputs of a column are the four bytes of a lane.
 
 #include "integers.h"
 
@@ -10,13 +10,20 @@
 #include "sizes.h"
 
 #define BLOCK_LINES (QUANTIZED_BLOCK / 8)
-#define NF4_OFFSET 64
 #define INT4_OFFSET 8
 #define INTEGER_PANELS(R) (VEC_LANES == 16 || (R) == 1 ? 2 : 1)  // panels of a tile of R rows
 
 // The bytes of the 16 codes, once for each 16 lanes of a byte shuffle.
+#if defined(__AVX512VNNI__)
+#define NF4_OFFSET 128
+#define NF4_BYTES 16, 50, 69, 84, 96, 107, 118, 128, 137, 146, 156, 166, 177, 191, 209, 240
+#else
+#define NF4_OFFSET 64
 #define NF4_BYTES 1, 20, 31, 39, 46, 52, 58, 64, 69, 74, 80, 85, 92, 100, 110, 127
+#endif
 static const _Alignas(64) uint8_t nf4_bytes[64] = {NF4_BYTES, NF4_BYTES, NF4_BYTES, NF4_BYTES};
+
+const float nf4_units = NF4_UNITS;
 
 // VNNI multiplies and adds four bytes of a lane at once. Else the sums of pairs fit 16 bits: one of nf4, and
 // those of a whole block of int4, which are added before they are widened.

@@ -17,9 +17,13 @@
 
 #define QUANTIZED_BLOCK 32  // inputs of a row that share a scale
 #define INT8_LARGEST 127
-// Integers that make 1 in nf4: of all numbers whose integers, 64 added, are below 128, the one that rounds
-// the table best.
+// Integers that make 1 in nf4: the number that rounds the table best. VNNI takes integers of 8 bits; pairs of
+// products are added in 16 bits elsewhere, which leaves the integers 7.
+#if defined(__AVX512VNNI__)
+#define NF4_UNITS 112.04f
+#else
 #define NF4_UNITS 63.34f
+#endif
 
 // Quantized rows. Within each eight inputs, `values` are in the order in which the codes of a line are
 // decoded: see quantize.h.
@@ -57,6 +61,9 @@ static inline QuantizedRows quantized_from(QuantizedRows rows, long row, long in
   return (QuantizedRows){rows.values + row * in_features, rows.scales + row * blocks,
                          rows.minus_sums + row * blocks};
 }
+
+// NF4_UNITS, for Python.
+extern const float nf4_units;
 
 // sums[r][v] = x[r] W[vector v of the columns of all panels]', for up to TILE_ROWS rows and as many panels as
 // a Tile holds.

@@ -40,6 +40,8 @@ class NativeKernels:
         """True if 4-bit weights are multiplied by activations of 8 bits; see integers.h."""
         self.per_unit = 4 // dtype.itemsize
         self._library = load_library(cache, self.instructions, progress)
+        self.nf4_units = ctypes.c_float.in_dll(self._library, "nf4_units").value
+        """Integers that make 1 where nf4 is multiplied by activations of 8 bits."""
         element = ELEMENTS[dtype]
         self._forward = getattr(self._library, f"{element}_forward")
         self._linear = getattr(self._library, f"{element}_linear")
