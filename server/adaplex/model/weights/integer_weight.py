@@ -37,6 +37,6 @@ class IntegerWeight:
 
     def dequantized(self) -> Tensor:
         """Returns the weight, fp32 [out, in]."""
-        codes = self.codes.float().unflatten(-1, (self.scales.shape[1], -1))
-        grid = (codes - self.zeros.float()[..., None]) * self.scales.float()[..., None]
-        return grid.flatten(1) / self.units
+        codes = self.codes.float().view(*self.scales.shape, -1)
+        centered = codes - self.zeros.float()[..., None]
+        return (centered * self.scales.float()[..., None]).flatten(1) / self.units
