@@ -100,11 +100,19 @@ static ThreadContext thread_context(const Workspace *space, const Model *m, size
   return me;
 }
 
+// linear [count]. True if one of them has int8_inputs.
+static int has_int8_inputs(const Linear *linear, long count) {
+  for (long i = 0; i < count; i++)
+    if (linear[i].weight.int8_inputs) return 1;
+  return 0;
+}
+
 // True if a linear of a layer has int8_inputs.
 static int any_int8_inputs(const Model *m) {
   for (const Layer *l = m->layer; l < m->layer + m->layers; l++)
-    for (const Weight *w = &l->q; w <= &l->down; w++)
-      if (w->int8_inputs) return 1;
+    if (has_int8_inputs(l->qkv, l->qkv_count) || has_int8_inputs(l->gate_up, l->gate_up_count) ||
+        has_int8_inputs(&l->out, 1) || has_int8_inputs(&l->down, 1))
+      return 1;
   return 0;
 }
 
