@@ -15,7 +15,8 @@ from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from adaplex.model.base import saved_base
+from adaplex.model.base import build_model, saved_base
+from adaplex.model.base.build_model import ModelBuilder
 from adaplex.model.base.loader import BaseModel, load_base
 from adaplex.model.base.source import default_cache
 from adaplex.model.kernels.native.kernels import NativeKernels
@@ -222,3 +223,20 @@ def test_a_mapped_file_may_be_replaced(starts: Starts) -> None:
     scribble(starts)
     for name, tensor in state_of(before.module).items():
         assert torch.equal(tensor, expected[name])
+
+
+def test_a_kernel_for_tensors_without_data_that_is_missing_is_imported(
+    starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty, imported = ModelBuilder._empty, []
+
+    def needs_kernels(*arguments: Any) -> Any:
+        if not imported:
+            raise NotImplementedError("aten::some_operation: no kernel for Meta")
+        return empty(*arguments)
+
+    monkeypatch.setattr(ModelBuilder, "_empty", needs_kernels)
+    monkeypatch.setattr(build_model, "import_meta_kernels", lambda: imported.append(True))
+    assert starts().weight_bytes > 0
+    assert imported == [True]
+    assert not starts.quantized

@@ -16,6 +16,7 @@ from adaplex.model import select
 from adaplex.model.base.architecture import Probe, is_linear, output_layer, probe
 from adaplex.model.base.saved_base import Contents, SavedBase
 from adaplex.model.errors import errors_as_unsupported
+from adaplex.model.imports.light_imports import import_meta_kernels
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.linear.backend import LinearBackend
 from adaplex.model.linear.dense import DenseLinear
@@ -107,6 +108,7 @@ class ModelBuilder:
     ) -> tuple[nn.Module, Probe]:
         """Reads, probes and quantizes a checkpoint. Raises UnsupportedModel."""
         progress(f"reading {directory}")
+        import_meta_kernels()  # transformers initializes modules without data in any way
         with errors_as_unsupported(f"model {str(directory)!r}: its weights"):
             model = AutoModelForCausalLM.from_pretrained(
                 directory,
@@ -124,10 +126,11 @@ class ModelBuilder:
         """Fills an empty model with the tensors of `saved`. Raises errors of any kind for tensors
         that are not those of this model.
         """
-        with torch.device("meta"):  # as from_pretrained makes it before it has read the weights
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=self.dtype, attn_implementation=attention.IMPLEMENTATION
-            )
+        try:
+            model = self._empty(config)
+        except NotImplementedError:  # an operation has no kernel in C++
+            import_meta_kernels()
+            model = self._empty(config)
         self._prepare(model)
 
         def restored(name: str, linear: nn.Module, _is_head: bool) -> LinearBackend:
@@ -140,6 +143,13 @@ class ModelBuilder:
         self._replace_modules(model, saved.found.sites, restored)
         saved.fill(model)
         return model, saved.found
+
+    def _empty(self, config: PretrainedConfig) -> nn.Module:
+        """Returns the model without data, as from_pretrained makes it before it reads weights."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=self.dtype, attn_implementation=attention.IMPLEMENTATION
+            )
 
     def _prepare(self, model: nn.Module) -> None:
         """Makes a model of transformers serve: no training, no batch-mates among experts, and no

@@ -60,17 +60,19 @@ def _run(config: ServerConfig) -> None:
     logs.configure(config.log_level, config.log_format)  # before libraries that log on import
 
     from adaplex.adapters.errors import AdaplexError
-    from adaplex.model.light_imports import light_imports
+    from adaplex.model.base.source import default_cache
+    from adaplex.model.imports.light_imports import light_imports, without_collections
     from adaplex.server.progress import report_progress
 
     try:
         with report_progress() as progress:
             progress("importing torch and transformers")
-            with light_imports():
-                import transformers.masking_utils  # noqa: F401  # every model imports it
+            with light_imports(config.cache or default_cache()):
+                with without_collections():
+                    import transformers.masking_utils  # noqa: F401  # every model imports it
 
-                from adaplex.server import process
-                from adaplex.server.build import build
+                    from adaplex.server import process
+                    from adaplex.server.build import build
 
                 components = build(config, progress)
     except AdaplexError as error:

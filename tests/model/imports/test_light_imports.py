@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,17 +11,29 @@ from pathlib import Path
 
 import pytest
 
-from adaplex.model import light_imports
 from adaplex.model.base.source import default_cache
+from adaplex.model.imports import light_imports
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp")
+META = ("torch._meta_registrations", "torch._decomp", "torch._refs", "torch._prims")
+"""Python's kernels for tensors without data, and what importing them imports."""
+BEGIN = f"""
+import sys
+from functools import partial
+from pathlib import Path
+from adaplex.model.imports import light_imports as module
+from adaplex.model.imports.stand_ins import StandIn
+HEAVY, META = {HEAVY}, {META}
+light_imports = partial(module.light_imports, Path({str(default_cache())!r}))
+def imported(names):
+    return [n for n in names if n in sys.modules and not isinstance(sys.modules[n], StandIn)]
+"""
 
 
 def run(program: str) -> str:
     """Runs a program in a process of its own and returns what it prints."""
-    begin = f"import sys; from adaplex.model.light_imports import light_imports; HEAVY = {HEAVY}\n"
-    ran = subprocess.run([sys.executable, "-c", begin + program], capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", BEGIN + program], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.strip()
 
@@ -34,11 +48,30 @@ with light_imports():
     from adaplex.server.config import ServerConfig
     settings = dict(model={str(tiny_model("llama"))!r}, store_dir={str(tmp_path / "store")!r})
     settings |= dict(cache={str(tmp_path)!r}, quantization="int4-group", threads=1)
-    for _ in range(2):  # from the checkpoint, then from what was saved
-        build(ServerConfig(**settings, kv_cache_bytes="1MiB"), lambda line: None)
-print([name for name in HEAVY if name in sys.modules])
+    build(ServerConfig(**settings, kv_cache_bytes="1MiB"), lambda line: None)
+print(imported(HEAVY), imported(META))
 """
-    assert run(program) == "[]"
+    assert run(program) == f"[] {[*META]}"  # from the checkpoint
+    assert run(program) == "[] []"  # from what was saved
+
+
+def test_the_module_of_a_frame_is_the_one_that_inspect_finds() -> None:
+    frame = sys._getframe()
+    for subject in (frame, frame.f_back, Path, Path.exists):
+        found = inspect.getmodule(subject)
+        assert found is not None
+        assert light_imports._module_of(subject) is found
+
+
+def test_no_garbage_is_searched_within_the_block_and_after_it_as_before() -> None:
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            with light_imports.without_collections():
+                assert not gc.isenabled()
+            assert gc.isenabled() == enabled
+        finally:
+            gc.enable()
 
 
 @pytest.mark.slow
@@ -47,7 +80,7 @@ def test_the_compiler_works_after_the_block() -> None:
 with light_imports():
     import transformers.masking_utils
 import torch
-assert not any(name in sys.modules for name in HEAVY)
+assert not imported(HEAVY)
 print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
 print(torch.distributed.is_available(), torch._dynamo.__file__ is not None)
 """
@@ -79,7 +112,6 @@ with light_imports():
 @pytest.mark.slow
 def test_other_versions_import_the_compiler_as_they_like() -> None:
     program = """
-from adaplex.model import light_imports as module
 module.TESTED["torch"] = "0."
 import torch.compiler
 disable = torch.compiler.disable
