@@ -12,6 +12,11 @@ from adaplex.engine.config import EngineConfig
 
 ROW_COUNTS = 16
 """Numbers of decoding rows whose steps are remembered, the latest."""
+SHORT_SECONDS = 0.1
+"""Seconds that short prompts may add to a step in any case: too little to see in a stream, while in
+chunks of a few tokens their first token would come several times as late."""
+SHORT_ROWS = 32
+"""Rows that they may add in any case, on a machine that takes longer: a row of fewer costs more."""
 MEASURE_EVERY = 16
 """While prompts run, one step in MEASURE_EVERY leaves them out, so that the seconds of a step
 without prompts stay known; halfway between, a small chunk has another size than usual."""
@@ -91,7 +96,8 @@ class PrefillBudget:
 class PrefillPolicy:
     """Learns from the engine's steps the seconds of decoding rows, and those that prompts add; then
     limits a step with both to about `max_stretch` times a step without prompts, of all sequences
-    that decode or soon will.
+    that decode or soon will. Short prompts alone may add
+    SHORT_SECONDS or SHORT_ROWS in any case.
 
     All figures are medians of a few recent measurements. The prompt rows of such a step grow to at
     most twice those of a step within the limit, so that the model is never extrapolated beyond
@@ -110,8 +116,9 @@ class PrefillPolicy:
         self._limit_seconds = 0.0
         """Seconds that the step of the last budget may take."""
 
-    def budget(self, decodes: int, joining: int = 0) -> PrefillBudget:
-        """Returns what prompts may add to a step of `decodes` decoding rows.
+    def budget(self, decodes: int, joining: int = 0, *, short: bool = False) -> PrefillBudget:
+        """Returns what prompts may add to a step of `decodes` decoding rows; `short` if all prompts
+        under way are short.
 
         The stretched time is that of a step of `decodes + joining` rows: with rows that are about
         to decode, steps will be longer anyway.
@@ -121,10 +128,15 @@ class PrefillPolicy:
             return PrefillBudget(self._config, rows, math.inf, self._costs)
         if self._steps_mixed >= MEASURE_EVERY or not self._decodes:
             return PrefillBudget(self._config, 0, 0.0, self._costs)
-        self._limit_seconds = self._config.max_stretch * self._decode_seconds(decodes + joining)
-        seconds = max(0.0, self._limit_seconds - self._decode_seconds(decodes))
+        alone = self._decode_seconds(decodes)
+        stretched = self._config.max_stretch * self._decode_seconds(decodes + joining)
+        seconds, prompt_rows = max(0.0, stretched - alone), self._max_rows
+        if short:
+            seconds = max(seconds, SHORT_SECONDS, self._costs.seconds(0, SHORT_ROWS))
+            prompt_rows = max(prompt_rows, SHORT_ROWS)
+        self._limit_seconds = alone + seconds
         trial = self._steps_mixed == MEASURE_EVERY // 2
-        return PrefillBudget(self._config, min(rows, self._max_rows), seconds, self._costs, trial)
+        return PrefillBudget(self._config, min(rows, prompt_rows), seconds, self._costs, trial)
 
     def record(self, batch: Batch, seconds: float) -> None:
         """Records the seconds of a step. Called before its tokens are appended."""

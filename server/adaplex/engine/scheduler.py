@@ -96,7 +96,7 @@ class Scheduler:
         decodes = self._decode()
         self._residency.begin_step(now)
         prompts: list[Chunk] = []
-        budget = self._prefill.budget(len(decodes), self._joining() if decodes else 0)
+        budget = self._budget(len(decodes))
         turns = self._turns()
         for index, turn in enumerate(turns):
             equals = sum(other.priority == turn.priority for other in turns[index:])
@@ -108,16 +108,18 @@ class Scheduler:
             self._admit(prompts, budget)
         return Batch((*_by_adapter(decodes), *_by_adapter(prompts)))
 
-    def _joining(self) -> int:
-        """Returns how many sequences have prompts so short that they will decode a step or two from
-        now.
+    def _budget(self, decodes: int) -> PrefillBudget:
+        """Returns what prompts may add to a step of so many decoding rows. Prompts so short that
+        they will decode a step or two from now count as rows.
         """
+        if not decodes:
+            return self._prefill.budget(0)
         places = max(0, self._config.max_running - len(self.running))
-        prompts = (sequence for sequence in self.running if not sequence.decoding)
-        return sum(
-            sequence.remaining <= SHORT_PROMPT
-            for sequence in chain(prompts, islice(self.waiting.in_order(), places))
-        )
+        begun = [sequence for sequence in self.running if not sequence.decoding]
+        first = islice(self.waiting.in_order(), places)
+        joining = sum(sequence.remaining <= SHORT_PROMPT for sequence in chain(begun, first))
+        long = any(len(each) - each.cached_tokens > SHORT_PROMPT for each in begun)
+        return self._prefill.budget(decodes, joining, short=joining > 0 and not long)
 
     def _decode(self) -> list[Chunk]:
         """Returns a row for each decoding sequence; preempts the least urgent if blocks run out."""
