@@ -7,6 +7,7 @@ the CPU does not install it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,15 +31,18 @@ def native_kernels(
     *,
     cache: Path,
     progress: Progress,
+    patience: float = math.inf,
     int8_activations: bool = False,
 ) -> NativeKernels | None:
-    """Returns the C kernels on a CPU, None on other devices and where they cannot be built, which
-    one line reports.
+    """Returns the C kernels on a CPU, None on other devices and where they cannot be built in
+    `patience` seconds, which one line reports.
     """
     if device.type != "cpu":
         return None
     try:
-        return NativeKernels(dtype, cache, progress=progress, int8_activations=int8_activations)
+        return NativeKernels(
+            dtype, cache, progress=progress, patience=patience, int8_activations=int8_activations
+        )
     except BuildFailed as error:
         progress(f"the model runs on torch, several times slower than on C kernels: {error}")
         return None

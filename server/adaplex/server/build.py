@@ -26,6 +26,11 @@ from adaplex.server.metrics import Metrics
 from adaplex.server.open_store import import_adapters, open_store
 from adaplex.server.services.info import ModelInfo
 
+BUILD_SECONDS = 90.0
+"""Time to wait for the build of the C kernels, several times what it takes on two idle cores. A
+server without them answers several times slower, until it is started again.
+"""
+
 
 def build(config: ServerConfig, progress: Progress) -> Components:
     """Loads the base, opens the store and makes the engine, in seconds to minutes.
@@ -79,6 +84,7 @@ def load(config: ServerConfig, progress: Progress) -> BaseModel:
         dtype=config.dtype,
         device=config.device,
         cpu_activations=config.cpu_activations,
+        build_patience=BUILD_SECONDS,
         cache=config.cache,
         saved=_saved_bases(config),
         cache_limit=config.max_cache_bytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_the_library_is_built_once_and_its_progress_told(
     lines: list[str] = []
     for _ in range(2):
         assert library.load_library(tmp_path, progress=lines.append).two() == 2
-    assert [line.split()[0] for line in lines] == ["building", "built"]
+    assert [line.split()[0] for line in lines] == ["building", "compiled", "compiled", "built"]
     assert kernels_in(tmp_path) == [".so"]
 
 
@@ -165,6 +166,60 @@ def test_a_compiler_ends_with_the_process_that_started_it(tmp_path: Path) -> Non
     child = int(children.read_text())
     while alive(child):  # a signal takes its time; the test's own limit ends this
         os.sched_yield()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_is_stopped_ends_its_compilers_and_keeps_what_is_done(
+    number: signal.Signals, small_sources: Path, tmp_path: Path
+) -> None:
+    """The compiler of the first unit is done at once, that of the second one waits."""
+    children = tmp_path / "children"
+    body = f'case "$*" in *two.c) echo $$ >> {children}; exec sleep 1000;; esac; exec gcc "$@"'
+    script = (
+        "from pathlib import Path\n"
+        "from adaplex.model.kernels.native import build, library\n"
+        f"build.HERE = library.HERE = Path('{small_sources}')\n"
+        "build.UNITS = ('one.c', 'two.c')\n"
+        f"library.load_library(Path('{tmp_path}'), progress=lambda line: print(line, flush=True))\n"
+    )
+    environment = {**os.environ, "CC": str(compiler_script(tmp_path, body))}
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "compiled one.c\n":
+            assert process.poll() is None
+        while not (children.exists() and children.read_text().endswith("\n")):
+            assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait() != 0
+    while alive(int(children.read_text())):  # the test's own limit ends this
+        os.sched_yield()
+    (objects,) = (path for path in (tmp_path / "kernels").iterdir() if path.is_dir())
+    assert [path.name for path in objects.glob("*.o")] == ["one.c.o"]
+    assert not [*(tmp_path / "kernels").glob("*.failed")], "the next start goes on"
+
+
+def test_a_start_does_not_wait_for_a_slow_compiler_and_the_next_one_has_its_result(
+    small_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    body = f'case "$*" in *two.c) read line < {gate};; esac; exec gcc "$@"'
+    monkeypatch.setenv("CC", str(compiler_script(tmp_path, body)))
+    cpu, lines = torch.device("cpu"), list[str]()
+    kernels = native_kernels(
+        torch.float32, cpu, cache=tmp_path, progress=lines.append, patience=0.0
+    )
+    assert kernels is None
+    assert "torch" in lines[-1]
+    assert "goes on, for the next start" in lines[-1]
+    with gate.open("w") as opened:
+        opened.write("go\n")
+    told = list[str]()
+    assert library.load_library(tmp_path, progress=told.append).two() == 2
+    assert not told, "the next one waits for the lock, and builds nothing"
 
 
 def alive(process: int) -> bool:

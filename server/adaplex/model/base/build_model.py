@@ -147,9 +147,10 @@ class ModelBuilder:
     def _empty(self, config: PretrainedConfig) -> nn.Module:
         """Returns the model without data, as from_pretrained makes it before it reads weights."""
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            model: nn.Module = AutoModelForCausalLM.from_config(
                 config, dtype=self.dtype, attn_implementation=attention.IMPLEMENTATION
             )
+        return model
 
     def _prepare(self, model: nn.Module) -> None:
         """Makes a model of transformers serve: no training, no batch-mates among experts, and no

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +105,7 @@ def load_base(
     cpu_activations: str = "float",
     cache: Path | None = None,
     native: bool = True,
+    build_patience: float = math.inf,
     saved: Path | None = None,
     cache_limit: int | None = None,
     progress: Progress = silent,
@@ -113,7 +115,8 @@ def load_base(
     `model` is a hub id, a directory of safetensors, a GGUF file or the default's name;
     `quantization` is one of QUANTIZATIONS, `group_size`, for int4-group, one of GROUP_SIZES;
     `dtype`, the compute dtype, is auto, bf16 or fp32;
-    `device` is auto, cpu or cuda; without `native` a CPU computes in torch alone;
+    `device` is auto, cpu or cuda; without `native` a CPU computes in torch alone,
+    also where the C kernels are not built within `build_patience` seconds;
     `cpu_activations` is one of ACTIVATIONS;
     `saved` is a folder in which the quantized base is saved for the next start;
     `cache_limit` is the limit in bytes of what starts make in the cache, None for no limit.
@@ -146,7 +149,12 @@ def load_base(
     if native:
         progress("loading the kernels, which a first start builds")
         kernels = select.native_kernels(
-            compute, where, cache=cache, progress=progress, int8_activations=int8
+            compute,
+            where,
+            cache=cache,
+            progress=progress,
+            patience=build_patience,
+            int8_activations=int8,
         )
     if int8 and kernels is None:
         raise UnsupportedModel(

@@ -7,13 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 
 from adaplex.model.kernels.native.instruction_sets import InstructionSet
+from adaplex.model.progress import Progress, silent
 
 HERE = Path(__file__).parent
 UNITS = ("bf16.c", "f32.c", "integers.c", "team.c", "packing.c")
@@ -55,7 +57,11 @@ def compiler_version(compiler: Sequence[str]) -> bytes:
 
 
 def build(
-    compiler: Sequence[str], instructions: InstructionSet, objects: Path, target: Path
+    compiler: Sequence[str],
+    instructions: InstructionSet,
+    objects: Path,
+    target: Path,
+    progress: Progress = silent,
 ) -> None:
     """Builds `target`, a shared library, by way of `objects`, a folder that is left with what was
     compiled if the build fails, so that the next one goes on from there. Raises BuildFailed.
@@ -63,21 +69,55 @@ def build(
     objects.mkdir(parents=True, exist_ok=True)
     flags = [*FLAGS, *instructions.flags]
 
-    def compiled(unit: str) -> Path:
+    def compile_unit(unit: str) -> str:
         made = objects / f"{unit}.o"
         if not made.exists():
             partial = made.with_suffix(".partial")
             run([*compiler, *flags, "-c", "-o", str(partial), str(HERE / unit)], objects / unit)
             partial.rename(made)
-        return made
+            progress(f"compiled {unit}")
+        return str(made)
 
-    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-        waiting = [pool.submit(compiled, unit) for unit in UNITS]
-    made = [str(each.result()) for each in waiting]
+    made = _side_by_side(compile_unit, UNITS)
     partial = objects / "kernels.so"
     run([*compiler, *flags, "-shared", "-o", str(partial), *made, "-lm"], objects / "link")
     partial.rename(target)
     shutil.rmtree(objects)
+
+
+def _side_by_side(work: Callable[[str], str], items: Sequence[str]) -> list[str]:
+    """Calls `work` with each item, on a thread for each core, and returns the results. Raises the
+    first item's error of those that have one, when all are done.
+
+    The threads do not keep the process alive, which ends its compilers: those of an executor would.
+    """
+    results: dict[str, str | BaseException] = {}
+    waiting = SimpleQueue[str]()
+    for item in items:
+        waiting.put(item)
+
+    def take_turns() -> None:
+        with suppress(Empty):
+            while True:
+                item = waiting.get_nowait()
+                try:
+                    results[item] = work(item)
+                except BaseException as error:
+                    results[item] = error
+
+    cores = len(os.sched_getaffinity(0))
+    threads = [Thread(target=take_turns, daemon=True) for _ in range(min(cores, len(items)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    made: list[str] = []
+    for item in items:
+        result = results[item]
+        if isinstance(result, BaseException):
+            raise result
+        made.append(result)
+    return made
 
 
 def run(command: list[str], log: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from pathlib import Path
 
 import torch
@@ -30,16 +31,19 @@ class NativeKernels:
         cache: Path,
         instructions: InstructionSet | None = None,
         progress: Progress = silent,
+        patience: float = math.inf,
         *,
         int8_activations: bool = False,
     ) -> None:
-        """Loads the library, after building it if it is not in `cache`. Raises BuildFailed."""
+        """Loads the library, after building it if it is not in `cache`. Raises BuildFailed, also
+        if that takes more than `patience` seconds.
+        """
         self.instructions = instructions or chosen_set()
         self.dtype = dtype
         self.int8_activations = int8_activations
         """True if 4-bit weights are multiplied by activations of 8 bits; see integers.h."""
         self.per_unit = 4 // dtype.itemsize
-        self._library = load_library(cache, self.instructions, progress)
+        self._library = load_library(cache, self.instructions, progress, patience)
         self.nf4_units = ctypes.c_float.in_dll(self._library, "nf4_units").value
         """Integers that make 1 where nf4 is multiplied by activations of 8 bits."""
         element = ELEMENTS[dtype]

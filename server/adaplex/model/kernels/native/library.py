@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import platform
 import subprocess
 import time
@@ -31,6 +32,7 @@ from adaplex.model.kernels.native.instruction_sets import (
     chosen_set,
     processor_features,
 )
+from adaplex.model.kernels.native.patient_build import PatientBuild
 from adaplex.model.progress import Progress, silent
 
 NO_MEMORY = 1
@@ -50,15 +52,16 @@ def load_library(
     cache: Path,
     instructions: InstructionSet | None = None,
     progress: Progress = silent,
+    patience: float = math.inf,
 ) -> ctypes.CDLL:
     """Returns the library for an instruction set, by default `chosen_set()`: that of the wheel,
-    or of `cache`, where it is built if it is missing, which `progress` tells. Raises BuildFailed,
-    also if its structs differ from structs.py.
+    or of `cache`, where it is built if it is missing, which `progress` reports. Raises BuildFailed,
+    also if its structs differ from structs.py, or if it is not built after `patience` seconds.
     """
     chosen = instructions or chosen_set()
     path = PREBUILT / f"{chosen.name}.so"
     if not path.exists():
-        path = _cached(cache / "kernels", chosen, progress)
+        path = _cached(cache / "kernels", chosen, progress, patience)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -69,7 +72,7 @@ def load_library(
     return library
 
 
-def _cached(folder: Path, chosen: InstructionSet, progress: Progress) -> Path:
+def _cached(folder: Path, chosen: InstructionSet, progress: Progress, patience: float) -> Path:
     """Returns the library in the cache; builds it if it is missing. Without a compiler the newest
     one that any compiler built of these sources serves. A build that failed is not tried again
     with the same compiler until its note is removed. Raises BuildFailed.
@@ -85,7 +88,8 @@ def _cached(folder: Path, chosen: InstructionSet, progress: Progress) -> Path:
         version = hashlib.sha256(" ".join(compiler).encode() + compiler_version(compiler))
         target = folder / f"{sources}-{version.hexdigest()[:16]}.so"
         if not target.exists():
-            _build(compiler, chosen, target, progress)
+            building = PatientBuild(lambda report: _build(compiler, chosen, target, report))
+            building.wait(patience, progress)
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildFailed(f"{compiler[0]}: {error}") from error
     return target
@@ -108,7 +112,7 @@ def _build(
         progress(f"building the {chosen.name} kernels with {compiler[0]}, once")
         start = time.monotonic()
         try:
-            build(compiler, chosen, target.with_suffix(""), target)
+            build(compiler, chosen, target.with_suffix(""), target, progress)
         except BuildFailed as error:
             failed.write_text(f"{error}\n")
             raise
