@@ -15,13 +15,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, gguf_reader
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
+
+from adaplex.model.imports.light_imports import import_meta_kernels
 
 SPLITS_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r"})
 """Values of `tokenizer.ggml.pre` whose tokenizers cut numbers into digits before anything else.
@@ -34,7 +39,8 @@ def convert_gguf(file: Path, target: Path) -> None:
 
     Raises the errors of gguf and transformers: OSError, ValueError, KeyError and others.
     """
-    with _quiet_bars():
+    import_meta_kernels()  # transformers initializes modules without data in any way
+    with _quiet_bars(), _plain_arrays():
         _convert(file, target)
 
 
@@ -82,6 +88,20 @@ def _quiet_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _plain_arrays() -> Iterator[None]:
+    """Makes gguf's reader map files as plain arrays. A million small slices of numpy's own class of
+    mapped arrays, one for each word of a vocabulary and more, are most of a conversion's time.
+    """
+
+    def mapped(*arguments: Any, **keywords: Any) -> np.ndarray:
+        return np.memmap(*arguments, **keywords).view(np.ndarray)
+
+    names = SimpleNamespace(**{**vars(np), "memmap": mapped})
+    with mock.patch.object(gguf_reader, "np", names):
+        yield
 
 
 def _add_end_of_turn(model: Any, token: int | None) -> None:
