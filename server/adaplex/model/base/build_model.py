@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.model import select
 from adaplex.model.base.architecture import Probe, is_linear, output_layer, probe
+from adaplex.model.base.read_weights import read_weights
 from adaplex.model.base.saved_base import Contents, SavedBase
-from adaplex.model.errors import errors_as_unsupported
 from adaplex.model.imports.light_imports import import_meta_kernels
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.linear.backend import LinearBackend
@@ -79,7 +79,7 @@ class ModelBuilder:
         progress: Progress,
     ) -> tuple[nn.Module, Probe]:
         """Returns the model on its device, and the findings of the probe: from `saved` if it has
-        them, else from the checkpoint in `directory`, which is then saved. Raises UnsupportedModel.
+        them, else from the checkpoint in `directory`, which is then saved. Raises ModelError.
         """
         restored = None if saved is None else self._restore(saved, config, progress)
         model, found = restored or self.from_checkpoint(directory, config, progress)
@@ -106,16 +106,10 @@ class ModelBuilder:
     def from_checkpoint(
         self, directory: Path, config: PretrainedConfig, progress: Progress
     ) -> tuple[nn.Module, Probe]:
-        """Reads, probes and quantizes a checkpoint. Raises UnsupportedModel."""
+        """Reads, probes and quantizes a checkpoint. Raises ModelError."""
         progress(f"reading {directory}")
         import_meta_kernels()  # transformers initializes modules without data in any way
-        with errors_as_unsupported(f"model {str(directory)!r}: its weights"):
-            model = AutoModelForCausalLM.from_pretrained(
-                directory,
-                config=config,
-                dtype=self.dtype,
-                attn_implementation=attention.IMPLEMENTATION,
-            )
+        model = read_weights(directory, config, self.dtype, progress)
         self._prepare(model)
         found = probe(model)
         progress(f"quantizing {len(found.sites)} modules to {self.quantization}")

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -24,8 +25,14 @@ import torch
 from gguf import GGUFReader, gguf_reader
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+)
 from transformers.utils import logging
 
+from adaplex.model.base.read_weights import check_whole, quiet_report, refuse
 from adaplex.model.imports.light_imports import import_meta_kernels
 
 SPLITS_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r"})
@@ -34,25 +41,42 @@ transformers reads them as plain byte-level BPE, which gives other tokens for wh
 digit."""
 
 
+ROPE_FACTORS = "rope_freqs.weight"
+"""Divisors of the rotary frequencies, as in files of Llama 3.1. transformers does not read them."""
+
+
 def convert_gguf(file: Path, target: Path) -> None:
     """Writes the model of `file` to the existing directory `target`.
 
-    Raises the errors of gguf and transformers: OSError, ValueError, KeyError and others.
+    Raises ModelSourceError if the file has not exactly the weights of its architecture, and the
+    errors of gguf and transformers: OSError, ValueError, KeyError and others.
     """
     import_meta_kernels()  # transformers initializes modules without data in any way
-    with _quiet_bars(), _plain_arrays():
-        _convert(file, target)
+    # transformers reads a folder, and what else lies there would change the model: an adapter, say
+    with _quiet_bars(), _plain_arrays(), TemporaryDirectory(prefix="adaplex-") as alone:
+        link = Path(alone) / f"model{file.suffix}"
+        link.symlink_to(file.resolve())
+        _convert(file, link, target)
 
 
-def _convert(file: Path, target: Path) -> None:
+def _convert(named: Path, file: Path, target: Path) -> None:
+    """Converts `file`, a link to `named`, which errors name."""
     ids = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
     facts = _metadata(file, "tokenizer.ggml.pre", *ids)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    made: Any
+    with quiet_report():
+        made = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+            ignore_mismatched_sizes=True,  # refused by check_whole, with names
+            output_loading_info=True,
+        )
+    model, info = made
+    info["unexpected_keys"] -= {ROPE_FACTORS}  # checked next
+    check_whole(str(named), named.name, model, info, ())
+    _check_all_used(named, file, model)
     _add_end_of_turn(model, facts.get("tokenizer.ggml.eot_token_id"))
     model.save_pretrained(target)
 
@@ -69,6 +93,28 @@ def _convert(file: Path, target: Path) -> None:
             ]
         )
     tokenizer.save_pretrained(target)
+
+
+def _check_all_used(named: Path, file: Path, model: Any) -> None:
+    """Raises ModelSourceError if the model has fewer numbers than the file: transformers drops some
+    tensors that it does not know without a report.
+    """
+    tensors = GGUFReader(file).tensors
+    factors = [each.data for each in tensors if each.name == ROPE_FACTORS]
+    if any((data != 1).any() for data in factors):
+        refuse(str(named), [f"{ROPE_FACTORS} scales rotary frequencies, which a conversion loses"])
+    stored = {each.name: int(each.n_elements) for each in tensors if each.name != ROPE_FACTORS}
+    made = {each.data_ptr(): each.numel() for each in model.state_dict().values()}
+    if sum(stored.values()) > sum(made.values()):
+        kind = TENSOR_PROCESSORS.get(model.config.model_type, TensorProcessor)
+        processor = kind(config=model.config.to_dict())  # type: ignore[no-untyped-call]
+        known = get_gguf_hf_weights_map(model, processor)
+        reasons = [
+            f"{name} in {named.name} is no weight of {type(model).__name__}"
+            for name in sorted(stored.keys() - known.keys())
+            if "_exps" not in name
+        ]
+        refuse(str(named), reasons or [f"not all tensors of {named.name} were read"])
 
 
 def _metadata(file: Path, *keys: str) -> dict[str, Any]:

