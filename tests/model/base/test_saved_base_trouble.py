@@ -109,9 +109,16 @@ def with_no_description(starts: Starts) -> None:
     starts.rewrite(description="")
 
 
+def one_bit(starts: Starts) -> None:
+    content = bytearray(starts.file.read_bytes())
+    content[len(content) * 2 // 3] ^= 4
+    starts.replace(bytes(content))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        one_bit,
         truncate,
         empty,
         scribble,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from adaplex.model.kernels.low_rank import ReferenceLowRank
-from adaplex.model.kernels.native import build, library
+from adaplex.model.kernels.native import build, library, seal
 from adaplex.model.kernels.native.build import BuildFailed
 from adaplex.model.kernels.native.instruction_sets import (
     INSTRUCTION_SETS,
@@ -86,6 +86,44 @@ def test_kernels_of_a_wheel_are_taken_first(
     built.rename(small_sources / "prebuilt" / f"{chosen_set().name}.so")
     monkeypatch.setenv("CC", "no-such-compiler")
     assert library.load_library(tmp_path / "other").two() == 2
+
+
+def spoil(content: bytes, damage: str) -> bytes:
+    """Returns the bytes of a library after some damage on the disk."""
+    middle = len(content) // 2
+    match damage:
+        case "a bit":
+            return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
+        case "zeros":
+            return bytes(512) + content[512:]
+        case "cut":
+            return content[:middle]
+        case "empty":
+            return b""
+        case _:
+            return content[: -seal.SEAL_BYTES]
+
+
+@pytest.mark.parametrize("damage", ["a bit", "zeros", "cut", "empty", "no seal"])
+def test_a_damaged_library_is_built_anew(
+    damage: str, small_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.load_library(tmp_path)
+    (built,) = (tmp_path / "kernels").glob("*.so")
+    whole = built.read_bytes()
+    assert seal.is_intact(built)
+    built.unlink()  # a library that is mapped is not written to
+    built.write_bytes(spoil(whole, damage))
+    lines: list[str] = []
+    with monkeypatch.context() as without:
+        without.setenv("CC", "no-such-compiler")
+        with pytest.raises(BuildFailed, match="no C compiler"):
+            library.load_library(tmp_path, progress=lines.append)
+    assert library.load_library(tmp_path, progress=lines.append).one() == 1
+    assert lines[0] == lines[1]
+    assert f"{built} is damaged" in lines[0]
+    assert [line.split()[0] for line in lines[2:]] == ["building", "built"]
+    assert seal.is_intact(built)
 
 
 def test_the_library_is_built_once_and_its_progress_told(

@@ -2,14 +2,19 @@
 
 A safetensors file in the cache, named by the SHA-256 of everything that its content depends on. It
 has the tensors of every linear backend, every other parameter and buffer, and the findings of the
-probe, so that the checkpoint is not read and nothing is quantized.
+probe, so that the checkpoint is not read and nothing is quantized. A checksum of every tensor is
+compared each time, so that a file that the disk changed is made anew. The file is written once and
+renamed to its place; whoever cuts it short while a server maps it ends that server (SIGBUS).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +30,7 @@ from adaplex.model.base.architecture import Probe
 from adaplex.model.kv_cache import LayerShape
 from adaplex.model.modules.hooks import AdaptedLinear
 
-LAYOUT = 4
+LAYOUT = 5
 """Version of the content. Raised when a backend stores a weight in another way, in Python or in C,
 when other modules are sites, or when this file changes."""
 ALIGNMENT = 64
@@ -90,7 +95,8 @@ class SavedBase:
                 tensors[name] = tensor.detach()
             else:
                 ties[name] = tied
-        description = json.dumps({"kinds": kinds, "ties": ties, **asdict(found)})
+        sums = {name: _checksum(tensor.detach().cpu()) for name, tensor in tensors.items()}
+        description = json.dumps({"kinds": kinds, "ties": ties, "sums": sums, **asdict(found)})
         metadata = {"key": self._key, "description": description, "digest": _sha256(description)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.partial")
@@ -100,15 +106,22 @@ class SavedBase:
                 partial.chmod(0o644)  # the cache may be shared
                 sync(partial)
                 partial.rename(self.path)
+                sync(self.path.parent)
             finally:
                 partial.unlink(missing_ok=True)
 
 
 class Contents:
-    """An intact file. Tensors are mapped: only what is read uses memory."""
+    """An intact file. Tensors are mapped: what the system needs memory for, it drops and reads
+    again.
+    """
 
     def __init__(self, file: Any, description: Mapping[str, Any]) -> None:
+        """Compares the checksum of every tensor, on all processors. Raises Unusable."""
         self._file = file
+        self._sums: Mapping[str, int] = description["sums"]
+        if damaged := self._damaged():
+            raise Unusable(f"{damaged[0]} is not as it was saved: the disk or a program changed it")
         self._kinds: Mapping[str, str] = description["kinds"]
         self._ties: Mapping[str, str] = description["ties"]
         self._linears: dict[str, list[str]] = {}
@@ -145,6 +158,16 @@ class Contents:
                     tensor = nn.Parameter(tensor, requires_grad=False)
                 filled[source] = tensor
             setattr(owner, attribute, filled[source])
+
+    def _damaged(self) -> list[str]:
+        """Returns the tensors that differ from what was saved, sorted."""
+        names = sorted(self._sums.keys() | set(self._file.keys()))
+
+        def differs(name: str) -> bool:
+            return _checksum(self._file.get_tensor(name)) != self._sums.get(name)
+
+        with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+            return [name for name, bad in zip(names, pool.map(differs, names), strict=True) if bad]
 
     def _tensor(self, name: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(name)
@@ -186,6 +209,12 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         for name in names:
             flat = tensors[name].cpu().contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Returns the CRC-32 of a tensor's type, shape and bytes."""
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return zlib.crc32(flat.numpy().data, zlib.crc32(f"{tensor.dtype}{[*tensor.shape]}".encode()))
 
 
 def _sha256(text: str) -> str:

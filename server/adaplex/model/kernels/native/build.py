@@ -14,7 +14,9 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
 
+from adaplex.adapters.durable_files import sync
 from adaplex.model.kernels.native.instruction_sets import InstructionSet
+from adaplex.model.kernels.native.seal import seal
 from adaplex.model.progress import Progress, silent
 
 HERE = Path(__file__).parent
@@ -63,8 +65,9 @@ def build(
     target: Path,
     progress: Progress = silent,
 ) -> None:
-    """Builds `target`, a shared library, by way of `objects`, a folder that is left with what was
-    compiled if the build fails, so that the next one goes on from there. Raises BuildFailed.
+    """Builds `target`, a sealed shared library, by way of `objects`, a folder that is left with
+    what was compiled if the build fails, so that the next one goes on from there. Raises
+    BuildFailed.
     """
     objects.mkdir(parents=True, exist_ok=True)
     flags = [*FLAGS, *instructions.flags]
@@ -74,6 +77,7 @@ def build(
         if not made.exists():
             partial = made.with_suffix(".partial")
             run([*compiler, *flags, "-c", "-o", str(partial), str(HERE / unit)], objects / unit)
+            sync(partial)
             partial.rename(made)
             progress(f"compiled {unit}")
         return str(made)
@@ -81,6 +85,7 @@ def build(
     made = _side_by_side(compile_unit, UNITS)
     partial = objects / "kernels.so"
     run([*compiler, *flags, "-shared", "-o", str(partial), *made, "-lm"], objects / "link")
+    seal(partial)
     partial.rename(target)
     shutil.rmtree(objects)
 

@@ -33,6 +33,7 @@ from adaplex.model.kernels.native.instruction_sets import (
     processor_features,
 )
 from adaplex.model.kernels.native.patient_build import PatientBuild
+from adaplex.model.kernels.native.seal import is_intact
 from adaplex.model.progress import Progress, silent
 
 NO_MEMORY = 1
@@ -60,7 +61,7 @@ def load_library(
     """
     chosen = instructions or chosen_set()
     path = PREBUILT / f"{chosen.name}.so"
-    if not path.exists():
+    if not _is_usable(path, progress):
         path = _cached(cache / "kernels", chosen, progress, patience)
     try:
         library = ctypes.CDLL(str(path))
@@ -80,19 +81,29 @@ def _cached(folder: Path, chosen: InstructionSet, progress: Progress, patience: 
     sources = _hash_of_sources(chosen)
     compiler = find_compiler()
     if compiler is None:
-        built = sorted(folder.glob(f"{sources}-*.so"), key=lambda path: path.stat().st_mtime)
+        found = sorted(folder.glob(f"{sources}-*.so"), key=lambda path: path.stat().st_mtime)
+        built = [path for path in found if _is_usable(path, progress)]
         if not built:
             raise BuildFailed("there is no C compiler (cc, gcc, $CC, or PyPI's ziglang)")
         return built[-1]
     try:
         version = hashlib.sha256(" ".join(compiler).encode() + compiler_version(compiler))
         target = folder / f"{sources}-{version.hexdigest()[:16]}.so"
-        if not target.exists():
+        if not _is_usable(target, progress):
             building = PatientBuild(lambda report: _build(compiler, chosen, target, report))
             building.wait(patience, progress)
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildFailed(f"{compiler[0]}: {error}") from error
     return target
+
+
+def _is_usable(library: Path, progress: Progress) -> bool:
+    """Returns True if a library exists and is as it was built; logs it if it is not."""
+    if not library.exists():
+        return False
+    if not (intact := is_intact(library)):
+        progress(f"{library} is damaged, or was built by an earlier version: it is not loaded")
+    return intact
 
 
 def _build(
@@ -105,7 +116,7 @@ def _build(
     target.parent.mkdir(parents=True, exist_ok=True)
     failed = target.with_suffix(".failed")
     with FileLock(target.parent / ".lock"):
-        if target.exists():
+        if target.exists() and is_intact(target):
             return
         if failed.exists():
             raise BuildFailed(f"{failed.read_text().strip()}; remove {failed} to try again")
