@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,13 +90,21 @@ def weights_in(directory: Path) -> Path:
 
 def check_files_there(directory: Path) -> None:
     """Raises AdapterInvalid if a file is missing, naming a pickle that is in its place."""
+    paths = directory.iterdir() if directory.is_dir() else ()
+    check_names({path.name for path in paths if path.is_file()})
+
+
+def check_names(present: Collection[str]) -> None:
+    """Raises AdapterInvalid if the names of a directory's files lack one, naming a pickle that is
+    in its place.
+    """
     for name in FILES:
-        path = weights_in(directory) if name == WEIGHTS else directory / name
-        if not path.is_file():
-            pickles = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLE_SUFFIXES)
-            if name == WEIGHTS and pickles:
-                raise AdapterInvalid.because(pickles[0], NO_PICKLES)
-            raise AdapterInvalid.because(name, "the file is missing")
+        if name in present or (name == WEIGHTS and ADAPTERHUB_WEIGHTS in present):
+            continue
+        pickles = sorted(other for other in present if other.endswith(PICKLE_SUFFIXES))
+        if name == WEIGHTS and pickles:
+            raise AdapterInvalid.because(pickles[0], NO_PICKLES)
+        raise AdapterInvalid.because(name, "the file is missing")
 
 
 def read_config(path: Path, limits: AdapterLimits) -> dict[str, Any]:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from adaplex.adapters.checkpoint import CONFIG, SIGNATURE, check_files_there, weights_in
+from adaplex.adapters.checkpoint import (
+    ADAPTERHUB_WEIGHTS,
+    CONFIG,
+    SIGNATURE,
+    WEIGHTS,
+    check_names,
+)
 from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge, listed
 from adaplex.adapters.limits import MIB, AdapterLimits
+from adaplex.adapters.sources.open_beneath import NotRegular, opened_beneath, opened_in
 from adaplex.adapters.sources.transfer import GGUF
+
+NEITHER = f"must be a directory or a {GGUF} file"
 
 
 class DirectorySource:
@@ -31,40 +42,64 @@ class DirectorySource:
                 "uri", "names a local path, and this server has no --adapter-roots"
             )
         real = self._allowed(_local_path(uri))
-        try:
-            if real.suffix == GGUF and real.is_file():
-                self._copy(real, into / real.name, self._limits.max_adapter_bytes)
-                return str(real)
-            _check("uri", _is_dir(real), f"must be a directory or a {GGUF} file")
-            self._copy_files(real, into)
-        except PermissionError as error:
-            raise AdapterInvalid.because("uri", f"cannot be read: {error.strerror}") from None
+        with ExitStack() as stack:
+            try:
+                found = stack.enter_context(
+                    opened_beneath(self._root_of(real), real, directory=True)
+                )
+            except NotRegular as error:
+                raise AdapterInvalid.because("uri", f"is {error.strerror}; it {NEITHER}") from None
+            except PermissionError as error:
+                raise AdapterInvalid.because("uri", f"cannot be read: {error.strerror}") from None
+            except OSError:  # it does not exist, or a part of the path was swapped for a link
+                raise AdapterInvalid.because("uri", NEITHER) from None
+            if stat.S_ISDIR(os.fstat(found).st_mode):
+                self._copy_files(real, found, into)
+            else:
+                _check("uri", real.suffix == GGUF, NEITHER)
+                self._copy(found, into / real.name, self._limits.max_adapter_bytes)
         return str(real)
 
-    def _copy_files(self, directory: Path, into: Path) -> None:
-        weights = weights_in(directory).name
-        names = [CONFIG, weights, *([SIGNATURE] if (directory / SIGNATURE).exists() else [])]
-        sources = []
-        for name in names:
-            with suppress(OSError, RuntimeError):  # a loop of links; check_files_there reports it
-                real = (directory / name).resolve()
-                if not self._inside(real):
-                    raise AdapterInvalid.because(
-                        name, "is a link that leads out of --adapter-roots"
-                    )
-                sources.append((name, real))
-        check_files_there(directory)
+    def _copy_files(self, directory: Path, opened: int, into: Path) -> None:
+        """Copies the files of an adapter from a directory and its descriptor."""
+        present = set(os.listdir(opened))
+        check_names(present)
+        weights = WEIGHTS if WEIGHTS in present else ADAPTERHUB_WEIGHTS
         left = self._limits.max_adapter_bytes
-        for name, source in sources:
-            left -= self._copy(source, into / name, left)
+        for name in (CONFIG, weights, SIGNATURE):
+            if name in present:
+                with self._opened(directory, opened, name) as file:
+                    left -= self._copy(file, into / name, left)
 
-    def _copy(self, source: Path, target: Path, limit: int) -> int:
-        """Copies a file of at most `limit` bytes. Returns its bytes."""
+    @contextmanager
+    def _opened(self, directory: Path, opened: int, name: str) -> Iterator[int]:
+        """Yields a descriptor of a file of the directory. A link is resolved once, and what it
+        leads to is opened without following links. Raises AdapterInvalid.
+        """
+        with ExitStack() as stack:
+            try:
+                if stat.S_ISLNK(os.stat(name, dir_fd=opened, follow_symlinks=False).st_mode):
+                    try:
+                        real = (directory / name).resolve()
+                    except RuntimeError as error:  # a loop, in earlier Pythons
+                        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from error
+                    _check(name, self._inside(real), "is a link that leads out of --adapter-roots")
+                    file = stack.enter_context(opened_beneath(self._root_of(real), real))
+                else:
+                    file = stack.enter_context(opened_in(opened, name))
+            except NotRegular as error:
+                raise AdapterInvalid.because(
+                    name, f"is {error.strerror}, not a regular file; put the file itself there"
+                ) from None
+            except OSError as error:
+                raise AdapterInvalid.because(name, f"cannot be read: {error.strerror}") from None
+            yield file
+
+    def _copy(self, source: int, target: Path, limit: int) -> int:
+        """Copies an open file of at most `limit` bytes. Returns its bytes."""
         copied = 0
-        with source.open("rb") as reader, target.open("wb") as writer:
-            if not stat.S_ISREG(source.stat().st_mode):
-                raise AdapterInvalid.because(source.name, "is not a regular file")
-            while data := reader.read(MIB):
+        with target.open("wb") as writer:
+            while data := os.read(source, MIB):
                 copied += len(data)
                 if copied > limit:
                     raise AdapterTooLarge(
@@ -88,6 +123,10 @@ class DirectorySource:
     def _inside(self, real: Path) -> bool:
         return any(real.is_relative_to(root.resolve()) for root in self._roots)
 
+    def _root_of(self, real: Path) -> Path:
+        """Returns the real path of a root that an allowed path lies under."""
+        return next(r for root in self._roots if real.is_relative_to(r := root.resolve()))
+
 
 def _local_path(uri: str) -> Path:
     """Returns the absolute path that a path or file:// URI names. Raises AdapterInvalid."""
@@ -99,14 +138,6 @@ def _local_path(uri: str) -> Path:
     path = Path(name)
     _check("uri", path.is_absolute() and "\0" not in name, "must be an absolute path")
     return path
-
-
-def _is_dir(path: Path) -> bool:
-    """Returns True for a directory that can be accessed."""
-    try:
-        return path.is_dir()
-    except OSError:  # the name is too long, or a folder not searchable
-        return False
 
 
 def _check(where: str, fits: bool, reason: str) -> None:
