@@ -29,8 +29,9 @@ from adaplex.adapters.storage.bucket_catalog import BucketCatalog
 from adaplex.adapters.storage.bucket_content import BucketContent
 from adaplex.adapters.storage.catalog import Catalog, Order, Query, StoreUsage
 from adaplex.adapters.storage.content_store import ContentStore
+from adaplex.adapters.storage.copied_catalog import CopiedCatalog, restore
 from adaplex.adapters.storage.event import Event, Origin
-from adaplex.adapters.storage.folder_content import FolderContent
+from adaplex.adapters.storage.folder_content import FolderContent, is_used
 from adaplex.adapters.storage.fsck import check_store
 from adaplex.adapters.storage.garbage_collector import GarbageCollector
 from adaplex.adapters.storage.lease import Lease
@@ -57,6 +58,7 @@ __all__ = [
     "Catalog",
     "Committed",
     "ContentStore",
+    "CopiedCatalog",
     "Event",
     "FileSpec",
     "FolderContent",
@@ -85,7 +87,9 @@ __all__ = [
     "convert_gguf_lora",
     "describe",
     "format_rows",
+    "is_used",
     "read_adapter",
     "read_checkpoint",
+    "restore",
     "write_checkpoint",
 ]

@@ -9,7 +9,9 @@ AdaplexError
 │   ├── BaseMismatch        the adapter was made for another base
 │   ├── StoreFull           a quota of the store is exhausted, or its disk full
 │   ├── SourceUnavailable   the hub or bucket cannot be reached
-│   └── StoreCorrupt        stored content is missing or does not match its digest
+│   ├── StoreCorrupt        stored content is missing or does not match its digest
+│   ├── CatalogCorrupt      the catalog is damaged or gone
+│   └── CatalogOutdated     the catalog lacks changes of a name that its copy has
 └── RequestError            (adaplex.engine.errors)
 """
 
@@ -90,6 +92,17 @@ class SourceUnavailable(AdapterError):
 
 class StoreCorrupt(AdapterError):
     """Stored content does not match its digest, or is missing. Uploading it again repairs it."""
+
+
+class CatalogCorrupt(AdapterError):
+    """The catalog is damaged or gone. `adaplex adapters restore` makes it anew from its copies."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, field="store_dir")
+
+
+class CatalogOutdated(AdapterError):
+    """The catalog is new or older than the copies of its names, so this name is not changed."""
 
 
 def listed(values: Iterable[object]) -> str:

@@ -69,7 +69,7 @@ class Server:
         )
         self._guard = Guard.of(components.config)
         self._edge = EdgeInterceptor(RpcMetrics(components.prometheus), self._guard)
-        self._health = Health(SERVICES, self._engine_alive)
+        self._health = Health(SERVICES, self._engine_alive, store_damage=components.registry.damage)
         self._pins = PinFollower(components.registry, components.engine)
         self._fetch_threads = ThreadPoolExecutor(FETCH_THREADS, "fetch")
         self._generator = self._make_generator()

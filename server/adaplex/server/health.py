@@ -1,4 +1,6 @@
-"""Health: grpc.health.v1 of the server and its services, and liveness by the engine's heartbeat."""
+"""Health: grpc.health.v1 of the server and its services, by the engine's heartbeat and the store;
+liveness by the heartbeat alone.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ from collections.abc import Callable, Sequence
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from adaplex.server.threads import in_thread
 
 log = structlog.get_logger("adaplex.health")
 
@@ -28,19 +32,22 @@ class Health:
         services: Sequence[str],
         engine_alive: Callable[[], bool],
         *,
+        store_damage: Callable[[], str] = str,
         every: float = CHECK_SECONDS,
     ) -> None:
+        """`store_damage` returns why the store cannot be used, empty if it can; it may block."""
         # grpc-stubs lack `aio`.
         self._servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._services = ("", *services)
         self._engine_alive, self._every = engine_alive, every
         self._open = False
         self._alive = True
+        self._store_damage, self._damage = store_damage, ""
 
     @property
     def ready(self) -> bool:
         """True if the server accepts requests. Safe to read from any thread."""
-        return self._open and self._alive
+        return self._open and self._alive and not self._damage
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers grpc.health.v1 at the server."""
@@ -57,12 +64,17 @@ class Health:
         await self._publish()
 
     async def watch(self) -> None:
-        """Publishes changes of the engine's heartbeat until cancelled."""
+        """Publishes changes of the engine's heartbeat and of the store until cancelled."""
         while True:
             alive = self._engine_alive()
             if alive != self._alive:
                 self._alive = alive
                 (log.info if alive else log.error)("engine heartbeat", alive=alive)
+                await self._publish()
+            damage = await in_thread(self._store_damage)
+            if damage != self._damage:
+                self._damage = damage
+                (log.error if damage else log.info)("store", problem=damage)
                 await self._publish()
             await asyncio.sleep(self._every)
 

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+import structlog
+
 from adaplex.adapters.api import (
     AdapterLimits,
     AdapterRegistry,
@@ -21,6 +23,7 @@ from adaplex.adapters.api import (
     Capacity,
     Catalog,
     ContentStore,
+    CopiedCatalog,
     FolderContent,
     Importer,
     Origin,
@@ -30,9 +33,11 @@ from adaplex.adapters.api import (
     SqliteCatalog,
     convert_gguf_lora,
 )
-from adaplex.adapters.errors import AdapterError
+from adaplex.adapters.errors import AdapterError, CatalogCorrupt
 from adaplex.server.config import ServerConfig
 from adaplex.server.errors import ConfigError
+
+log = structlog.get_logger("adaplex.store")
 
 AT_START = "start"
 """Actor in the history of adapters that `--adapters` imports."""
@@ -75,7 +80,7 @@ def open_contents(config: ServerConfig) -> tuple[ContentStore, Catalog]:
     try:
         root.mkdir(parents=True, exist_ok=True)
         if config.shared_store is None:
-            return FolderContent(root), SqliteCatalog(root / "catalog.sqlite3")
+            return FolderContent(root), CopiedCatalog(root)
         return _shared(config.shared_store, root, config)
     except (OSError, sqlite3.Error, AdapterError) as error:
         raise ConfigError(f"store_dir: cannot store adapters in {root}: {error}") from error
@@ -89,11 +94,22 @@ def _shared(uri: str, root: Path, config: ServerConfig) -> tuple[ContentStore, C
         raise ConfigError(f"shared_store: {error}") from error
     cache = root / "shared" / hashlib.sha256(bucket.uri.encode()).hexdigest()[:16]
     cache.mkdir(parents=True, exist_ok=True)
-    mirror = SqliteCatalog(cache / "catalog.sqlite3")
+    mirror = _mirror(cache / "catalog.sqlite3")
     return (
         BucketContent(bucket, FolderContent(cache), cache_bytes=config.cache_bytes),
         BucketCatalog(bucket, mirror, refresh_seconds=config.refresh_seconds),
     )
+
+
+def _mirror(path: Path) -> SqliteCatalog:
+    """Opens the mirror of a bucket's names; a damaged one is made anew from the bucket."""
+    try:
+        return SqliteCatalog(path)
+    except CatalogCorrupt as error:
+        log.warning("made anew from the bucket", reason=str(error))
+        for suffix in ("", "-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        return SqliteCatalog(path)
 
 
 def import_adapters(

@@ -83,6 +83,21 @@ TABLE: dict[type[BaseException], Mapping] = {
         "Upload the same adapter again, which repairs it; `adaplex adapters fsck` lists everything "
         "damaged.",
     ),
+    adapters.CatalogCorrupt: Mapping(
+        StatusCode.DATA_LOSS,
+        "CATALOG_CORRUPT",
+        "The catalog of the store, which has the names of adapters, is damaged or was removed. "
+        "Health says NOT_SERVING.",
+        "Stop the servers of the store and run `adaplex adapters restore`, which makes the catalog "
+        "anew from the copies beside the contents; start the server again.",
+    ),
+    adapters.CatalogOutdated: Mapping(
+        StatusCode.FAILED_PRECONDITION,
+        "CATALOG_OUTDATED",
+        "The catalog is new or older than the copies of its names beside the contents, so this "
+        "name is not changed and nothing that it names is removed.",
+        "Stop the servers of the store and run `adaplex adapters restore`.",
+    ),
     engine.RequestInvalid: Mapping(
         StatusCode.INVALID_ARGUMENT,
         "REQUEST_INVALID",

@@ -26,10 +26,10 @@ from adaplex.adapters.sources.signatures import SignaturePolicy, SignatureVerifi
 from adaplex.adapters.storage.adapter_record import AdapterRecord
 from adaplex.adapters.storage.catalog import Catalog
 from adaplex.adapters.storage.content_store import ContentStore
+from adaplex.adapters.storage.copied_catalog import CopiedCatalog
 from adaplex.adapters.storage.folder_content import FolderContent
 from adaplex.adapters.storage.garbage_collector import GarbageCollector
 from adaplex.adapters.storage.lease import Lease, LeasedAdapter, Leases
-from adaplex.adapters.storage.sqlite_catalog import SqliteCatalog
 
 RACES = 8
 """Attempts to resolve a name whose version is deleted meanwhile."""
@@ -106,7 +106,7 @@ class AdapterRegistry:
         root.mkdir(parents=True, exist_ok=True)
         return cls(
             FolderContent(root),
-            SqliteCatalog(root / "catalog.sqlite3"),
+            CopiedCatalog(root),
             base,
             capacity=Capacity(
                 element_bytes, limits or AdapterLimits(), max_packed_bytes, max_merged_bytes
@@ -184,6 +184,10 @@ class AdapterRegistry:
     def leased(self) -> int:
         """Number of contents that requests lease."""
         return len(self._leases)
+
+    def damage(self) -> str:
+        """Returns what of the catalog was found to be damaged or gone; empty if nothing."""
+        return self._catalog.damage()
 
     def close(self) -> None:
         """Closes the catalog and the content store."""

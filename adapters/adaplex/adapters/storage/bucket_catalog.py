@@ -111,6 +111,22 @@ class BucketCatalog:
         """See Catalog."""
         return self._fresh_mirror().digests()
 
+    def is_empty(self) -> bool:
+        """See Catalog."""
+        return self._fresh_mirror().is_empty()
+
+    def protects(self, digest: str) -> bool:
+        """See Catalog. The documents in the bucket are the catalog, and have no copies."""
+        return False
+
+    def doubt(self) -> str:
+        """See Catalog."""
+        return ""
+
+    def damage(self) -> str:
+        """See Catalog."""
+        return self._mirror.damage()
+
     def pinned(self) -> list[NameRecord]:
         """See Catalog."""
         return self._fresh_mirror().pinned()

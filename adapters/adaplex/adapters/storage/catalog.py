@@ -11,6 +11,8 @@ from adaplex.adapters.storage.name_record import NameRecord
 from adaplex.adapters.storage.version import Version
 
 Order = Literal["name", "create_time", "update_time", "stored_bytes"]
+RESTORE = "stop the servers of the store and run adaplex adapters restore"
+"""Remedy of a catalog that is damaged, new or older than the contents."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,22 @@ class Catalog(Protocol):
 
     def digests(self) -> frozenset[str]:
         """Returns the digests of all versions."""
+        ...
+
+    def is_empty(self) -> bool:
+        """Returns True if there is no entry, not even a tombstone."""
+        ...
+
+    def protects(self, digest: str) -> bool:
+        """Returns True if a copy of a name, which the catalog has lost, has the content."""
+        ...
+
+    def doubt(self) -> str:
+        """Returns why the catalog is taken to be new or older than the contents; empty if not."""
+        ...
+
+    def damage(self) -> str:
+        """Returns what was found to be damaged or gone; empty if nothing."""
         ...
 
     def pinned(self) -> list[NameRecord]:

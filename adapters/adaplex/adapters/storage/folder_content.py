@@ -3,6 +3,7 @@
 objects/<digest hex>/   adapter_config.json, adapter_model.safetensors, manifest.json; model.sig
 staging/<process>/<id>/ unfinished uploads; removed by the next opener once their process has ended
 lock                    locked while a process opens the store
+names/, catalog.sqlite3 see CopiedCatalog
 
 Several processes may open the same folder. A process that uses an object has a shared `flock` on
 its manifest, which ends with the process; removal needs an exclusive one.
@@ -28,6 +29,7 @@ from adaplex.adapters.storage.content_store import ContentLock
 from adaplex.adapters.storage.staging import FileSpec, Staging
 
 MANIFEST = "manifest.json"
+STAGING = "staging"
 ALIVE = "alive"
 """File in a process's staging folder, locked as long as the process lives."""
 
@@ -38,7 +40,7 @@ class FolderContent:
     def __init__(self, root: Path) -> None:
         """Opens or makes the store. Removes the staging folders of processes that have ended."""
         self._objects = root / "objects"
-        self._uploads = root / "staging"
+        self._uploads = root / STAGING
         for folder in (self._objects, self._uploads):
             folder.mkdir(parents=True, exist_ok=True)
         sync(root)
@@ -179,11 +181,23 @@ class FolderContent:
     def _sweep(self) -> None:
         """Removes the staging folders of processes that have ended."""
         for folder in self._uploads.iterdir():
-            try:
-                with (folder / ALIVE).open() as alive:
-                    fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            except OSError:  # killed before it locked, or another program's folder
-                pass
-            shutil.rmtree(folder, ignore_errors=True)
+            if not _is_alive(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_used(root: Path) -> bool:
+    """Returns True if a process has opened the store in a folder and not closed it."""
+    uploads = root / STAGING
+    return uploads.is_dir() and any(map(_is_alive, uploads.iterdir()))
+
+
+def _is_alive(folder: Path) -> bool:
+    """Returns True if the process of a staging folder lives."""
+    try:
+        with (folder / ALIVE).open() as alive:
+            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # killed before it locked, or another program's folder
+        pass
+    return False

@@ -9,7 +9,7 @@ from adaplex.adapters.checkpoint import read_checkpoint
 from adaplex.adapters.errors import AdapterError, AdapterNotFound
 from adaplex.adapters.formats import FORMATS, identity, kind_of
 from adaplex.adapters.limits import AdapterLimits
-from adaplex.adapters.storage.catalog import Catalog
+from adaplex.adapters.storage.catalog import RESTORE, Catalog
 from adaplex.adapters.storage.content_store import ContentStore
 
 
@@ -18,7 +18,7 @@ class Problem:
     """One fault of a store."""
 
     kind: str
-    """`catalog`, `missing`, `damaged` or `orphan`."""
+    """`catalog`, `missing`, `damaged`, `lost` or `orphan`."""
     digest: str
     adapter: str
     """`name@version`, or empty."""
@@ -39,6 +39,10 @@ def check_store(catalog: Catalog, contents: ContentStore) -> Iterator[Problem]:
         catalog.check_integrity()
     except (AssertionError, AdapterError) as error:
         yield Problem("catalog", "", "", str(error) or "its index does not match its entries")
+        if catalog.damage():
+            return
+    if doubt := catalog.doubt():
+        yield Problem("catalog", "", "", f"{doubt}; {RESTORE}")
     for digest in sorted(catalog.digests()):
         if (reason := _damage(contents, digest)) is None:
             continue
@@ -48,8 +52,13 @@ def check_store(catalog: Catalog, contents: ContentStore) -> Iterator[Problem]:
         entry, version = found
         kind = "damaged" if contents.has(digest) else "missing"
         yield Problem(kind, digest, f"{entry.name}@{version.number}", reason)
-    for digest in sorted(contents.digests() - catalog.digests()):
-        if not catalog.is_referenced(digest):
+    orphans = contents.digests() - catalog.digests()
+    if orphans and catalog.is_empty():
+        yield Problem("catalog", "", "", f"it is empty, and there are {len(orphans)} contents")
+    for digest in sorted(orphans):
+        if catalog.protects(digest):
+            yield Problem("lost", digest, "", f"only a copy of its name refers to it; {RESTORE}")
+        elif not catalog.is_referenced(digest):
             yield Problem("orphan", digest, "", "no name refers to it")
 
 

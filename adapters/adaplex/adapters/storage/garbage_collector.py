@@ -35,7 +35,9 @@ class GarbageCollector:
 
         Returns True if it was removed.
         """
-        if self._is_leased(digest) or self._catalog.is_referenced(digest):  # without pausing
+        if self._is_leased(digest) or self._catalog.protects(digest):
+            return False
+        if self._catalog.is_referenced(digest):  # without pausing
             return False
         with self._catalog.paused():
             if self._catalog.is_referenced(digest) or not self._contents.remove(digest):
@@ -58,11 +60,16 @@ class GarbageCollector:
         return True
 
     def sweep(self) -> frozenset[str]:
-        """Collects all orphans, such as those left by a killed process.
+        """Collects all orphans, such as those left by a killed process. Collects nothing while the
+        catalog has no entry: it may be new, and the contents older.
 
         Returns the digests that were removed.
         """
-        return frozenset(filter(self.collect, self.orphans()))
+        orphans = self.orphans()
+        if orphans and self._catalog.is_empty():
+            log.warning("the catalog is empty, so %d contents are not collected", len(orphans))
+            return frozenset()
+        return frozenset(filter(self.collect, orphans))
 
     def orphans(self) -> frozenset[str]:
         """Returns the digests that no name refers to, leased or not."""

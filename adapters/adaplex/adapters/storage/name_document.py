@@ -10,7 +10,7 @@ from typing import Any
 import pydantic_core
 from pydantic import TypeAdapter
 
-from adaplex.adapters.errors import AdapterError
+from adaplex.adapters.errors import CatalogCorrupt
 from adaplex.adapters.storage.name_record import NameRecord
 
 VERSION_FIELDS = (
@@ -30,14 +30,14 @@ def to_json(record: NameRecord) -> bytes:
 
 
 def from_json(document: bytes | str) -> NameRecord:
-    """Returns the record of a document. Raises AdapterError for invalid documents."""
+    """Returns the record of a document. Raises CatalogCorrupt for invalid documents."""
     try:
         fields = pydantic_core.from_json(document)
         # pydantic ignores fields that a class does not have
         versions = [{**version, "traits": version} for version in fields.get("versions", ())]
         return _RECORD.validate_python({**fields, "versions": versions})
     except (ValueError, TypeError, AttributeError) as error:
-        raise AdapterError(f"a record of the catalog cannot be read: {error}") from error
+        raise CatalogCorrupt(f"a record of the catalog cannot be read: {error}") from error
 
 
 def _flattened(version: dict[str, Any]) -> dict[str, Any]:

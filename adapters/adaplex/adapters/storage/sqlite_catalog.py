@@ -5,23 +5,26 @@ The file is in WAL mode, so that readers never wait for a writer.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from adaplex.adapters.errors import AdapterError
+from adaplex.adapters.errors import AdapterError, CatalogCorrupt
 from adaplex.adapters.storage import sqlite_index
-from adaplex.adapters.storage.catalog import Order, Query, StoreUsage
+from adaplex.adapters.storage.catalog import RESTORE, Order, Query, StoreUsage
 from adaplex.adapters.storage.name_document import from_json
 from adaplex.adapters.storage.name_record import NameRecord
 from adaplex.adapters.storage.version import Version
 
 BUSY_SECONDS = 30
 """Longest time that a change waits for those of other processes."""
+DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+"""SQLite's errors of a file whose pages are not what was written."""
 MAX_PARSED = 4096
 """Parsed entries that are cached."""
 
@@ -30,13 +33,19 @@ class SqliteCatalog:
     """See Catalog. One connection writes, one reads."""
 
     def __init__(self, path: Path) -> None:
-        """Opens or makes the file. Raises AdapterError if it has another schema."""
-        self._path = path
+        """Opens or makes the file. Raises CatalogCorrupt if it is damaged, AdapterError if it has
+        another schema.
+        """
+        self.path = path
+        self._damage = ""
         self._writing = threading.RLock()
         self._reading = threading.Lock()
         self._parsed: OrderedDict[str, tuple[int, NameRecord]] = OrderedDict()
         """Revision and entry by name, least recently parsed first."""
-        self._writer = self._connect()
+        with self._naming_damage():
+            self._writer = self._connect()
+            _quick_check(self._writer)
+        self._status = os.stat(path)
         with self._transaction() as db:
             schema = sqlite_index.create_tables(db)
         if schema != sqlite_index.SCHEMA:
@@ -47,7 +56,7 @@ class SqliteCatalog:
 
     def get(self, name: str) -> NameRecord | None:
         """See Catalog."""
-        with self._reading:
+        with self._reading, self._naming_damage():
             return self._get(self._reader, name)
 
     def update(self, name: str, change: Callable[[NameRecord | None], NameRecord]) -> NameRecord:
@@ -112,6 +121,28 @@ class SqliteCatalog:
         """See Catalog."""
         return frozenset(digest for (digest,) in self._rows("SELECT digest FROM versions"))
 
+    def documents(self) -> dict[str, bytes]:
+        """Returns the document of each entry by name."""
+        return dict(self._rows("SELECT name, document FROM entries"))
+
+    def is_empty(self) -> bool:
+        """See Catalog."""
+        return not self._rows("SELECT 1 FROM entries LIMIT 1")
+
+    def protects(self, digest: str) -> bool:
+        """See Catalog. Without copies of names nothing is protected."""
+        return False
+
+    def doubt(self) -> str:
+        """See Catalog."""
+        return ""
+
+    def damage(self) -> str:
+        """See Catalog. Compares the file at the path with the one that was opened."""
+        with suppress(AdapterError):
+            self._check_there()
+        return self._damage
+
     def pinned(self) -> list[NameRecord]:
         """See Catalog."""
         rows = self._rows("SELECT document FROM entries WHERE alive AND pinned ORDER BY name")
@@ -133,7 +164,7 @@ class SqliteCatalog:
 
     def check_integrity(self) -> None:
         """Asserts that SQLite finds no fault, and that the index matches the documents."""
-        with self._reading:
+        with self._reading, self._naming_damage():
             self._reader.execute("BEGIN")  # one state of all tables, even if others write
             try:
                 rows = self._reader.execute("PRAGMA integrity_check").fetchall()
@@ -155,7 +186,7 @@ class SqliteCatalog:
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(
-            self._path, check_same_thread=False, isolation_level=None, timeout=BUSY_SECONDS
+            self.path, check_same_thread=False, isolation_level=None, timeout=BUSY_SECONDS
         )
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
@@ -171,17 +202,40 @@ class SqliteCatalog:
             if self._writer.in_transaction:
                 yield self._writer
                 return
-            self._writer.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._writer
-                self._writer.execute("COMMIT")
-            except BaseException:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
+            self._check_there()
+            with self._naming_damage():
+                self._writer.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._writer
+                    self._writer.execute("COMMIT")
+                except BaseException:
+                    if self._writer.in_transaction:
+                        self._writer.execute("ROLLBACK")
+                    raise
+
+    def _check_there(self) -> None:
+        """Raises CatalogCorrupt if the path has not the file that was opened: changes would be
+        acknowledged and lost.
+        """
+        with suppress(OSError):
+            if os.path.samestat(os.stat(self.path), self._status):
+                return
+        self._damage = f"{self.path.name} was removed or replaced while it was open"
+        raise CatalogCorrupt(f"{self._damage}; start the server again")
+
+    @contextmanager
+    def _naming_damage(self) -> Iterator[None]:
+        """Raises CatalogCorrupt for what SQLite finds damaged."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF not in DAMAGED:
                 raise
+            self._damage = f"{self.path.name} is damaged: {error}"
+            raise CatalogCorrupt(f"{self._damage}; {RESTORE}") from error
 
     def _rows(self, query: str, *values: str | int) -> list[tuple[Any, ...]]:
-        with self._reading:
+        with self._reading, self._naming_damage():
             return self._reader.execute(query, values).fetchall()
 
     def _get(self, db: sqlite3.Connection, name: str) -> NameRecord | None:
@@ -201,3 +255,12 @@ class SqliteCatalog:
         while len(self._parsed) > MAX_PARSED:
             self._parsed.popitem(last=False)
         return entry
+
+
+def _quick_check(db: sqlite3.Connection) -> None:
+    """Reads every page. Raises sqlite3.DatabaseError if one is damaged."""
+    rows = db.execute("PRAGMA quick_check(1)").fetchall()
+    if rows != [("ok",)]:
+        error = sqlite3.DatabaseError(" ".join(str(rows[0][0]).split()))
+        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+        raise error

@@ -1,4 +1,6 @@
-"""`adaplex adapters fsck` and `gc`: maintain a store, also while servers use it."""
+"""`adaplex adapters fsck`, `gc` and `restore`: maintain a store, the first two also while servers
+use it.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from adaplex.server.errors import ConfigError
 
 if TYPE_CHECKING:
     from adaplex.adapters.api import Catalog, ContentStore
+    from adaplex.server.config import ServerConfig
 
 StoreDir = Annotated[
     Path | None, typer.Option(help="Folder of the store; by default the store of `adaplex serve`.")
@@ -59,25 +62,57 @@ def gc(
     typer.echo(f"removed {len(removed)} contents that nothing named")
 
 
+def restore(store_dir: StoreDir = None, config: ConfigFile = None) -> None:
+    """Make the catalog of a local store whole from the copies of its names. No server may run."""
+    with _settings(store_dir, None, config) as settings:
+        from adaplex.adapters import api
+
+        root = settings.store_dir
+        if settings.shared_store is not None:
+            raise ConfigError(
+                f"shared_store: the names of {settings.shared_store} are documents in the bucket; "
+                "restore those from the bucket's own versions or backup"
+            )
+        if api.is_used(root):
+            raise ConfigError(f"store_dir: a server uses the store in {root}; stop it first")
+        found = api.restore(root)
+    if found.moved is not None:
+        typer.echo(f"moved the damaged catalog to {found.moved}")
+    for name in found.names:
+        typer.echo(f"restored {name}")
+    typer.echo(f"{len(found.names)} names restored; adaplex adapters fsck checks their contents")
+
+
 @contextmanager
 def _opened(
     store_dir: Path | None, shared_store: str | None, config: Path | None
 ) -> Iterator[tuple[ContentStore, Catalog]]:
     """Opens the store that flags, environment or YAML file select."""
-    from adaplex.adapters.errors import AdaplexError
-    from adaplex.server.load_config import load_config
-    from adaplex.server.open_store import open_contents, require_store
+    with _settings(store_dir, shared_store, config) as settings:
+        from adaplex.server.open_store import open_contents
 
-    given = {"store_dir": store_dir, "shared_store": shared_store, "config": config}
-    try:
-        settings = load_config({name: value for name, value in given.items() if value is not None})
-        require_store(settings)
         contents, catalog = open_contents(settings)
         try:
             yield contents, catalog
         finally:
             catalog.close()
             contents.close()
-    except (ConfigError, AdaplexError) as error:
+
+
+@contextmanager
+def _settings(
+    store_dir: Path | None, shared_store: str | None, config: Path | None
+) -> Iterator[ServerConfig]:
+    """Yields the settings of an existing store; prints errors of the block and exits with 2."""
+    from adaplex.adapters.errors import AdaplexError
+    from adaplex.server.load_config import load_config
+    from adaplex.server.open_store import require_store
+
+    given = {"store_dir": store_dir, "shared_store": shared_store, "config": config}
+    try:
+        settings = load_config({name: value for name, value in given.items() if value is not None})
+        require_store(settings)
+        yield settings
+    except (ConfigError, AdaplexError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
