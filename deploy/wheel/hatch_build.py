@@ -29,7 +29,7 @@ class KernelsHook(BuildHookInterface[Any]):
         platform = os.environ.get(PLATFORM)
         if not platform or self.target_name != "wheel" or version == "editable":
             return
-        sys.path.insert(0, str(Path(self.root) / "server"))
+        sys.path[:0] = [str(Path(self.root) / part) for part in ("server", "adapters")]
         from adaplex.model.kernels.native.build import build, find_compiler
         from adaplex.model.kernels.native.instruction_sets import INSTRUCTION_SETS
 
