@@ -31,9 +31,7 @@ def each_shape(*llamas: str, exact: bool = True) -> pytest.MarkDecorator:
     """
     quick = ("fp32",) if exact else ()
     pairs = [
-        pytest.param(
-            name, kind, marks=() if kind in (*quick, IN_TURN.get(name, kind)) else SLOW
-        )
+        pytest.param(name, kind, marks=() if kind in (*quick, IN_TURN.get(name, kind)) else SLOW)
         for name in (*llamas, *OTHER_SHAPES)
         for kind in sorted(BOUNDS)
     ]

@@ -40,7 +40,7 @@ def first_found(
 ) -> tuple[str, ...]:
     """Returns the first of the alternative names of a role that `parts` has. Raises OtherShape."""
     for names in alternatives:
-        if parts.issuperset(names):
+        if parts >= {*names}:
             return names
     raise OtherShape(f"no {role} among {', '.join(sorted(parts))}")
 

@@ -121,9 +121,9 @@ def evaluate(
         }
         typer.echo(json.dumps(document, indent=2))
         return
-    head = ("TEXT", "TOKENS", "BASE", "ADAPTER", "ADAPTER / BASE")
+    head = ["TEXT", "TOKENS", "BASE", "ADAPTER", "ADAPTER / BASE"]
     if rounded:
-        head = (*head, "BASE IN FLOAT", "ADAPTER IN FLOAT")
+        head += ["BASE IN FLOAT", "ADAPTER IN FLOAT"]
     render.table(head, [_line(score) for score in scores])
 
 
