@@ -22,6 +22,7 @@ from adaplex.model.adapters.triton_rows import TritonKernels
 from adaplex.model.base.loader import load_base
 from adaplex.model.constants import KV_BLOCK_TOKENS
 from adaplex.model.modules import attention
+from adaplex.model.progress import Progress, silent
 from adaplex.model.runner import ModelRunner
 
 BLOCK = KV_BLOCK_TOKENS
@@ -52,6 +53,8 @@ class ModelRig:
         cpu_activations: str = "float",
         num_blocks: int = 2048,
         arena_bytes: int = ARENA,
+        int8_head: bool = False,
+        progress: Progress = silent,
     ) -> None:
         """`triton` forces the kernels and the replayed decoding of CUDA devices, on one if there is
         one; everything else runs on the CPU. With `graphs` a GPU replays decoding from CUDA graphs.
@@ -79,6 +82,8 @@ class ModelRig:
             arena_bytes=arena_bytes,
             kernels=kernels,
             enforce_eager=not graphs,
+            int8_head=int8_head,
+            progress=progress,
         )
         self._blocks = count(1)
         self._offset = 0

@@ -170,6 +170,7 @@ def open_bench(options: argparse.Namespace, adapters: int) -> Iterator[Bench]:
         settings = {
             "model": options.model,
             "quantization": options.quantization,
+            "head": options.head,
             "threads": options.threads,
             "max_stretch": options.max_stretch,
             "store_dir": work / "store",
@@ -251,6 +252,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=int, default=64, help="tokens")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--quantization", default="nf4")
+    parser.add_argument("--head", default="bf16", help="as for adaplex serve")
     parser.add_argument("--threads", default="auto")
     parser.add_argument("--max-stretch", default="2", help="as for adaplex serve")
     parser.add_argument("--json", type=Path)

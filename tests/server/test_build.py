@@ -99,6 +99,26 @@ def test_the_second_start_quantizes_only_what_was_not_saved(
     assert len(list(cache.glob("quantized/*.safetensors"))) == saves
 
 
+@pytest.mark.parametrize("quantization", ["fp32", "bf16"])
+def test_an_8_bit_head_counts_as_a_weight_and_halves_what_greedy_steps_read(
+    model: Path, tmp_path: Path, quantization: str
+) -> None:
+    infos = []
+    for head in ("bf16", "int8"):
+        config = ServerConfig(
+            **{"model": str(model), "quantization": quantization, "head": head, "threads": 1},
+            **{"store_dir": tmp_path / head, "kv_cache_bytes": "1MiB"},
+        )
+        parts = build(config, lambda _: None)
+        parts.registry.close()
+        infos.append(parts.model)
+    plain, int8 = infos
+    copy, element = VOCAB * (64 + 8), 4 if quantization == "fp32" else 2
+    assert int8.weight_bytes - plain.weight_bytes == copy
+    assert plain.step_weight_bytes - int8.step_weight_bytes == VOCAB * 64 * element - copy
+    assert int8.digest == plain.digest
+
+
 class Base:
     """The attributes of a base that sizing reads."""
 

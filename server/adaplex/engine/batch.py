@@ -47,3 +47,8 @@ class Batch:
     def sampling(self) -> tuple[Chunk, ...]:
         """The chunks that sample a token, in order. First read before the tokens are appended."""
         return tuple(chunk for chunk in self.chunks if chunk.samples)
+
+    @property
+    def plain(self) -> bool:
+        """True if every sampled token is the likeliest one of unchanged logits."""
+        return all(chunk.sequence.request.sampling.plain for chunk in self.sampling)

@@ -68,13 +68,15 @@ class ModelRunner:
         kernels: AdapterKernels | None = None,
         capture: Capture | None = None,
         enforce_eager: bool = False,
+        int8_head: bool = False,
         progress: Progress = silent,
     ) -> ModelRunner:
         """Makes a runner with a KV cache and an arena of these sizes, by the fastest forward of the
         base's device.
 
         `kernels` and `capture` replace those of the device;
-        `enforce_eager` captures no steps. `progress` is called for each fallback.
+        `enforce_eager` captures no steps; with `int8_head` the C decoder reads an 8-bit copy of the
+        output layer where only likeliest tokens count. `progress` is called for each fallback.
         """
         cache = KVCache(
             base.shapes,
@@ -97,13 +99,20 @@ class ModelRunner:
                 capture=capture or capture_for(base, progress, enforce_eager=enforce_eager),
             )
         modules = TorchForward(base, cache, adapters, kernels=kernels, decode=decode)
-        forward = choose_forward(base, cache, adapters, modules, progress)
+        forward = choose_forward(base, cache, adapters, modules, progress, int8_head=int8_head)
+        if int8_head and not forward.int8_head_bytes:
+            progress("head int8 has no effect: only the C decoder reads an 8-bit output layer")
         return cls(base, cache, arena, adapters, forward, progress=progress)
+
+    @property
+    def int8_head_bytes(self) -> int:
+        """Bytes of the 8-bit copy of the output layer; 0 without one."""
+        return self._forward.int8_head_bytes
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Seq[SampledToken]:
         """See Runner."""
-        logits, tops = self._logits(batch)
+        logits, tops = self._logits(batch, needs_logits=not batch.plain)
         return sample(logits, [chunk.sequence for chunk in batch.sampling], tops)
 
     @torch.inference_mode()
@@ -111,10 +120,12 @@ class ModelRunner:
         """Runs the chunks of a batch; returns fp32 logits [len(batch.sampling), vocabulary]."""
         return self._logits(batch)[0].clone()
 
-    def _logits(self, batch: Batch) -> tuple[Tensor, list[int]]:
+    def _logits(self, batch: Batch, *, needs_logits: bool = True) -> tuple[Tensor, list[int]]:
         """Returns logits as Forward does, of a batch that may have nothing to compute."""
         rest = self._prefixes.write_prefix_kv(batch)
-        return self._forward(rest) if rest.chunks else (torch.empty(0, 0), [])
+        if not rest.chunks:
+            return torch.empty(0, 0), []
+        return self._forward(rest, needs_logits=needs_logits)
 
     @torch.inference_mode()
     def warm_up(self) -> None:

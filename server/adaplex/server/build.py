@@ -52,6 +52,7 @@ def build(config: ServerConfig, progress: Progress) -> Components:
         block_tokens=engine_config.block_tokens,
         arena_bytes=engine_config.arena_bytes,
         enforce_eager=config.enforce_eager,
+        int8_head=config.head == "int8",
         progress=progress,
     )
     progress("warming up")
@@ -62,7 +63,7 @@ def build(config: ServerConfig, progress: Progress) -> Components:
     engine = Engine(engine_config, runner, source, base_digest=spec.digest, observer=metrics)
     return Components(
         config=config,
-        model=_model_info(spec, base),
+        model=_model_info(spec, base, runner.int8_head_bytes),
         limits=ModelLimits(base.vocab_size, engine_config.max_model_len, base.eos_token_ids),
         tokenizer=base.tokenizer,
         registry=store.registry,
@@ -141,7 +142,12 @@ def engine_limits(config: ServerConfig, base: BaseModel) -> EngineConfig:
         raise ConfigError(str(error)) from error
 
 
-def _model_info(spec: BaseSpec, base: BaseModel) -> ModelInfo:
+def _model_info(spec: BaseSpec, base: BaseModel, int8_head_bytes: int) -> ModelInfo:
+    weight_bytes = base.weight_bytes + int8_head_bytes
+    head_bytes = sum(
+        each.nbytes for name, each in base.backends.items() if spec.modules[name].is_head
+    )
+    unread = _embedding_bytes(base) + (head_bytes if int8_head_bytes else 0)
     return ModelInfo(
         name=spec.name,
         architecture=spec.model_type,
@@ -151,8 +157,8 @@ def _model_info(spec: BaseSpec, base: BaseModel) -> ModelInfo:
         device=str(base.device),
         digest=spec.digest,
         fingerprint=spec.fingerprint,
-        weight_bytes=base.weight_bytes,
-        step_weight_bytes=base.weight_bytes - _embedding_bytes(base),
+        weight_bytes=weight_bytes,
+        step_weight_bytes=weight_bytes - unread,
         kv_token_bytes=base.kv_block_bytes(1),
         vocab_size=base.vocab_size,
         modules=tuple(spec.modules.values()),

@@ -56,6 +56,11 @@ class ServerConfig(NetworkConfig, BaseSettings):
     group_size: GroupSize = Field(
         32, description="Inputs that share a scale and a zero point in int4-group."
     )
+    head: Literal["bf16", "int8"] = Field(
+        "bf16",
+        description="Output layer that greedy steps read on a CPU: bf16 is the layer itself, int8 "
+        "an 8-bit copy, then the few rows of the layer that can win; the tokens are the same.",
+    )
     dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="Compute dtype; auto is fp32 for quantization fp32, else bf16."
     )

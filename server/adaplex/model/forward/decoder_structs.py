@@ -10,16 +10,20 @@ from adaplex.adapters.program.base_spec import BaseModule
 from adaplex.model.forward.decoder_shape import DecoderLayer, DecoderShape, Linear, Norm
 from adaplex.model.kernels.native import structs
 from adaplex.model.kv_cache import KVCache
+from adaplex.model.weights.int8_head import Int8Head
 
 NO_MODULE = -1
 """Number of a module that adapters cannot change."""
 
 
 def model_struct(
-    shape: DecoderShape, cache: KVCache, modules: Mapping[str, BaseModule]
+    shape: DecoderShape,
+    cache: KVCache,
+    modules: Mapping[str, BaseModule],
+    int8_head: Int8Head | None = None,
 ) -> structs.Model:
-    """Returns the decoder; `modules` are all modules of the base, whose order numbers them. The
-    tensors of `shape` and of the cache must stay alive.
+    """Returns the decoder; `modules` are all modules of the base, whose order numbers them,
+    `int8_head` is a copy of its output layer. All tensors must stay alive.
     """
     numbers = {name: number for number, name in enumerate(modules)}
     blocks = {name: numbers[name] for name, module in modules.items() if module.joins}
@@ -33,6 +37,7 @@ def model_struct(
         layer=layers,
         final_norm=_norm(shape.final_norm, numbers),
         head=shape.head.backend.struct,
+        int8_head=structs.Int8Head() if int8_head is None else _int8_head(int8_head),
         layers=len(layers),
         hidden=shape.embedding.shape[1],
         heads=kind.queries // shape.head_dim,
@@ -50,6 +55,15 @@ def model_struct(
         head_module=numbers[shape.head.name],
         embedding_scale=shape.embedding_scale,
         logit_softcap=shape.logit_softcap,
+    )
+
+
+def _int8_head(head: Int8Head) -> structs.Int8Head:
+    return structs.Int8Head(
+        panels=head.panels.data_ptr(),
+        scales=head.scales.data_ptr(),
+        errors=head.errors.data_ptr(),
+        longest=head.longest,
     )
 
 

@@ -33,8 +33,10 @@ from adaplex.model.forward.read_decoder import read_decoder
 from adaplex.model.kernels.native import structs
 from adaplex.model.kernels.native.kernels import NativeKernels
 from adaplex.model.kv_cache import KVCache
+from adaplex.model.linear.native import NativeLinear
 from adaplex.model.measure_native_costs import Table, TimedLayer
 from adaplex.model.progress import Progress
+from adaplex.model.weights.int8_head import Int8Head
 
 Array = NDArray[Any]
 TOLERANCE = 0.3
@@ -55,12 +57,15 @@ class NativeForward:
         cache: KVCache,
         adapters: ResidentAdapters,
         modules: Mapping[str, BaseModule],
+        int8_head: Int8Head | None = None,
     ) -> None:
-        """`modules` are all modules of the base; their order numbers them."""
+        """`modules` are all modules of the base, whose order numbers them; `int8_head` is a copy of
+        its output layer.
+        """
         numbers = {name: number for number, name in enumerate(modules)}
         self._shape, self._kernels, self._cache = shape, kernels, cache
-        self._adapters = adapters
-        self._model = model_struct(shape, cache, modules)
+        self._adapters, self._int8_head = adapters, int8_head
+        self._model = model_struct(shape, cache, modules, int8_head)
         self._logits = torch.empty(0, shape.head.backend.out_features)
         self.layers = tuple(
             TimedLayer(
@@ -77,8 +82,8 @@ class NativeForward:
         """See Forward."""
         return panel_writer(self._cache, self._kernels.per_unit)
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, list[int]]:
-        """See Forward."""
+    def __call__(self, batch: Batch, *, needs_logits: bool = True) -> tuple[Tensor, list[int]]:
+        """See Forward. The argmaxes are the same with and without `needs_logits`."""
         chunks, sampling = batch.chunks, batch.sampling
         tokens = [t for c in chunks for t in self._tokens(c)]
         ends = list(accumulate(c.count for c in chunks))
@@ -109,9 +114,15 @@ class NativeForward:
             wanted_rows=len(wanted),
             runs=len(run),
             head_runs=len(head_run),
+            only_likeliest=not needs_logits,
         )
         self._kernels.forward(self._model, step)
         return logits, likeliest.tolist()
+
+    @property
+    def int8_head_bytes(self) -> int:
+        """See Forward."""
+        return 0 if self._int8_head is None else self._int8_head.nbytes
 
     def warm_up(self, batch: Batch, progress: Progress) -> None:
         """See Forward. Everything is compiled when the library is built."""
@@ -171,10 +182,12 @@ def choose_forward(
     adapters: ResidentAdapters,
     modules: Forward,
     progress: Progress,
+    *,
+    int8_head: bool = False,
 ) -> Forward:
     """Returns the C decoder if it knows the base's shape and agrees with `modules`, the forward by
     modules of transformers, on a prompt that both run in the scratch block; else `modules`, and a
-    line reports why.
+    line reports why. With `int8_head` the C decoder gets an 8-bit copy of the output layer.
     """
     if base.kernels is None:
         return modules
@@ -192,7 +205,8 @@ def choose_forward(
     except OtherShape as other:
         progress(f"layers run one by one: the C decoder does not know the base's shape: {other}")
         return modules
-    native = NativeForward(shape, base.kernels, cache, adapters, base.spec.modules)
+    copy = _copy_head(shape.head.backend, progress) if int8_head else None
+    native = NativeForward(shape, base.kernels, cache, adapters, base.spec.modules, copy)
     found = native(trial)[0]
     for each in (*cache.keys, *cache.values):
         each[:, 0].zero_()
@@ -201,6 +215,16 @@ def choose_forward(
         return native
     progress("layers run one by one: the C decoder gives other logits than the base's modules")
     return modules
+
+
+def _copy_head(head: NativeLinear, progress: Progress) -> Int8Head | None:
+    """Returns the 8-bit copy of an output layer, None where none can be made, which a line
+    reports.
+    """
+    copy = None if head.bias is not None else Int8Head.of(head.panels, head.out_features)
+    if copy is None:
+        progress("the output layer has no 8-bit copy: it has a bias, or numbers out of range")
+    return copy
 
 
 def _trial(vocab_size: int) -> Batch:

@@ -28,9 +28,15 @@ class Forward(Protocol):
         """True if adapters have to be packed in panels at every module; see Packer.whole_model."""
         ...
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, list[int]]:
+    @property
+    def int8_head_bytes(self) -> int:
+        """Bytes of the 8-bit copy of the output layer; 0 without one."""
+        ...
+
+    def __call__(self, batch: Batch, *, needs_logits: bool = True) -> tuple[Tensor, list[int]]:
         """Returns fp32 logits [len(batch.sampling), vocabulary], valid until the next step, and the
-        argmax of each row, -1 for a row that is not finite.
+        argmax of each row, -1 for a row that is not finite. Without `needs_logits` the logits may
+        be undefined.
         """
         ...
 

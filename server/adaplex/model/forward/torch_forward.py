@@ -30,6 +30,7 @@ class TorchForward:
     """Fills the step context of a base and calls its modules. See Forward."""
 
     reads_panels = False
+    int8_head_bytes = 0
 
     def __init__(
         self,
@@ -57,8 +58,8 @@ class TorchForward:
         """See Forward."""
         return self._cache.write
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, list[int]]:
-        """See Forward."""
+    def __call__(self, batch: Batch, *, needs_logits: bool = True) -> tuple[Tensor, list[int]]:
+        """See Forward. The logits are always computed."""
         logits = self._replayed(batch)
         if logits is None:
             logits = self._logits(batch)

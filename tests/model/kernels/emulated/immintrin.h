@@ -93,3 +93,18 @@ static inline __m512i _mm512_load_si512(const void *p) {
   memcpy(&a, p, sizeof a);
   return a;
 }
+
+static inline __m512i _mm512_madd_epi16(__m512i a, __m512i b) {
+  int16_t x[32], y[32];
+  int32_t sums[16];
+  memcpy(x, &a, sizeof x);
+  memcpy(y, &b, sizeof y);
+  for (int i = 0; i < 16; i++) sums[i] = x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+  memcpy(&a, sums, sizeof a);
+  return a;
+}
+
+static inline __m512 _mm512_max_ps(__m512 a, __m512 b) {
+  for (int i = 0; i < 16; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
+  return a;
+}

@@ -20,7 +20,7 @@ from adaplex.model.kernels.native.seal import seal
 from adaplex.model.progress import Progress, silent
 
 HERE = Path(__file__).parent
-UNITS = ("bf16.c", "f32.c", "integers.c", "team.c", "packing.c")
+UNITS = ("bf16.c", "f32.c", "integers.c", "int8_head.c", "team.c", "packing.c")
 """The translation units, those that take longest first."""
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-pthread", "-Wno-psabi")
 BUILD_CPU_SECONDS = 600

@@ -98,15 +98,17 @@ static void NAME(activate)(ThreadContext *me, const NAME(StepTask) *task) {
   }
 }
 
-// Computes the logits of the wanted rows and the likeliest token of each.
+// Computes the likeliest token of each wanted row, and the logits unless the tokens are found without them.
 static void NAME(compute_logits)(ThreadContext *me, const NAME(StepTask) *task) {
   const Model *m = task->model;
   const Step *step = task->step;
   const Workspace *space = &task->space;
   ACTIVATION *normed = space->normed;
-  for (long i; (i = team_next_ticket(&me->cursor, step->wanted_rows)) >= 0;)
+  for (long i; (i = team_next_ticket(&me->cursor, step->wanted_rows)) >= 0;) {
     NAME(norm_row)(space->residual + step->wanted[i] * m->hidden, &m->final_norm,
                    site_of_norm(space->head_sites, i, &m->final_norm), m->hidden, normed + i * m->hidden);
+    if (space->screening.rows) NAME(screen_row)(task, i);
+  }
   const NAME(ProductTask) product = {.weight = &m->head,
                                      .x = normed,
                                      .x_stride = m->hidden,
@@ -117,6 +119,7 @@ static void NAME(compute_logits)(ThreadContext *me, const NAME(StepTask) *task) 
                                      .h = space->shrunk,
                                      .h_stride = space->rank_stride,
                                      .replaces_rows = space->needs.head_rows};
+  if (space->screening.rows && NAME(find_likeliest)(me, task, &product)) return;
   const NAME(Products) head = {{product}, 1};
   NAME(run_products)(me, space, &head, step->head_run, step->head_runs);
   for (long i; (i = team_next_ticket(&me->cursor, step->wanted_rows)) >= 0;) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <stddef.h>
+#include <string.h>
 
 #include "types.h"
 
@@ -51,6 +52,14 @@ static long first_replaced_row(const Site *site, long id) {
 static int any_input_scale(const Run *runs, long run_count, long module) {
   for (long r = 0; r < run_count; r++)
     if (runs[r].sites && runs[r].sites[module].input_scale) return 1;
+  return 0;
+}
+
+// runs [run_count]. True if an adapter changes a module.
+static int any_change(const Run *runs, long run_count, long module) {
+  static const Site unchanged;
+  for (long r = 0; r < run_count; r++)
+    if (runs[r].sites && memcmp(runs[r].sites + module, &unchanged, sizeof unchanged)) return 1;
   return 0;
 }
 

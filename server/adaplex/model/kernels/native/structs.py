@@ -29,6 +29,17 @@ class Weight(ctypes.Structure):
     ]
 
 
+class Int8Head(ctypes.Structure):
+    """A copy of the output layer in 8 bits; without one, `panels` is None."""
+
+    _fields_ = [
+        ("panels", Address),
+        ("scales", Address),
+        ("errors", Address),
+        ("longest", ctypes.c_double),
+    ]
+
+
 class Run(ctypes.Structure):
     """Rows [start, stop) of one adapter; `sites` is the address of its table, None for the base."""
 
@@ -98,6 +109,7 @@ class Model(ctypes.Structure):
         ("layer", ctypes.POINTER(Layer)),
         ("final_norm", Norm),
         ("head", Weight),
+        ("int8_head", Int8Head),
         ("layers", Integer),
         ("hidden", Integer),
         ("heads", Integer),
@@ -137,11 +149,13 @@ class Step(ctypes.Structure):
         ("wanted_rows", Integer),
         ("runs", Integer),
         ("head_runs", Integer),
+        ("only_likeliest", Integer),
     ]
 
 
 MIRRORED: tuple[type[ctypes.Structure], ...] = (
     Weight,
+    Int8Head,
     Run,
     Linear,
     Norm,

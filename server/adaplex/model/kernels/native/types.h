@@ -17,6 +17,14 @@ typedef struct {
   int64_t int8_inputs;  // 1 if codes are multiplied by activations of 8 bits; see integers.h
 } Weight;
 
+// A copy of the output layer's weight [out, in] in 8 bits; see int8_head.h. Without one, `panels` is null.
+typedef struct {
+  const int8_t *panels;  // [panels, lines, 2, 16, 2]: lines of four inputs, rounded up
+  const float *scales;   // [panels, 16]: an element is about scale * code
+  const float *errors;   // [panels, 16]: at least the norm of a row's difference from scale * code
+  double longest;        // at least the norm of any row, and of any row's scale * code
+} Int8Head;
+
 // The changes of one adapter at one module; zero where it has none. Pointers are to elements unless they have
 // another type.
 //
@@ -90,6 +98,7 @@ typedef struct {
   const Layer *layer;              // [layers]
   Norm final_norm;
   Weight head;
+  Int8Head int8_head;
   int64_t layers, hidden, heads, kv_heads, head_dim, middle, vocabulary, positions, blocks, modules;
   int64_t rotary_dim;         // dimensions of a head that positions rotate, the first ones
   int64_t activation, gated;  // of MLPs: numbered as in activations.h; 1 if it multiplies up
@@ -110,6 +119,7 @@ typedef struct {
   float *logits;              // [wanted_rows, vocabulary]
   int32_t *likeliest;         // [wanted_rows]: argmax of the logits, -1 for a row that is not finite
   int64_t rows, sequences, width, wanted_rows, runs, head_runs;
+  int64_t only_likeliest;  // 1 if `logits` may be left undefined
 } Step;
 
 // Return codes of the library's functions.

@@ -2,8 +2,8 @@
 // bf16.
 //
 // GCC compiles vector types of this width to one register each: AVX-512, AVX2, SSE2 or NEON, as the library's
-// flags allow. A wider type would live on the stack. Intrinsics are used only for AVX512-BF16, and for
-// shuffles in code_values.h.
+// flags allow. A wider type would live on the stack. Intrinsics are used only for AVX512-BF16, maxima, the
+// shuffles of code_values.h, and the products of integers of int8_head.c.
 
 #pragma once
 
@@ -137,13 +137,6 @@ INLINE void lane_sums(const VecF32 *v, const int R, float *sums) {
 }
 #endif
 
-// The largest of all lanes, none of which is NaN.
-INLINE float max_lanes(VecF32 v) {
-  float m = v[0];
-  for (int i = 1; i < VEC_LANES; i++) m = v[i] > m ? v[i] : m;
-  return m;
-}
-
 // The nearest integers of lanes below 2^22, ties to even, by an operation that no compiler joins with a
 // multiplication before it where it could round otherwise.
 INLINE VecI32 round_lanes(VecF32 v) {
@@ -165,6 +158,24 @@ INLINE VecI32 round_lanes(VecF32 v) {
 // `yes` in lanes where the mask is -1, `no` where it is 0.
 INLINE VecF32 select_lanes(VecI32 mask, VecF32 yes, VecF32 no) {
   return (VecF32)(((VecI32)yes & mask) | ((VecI32)no & ~mask));
+}
+
+// The larger of each lane, `b` if either is NaN.
+INLINE VecF32 max_vectors(VecF32 a, VecF32 b) {
+#if VEC_LANES == 16
+  return (VecF32)_mm512_max_ps((__m512)a, (__m512)b);
+#elif VEC_LANES == 8
+  return (VecF32)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return select_lanes(a > b, a, b);
+#endif
+}
+
+// The largest of all lanes, none of which is NaN.
+INLINE float max_lanes(VecF32 v) {
+  UNROLL for (int distance = VEC_LANES / 2; distance; distance /= 2)
+    v = max_vectors(v, __builtin_shuffle(v, lane_numbers() ^ distance));
+  return v[0];
 }
 
 // exp(x) of each lane within 2 ulp; 0 below -87, exp(88) above 88, NaN for NaN. Cody and Waite's

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "integers.h"
+#include "int8_head.h"
 #include "sites.h"
 #include "sizes.h"
 #include "team.h"
@@ -27,6 +28,7 @@ typedef struct {
   const Site **sites, **head_sites;  // [rows], [wanted_rows] of [modules]; null if every row has the base
   QuerySpan *span;                   // [spans]
   StepNeeds needs;
+  Screening screening;   // of the wanted rows; all zero if the step wants their logits
   char *thread_buffers;  // [threads, thread_bytes]
   long spans, rank_stride, score_stride, thread_bytes, ranges;
 } Workspace;
@@ -116,6 +118,24 @@ static int any_int8_inputs(const Model *m) {
   return 0;
 }
 
+// The screening of a step: of its wanted rows, if it wants only their likeliest tokens and no adapter changes
+// the output layer; else of no row.
+static Screening screening_of(const Model *m, const Step *step) {
+  if (!step->only_likeliest || !m->int8_head.panels) return (Screening){0};
+  if (any_change(step->head_run, step->head_runs, m->head_module)) return (Screening){0};
+  return (Screening){
+      .rows = step->wanted_rows, .stride = (m->hidden + 3) / 4 * 4, .panels = panel_count(&m->head)};
+}
+
+// buffer [size] or null. Divides the part of a step's buffer that its screening uses; adds the bytes to
+// `used`.
+static void allocate_screening(Screening *s, char *buffer, size_t *used) {
+  s->x16 = bump_allocate(buffer, used, sizeof(int16_t) * (size_t)(s->rows * s->stride));
+  s->row = bump_allocate(buffer, used, sizeof(ScreenedRow) * (size_t)s->rows);
+  s->upper = bump_allocate(buffer, used, sizeof(float) * (size_t)(s->rows * s->panels));
+  s->lower = bump_allocate(buffer, used, sizeof(float) * (size_t)(s->rows * s->panels));
+}
+
 // buffer [size] or null. Divides the step's buffer; adds the bytes to `used`.
 static void allocate_buffers(Workspace *space, const Model *m, const Step *step, size_t element, char *buffer,
                              size_t *used) {
@@ -139,6 +159,7 @@ static void allocate_buffers(Workspace *space, const Model *m, const Step *step,
   space->sites = bump_allocate(buffer, used, sizeof(Site *) * rows);
   space->head_sites = bump_allocate(buffer, used, sizeof(Site *) * rows);
   space->span = bump_allocate(buffer, used, sizeof(QuerySpan) * (size_t)space->spans);
+  if (space->screening.rows) allocate_screening(&space->screening, buffer, used);
   space->thread_buffers = bump_allocate(buffer, used, (size_t)(space->thread_bytes * team.threads));
 }
 
@@ -150,6 +171,7 @@ static int prepare_workspace(Workspace *space, const Model *m, const Step *step,
   space->ranges = 3 * (2 * max_long(step->runs, step->head_runs) + 1) + 1;
   scan_sites(m, step->run, step->runs, &space->needs);
   scan_sites(m, step->head_run, step->head_runs, &space->needs);
+  space->screening = screening_of(m, step);
   space->rank_stride = space->needs.rank + space->needs.rank % 2;  // whole units
   size_t size = 0;
   thread_context(space, m, element, 0, NULL, &size);
