@@ -18,7 +18,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -Iprotos \
 
 # One environment cannot be installed into and used at the same time.
 .NOTPARALLEL:
-.PHONY: help demo test test-slow mutants check bench bench-activations bench-attainment bench-engine bench-overhead bench-long-prompt \
+.PHONY: help demo test test-slow mutants check bench bench-activations bench-attainment bench-engine bench-head bench-overhead bench-long-prompt \
   adapterhub-fixtures bench-residency bench-gpu bench-peers bench-modes bench-start bench-switch protos formats docs model wheel format clean
 
 help: ## Show the targets
@@ -61,6 +61,9 @@ bench-engine: $(INSTALLED) model ## Measure the engine alone, without gRPC
 
 bench-activations: $(INSTALLED) model ## Measure what activations of 8 bits gain on a CPU
 	@PYTHONPATH=tests $(BIN)/python -m bench.activations $(ARGS)
+
+bench-head: $(INSTALLED) model ## Measure greedy steps by the output layer and by its 8-bit copy, in pairs
+	@PYTHONPATH=tests $(BIN)/python -m bench.head $(ARGS)
 
 bench-overhead: $(INSTALLED) model ## Measure what serving through gRPC leaves of the engine's speed
 	@PYTHONPATH=tests $(BIN)/python -m bench.overhead $(ARGS)

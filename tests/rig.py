@@ -104,11 +104,13 @@ class ModelRig:
         tokens: Seq[int],
         adapter: AdapterRef | None = None,
         sampling: SamplingParams | None = None,
+        *,
+        room: int = 64,
     ) -> Sequence:
-        """Returns a sequence with blocks for 64 more tokens."""
+        """Returns a sequence with blocks for `room` more tokens."""
         request = Request("r", tuple(tokens), sampling or SamplingParams(), adapter)
         sequence = Sequence(request)
-        sequence.blocks = [next(self._blocks) for _ in range((len(tokens) + 64) // BLOCK + 1)]
+        sequence.blocks = [next(self._blocks) for _ in range((len(tokens) + room) // BLOCK + 1)]
         return sequence
 
     def forward(self, *chunks: Chunk) -> Tensor:

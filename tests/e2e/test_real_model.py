@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from adaplex.engine.batch import Batch, Chunk
 from adaplex.model.base.source import resolve_model
 from adaplex.model.linear.bitsandbytes_linear import nf4_roundtrip
 from adaplex.model.weights.int4_group import int4_roundtrip
@@ -133,3 +134,28 @@ def test_a_bf16_row_is_bit_equal_beside_others(model: Path) -> None:
     alone = [rig.prefill(rig.sequence(tokens))[0] for tokens in prompts]
     together = rig.prefill(*(rig.sequence(tokens) for tokens in prompts))
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@torch.inference_mode()
+def test_10_000_greedy_tokens_by_the_8_bit_head_are_those_of_the_layer(model: Path) -> None:
+    """Each step is computed by both, from the same tokens; the batch shrinks from 96 rows to 1."""
+    rig = ModelRig(model, "nf4", int8_head=True)
+    page = (EXAMPLES.parents[1] / "LICENSE").read_text()
+    tokens = rig.base.tokenizer.encode(page)
+    sequences = []
+    for i in range(96):
+        text = f"{QUESTION[0]['content']} Answer {i} in {2 + i % 5} sentences."
+        chat = rig.base.tokenizer.apply_chat_template(
+            [QUESTION[0] | {"content": text}], add_generation_prompt=True, return_dict=False
+        )
+        sequences.append(rig.sequence((chat, tokens[7 * i : 7 * i + 20])[i % 2], room=208))
+    batch, steps = Batch(tuple(Chunk(s, 0, len(s)) for s in sequences)), 0
+    while batch.chunks:
+        found = [each.token for each in rig.runner.run(batch)]
+        assert found == rig.runner.forward(batch).argmax(-1).tolist()
+        steps += len(found)
+        for chunk, token in zip(batch.chunks, found, strict=True):
+            chunk.sequence.tokens.append(token)
+        live = [s for i, s in enumerate(sequences) if s.output_len < 12 + 2 * i]
+        batch = Batch(tuple(Chunk(s, len(s) - 1, 1) for s in live))
+    assert steps > 10_000

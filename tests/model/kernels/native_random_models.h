@@ -1,5 +1,6 @@
 // Random models and adapters of odd shapes, in buffers of exactly their size.
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -103,6 +104,38 @@ static Norm norm(const Shape *s, long features, int exists, long *modules) {
                 .offset = s->kind == GEMMA};
 }
 
+// Element i of an array of a shape's elements.
+static float element_at(const Shape *s, const void *array, long i) {
+  return s->element == 4 ? ((const float *)array)[i] : bf16_widen(((const uint16_t *)array)[i]);
+}
+
+// elements [out, in] -> their 8-bit copy.
+static Int8Head int8_head(const Shape *s, const void *weight, long in, long out) {
+  long lines = (in + 3) / 4, columns = (out + PANEL - 1) / PANEL * PANEL;
+  size_t size = (size_t)(columns * lines * 4), each = sizeof(float) * (size_t)columns;
+  int8_t *panels = memset(allocate(size), 0, size);
+  float *scales = allocate(each), *errors = allocate(each);
+  double longest = 0;
+  for (long n = 0; n < columns; n++) {
+    float row[256] = {0}, peak = 0;
+    double norm = 0, error = 0;
+    for (long i = 0; n < out && i < in; i++) {
+      row[i] = element_at(s, weight, n * in + i);
+      peak = fabsf(row[i]) > peak ? fabsf(row[i]) : peak;
+    }
+    scales[n] = peak / 127;
+    for (long i = 0; peak > 0 && i < in; i++) {
+      float code = roundf(row[i] / scales[n]);
+      panels[((n / PANEL * lines + i / 4) * 2 + i % 4 / 2) * 32 + n % PANEL * 2 + i % 2] = (int8_t)code;
+      norm += row[i] * row[i];
+      error += (row[i] - code * scales[n]) * (row[i] - code * scales[n]);
+    }
+    errors[n] = (float)(1.001 * sqrt(error));
+    if (norm > longest) longest = norm;
+  }
+  return (Int8Head){panels, scales, errors, 1.1 * sqrt(longest)};
+}
+
 // A random model of a shape.
 static Model model_of(const Shape *s) {
   long q = s->heads * s->head_dim, kv = s->kv_heads * s->head_dim, h = s->hidden, mid = s->middle;
@@ -139,12 +172,20 @@ static Model model_of(const Shape *s) {
     layers[i] = l;
   }
   Norm last = norm(s, h, 1, &modules);
+  long per_unit = s->element == 4 ? 1 : 2;
+  void *head = elements(s->element, s->vocabulary * h);
+  void *panels = allocate((size_t)((s->vocabulary + PANEL - 1) / PANEL * (h / per_unit) * 64));
+  pack_dense(head, s->vocabulary, h, per_unit, panels);
   return (Model){
       .embedding = elements(s->element, s->vocabulary * h),
       .position_embedding = s->kind == GPT ? elements(s->element, POSITIONS * h) : NULL,
       .layer = layers,
       .final_norm = last,
-      .head = weight(s, h, s->vocabulary, 0),
+      .head = {.panels = panels,
+               .bias = s->biased ? elements(4, s->vocabulary) : NULL,
+               .in_features = h,
+               .out_features = s->vocabulary},
+      .int8_head = s->biased ? (Int8Head){0} : int8_head(s, head, h, s->vocabulary),
       .layers = s->layers,
       .hidden = h,
       .heads = s->heads,
