@@ -110,9 +110,11 @@ class BaseModelInfo(_message.Message):
     fingerprint: _builtins.str
     """SHA-256 of config and weights before any quantization."""
     weight_bytes: _builtins.int
-    """Bytes of all weights in memory."""
+    """Bytes of all weights in memory, an 8-bit copy of the output layer among them."""
     step_weight_bytes: _builtins.int
-    """Bytes of the weights that a decode step reads: all but the input embeddings."""
+    """Bytes of the weights that a greedy decode step reads: all but the input embeddings and, where
+    there is an 8-bit copy of it, the output layer.
+    """
     kv_token_bytes: _builtins.int
     """Bytes of one token in the KV cache."""
     max_model_len: _builtins.int
