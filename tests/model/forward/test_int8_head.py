@@ -212,6 +212,19 @@ def test_a_row_that_is_not_finite_ends_alone(
     assert [each.token for each in rig.runner.run(batch)][1:] == [OVERFLOWED, expected]
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e38])
+def test_one_activation_that_is_not_finite_or_huge_is_found(
+    value: float, with_head: Callable[[Tensor], Path]
+) -> None:
+    rig = ModelRig(with_head(few_leaders(spread=3e-4)), "fp32", int8_head=True)
+    forward = forward_of(rig)
+    batch = prompts(rig, range(3))
+    forward._llama.final_norm[3] = value
+    assert forward(batch, needs_logits=False)[1] == forward(batch)[1]
+    assert value < torch.inf or set(forward(batch)[1]) == {-1}
+
+
 @pytest.mark.parametrize("case", ["not finite", "modules"])
 def test_a_base_without_a_copy_says_so(case: str, with_head: Callable[[Tensor], Path]) -> None:
     head = random_head(0, 320)

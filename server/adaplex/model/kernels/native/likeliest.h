@@ -5,11 +5,12 @@
 #define OUTLIER 3.5f         // |x| above so many root mean squares of the rest count as large
 #define LIFT 1.001f          // covers the rounding of a bound itself
 
-// x [n]. The sums of x * x over the small |x|, up to `limit`, and of |x| over the large ones.
+// The sums of x * x over the small x of a row, and of |x| over the large ones.
 typedef struct {
   float small_squares, large;
 } NAME(Split);
 
+// x [n]. The sums, where |x| up to `limit` is small; NaN is large.
 static NAME(Split) NAME(split_sums)(const ACTIVATION *x, long n, float limit) {
   VecF32 squares = {0}, large = {0};
   for (long i = 0; i < n; i += VEC_LANES) {
@@ -45,14 +46,14 @@ static void NAME(screen_row)(const NAME(StepTask) *task, long i) {
     VecF32 v = ACT(load_partial)(x + j, n - j), size = select_lanes(v < 0, -v, v);
     peaks = max_vectors(size, peaks);
   }
-  float peak = max_lanes(peaks), norm = sqrtf(NAME(split_sums)(x, n, INFINITY).small_squares);
+  NAME(Split) split = NAME(split_sums)(x, n, INFINITY);
+  float peak = max_lanes(peaks), norm = sqrtf(split.small_squares + split.large);  // NaN if an x is NaN
   // Beyond these bounds an fp32 sum may overflow, or denormals count. False for NaN.
   if (!(peak > 1e-10f && norm * longest < 1e30f)) {
     s->row[i].slack = INFINITY;
     memset(s->x16 + i * s->stride, 0, sizeof(int16_t) * (size_t)s->stride);
     return;
   }
-  NAME(Split) split = {norm * norm, 0};
   for (int pass = 0; pass < 2; pass++)
     split = NAME(split_sums)(x, n, OUTLIER * sqrtf(split.small_squares) / root);
   const float step = peak / 32767;
