@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -91,15 +92,23 @@ async def test_a_damaged_page_is_named_by_the_status_and_by_health(tmp_path: Pat
         assert (await server.generate()).started  # the base goes on
 
 
-async def test_a_store_that_is_removed_is_not_serving(tmp_path: Path) -> None:
+@pytest.mark.parametrize("remove", [forget, shutil.rmtree])
+async def test_a_store_that_is_removed_is_not_serving(
+    remove: Callable[[Path], None], tmp_path: Path
+) -> None:
     await filled(tmp_path)
     async with serving(tmp_path) as server:
-        forget(tmp_path / "store")
+        remove(tmp_path / "store")
         await until(lambda: not server.server._health.ready)
         assert await server.health() == NOT_SERVING
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await server.adapters.DeleteAdapter(adapters_pb2.DeleteAdapterRequest(name="mine"))
         assert caught.value.code() is grpc.StatusCode.DATA_LOSS
+        with pytest.raises(grpc.RpcError) as refused:
+            await server.upload("other")
+        assert refused.value.code() is grpc.StatusCode.DATA_LOSS  # type: ignore[attr-defined]
+        assert "was removed" in refused.value.details()  # type: ignore[attr-defined]
+        assert (await server.generate()).started
 
 
 async def test_a_start_and_the_commands_on_a_damaged_catalog(

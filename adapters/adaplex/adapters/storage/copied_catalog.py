@@ -47,6 +47,7 @@ class CopiedCatalog(SqliteCatalog):
                 f"{name}: the catalog is new or older than the copy of this name; {RESTORE}",
                 field="name",
             )
+        self._check_there()
         with self._writing, self._copies.locked():
             after = super().update(name, change)
             try:

@@ -24,7 +24,7 @@ from pathlib import Path
 from adaplex.adapters.checkpoint import FILES
 from adaplex.adapters.digest import PATTERN, PREFIX
 from adaplex.adapters.durable_files import file_sha256, publish, sync
-from adaplex.adapters.errors import AdapterNotFound, StoreCorrupt
+from adaplex.adapters.errors import AdapterNotFound, CatalogCorrupt, StoreCorrupt
 from adaplex.adapters.storage.content_store import ContentLock
 from adaplex.adapters.storage.staging import FileSpec, Staging
 
@@ -53,11 +53,13 @@ class FolderContent:
             fcntl.flock(self._alive, fcntl.LOCK_SH)
 
     def stage(self, files: Sequence[FileSpec]) -> Staging:
-        """See ContentStore."""
+        """See ContentStore. Raises CatalogCorrupt if the store was removed."""
+        self._check_there()
         return Staging(self._staging / uuid.uuid4().hex, files)
 
     def scratch_folder(self) -> Path:
-        """See ContentStore."""
+        """See ContentStore. Raises CatalogCorrupt if the store was removed."""
+        self._check_there()
         folder = self._staging / uuid.uuid4().hex
         folder.mkdir()
         return folder
@@ -177,6 +179,13 @@ class FolderContent:
         """Returns the folder of an object, whether it exists or not."""
         assert PATTERN.fullmatch(digest)
         return self._objects / digest.removeprefix(PREFIX)
+
+    def _check_there(self) -> None:
+        """Raises CatalogCorrupt if the folders of the store were removed while it was open."""
+        if not (self._staging.is_dir() and self._objects.is_dir()):
+            raise CatalogCorrupt(
+                "the folder of the store was removed while it was open; start the server again"
+            )
 
     def _sweep(self) -> None:
         """Removes the staging folders of processes that have ended."""
