@@ -46,7 +46,7 @@ def spoil_gguf(
         (
             lambda name, tensor: tensor[:32] if name == "blk.0.ffn_up.weight" else tensor,
             {},
-            r"up_proj.weight has shape \[32, 32\] in it.gguf, and \[64, 32\] by config.json",
+            r"up_proj.weight has shape \[32, 32\] in it.gguf, and \[64, 32\] by its metadata",
         ),
         (
             lambda _, tensor: tensor,
@@ -69,6 +69,7 @@ def test_gguf_that_is_not_the_whole_model_is_refused(
     file = spoil_gguf(tmp_path / "it.gguf", change, **added)
     with pytest.raises(ModelSourceError, match=reason) as caught:
         resolve_model(str(file), cache=tmp_path / "cache")
+    assert "use the safetensors checkpoint of the model" in str(caught.value)
     assert "\n" not in str(caught.value)
     made = [path.name for path in (tmp_path / "cache" / "models").iterdir()]
     assert all(name.endswith(".lock") for name in made)

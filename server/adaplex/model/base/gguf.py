@@ -39,8 +39,7 @@ SPLITS_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r"})
 """Values of `tokenizer.ggml.pre` whose tokenizers cut numbers into digits before anything else.
 transformers reads them as plain byte-level BPE, which gives other tokens for white space before a
 digit."""
-
-
+CONVERT_AGAIN = "convert the file again, or use the safetensors checkpoint of the model"
 ROPE_FACTORS = "rope_freqs.weight"
 """Divisors of the rotary frequencies, as in files of Llama 3.1. transformers does not read them."""
 
@@ -75,7 +74,8 @@ def _convert(named: Path, file: Path, target: Path) -> None:
         )
     model, info = made
     info["unexpected_keys"] -= {ROPE_FACTORS}  # checked next
-    check_whole(str(named), named.name, model, info, ())
+    describing = {"config": "its metadata", "remedy": CONVERT_AGAIN}
+    check_whole(str(named), named.name, model, info, (), **describing)
     _check_all_used(named, file, model)
     _add_end_of_turn(model, facts.get("tokenizer.ggml.eot_token_id"))
     model.save_pretrained(target)
@@ -102,7 +102,8 @@ def _check_all_used(named: Path, file: Path, model: Any) -> None:
     tensors = GGUFReader(file).tensors
     factors = [each.data for each in tensors if each.name == ROPE_FACTORS]
     if any((data != 1).any() for data in factors):
-        refuse(str(named), [f"{ROPE_FACTORS} scales rotary frequencies, which a conversion loses"])
+        reason = f"{ROPE_FACTORS} scales rotary frequencies, which a conversion loses"
+        refuse(str(named), [reason], "use the safetensors checkpoint of the model")
     stored = {each.name: int(each.n_elements) for each in tensors if each.name != ROPE_FACTORS}
     made = {each.data_ptr(): each.numel() for each in model.state_dict().values()}
     if sum(stored.values()) > sum(made.values()):
@@ -114,7 +115,8 @@ def _check_all_used(named: Path, file: Path, model: Any) -> None:
             for name in sorted(stored.keys() - known.keys())
             if "_exps" not in name
         ]
-        refuse(str(named), reasons or [f"not all tensors of {named.name} were read"])
+        reasons = reasons or [f"not all tensors of {named.name} were read"]
+        refuse(str(named), reasons, CONVERT_AGAIN)
 
 
 def _metadata(file: Path, *keys: str) -> dict[str, Any]:

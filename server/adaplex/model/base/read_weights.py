@@ -38,6 +38,8 @@ OTHER_PARTS = (
 )
 """Parts of a checkpoint that no text passes through: images, sounds, and drafts of later tokens."""
 EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(.*)")
+EXPORT_AGAIN = "copy or export the checkpoint again, with the config.json that belongs to it"
+"""Remedy of a folder that is not whole."""
 NAMED = 3
 """Tensors that an error names; it has the number of the others."""
 
@@ -83,10 +85,18 @@ def read_weights(
 
 
 def check_whole(
-    model: str, source: str, made: Any, info: Mapping[str, Any], tensors: Iterable[str]
+    model: str,
+    source: str,
+    made: Any,
+    info: Mapping[str, Any],
+    tensors: Iterable[str],
+    *,
+    config: str = "config.json",
+    remedy: str = EXPORT_AGAIN,
 ) -> set[str]:
     """Returns the tensors of a checkpoint that the model made of it has no use for, all of known
-    kinds, given transformers' report of the loading.
+    kinds, given transformers' report of the loading. `source` names the weights, and `config` what
+    describes the model.
 
     Raises ModelSourceError if a weight is missing, left over or of another shape.
     """
@@ -94,25 +104,24 @@ def check_whole(
     reasons = [
         *(f"{name} is missing from {source}" for name in sorted(info["missing_keys"])),
         *(
-            f"{name} has shape {list(found)} in {source}, and {list(expected)} by config.json"
+            f"{name} has shape {list(found)} in {source}, and {list(expected)} by {config}"
             for name, found, expected in sorted(info["mismatched_keys"])
         ),
         *(
-            f"{name} in {source} is no weight of {type(made).__name__} as config.json describes it"
+            f"{name} in {source} is no weight of {type(made).__name__} as {config} describes it"
             for name in sorted(info["unexpected_keys"])
             if not allowed(name)
         ),
         *map(str, info["error_msgs"]),
     ]
-    refuse(model, [*reasons, *_twice(made.base_model_prefix, tensors)])
+    refuse(model, [*reasons, *_twice(made.base_model_prefix, tensors)], remedy)
     own = made.state_dict().keys()
     return {name for name in tensors if name not in own and allowed(name)}
 
 
-def refuse(model: str, reasons: Sequence[str]) -> None:
+def refuse(model: str, reasons: Sequence[str], remedy: str = EXPORT_AGAIN) -> None:
     """Raises ModelSourceError if there are reasons."""
     if reasons:
-        remedy = "copy or export the checkpoint again, with the config.json that belongs to it"
         raise ModelSourceError(model, f"{named(reasons)}; {remedy}")
 
 
