@@ -220,7 +220,7 @@ def test_one_activation_that_is_not_finite_or_huge_is_found(
     rig = ModelRig(with_head(few_leaders(spread=3e-4)), "fp32", int8_head=True)
     forward = forward_of(rig)
     batch = prompts(rig, range(3))
-    forward._llama.final_norm[3] = value
+    forward._shape.final_norm.weight[3] = value
     assert forward(batch, needs_logits=False)[1] == forward(batch)[1]
     assert value < torch.inf or set(forward(batch)[1]) == {-1}
 

@@ -79,7 +79,7 @@ def test_a_number_of_linears_that_differs_is_refused(monkeypatch: pytest.MonkeyP
     layer = type("Layer", (ctypes.Structure,), {"_fields_": fields})
     rest = tuple(each for each in structs.MIRRORED if each is not structs.Layer)
     monkeypatch.setattr(structs, "MIRRORED", (layer, *rest))
-    with pytest.raises(BuildFailed, match=r"Layer\.qkv has 192 bytes"):
+    with pytest.raises(BuildFailed, match=r"Layer\.qkv has 216 bytes"):
         library.load_library(default_cache())
 
 
