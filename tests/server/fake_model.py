@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,6 +35,7 @@ class ByteTokenizer:
     """Tokens are bytes of UTF-8; 256 ends a text."""
 
     chat_template = "yes"
+    added_tokens_decoder: ClassVar = {EOS: "<eos>"}
 
     def __call__(self, text: str) -> SimpleNamespace:
         return SimpleNamespace(input_ids=list(text.encode()))

@@ -119,6 +119,37 @@ def test_a_stop_string_within_min_tokens_is_text_in_a_group_too() -> None:
     assert found.finished.completion_tokens == 4
 
 
+SPECIAL = {EOS: "<eos>"}
+
+
+def ended_by(case: Case) -> tuple[str, GenerationFinished]:
+    response = Response(ByteTokenizer(), case.request, case.stops, special=SPECIAL)
+    delta = response.add(case.outputs)
+    assert delta is not None
+    return delta.text, response.finished()
+
+
+def test_a_special_token_that_a_stop_string_spells_out_ends_the_answer_before_it() -> None:
+    for stop in ("<eos>", "<eos>b"):
+        text, finished = ended_by(Case((*b"aa", EOS, *b"bc"), stops=(stop,)))
+        assert (text, finished.stop) == ("aa", stop)
+        assert finished.completion_tokens == 2 + len(stop.removeprefix("<eos>")) + 1
+    text, finished = ended_by(Case((*b"aa", EOS, *b"bc"), stops=("b<eos>",)))
+    assert (text, finished.stop) == ("aabc", "")
+
+
+def test_the_end_of_sequence_completes_a_stop_string_that_ends_in_it() -> None:
+    text, finished = ended_by(Case((*b"abc", EOS), stops=("c<eos>",)))
+    assert (text, finished.stop, finished.completion_tokens) == ("ab", "c<eos>", 4)
+    text, finished = ended_by(Case((*b"abc", EOS), stops=("b<eos>",)))
+    assert (text, finished.stop) == ("abc", str(EOS))
+
+
+def test_a_special_token_within_min_tokens_ends_nothing() -> None:
+    text, finished = ended_by(Case((*b"a", EOS, *b"bc"), stops=("<eos>",), min_tokens=2))
+    assert (text, finished.stop) == ("abc", "")
+
+
 def test_the_gaps_are_those_between_the_steps_however_they_come() -> None:
     case = Case(tuple(b"abcd"))
     response = Response(ByteTokenizer(), case.request, ())

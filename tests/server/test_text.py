@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -12,10 +12,10 @@ from adaplex.engine.errors import RequestInvalid
 from adaplex.server.text import (
     TOKEN_BYTES,
     Detokenizer,
-    StopStrings,
     encode_chat,
     encode_text,
     longest_token_bytes,
+    special_tokens,
 )
 from server.fake_model import EOS, ByteTokenizer
 
@@ -183,61 +183,6 @@ def test_tokens_without_text_are_decoded_a_bounded_number_of_times(first: bytes)
     assert tokenizer.decoded < 64 * count
 
 
-pieces = st.lists(st.text("ab<|>", max_size=5), max_size=12)
-stops = st.lists(st.text("ab<|>", min_size=1, max_size=4), min_size=1, max_size=3)
-
-
-def cut_by_hand(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
-    """Returns the text before the first complete stop string, the longest one there, and it."""
-    for end in range(1, len(text) + 1):
-        found = [stop for stop in stops if text[:end].endswith(stop)]
-        if found:
-            stop = max(found, key=len)
-            return text[: end - len(stop)], stop
-    return text, None
-
-
-@given(pieces=pieces, stops=stops)
-def test_a_stop_string_is_found_wherever_the_text_is_split(
-    pieces: list[str], stops: list[str]
-) -> None:
-    matcher, out = StopStrings(stops), ""
-    for piece in pieces:
-        out += matcher.push(piece)
-        if matcher.found is not None:
-            break
-    out += matcher.flush()
-    assert (out, matcher.found) == cut_by_hand("".join(pieces), stops)
-
-
-@given(blind=pieces, pieces=pieces, stops=stops)
-def test_a_stop_string_counts_from_the_first_text_that_is_looked_at(
-    blind: list[str], pieces: list[str], stops: list[str]
-) -> None:
-    matcher = StopStrings(stops)
-    out = "".join(matcher.push(piece, matching=False) for piece in blind)
-    assert matcher.found is None
-    for piece in pieces:
-        out += matcher.push(piece)
-        if matcher.found is not None:
-            break
-    out += matcher.flush()
-    text, seen = "".join(blind + pieces), len("".join(blind))
-    ends = [end for end in range(seen + 1, len(text) + 1) if text[:end].endswith(tuple(stops))]
-    if not ends:
-        assert (out, matcher.found) == (text, None)
-        return
-    found = max((stop for stop in stops if text[: ends[0]].endswith(stop)), key=len)
-    assert (out, matcher.found) == (text[: ends[0] - len(found)], found)
-
-
-def test_only_a_possible_beginning_is_held_back() -> None:
-    matcher = StopStrings(["</s>"])
-    assert matcher.push("a <") == "a "
-    assert matcher.push("b") == "<b"
-    assert matcher.flush() == ""
-
-
 def test_prompts_become_ids() -> None:
     tokenizer = ByteTokenizer()
     assert encode_text(tokenizer, "é") == (0xC3, 0xA9)
@@ -262,9 +207,11 @@ def test_a_model_without_a_chat_template_says_so() -> None:
         encode_chat(TOKENIZERS["byte_level"], [{"role": "user", "content": "x"}])
 
 
-@pytest.mark.parametrize("cut", range(1, 5))
-def test_a_stop_string_is_found_wherever_it_is_cut_in_two(cut: int) -> None:
-    matcher = StopStrings(["abcde"])
-    assert matcher.push("x" + "abcde"[:cut]) == "x"
-    assert matcher.push("abcde"[cut:] + "y") == ""
-    assert matcher.found == "abcde"
+def test_special_tokens_are_those_that_decoding_leaves_out() -> None:
+    assert special_tokens(ByteTokenizer()) == {EOS: "<eos>"}
+
+    class Speaking(ByteTokenizer):
+        added_tokens_decoder: ClassVar = {EOS: "<eos>", ord("a"): "a"}
+
+    assert special_tokens(Speaking()) == {EOS: "<eos>"}
+    assert special_tokens(TOKENIZERS["byte_level"]) == {}

@@ -61,7 +61,8 @@ class SamplingParams:
     `seed`: the same seed gives the same output in the same mode; by default random.
     `max_tokens`: greatest length of the answer, default 128, bounded by the context length.
     `min_tokens`: end-of-sequence and stop tokens are suppressed before this many, default 0.
-    `stop`: at most 16 strings of at most 256 characters; the answer ends before the first found.
+    `stop`: at most 16 strings of at most 256 characters; the answer ends before the first found, be
+    it text or, as `<|im_end|>`, a special token.
     `stop_token_ids`: at most 64 tokens that end the answer.
     `ignore_eos`: True does not end the answer at an end-of-sequence token.
     `logprobs`: report this many likeliest tokens beside each chosen one, 0 to 20; None reports

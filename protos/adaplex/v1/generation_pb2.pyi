@@ -409,7 +409,8 @@ class SamplingParams(_message.Message):
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """At most 16 strings of 1 to 256 characters. The text ends before the first one found. One that is
-        complete within the first `min_tokens` tokens counts as text.
+        complete within the first `min_tokens` tokens counts as text. Special tokens, which are not text, end
+        it too where a string spells them out.
         """
 
     @_builtins.property

@@ -30,7 +30,7 @@ from adaplex.server.prompt_encoder import PromptEncoder
 from adaplex.server.response import Response
 from adaplex.server.rpc_context import RpcContext
 from adaplex.server.slots import Slots
-from adaplex.server.text import Tokenizer
+from adaplex.server.text import Tokenizer, special_tokens
 from adaplex.server.threads import owned
 from adaplex.v1.generation_pb2 import (
     GenerationDelta,
@@ -76,6 +76,7 @@ class Generator:
         self._preparing = Slots(max_preparing, lambda: QueueFull(max_preparing, RETRY_SECONDS))
         # The event loop decodes with its own copy, as each thread of the encoder does.
         self._detokenizer = copy.deepcopy(tokenizer)
+        self._special = special_tokens(self._detokenizer)
         # The shared pool may be full of slow work of other RPCs.
         self._lease_threads = ThreadPoolExecutor(LEASE_THREADS, "lease")
         self._unloading: set[asyncio.Task[None]] = set()
@@ -118,6 +119,7 @@ class Generator:
                     self._detokenizer,
                     request,
                     list(spec.sampling.stop),
+                    special=self._special,
                     lease=lease,
                     fetch_seconds=fetched if lease else 0.0,
                 )

@@ -8,13 +8,14 @@ edge knows text: the generator then aborts the request in the engine.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from adaplex.adapters.api import Lease
 from adaplex.engine.request import FinishReason, Logprob, Request, StepOutput, Timing
 from adaplex.server import generation_messages as messages
-from adaplex.server.text import Detokenizer, StopStrings, Tokenizer
+from adaplex.server.stop_strings import NO_SPECIAL, StopStrings
+from adaplex.server.text import Detokenizer, Tokenizer
 from adaplex.v1.generation_pb2 import GenerationDelta, GenerationFinished, GenerationStarted
 
 
@@ -27,15 +28,16 @@ class Response:
         request: Request,
         stops: Sequence[str],
         *,
+        special: Mapping[int, str] = NO_SPECIAL,
         lease: Lease | None = None,
         fetch_seconds: float = 0.0,
     ) -> None:
-        """`fetch_seconds` is the time to resolve or fetch the adapter, before the engine got the
-        request.
+        """`special` has the spelling of each special token, by id. `fetch_seconds` is the time to
+        resolve or fetch the adapter, before the engine got the request.
         """
         self._request, self._lease, self._fetch_seconds = request, lease, fetch_seconds
         self._text = Detokenizer(tokenizer, request.prompt)
-        self._stops = StopStrings(stops)
+        self._stops = StopStrings(stops, special)
         self._finish: FinishReason | None = None
         self._stop_token: int | None = None
         self._timing = Timing()
@@ -135,9 +137,23 @@ class Response:
         self._first_token = self._first_token or output.at
         self.tokens += len(output.tokens)
         tokens = output.tokens
-        if output.finish is FinishReason.STOP:  # the stop token is no text
-            self._stop_token, tokens = tokens[-1], tokens[:-1]
-        return self._match(self._text.push(tokens))
+        if output.finish is FinishReason.STOP:
+            self._stop_token = tokens[-1]
+            if self._stop_token not in self._stops.marks:  # it is no text
+                tokens = tokens[:-1]
+        return self._match_all(tokens)
+
+    def _match_all(self, tokens: Sequence[int]) -> str:
+        """Returns the text of tokens that can be sent, up to a stop string."""
+        marks, text, begin = self._stops.marks, "", 0
+        for at, token in enumerate(tokens):
+            if token in marks and self._stops.found is None:
+                text += self._match(self._text.push(tokens[begin:at])) if at > begin else ""
+                text += self._match(marks[token]) if self._stops.found is None else ""
+                begin = at + 1
+        if begin < len(tokens) and self._stops.found is None:
+            text += self._match(self._text.push(tokens[begin:]))
+        return text
 
     def _match(self, text: str) -> str:
         """Returns the text that no stop string can contain; up to `min_tokens`, none matches."""

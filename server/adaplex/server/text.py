@@ -1,4 +1,4 @@
-"""Text: encodes prompts into token ids, decodes tokens step by step, and finds stop strings."""
+"""Text: encodes prompts into token ids, and decodes tokens step by step."""
 
 from __future__ import annotations
 
@@ -64,6 +64,16 @@ def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> tuple[i
     return tuple(ids)
 
 
+def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """Returns the tokens that `decode` leaves out of a text, by id, with their spelling."""
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    return {
+        token: str(content)
+        for token, content in added.items()
+        if str(content) and not tokenizer.decode([token], skip_special_tokens=True)
+    }
+
+
 def longest_token_bytes(tokenizer: Tokenizer) -> int:
     """Returns the most bytes of text that one token can encode. Reads the whole vocabulary."""
     read = getattr(tokenizer, "get_vocab", None)
@@ -126,45 +136,3 @@ class Detokenizer:
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
-
-
-class StopStrings:
-    """Finds the first complete stop string in a text that arrives in pieces of any size."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._pending = ""
-        """Text that may be the beginning of a stop string."""
-        self.found: str | None = None
-        """The stop string that was found."""
-
-    def push(self, text: str, *, matching: bool = True) -> str:
-        """Adds text. Returns the text that no stop string can contain.
-
-        A stop string that is completed by text pushed with `matching=False` counts as text.
-        """
-        before = len(self._pending)
-        text = self._pending + text
-        ends = [
-            (at + len(s), at, s)
-            for s in self._stops
-            if (at := text.find(s, max(0, before - len(s) + 1))) >= 0
-        ]
-        if ends and matching:
-            _, at, self.found = min(ends)
-            self._pending = ""
-            return text[:at]
-        pending = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._pending = text[len(text) - pending :]
-        return text[: len(text) - pending]
-
-    def flush(self) -> str:
-        """Returns the pending text, which no stop string completed."""
-        pending, self._pending = self._pending, ""
-        return pending
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Returns the length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
