@@ -21,6 +21,8 @@ def logprob(token: int) -> generation_pb2.TokenLogprob:
 def started(spec: generation_pb2.GenerationSpec, request_id: str) -> Any:
     """The first event: version 3 of the adapter unless the spec names another."""
     message = generation_pb2.GenerationStarted(request_id=request_id, model="tiny", prompt_tokens=7)
+    if spec.HasField("add_special_tokens"):
+        message.warnings.append(f"special tokens: {spec.add_special_tokens}")
     if spec.adapter:
         name, _, version = spec.adapter.partition("@")
         message.adapter.name = name

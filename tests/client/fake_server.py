@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
@@ -80,6 +81,8 @@ class FakeServer(
         self.history = [adapter_event("alias")]
         self.events: list[generation_pb2.GenerateStreamResponse] | None = None
         """Events to stream instead of the canned ones."""
+        self.has_template = True
+        """False refuses chats as a model without a chat template does."""
         self.hold = False
         """True blocks streams after their first delta, and uploads after their first chunk, until
         the client cancels them.
@@ -112,11 +115,7 @@ class FakeServer(
 
     def fail(self, code: grpc.StatusCode, message: str, *details: Any) -> None:
         """Lets every later call fail with a status and its `google.rpc` details."""
-        packed = []
-        for detail in details:
-            packed.append(AnyMessage())
-            packed[-1].Pack(detail)
-        self.failure = Status(code=code.value[0], message=message, details=packed)
+        self.failure = _status(code, message, *details)
 
     # Generation.
 
@@ -132,6 +131,10 @@ class FakeServer(
         )
 
     def GenerateStream(self, request: Any, context: Any) -> Iterator[Any]:
+        if not self.has_template and request.spec.HasField("chat"):
+            missing = ErrorInfo(reason="CHAT_TEMPLATE_MISSING")
+            refusal = _status(grpc.StatusCode.INVALID_ARGUMENT, "send text", missing)
+            context.abort_with_status(rpc_status.to_status(refusal))
         request_id = self._record(request, context)
         message = generation_pb2.GenerateStreamResponse
         self._watch(context)
@@ -250,3 +253,11 @@ class FakeServer(
     def _fail_if_set(self, context: Any) -> None:
         if self.failure is not None:
             context.abort_with_status(rpc_status.to_status(self.failure))
+
+
+def _status(code: grpc.StatusCode, message: str, *details: Any) -> Status:
+    packed = []
+    for detail in details:
+        packed.append(AnyMessage())
+        packed[-1].Pack(detail)
+    return Status(code=code.value[0], message=message, details=packed)

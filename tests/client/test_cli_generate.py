@@ -50,6 +50,30 @@ def test_generate_applies_the_chat_template_unless_raw(run: Any, server: FakeSer
     assert raw.text == "hello"
 
 
+def test_generate_sends_text_to_a_model_without_a_chat_template(
+    run: Any, server: FakeServer
+) -> None:
+    server.has_template = False
+    result = run("generate", "hello", "--adapter", "tone", "--max-tokens", 9)
+    assert result.exit_code == 0
+    assert result.stdout == "The answer is 42.\n"
+    assert "no chat template: the prompt is sent as text" in result.stderr
+    sent = server.requests[-1].spec
+    assert (sent.text, sent.adapter, sent.sampling.max_tokens) == ("hello", "tone", 9)
+    refused = run("generate", "--chat", "hello")
+    assert refused.exit_code == 1
+    assert "send text" in refused.stderr
+
+
+@pytest.mark.parametrize(("option", "value"), [("special", True), ("no-special", False)])
+def test_generate_chooses_special_tokens_and_prints_warnings(
+    run: Any, server: FakeServer, option: str, value: bool
+) -> None:
+    result = run("generate", "--raw", "hello", f"--{option}-tokens")
+    assert server.requests[0].spec.add_special_tokens is value
+    assert f"warning: special tokens: {value}" in result.stderr
+
+
 def test_generate_reads_standard_input(run: Any, server: FakeServer) -> None:
     assert run("generate", "--raw", text="two\nlines\n").exit_code == 0
     assert server.requests[0].spec.text == "two\nlines"

@@ -69,6 +69,7 @@ def test_fields_reach_the_server_as_given(call: Any, server: FakeServer) -> None
         mode="merged",
         cache_salt="tenant-a",
         priority=-3,
+        add_special_tokens=False,
         sampling=SamplingParams(temperature=0.0, top_k=5, stop=["a", "b"], logprobs=0),
         top_k=7,
         stop_token_ids=[1, 2],
@@ -82,6 +83,8 @@ def test_fields_reach_the_server_as_given(call: Any, server: FakeServer) -> None
         "tenant-a",
         -3,
     )
+    assert spec.HasField("add_special_tokens")
+    assert not spec.add_special_tokens
     assert spec.mode == generation_pb2.ADAPTER_MODE_MERGED
     sent = {field.name for field, _ in spec.sampling.ListFields()}
     assert sent == {

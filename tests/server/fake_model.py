@@ -37,13 +37,15 @@ class ByteTokenizer:
     chat_template = "yes"
     added_tokens_decoder: ClassVar = {EOS: "<eos>"}
 
-    def __call__(self, text: str) -> SimpleNamespace:
+    def __call__(self, text: str, **options: Any) -> SimpleNamespace:
         return SimpleNamespace(input_ids=list(text.encode()))
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> list[int]:
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any:
         if conversation[0]["role"] == "assistant":
             raise ValueError("the user speaks first")
-        return [byte for m in conversation for byte in f"{m['role']}:{m['content']}\n".encode()]
+        known = [m for m in conversation if m["role"] != "robot"]
+        text = "".join(f"{m['role']}:{m['content']}\n" for m in known)
+        return list(text.encode()) if options["tokenize"] else text
 
     def decode(self, token_ids: list[int], **options: Any) -> str:
         return bytes(t for t in token_ids if t < EOS).decode(errors="replace")

@@ -35,6 +35,23 @@ from server.server_rig import rig
             {"chat": ChatPrompt(messages=[ChatMessage(role="robot", content="x")])},
         ),
         (
+            "spec.chat.messages[0].role",
+            {"chat": ChatPrompt(messages=[ChatMessage(role="", content="x")])},
+        ),
+        (
+            "spec.chat.messages[0].role",
+            {"chat": ChatPrompt(messages=[ChatMessage(role="x" * 65, content="x")])},
+        ),
+        (
+            "spec.chat.messages[0].role",
+            {"chat": ChatPrompt(messages=[ChatMessage(role="a\nb", content="x")])},
+        ),
+        ("spec.add_special_tokens", {"token_ids": TokenIds(ids=[1]), "add_special_tokens": True}),
+        (
+            "spec.add_special_tokens",
+            {"chat": ChatPrompt(messages=[ChatMessage(role="user")]), "add_special_tokens": True},
+        ),
+        (
             "spec.chat.messages",
             {"chat": ChatPrompt(messages=[ChatMessage(role="assistant", content="x")])},
         ),

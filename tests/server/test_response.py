@@ -150,6 +150,12 @@ def test_a_special_token_within_min_tokens_ends_nothing() -> None:
     assert (text, finished.stop) == ("abc", "")
 
 
+def test_the_first_message_has_the_warnings_of_the_prompt() -> None:
+    case = Case(tuple(b"a"))
+    response = Response(ByteTokenizer(), case.request, (), warnings=["two BOS"])
+    assert list(response.started(case.outputs[0], "r", "toy").warnings) == ["two BOS"]
+
+
 def test_the_gaps_are_those_between_the_steps_however_they_come() -> None:
     case = Case(tuple(b"abcd"))
     response = Response(ByteTokenizer(), case.request, ())

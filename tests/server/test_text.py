@@ -8,12 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from adaplex.engine.errors import RequestInvalid
 from adaplex.server.text import (
     TOKEN_BYTES,
     Detokenizer,
-    encode_chat,
-    encode_text,
     longest_token_bytes,
     special_tokens,
 )
@@ -36,7 +33,7 @@ class Wrapped:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def __call__(self, text: str) -> Any:
+    def __call__(self, text: str, **options: Any) -> Any:
         raise NotImplementedError
 
     def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any:
@@ -183,12 +180,6 @@ def test_tokens_without_text_are_decoded_a_bounded_number_of_times(first: bytes)
     assert tokenizer.decoded < 64 * count
 
 
-def test_prompts_become_ids() -> None:
-    tokenizer = ByteTokenizer()
-    assert encode_text(tokenizer, "é") == (0xC3, 0xA9)
-    assert encode_chat(tokenizer, [{"role": "user", "content": "x"}]) == tuple(b"user:x\n")
-
-
 def test_the_longest_token_is_measured_in_bytes_of_text() -> None:
     level = TOKENIZERS["byte_level"]
     assert longest_token_bytes(level) == max(map(len, level.get_vocab()))
@@ -200,11 +191,6 @@ def test_the_longest_token_is_measured_in_bytes_of_text() -> None:
 def test_no_text_has_fewer_tokens_than_the_longest_token_allows(text: str) -> None:
     tokenizer = TOKENIZERS["byte_level"]
     assert len(text.encode()) <= len(tokenizer.ids(text)) * longest_token_bytes(tokenizer)
-
-
-def test_a_model_without_a_chat_template_says_so() -> None:
-    with pytest.raises(RequestInvalid, match="no chat template"):
-        encode_chat(TOKENIZERS["byte_level"], [{"role": "user", "content": "x"}])
 
 
 def test_special_tokens_are_those_that_decoding_leaves_out() -> None:

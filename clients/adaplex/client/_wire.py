@@ -67,6 +67,7 @@ def generation_call(
     cache_salt: str = "",
     priority: int = 0,
     request_id: str | None = None,
+    add_special_tokens: bool | None = None,
     **sampling_fields: Any,
 ) -> GenerationCall:
     """Builds the message for a prompt and the keywords of `GenerateOptions`.
@@ -86,6 +87,8 @@ def generation_call(
         set_field(part, "weight", weight, f"spec.adapters[{len(spec.adapters) - 1}].")
     set_field(spec, "cache_salt", cache_salt, "spec.")
     set_field(spec, "priority", priority, "spec.")
+    if add_special_tokens is not None:
+        set_field(spec, "add_special_tokens", add_special_tokens, "spec.")
     if mode is not None:
         spec.mode = _MODES[_mode(mode)]
     spec.sampling.SetInParent()
@@ -202,6 +205,7 @@ def assemble(started: Started, deltas: list[Delta], finished: Finished) -> Gener
         timing=finished.timing,
         request_id=started.request_id,
         model=started.model,
+        warnings=started.warnings,
     )
 
 
@@ -235,7 +239,8 @@ def _started(message: generation_pb2.GenerationStarted) -> Started:
             ),
             warnings=tuple(message.adapter.warnings),
         )
-    return dataclass_from(Started, message, adapter=applied)
+    warnings = tuple(message.warnings)
+    return dataclass_from(Started, message, adapter=applied, warnings=warnings)
 
 
 def _delta(message: generation_pb2.GenerationDelta) -> Delta:

@@ -38,7 +38,11 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """A message of a conversation. `role` is `system`, `user` or `assistant`."""
+    """A message of a conversation.
+
+    `role` is one that the model's chat template renders: `system`, `user`, `assistant`, often
+    `tool`.
+    """
 
     role: str
     content: str
@@ -119,6 +123,8 @@ class GenerateOptions(SamplingFields, total=False):
     `cache_salt`: requests share cached prompt prefixes only within one salt, such as a tenant's.
     `priority`: -100 to 100, default 0; larger is scheduled first.
     `request_id`: printable ASCII; by default a random UUID.
+    `add_special_tokens`: whether the tokenizer adds its special tokens, such as BOS, to a text; by
+    default it does, unless the text starts with them.
     `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `presence_penalty`,
     `frequency_penalty`, `seed`, `max_tokens`, `min_tokens`, `stop`, `stop_token_ids`, `ignore_eos`,
     `logprobs`: fields of SamplingParams; they override the fields of `sampling`.
@@ -133,6 +139,7 @@ class GenerateOptions(SamplingFields, total=False):
     cache_salt: str
     priority: int
     request_id: str | None
+    add_special_tokens: bool | None
 
 
 # Results.
@@ -208,12 +215,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Started:
-    """First event of a stream: the model and the adapter that answer. `text` is always empty."""
+    """First event of a stream: the model and the adapter that answer. `text` is always empty.
+
+    `warnings` say why the encoded prompt may not be the one that the caller meant.
+    """
 
     request_id: str
     model: str
     adapter: AppliedAdapter | None
     prompt_tokens: int
+    warnings: tuple[str, ...] = ()
     text: ClassVar[str] = ""
 
 
@@ -245,7 +256,10 @@ GenerationEvent = Started | Delta | Finished
 
 @dataclass(frozen=True)
 class Generation:
-    """A whole answer. `adapter` is None if the base model alone answered."""
+    """A whole answer. `adapter` is None if the base model alone answered.
+
+    `warnings` say why the encoded prompt may not be the one that the caller meant.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -258,6 +272,7 @@ class Generation:
     timing: Timing
     request_id: str
     model: str
+    warnings: tuple[str, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:

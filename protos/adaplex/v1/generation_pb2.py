@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61\x64\x61plex/v1/generation.proto\x12\nadaplex.v1\";\n\x0fGenerateRequest\x12(\n\x04spec\x18\x01 \x01(\x0b\x32\x1a.adaplex.v1.GenerationSpec\"\xc1\x01\n\x10GenerateResponse\x12.\n\x07started\x18\x01 \x01(\x0b\x32\x1d.adaplex.v1.GenerationStarted\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.adaplex.v1.TokenLogprob\x12\x30\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x1e.adaplex.v1.GenerationFinished\"A\n\x15GenerateStreamRequest\x12(\n\x04spec\x18\x01 \x01(\x0b\x32\x1a.adaplex.v1.GenerationSpec\"\xb5\x01\n\x16GenerateStreamResponse\x12\x30\n\x07started\x18\x01 \x01(\x0b\x32\x1d.adaplex.v1.GenerationStartedH\x00\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1b.adaplex.v1.GenerationDeltaH\x00\x12\x32\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1e.adaplex.v1.GenerationFinishedH\x00\x42\x07\n\x05\x65vent\"\xcd\x02\n\x0eGenerationSpec\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.adaplex.v1.TokenIdsH\x00\x12&\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x16.adaplex.v1.ChatPromptH\x00\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\t\x12%\n\x04mode\x18\x05 \x01(\x0e\x32\x17.adaplex.v1.AdapterMode\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.adaplex.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12-\n\x08\x61\x64\x61pters\x18\t \x03(\x0b\x32\x1b.adaplex.v1.WeightedAdapter\x12\x13\n\x0brouting_key\x18\n \x01(\tB\x08\n\x06prompt\"B\n\x0fWeightedAdapter\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"7\n\nChatPrompt\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.adaplex.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x94\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\rH\x08\x88\x01\x01\x12\x17\n\nmin_tokens\x18\n \x01(\rH\t\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x17\n\nignore_eos\x18\r \x01(\x08H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x0b\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobs\"\xca\x01\n\x0e\x41ppliedAdapter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12%\n\x04mode\x18\x04 \x01(\x0e\x32\x17.adaplex.v1.AdapterMode\x12\x0f\n\x07modules\x18\x05 \x01(\r\x12\r\n\x05\x61lias\x18\x06 \x01(\t\x12\x30\n\ncomponents\x18\x07 \x03(\x0b\x32\x1c.adaplex.v1.AppliedComponent\x12\x10\n\x08warnings\x18\x08 \x03(\t\"`\n\x10\x41ppliedComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06weight\x18\x04 \x01(\x01\x12\r\n\x05\x61lias\x18\x05 \x01(\t\"z\n\x11GenerationStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12+\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x1a.adaplex.v1.AppliedAdapter\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\"^\n\x0fGenerationDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.adaplex.v1.TokenLogprob\"V\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.adaplex.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\xfe\x01\n\x12GenerationFinished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.adaplex.v1.FinishReason\x12\x0c\n\x04stop\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\x12\x15\n\rqueue_seconds\x18\x06 \x01(\x01\x12\x1c\n\x14\x61\x64\x61pter_wait_seconds\x18\x07 \x01(\x01\x12\x1b\n\x13\x66irst_token_seconds\x18\x08 \x01(\x01\x12\x15\n\rtotal_seconds\x18\t \x01(\x01*v\n\x0b\x41\x64\x61pterMode\x12\x1c\n\x18\x41\x44\x41PTER_MODE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_MODE_UNMERGED\x10\x01\x12\x17\n\x13\x41\x44\x41PTER_MODE_MERGED\x10\x02\x12\x15\n\x11\x41\x44\x41PTER_MODE_AUTO\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xb5\x01\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1b.adaplex.v1.GenerateRequest\x1a\x1c.adaplex.v1.GenerateResponse\x12Y\n\x0eGenerateStream\x12!.adaplex.v1.GenerateStreamRequest\x1a\".adaplex.v1.GenerateStreamResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61\x64\x61plex/v1/generation.proto\x12\nadaplex.v1\";\n\x0fGenerateRequest\x12(\n\x04spec\x18\x01 \x01(\x0b\x32\x1a.adaplex.v1.GenerationSpec\"\xc1\x01\n\x10GenerateResponse\x12.\n\x07started\x18\x01 \x01(\x0b\x32\x1d.adaplex.v1.GenerationStarted\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.adaplex.v1.TokenLogprob\x12\x30\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x1e.adaplex.v1.GenerationFinished\"A\n\x15GenerateStreamRequest\x12(\n\x04spec\x18\x01 \x01(\x0b\x32\x1a.adaplex.v1.GenerationSpec\"\xb5\x01\n\x16GenerateStreamResponse\x12\x30\n\x07started\x18\x01 \x01(\x0b\x32\x1d.adaplex.v1.GenerationStartedH\x00\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1b.adaplex.v1.GenerationDeltaH\x00\x12\x32\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1e.adaplex.v1.GenerationFinishedH\x00\x42\x07\n\x05\x65vent\"\x85\x03\n\x0eGenerationSpec\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.adaplex.v1.TokenIdsH\x00\x12&\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x16.adaplex.v1.ChatPromptH\x00\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\t\x12%\n\x04mode\x18\x05 \x01(\x0e\x32\x17.adaplex.v1.AdapterMode\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.adaplex.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12-\n\x08\x61\x64\x61pters\x18\t \x03(\x0b\x32\x1b.adaplex.v1.WeightedAdapter\x12\x13\n\x0brouting_key\x18\n \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x0b \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"B\n\x0fWeightedAdapter\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"7\n\nChatPrompt\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.adaplex.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x94\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\rH\x08\x88\x01\x01\x12\x17\n\nmin_tokens\x18\n \x01(\rH\t\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x17\n\nignore_eos\x18\r \x01(\x08H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x0b\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobs\"\xca\x01\n\x0e\x41ppliedAdapter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12%\n\x04mode\x18\x04 \x01(\x0e\x32\x17.adaplex.v1.AdapterMode\x12\x0f\n\x07modules\x18\x05 \x01(\r\x12\r\n\x05\x61lias\x18\x06 \x01(\t\x12\x30\n\ncomponents\x18\x07 \x03(\x0b\x32\x1c.adaplex.v1.AppliedComponent\x12\x10\n\x08warnings\x18\x08 \x03(\t\"`\n\x10\x41ppliedComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06weight\x18\x04 \x01(\x01\x12\r\n\x05\x61lias\x18\x05 \x01(\t\"\x8c\x01\n\x11GenerationStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12+\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x1a.adaplex.v1.AppliedAdapter\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x10\n\x08warnings\x18\x05 \x03(\t\"^\n\x0fGenerationDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.adaplex.v1.TokenLogprob\"V\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.adaplex.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\xfe\x01\n\x12GenerationFinished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.adaplex.v1.FinishReason\x12\x0c\n\x04stop\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\x12\x15\n\rqueue_seconds\x18\x06 \x01(\x01\x12\x1c\n\x14\x61\x64\x61pter_wait_seconds\x18\x07 \x01(\x01\x12\x1b\n\x13\x66irst_token_seconds\x18\x08 \x01(\x01\x12\x15\n\rtotal_seconds\x18\t \x01(\x01*v\n\x0b\x41\x64\x61pterMode\x12\x1c\n\x18\x41\x44\x41PTER_MODE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_MODE_UNMERGED\x10\x01\x12\x17\n\x13\x41\x44\x41PTER_MODE_MERGED\x10\x02\x12\x15\n\x11\x41\x44\x41PTER_MODE_AUTO\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xb5\x01\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1b.adaplex.v1.GenerateRequest\x1a\x1c.adaplex.v1.GenerateResponse\x12Y\n\x0eGenerateStream\x12!.adaplex.v1.GenerateStreamRequest\x1a\".adaplex.v1.GenerateStreamResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'adaplex.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERMODE']._serialized_start=2535
-  _globals['_ADAPTERMODE']._serialized_end=2653
-  _globals['_FINISHREASON']._serialized_start=2655
-  _globals['_FINISHREASON']._serialized_end=2750
+  _globals['_ADAPTERMODE']._serialized_start=2610
+  _globals['_ADAPTERMODE']._serialized_end=2728
+  _globals['_FINISHREASON']._serialized_start=2730
+  _globals['_FINISHREASON']._serialized_end=2825
   _globals['_GENERATEREQUEST']._serialized_start=43
   _globals['_GENERATEREQUEST']._serialized_end=102
   _globals['_GENERATERESPONSE']._serialized_start=105
@@ -44,31 +44,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATESTREAMRESPONSE']._serialized_start=368
   _globals['_GENERATESTREAMRESPONSE']._serialized_end=549
   _globals['_GENERATIONSPEC']._serialized_start=552
-  _globals['_GENERATIONSPEC']._serialized_end=885
-  _globals['_WEIGHTEDADAPTER']._serialized_start=887
-  _globals['_WEIGHTEDADAPTER']._serialized_end=953
-  _globals['_TOKENIDS']._serialized_start=955
-  _globals['_TOKENIDS']._serialized_end=978
-  _globals['_CHATPROMPT']._serialized_start=980
-  _globals['_CHATPROMPT']._serialized_end=1035
-  _globals['_CHATMESSAGE']._serialized_start=1037
-  _globals['_CHATMESSAGE']._serialized_end=1081
-  _globals['_SAMPLINGPARAMS']._serialized_start=1084
-  _globals['_SAMPLINGPARAMS']._serialized_end=1616
-  _globals['_APPLIEDADAPTER']._serialized_start=1619
-  _globals['_APPLIEDADAPTER']._serialized_end=1821
-  _globals['_APPLIEDCOMPONENT']._serialized_start=1823
-  _globals['_APPLIEDCOMPONENT']._serialized_end=1919
-  _globals['_GENERATIONSTARTED']._serialized_start=1921
-  _globals['_GENERATIONSTARTED']._serialized_end=2043
-  _globals['_GENERATIONDELTA']._serialized_start=2045
-  _globals['_GENERATIONDELTA']._serialized_end=2139
-  _globals['_TOKENLOGPROB']._serialized_start=2141
-  _globals['_TOKENLOGPROB']._serialized_end=2227
-  _globals['_TOPLOGPROB']._serialized_start=2229
-  _globals['_TOPLOGPROB']._serialized_end=2276
-  _globals['_GENERATIONFINISHED']._serialized_start=2279
-  _globals['_GENERATIONFINISHED']._serialized_end=2533
-  _globals['_GENERATIONSERVICE']._serialized_start=2753
-  _globals['_GENERATIONSERVICE']._serialized_end=2934
+  _globals['_GENERATIONSPEC']._serialized_end=941
+  _globals['_WEIGHTEDADAPTER']._serialized_start=943
+  _globals['_WEIGHTEDADAPTER']._serialized_end=1009
+  _globals['_TOKENIDS']._serialized_start=1011
+  _globals['_TOKENIDS']._serialized_end=1034
+  _globals['_CHATPROMPT']._serialized_start=1036
+  _globals['_CHATPROMPT']._serialized_end=1091
+  _globals['_CHATMESSAGE']._serialized_start=1093
+  _globals['_CHATMESSAGE']._serialized_end=1137
+  _globals['_SAMPLINGPARAMS']._serialized_start=1140
+  _globals['_SAMPLINGPARAMS']._serialized_end=1672
+  _globals['_APPLIEDADAPTER']._serialized_start=1675
+  _globals['_APPLIEDADAPTER']._serialized_end=1877
+  _globals['_APPLIEDCOMPONENT']._serialized_start=1879
+  _globals['_APPLIEDCOMPONENT']._serialized_end=1975
+  _globals['_GENERATIONSTARTED']._serialized_start=1978
+  _globals['_GENERATIONSTARTED']._serialized_end=2118
+  _globals['_GENERATIONDELTA']._serialized_start=2120
+  _globals['_GENERATIONDELTA']._serialized_end=2214
+  _globals['_TOKENLOGPROB']._serialized_start=2216
+  _globals['_TOKENLOGPROB']._serialized_end=2302
+  _globals['_TOPLOGPROB']._serialized_start=2304
+  _globals['_TOPLOGPROB']._serialized_end=2351
+  _globals['_GENERATIONFINISHED']._serialized_start=2354
+  _globals['_GENERATIONFINISHED']._serialized_end=2608
+  _globals['_GENERATIONSERVICE']._serialized_start=2828
+  _globals['_GENERATIONSERVICE']._serialized_end=3009
 # @@protoc_insertion_point(module_scope)

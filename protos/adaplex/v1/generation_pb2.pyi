@@ -210,8 +210,9 @@ class GenerationSpec(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     ROUTING_KEY_FIELD_NUMBER: _builtins.int
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Text, encoded by the model's tokenizer with its special tokens."""
+    """Text, encoded by the model's tokenizer with its special tokens; see `add_special_tokens`."""
     adapter: _builtins.str
     """`name`, `name@version`, `name@alias` or `sha256:<64 hex digits>`; empty selects the base model.
     A bare name follows the alias `default` if one is set, else the newest version.
@@ -225,6 +226,11 @@ class GenerationSpec(_message.Message):
     routing_key: _builtins.str
     """Requests with the same key get the same side of a weighted alias; empty draws a side. At most 256
     characters.
+    """
+    add_special_tokens: _builtins.bool
+    """Whether the tokenizer adds its special tokens, such as BOS, to a `text`; chats and token ids get none.
+    Default: it adds them, but those before the text only if the text does not start with them already, as one
+    does that the client rendered by a chat template. A warning in GenerationStarted says so.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -255,13 +261,19 @@ class GenerationSpec(_message.Message):
         priority: _builtins.int = ...,
         adapters: _abc.Iterable[Global___WeightedAdapter] | None = ...,
         routing_key: _builtins.str = ...,
+        add_special_tokens: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapters", b"adapters", "cache_salt", b"cache_salt", "chat", b"chat", "mode", b"mode", "priority", b"priority", "prompt", b"prompt", "routing_key", b"routing_key", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "adapter", b"adapter", "adapters", b"adapters", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "mode", b"mode", "priority", b"priority", "prompt", b"prompt", "routing_key", b"routing_key", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
+    _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerationSpec: _TypeAlias = GenerationSpec  # noqa: Y015
@@ -343,7 +355,9 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """`system`, `user` or `assistant`."""
+    """A role that the model's chat template renders, such as `system`, `user`, `assistant` or `tool`. 1 to 64
+    printable characters.
+    """
     content: _builtins.str
     """Text of the message."""
     def __init__(
@@ -590,6 +604,7 @@ class GenerationStarted(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Value of the metadata key `x-request-id`, or one that the server made."""
     model: _builtins.str
@@ -600,6 +615,10 @@ class GenerationStarted(_message.Message):
     def adapter(self) -> Global___AppliedAdapter:
         """Absent if the base model generates without an adapter."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Reasons why the encoded prompt may not be the one that the caller meant."""
+
     def __init__(
         self,
         *,
@@ -607,10 +626,11 @@ class GenerationStarted(_message.Message):
         model: _builtins.str = ...,
         adapter: Global___AppliedAdapter | None = ...,
         prompt_tokens: _builtins.int = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "model", b"model", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "model", b"model", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

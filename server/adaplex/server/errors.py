@@ -6,13 +6,15 @@ AdaplexError            (adaplex.adapters.errors)
     ├── UploadIdle      the client of an upload stopped sending
     ├── Unauthenticated no valid credential
     ├── ScopeMissing    the principal may not do that
-    └── AuthenticationBusy  too many tokens are being checked; has the delay to try again
+    ├── AuthenticationBusy  too many tokens are being checked; has the delay to try again
+    └── RequestInvalid
+        └── NoChatTemplate  a chat is sent to a model that has no chat template
 ConfigError             the settings cannot be served; ends the start
 """
 
 from __future__ import annotations
 
-from adaplex.engine.errors import RequestError
+from adaplex.engine.errors import RequestError, RequestInvalid
 
 
 class UploadsBusy(RequestError):
@@ -46,6 +48,13 @@ class AuthenticationBusy(RequestError):
         super().__init__(f"{limit} tokens are being checked, the limit; try again")
         self.retry_after = retry_after
         """Seconds."""
+
+
+class NoChatTemplate(RequestInvalid):
+    """A conversation cannot be encoded: the model has no chat template."""
+
+    def __init__(self) -> None:
+        super().__init__("spec.chat", "this model has no chat template; send text")
 
 
 class ConfigError(Exception):

@@ -17,7 +17,7 @@ from adaplex.engine.request import (
 )
 from adaplex.v1 import generation_pb2
 
-ROLES = ("system", "user", "assistant")
+MAX_ROLE_CHARS = 64
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKENS = 64
@@ -147,13 +147,20 @@ def check_prompt_ids(spec: generation_pb2.GenerationSpec, limits: ModelLimits) -
     _check_vocabulary("spec.token_ids.ids", spec.token_ids.ids, limits)
 
 
+def check_special_tokens(spec: generation_pb2.GenerationSpec) -> None:
+    """Raises RequestInvalid if special tokens are to be added to a prompt that is not text."""
+    fits = spec.WhichOneof("prompt") == "text" or not spec.add_special_tokens
+    check("spec.add_special_tokens", fits, "must not be true unless spec.text is the prompt")
+
+
 def check_chat(spec: generation_pb2.GenerationSpec) -> None:
     """Raises RequestInvalid unless `spec.chat` is a valid prompt; checks the number first."""
     fits = 1 <= len(spec.chat.messages) <= MAX_MESSAGES
     check("spec.chat.messages", fits, f"must be 1 to {MAX_MESSAGES} messages")
     for i, message in enumerate(spec.chat.messages):
-        field = f"spec.chat.messages[{i}].role"
-        check(field, message.role in ROLES, f"must be one of {', '.join(ROLES)}")
+        fits = 1 <= len(message.role) <= MAX_ROLE_CHARS and message.role.isprintable()
+        reason = f"must be 1 to {MAX_ROLE_CHARS} printable characters"
+        check(f"spec.chat.messages[{i}].role", fits, reason)
 
 
 def chat_messages(spec: generation_pb2.GenerationSpec) -> list[dict[str, str]]:

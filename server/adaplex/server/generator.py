@@ -100,7 +100,8 @@ class Generator:
                 fetched = time.monotonic() - begun
                 adapter = AdapterRef.of(lease.record, mode, default=self._mode) if lease else None
                 rpc.log |= _adapter_fields(adapter)
-                prompt = await self._prompts.encode(spec)
+                encoded = await self._prompts.encode(spec)
+                prompt = encoded.token_ids
                 leading = adapter.traits.leading if adapter else 0
                 room = self._limits.max_model_len - len(prompt) - leading
                 request = Request(
@@ -120,6 +121,7 @@ class Generator:
                     request,
                     list(spec.sampling.stop),
                     special=self._special,
+                    warnings=encoded.warnings,
                     lease=lease,
                     fetch_seconds=fetched if lease else 0.0,
                 )

@@ -29,12 +29,15 @@ class Response:
         stops: Sequence[str],
         *,
         special: Mapping[int, str] = NO_SPECIAL,
+        warnings: Sequence[str] = (),
         lease: Lease | None = None,
         fetch_seconds: float = 0.0,
     ) -> None:
-        """`special` has the spelling of each special token, by id. `fetch_seconds` is the time to
-        resolve or fetch the adapter, before the engine got the request.
+        """`special` has the spelling of each special token, by id; `warnings` are those of the
+        prompt. `fetch_seconds` is the time to resolve or fetch the adapter, before the engine got
+        the request.
         """
+        self._warnings = warnings
         self._request, self._lease, self._fetch_seconds = request, lease, fetch_seconds
         self._text = Detokenizer(tokenizer, request.prompt)
         self._stops = StopStrings(stops, special)
@@ -68,6 +71,7 @@ class Response:
             model=model,
             adapter=messages.applied(ref, lease) if ref and lease else None,
             prompt_tokens=len(self._request.prompt),
+            warnings=self._warnings,
         )
 
     def add(self, outputs: Sequence[StepOutput]) -> GenerationDelta | None:

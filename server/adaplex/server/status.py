@@ -185,6 +185,12 @@ TABLE: dict[type[BaseException], Mapping] = {
         "Too many tokens that the server has not seen before came at once.",
         "Try again after the delay; find out who sends wrong tokens.",
     ),
+    edge.NoChatTemplate: Mapping(
+        StatusCode.INVALID_ARGUMENT,
+        "CHAT_TEMPLATE_MISSING",
+        "The request has a conversation, and the model no chat template to encode it.",
+        "Send the prompt as text, rendered as the model was trained.",
+    ),
     model.ModelError: Mapping(
         StatusCode.INTERNAL,
         "MODEL_ERROR",

@@ -1,4 +1,4 @@
-"""Text: encodes prompts into token ids, and decodes tokens step by step."""
+"""Text: the tokenizer's interface, and decoding of tokens step by step."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tokenizers.pre_tokenizers import ByteLevel
-
-from adaplex.engine.errors import RequestInvalid
 
 CONTEXT_TOKENS = 5
 """Prompt tokens decoded before the response, so that its first space is not lost."""
@@ -29,39 +27,19 @@ class Tokenizer(Protocol):
 
     chat_template: Any
 
-    def __call__(self, text: str) -> Any:
-        """Returns an object whose `input_ids` include the special tokens that the model expects."""
+    def __call__(self, text: str, **options: Any) -> Any:
+        """Returns an object whose `input_ids` include the special tokens that the model expects,
+        unless `add_special_tokens` is false.
+        """
         ...
 
     def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any:
-        """Returns the token ids of a conversation."""
+        """Returns the token ids of a conversation, or its text if `tokenize` is false."""
         ...
 
     def decode(self, token_ids: list[int], **options: Any) -> Any:
         """Returns the text of token ids."""
         ...
-
-
-def encode_text(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Returns the token ids of a prompt, with the special tokens that the tokenizer adds."""
-    return tuple(tokenizer(text).input_ids)
-
-
-def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> tuple[int, ...]:
-    """Returns the token ids of a conversation and of the opening of the assistant's turn.
-
-    Raises RequestInvalid if the model has no chat template, or its template refuses.
-    """
-    if not tokenizer.chat_template:
-        raise RequestInvalid("spec.chat", "this model has no chat template; send text")
-    try:
-        ids = tokenizer.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=True, return_dict=False
-        )
-    except Exception as error:  # a template is the model's code and may raise anything
-        reason = f"refused by the chat template: {error}"
-        raise RequestInvalid("spec.chat.messages", reason) from error
-    return tuple(ids)
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:

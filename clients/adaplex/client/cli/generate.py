@@ -10,14 +10,19 @@ import typer
 from adaplex.client.cli import render
 from adaplex.client.cli.app import connect
 from adaplex.client.cli.values import weighted_selector
-from adaplex.client.client import GenerationStream
+from adaplex.client.client import Client, GenerationStream
+from adaplex.client.errors import InvalidArgument
 from adaplex.client.generation_types import (
     AdapterMode,
     ChatMessage,
+    GenerateOptions,
     Generation,
     Prompt,
     SamplingParams,
 )
+
+NO_TEMPLATE = "CHAT_TEMPLATE_MISSING"
+"""Reason of the server's error for a chat to a model without a chat template."""
 
 
 def generate(
@@ -37,8 +42,21 @@ def generate(
     ] = "",
     mode: Annotated[AdapterMode | None, typer.Option(help="How the adapter is applied.")] = None,
     chat: Annotated[
-        bool, typer.Option("--chat/--raw", help="Apply the model's chat template, or not.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="Apply the model's chat template, or send text; by default a model without a "
+            "template gets text.",
+        ),
+    ] = None,
+    add_special_tokens: Annotated[
+        bool | None,
+        typer.Option(
+            "--special-tokens/--no-special-tokens",
+            help="With --raw: whether the tokenizer adds BOS and the like; by default unless the "
+            "text starts with them.",
+        ),
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Greatest length of the answer.")
     ] = None,
@@ -76,24 +94,33 @@ def generate(
         logprobs=logprobs,
     )
     single, several = _adapter_options(adapter or [])
-    message: Prompt = [ChatMessage("user", text)] if chat else text
-    with (
-        connect(context) as client,
-        client.stream(
-            message,
+
+    def ask(client: Client, message: Prompt) -> Generation:
+        options = GenerateOptions(
             adapter=single,
             adapters=several,
             mode=mode,
             sampling=sampling,
             routing_key=routing_key,
-        ) as stream,
-    ):
-        answer = _read(stream, shown=not as_json)
+            add_special_tokens=add_special_tokens,
+        )
+        with client.stream(message, **options) as stream:
+            return _read(stream, shown=not as_json)
+
+    with connect(context) as client:
+        try:
+            answer = ask(client, text if chat is False else [ChatMessage("user", text)])
+        except InvalidArgument as error:
+            if chat is not None or error.reason != NO_TEMPLATE:
+                raise
+            typer.echo("this model has no chat template: the prompt is sent as text", err=True)
+            answer = ask(client, text)
     if as_json:
         typer.echo(render.json_text(answer))
     elif answer.logprobs:
         render.logprobs(answer.logprobs)
     typer.echo(render.proof(answer), err=True)
+    render.warnings(answer.warnings)
     if answer.adapter:
         render.warnings(answer.adapter.warnings)
 

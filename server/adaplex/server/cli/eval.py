@@ -146,9 +146,9 @@ def _directory(adapter: str) -> Path | None:
 
 def _tokens(offline: OfflineBase, path: Path, text: str, limit: int | None) -> tuple[int, ...]:
     """Returns the first `limit` token ids of a text. Raises ConfigError for fewer than two."""
-    from adaplex.server.text import encode_text
+    from adaplex.server.encoded_prompt import encode_text
 
-    ids = encode_text(offline.base.tokenizer, text)[:limit]
+    ids = encode_text(offline.base.tokenizer, text).token_ids[:limit]
     if len(ids) < 2:
         raise ConfigError(f"{path}: has {len(ids)} tokens, at least 2 are needed")
     return ids
