@@ -11,7 +11,6 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry
 
 from adaplex.engine.async_engine import AsyncEngine
 from adaplex.engine.config import EngineConfig
@@ -20,7 +19,7 @@ from adaplex.server.app import Server, serve
 from adaplex.server.components import Components
 from adaplex.server.config import ServerConfig
 from adaplex.server.generation_messages import ModelLimits
-from adaplex.server.metrics import Metrics
+from adaplex.server.metrics import Metrics, scraped_registry
 from adaplex.server.open_store import open_store
 from adaplex.server.services.info import ModelInfo
 from adaplex.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2_grpc, server_pb2_grpc
@@ -100,7 +99,7 @@ def toy_components(
     sizes |= {"max_step_tokens": 64, "max_chunk_tokens": 32}
     limits = EngineConfig(**sizes | (engine or {}))
     store = open_store(config, BASE, element_bytes=4)
-    prometheus = CollectorRegistry()
+    prometheus = scraped_registry()
     metrics = Metrics(prometheus, model_name=MODEL, vllm_names=config.vllm_metric_names)
     programs = store.registry.programs
     core = Engine(limits, runner, programs, base_digest=BASE.digest, observer=metrics)

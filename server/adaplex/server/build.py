@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from prometheus_client import CollectorRegistry
 
 from adaplex.adapters.api import BaseSpec
 from adaplex.engine.async_engine import AsyncEngine
@@ -22,7 +21,7 @@ from adaplex.server.components import Components
 from adaplex.server.config import ServerConfig
 from adaplex.server.errors import ConfigError
 from adaplex.server.generation_messages import ModelLimits
-from adaplex.server.metrics import Metrics
+from adaplex.server.metrics import Metrics, scraped_registry
 from adaplex.server.open_store import import_adapters, open_store
 from adaplex.server.services.info import ModelInfo
 
@@ -57,7 +56,7 @@ def build(config: ServerConfig, progress: Progress) -> Components:
     )
     progress("warming up")
     runner.warm_up()
-    prometheus = CollectorRegistry()
+    prometheus = scraped_registry()
     metrics = Metrics(prometheus, model_name=spec.name, vllm_names=config.vllm_metric_names)
     source = store.registry.programs
     engine = Engine(engine_config, runner, source, base_digest=spec.digest, observer=metrics)

@@ -34,6 +34,8 @@ PLAIN_ANSWER = (
     b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
     b"this port speaks HTTPS; use https://\n"
 )
+ALLOW = ("Allow", "GET, HEAD, OPTIONS")
+"""Header that names the methods of every page."""
 
 
 class HttpServer:
@@ -74,21 +76,45 @@ class HttpServer:
 
 
 def _routes(metrics: WSGIApplication, ready: Callable[[], bool]) -> WSGIApplication:
-    """Returns the WSGI application of the port."""
+    """Returns the WSGI application of the port. HEAD gets the headers of GET."""
 
-    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        path = environ.get("PATH_INFO", "")
-        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            return _answer(start_response, "405 Method Not Allowed", "method not allowed")
-        if path == "/metrics":
-            return metrics(environ, start_response)
-        if path != "/health":
-            return _answer(start_response, "404 Not Found", "not found")
+    def health(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if ready():
             return _answer(start_response, "200 OK", "serving")
         return _answer(start_response, "503 Service Unavailable", "not serving")
 
-    return app
+    pages: dict[str, WSGIApplication] = {"/metrics": metrics, "/health": health}
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        page = pages.get(environ.get("PATH_INFO", "").rstrip("/"))
+        method = environ["REQUEST_METHOD"]
+        if page is None:
+            return _answer(start_response, "404 Not Found", "not found")
+        if method == "OPTIONS":
+            return _answer(start_response, "200 OK", "", ALLOW)
+        if method not in ("GET", "HEAD"):
+            return _answer(start_response, "405 Method Not Allowed", "method not allowed", ALLOW)
+        return page({**environ, "REQUEST_METHOD": "GET"}, start_response)
+
+    return _without_body_of_head(app)
+
+
+def _without_body_of_head(app: WSGIApplication) -> WSGIApplication:
+    """Returns `app` with no body for HEAD, and with Content-Length for every response."""
+
+    def outer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        started: list[tuple[str, list[tuple[str, str]]]] = []
+
+        def start(status: str, headers: list[tuple[str, str]], *_: object) -> Callable[..., object]:
+            started.append((status, headers))
+            return lambda _data: None
+
+        body = b"".join(app(environ, start))
+        status, headers = started[-1]
+        start_response(status, [*headers, ("Content-Length", str(len(body)))])
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+    return outer
 
 
 def _guarded(metrics: WSGIApplication, guard: Guard | None, *, verify: bool) -> WSGIApplication:
@@ -118,11 +144,9 @@ def _guarded(metrics: WSGIApplication, guard: Guard | None, *, verify: bool) -> 
 def _answer(
     start_response: StartResponse, status: str, message: str, *headers: tuple[str, str]
 ) -> list[bytes]:
-    """Starts a response of one line of text, and returns its body."""
-    body = f"{message}\n".encode()
-    usual = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))]
-    start_response(status, [*usual, *headers])
-    return [body]
+    """Starts a response of one line of text, or of none, and returns its body."""
+    start_response(status, [("Content-Type", "text/plain; charset=utf-8"), *headers])
+    return [f"{message}\n".encode()] if message else []
 
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):

@@ -36,6 +36,11 @@ REJECTIONS: dict[type[Exception], str] = {
 FinishedReason = Literal["stop", "length", "abort", "error"]
 
 
+def scraped_registry() -> CollectorRegistry:
+    """Returns an empty registry whose scrapes find every metric by `name[]`, gauges included."""
+    return CollectorRegistry(support_collectors_without_names=True)
+
+
 class Renamed(Collector):
     """Exposes the metrics of `table` under a prefix, except those in `omit`."""
 
