@@ -12,7 +12,8 @@ import structlog
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from adaplex.server.app import SERVICES
+from adaplex.server.app import SERVICES, channel_arguments
+from adaplex.server.config import ServerConfig
 from adaplex.server.errors import ConfigError
 from adaplex.server.process import run
 from adaplex.v1 import generation_pb2_grpc
@@ -24,6 +25,7 @@ from adaplex.v1.generation_pb2 import (
     SamplingParams,
 )
 from adaplex.v1.server_pb2 import GetServerInfoRequest
+from grpc_arguments import unknown_arguments
 from server.calls import status, until
 from server.fake_model import BASE, FEATURES, ScriptedRunner
 from server.server_rig import ServerRig, rig, toy_components
@@ -100,6 +102,17 @@ async def test_info_tells_what_the_server_is(tmp_path: Path) -> None:
     assert info.limits.max_concurrent_sequences == 4
     assert info.limits.max_chunk_bytes == 1 << 20
     assert info.uptime_seconds > 0
+
+
+def test_grpc_knows_every_argument_of_the_server() -> None:
+    assert unknown_arguments(channel_arguments(ServerConfig())) == []
+    assert unknown_arguments([("grpc.http2.min_recv_ping_interval_without_data_ms", 1)])
+
+
+def test_pings_every_ten_seconds_are_not_too_many() -> None:
+    arguments = dict(channel_arguments(ServerConfig()))
+    assert arguments["grpc.keepalive_permit_without_calls"] == 1
+    assert arguments["grpc.http2.min_ping_interval_without_data_ms"] < 10_000
 
 
 async def test_a_drain_finishes_what_runs_and_takes_nothing_new(tmp_path: Path) -> None:
