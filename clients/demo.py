@@ -123,7 +123,8 @@ def applied_table(generations: list[Generation]) -> Table:
 def scrape(http_port: int) -> list[str]:
     """Returns the lines of /metrics for METRICS."""
     url = f"http://127.0.0.1:{http_port}/metrics"
-    with urllib.request.urlopen(url, timeout=10) as response:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(url, timeout=10) as response:
         lines = response.read().decode().splitlines()
     return [
         line for line in lines if not line.startswith("#") and any(name in line for name in METRICS)

@@ -9,8 +9,10 @@ import grpc
 import pytest
 
 from adaplex.client import AdaptableModule, AsyncClient, Client, InvalidArgument, Unavailable
-from adaplex.client._connection import Connection
+from adaplex.client._connection import CHANNEL_OPTIONS, DIRECT, Connection, is_loopback
+from adaplex.v1 import server_pb2, server_pb2_grpc
 from client.fake_server import FakeServer
+from grpc_arguments import unknown_arguments
 from time_limits import WAIT_SECONDS
 
 
@@ -27,6 +29,77 @@ def test_the_target_is_the_argument_the_environment_or_loopback(
     monkeypatch.setenv("ADAPLEX_TARGET", "gpu-1:50051")
     assert connection_to().target == "gpu-1:50051"
     assert connection_to("gpu-2:50051").target == "gpu-2:50051"
+
+
+LOOPBACK = [
+    "127.0.0.1:50051",
+    "127.8.9.10:1",
+    "localhost:50051",
+    "LocalHost",
+    "localhost.:50051",
+    "adaplex.localhost:50051",
+    "[::1]:50051",
+    "::1",
+    "[::ffff:127.0.0.1]:50051",
+    "[::1%lo]:50051",
+    "ipv6:[::1%25lo]:50051",
+    "0.0.0.0:50051",
+    "[::]:50051",
+    "dns:localhost:50051",
+    "dns:///localhost:50051",
+    "dns://8.8.8.8/127.0.0.1:50051",
+    "ipv4:127.0.0.1:1,127.0.0.2:2",
+    "ipv6:[::1]:50051",
+    "ipv6:%5B::1%5D:50051",
+    "unix:/run/adaplex",
+    "unix:///run/adaplex",
+    "unix-abstract:adaplex",
+]
+REMOTE = [
+    "gpu-1:50051",
+    "localhost.example.com:50051",
+    "127.0.0.1.example.com:50051",
+    "10.0.0.1:50051",
+    "[2001:db8::1]:50051",
+    "dns:///gpu-1:50051",
+    "ipv4:127.0.0.1:1,10.0.0.1:2",
+    "xds:///localhost",
+]
+
+
+@pytest.mark.parametrize("target", LOOPBACK)
+def test_loopback_is_reached_without_a_proxy(target: str) -> None:
+    assert is_loopback(target)
+    assert ("grpc.enable_http_proxy", 0) in connection_to(target).channel_options
+
+
+@pytest.mark.parametrize("target", REMOTE)
+def test_other_targets_are_reached_as_the_environment_says(target: str) -> None:
+    assert not is_loopback(target)
+    assert "grpc.enable_http_proxy" not in dict(connection_to(target).channel_options)
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
+def test_a_server_on_loopback_is_reached_whatever_proxy_is_named(
+    monkeypatch: pytest.MonkeyPatch, connect: Any, server: FakeServer, variable: str
+) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy", "no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    call = connect(server.target)
+    assert call("server_info", timeout=WAIT_SECONDS).version == "0.1.0"
+    call("wait_ready", timeout=WAIT_SECONDS)
+    with grpc.insecure_channel(server.target) as channel:
+        plain = server_pb2_grpc.ServerServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as refused:
+            plain.GetServerInfo(server_pb2.GetServerInfoRequest(), timeout=WAIT_SECONDS)
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_grpc_knows_every_option_of_the_client() -> None:
+    unknown = unknown_arguments([*CHANNEL_OPTIONS, *DIRECT])
+    assert unknown == []
 
 
 def test_a_call_has_its_own_timeout_or_the_clients() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import grpc
 
@@ -23,6 +25,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
+DIRECT: tuple[tuple[str, int], ...] = (("grpc.enable_http_proxy", 0),)
+"""Option of a channel to loopback, which no proxy that the environment names can reach."""
 MAX_ACTOR = 128
 """Characters; the server's limit."""
 
@@ -80,11 +84,16 @@ class Connection:
             credentials=_credentials(tls, client_cert, client_key),
         )
 
+    @property
+    def channel_options(self) -> tuple[tuple[str, int], ...]:
+        """Options of a channel to the target."""
+        return CHANNEL_OPTIONS + (DIRECT if is_loopback(self.target) else ())
+
     def blocking_channel(self) -> grpc.Channel:
         """Returns a new channel of grpc's blocking API; it connects on first use."""
         if self.credentials is None:
-            return grpc.insecure_channel(self.target, CHANNEL_OPTIONS)
-        return grpc.secure_channel(self.target, self.credentials, CHANNEL_OPTIONS)
+            return grpc.insecure_channel(self.target, self.channel_options)
+        return grpc.secure_channel(self.target, self.credentials, self.channel_options)
 
     def call_options(
         self,
@@ -121,6 +130,35 @@ class Connection:
             request_id=plan.request_id,
             adapter=spec.adapter or "+".join(sorted(part.adapter for part in spec.adapters)),
         )
+
+
+def is_loopback(target: str) -> bool:
+    """Returns True if every address of a grpc target is on this machine: `localhost`, 127.0.0.0/8,
+    ::1, an unspecified address or a Unix socket, with or without a scheme such as `dns:///`.
+    """
+    scheme, colon, rest = target.partition(":")
+    if colon and scheme.lower() in ("unix", "unix-abstract", "vsock"):
+        return True
+    if colon and scheme.lower() in ("dns", "ipv4", "ipv6"):
+        target = unquote(rest.removeprefix("//").rpartition("/")[2])
+    return all(_is_loopback_host(_host(address)) for address in target.split(","))
+
+
+def _host(address: str) -> str:
+    """Returns the host of `host`, `host:port`, `[host]:port` or an IPv6 address without a port."""
+    if address.startswith("["):
+        return address[1:].partition("]")[0]
+    return address if address.count(":") > 1 else address.partition(":")[0]
+
+
+def _is_loopback_host(host: str) -> bool:
+    name = host.rstrip(".").lower()
+    try:
+        address = ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost")
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return bool(mapped.is_loopback or mapped.is_unspecified)
 
 
 def _check_metadata(field: str, value: str) -> None:

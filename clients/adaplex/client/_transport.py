@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from adaplex.client._connection import CHANNEL_OPTIONS, CallOptions, Connection
+from adaplex.client._connection import CallOptions, Connection
 from adaplex.client.errors import translate_errors
 
 R = TypeVar("R")
@@ -47,10 +47,11 @@ class AsyncTransport:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         target, credentials = connection.target, connection.credentials
+        options = connection.channel_options
         self.channel = (
-            grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
+            grpc.aio.insecure_channel(target, options)
             if credentials is None
-            else grpc.aio.secure_channel(target, credentials, CHANNEL_OPTIONS)
+            else grpc.aio.secure_channel(target, credentials, options)
         )
         self._closed = False
 

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.parse import urlsplit
+from urllib.request import OpenerDirector, ProxyHandler, build_opener
 
+from adaplex.client._connection import is_loopback
 from adaplex.client.errors import Unavailable
 
 SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")
@@ -42,7 +44,7 @@ class Scrape:
     def read(cls, url: str) -> Scrape:
         """Scrapes a URL. Raises Unavailable if there are no metrics."""
         try:
-            with urlopen(url, timeout=TIMEOUT) as response:
+            with _opener(url).open(url, timeout=TIMEOUT) as response:
                 return cls.parse(response.read().decode())
         except (URLError, OSError, ValueError) as error:
             raise Unavailable(f"no metrics at {url}: {error}") from error
@@ -109,3 +111,8 @@ def quantile(buckets: list[tuple[float, float]], share: float) -> float:
             return lower + (upper - lower) * (rank - below) / (upto - below)
         lower, below = upper, upto
     return lower
+
+
+def _opener(url: str) -> OpenerDirector:
+    """Returns an opener that uses the proxies of the environment, except for loopback."""
+    return build_opener(*([ProxyHandler({})] if is_loopback(urlsplit(url).netloc) else []))
