@@ -25,6 +25,7 @@ from adaplex.adapters.formats.peft.prefix import PrefixTuning
 from adaplex.adapters.formats.peft.prompt import MultitaskPromptTuning, PromptTuning
 from adaplex.adapters.formats.peft.trainable_tokens import TrainableTokens
 from adaplex.adapters.formats.peft.vera import Vera
+from adaplex.adapters.formats.vocabulary_copies import VocabularyCopies
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_match import recorded_quantization
 from adaplex.adapters.program.base_spec import BaseSpec
@@ -32,6 +33,8 @@ from adaplex.adapters.program.program import AdapterProgram
 
 ADAPTERHUB = "ADAPTERHUB"
 """Kind of a config without `peft_type` but with the `config` object of AdapterHub's library."""
+WHOLE = (ADAPTERHUB, "HYBRID")
+"""Kinds whose checkpoints have no copies of the base's weights, or in their parts only."""
 
 
 def _lower_part(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> AdapterProgram:
@@ -88,7 +91,11 @@ def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Adap
         )
     if refusals := list(_integer_tensors(checkpoint, found)):
         raise AdapterInvalid(refusals)
-    lowered = found.lower(checkpoint, base, limits)
+    if kind in WHOLE:
+        lowered = found.lower(checkpoint, base, limits)
+    else:
+        copies = VocabularyCopies.of(checkpoint, base, limits)
+        lowered = copies.applied(found.lower(copies.checkpoint, copies.base, limits))
     digest = identity(checkpoint)
     if digest is None:
         assert lowered.semantics is not None
