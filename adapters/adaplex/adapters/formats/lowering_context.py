@@ -195,13 +195,17 @@ class LoweringContext:
         """
         modules = self.base.modules
         for name in sorted(set(found) - modules.keys()):
-            self.refuse(name, f"the base {self.base.name} has no such module")
+            self.refuse_missing(name)
         for name in sorted(set(found) & modules.keys() - set(targets)):
             self.refuse(name, "has tensors, but target_modules does not name it")
         for name in sorted(set(targets) - set(found)):
             self.refuse(name, "is named by target_modules, but has no tensors")
         if not targets:
             self.refuse("target_modules", f"matches no module of the base {self.base.name}")
+
+    def refuse_missing(self, name: str) -> None:
+        """Refuses a module that is not among those that adapters may change, with the reason."""
+        self.refuse(name, f"the base {self.base.name} has no such module")
 
     def check_shape(self, key: str, tensor: Tensor, *shape: int) -> bool:
         """Refuses a tensor of another shape; True if it has this shape."""

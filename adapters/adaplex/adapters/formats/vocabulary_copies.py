@@ -122,7 +122,7 @@ def _copies(context: LoweringContext) -> Iterator[tuple[str, BaseModule]]:
 
 
 def _repeated(context: LoweringContext) -> dict[str, BaseModule]:
-    """Returns keys and modules of trained weights that are saved twice; refuses those that differ."""
+    """Returns keys and modules of trained weights saved twice; refuses those that differ."""
     tensors, found = context.tensors, {}
     for module in _ends(context):
         plain, wrapped = (f"{PREFIX}{module.name}.{end}" for end in ("weight", TRAINED))

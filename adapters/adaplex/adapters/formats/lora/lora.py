@@ -23,6 +23,7 @@ from adaplex.adapters.formats.lora.parameters import (
     pattern_names,
     targeted_parameters,
 )
+from adaplex.adapters.formats.lora.separate_experts import SeparateExperts
 from adaplex.adapters.formats.lora.tensors import LoraTensors, sort_tensors
 from adaplex.adapters.formats.lowering_context import LoweringContext
 from adaplex.adapters.formats.modules_to_save import (
@@ -108,9 +109,13 @@ class _LoraModules:
         Raises AdapterInvalid for a bad pattern.
         """
         context, known = self.context, self.context.base.modules
+        experts = SeparateExperts(context, self.found)
+        fused = list(experts.lower())
         pairs = {name for name, tensors in self.found.items() if tensors.is_pair}
-        context.check_targets(pairs - self._tied_outputs, self._targets)
-        for name in sorted(self.found.keys() - known.keys() - pairs):
+        pairs -= experts.pairs.keys()
+        if pairs or self._targets or not experts.pairs:
+            context.check_targets(pairs - self._tied_outputs, self._targets)
+        for name in sorted(self.found.keys() - known.keys() - pairs - experts.pairs.keys()):
             context.refuse(name, f"the base {context.base.name} has no such module")
         embedding = context.embedding
         if embedding is not None and embedding.name in self._targets and _invocation(context):
@@ -121,6 +126,10 @@ class _LoraModules:
         changed = self.found.keys() | self._replaced | self._tied_outputs
         names = changed & known.keys() - rows.keys()
         made = [*(self._lower_module(known[name]) for name in sorted(names)), *rows.values()]
+        twice = {program.module for program in fused} & {p.module for p in made if p is not None}
+        for name in sorted(twice):
+            context.refuse(name, "is adapted whole, and by single experts as well")
+        made += fused
         return sorted(filter(None, made), key=lambda program: program.module)
 
     @cached_property

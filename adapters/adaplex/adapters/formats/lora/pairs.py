@@ -33,9 +33,7 @@ def lower_pair(
         return None
     a, b = halves
     name = names.get(module.name, module.name)
-    rank = pattern_value(
-        context.config, "rank_pattern", name, context.config["r"], context.patterns
-    )
+    rank = rank_of(context, name)
     pooled = qalora.pooling_of(context, module, a)
     if not _fit(context, module, tensors, rank, pooled):
         return None
@@ -55,6 +53,13 @@ def lower_pair(
     ):
         return program
     return dora.apply_magnitude(context, module, program, magnitude)
+
+
+def rank_of(context: LoweringContext, name: str) -> int:
+    """Returns the rank that the config gives a module, which may differ by module."""
+    config = context.config
+    rank: int = pattern_value(config, "rank_pattern", name, config["r"], context.patterns)
+    return rank
 
 
 def scale_of(context: LoweringContext, name: str, rank: int) -> float:
