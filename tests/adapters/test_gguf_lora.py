@@ -163,3 +163,46 @@ def test_each_linear_of_an_architecture_has_a_name_of_its_own(
     file = write_gguf(tmp_path / "lora.gguf", tensors, architecture=kept_as)
     into = convert(file, tmp_path / "into", BaseSpec("tiny", "digest", model_type, modules))
     assert json.loads((into / CONFIG).read_text())["target_modules"] == projections
+
+
+def test_activated_lora_is_read_as_in_pefts_format(llama: BaseSpec, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "lora.gguf", pair(), invocation=[5, 6])
+    program = formats.lower(
+        read_checkpoint(convert(file, tmp_path / "into", llama), LIMITS), llama, LIMITS
+    )
+    assert (program.family, program.invocation) == ("alora", (5, 6))
+
+
+def test_pairs_of_the_embedding_are_pefts(
+    base: Callable[[str], tuple[PreTrainedModel, BaseSpec]], tmp_path: Path
+) -> None:
+    model, spec = base("llama")
+    fields: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "q_proj"]}
+    save_adapter(model, tmp_path, **fields)
+    drop_base_weights(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    table = {key: tensors.pop(key) for key in list(tensors) if "embed_tokens" in key}
+    a, b = (table[f"base_model.model.model.embed_tokens.lora_embedding_{half}"] for half in "AB")
+    stored = {"token_embd.weight.lora_a": a.T.contiguous(), "token_embd.weight.lora_b": b}
+    save_file(tensors, tmp_path / WEIGHTS)
+    file = write_gguf(tmp_path / "lora.gguf", pairs_of(tmp_path, "llama") | stored)
+    save_file(tensors | table, tmp_path / WEIGHTS)
+    assert_same(lowered(convert(file, tmp_path / "into", spec), spec), lowered(tmp_path, spec))
+
+
+@pytest.mark.parametrize(("architecture", "shift"), [("llama", 0.0), ("gemma2", 1.0)])
+def test_norms_replace_those_of_the_base(
+    architecture: str,
+    shift: float,
+    base: Callable[[str], tuple[PreTrainedModel, BaseSpec]],
+    tmp_path: Path,
+) -> None:
+    _, spec = base(architecture)
+    norm = torch.rand(64)
+    stored = {"blk.1.attn_norm.weight": norm + shift}
+    file = write_gguf(tmp_path / "lora.gguf", pair() | stored, architecture=architecture)
+    into = convert(file, tmp_path / "into", spec)
+    program = formats.lower(read_checkpoint(into, LIMITS), spec, LIMITS)
+    (found,) = [module for module in program.modules if module.weight is not None]
+    assert found.module == "model.layers.1.input_layernorm"
+    torch.testing.assert_close(found.weight, norm)

@@ -2,7 +2,7 @@
 
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the `gguf` package
 makes an object of every element of every array, so a small file can fill the memory; this one
-reads scalars and strings, and skips arrays.
+reads scalars, strings and short arrays of scalars, and skips other arrays.
 """
 
 from __future__ import annotations
@@ -49,8 +49,11 @@ PLAIN = {
 }
 """Types that torch has too. Tensors of other types are dequantized to fp32."""
 
-Value = str | int | float | bool | None
-"""Value of a metadata key; None for an array."""
+MAX_ARRAY = 1024
+"""Elements of an array of scalars that is read; longer ones are skipped."""
+
+Value = str | int | float | bool | tuple[int | float | bool, ...] | None
+"""Value of a metadata key; None for an array of strings, of arrays, or of many elements."""
 
 
 @dataclass(frozen=True)
@@ -171,23 +174,25 @@ class _Header:
             raise self.invalid("has a string that is not UTF-8") from None
 
     def value(self) -> Value:
-        """Returns the next typed value, None for an array, which is skipped."""
+        """Returns the next typed value, None for an array that is skipped."""
         kind = self.number("I")
         if kind == STRING:
             return self.string()
         if kind == ARRAY:
-            self._skip_array()
-            return None
+            return self._array()
         format = self._format(kind)
         return struct.unpack(f"<{format}", self.read(struct.calcsize(format)))[0]  # type: ignore[no-any-return]
 
-    def _skip_array(self) -> None:
+    def _array(self) -> tuple[int | float | bool, ...] | None:
+        """Returns the next array, if it is a short one of scalars; skips others."""
         kind, count = self.number("I"), self.number("Q")
         if kind == STRING:
             for _ in range(count):
                 self.read(self.number("Q"))
-        else:
-            self.read(count * struct.calcsize(self._format(kind)))
+            return None
+        format = self._format(kind)
+        data = self.read(count * struct.calcsize(f"<{format}"))
+        return struct.unpack(f"<{count}{format}", data) if count <= MAX_ARRAY else None
 
     def _format(self, kind: int) -> str:
         if kind not in SCALARS:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,9 @@ ROTARY_ROWS = frozenset(["granite", "llama", "olmo", "smollm3"])
 
 ALPHA = "adapter.lora.alpha"
 EXPECTED = {"general.type": "adapter", "adapter.type": "lora"}
-UNSUPPORTED = {
-    "adapter.alora.invocation_tokens": "activated LoRA needs adapters that start in mid-prompt",
-}
+INVOCATION = "adapter.alora.invocation_tokens"
+SHIFTED_NORMS = ("gemma", "gemma2", "gemma3")
+"""Architectures whose norm weights llama.cpp stores one larger."""
 HALVES = {".weight.lora_a": "a", ".weight.lora_b": "b"}
 
 
@@ -72,7 +72,7 @@ class _Pair:
     """The two tensors of one module."""
 
     target: _Target
-    a: GgufTensor  # [rank, in_features]
+    a: GgufTensor  # [rank, in_features], of an embedding [vocabulary, rank]
     b: GgufTensor  # [out_features, rank]
 
     @property
@@ -97,12 +97,26 @@ def convert_gguf_lora(
     """
     source = read_gguf(file, limits)
     alpha = _check_metadata(source, base)
-    pairs = _find_pairs(source, _targets(base, heads, kv_heads))
+    targets = _targets(base, heads, kv_heads)
+    norms = {
+        name: target.module
+        for name, tensor in source.tensors.items()
+        if (target := targets.get(name.removesuffix(".weight"))) and target.module.kind == "norm"
+    }
+    pairs = _find_pairs(source, targets, norms.keys())
     _check_limits(pairs, file.name, limits)
     tensors = {key: tensor for pair in pairs for key, tensor in _read(source, pair)}
+    shift = 1.0 if ARCHITECTURES[base.model_type] in SHIFTED_NORMS else 0.0
+    tensors |= {
+        f"{PREFIX}{module.name}.weight": source.read(source.tensors[name]).float() - shift
+        for name, module in norms.items()
+    }
     into.mkdir(parents=True, exist_ok=True)
     save_file(tensors, into / WEIGHTS, {"format": "pt"})
-    (into / CONFIG).write_text(json.dumps(_config(source, pairs, alpha), indent=2))
+    config = _config(source, pairs, alpha)
+    if norms:
+        config["modules_to_save"] = sorted(module.name for module in norms.values())
+    (into / CONFIG).write_text(json.dumps(config, indent=2))
 
 
 def _check_metadata(source: GgufFile, base: BaseSpec) -> float:
@@ -115,7 +129,8 @@ def _check_metadata(source: GgufFile, base: BaseSpec) -> float:
     for key, expected in (EXPECTED | {"general.architecture": architecture}).items():
         if metadata.get(key) != expected:
             refusals.append(Refusal(key, f"is {metadata.get(key)!r:.40}, expected {expected!r}"))
-    refusals += [Refusal(key, why) for key, why in UNSUPPORTED.items() if key in metadata]
+    if INVOCATION in metadata and not _invocation(source):
+        refusals.append(Refusal(INVOCATION, "must be a list of token ids"))
     alpha = metadata.get(ALPHA, 0.0)
     if not isinstance(alpha, float) or not math.isfinite(alpha) or alpha < 0:
         refusals.append(Refusal(ALPHA, f"is {alpha!r:.40}, must be a finite float of 0 or more"))
@@ -125,8 +140,15 @@ def _check_metadata(source: GgufFile, base: BaseSpec) -> float:
     return alpha
 
 
+def _invocation(source: GgufFile) -> list[int]:
+    """Returns the invocation tokens of activated LoRA; empty if there are none, or not of ids."""
+    tokens = source.metadata.get(INVOCATION)
+    ids = list(tokens) if isinstance(tokens, tuple) else []
+    return [t for t in ids if type(t) is int] if all(type(t) is int for t in ids) else []
+
+
 def _targets(base: BaseSpec, heads: int, kv_heads: int) -> dict[str, _Target]:
-    """Returns llama.cpp's tensor name -> linear of the base, for the linears that it names.
+    """Returns llama.cpp's tensor name -> linear, norm or embedding of the base, where it has one.
 
     Raises AdapterInvalid if the rows are interleaved and the number of heads is unknown.
     """
@@ -137,23 +159,30 @@ def _targets(base: BaseSpec, heads: int, kv_heads: int) -> dict[str, _Target]:
         )
         raise AdapterInvalid.because("general.architecture", reason)
     arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    linears = [module for module in base.modules.values() if module.kind == "linear"]
-    layers = [int(part) for m in linears for part in m.name.split(".") if part.isdecimal()]
+    kinds = ("linear", "norm", "embedding")
+    modules = [module for module in base.modules.values() if module.kind in kinds]
+    layers = [int(part) for m in modules for part in m.name.split(".") if part.isdecimal()]
     names = gguf.get_tensor_name_map(arch, max(layers, default=-1) + 1)
     rows = {MODEL_TENSOR.ATTN_Q: heads, MODEL_TENSOR.ATTN_K: kv_heads}
     rotary = rows if architecture in ROTARY_ROWS else {}
     return {
         found[1]: _Target(module, rotary.get(found[0]))
-        for module in linears
+        for module in modules
         if (found := names.get_type_and_name(module.name)) is not None
     }
 
 
-def _find_pairs(source: GgufFile, targets: Mapping[str, _Target]) -> list[_Pair]:
-    """Returns the file's pairs in order. Raises AdapterInvalid with every unusable tensor."""
+def _find_pairs(
+    source: GgufFile, targets: Mapping[str, _Target], norms: Collection[str]
+) -> list[_Pair]:
+    """Returns the file's pairs in order; `norms` are the tensors of norms. Raises AdapterInvalid
+    with every unusable tensor.
+    """
     refusals: list[Refusal] = []
     halves: dict[str, dict[str, GgufTensor]] = {}
     for name, tensor in source.tensors.items():
+        if name in norms:
+            continue
         suffix = next((suffix for suffix in HALVES if name.endswith(suffix)), "")
         module = name.removesuffix(suffix)
         if (problem := _name_problem(module, suffix, targets)) is not None:
@@ -179,18 +208,18 @@ def _find_pairs(source: GgufFile, targets: Mapping[str, _Target]) -> list[_Pair]
 def _name_problem(module: str, suffix: str, targets: Mapping[str, _Target]) -> str | None:
     """Returns why a tensor cannot be used, None if it can."""
     if not suffix:
-        norm = module.endswith("_norm.weight")
-        return "needs replaced norm weights" if norm else "is not a tensor of LoRA"
-    if module == "token_embd":
-        return "LoRA on embeddings is not served"
-    return None if module in targets else "the base has no such linear"
+        return "is not a tensor of LoRA, and not the weight of a norm of the base"
+    target = targets.get(module)
+    fits = target is not None and target.module.kind != "norm"
+    return None if fits else "the base has no such linear or embedding"
 
 
 def _shape_problems(pair: _Pair) -> Iterator[Refusal]:
     """Yields a refusal for each shape that does not fit the base or the other half."""
     module, rank = pair.target.module, pair.rank
+    table = module.kind == "embedding"
     for tensor, expected in (
-        (pair.a, (rank, module.in_features)),
+        (pair.a, (module.in_features, rank) if table else (rank, module.in_features)),
         (pair.b, (module.out_features, rank)),
     ):
         if _matrix(tensor) != expected:
@@ -224,6 +253,10 @@ def _read(source: GgufFile, pair: _Pair) -> Iterator[tuple[str, Tensor]]:
     if pair.target.heads is not None:
         b = _halves_first(b, pair.target.heads)
     name = f"{PREFIX}{pair.target.module.name}"
+    if pair.target.module.kind == "embedding":
+        yield f"{name}.lora_embedding_A", a.reshape(_matrix(pair.a)).T.contiguous()
+        yield f"{name}.lora_embedding_B", b.contiguous()
+        return
     yield f"{name}.lora_A.weight", a.reshape(_matrix(pair.a)).contiguous()
     yield f"{name}.lora_B.weight", b.contiguous()
 
@@ -252,4 +285,5 @@ def _config(source: GgufFile, pairs: list[_Pair], alpha: float) -> dict[str, Any
         "alpha_pattern": {} if alpha else ranks,
         "target_modules": sorted(pair.target.module.name for pair in pairs),
         "bias": "none",
+        "alora_invocation_tokens": _invocation(source) or None,
     }
