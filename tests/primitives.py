@@ -106,8 +106,12 @@ def describe(model: PreTrainedModel, name: str = "org/tiny", **changes: Any) -> 
         weights[path] = weight.detach().float().clone()
         if modules[path].has_bias:
             biases[path] = module.bias.detach().float().clone()
-    fields = {"tied": bool(model.config.tie_word_embeddings), "weight": weights.__getitem__}
-    return BaseSpec(name, "base", model.config.model_type, modules, biases, **(fields | changes))
+    fields: dict[str, Any] = {
+        "tied": bool(model.config.tie_word_embeddings),
+        "weight": weights.__getitem__,
+    }
+    fields |= {"modules": modules, "biases": biases}
+    return BaseSpec(name, "base", model.config.model_type, **(fields | changes))
 
 
 def with_blocks(model: PreTrainedModel, base: BaseSpec) -> BaseSpec:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from adaplex.adapters.checkpoint import CONFIG, WEIGHTS, read_checkpoint
 from adaplex.adapters.errors import AdapterError, AdapterInvalid, AdapterTooLarge
@@ -112,8 +112,8 @@ def test_a_header_length_that_begins_like_a_pickle_is_no_pickle(
 
 
 BAD_ENTRIES: dict[str, tuple[Any, str]] = {
-    "F64": (F32 | {"dtype": "F64", "shape": [1]}, "F64"),
-    "I8": (F32 | {"dtype": "I8", "shape": [8]}, "I8"),
+    "C64": (F32 | {"dtype": "C64", "shape": [1]}, "C64"),
+    "F4": (F32 | {"dtype": "F4", "shape": [16]}, "F4"),
     "dtype a list": (F32 | {"dtype": ["F32"]}, "dtype"),
     "negative shape": (F32 | {"shape": [-2]}, "shape [-2]"),
     "two negative sizes": (F32 | {"shape": [-2, -1]}, "shape [-2, -1]"),
@@ -157,10 +157,25 @@ def test_an_overlap_and_a_gap_are_refused_with_their_tensors(tmp_path: Path) -> 
 
 
 def test_every_bad_tensor_is_named_not_only_the_first(tmp_path: Path) -> None:
-    header = {name: F32 | {"dtype": "I8"} for name in ("a", "b", "c")}
+    header = {name: F32 | {"dtype": "C64"} for name in ("a", "b", "c")}
     error = read(tmp_path, weights=safetensors_bytes(header, bytes(8)))
     assert isinstance(error, AdapterInvalid)
     assert [refusal.where for refusal in error.refusals] == ["a", "b", "c"]
+
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+READ_AS_FLOAT32 = [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
+INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, *READ_AS_FLOAT32, *INTEGERS])
+def test_every_type_that_peft_takes_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = torch.tensor([0.0, 1.0, 1.5, -0.25]).to(dtype)
+    save_file({"a": tensor}, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text("{}")
+    found = read_checkpoint(tmp_path, LIMITS).tensors["a"]
+    assert found.dtype is (torch.float32 if dtype in READ_AS_FLOAT32 else dtype)
+    assert torch.equal(found.double(), tensor.double())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -31,8 +31,11 @@ ADAPTERHUB_WEIGHTS = "adapter.safetensors"
 SIGNATURE = "model.sig"
 """OpenSSF model signature of the other files; optional."""
 
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "U8": 1}
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes of an element of each accepted dtype. Few formats accept integers, which are indices."""
+COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
+"""Types of floating-point tensors in a Checkpoint; others are read as float32."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 LENGTH_BYTES = 8
@@ -62,7 +65,7 @@ def read_checkpoint(directory: Path, limits: AdapterLimits) -> Checkpoint:
     weights = weights_in(directory)
     check_weights(weights, limits)
     try:
-        tensors = load_file(weights)
+        tensors = {name: _as_computed(tensor) for name, tensor in load_file(weights).items()}
     except SafetensorError as error:
         raise AdapterInvalid.because(WEIGHTS, f"is not a safetensors file: {error}") from None
     refusals = [
@@ -73,6 +76,12 @@ def read_checkpoint(directory: Path, limits: AdapterLimits) -> Checkpoint:
     if refusals:
         raise AdapterInvalid(refusals)
     return Checkpoint(config, tensors)
+
+
+def _as_computed(tensor: Tensor) -> Tensor:
+    """Returns a tensor in a type of COMPUTED, or of integers; float64 is rounded to float32."""
+    plain = tensor.dtype in COMPUTED or not tensor.is_floating_point()
+    return tensor if plain else tensor.float()
 
 
 def write_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:

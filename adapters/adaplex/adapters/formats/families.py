@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from adaplex.adapters.formats.peft.prefix import PrefixTuning
 from adaplex.adapters.formats.peft.prompt import MultitaskPromptTuning, PromptTuning
 from adaplex.adapters.formats.peft.trainable_tokens import TrainableTokens
 from adaplex.adapters.formats.peft.vera import Vera
+from adaplex.adapters.formats.text_tensors import text_tensors
 from adaplex.adapters.formats.vocabulary_copies import VocabularyCopies
 from adaplex.adapters.limits import AdapterLimits
 from adaplex.adapters.program.base_match import recorded_quantization
@@ -94,8 +96,10 @@ def lower(checkpoint: Checkpoint, base: BaseSpec, limits: AdapterLimits) -> Adap
     if kind in WHOLE:
         lowered = found.lower(checkpoint, base, limits)
     else:
-        copies = VocabularyCopies.of(checkpoint, base, limits)
+        text, idle = text_tensors(checkpoint, base)
+        copies = VocabularyCopies.of(text, base, limits)
         lowered = copies.applied(found.lower(copies.checkpoint, copies.base, limits))
+        lowered = replace(lowered, notes=(*lowered.notes, *idle))
     digest = identity(checkpoint)
     if digest is None:
         assert lowered.semantics is not None

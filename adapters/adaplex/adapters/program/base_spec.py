@@ -65,6 +65,8 @@ class BaseSpec:
     i + half of a key; None without RoPE, or if the angles depend on the length."""
     tied: bool = False
     """True if the output layer shares the weight of the embedding."""
+    idle: tuple[str, ...] = ()
+    """Names of the parts that text never reaches, such as the vision tower."""
     quantization: str = ""
     """Format of the linears' weights; empty if unknown."""
     weight: Callable[[str], Tensor] = _unknown

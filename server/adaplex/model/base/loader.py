@@ -81,9 +81,9 @@ class BaseModel:
 
     @property
     def layer_backends(self) -> dict[str, LinearBackend]:
-        """Linear backends of all modules but the output layer, by name."""
-        modules = self.spec.modules
-        return {name: b for name, b in self.backends.items() if not modules[name].is_head}
+        """Linear backends of the modules that text reaches but the output layer, by name."""
+        layers = {name for name, module in self.spec.modules.items() if not module.is_head}
+        return {name: b for name, b in self.backends.items() if name in layers}
 
     def kv_block_bytes(self, block_tokens: int) -> int:
         """Returns the bytes of one KV block over all layers."""

@@ -49,6 +49,7 @@ def spec_of(
         kv_shapes=tuple((s.kv_heads, s.key_dim, s.value_dim) for s in found.shapes),
         rotary=_rotary(module),
         tied=bool(config.tie_word_embeddings),
+        idle=_idle(module, found.sites),
         quantization=quantization,
         weight=partial(_weight, module),
     )
@@ -64,6 +65,21 @@ def _as_defined(model: nn.Module, sites: Iterable[BaseModule]) -> dict[str, Base
         return place.get(site.name, place.get(site.name.rpartition(".")[0], len(place)))
 
     return {site.name: site for site in sorted(sites, key=index)}
+
+
+def _idle(model: nn.Module, sites: Iterable[BaseModule]) -> tuple[str, ...]:
+    """Returns the parts with weights, one or two levels deep, in which a probe run of text found no
+    site.
+    """
+    used = {".".join(site.name.split(".")[:depth]) for site in sites for depth in (1, 2, 3)}
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if 1 <= len(name.split(".")) <= 2
+        and name not in used
+        and name.partition(".")[0] in used
+        and any(isinstance(m, AdaptedLinear) or m._parameters for m in module.modules())
+    )
 
 
 def _biases(model: nn.Module, found: Probe) -> dict[str, Tensor]:
