@@ -250,3 +250,25 @@ def test_an_upload_name_that_is_no_text_is_named(
     with pytest.raises(InvalidArgument, match="name: "):
         call("adapters.upload", "\udcff", adapter_directory)
     assert server.uploads == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "warned"),
+    [
+        ("chat_template.jinja", "{{ messages }}", True),
+        ("tokenizer_config.json", '{"chat_template": "x"}', True),
+        ("tokenizer_config.json", "{}", False),
+        ("tokenizer_config.json", "damaged", False),
+        ("added_tokens.json", '{"<x>": 320}', True),
+        ("README.md", "text", False),
+    ],
+)
+def test_files_that_render_text_are_not_left_out_in_silence(
+    call: Any, adapter_directory: Path, name: str, content: str, warned: bool
+) -> None:
+    (adapter_directory / name).write_text(content)
+    for report in (
+        call("adapters.upload", "tone", adapter_directory).report,
+        call("adapters.validate", adapter_directory).report,
+    ):
+        assert [warning.partition(":")[0] for warning in report.warnings] == [name] * warned

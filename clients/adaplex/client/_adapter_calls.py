@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC
 from typing import Any, Generic, TypeVar
 
@@ -188,14 +188,23 @@ def upload_policy(replace: bool) -> adapters_pb2.UploadPolicy.ValueType:
     return adapters_pb2.UPLOAD_POLICY_REPLACE if replace else adapters_pb2.UPLOAD_POLICY_CREATE
 
 
-def upload_result(message: Any) -> UploadResult:
-    """Returns the stored adapter from the response of an upload, a load or a merge."""
-    return UploadResult(_to_adapter(message.adapter), _to_report(message.report), message.created)
+def upload_result(message: Any, warnings: tuple[str, ...] = ()) -> UploadResult:
+    """Returns the stored adapter from the response of an upload, a load or a merge, with the
+    client's own warnings added.
+    """
+    report = _warned(_to_report(message.report), warnings)
+    return UploadResult(_to_adapter(message.adapter), report, message.created)
 
 
-def validation(message: adapters_pb2.ValidateAdapterResponse) -> Validation:
-    """Returns the result of a dry run."""
-    return Validation(message.valid, _to_report(message.report))
+def validation(
+    message: adapters_pb2.ValidateAdapterResponse, warnings: tuple[str, ...] = ()
+) -> Validation:
+    """Returns the result of a dry run, with the client's own warnings added."""
+    return Validation(message.valid, _warned(_to_report(message.report), warnings))
+
+
+def _warned(report: AdapterReport, warnings: tuple[str, ...]) -> AdapterReport:
+    return replace(report, warnings=(*report.warnings, *warnings))
 
 
 def _to_adapter(message: adapters_pb2.Adapter) -> Adapter:

@@ -53,10 +53,12 @@ class Adapters:
         `replace` if the name exists with other content, InvalidArgument if a file is missing or the
         server cannot serve the adapter.
         """
-        messages = AdapterFiles.read(directory).messages(
+        files = AdapterFiles.read(directory)
+        messages = files.messages(
             adapters_pb2.UploadAdapterRequest, name, replace=replace, progress=progress
         )
-        return _adapter_calls.upload_result(self._send(self._stub.UploadAdapter, messages, timeout))
+        response = self._send(self._stub.UploadAdapter, messages, timeout)
+        return _adapter_calls.upload_result(response, files.warnings)
 
     def validate(
         self,
@@ -69,10 +71,10 @@ class Adapters:
         """Uploads an adapter directory for a dry run: returns the report of an upload and stores
         nothing.
         """
-        messages = AdapterFiles.read(directory).messages(
-            adapters_pb2.ValidateAdapterRequest, name, progress=progress
-        )
-        return _adapter_calls.validation(self._send(self._stub.ValidateAdapter, messages, timeout))
+        files = AdapterFiles.read(directory)
+        messages = files.messages(adapters_pb2.ValidateAdapterRequest, name, progress=progress)
+        response = self._send(self._stub.ValidateAdapter, messages, timeout)
+        return _adapter_calls.validation(response, files.warnings)
 
     def load(
         self, name: str, uri: str, *, replace: bool = False, timeout: float | None = None

@@ -69,7 +69,7 @@ class AsyncAdapters:
             adapters_pb2.UploadAdapterRequest, name, replace=replace, progress=progress
         )
         response = await self._send(self._uploads.UploadAdapter, messages, timeout)
-        return _adapter_calls.upload_result(response)
+        return _adapter_calls.upload_result(response, files.warnings)
 
     async def validate(
         self,
@@ -84,9 +84,8 @@ class AsyncAdapters:
         """
         files = await asyncio.to_thread(AdapterFiles.read, directory)
         messages = files.messages(adapters_pb2.ValidateAdapterRequest, name, progress=progress)
-        return _adapter_calls.validation(
-            await self._send(self._uploads.ValidateAdapter, messages, timeout)
-        )
+        response = await self._send(self._uploads.ValidateAdapter, messages, timeout)
+        return _adapter_calls.validation(response, files.warnings)
 
     async def load(
         self, name: str, uri: str, *, replace: bool = False, timeout: float | None = None

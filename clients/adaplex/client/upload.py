@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ ADAPTERHUB_WEIGHTS = "adapter.safetensors"
 """AdapterHub's name of the weights file; it is uploaded under PEFT's."""
 SIGNATURE = "model.sig"
 """OpenSSF model signature of the other files; uploaded if it exists."""
+TEXT_FILES = ("chat_template.jinja", "tokenizer_config.json", "added_tokens.json")
+"""Files of a trainer's tokenizer, which are not uploaded."""
 CHUNK_BYTES = 1 << 20
 
 ProgressCallback = Callable[[int, int], None]
@@ -46,6 +49,8 @@ class AdapterFiles:
     """The files to upload from an adapter directory: FILE_NAMES in that order, then SIGNATURE."""
 
     files: tuple[LocalFile, ...]
+    warnings: tuple[str, ...] = ()
+    """Files beside them that may matter, and are not uploaded."""
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> AdapterFiles:
@@ -58,7 +63,12 @@ class AdapterFiles:
         for name, path in paths.items():
             if not path.is_file():
                 raise InvalidArgument.because(name, _why_missing(folder, name))
-        return cls(tuple(_hashed(path, name) for name, path in paths.items()))
+        left_out = tuple(
+            f"{name}: is not uploaded; the base's tokenizer and chat template are used"
+            for name in TEXT_FILES
+            if _renders_text(folder / name)
+        )
+        return cls(tuple(_hashed(path, name) for name, path in paths.items()), left_out)
 
     @property
     def total_bytes(self) -> int:
@@ -171,3 +181,18 @@ def _why_missing(folder: Path, name: str) -> str:
     if name.endswith(".safetensors") and pickled:
         return f"only {pickled[0]} is in {folder}; convert it to safetensors first"
     return f"missing in {folder}"
+
+
+def _renders_text(path: Path) -> bool:
+    """Returns True for a chat template, and for a tokenizer's config that has one or tokens."""
+    if not path.is_file():
+        return False
+    if path.suffix != ".json":
+        return True
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    if path.name == "added_tokens.json":
+        return bool(found)
+    return isinstance(found, dict) and bool(found.get("chat_template"))

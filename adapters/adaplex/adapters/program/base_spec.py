@@ -69,6 +69,10 @@ class BaseSpec:
     """Names of the parts that text never reaches, such as the vision tower."""
     quantization: str = ""
     """Format of the linears' weights; empty if unknown."""
+    chat_template: str = ""
+    """Template that renders chats; empty if there is none."""
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    """Ids of the tokenizer's vocabulary."""
     weight: Callable[[str], Tensor] = _unknown
     """Returns the fp32 effective weight of a module by name, on the base's device: linear
     [out, in], embedding [vocabulary, hidden], norm [features]. KeyError if there is none."""

@@ -29,6 +29,7 @@ from adaplex.adapters.storage.name_record import NameRecord
 from adaplex.adapters.storage.selector import NAME
 from adaplex.adapters.storage.staging import FileSpec, Staging, check_files
 from adaplex.adapters.storage.version import Version
+from adaplex.adapters.text_files import text_warnings
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,13 @@ class Intake:
         replace: bool,
         origin: Origin,
         signed: bool = True,
+        warnings: Sequence[str] = (),
     ) -> Committed:
         """Stores an upload under a name, durably: once this returns, it survives a kill.
 
         A name with other content gets a new version if `replace`, else AdapterExists is raised.
         Stored content that is damaged or missing is repaired. `signed` is False for adapters that
-        this server made itself, whose signature is not checked.
+        this server made itself, whose signature is not checked; `warnings` are added to its report.
 
         Raises AdapterInvalid, AdapterExists, AdapterTooLarge or StoreFull.
         """
@@ -117,6 +119,7 @@ class Intake:
         program = self._read(staging.directory)
         if verdict.problem:
             program = _warned(program, f"model.sig: {verdict.problem}")
+        program = _warned(program, *warnings)
         report = self._programs.describe(program)
         version = self._version(program, staging, origin, verdict.signer)
         damaged = is_damaged(self._contents, program.digest)  # slow, so outside the transaction
@@ -158,8 +161,11 @@ class Intake:
     ) -> Committed:
         """Stores a folder's files under a name, and removes the folder. Raises as `commit`."""
         self.check_name(name)
+        warnings = tuple(text_warnings(directory, self._base))
         with Staging.adopt(directory, self._limits) as staging:
-            return self.commit(staging, name, replace=replace, origin=origin, signed=signed)
+            return self.commit(
+                staging, name, replace=replace, origin=origin, signed=signed, warnings=warnings
+            )
 
     def check_name(self, name: str) -> None:
         """Raises AdapterInvalid for an invalid name, AdapterExists for the base's."""
@@ -228,5 +234,5 @@ class Intake:
             )
 
 
-def _warned(program: AdapterProgram, warning: str) -> AdapterProgram:
-    return replace(program, warnings=(*program.warnings, warning))
+def _warned(program: AdapterProgram, *warnings: str) -> AdapterProgram:
+    return replace(program, warnings=(*program.warnings, *warnings))

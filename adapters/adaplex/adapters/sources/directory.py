@@ -21,6 +21,7 @@ from adaplex.adapters.errors import AdapterInvalid, AdapterTooLarge, listed
 from adaplex.adapters.limits import MIB, AdapterLimits
 from adaplex.adapters.sources.open_beneath import NotRegular, opened_beneath, opened_in
 from adaplex.adapters.sources.transfer import GGUF
+from adaplex.adapters.text_files import TEXT_FILES
 
 NEITHER = f"must be a directory or a {GGUF} file"
 
@@ -69,6 +70,10 @@ class DirectorySource:
         for name in (CONFIG, weights, SIGNATURE):
             if name in present:
                 with self._opened(directory, opened, name) as file:
+                    left -= self._copy(file, into / name, left)
+        for name in present.intersection(TEXT_FILES):
+            with suppress(AdapterInvalid), self._opened(directory, opened, name) as file:
+                if os.fstat(file).st_size <= min(left, self._limits.max_header_bytes):
                     left -= self._copy(file, into / name, left)
 
     @contextmanager

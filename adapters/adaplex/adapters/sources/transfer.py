@@ -15,6 +15,7 @@ from adaplex.adapters.checkpoint import (
 )
 from adaplex.adapters.errors import AdapterInvalid, AdapterNotFound, AdapterTooLarge
 from adaplex.adapters.limits import AdapterLimits
+from adaplex.adapters.text_files import TEXT_FILES
 
 GGUF = ".gguf"
 
@@ -22,12 +23,14 @@ GGUF = ".gguf"
 def choose_files(sizes: Mapping[str, int], limits: AdapterLimits) -> list[str]:
     """Returns the names of the files to fetch, given the bytes of each listed file.
 
-    These are the two files of PEFT or AdapterHub, and a signature if listed; else the only GGUF
-    file. Raises AdapterInvalid, AdapterNotFound or AdapterTooLarge.
+    These are the two files of PEFT or AdapterHub, with a signature and TEXT_FILES if listed; else
+    the only GGUF file. Raises AdapterInvalid, AdapterNotFound or AdapterTooLarge.
     """
     weights = next((name for name in (WEIGHTS, ADAPTERHUB_WEIGHTS) if name in sizes), None)
     if weights is not None and CONFIG in sizes:
         chosen = [CONFIG, weights, *([SIGNATURE] if SIGNATURE in sizes else [])]
+        largest = limits.max_header_bytes
+        chosen += [name for name in TEXT_FILES if sizes.get(name, largest + 1) <= largest]
     else:
         chosen = [name for name in sizes if name.endswith(GGUF)]
         if len(chosen) != 1:

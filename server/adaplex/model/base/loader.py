@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -173,15 +173,19 @@ def load_base(
     return BaseModel(
         module=module,
         tokenizer=tokenizer,
-        spec=spec_of(
-            module,
-            found,
-            config,
-            model=model,
-            fingerprint=fingerprint,
-            quantization=quantization,
-            group_size=group_size,
-            dtype=compute,
+        spec=replace(
+            spec_of(
+                module,
+                found,
+                config,
+                model=model,
+                fingerprint=fingerprint,
+                quantization=quantization,
+                group_size=group_size,
+                dtype=compute,
+            ),
+            chat_template=str(tokenizer.chat_template or ""),
+            tokens=tokenizer.get_vocab(),
         ),
         step=step,
         shapes=tuple(found.shapes),
