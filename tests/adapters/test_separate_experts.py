@@ -177,3 +177,23 @@ def test_other_tensors_of_experts_are_refused(
     found = tensors("qwen3_moe")
     with pytest.raises(AdapterInvalid, match="target_modules does not name it"):
         lower(write(tmp_path, found, ["gate_proj", "up_proj"]), model)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_router_is_refused_as_one(
+    earlier: bool, base: tuple[str, PreTrainedModel], tmp_path: Path
+) -> None:
+    architecture, model = base
+    block = ARCHITECTURES[architecture][1] if earlier else "mlp"
+    found: dict[str, Tensor] = {}
+    for layer in range(LAYERS):
+        found |= pair(f"model.layers.{layer}.{block}.gate", HIDDEN, EXPERTS)
+        found |= pair(f"model.layers.{layer}.self_attn.q_proj", HIDDEN, HIDDEN)
+    targets = ["q_proj", "gate"] if earlier else ["q_proj"]
+    parameters = None if earlier else ["mlp.gate.weight"]
+    with pytest.raises(AdapterInvalid) as caught:
+        lower(write(tmp_path, found, targets, target_parameters=parameters), model)
+    assert {refusal.where: refusal.reason for refusal in caught.value.refusals} == {
+        f"model.layers.{layer}.{block}.gate": "is a router of experts, which adapters cannot change"
+        for layer in range(LAYERS)
+    }

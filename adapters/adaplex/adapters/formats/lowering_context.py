@@ -205,7 +205,16 @@ class LoweringContext:
 
     def refuse_missing(self, name: str) -> None:
         """Refuses a module that is not among those that adapters may change, with the reason."""
-        self.refuse(name, f"the base {self.base.name} has no such module")
+        if self.is_router(name):
+            self.refuse(name, "is a router of experts, which adapters cannot change")
+        else:
+            self.refuse(name, f"the base {self.base.name} has no such module")
+
+    def is_router(self, name: str) -> bool:
+        """True for the router of a mixture of experts, also by its name in transformers 4."""
+        block, _, last = name.replace(".block_sparse_moe.", ".mlp.").rpartition(".")
+        has_experts = any(m.startswith(f"{block}.experts.") for m in self.base.modules)
+        return last in ("gate", "router") and has_experts and name not in self.base.modules
 
     def check_shape(self, key: str, tensor: Tensor, *shape: int) -> bool:
         """Refuses a tensor of another shape; True if it has this shape."""

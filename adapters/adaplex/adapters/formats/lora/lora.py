@@ -116,7 +116,7 @@ class _LoraModules:
         if pairs or self._targets or not experts.pairs:
             context.check_targets(pairs - self._tied_outputs, self._targets)
         for name in sorted(self.found.keys() - known.keys() - pairs - experts.pairs.keys()):
-            context.refuse(name, f"the base {context.base.name} has no such module")
+            context.refuse_missing(name)
         embedding = context.embedding
         if embedding is not None and embedding.name in self._targets and _invocation(context):
             context.refuse(embedding.name, "is an embedding, which activated LoRA does not adapt")

@@ -39,7 +39,10 @@ def targeted_parameters(context: LoweringContext) -> Parameters:
         if any(name == target or name.endswith(f".{target}") for target in targets):
             owner = name.rpartition(".")[0]
             by_owner.setdefault(owner, []).append(AdaptedParameter(module.name, name))
-    if targets and not by_owner:
+    blocks = {name.rpartition(".experts.")[0] for name in context.base.modules}
+    routers = [f".{block}.{last}.weight" for block in blocks - {""} for last in ("gate", "router")]
+    has_router = any(router.endswith(f".{target}") for router in routers for target in targets)
+    if targets and not by_owner and not has_router:  # a router is refused by its module
         context.refuse(
             "target_parameters",
             f"matches no parameter of the base {context.base.name} that can be adapted",
