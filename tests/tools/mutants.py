@@ -177,11 +177,11 @@ MUTANTS = (
         slow=True,
     ),
     Mutant(
-        "text: a pending stop string is one character too short",
-        f"{SERVER}/text.py",
+        "stop strings: a pending one is one character too short",
+        f"{SERVER}/stop_strings.py",
         "longest = min(len(text), len(stop) - 1)",
         "longest = min(len(text), len(stop) - 2)",
-        ("tests/server/test_text.py",),
+        ("tests/server/test_stop_strings.py",),
     ),
     Mutant(
         "upload: the offset of a chunk is not checked",
