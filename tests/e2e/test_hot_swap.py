@@ -91,7 +91,7 @@ async def test_every_answer_under_churn_equals_its_adapters_alone(
                 assert got.adapter is not None
                 assert got.adapter.name == name
 
-        for _ in range(12):
+        for _ in range(8):
             names = [f"steady{chance.randrange(8)}" for _ in range(8)]
             await asyncio.gather(*map(ask, [*names, None, "churned", None]))
         churning.cancel()

@@ -144,6 +144,7 @@ def test_a_damaged_file_is_reported_and_replaced(
     assert not starts.quantized
 
 
+@pytest.mark.slow
 def test_another_process_maps_it_and_imports_nothing_that_quantizes(
     starts: Starts, tiny_model: Callable[[str], Path]
 ) -> None:

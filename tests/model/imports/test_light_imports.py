@@ -38,6 +38,7 @@ def run(program: str) -> str:
     return ran.stdout.strip()
 
 
+@pytest.mark.slow
 def test_building_a_server_imports_no_compiler(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -99,6 +100,7 @@ print(torch._dynamo is sys.modules["torch._dynamo"], torch._dynamo.__file__ is n
     assert run(program).split() == ["2.0", "True", "True"]
 
 
+@pytest.mark.slow
 def test_a_block_changes_nothing_if_the_compiler_is_imported() -> None:
     program = """
 import torch._dynamo

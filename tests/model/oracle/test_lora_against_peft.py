@@ -73,9 +73,18 @@ def cases(model: Path, rig: ModelRig, architecture: str) -> list[Case]:
     ]
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
 @pytest.mark.parametrize(
-    "architecture", ["llama", "qwen2", "gemma2", "gemma3_text", "phi3", "gpt2", "mixtral"]
+    ("architecture", "native"),
+    [
+        pytest.param(
+            architecture,
+            native,
+            marks=() if native or architecture in ("llama", "gpt2") else pytest.mark.slow,
+            id=f"{architecture}-{'native' if native else 'reference'}",
+        )
+        for architecture in ("llama", "qwen2", "gemma2", "gemma3_text", "phi3", "gpt2", "mixtral")
+        for native in (True, False)
+    ],
 )
 def test_a_mixed_batch_equals_peft(
     architecture: str, native: bool, tiny_model: Callable[[str], Path]
@@ -228,8 +237,15 @@ def test_adapted_rows_are_bit_equal_alone_in_any_mix_and_after_reload(
         assert torch.equal(rig.prefill(rig.sequence(prompt(9 + i), ref))[0], alone(ref, i))
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int4-group"])
-@pytest.mark.parametrize("dtype", ["fp32", "auto"])
+@pytest.mark.parametrize(
+    ("dtype", "quantization"),
+    [
+        ("fp32", "nf4"),
+        ("auto", "int4-group"),
+        pytest.param("fp32", "int4-group", marks=pytest.mark.slow),
+        pytest.param("auto", "nf4", marks=pytest.mark.slow),
+    ],
+)
 def test_four_bits_equal_peft_on_the_dequantized_base(
     quantization: str, dtype: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
