@@ -215,8 +215,10 @@ def test_a_process_that_is_stopped_ends_its_compilers_and_keeps_what_is_done(
     children = tmp_path / "children"
     body = f'case "$*" in *two.c) echo $$ >> {children}; exec sleep 1000;; esac; exec gcc "$@"'
     script = (
+        "import signal\n"
         "from pathlib import Path\n"
         "from adaplex.model.kernels.native import build, library\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs\n"
         f"build.HERE = library.HERE = Path('{small_sources}')\n"
         "build.UNITS = ('one.c', 'two.c')\n"
         f"library.load_library(Path('{tmp_path}'), progress=lambda line: print(line, flush=True))\n"
