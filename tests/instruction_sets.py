@@ -20,7 +20,7 @@ EMULATED = InstructionSet(
     ),
 )
 """The code of AVX512-BF16 with the intrinsics of `INTRINSICS`, slow as it is."""
-if usable_sets()[0].name != "avx512-bf16":
+if "avx512-bf16" not in {each.name for each in usable_sets()}:
     instruction_sets.INSTRUCTION_SETS = (*instruction_sets.INSTRUCTION_SETS, EMULATED)
 USABLE = usable_sets()
 """Best first; the C kernels are built for each that a test uses."""

@@ -12,7 +12,7 @@ import torch
 
 from adaplex.engine.batch import Chunk
 from rig import ModelRig, prompt
-from tiny import ARCHITECTURES
+from tiny import ARCHITECTURES, save_tiny
 
 LENGTHS = (5, 17, 40, 300, 70)
 QUANTIZATIONS = ("fp32", "bf16", "nf4", "int8", "int4-group")
@@ -55,6 +55,11 @@ def test_logits_are_bit_equal_on_several_threads(
     architecture: str, three_threads: None, tiny_model: Callable[[str], Path]
 ) -> None:
     check(ModelRig(tiny_model(architecture), "fp32"))
+
+
+def test_wide_routers_give_the_same_bits(tmp_path: Path) -> None:
+    """BLAS sums 128 products for a few rows in another order than for many."""
+    check(ModelRig(save_tiny("mixtral", tmp_path / "model", hidden_size=128), "fp32"))
 
 
 def check(rig: ModelRig) -> None:

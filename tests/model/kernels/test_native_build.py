@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from adaplex.model.kernels.low_rank import ReferenceLowRank
-from adaplex.model.kernels.native import build, library, seal
+from adaplex.model.kernels.native import build, instruction_sets, library, seal
 from adaplex.model.kernels.native.build import BuildFailed
 from adaplex.model.kernels.native.instruction_sets import (
     INSTRUCTION_SETS,
@@ -279,6 +279,21 @@ def test_a_variable_chooses_a_lower_set(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv(VARIABLE, each.name)
         assert chosen_set() == each
     assert "portable" in {each.name for each in usable_sets()}
+
+
+@pytest.mark.parametrize(
+    ("vendor", "best"), [("AuthenticAMD", "avx512-bf16"), ("GenuineIntel", "avx512-vnni")]
+)
+def test_the_best_set_depends_on_the_vendor(
+    vendor: str, best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = frozenset[str]().union(*(each.needs for each in INSTRUCTION_SETS))
+    monkeypatch.setattr(instruction_sets, "processor_features", lambda: every)
+    monkeypatch.setattr(instruction_sets, "processor_vendor", lambda: vendor)
+    names = [each.name for each in usable_sets()]
+    assert names[0] == best
+    assert names[-2:] == ["avx2", "portable"]
+    assert len(names) == len(INSTRUCTION_SETS)
 
 
 def test_a_set_that_the_processor_lacks_is_refused_with_those_it_has(

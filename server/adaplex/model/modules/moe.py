@@ -1,16 +1,20 @@
 """Row-invariant mixture-of-experts, behind transformers' experts interface.
 
 Transformers' own loop multiplies however many rows an expert got at once, and BLAS rounds a
-product of one fp32 row differently from a product of many; here every product is row-invariant.
+product of one fp32 row differently from a product of many; here every product is row-invariant,
+those of routers too, which are no linears and call `torch.nn.functional.linear` themselves.
 Source of the interface: `transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from adaplex.model.linear.products import DenseProduct
@@ -23,15 +27,52 @@ NAMES_ATTRIBUTE, STEP_ATTRIBUTE = "adaplex_names", "adaplex_step"
 """Attributes of adapted experts: the full name of each parameter, and the step's context."""
 
 
+class RowInvariantLinear(TorchFunctionMode):
+    """Computes `torch.nn.functional.linear` by a DenseProduct in its context."""
+
+    def __init__(self, product: DenseProduct) -> None:
+        super().__init__()
+        self._product = product
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """See TorchFunctionMode."""
+        return (self._linear if func is F.linear else func)(*args, **(kwargs or {}))
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """input [..., in], weight [out, in], bias [out] or None -> [..., out]."""
+        rows = self._product(input.reshape(-1, input.shape[-1]), weight, bias)
+        return rows.view(*input.shape[:-1], -1)
+
+
 def install_experts(model: nn.Module, product: DenseProduct) -> None:
-    """Routes the fused mixture-of-experts layers of a model through `experts_forward`."""
+    """Routes the fused mixture-of-experts layers of a model through `experts_forward`, and the
+    products of its routers through `product`.
+    """
     for module in model.modules():
+        if type(module).__name__.endswith("Router"):
+            module.forward = _with_product(module.forward, product)
         if not getattr(module, "has_gate", False):
             continue
         object.__setattr__(module, PRODUCT_ATTRIBUTE, product)
         if not getattr(module, "has_post_expert_norm", False):
             config = module.config
             config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
+
+
+def _with_product(forward: Callable[..., Any], product: DenseProduct) -> Callable[..., Any]:
+    """Returns the forward of a module with its products replaced."""
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        with RowInvariantLinear(product):
+            return forward(*args, **kwargs)
+
+    return replaced
 
 
 def adapt_experts(module: nn.Module, name: str, parameter: str, step: StepContext) -> None:
