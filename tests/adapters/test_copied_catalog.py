@@ -17,6 +17,7 @@ from adaplex.adapters.storage.copied_catalog import CATALOG, COPIES, CopiedCatal
 from adaplex.adapters.storage.event import Origin
 from adaplex.adapters.storage.folder_content import FolderContent, is_used
 from adaplex.adapters.storage.fsck import check_store
+from adapters.damaged_catalog import overwrite_pages
 from adapters.handmade import files, make_registry, push, tensors
 
 ORIGIN = Origin(datetime(2026, 12, 1, tzinfo=UTC), actor="test")
@@ -196,13 +197,7 @@ def test_a_catalog_that_is_removed_while_it_is_open_acknowledges_nothing(root: P
 
 def test_a_page_that_is_overwritten_while_it_is_open_is_named(root: Path) -> None:
     registry = make_registry(root)
-    with sqlite3.connect(root / CATALOG) as db:
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    db.close()
-    size = (root / CATALOG).stat().st_size
-    with (root / CATALOG).open("r+b") as file:
-        file.seek(4096)
-        file.write(bytes([0xA5]) * (size - 4096))
+    overwrite_pages(root)
     catalog = registry.names._catalog
     assert isinstance(catalog, CopiedCatalog)
     catalog._reader.execute("PRAGMA shrink_memory")

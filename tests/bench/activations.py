@@ -1,4 +1,4 @@
-"""What activations of 8 bits gain on a CPU: pairs of steps in float and in int8, in one process.
+"""The gain of activations of 8 bits on a CPU: pairs of steps in float and in int8, in one process.
 
     make bench-activations
     ADAPLEX_INSTRUCTION_SET=avx2 make bench-activations ARGS="--quantization int4-group"

@@ -19,6 +19,7 @@ from adaplex.server.config import ServerConfig
 from adaplex.server.errors import ConfigError
 from adaplex.server.open_store import open_contents
 from adaplex.v1 import adapters_pb2
+from adapters.damaged_catalog import overwrite_pages
 from server.calls import until
 from server.fake_model import ScriptedRunner
 from server.server_rig import ServerRig, rig, toy_components
@@ -50,16 +51,6 @@ def forget(store: Path) -> None:
         path.unlink()
 
 
-def spoil(store: Path) -> None:
-    with sqlite3.connect(store / CATALOG) as db:
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    db.close()
-    size = (store / CATALOG).stat().st_size
-    with (store / CATALOG).open("r+b") as file:
-        file.seek(4096)
-        file.write(bytes([0xA5]) * (size - 4096))
-
-
 def printed(capsys: pytest.CaptureFixture[str], command: Any, **options: Any) -> tuple[int, str]:
     """Returns the exit code and the output of a command."""
     capsys.readouterr()
@@ -76,7 +67,7 @@ async def test_a_damaged_page_is_named_by_the_status_and_by_health(tmp_path: Pat
     await filled(tmp_path)
     async with serving(tmp_path) as server:
         assert await server.health() == SERVING
-        spoil(tmp_path / "store")
+        overwrite_pages(tmp_path / "store")
         catalog = server.components.registry.names._catalog
         with sqlite3.connect(tmp_path / "store" / CATALOG):
             catalog._reader.execute("PRAGMA shrink_memory")  # type: ignore[attr-defined]
@@ -115,7 +106,7 @@ async def test_a_start_and_the_commands_on_a_damaged_catalog(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = await filled(tmp_path)
-    spoil(store)
+    overwrite_pages(store)
     with pytest.raises(ConfigError, match=r"is damaged: .*run adaplex adapters restore") as caught:
         open_contents(ServerConfig(store_dir=store))
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""What the targets of the Makefile install, by what make would run."""
+"""The targets of the Makefile install what they need, by the commands that make prints."""
 
 from __future__ import annotations
 

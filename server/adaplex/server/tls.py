@@ -6,22 +6,17 @@ grpc is imported within functions, since checking the files before a start does 
 from __future__ import annotations
 
 import ssl
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import structlog
-
 from adaplex.server.config import ServerConfig
 from adaplex.server.errors import ConfigError
-from adaplex.server.file_stamp import FileStamp, file_stamp
+from adaplex.server.followed_files import FollowedFiles
 
 if TYPE_CHECKING:
     import grpc
-
-log = structlog.get_logger("adaplex.tls")
 
 
 @dataclass(frozen=True)
@@ -53,11 +48,6 @@ class TlsFiles:
         named = {"tls_cert": self.cert, "tls_key": self.key, "tls_client_ca": self.client_ca}
         return {name: path for name, path in named.items() if path is not None}
 
-    @property
-    def stamps(self) -> tuple[FileStamp, ...]:
-        """The stamp of each file."""
-        return tuple(map(file_stamp, self.paths.values()))
-
 
 @dataclass(frozen=True)
 class Identity:
@@ -78,32 +68,30 @@ class Identity:
 
 class Certificates:
     """The current identity. Connections that are open keep theirs; every handshake looks whether
-    the files have changed. Files that do not fit together are reported, and the last good ones
-    stay in use. Thread-safe.
+    the files have changed; see FollowedFiles. Thread-safe.
     """
 
     def __init__(self, files: TlsFiles) -> None:
         """Raises ConfigError, a line for each file that is missing or wrong."""
         self.files = files
-        self._lock = threading.Lock()
-        self._stamps = files.stamps
-        self._identity = _read(files)
-        self._generation = 0
+        self._followed = FollowedFiles(
+            "certificates", [*files.paths.values()], lambda: _read(files)
+        )
 
     @property
     def context(self) -> ssl.SSLContext:
         """The context of the next HTTP handshake."""
-        return self._current()[1].context
+        return self._followed.current()[1].context
 
     def for_grpc(self) -> grpc.ServerCredentials:
         """Returns credentials of a gRPC port, which follow the files."""
         import grpc
 
-        last, identity = self._current()
+        last, identity = self._followed.current()
 
         def fetch() -> grpc.ServerCertificateConfiguration | None:
             nonlocal last
-            generation, identity = self._current()
+            generation, identity = self._followed.current()
             if generation == last:
                 return None
             last = generation
@@ -114,20 +102,6 @@ class Certificates:
             fetch,  # type: ignore[arg-type]  # grpc-stubs do not know that None keeps the last one
             require_client_authentication=self.files.client_ca is not None,
         )
-
-    def _current(self) -> tuple[int, Identity]:
-        """Returns the identity and its number, which rises with each change."""
-        with self._lock:
-            try:
-                stamps = self.files.stamps
-                if stamps != self._stamps:
-                    self._stamps = stamps
-                    self._identity = _read(self.files)
-                    self._generation += 1
-                    log.info("certificates changed", files=[*map(str, self.files.paths.values())])
-            except ConfigError as error:
-                log.error("certificates not changed", error=str(error))
-            return self._generation, self._identity
 
 
 def _read(files: TlsFiles) -> Identity:

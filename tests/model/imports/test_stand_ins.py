@@ -41,7 +41,7 @@ def pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIns]:
 
 
 def executed() -> list[str]:
-    """What was executed, in order."""
+    """The executed parts, in order."""
     log: list[str] = import_module("pack.other").log
     return log
 

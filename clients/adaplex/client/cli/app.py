@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -63,6 +63,11 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _pem(variable: str, help: str) -> Any:
+    """Returns the option of a file that exists, which a variable may name."""
+    return typer.Option(envvar=variable, exists=True, dir_okay=False, help=help)
+
+
 @app.callback()
 def root(
     context: typer.Context,
@@ -75,30 +80,17 @@ def root(
     ] = False,
     tls_roots: Annotated[
         Path | None,
-        typer.Option(
-            envvar="ADAPLEX_TLS_ROOTS",
-            exists=True,
-            dir_okay=False,
-            help="Use TLS, trusting the roots of this PEM file.",
-        ),
+        _pem("ADAPLEX_TLS_ROOTS", "Use TLS, trusting the roots of this PEM file."),
     ] = None,
     client_cert: Annotated[
         Path | None,
-        typer.Option(
-            envvar="ADAPLEX_CLIENT_CERT",
-            exists=True,
-            dir_okay=False,
-            help="PEM certificate that shows the server who calls; needs --client-key and TLS.",
+        _pem(
+            "ADAPLEX_CLIENT_CERT",
+            "PEM certificate that shows the server who calls; needs --client-key and TLS.",
         ),
     ] = None,
     client_key: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="ADAPLEX_CLIENT_KEY",
-            exists=True,
-            dir_okay=False,
-            help="PEM key of --client-cert.",
-        ),
+        Path | None, _pem("ADAPLEX_CLIENT_KEY", "PEM key of --client-cert.")
     ] = None,
     timeout: Annotated[
         float, typer.Option(min=0.001, help="Seconds of a call, at most.")

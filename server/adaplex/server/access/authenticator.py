@@ -10,9 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import NamedTuple, TypeVar
-
-import structlog
+from typing import NamedTuple
 
 from adaplex.server.access.oidc import OidcVerifier
 from adaplex.server.access.principal import Principal, Scope
@@ -20,18 +18,14 @@ from adaplex.server.access.token_file import Entry, TokenFile
 from adaplex.server.access.tokens import SALT_BYTES, Token, hash_secret, matches
 from adaplex.server.errors import (
     AuthenticationBusy,
-    ConfigError,
     ScopeMissing,
     Unauthenticated,
 )
-from adaplex.server.file_stamp import FileStamp, file_stamp
-
-R = TypeVar("R")
-
-log = structlog.get_logger("adaplex.access")
+from adaplex.server.followed_files import FollowedFiles
 
 REMEMBERED = 10_000
-"""Tokens, right and wrong ones, whose entries are remembered by the SHA-256 of the token."""
+"""Tokens, right and wrong ones, whose entries are remembered by the number of the file's change and
+the SHA-256 of the token."""
 MAX_WAITING = 100
 """Tokens that wait to be hashed; each takes some 10 ms."""
 NOT_VALID = "the token is not valid; ask the operator for another"
@@ -53,7 +47,6 @@ class Credential(NamedTuple):
 class _Known(NamedTuple):
     """The entries of the file as it was last read."""
 
-    stamp: FileStamp
     by_id: dict[str, Entry]
     by_certificate: dict[str, Entry]
 
@@ -65,10 +58,11 @@ class Authenticator:
 
     def __init__(self, file: TokenFile | None, provider: OidcVerifier | None = None) -> None:
         """Raises ConfigError if the file cannot be read."""
-        self._file, self._provider = file, provider
+        self._provider = provider
+        paths = [] if file is None else [file.path]
+        self._followed = FollowedFiles("tokens", paths, lambda: _known(file))
         self._lock = threading.Lock()
-        self._known = self._load(self._stamp())
-        self._remembered: OrderedDict[bytes, str] = OrderedDict()
+        self._remembered: OrderedDict[tuple[int, bytes], str] = OrderedDict()
         self._salt = secrets.token_bytes(SALT_BYTES)
         # One thread: a flood of wrong tokens must not take the cores of the model.
         self._hashing = ThreadPoolExecutor(1, "authenticate")
@@ -77,30 +71,39 @@ class Authenticator:
 
     async def authenticate(self, credential: Credential) -> Principal:
         """Returns the principal of a credential. Raises Unauthenticated and AuthenticationBusy."""
-        token = _bearer(credential)
-        if self._is_foreign(token):
-            return await asyncio.wrap_future(self._start(self._asking, self._ask, token))
-        if (found := self._recall(token)) is None:
-            found = await asyncio.wrap_future(self._start(self._hashing, self._hash, token))
-        return self._principal(credential, found)
+        found = self._begin(credential)
+        return found if isinstance(found, Principal) else await asyncio.wrap_future(found)
 
     def authenticate_blocking(self, credential: Credential) -> Principal:
         """Does the same for callers on a thread of their own."""
-        token = _bearer(credential)
-        if self._is_foreign(token):
-            return self._start(self._asking, self._ask, token).result()
-        if (found := self._recall(token)) is None:
-            found = self._start(self._hashing, self._hash, token).result()
-        return self._principal(credential, found)
+        found = self._begin(credential)
+        return found if isinstance(found, Principal) else found.result()
 
     def close(self) -> None:
         """Ends the threads."""
         for threads in (self._hashing, self._asking):
             threads.shutdown(wait=False, cancel_futures=True)
 
+    def _begin(self, credential: Credential) -> Principal | Future[Principal]:
+        """Returns the principal at once, or where a token must be hashed or the provider asked, as
+        soon as that is done.
+        """
+        token = _bearer(credential)
+        if not token:
+            return self._principal(credential, "")
+        provider = self._provider
+        if provider is not None and Token.parse(token) is None:
+            return self._start(self._asking, lambda: provider.principal(token))
+        generation, _ = self._followed.current()
+        with self._lock:
+            found = self._remembered.get((generation, _digest(token)))
+        if found is not None:
+            return self._principal(credential, found)
+        return self._start(self._hashing, lambda: self._principal(credential, self._hash(token)))
+
     def _principal(self, credential: Credential, found: str) -> Principal:
         """Returns the principal of the entry `found`, or of the certificate without a token."""
-        known = self._current()
+        _, known = self._followed.current()
         if credential.authorization:
             entry = known.by_id.get(found)
             if entry is None:
@@ -118,34 +121,18 @@ class Authenticator:
             raise Unauthenticated(f"the credential of {entry.name} is {state}; ask for another")
         return entry.principal
 
-    def _recall(self, token: str) -> str | None:
-        """Returns the id of a token's entry, empty if it has none; None if it is to be hashed."""
-        if not token:
-            return ""
-        self._current()  # forgets what a change of the file may have made wrong
-        with self._lock:
-            return self._remembered.get(_key(token))
-
-    def _is_foreign(self, token: str) -> bool:
-        """True if a token is for the provider to judge."""
-        return bool(token) and self._provider is not None and Token.parse(token) is None
-
-    def _ask(self, token: str) -> Principal:
-        assert self._provider is not None
-        return self._provider.principal(token)
-
     def _start(
-        self, threads: ThreadPoolExecutor, work: Callable[[str], R], token: str
-    ) -> Future[R]:
+        self, threads: ThreadPoolExecutor, work: Callable[[], Principal]
+    ) -> Future[Principal]:
         """Starts work on a token, or raises AuthenticationBusy if too much waits."""
         with self._lock:
             if self._waiting >= MAX_WAITING:
                 raise AuthenticationBusy(MAX_WAITING)
             self._waiting += 1
 
-        def run() -> R:
+        def run() -> Principal:
             try:
-                return work(token)
+                return work()
             finally:
                 with self._lock:
                     self._waiting -= 1
@@ -156,42 +143,26 @@ class Authenticator:
         """Hashes a token; returns and remembers the id of its entry, empty if it has none. A token
         with an unknown id takes as long as one with a wrong secret.
         """
+        generation, known = self._followed.current()
         token = Token.parse(text) or Token("", text[:100])
-        entry = self._current().by_id.get(token.id)
+        entry = known.by_id.get(token.id)
         if entry is None or entry.salt is None or entry.hash is None:
             hash_secret(token.secret, self._salt)
             found = ""
         else:
             found = entry.id if matches(token.secret, entry.salt, entry.hash) else ""
         with self._lock:
-            self._remembered[_key(text)] = found
+            self._remembered[generation, _digest(text)] = found
             while len(self._remembered) > REMEMBERED:
                 self._remembered.popitem(last=False)
         return found
 
-    def _current(self) -> _Known:
-        """Returns the entries, read again if the file has changed. A file that became unreadable is
-        logged once, and the last entries stay in force.
-        """
-        stamp = self._stamp()
-        with self._lock:
-            if stamp != self._known.stamp:
-                try:
-                    self._known = self._load(stamp)
-                    self._remembered.clear()
-                    log.info("tokens changed", entries=len(self._known.by_id))
-                except ConfigError as error:
-                    self._known = self._known._replace(stamp=stamp)
-                    log.error("tokens not changed", error=str(error))
-            return self._known
 
-    def _stamp(self) -> FileStamp:
-        return (0, 0, 0) if self._file is None else file_stamp(self._file.path)
-
-    def _load(self, stamp: FileStamp) -> _Known:
-        entries = [] if self._file is None else self._file.read()
-        named = {e.name: e for e in entries if e.is_certificate}
-        return _Known(stamp, {e.id: e for e in entries}, named)
+def _known(file: TokenFile | None) -> _Known:
+    """Returns the entries of a file. Raises ConfigError."""
+    entries = [] if file is None else file.read()
+    named = {e.name: e for e in entries if e.is_certificate}
+    return _Known({e.id: e for e in entries}, named)
 
 
 def require(principal: Principal, scope: Scope | None) -> None:
@@ -209,5 +180,5 @@ def _bearer(credential: Credential) -> str:
     return token.strip()
 
 
-def _key(text: str) -> bytes:
+def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()

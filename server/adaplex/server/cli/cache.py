@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from adaplex.client.cli.arguments import AsJson
 from adaplex.server.cli.store import ConfigFile
 from adaplex.server.errors import ConfigError
 
@@ -29,7 +30,6 @@ app = typer.Typer(
 Cache = Annotated[
     Path | None, typer.Option("--cache", help="Folder of the cache; by default that of `serve`.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("list")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adaplex.client.cli import render
+from adaplex.client.cli.arguments import AsJson
 from adaplex.server.cli.store import ConfigFile, SharedStore, StoreDir
 from adaplex.server.errors import ConfigError
 
@@ -38,7 +39,6 @@ CpuActivations = Annotated[
     str | None,
     typer.Option(help="As for `adaplex serve`; int8 is measured beside float, which is exact."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @dataclass(frozen=True)

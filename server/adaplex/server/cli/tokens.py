@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from adaplex.client.cli.arguments import AsJson
 from adaplex.server.cli.store import ConfigFile
 from adaplex.server.errors import ConfigError
 
@@ -34,7 +35,6 @@ File = Annotated[
         "--tokens-file", envvar="ADAPLEX_TOKENS_FILE", help="File of the tokens, as for `serve`."
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Which = Annotated[str, typer.Argument(help="Id of a token, or the name of its principal.")]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 VARIABLE = "ADAPLEX_INSTRUCTION_SET"
@@ -84,6 +85,7 @@ def processor_vendor() -> str:
     return _cpuinfo("vendor_id")
 
 
+@cache
 def _cpuinfo(field: str) -> str:
     """Returns a field of the first processor in /proc/cpuinfo, empty if it is not there."""
     try:
